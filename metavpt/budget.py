@@ -1,0 +1,84 @@
+"""What a run may spend and what it has spent, in steps, samples, gradient evaluations and seconds."""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from metavpt.errors import MetaVPTError
+
+UNITS = ("steps", "samples", "grad_evals", "seconds")
+UNCOUNTED = frozenset({"probe"})  # purposes that are timed but are no training
+
+
+class Budget:
+    """Limits in any of the four units; the run ends with the step that reaches the first of them.
+
+    steps       updates of the learner
+    samples     unlabelled samples (images, tokens) that the learner trained on
+    grad_evals  forward and backward passes through the learner, on one batch each: its own steps and what designing tasks takes
+    seconds     training time: data, task design and learner; probes, figures, checkpoints and reports are left out
+
+    Time is kept by purpose; `timed("designer")` inside `timed("learner")` stops the outer clock.
+    """
+
+    def __init__(
+        self, steps: int | None = None, samples: int | None = None, grad_evals: int | None = None, seconds: float | None = None
+    ) -> None:
+        limits = {"steps": steps, "samples": samples, "grad_evals": grad_evals, "seconds": seconds}
+        self.limits = {unit: limit for unit, limit in limits.items() if limit is not None}
+        if not self.limits:
+            raise MetaVPTError("budget: no limit is set; set at least one of " + ", ".join(f"budget.{unit}" for unit in UNITS))
+        for unit, limit in self.limits.items():
+            if limit <= 0:
+                raise MetaVPTError(f"budget.{unit}={limit}: a budget must be positive")
+        self.steps = 0
+        self.samples = 0
+        self.grad_evals = 0
+        self.times: dict[str, float] = {}
+        self._clocks: list[list] = []
+
+    @property
+    def seconds(self) -> float:
+        return sum(spent for purpose, spent in self.times.items() if purpose not in UNCOUNTED)
+
+    @property
+    def progress(self) -> float:
+        """The share of the tightest limit that is spent, in [0, 1]."""
+        return min(1.0, max(getattr(self, unit) / limit for unit, limit in self.limits.items()))
+
+    @property
+    def exhausted(self) -> bool:
+        return self.progress >= 1.0
+
+    def charge(self, *, steps: int = 0, samples: int = 0, grad_evals: int = 0) -> None:
+        self.steps += steps
+        self.samples += samples
+        self.grad_evals += grad_evals
+
+    @contextmanager
+    def timed(self, purpose: str) -> Iterator[None]:
+        """Count the seconds inside towards `purpose`; "probe" is kept apart from the training time."""
+        now = time.perf_counter()
+        if self._clocks:
+            self._stop(now)
+        self._clocks.append([purpose, now])
+        try:
+            yield
+        finally:
+            now = time.perf_counter()
+            self._stop(now)
+            self._clocks.pop()
+            if self._clocks:
+                self._clocks[-1][1] = now
+
+    def _stop(self, now: float) -> None:
+        purpose, since = self._clocks[-1]
+        self.times[purpose] = self.times.get(purpose, 0.0) + now - since
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"steps": self.steps, "samples": self.samples, "grad_evals": self.grad_evals, "times": dict(self.times)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.steps, self.samples, self.grad_evals = state["steps"], state["samples"], state["grad_evals"]
+        self.times = dict(state["times"])

@@ -1,0 +1,95 @@
+"""What the commands share: one clear line and exit status 2 for what a user can mend, a traceback for what is our fault."""
+
+import difflib
+import os
+import re
+import sys
+from collections.abc import Callable
+
+from hydra.errors import ConfigCompositionException, HydraException, InstantiationException, MissingConfigException
+from omegaconf.errors import OmegaConfBaseException
+from rich.console import Console
+
+from metavpt.errors import MetaVPTError
+
+
+def run_command(main: Callable[[], None]) -> None:
+    """Run `main`, a hydra entry point; exit with status 2 and one line on bad input, 130 on Ctrl-C."""
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # hydra then raises its errors instead of printing a page and exiting with 1
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except (MetaVPTError, HydraException, OmegaConfBaseException) as error:
+        cause = _user_error(error)
+        if cause is None:
+            raise
+        Console(stderr=True, soft_wrap=True).print(f"[bold red]error[/bold red] {cause}", highlight=False)
+        sys.exit(2)
+
+
+def _user_error(error: BaseException) -> str | None:
+    """The line to print; None for an error inside a constructor that is no fault of the configuration."""
+    chain = [error]
+    while chain[-1].__cause__ or chain[-1].__context__:
+        chain.append(chain[-1].__cause__ or chain[-1].__context__)  # type: ignore[arg-type]
+    ours = next((link for link in chain if isinstance(link, MetaVPTError)), None)
+    if ours is not None:
+        return str(ours)
+    if isinstance(error, MissingConfigException):
+        return _missing_config(str(error))
+    if isinstance(error, ConfigCompositionException):
+        return _unknown_key([str(link) for link in chain])
+    if isinstance(error, InstantiationException):
+        unexpected = next((str(link) for link in chain if "unexpected keyword argument" in str(link)), None)
+        return unexpected.splitlines()[0] if unexpected else str(error).splitlines()[0] if "locating target" in str(error) else None
+    return str(error).splitlines()[0]
+
+
+def _missing_config(message: str) -> str:
+    """`problem=foo` -> the nearest of the names that exist."""
+    asked = re.search(r"Could not find '([^']+)/([^']+)'", message)
+    options = re.findall(r"^\t(\S+)$", message, flags=re.MULTILINE)
+    if not asked:
+        return message.splitlines()[0]
+    group, name = asked.groups()
+    near = difflib.get_close_matches(name, options, n=1)
+    hint = f"did you mean {group}={near[0]}?" if near else ""
+    return f"{group}={name}: no such choice; {hint} known: {', '.join(options)}".replace(";  ", "; ")
+
+
+def _unknown_key(messages: list[str]) -> str:
+    """An unknown key, with the nearest valid one from hydra's own list of what is there."""
+    text = "\n".join(messages)
+    key = re.search(r"Could not override '([^']+)'", text) or re.search(r"Key '([^']+)' is not in struct", text)
+    if not key:
+        return " ".join(messages[0].split())
+    near = nearest_key(key[1])
+    return f"{key[1]}: no such option" + (f"; did you mean {near}?" if near else "; --cfg job prints all of them")
+
+
+def nearest_key(key: str) -> str | None:
+    """The valid option nearest to `key`, among those of the configuration with its other overrides."""
+    from hydra import compose
+    from hydra.core.global_hydra import GlobalHydra
+    from hydra.initialize import initialize_config_module
+    from omegaconf import DictConfig, OmegaConf
+
+    GlobalHydra.instance().clear()
+    others = [argument for argument in sys.argv[1:] if "=" in argument and not argument.startswith((key, "-"))]
+    try:
+        with initialize_config_module("metavpt.configs", version_base="1.3"):
+            config = compose("run", overrides=others)
+    except (HydraException, OmegaConfBaseException):
+        return None
+    names: list[str] = []
+
+    def collect(node: DictConfig, prefix: str) -> None:
+        for name in node:
+            names.append(f"{prefix}{name}")
+            if OmegaConf.is_dict(child := node._get_node(name)) and not child._is_none():  # type: ignore[union-attr]
+                collect(child, f"{prefix}{name}.")  # type: ignore[arg-type]
+
+    collect(config, "")
+    near = difflib.get_close_matches(key, names, n=1, cutoff=0.5)
+    return near[0] if near else None

@@ -1,0 +1,114 @@
+"""From the feedback gradient g_down to the direction w along which the pretraining gradient g_pre is valued.
+
+V = <g_down, g_pre> is the drop of the feedback loss per unit of learning rate, to first order (V-Pretraining, section 3).
+A direction returns the detached w with dV/dphi = d<w, g_pre>/dphi, so that every variant of the value costs the same one product.
+"""
+
+from dataclasses import dataclass, field
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from metavpt import params
+from metavpt.errors import MetaVPTError
+from metavpt.optimizers import Update, first_order_value
+from metavpt.params import Params
+
+
+class Aim(NamedTuple):
+    """`w` to take the product along, and the value V where it is not simply <w, g_pre>."""
+
+    w: Params
+    value: Tensor | None = None
+
+
+class Direction(Protocol):
+    """`needs_g_pre`: the direction depends on the pretraining gradient, which is None otherwise.
+
+    `update` is the learner's real optimizer at this step, for directions that value the step it will take.
+    """
+
+    @property
+    def needs_g_pre(self) -> bool: ...
+
+    def __call__(self, g_down: Params, g_pre: Params | None, update: Update | None) -> Aim: ...
+
+
+@dataclass(frozen=True)
+class Dot:
+    """V = <g_down, g_pre>, w = g_down: the value of a plain gradient step."""
+
+    needs_g_pre = False
+
+    def __call__(self, g_down: Params, g_pre: Params | None, update: Update | None = None) -> Aim:
+        return Aim(g_down)
+
+
+@dataclass(frozen=True)
+class Cosine:
+    """V = cos(g_down, g_pre), w = (g_down/|g_down| - V g_pre/|g_pre|) / |g_pre|: indifferent to the size of either gradient."""
+
+    needs_g_pre = True
+
+    def __call__(self, g_down: Params, g_pre: Params | None, update: Update | None = None) -> Aim:
+        if g_pre is None:
+            raise MetaVPTError("Cosine: needs the pretraining gradient g_pre")
+        tiny = torch.finfo(next(iter(g_pre.values())).dtype).tiny
+        down = params.scale(g_down, 1 / params.norm(g_down).clamp_min(tiny))
+        size = params.norm(g_pre).clamp_min(tiny)
+        cosine = params.dot(down, g_pre) / size
+        return Aim(params.scale(params.add(down, g_pre, alpha=-cosine / size), 1 / size), cosine)
+
+
+@dataclass(frozen=True)
+class AdamAware:
+    """V = <g_down, theta - theta'> for the step theta -> theta' that the learner's own optimizer takes on g_pre; w = dV/dg_pre.
+
+    The first-order value under Adam's moments and weight decay, which V-Pretraining leaves to the plain inner product. Gradient clipping is
+    not part of it.
+    """
+
+    needs_g_pre = True
+
+    def __call__(self, g_down: Params, g_pre: Params | None, update: Update | None = None) -> Aim:
+        if g_pre is None or update is None:
+            raise MetaVPTError("AdamAware: needs the pretraining gradient and the learner's optimizer; pass it to the estimator as update=")
+        return Aim(*first_order_value(update, g_pre, g_down))
+
+
+@dataclass(frozen=True)
+class Normalized:
+    """The direction `of`, scaled to unit length: only where to go, not how far. V is scaled alike."""
+
+    of: Direction = field(default_factory=Dot)
+
+    @property
+    def needs_g_pre(self) -> bool:
+        return self.of.needs_g_pre
+
+    def __call__(self, g_down: Params, g_pre: Params | None, update: Update | None = None) -> Aim:
+        w, value = self.of(g_down, g_pre, update)
+        factor = 1 / params.norm(w).clamp_min(torch.finfo(next(iter(w.values())).dtype).tiny)
+        return Aim(params.scale(w, factor), None if value is None else value * factor)
+
+
+@dataclass(frozen=True)
+class Clipped:
+    """The direction `of`, shortened to `max_norm` where it is longer. V is scaled alike."""
+
+    max_norm: float
+    of: Direction = field(default_factory=Dot)
+
+    def __post_init__(self) -> None:
+        if not self.max_norm > 0:
+            raise MetaVPTError(f"max_norm={self.max_norm}: must be positive")
+
+    @property
+    def needs_g_pre(self) -> bool:
+        return self.of.needs_g_pre
+
+    def __call__(self, g_down: Params, g_pre: Params | None, update: Update | None = None) -> Aim:
+        w, value = self.of(g_down, g_pre, update)
+        factor = (self.max_norm / params.norm(w).clamp_min(self.max_norm)).clamp_max(1.0)
+        return Aim(params.scale(w, factor), None if value is None else value * factor)

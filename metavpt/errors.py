@@ -1,0 +1,16 @@
+"""The errors that a user can do something about."""
+
+
+class MetaVPTError(Exception):
+    """One line that names the file or key at fault and says what to do.
+
+    The commands print it without a traceback and exit with status 2.
+    """
+
+
+class UnreachedParameterError(MetaVPTError):
+    """A loss does not depend on a parameter that is to be differentiated: a silent zero otherwise."""
+
+
+class NonFiniteError(MetaVPTError):
+    """A value that must be finite is NaN or infinite."""

@@ -1,0 +1,296 @@
+"""Hypergradients: how the feedback loss, after the learner has trained on a task, changes with the designer that made it.
+
+An estimator is a value object of its own hyper-parameters. It is called on closures and knows no Problem:
+
+    inner_losses  phi -> (theta -> pretraining loss), one for each unlabelled batch; what does not depend on theta runs once, in between
+    outer_loss    theta -> feedback loss
+    theta, phi    where the derivative is taken; neither is changed
+
+Every estimator is a sum of one product, d<w, dL_pre/dtheta>/dphi, with a detached direction w (see `products`).
+"""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from metavpt import params
+from metavpt.directions import Direction, Dot
+from metavpt.errors import MetaVPTError, NonFiniteError
+from metavpt.linear_solve import ConjugateGradient, LinearSolver
+from metavpt.optimizers import Rule, State, Update, vjp
+from metavpt.params import Params
+from metavpt.products import DifferenceProduct, Loss, Product, value_and_gradient
+
+InnerLoss = Callable[[Params], Loss]
+OuterLoss = Callable[[Params], Tensor]
+
+
+@dataclass(frozen=True)
+class Hypergradient:
+    """`by_phi`, shaped like phi, is the gradient for the designer's optimizer to descend.
+
+    value         V, the drop of the feedback loss that the estimator expects, per unit of `step_size`
+    grad_evals    cost in forward and backward passes through the learner, on one batch each
+    diagnostics   scalars worth logging: feedback loss, norms, residuals
+    solution      the solution of an implicit solve, to start the next one from
+    """
+
+    by_phi: Params
+    value: float
+    grad_evals: int
+    diagnostics: dict[str, float] = field(default_factory=dict)
+    solution: Params | None = None
+
+
+class Estimator(Protocol):
+    """`num_batches` unlabelled batches are asked for; `update` is the learner's real optimizer, `start` an earlier `solution`."""
+
+    @property
+    def num_batches(self) -> int: ...
+
+    def __call__(
+        self,
+        inner_losses: Sequence[InnerLoss],
+        outer_loss: OuterLoss,
+        theta: Params,
+        phi: Params,
+        *,
+        update: Update | None = None,
+        start: Params | None = None,
+    ) -> Hypergradient: ...
+
+
+@dataclass(frozen=True)
+class OneStep:
+    """d L_down(theta - step_size * g_pre(theta; phi)) / dphi to first order in step_size: -step_size * d<w, g_pre>/dphi.
+
+    Averaged over the batches. One-step gradient alignment (V-Pretraining, section 3). With `Dot` w is g_down; other directions value the same step differently.
+    """
+
+    direction: Direction = field(default_factory=Dot)
+    product: Product = field(default_factory=DifferenceProduct)
+    step_size: float = 1.0
+    num_batches: int = 1
+
+    def __post_init__(self) -> None:
+        _positive("OneStep", step_size=self.step_size, num_batches=self.num_batches)
+
+    def __call__(
+        self,
+        inner_losses: Sequence[InnerLoss],
+        outer_loss: OuterLoss,
+        theta: Params,
+        phi: Params,
+        *,
+        update: Update | None = None,
+        start: Params | None = None,
+    ) -> Hypergradient:
+        theta, phi = params.leaves(theta), params.leaves(phi)
+        feedback_loss, g_down = downstream(outer_loss, theta)
+        total, total_value, grad_evals = params.zeros_like(phi), 0.0, 1
+        for inner in inner_losses:
+            with torch.enable_grad():
+                loss = inner(phi)
+            g_pre = value_and_gradient(loss, theta, retain_graph=True)[1] if self.direction.needs_g_pre else None
+            w, value = self.direction(g_down, g_pre, update)
+            (by_phi,), inner_product = self.product(loss, theta, w, (phi,))
+            total = params.add(total, by_phi)
+            total_value += float(inner_product if value is None else value)
+            grad_evals += self.product.num_gradients + self.direction.needs_g_pre
+        count = len(inner_losses)
+        diagnostics = {"feedback_loss": feedback_loss, "g_down_norm": float(params.norm(g_down))}
+        return finite(Hypergradient(params.scale(total, -self.step_size / count), total_value / count, grad_evals, diagnostics))
+
+
+@dataclass(frozen=True)
+class Implicit:
+    """dL_down(theta*(phi))/dphi = -d<w, g_pre>/dphi with (H + damping I) w = g_down, H the Hessian of the pretraining loss.
+
+    Implicit differentiation (Lorraine et al. 2020) at theta, which the learner's own training keeps near a stationary point.
+    H and the product are averages over the batches. The solver says whether it converged: residual, iterations and smallest
+    curvature are diagnostics.
+    """
+
+    solve: LinearSolver = field(default_factory=ConjugateGradient)
+    damping: float = 0.0
+    product: Product = field(default_factory=DifferenceProduct)
+    num_batches: int = 1
+
+    def __post_init__(self) -> None:
+        _positive("Implicit", num_batches=self.num_batches)
+        if self.damping < 0:
+            raise MetaVPTError(f"Implicit: damping={self.damping} must not be negative")
+
+    def __call__(
+        self,
+        inner_losses: Sequence[InnerLoss],
+        outer_loss: OuterLoss,
+        theta: Params,
+        phi: Params,
+        *,
+        update: Update | None = None,
+        start: Params | None = None,
+    ) -> Hypergradient:
+        theta, phi = params.leaves(theta), params.leaves(phi)
+        feedback_loss, g_down = downstream(outer_loss, theta)
+        with torch.no_grad():
+            fixed = [inner(phi) for inner in inner_losses]  # H does not differentiate the task: its trunk runs once, without a graph
+
+        num_products = 0
+
+        def hessian_product(v: Params) -> Params:
+            nonlocal num_products
+            num_products += 1
+            products = [self.product(loss, theta, v, (theta,)).by[0] for loss in fixed]
+            return params.scale(_sum(products), 1 / len(products))
+
+        solution = self.solve(hessian_product, g_down, damping=self.damping, x0=start)
+        total, value = params.zeros_like(phi), 0.0
+        for inner in inner_losses:
+            with torch.enable_grad():
+                loss = inner(phi)
+            (by_phi,), inner_product = self.product(loss, theta, solution.x, (phi,))
+            total, value = params.add(total, by_phi), value + float(inner_product)
+        count = len(inner_losses)
+        diagnostics = {
+            "feedback_loss": feedback_loss,
+            "g_down_norm": float(params.norm(g_down)),
+            "residual": solution.residual,
+            "iterations": float(solution.num_iterations),
+            "min_curvature": solution.min_curvature,
+            "converged": float(solution.converged),
+        }
+        grad_evals = 1 + (num_products + 1) * self.product.num_gradients * count
+        return finite(Hypergradient(params.scale(total, -1 / count), value / count, grad_evals, diagnostics, solution.x))
+
+
+@dataclass(frozen=True)
+class Unrolled:
+    """dL_down(theta_K(phi))/dphi through K = `num_steps` steps of the learner's optimizer, one unlabelled batch each.
+
+    The discrete adjoint, replayed backwards one step at a time: with (theta', moments') = U(theta, moments, g) and cotangents of the
+    left side, w is U's pullback to g, and d<w, g_k>/d(theta, phi) carries it through the gradient. Exact for SGD, Adam and AdamW.
+
+    optimizer   the rule to unroll, from fresh moments; by default the learner's real one as it stands (`update`)
+
+    Memory is that of one step beside K gradients of theta's size and every sqrt(K)-th theta with its moments, from which those in
+    between are replayed elementwise.
+    """
+
+    num_steps: int = 4
+    optimizer: Rule | None = None
+    product: Product = field(default_factory=DifferenceProduct)
+
+    def __post_init__(self) -> None:
+        _positive("Unrolled", num_steps=self.num_steps)
+
+    @property
+    def num_batches(self) -> int:
+        return self.num_steps
+
+    def __call__(
+        self,
+        inner_losses: Sequence[InnerLoss],
+        outer_loss: OuterLoss,
+        theta: Params,
+        phi: Params,
+        *,
+        update: Update | None = None,
+        start: Params | None = None,
+    ) -> Hypergradient:
+        phi = params.leaves(phi)
+        if len(inner_losses) != self.num_steps:
+            raise MetaVPTError(f"Unrolled: num_steps={self.num_steps} takes as many inner losses, not {len(inner_losses)}")
+        rule, state = self._optimizer(theta, update)
+        before = float(outer_loss(params.detach(theta)).detach())
+        trajectory = Trajectory(rule, params.detach(theta), state, segment=math.isqrt(self.num_steps))
+        for inner in inner_losses:
+            with torch.no_grad():
+                loss = inner(phi)
+            trajectory.advance(value_and_gradient(loss, trajectory.theta)[1])
+        feedback_loss, ct_theta = downstream(outer_loss, trajectory.theta)
+        diagnostics = {"feedback_loss": before, "g_down_norm": float(params.norm(ct_theta))}
+
+        total, ct_moments = params.zeros_like(phi), None
+        for k, (theta_k, state_k, gradient) in zip(reversed(range(self.num_steps)), trajectory.backwards(), strict=True):
+            pulled = vjp(rule, theta_k, state_k, gradient, ct_theta, ct_moments)
+            theta_k = params.leaves(theta_k)
+            with torch.enable_grad():
+                loss = inner_losses[k](phi)
+            wrt = (phi, theta_k) if k else (phi,)  # before the first step theta does not depend on phi
+            by_phi, *by_theta = self.product(loss, theta_k, pulled.grad, wrt).by
+            total = params.add(total, by_phi)
+            if by_theta:
+                ct_theta, ct_moments = params.add(pulled.theta, by_theta[0]), pulled.moments
+        grad_evals = 1 + self.num_steps * (1 + self.product.num_gradients)
+        return finite(Hypergradient(total, before - feedback_loss, grad_evals, diagnostics))
+
+    def _optimizer(self, theta: Params, update: Update | None) -> tuple[Rule, State]:
+        if self.optimizer is not None:
+            return self.optimizer, self.optimizer.init(params.detach(theta))
+        if update is None:
+            raise MetaVPTError("Unrolled: needs an optimizer to unroll: set `optimizer`, or pass the learner's as `update`")
+        return update.rule, update.state
+
+
+class Trajectory:
+    """The steps of a rule from (theta, state): forwards by `advance`, then once `backwards`.
+
+    It keeps every gradient, but theta and state only at the start of each `segment` of steps; the rule replays the others elementwise.
+    """
+
+    def __init__(self, rule: Rule, theta: Params, state: State, segment: int) -> None:
+        self.rule, self.theta, self.state, self.segment = rule, theta, state, segment
+        self._gradients: list[Params] = []
+        self._starts: list[tuple[Params, State]] = []
+
+    def advance(self, gradient: Params) -> None:
+        """One step on `gradient`, which moves `theta`."""
+        if len(self._gradients) % self.segment == 0:
+            self._starts.append((self.theta, self.state))
+        self._gradients.append(gradient)
+        with torch.no_grad():
+            self.theta, self.state = self.rule.step(self.theta, self.state, gradient)
+
+    def backwards(self) -> Iterator[tuple[Params, State, Params]]:
+        """(theta_k, state_k, gradient_k) from the last step to the first; each is let go once it is passed."""
+        while self._starts:
+            first = self.segment * (len(self._starts) - 1)
+            steps = [self._starts.pop()]
+            for gradient in self._gradients[first:-1]:
+                with torch.no_grad():
+                    steps.append(self.rule.step(*steps[-1], gradient))
+            while steps:
+                yield *steps.pop(), self._gradients.pop()
+
+
+def downstream(outer_loss: OuterLoss, theta: Params) -> tuple[float, Params]:
+    """The feedback loss and its gradient g_down, detached; a non-finite one raises `NonFiniteError`."""
+    loss, g_down = value_and_gradient(outer_loss, theta)
+    if not (torch.isfinite(loss) and params.is_finite(g_down)):
+        raise NonFiniteError(f"the feedback loss is {float(loss):.3g} and the norm of its gradient {float(params.norm(g_down)):.3g}")
+    return float(loss), g_down
+
+
+def finite(hypergradient: Hypergradient) -> Hypergradient:
+    """The same, or `NonFiniteError`: a NaN never reaches the designer silently."""
+    if not params.is_finite(hypergradient.by_phi):
+        raise NonFiniteError("the hypergradient is not finite")
+    return hypergradient
+
+
+def _sum(terms: Sequence[Params]) -> Params:
+    total = terms[0]
+    for term in terms[1:]:
+        total = params.add(total, term)
+    return total
+
+
+def _positive(owner: str, **values: float) -> None:
+    for name, value in values.items():
+        if not value > 0:
+            raise MetaVPTError(f"{owner}: {name}={value} must be positive")

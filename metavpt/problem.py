@@ -1,0 +1,112 @@
+"""The class that a user subclasses: a learner, a task designer, and the two losses that join them."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from metavpt import params
+from metavpt.errors import MetaVPTError
+from metavpt.params import Params
+
+
+class Problem(ABC):
+    """What is pretrained, on which tasks, and for whose benefit.
+
+    learner   theta: trained only by `pretrain_loss` on detached tasks
+    designer  phi: forward(batch) -> task; trained only by the value of the learner's update for `feedback_loss`
+
+    Both losses are pure: same arguments, same value, nothing written. Estimators evaluate them many times a step, so a batch
+    carries its own randomness (seeds, noise) and all state moves in `after_step`. Every attribute with a `state_dict` is part of
+    a checkpoint.
+    """
+
+    learner: nn.Module
+    designer: nn.Module
+
+    @abstractmethod
+    def pretrain_batches(self, seed: int) -> Iterable[Any]:
+        """Unlabelled batches in an order set by `seed`; begun again with another seed when it ends."""
+
+    @abstractmethod
+    def feedback_batches(self, seed: int) -> Iterable[Any]:
+        """Labelled batches in an order set by `seed`; they reach the learner only through the designer."""
+
+    @abstractmethod
+    def pretrain_loss(self, theta: Params, task: Any) -> Tensor:
+        """L_pre(theta; task), a scalar; theta names the learner's parameters, see `torch.func.functional_call`."""
+
+    @abstractmethod
+    def feedback_loss(self, theta: Params, batch: Any) -> Tensor:
+        """L_down(theta; batch), a scalar."""
+
+    @abstractmethod
+    def evaluate(self) -> dict[str, float]:
+        """Metrics of the learner as it is, on data that neither loop sees."""
+
+    # What follows has a default that suits most problems.
+
+    def recipe(self, batch: Any) -> Any:
+        """The task of the ordinary recipe, which `strategy=fixed` trains on. Default: the designer, never trained."""
+        return self.designer(batch)
+
+    def meta_batches(self, seed: int) -> Iterable[Any]:
+        """Unlabelled batches that only the designer's updates see. Default: as `pretrain_batches`."""
+        return self.pretrain_batches(seed)
+
+    def aligned_parameters(self) -> Sequence[str]:
+        """Names of theta_S, the parameters through which value is measured. Default: all."""
+        return list(params.named(self.learner))
+
+    def pretrain_tail(self, theta: Params, task: Any) -> Callable[[Params], Tensor]:
+        """theta_S -> L_pre. What does not depend on theta_S is best computed once, before the function is returned."""
+        return lambda theta_s: self.pretrain_loss({**theta, **theta_s}, task)
+
+    def regularizer(self, task: Any) -> Tensor | None:
+        """R(phi), added to the designer's loss through the task that it made. Default: none."""
+        return None
+
+    def fit_heads(self) -> None:  # noqa: B027 - a hook that may stay empty
+        """Called before each designer update: fit what `feedback_loss` reads the learner with, the learner frozen."""
+
+    def warm_up_parameters(self) -> Sequence[str]:
+        """Names trained during the trainer's head warm-up, the rest frozen: a fresh SSL head on a released backbone. Default: all."""
+        return list(params.named(self.learner))
+
+    def after_step(self, task: Any, progress: float) -> None:  # noqa: B027
+        """State that moves with the learner's step: EMA teacher, centre. `progress` in [0, 1] is the share of the budget spent."""
+
+    def figures(self) -> dict[str, np.ndarray]:
+        """Pictures for the report by name, uint8 arrays (H, W, 3)."""
+        return {}
+
+    def num_samples(self, batch: Any) -> int:
+        """Samples in an unlabelled batch. Default: the first dimension of its first tensor."""
+        tensor = _first_tensor(batch)
+        if tensor is None:
+            raise MetaVPTError(f"{type(self).__name__}.num_samples: the batch holds no tensor; override num_samples to count its samples")
+        return tensor.shape[0]
+
+    def to(self, device: torch.device | str) -> None:
+        """Move every module to `device`."""
+        for value in vars(self).values():
+            if isinstance(value, nn.Module):
+                value.to(device)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {name: value.state_dict() for name, value in vars(self).items() if hasattr(value, "state_dict")}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        for name, value in state.items():
+            getattr(self, name).load_state_dict(value)
+
+
+def _first_tensor(batch: Any) -> Tensor | None:
+    if isinstance(batch, Tensor):
+        return batch if batch.ndim else None
+    items = batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, Sequence) else vars(batch).values()
+    found = (_first_tensor(item) for item in items if isinstance(item, (Tensor, Mapping, list, tuple)))
+    return next((tensor for tensor in found if tensor is not None), None)

@@ -1,0 +1,73 @@
+"""What a run leaves behind while it goes: metrics.jsonl, figures, and a progress bar for whoever watches."""
+
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+from metavpt.budget import Budget
+
+
+class RunLog:
+    """Appends one JSON object a line to `folder`/metrics.jsonl and shows progress on `console`.
+
+    A checkpoint holds the length of the file; loading it cuts off what came later, so a resumed run logs every step once.
+    """
+
+    def __init__(self, folder: Path, console: Console | None = None) -> None:
+        self.folder = folder
+        self.path = folder / "metrics.jsonl"
+        self.console = console or Console(quiet=True)
+        self._bar: Progress | None = None
+        self._shown: dict[str, float] = {}
+
+    def write(self, kind: str, step: int, **values: Any) -> None:
+        with self.path.open("a") as file:
+            file.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
+        self._shown.update({name: values[name] for name in ("loss", "value") if name in values})
+
+    def warn(self, step: int, message: str) -> None:
+        self.write("warning", step, message=message)
+        self.console.print(f"[yellow]step {step}: {message}[/yellow]")
+
+    def records(self) -> list[dict[str, Any]]:
+        """Everything written so far."""
+        return [json.loads(line) for line in self.path.read_text().splitlines()]
+
+    def save_figures(self, step: int, figures: dict[str, np.ndarray]) -> None:
+        """One PNG each: figures/<name>-step<NNNNNN>.png."""
+        for name, pixels in figures.items():
+            path = self.folder / "figures" / f"{name}-step{step:06d}.png"
+            path.parent.mkdir(exist_ok=True)
+            Image.fromarray(pixels).save(path)
+
+    @contextmanager
+    def progress(self, budget: Budget) -> Iterator[None]:
+        """A bar over the budget for as long as the block runs."""
+        columns = (BarColumn(), TextColumn("{task.percentage:3.0f}%"), TextColumn("{task.description}"), TimeRemainingColumn())
+        with Progress(*columns, console=self.console) as self._bar:
+            self._bar.add_task("", total=1.0, completed=budget.progress)
+            yield
+        self._bar = None
+
+    def advance(self, budget: Budget) -> None:
+        if self._bar is None:
+            return
+        loss, value = self._shown.get("loss"), self._shown.get("value")
+        parts = [f"step {budget.steps}", f"{budget.samples / max(budget.seconds, 1e-9):.0f} samples/s"]
+        parts += [f"loss {loss:.4f}"] if loss is not None else []
+        parts += [f"V {value:+.3g}"] if value is not None else []
+        self._bar.update(self._bar.task_ids[0], completed=budget.progress, description="  ".join(parts))
+
+    def state_dict(self) -> dict[str, int]:
+        return {"bytes": self.path.stat().st_size}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        os.truncate(self.path, min(state["bytes"], self.path.stat().st_size))

@@ -1,0 +1,26 @@
+"""The learning rate over a run."""
+
+import math
+from dataclasses import dataclass
+
+from metavpt.errors import MetaVPTError
+
+
+@dataclass(frozen=True)
+class WarmupCosine:
+    """A factor for the peak learning rate: linear over `warmup_steps`, then half a cosine down to `final` at the end of the budget.
+
+    It follows the share of the budget spent, whatever its unit, so it cannot overrun and serves budgets in seconds as well.
+    """
+
+    warmup_steps: int = 0
+    final: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.warmup_steps < 0 or not 0 <= self.final <= 1:
+            raise MetaVPTError(f"schedule: warmup_steps={self.warmup_steps} must not be negative and final={self.final} lies in [0, 1]")
+
+    def __call__(self, step: int, progress: float) -> float:
+        """`step` counts from 0, `progress` in [0, 1]."""
+        warmup = min(1.0, (step + 1) / self.warmup_steps) if self.warmup_steps else 1.0
+        return warmup * (self.final + (1 - self.final) * (1 + math.cos(math.pi * progress)) / 2)

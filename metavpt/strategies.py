@@ -1,0 +1,167 @@
+"""Where the next task comes from: the only place in which a fixed recipe, a control and the learned designer differ."""
+
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch.func import functional_call
+from torch.optim import Optimizer
+
+from metavpt import params
+from metavpt.budget import Budget
+from metavpt.errors import MetaVPTError, NonFiniteError
+from metavpt.hypergradient import Estimator, Hypergradient, InnerLoss, OneStep, OuterLoss
+from metavpt.optimizers import Update, from_torch
+from metavpt.problem import Problem
+from metavpt.stream import Streams
+
+
+class Proposal(NamedTuple):
+    """The next task, without a graph; how many unlabelled samples it holds; what the strategy measured on the way, for the log."""
+
+    task: Any
+    num_samples: int
+    record: dict[str, float]
+
+
+class Strategy(Protocol):
+    """`start` once, then `next_task` for every step of the learner. Whatever it spends beside the step itself it charges to the budget."""
+
+    def start(self, problem: Problem) -> None: ...
+
+    def next_task(self, problem: Problem, streams: Streams, optimizer: Optimizer, budget: Budget) -> Proposal: ...
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+class Fixed:
+    """The ordinary recipe: no designer, no feedback."""
+
+    def start(self, problem: Problem) -> None:
+        pass
+
+    def next_task(self, problem: Problem, streams: Streams, optimizer: Optimizer, budget: Budget) -> Proposal:
+        with budget.timed("data"):
+            batch = next(streams.pretrain)
+        with budget.timed("task"), torch.no_grad():
+            return Proposal(problem.recipe(batch), problem.num_samples(batch), {})
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        pass
+
+
+class Learned:
+    """The designer's tasks, the designer trained every `meta_every` steps, after `burn_in`, by hypergradients of the feedback loss.
+
+    With a designer learning rate of 0 this is the designer as it started; where that equals the recipe, the run equals `Fixed` bit for bit.
+    An update with a non-finite loss or hypergradient is skipped and counted.
+    """
+
+    def __init__(
+        self,
+        estimator: Estimator | None = None,
+        optimizer: Callable[[Iterable[torch.Tensor]], Optimizer] | None = None,
+        meta_every: int = 8,
+        burn_in: int = 0,
+        max_norm: float = 1.0,
+    ) -> None:
+        if meta_every < 1 or burn_in < 0:
+            raise MetaVPTError(f"strategy: meta_every={meta_every} must be at least 1 and burn_in={burn_in} at least 0")
+        self.estimator = estimator or OneStep()
+        self.make_optimizer = optimizer or (lambda parameters: torch.optim.Adam(parameters, lr=2e-4))
+        self.meta_every, self.burn_in, self.max_norm = meta_every, burn_in, max_norm
+        self.num_skipped = 0
+        self._solution: params.Params | None = None
+
+    def start(self, problem: Problem) -> None:
+        phi = params.named(problem.designer)
+        if not phi:
+            raise MetaVPTError(
+                f"strategy {type(self).__name__}: the designer {type(problem.designer).__name__} has no trainable parameter; "
+                "give the problem a designer, or use strategy=fixed"
+            )
+        self.optimizer = self.make_optimizer(phi.values())
+
+    def next_task(self, problem: Problem, streams: Streams, optimizer: Optimizer, budget: Budget) -> Proposal:
+        record: dict[str, float] = {}
+        if budget.steps >= self.burn_in and budget.steps % self.meta_every == 0:
+            with budget.timed("designer"):
+                record = self.update_designer(problem, streams, optimizer, budget)
+        with budget.timed("data"):
+            batch = next(streams.pretrain)
+        with budget.timed("task"), torch.no_grad():
+            return Proposal(problem.designer(batch), problem.num_samples(batch), record)
+
+    def update_designer(self, problem: Problem, streams: Streams, optimizer: Optimizer, budget: Budget) -> dict[str, float]:
+        """One step of phi: heads, g_down on labelled batches, the product on unlabelled ones, the regularizer, the designer's optimizer."""
+        with budget.timed("data"):
+            unlabelled = [next(streams.meta) for _ in range(self.estimator.num_batches)]
+            labelled = next(streams.feedback)
+        problem.fit_heads()
+        try:
+            hypergradient = self.hypergradient(problem, unlabelled, labelled, optimizer)
+        except NonFiniteError:
+            self.num_skipped += 1
+            self._solution = None
+            return {"skipped_updates": float(self.num_skipped)}
+        budget.charge(grad_evals=hypergradient.grad_evals)
+        self._solution = hypergradient.solution
+        regularizer = self._descend(problem, hypergradient, unlabelled[0])
+        return {"value": hypergradient.value, "regularizer": regularizer, **hypergradient.diagnostics}
+
+    def hypergradient(self, problem: Problem, unlabelled: list[Any], labelled: Any, optimizer: Optimizer) -> Hypergradient:
+        theta = params.detach(params.named(problem.learner))
+        aligned = {name: theta[name] for name in aligned_names(problem, theta)}
+        live = params.named(problem.learner)
+        rule, state = from_torch(optimizer, {name: live[name] for name in aligned})
+        return self.estimator(
+            [inner_loss(problem, theta, batch) for batch in unlabelled],
+            self.outer_loss(problem, theta, labelled),
+            aligned,
+            params.named(problem.designer),
+            update=Update(rule, aligned, state),
+            start=self._solution,
+        )
+
+    def outer_loss(self, problem: Problem, theta: params.Params, labelled: Any) -> OuterLoss:
+        """theta_S -> feedback loss; controls put another loss in its place."""
+        return lambda theta_s: problem.feedback_loss({**theta, **theta_s}, labelled)
+
+    def _descend(self, problem: Problem, hypergradient: Hypergradient, batch: Any) -> float:
+        phi = params.named(problem.designer)
+        self.optimizer.zero_grad(set_to_none=True)
+        regularizer = problem.regularizer(problem.designer(batch))
+        if regularizer is not None:
+            regularizer.backward()
+        for name, p in phi.items():
+            p.grad = hypergradient.by_phi[name] if p.grad is None else p.grad + hypergradient.by_phi[name]
+        torch.nn.utils.clip_grad_norm_(phi.values(), self.max_norm)
+        self.optimizer.step()
+        return 0.0 if regularizer is None else float(regularizer)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"optimizer": self.optimizer.state_dict(), "num_skipped": self.num_skipped, "solution": self._solution}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.num_skipped, self._solution = state["num_skipped"], state["solution"]
+
+
+def inner_loss(problem: Problem, theta: params.Params, batch: Any) -> InnerLoss:
+    """phi -> (theta_S -> pretraining loss of the task that the designer with parameters phi makes of `batch`)."""
+    return lambda phi: problem.pretrain_tail(theta, functional_call(problem.designer, phi, (batch,)))
+
+
+def aligned_names(problem: Problem, theta: params.Params) -> list[str]:
+    """The names of theta_S, checked against the learner's."""
+    names = list(problem.aligned_parameters())
+    unknown = [name for name in names if name not in theta]
+    if unknown or not names:
+        what = f"names {unknown[0]!r}, which is no parameter of the learner" if unknown else "is empty"
+        raise MetaVPTError(f"{type(problem).__name__}.aligned_parameters {what}; the learner's begin with {', '.join(list(theta)[:3])}")
+    return names

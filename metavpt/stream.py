@@ -1,0 +1,59 @@
+"""Endless batches with a position that a checkpoint can hold."""
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, NamedTuple
+
+from metavpt.errors import MetaVPTError
+
+
+class Stream:
+    """The batches of `source(seed)`, then of `source(seed + 1)` and so on, for ever.
+
+    `state_dict` is the position alone. Loading it begins the source again and skips: through the iterable's own `skip(n)` where it has one
+    (no decoding), by drawing and dropping batches otherwise.
+    """
+
+    def __init__(self, source: Callable[[int], Iterable[Any]], seed: int, name: str = "stream") -> None:
+        self.source, self.seed, self.name = source, seed, name
+        self.epoch = 0
+        self.position = 0
+        self._batches: Iterator[Any] | None = None
+
+    def __next__(self) -> Any:
+        if self._batches is None:
+            self._batches = self._begin()
+        try:
+            batch = next(self._batches)
+        except StopIteration:
+            if self.position == 0:
+                raise MetaVPTError(f"{self.name}: the source is empty, it gave no batch at all") from None
+            self.epoch, self.position = self.epoch + 1, 0
+            self._batches = self._begin()
+            return next(self)
+        self.position += 1
+        return batch
+
+    def _begin(self) -> Iterator[Any]:
+        batches = self.source(self.seed + self.epoch)
+        if self.position and hasattr(batches, "skip"):
+            batches.skip(self.position)  # type: ignore[attr-defined]
+            return iter(batches)
+        iterator = iter(batches)
+        for _ in range(self.position):
+            next(iterator)
+        return iterator
+
+    def state_dict(self) -> dict[str, int]:
+        return {"epoch": self.epoch, "position": self.position}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.epoch, self.position = state["epoch"], state["position"]
+        self._batches = None
+
+
+class Streams(NamedTuple):
+    """What strategies draw from; `meta` is unlabelled data for the designer alone, so that the learner's own order stays as it is."""
+
+    pretrain: Stream
+    meta: Stream
+    feedback: Stream

@@ -1,0 +1,171 @@
+"""The loop, readable top to bottom: ask the strategy for a task, take one ordinary pretraining step on it, count, measure, save."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.optim import Optimizer
+
+from metavpt import params
+from metavpt.budget import Budget
+from metavpt.checkpoint import Checkpoints
+from metavpt.errors import MetaVPTError, NonFiniteError
+from metavpt.problem import Problem
+from metavpt.runlog import RunLog
+from metavpt.schedule import WarmupCosine
+from metavpt.strategies import Strategy
+from metavpt.stream import Stream, Streams
+
+
+class Trainer:
+    """Pretrains `problem.learner` on the tasks of `strategy` until the budget is spent.
+
+    The learner's parameters and their `.grad` are written in `step` alone, and there only by the pretraining loss of a detached task.
+
+    head_warmup_steps   first steps that train `problem.warm_up_parameters()` only: fresh SSL heads on a released backbone
+    max_failures        steps in a row with a non-finite loss or gradient, each one skipped, after which the run stops
+    """
+
+    def __init__(
+        self,
+        problem: Problem,
+        strategy: Strategy,
+        budget: Budget,
+        log: RunLog,
+        checkpoints: Checkpoints | None = None,
+        optimizer: Callable[[list[dict[str, Any]]], Optimizer] | None = None,
+        schedule: WarmupCosine | None = None,
+        weight_decay: float = 0.04,
+        clip_norm: float = 1.0,
+        head_warmup_steps: int = 0,
+        seed: int = 0,
+        log_every: int = 10,
+        probe_every: int = 0,
+        checkpoint_every: int = 0,
+        max_failures: int = 10,
+    ) -> None:
+        self.problem, self.strategy, self.budget, self.log, self.checkpoints = problem, strategy, budget, log, checkpoints
+        self.schedule = schedule or WarmupCosine()
+        self.clip_norm, self.head_warmup_steps, self.max_failures = clip_norm, head_warmup_steps, max_failures
+        self.log_every, self.probe_every, self.checkpoint_every = log_every, probe_every, checkpoint_every
+        self.num_failures = 0
+        strategy.start(problem)
+        groups = self._parameter_groups(weight_decay)
+        self.optimizer = optimizer(groups) if optimizer else torch.optim.AdamW(groups, lr=1e-4)
+        self.peak_lr = [group["lr"] for group in self.optimizer.param_groups]
+        first = 1_000_000 * seed  # a stream takes one more seed for every pass over its source: room for 300,000 passes
+        self.streams = Streams(
+            pretrain=Stream(problem.pretrain_batches, first, "pretrain_batches"),
+            meta=Stream(problem.meta_batches, first + 300_000, "meta_batches"),
+            feedback=Stream(problem.feedback_batches, first + 600_000, "feedback_batches"),
+        )
+
+    def run(self) -> None:
+        """From where the run stands to the end of the budget; step 0 is measured before anything is trained."""
+        if self.budget.steps == 0:
+            self._probe()
+        with self.log.progress(self.budget):
+            while not self.budget.exhausted:
+                self.step()
+                if self.probe_every and self.budget.steps % self.probe_every == 0 and not self.budget.exhausted:
+                    self._probe()
+                if self.checkpoint_every and self.budget.steps % self.checkpoint_every == 0:
+                    self.save()
+        self._probe()
+        self.save()
+
+    def step(self) -> None:
+        """1. a task from the strategy  2. its pretraining loss  3. the learner's optimizer  4. the state that follows (EMA, centre)."""
+        self._schedule()  # first: strategies read the learning rate that the coming step will have
+        proposal = self.strategy.next_task(self.problem, self.streams, self.optimizer, self.budget)
+        with self.budget.timed("learner"):
+            theta = params.named(self.problem.learner)
+            loss = self.problem.pretrain_loss(theta, proposal.task)
+            self.optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            grad_norm = torch.nn.utils.clip_grad_norm_(theta.values(), self.clip_norm)
+            if torch.isfinite(grad_norm) and torch.isfinite(loss):
+                self.optimizer.step()
+                self.problem.after_step(proposal.task, self.budget.progress)
+                self.num_failures = 0
+            else:
+                self._skip(float(loss), float(grad_norm))
+        self.budget.charge(steps=1, samples=proposal.num_samples, grad_evals=1)
+        if proposal.record:
+            self.log.write("designer", self.budget.steps, **proposal.record)
+        if self.budget.steps % self.log_every == 0 or self.budget.exhausted:
+            self._log_train(float(loss.detach()), float(grad_norm))
+        self.log.advance(self.budget)
+
+    def save(self) -> None:
+        if self.checkpoints:
+            self.checkpoints.save(self.budget.steps, self.state_dict())
+
+    def _parameter_groups(self, weight_decay: float) -> list[dict[str, Any]]:
+        """Matrices decay, vectors (biases, norms) do not; what head warm-up freezes stands in groups of its own."""
+        warm = set(self.problem.warm_up_parameters())
+        groups: dict[tuple[bool, bool], list[torch.Tensor]] = {}
+        for name, p in params.named(self.problem.learner).items():
+            groups.setdefault((p.ndim >= 2, name in warm), []).append(p)
+        if not groups:
+            raise MetaVPTError(f"{type(self.problem).__name__}.learner has no trainable parameter")
+        return [
+            {"params": group, "weight_decay": weight_decay if decays else 0.0, "warm": is_warm}
+            for (decays, is_warm), group in groups.items()
+        ]
+
+    def _schedule(self) -> None:
+        factor = self.schedule(self.budget.steps, self.budget.progress)
+        warming_up = self.budget.steps < self.head_warmup_steps
+        for group, peak_lr in zip(self.optimizer.param_groups, self.peak_lr, strict=True):
+            group["lr"] = 0.0 if warming_up and not group["warm"] else peak_lr * factor
+
+    def _skip(self, loss: float, grad_norm: float) -> None:
+        self.num_failures += 1
+        self.log.warn(self.budget.steps, f"step skipped: loss {loss:.4g}, gradient norm {grad_norm:.4g}")
+        if self.num_failures >= self.max_failures:
+            raise NonFiniteError(
+                f"the pretraining loss or its gradient was not finite for {self.num_failures} steps in a row; "
+                "lower the learning rate (trainer.optimizer.lr) or look at the data"
+            )
+
+    def _log_train(self, loss: float, grad_norm: float) -> None:
+        budget = self.budget
+        self.log.write(
+            "train",
+            budget.steps,
+            loss=loss,
+            grad_norm=grad_norm,
+            lr=self.optimizer.param_groups[0]["lr"],
+            samples=budget.samples,
+            grad_evals=budget.grad_evals,
+            seconds=budget.seconds,
+            samples_per_s=budget.samples / max(budget.seconds, 1e-9),
+        )
+        self.log.write("time", budget.steps, seconds=dict(budget.times))
+
+    def _probe(self) -> None:
+        with self.budget.timed("probe"):
+            self.log.write("probe", self.budget.steps, metrics=self.problem.evaluate())
+            self.log.save_figures(self.budget.steps, self.problem.figures())
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "problem": self.problem.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "strategy": self.strategy.state_dict(),
+            "streams": {name: stream.state_dict() for name, stream in self.streams._asdict().items()},
+            "budget": self.budget.state_dict(),
+            "log": self.log.state_dict(),
+            "num_failures": self.num_failures,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.problem.load_state_dict(state["problem"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.strategy.load_state_dict(state["strategy"])
+        for name, stream in self.streams._asdict().items():
+            stream.load_state_dict(state["streams"][name])
+        self.budget.load_state_dict(state["budget"])
+        self.log.load_state_dict(state["log"])
+        self.num_failures = state["num_failures"]

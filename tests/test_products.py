@@ -1,0 +1,93 @@
+import pytest
+import torch
+from ridge import Ridge
+
+from metavpt import params
+from metavpt.errors import MetaVPTError, UnreachedParameterError
+from metavpt.products import DifferenceProduct, ExactProduct, differentiate, value_and_gradient
+
+PRODUCTS = [ExactProduct(), DifferenceProduct()]
+
+
+@pytest.fixture
+def ridge() -> Ridge:
+    return Ridge.random()
+
+
+def point(ridge: Ridge) -> tuple[params.Params, params.Params, params.Params]:
+    g = torch.Generator().manual_seed(1)
+    theta, w = ({"theta": torch.randn(6, generator=g, dtype=torch.float64)} for _ in range(2))
+    return params.leaves(theta), w, params.leaves(ridge.phi)
+
+
+@pytest.mark.parametrize("product", PRODUCTS, ids=["exact", "difference"])
+def test_mixed_and_hessian_products_of_ridge_have_their_closed_forms(ridge, product):
+    theta, w, phi = point(ridge)
+    (by_theta, by_phi), value = product(ridge.inner(phi), theta, w, (theta, phi))
+    penalty = ridge.phi["log_penalty"].exp()
+    torch.testing.assert_close(by_theta["theta"], ridge.hessian() @ w["theta"], rtol=1e-8, atol=1e-9)
+    torch.testing.assert_close(by_phi["log_penalty"], penalty * theta["theta"] * w["theta"], rtol=1e-8, atol=1e-9)
+    expected = w["theta"] @ (ridge.hessian() @ theta["theta"] - ridge.x.T @ ridge.y / 20)
+    torch.testing.assert_close(value, expected.detach(), rtol=1e-9, atol=1e-10)
+
+
+def test_difference_product_is_the_same_for_any_length_of_w(ridge):
+    theta, w, phi = point(ridge)
+    reference = DifferenceProduct()(ridge.inner(phi), theta, w, (phi,)).by[0]
+    for factor in (1e-6, 1e6):
+        scaled = DifferenceProduct()(ridge.inner(phi), theta, params.scale(w, factor), (phi,)).by[0]
+        torch.testing.assert_close(scaled["log_penalty"] / factor, reference["log_penalty"], rtol=1e-7, atol=1e-9)
+
+
+def test_difference_product_of_a_zero_direction_is_zero(ridge):
+    theta, w, phi = point(ridge)
+    result = DifferenceProduct()(ridge.inner(phi), theta, params.scale(w, 0.0), (phi,))
+    assert float(result.value) == 0.0
+    assert float(params.norm(result.by[0])) == 0.0
+
+
+def test_difference_product_rejects_a_step_that_is_not_positive():
+    with pytest.raises(MetaVPTError, match="relative_step=0"):
+        DifferenceProduct(relative_step=0.0)
+
+
+@pytest.mark.parametrize("product", PRODUCTS, ids=["exact", "difference"])
+def test_an_unreached_parameter_is_named(ridge, product):
+    theta, w, phi = point(ridge)
+    phi["idle"] = torch.zeros(3, dtype=torch.float64, requires_grad=True)
+    with pytest.raises(UnreachedParameterError, match="idle"):
+        product(ridge.inner(phi), theta, w, (phi,))
+
+
+def test_a_loss_without_any_graph_names_what_it_misses():
+    with pytest.raises(UnreachedParameterError, match="phi_a"):
+        differentiate(torch.tensor(1.0), ({"phi_a": torch.zeros(1, requires_grad=True)},))
+
+
+def test_exact_product_goes_through_attention_that_is_fused_outside():
+    """Fused attention has no second derivative; the product switches it off for itself alone."""
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(2, 2, 8, 4, generator=g)
+    theta = {"q": torch.randn(4, 4, generator=g).requires_grad_()}
+    phi = {"scale": torch.ones(4).requires_grad_()}
+
+    def loss(theta: params.Params) -> torch.Tensor:
+        q = (x * phi["scale"]) @ theta["q"]
+        return torch.nn.functional.scaled_dot_product_attention(q, x, x).square().mean()
+
+    w = {"q": torch.randn(4, 4, generator=g)}
+    exact = ExactProduct()(loss, theta, w, (phi,)).by[0]
+    difference = DifferenceProduct()(loss, theta, w, (phi,)).by[0]
+    torch.testing.assert_close(exact["scale"], difference["scale"], rtol=2e-3, atol=1e-5)
+
+
+def test_value_and_gradient_is_zero_where_a_parameter_plays_no_part():
+    theta = {"used": torch.tensor([2.0]), "head": torch.tensor([1.0])}
+    value, gradient = value_and_gradient(lambda theta: (theta["used"] ** 2).sum(), theta)
+    assert float(value) == 4.0
+    assert gradient == {"used": torch.tensor([4.0]), "head": torch.tensor([0.0])}
+
+
+def test_value_and_gradient_of_a_constant_is_zero():
+    _, gradient = value_and_gradient(lambda theta: torch.tensor(1.0), {"a": torch.ones(2)})
+    assert gradient["a"].tolist() == [0.0, 0.0]
