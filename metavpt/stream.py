@@ -33,6 +33,10 @@ class Stream:
         self.position += 1
         return batch
 
+    @property
+    def has_begun(self) -> bool:
+        return self.epoch > 0 or self.position > 0
+
     def _begin(self) -> Iterator[Any]:
         batches = self.source(self.seed + self.epoch)
         if self.position and hasattr(batches, "skip"):
