@@ -24,13 +24,13 @@ class Aim(NamedTuple):
 
 
 class Direction(Protocol):
-    """`needs_g_pre`: the direction depends on the pretraining gradient, which is None otherwise.
-
-    `update` is the learner's real optimizer at this step, for directions that value the step it will take.
-    """
+    """Depends, where it says so, on the pretraining gradient and on the learner's real optimizer at this step; they are None otherwise."""
 
     @property
     def needs_g_pre(self) -> bool: ...
+
+    @property
+    def needs_update(self) -> bool: ...
 
     def __call__(self, g_down: Params, g_pre: Params | None, update: Update | None) -> Aim: ...
 
@@ -40,6 +40,7 @@ class Dot:
     """V = <g_down, g_pre>, w = g_down: the value of a plain gradient step."""
 
     needs_g_pre = False
+    needs_update = False
 
     def __call__(self, g_down: Params, g_pre: Params | None, update: Update | None = None) -> Aim:
         return Aim(g_down)
@@ -50,6 +51,7 @@ class Cosine:
     """V = cos(g_down, g_pre), w = (g_down/|g_down| - V g_pre/|g_pre|) / |g_pre|: indifferent to the size of either gradient."""
 
     needs_g_pre = True
+    needs_update = False
 
     def __call__(self, g_down: Params, g_pre: Params | None, update: Update | None = None) -> Aim:
         if g_pre is None:
@@ -70,6 +72,7 @@ class AdamAware:
     """
 
     needs_g_pre = True
+    needs_update = True
 
     def __call__(self, g_down: Params, g_pre: Params | None, update: Update | None = None) -> Aim:
         if g_pre is None or update is None:
@@ -86,6 +89,10 @@ class Normalized:
     @property
     def needs_g_pre(self) -> bool:
         return self.of.needs_g_pre
+
+    @property
+    def needs_update(self) -> bool:
+        return self.of.needs_update
 
     def __call__(self, g_down: Params, g_pre: Params | None, update: Update | None = None) -> Aim:
         w, value = self.of(g_down, g_pre, update)
@@ -107,6 +114,10 @@ class Clipped:
     @property
     def needs_g_pre(self) -> bool:
         return self.of.needs_g_pre
+
+    @property
+    def needs_update(self) -> bool:
+        return self.of.needs_update
 
     def __call__(self, g_down: Params, g_pre: Params | None, update: Update | None = None) -> Aim:
         w, value = self.of(g_down, g_pre, update)

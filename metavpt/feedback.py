@@ -24,8 +24,9 @@ class LabelledFrames(Protocol):
 class DenseFeedback(nn.Module):
     """L_down = depth_weight * L1(depth in metres, valid pixels) + segmentation_weight * CE(classes), through linear-BN heads.
 
-    `fit` trains the heads on detached features of labelled train batches; `forward` is the loss of features (B,D,h,w) and pure: it reads the
-    batch statistics that `fit` has gathered and moves nothing (V-Pretraining, section 3: heads first, then g_down on separate batches).
+    `fit` trains the heads on detached features of labelled train batches; `forward` is the loss of features (B,D,h,w) and pure: it
+    reads the batch statistics that `fit` has gathered and moves nothing (V-Pretraining, section 3: heads first, then g_down on
+    separate batches).
     """
 
     def __init__(
@@ -34,7 +35,8 @@ class DenseFeedback(nn.Module):
         super().__init__()
         if min(depth_weight, segmentation_weight) < 0 or depth_weight + segmentation_weight == 0:
             raise MetaVPTError(
-                f"feedback: depth_weight={depth_weight}, segmentation_weight={segmentation_weight}: none may be negative, one must be positive"
+                f"feedback.depth_weight={depth_weight}, feedback.segmentation_weight={segmentation_weight}: "
+                "neither may be negative and one must be positive"
             )
         self.depth_weight, self.segmentation_weight = depth_weight, segmentation_weight
         self.norm = nn.BatchNorm2d(width, affine=False)

@@ -47,10 +47,16 @@ class Hypergradient:
 
 
 class Estimator(Protocol):
-    """`num_batches` unlabelled batches are asked for; `update` is the learner's real optimizer, `start` an earlier `solution`."""
+    """`num_batches` unlabelled batches are asked for, and `update`, the learner's real optimizer at this step, where `needs_update`.
+
+    `start` is an earlier `solution`, for estimators that solve something.
+    """
 
     @property
     def num_batches(self) -> int: ...
+
+    @property
+    def needs_update(self) -> bool: ...
 
     def __call__(
         self,
@@ -68,7 +74,8 @@ class Estimator(Protocol):
 class OneStep:
     """d L_down(theta - step_size * g_pre(theta; phi)) / dphi to first order in step_size: -step_size * d<w, g_pre>/dphi.
 
-    Averaged over the batches. One-step gradient alignment (V-Pretraining, section 3). With `Dot` w is g_down; other directions value the same step differently.
+    Averaged over the batches. One-step gradient alignment (V-Pretraining, section 3). With `Dot` w is g_down; other directions
+    value the same step differently.
     """
 
     direction: Direction = field(default_factory=Dot)
@@ -78,6 +85,10 @@ class OneStep:
 
     def __post_init__(self) -> None:
         _positive("OneStep", step_size=self.step_size, num_batches=self.num_batches)
+
+    @property
+    def needs_update(self) -> bool:
+        return self.direction.needs_update
 
     def __call__(
         self,
@@ -119,6 +130,7 @@ class Implicit:
     damping: float = 0.0
     product: Product = field(default_factory=DifferenceProduct)
     num_batches: int = 1
+    needs_update = False
 
     def __post_init__(self) -> None:
         _positive("Implicit", num_batches=self.num_batches)
@@ -191,6 +203,10 @@ class Unrolled:
     @property
     def num_batches(self) -> int:
         return self.num_steps
+
+    @property
+    def needs_update(self) -> bool:
+        return self.optimizer is None
 
     def __call__(
         self,

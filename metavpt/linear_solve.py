@@ -51,8 +51,8 @@ class LinearSolver(Protocol):
 class ConjugateGradient:
     """Hestenes & Stiefel (1952): one matvec a step, plus one whenever the residual is taken afresh.
 
-    Converged means that the true residual is at most `tolerance`: the recurrence only claims it, a matvec confirms it, and where it does not
-    the method restarts from the true residual. Without convergence `residual` is the recurrence's, taken afresh every 50 steps.
+    Converged means that the true residual is at most `tolerance`: the recurrence only claims it, a matvec confirms it, and where the two have
+    come apart the method restarts from the true residual. Without convergence `residual` is the recurrence's, taken afresh every 50 steps.
 
     On a direction of curvature <= 0 the matrix is indefinite: it stops and keeps the last x, not converged. If that is the very first
     direction, x is `x0`, or without one b |b| / |(A + damping I) b|: the one-step direction in the units of a solution (zero if the product is).
@@ -84,18 +84,18 @@ class ConjugateGradient:
                 if k == 0 and is_cold:
                     x, error = _one_step(b, product_p)
                 break
-            alpha = error**2 / curvature
+            alpha = float(params.dot(r, p)) / curvature  # r.p is r.r but for rounding, under which only this one never overshoots
             next_x = params.add(x, p, alpha=alpha)
             if not params.is_finite(next_x):
                 break
             x, r, k = next_x, params.add(r, product_p, alpha=-alpha), k + 1
             previous, error = error, float(params.norm(r))
-            claims = error <= goal
-            if claims or k % self.refresh_every == 0:
-                r = params.add(b, product(x), alpha=-1)
+            has_drifted = False
+            if error <= goal or k % self.refresh_every == 0:
+                recurred, r = error, params.add(b, product(x), alpha=-1)
                 error = float(params.norm(r))
-            # a claim that fails means that p has lost its conjugacy too
-            p = r if claims else params.add(r, p, alpha=(error / previous) ** 2)
+                has_drifted = error > 2 * recurred  # then p has lost its conjugacy too
+            p = r if has_drifted else params.add(r, p, alpha=(error / previous) ** 2)
         return Solution(x, k, error, min_curvature, error <= goal)
 
 
@@ -189,7 +189,8 @@ def _solve_from(
         raise MetaVPTError(f"damping={damping}: must be a finite number, not negative")
     if not (params.is_finite(b) and (x0 is None or params.is_finite(x0))):
         raise NonFiniteError("linear solve: the right-hand side b or the start x0 is not finite")
-    b, size = params.detach(b), float(params.norm(b))
+    b = params.detach(b)
+    size = float(params.norm(b))
     if size == 0:
         return Solution(params.zeros_like(b), 0, 0.0, math.inf, True)
 
@@ -199,12 +200,15 @@ def _solve_from(
     x0 = None if x0 is None else params.detach(x0)
     r = b if x0 is None else params.add(b, product(x0), alpha=-1)
     error = float(params.norm(r))
-    x = params.zeros_like(b) if x0 is None else x0
+    start = params.zeros_like(b) if x0 is None else x0
     if error == 0 or not math.isfinite(error):
-        return Solution(x, 0, error if error == 0 else math.inf, math.inf, error == 0)
+        return Solution(start, 0, error if error == 0 else math.inf, math.inf, error == 0)
     found = iterate(product, params.zip_with(lambda a: a / error, r), size / error)
+    x = params.add(start, found.x, alpha=error)
+    if not params.is_finite(x):
+        return found._replace(x=start, residual=error / size, converged=False)
     residual = found.residual * error / size if math.isfinite(found.residual) else math.inf
-    return found._replace(x=params.add(x, found.x, alpha=error), residual=residual)
+    return found._replace(x=x, residual=residual)
 
 
 def _one_step(b: Params, product_b: Params) -> tuple[Params, float]:

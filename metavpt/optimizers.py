@@ -1,6 +1,6 @@
 """An optimizer's own update as a pure function, to differentiate the steps that a learner takes.
 
-    rule, state = from_torch(optimizer, theta)          # as the learner's optimizer stands now
+    rule, theta, state = from_torch(optimizer, theta)   # as the learner's optimizer stands now
     theta, state = rule.step(theta, state, grad)        # equal to torch.optim's step, and differentiable
     ct_theta, ct_moments, ct_grad = vjp(rule, theta, state, grad, ct_theta, ct_moments)
 
@@ -186,10 +186,10 @@ def first_order_value(update: Update, grad: Params, g_down: Params) -> tuple[Par
     return w, torch.stack(values).sum()
 
 
-def from_torch(optimizer: torch.optim.Optimizer, theta: Params) -> tuple[Rule, State]:
-    """The rule and the state of a learner's optimizer for the live parameters `theta` that it holds, by name.
+def from_torch(optimizer: torch.optim.Optimizer, theta: Params) -> Update:
+    """The step that a learner's optimizer is about to take on the live parameters `theta`, by name, that it holds.
 
-    The moments are views of the optimizer's own, which its next step overwrites: read them again after it.
+    Parameters and moments are views of the optimizer's own, which its next step overwrites: read them again after it.
     Raises MetaVPTError, naming it, on a class or an option that has no rule here and on a parameter that the optimizer does not hold.
     """
     rules = {name: _rule(optimizer, _group(optimizer, name, p)) for name, p in theta.items()}
@@ -204,7 +204,8 @@ def from_torch(optimizer: torch.optim.Optimizer, theta: Params) -> tuple[Rule, S
         num_steps[name] = int(held.get("step", 1)) if taken else 0
         moments[name] = {moment: held[moment].detach() if taken else torch.zeros_like(p.detach()) for moment in names}
     first, *others = rules.values()
-    return first if all(other == first for other in others) else PerParameter(rules), State(num_steps, moments)
+    rule = first if all(other == first for other in others) else PerParameter(rules)
+    return Update(rule, params.detach(theta), State(num_steps, moments))
 
 
 def _group(optimizer: torch.optim.Optimizer, name: str, p: Tensor) -> dict[str, Any]:

@@ -29,6 +29,7 @@ class RunLog:
         self._shown: dict[str, float] = {}
 
     def write(self, kind: str, step: int, **values: Any) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
         with self.path.open("a") as file:
             file.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
         self._shown.update({name: values[name] for name in ("loss", "value") if name in values})

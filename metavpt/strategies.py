@@ -11,7 +11,7 @@ from metavpt import params
 from metavpt.budget import Budget
 from metavpt.errors import MetaVPTError, NonFiniteError
 from metavpt.hypergradient import Estimator, Hypergradient, InnerLoss, OneStep, OuterLoss
-from metavpt.optimizers import Update, from_torch
+from metavpt.optimizers import from_torch
 from metavpt.problem import Problem
 from metavpt.stream import Streams
 
@@ -118,13 +118,12 @@ class Learned:
         theta = params.detach(params.named(problem.learner))
         aligned = {name: theta[name] for name in aligned_names(problem, theta)}
         live = params.named(problem.learner)
-        rule, state = from_torch(optimizer, {name: live[name] for name in aligned})
         return self.estimator(
             [inner_loss(problem, theta, batch) for batch in unlabelled],
             self.outer_loss(problem, theta, labelled),
             aligned,
             params.named(problem.designer),
-            update=Update(rule, aligned, state),
+            update=from_torch(optimizer, {name: live[name] for name in aligned}) if self.estimator.needs_update else None,
             start=self._solution,
         )
 
@@ -142,7 +141,7 @@ class Learned:
             p.grad = hypergradient.by_phi[name] if p.grad is None else p.grad + hypergradient.by_phi[name]
         torch.nn.utils.clip_grad_norm_(phi.values(), self.max_norm)
         self.optimizer.step()
-        return 0.0 if regularizer is None else float(regularizer)
+        return 0.0 if regularizer is None else float(regularizer.detach())
 
     def state_dict(self) -> dict[str, Any]:
         return {"optimizer": self.optimizer.state_dict(), "num_skipped": self.num_skipped, "solution": self._solution}

@@ -83,6 +83,7 @@ class Trainer:
             loss = self.problem.pretrain_loss(theta, proposal.task)
             self.optimizer.zero_grad(set_to_none=True)
             loss.backward()
+            loss = loss.detach()
             grad_norm = torch.nn.utils.clip_grad_norm_(theta.values(), self.clip_norm)
             if torch.isfinite(grad_norm) and torch.isfinite(loss):
                 self.optimizer.step()
@@ -94,7 +95,7 @@ class Trainer:
         if proposal.record:
             self.log.write("designer", self.budget.steps, **proposal.record)
         if self.budget.steps % self.log_every == 0 or self.budget.exhausted:
-            self._log_train(float(loss.detach()), float(grad_norm))
+            self._log_train(float(loss), float(grad_norm))
         self.log.advance(self.budget)
 
     def save(self) -> None:
