@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map
 
 from metavpt import params
 from metavpt.errors import MetaVPTError
@@ -65,6 +66,18 @@ class Problem(ABC):
         """theta_S -> L_pre. What does not depend on theta_S is best computed once, before the function is returned."""
         return lambda theta_s: self.pretrain_loss({**theta, **theta_s}, task)
 
+    def per_sample_tail(self, theta: Params, task: Any) -> Callable[[Params], Tensor]:
+        """theta_S -> the pretraining loss of each sample, (B,). For strategies that select: greedy, selection, hardest."""
+        raise MetaVPTError(f"{type(self).__name__} has no per_sample_tail, which strategies that select samples or tasks need; define it")
+
+    def candidates(self, batch: Any, num_candidates: int) -> list[Any]:
+        """Tasks for `batch` drawn at random from the designer's space by the batch's own randomness. For greedy, hardest, uniform."""
+        raise MetaVPTError(f"{type(self).__name__} has no candidates, which strategies that draw tasks at random need; define it")
+
+    def pick(self, tasks: Sequence[Any], which: Tensor, sample: Tensor) -> Any:
+        """The task whose k-th sample is sample[k] of tasks[which[k]]; both (n,) int64. Default: every tensor has the samples first."""
+        return tree_map(lambda *parts: torch.stack(parts)[which.to(parts[0].device), sample.to(parts[0].device)], *tasks)
+
     def regularizer(self, task: Any) -> Tensor | None:
         """R(phi), added to the designer's loss through the task that it made. Default: none."""
         return None
@@ -85,10 +98,10 @@ class Problem(ABC):
 
     def num_samples(self, batch: Any) -> int:
         """Samples in an unlabelled batch. Default: the first dimension of its first tensor."""
-        tensor = _first_tensor(batch)
+        tensor = next((leaf for leaf in tree_leaves(batch) if isinstance(leaf, Tensor) and leaf.ndim), None)
         if tensor is None:
             raise MetaVPTError(f"{type(self).__name__}.num_samples: the batch holds no tensor; override num_samples to count its samples")
-        return tensor.shape[0]
+        return len(tensor)
 
     def to(self, device: torch.device | str) -> None:
         """Move every module to `device`."""
@@ -103,10 +116,3 @@ class Problem(ABC):
         for name, value in state.items():
             getattr(self, name).load_state_dict(value)
 
-
-def _first_tensor(batch: Any) -> Tensor | None:
-    if isinstance(batch, Tensor):
-        return batch if batch.ndim else None
-    items = batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, Sequence) else vars(batch).values()
-    found = (_first_tensor(item) for item in items if isinstance(item, (Tensor, Mapping, list, tuple)))
-    return next((tensor for tensor in found if tensor is not None), None)

@@ -74,14 +74,15 @@ class DifferenceProduct:
             raise MetaVPTError(f"relative_step={self.relative_step}: the step of a difference must be positive")
 
     def __call__(self, loss: Loss, theta: Params, w: Params, wrt: Sequence[Params], *, retain_graph: bool = False) -> Derivative:
-        eps = self._step(theta, w)
+        eps = self.step(theta, w)
         with torch.enable_grad():
             above = loss(params.add(theta, w, alpha=eps))
             below = loss(params.add(theta, w, alpha=-eps))
             value = (above - below) / (2 * eps)
             return Derivative(differentiate(value, wrt, retain_graph=retain_graph), value.detach())
 
-    def _step(self, theta: Params, w: Params) -> Tensor:
+    def step(self, theta: Params, w: Params) -> Tensor:
+        """eps."""
         dtype = next(iter(theta.values())).dtype
         relative_step = self.relative_step or torch.finfo(dtype).eps ** (1 / 3)
         tiny = torch.finfo(dtype).tiny

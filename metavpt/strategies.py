@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple, Protocol
 
 import torch
+from torch import Tensor
 from torch.func import functional_call
 from torch.optim import Optimizer
 
@@ -12,16 +13,22 @@ from metavpt.budget import Budget
 from metavpt.errors import MetaVPTError, NonFiniteError
 from metavpt.hypergradient import Estimator, Hypergradient, InnerLoss, OneStep, OuterLoss
 from metavpt.optimizers import from_torch
+from metavpt.params import Params
 from metavpt.problem import Problem
 from metavpt.stream import Streams
 
 
 class Proposal(NamedTuple):
-    """The next task, without a graph; how many unlabelled samples it holds; what the strategy measured on the way, for the log."""
+    """The next task, without a graph; how many unlabelled samples it holds; what the strategy measured on the way, for the log.
+
+    `labelled_loss`, theta -> scalar, is added to the learner's own loss. It breaks the bottleneck between labels and learner, and only the
+    control that exists to show what that brings sets it.
+    """
 
     task: Any
     num_samples: int
     record: dict[str, float]
+    labelled_loss: Callable[[Params], Tensor] | None = None
 
 
 class Strategy(Protocol):
@@ -65,7 +72,7 @@ class Learned:
     def __init__(
         self,
         estimator: Estimator | None = None,
-        optimizer: Callable[[Iterable[torch.Tensor]], Optimizer] | None = None,
+        optimizer: Callable[[Iterable[Tensor]], Optimizer] | None = None,
         meta_every: int = 8,
         burn_in: int = 0,
         max_norm: float = 1.0,
@@ -76,7 +83,7 @@ class Learned:
         self.make_optimizer = optimizer or (lambda parameters: torch.optim.Adam(parameters, lr=2e-4))
         self.meta_every, self.burn_in, self.max_norm = meta_every, burn_in, max_norm
         self.num_skipped = 0
-        self._solution: params.Params | None = None
+        self._solution: Params | None = None
 
     def start(self, problem: Problem) -> None:
         phi = params.named(problem.designer)
@@ -99,36 +106,39 @@ class Learned:
 
     def update_designer(self, problem: Problem, streams: Streams, optimizer: Optimizer, budget: Budget) -> dict[str, float]:
         """One step of phi: heads, g_down on labelled batches, the product on unlabelled ones, the regularizer, the designer's optimizer."""
-        with budget.timed("data"):
-            unlabelled = [next(streams.meta) for _ in range(self.estimator.num_batches)]
-            labelled = next(streams.feedback)
-        problem.fit_heads()
         try:
-            hypergradient = self.hypergradient(problem, unlabelled, labelled, optimizer)
+            hypergradient, batch = self.hypergradient(problem, streams, optimizer, budget)
         except NonFiniteError:
             self.num_skipped += 1
             self._solution = None
             return {"skipped_updates": float(self.num_skipped)}
         budget.charge(grad_evals=hypergradient.grad_evals)
         self._solution = hypergradient.solution
-        regularizer = self._descend(problem, hypergradient, unlabelled[0])
+        regularizer = self._descend(problem, hypergradient, batch)
         return {"value": hypergradient.value, "regularizer": regularizer, **hypergradient.diagnostics}
 
-    def hypergradient(self, problem: Problem, unlabelled: list[Any], labelled: Any, optimizer: Optimizer) -> Hypergradient:
-        theta = params.detach(params.named(problem.learner))
-        aligned = {name: theta[name] for name in aligned_names(problem, theta)}
+    def hypergradient(self, problem: Problem, streams: Streams, optimizer: Optimizer, budget: Budget) -> tuple[Hypergradient, Any]:
+        """The estimate and an unlabelled batch that it was made on."""
+        with budget.timed("data"):
+            unlabelled = [next(streams.meta) for _ in range(self.estimator.num_batches)]
+            labelled = next(streams.feedback)
+        problem.fit_heads()
         live = params.named(problem.learner)
-        return self.estimator(
+        theta = params.detach(live)
+        names = aligned_names(problem, theta)
+        aligned = {name: theta[name] for name in names}
+        estimate = self.estimator(
             [inner_loss(problem, theta, batch) for batch in unlabelled],
-            self.outer_loss(problem, theta, labelled),
+            self.outer_loss(problem, theta, labelled, aligned),
             aligned,
             params.named(problem.designer),
-            update=from_torch(optimizer, {name: live[name] for name in aligned}) if self.estimator.needs_update else None,
+            update=from_torch(optimizer, {name: live[name] for name in names}) if self.estimator.needs_update else None,
             start=self._solution,
         )
+        return estimate, unlabelled[0]
 
-    def outer_loss(self, problem: Problem, theta: params.Params, labelled: Any) -> OuterLoss:
-        """theta_S -> feedback loss; controls put another loss in its place."""
+    def outer_loss(self, problem: Problem, theta: Params, labelled: Any, aligned: Params) -> OuterLoss:
+        """theta_S -> feedback loss, where theta_S is `aligned` now; controls put another loss in its place."""
         return lambda theta_s: problem.feedback_loss({**theta, **theta_s}, labelled)
 
     def _descend(self, problem: Problem, hypergradient: Hypergradient, batch: Any) -> float:
@@ -151,12 +161,12 @@ class Learned:
         self.num_skipped, self._solution = state["num_skipped"], state["solution"]
 
 
-def inner_loss(problem: Problem, theta: params.Params, batch: Any) -> InnerLoss:
+def inner_loss(problem: Problem, theta: Params, batch: Any) -> InnerLoss:
     """phi -> (theta_S -> pretraining loss of the task that the designer with parameters phi makes of `batch`)."""
     return lambda phi: problem.pretrain_tail(theta, functional_call(problem.designer, phi, (batch,)))
 
 
-def aligned_names(problem: Problem, theta: params.Params) -> list[str]:
+def aligned_names(problem: Problem, theta: Params) -> list[str]:
     """The names of theta_S, checked against the learner's."""
     names = list(problem.aligned_parameters())
     unknown = [name for name in names if name not in theta]

@@ -81,6 +81,8 @@ class Trainer:
         with self.budget.timed("learner"):
             theta = params.named(self.problem.learner)
             loss = self.problem.pretrain_loss(theta, proposal.task)
+            if proposal.labelled_loss is not None:  # the control `direct` alone
+                loss = loss + proposal.labelled_loss(theta)
             self.optimizer.zero_grad(set_to_none=True)
             loss.backward()
             loss = loss.detach()

@@ -1,6 +1,6 @@
 """DINO pretraining with feedback from dense labels: `problem=dino_nyuv2`."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -61,6 +61,20 @@ class DinoDense(DenseProblem):
         return self.pretrain_tail(theta, task)({})
 
     def pretrain_tail(self, theta: Params, task: Views) -> Callable[[Params], Tensor]:
+        return self._tail(theta, task, "mean")
+
+    def per_sample_tail(self, theta: Params, task: Views) -> Callable[[Params], Tensor]:
+        return self._tail(theta, task, "none")
+
+    def candidates(self, batch: Any, num_candidates: int) -> list[Views]:
+        return self.designer.random_tasks(batch, num_candidates)
+
+    def pick(self, tasks: Sequence[Views], which: Tensor, sample: Tensor) -> Views:
+        """Views hold the samples in their second dimension."""
+        fields = (None if parts[0] is None else torch.stack(parts)[which, :, sample].transpose(0, 1) for parts in zip(*tasks, strict=True))
+        return Views(*fields)
+
+    def _tail(self, theta: Params, task: Views, reduction: Literal["mean", "none"]) -> Callable[[Params], Tensor]:
         """The trunk and the teacher run once; the function returned runs the tail and the head."""
         backbone, head = self.learner.backbone, self.learner.head
         targets = self._targets(task)
@@ -75,7 +89,7 @@ class DinoDense(DenseProblem):
                 functional_call(head, head_parameters, (functional_call(backbone.tail, tail_parameters, (h,)).cls,)).split(batch_size)
                 for h in hidden
             ]
-            return dino_loss([view for group in views for view in group], targets, self.student_temperature)
+            return dino_loss([view for group in views for view in group], targets, self.student_temperature, reduction)
 
         return tail
 
