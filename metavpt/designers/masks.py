@@ -1,0 +1,198 @@
+"""Mask designers: which pixels of a view the learner sees sharp, and which only blurred."""
+
+import math
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from kornia.filters import gaussian_blur2d
+from timm.layers.pos_embed_sincos import build_sincos2d_pos_embed
+from timm.models.vision_transformer import Block
+from torch import Tensor, nn
+
+from metavpt.designers.views import MultiCrop, Views
+from metavpt.errors import MetaVPTError
+
+
+class MaskDesigner(nn.Module):
+    """view = mu * v + (1 - mu) * Blur(v) with mu = clamp(initial_keep + network(v), 0, 1) per pixel; 1 keeps (method.md, section 3).
+
+    A network whose last layer is zero and initial_keep 1 make exactly the ordinary recipe, bit for bit; the gradient passes at the
+    clamp's very edge, so the designer can leave it.
+
+    recipe: makes the views v. network: (B, 3, H, W) -> (B, 1, H, W), any size. keep: the share of pixels that `regularizer` asks for.
+    blur_sigma in pixels. on: mask the global crops, or all.
+    """
+
+    def __init__(
+        self,
+        recipe: MultiCrop,
+        network: nn.Module,
+        keep: float = 0.6,
+        sparsity_weight: float = 0.131,
+        tv_weight: float = 0.144,
+        blur_sigma: float = 8.0,
+        on: Literal["global", "all"] = "global",
+        initial_keep: float = 1.0,
+        excess_weight: float = 0.1,
+    ) -> None:
+        super().__init__()
+        if not (0 <= keep <= 1 and 0 <= initial_keep <= 1):
+            raise MetaVPTError(f"MaskDesigner: keep and initial_keep are shares in [0, 1], got {keep=}, {initial_keep=}")
+        if on not in ("global", "all"):
+            raise MetaVPTError(f"MaskDesigner: on must be 'global' or 'all', got {on!r}")
+        if blur_sigma <= 0:
+            raise MetaVPTError(f"MaskDesigner: blur_sigma must be positive, got {blur_sigma}")
+        self.recipe, self.network = recipe, network
+        self.keep, self.initial_keep, self.blur_sigma, self.on = keep, initial_keep, blur_sigma, on
+        self.sparsity_weight, self.tv_weight, self.excess_weight = sparsity_weight, tv_weight, excess_weight
+
+    def forward(self, batch: Any) -> Views:
+        """batch: `.images` (B, 3, H, W), see MultiCrop, and `.seed`. The task carries its masks for `regularizer`."""
+        views = self.recipe_task(batch)
+        global_crops, masks, excess = self._mask(views.global_crops)
+        if self.on == "global" or not len(views.local_crops):
+            return Views(global_crops, views.local_crops, masks, None, excess)
+        local_crops, local_masks, local_excess = self._mask(views.local_crops)
+        return Views(global_crops, local_crops, masks, local_masks, torch.cat([excess, local_excess]))
+
+    def recipe_task(self, batch: Any) -> Views:
+        """The same views without masks; the network does not run."""
+        return self.recipe(batch.images, batch.seed)
+
+    def random_tasks(self, batch: Any, num_tasks: int) -> list[Views]:
+        """The same views under random masks: smooth blobs, each keeping the share `keep`, drawn by the batch's seed."""
+        views = self.recipe_task(batch)
+        rng = torch.Generator().manual_seed(batch.seed ^ 0x6D61736B)  # not the numbers that placed the crops
+        return [self._random_task(views, rng) for _ in range(num_tasks)]
+
+    def _random_task(self, views: Views, rng: torch.Generator) -> Views:
+        masks = random_masks(views.global_crops, self.keep, rng)
+        global_crops = self._blend(views.global_crops, masks)
+        if self.on == "global" or not len(views.local_crops):
+            return Views(global_crops, views.local_crops, masks)
+        local_masks = random_masks(views.local_crops, self.keep, rng)
+        return Views(global_crops, self._blend(views.local_crops, local_masks), masks, local_masks)
+
+    def regularizer(self, task: Views) -> Tensor:
+        """R = sparsity_weight * (mean mu - keep)^2 + tv_weight * TV(mu) + excess_weight * mean excess, a scalar.
+
+        Means are over masked views and images; see `total_variation`. excess = relu(z - 1) + relu(-z) per pixel of the logits z.
+        """
+        if task.masks is None or task.excess is None:
+            raise MetaVPTError("MaskDesigner.regularizer: the task has no masks; it must come from the designer, not from recipe_task")
+        masks = [mu for mu in (task.masks, task.local_masks) if mu is not None]
+        kept = torch.cat([mu.mean(dim=(2, 3, 4)) for mu in masks]).mean()
+        variation = torch.cat([total_variation(mu) for mu in masks]).mean()
+        return self.sparsity_weight * (kept - self.keep).square() + self.tv_weight * variation + self.excess_weight * task.excess.mean()
+
+    def _mask(self, crops: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """crops (V, B, 3, H, W) -> masked crops, mu (V, B, 1, H, W), excess (V, B)."""
+        views = crops.flatten(0, 1)
+        logits = self.initial_keep + self.network(views)
+        # Not clamp alone: whether it passes a gradient at its very edge, where a new designer stands, differs between torch versions (2.14
+        # does not), and without one no designer could ever leave the recipe. So the edge counts as inside.
+        mu = torch.where((logits >= 0.0) & (logits <= 1.0), logits, logits.detach().clamp(0.0, 1.0))
+        # Outside [0, 1] there is no gradient and the pixel would be stuck for ever. The pull back is linear, not quadratic: it must
+        # still push at the edge, where a quadratic one fades before the pixel is inside again.
+        excess = (F.relu(logits - 1.0) + F.relu(-logits)).mean(dim=(1, 2, 3))
+        shape = crops.shape[:2]
+        mu = mu.unflatten(0, shape)
+        return self._blend(crops, mu), mu, excess.unflatten(0, shape)
+
+    def _blend(self, crops: Tensor, mu: Tensor) -> Tensor:
+        """mu * v + (1 - mu) * Blur(v) for crops v (V, B, 3, H, W) and mu (V, B, 1, H, W)."""
+        blurred = gaussian_blur(crops.flatten(0, 1), self.blur_sigma).unflatten(0, crops.shape[:2])
+        return mu * crops + (1.0 - mu) * blurred
+
+
+def random_masks(crops: Tensor, keep: float, rng: torch.Generator, cells: int = 4) -> Tensor:
+    """Masks (V, B, 1, H, W) of 0 and 1 for crops (V, B, 3, H, W): noise on `cells` x `cells`, enlarged, its top share `keep` of pixels kept."""
+    num_views, batch_size, _, height, width = crops.shape
+    noise = torch.randn(num_views * batch_size, 1, cells, cells, generator=rng).to(crops)
+    smooth = F.interpolate(noise, size=(height, width), mode="bicubic", align_corners=False).flatten(1)
+    num_kept = round(keep * smooth.shape[1])
+    masks = torch.zeros_like(smooth).scatter_(1, smooth.topk(num_kept, dim=1).indices, 1.0)
+    return masks.view(num_views, batch_size, 1, height, width)
+
+
+def total_variation(mu: Tensor) -> Tensor:
+    """mean_ij |mu[i+1, j] - mu[i, j]| + mean_ij |mu[i, j+1] - mu[i, j]| (anisotropic): (..., 1, H, W) -> (...).
+
+    A side of one pixel adds nothing.
+    """
+    rows, columns = mu.diff(dim=-2).abs(), mu.diff(dim=-1).abs()
+    return sum((d.mean(dim=(-3, -2, -1)) for d in (rows, columns) if d.numel()), mu.new_zeros(mu.shape[:-3]))
+
+
+def gaussian_blur(images: Tensor, sigma: float) -> Tensor:
+    """Separable Gaussian blur of (B, 3, H, W), cut at 3 sigma, edges reflected.
+
+    Where 3 sigma is more than the image's side less one pixel, further than a reflection reaches, it is cut there and normalised again.
+    """
+    kernel = tuple(2 * min(math.ceil(3 * sigma), side - 1) + 1 for side in images.shape[-2:])
+    return gaussian_blur2d(images, (kernel[0], kernel[1]), (sigma, sigma))
+
+
+class UNet(nn.Module):
+    """(B, 3, H, W) -> (B, 1, H, W), any size; zero at first (arXiv 1505.04597, with GroupNorm and SiLU).
+
+    base: channels at full resolution, doubled with each of `depth` halvings.
+    """
+
+    def __init__(self, base: int = 16, depth: int = 3) -> None:
+        super().__init__()
+        widths = [base * 2**level for level in range(depth + 1)]
+        self.down = nn.ModuleList(_conv_block(before, after) for before, after in zip([3, *widths], widths, strict=False))
+        self.up = nn.ModuleList(_conv_block(skip + below, skip) for skip, below in zip(widths[-2::-1], widths[:0:-1], strict=True))
+        self.out = _zero(nn.Conv2d(base, 1, kernel_size=1))
+
+    def forward(self, views: Tensor) -> Tensor:
+        x, skips = views, []
+        for level, block in enumerate(self.down):
+            x = block(F.avg_pool2d(x, 2, ceil_mode=True) if level else x)
+            skips.append(x)
+        for block, skip in zip(self.up, skips[-2::-1], strict=True):
+            x = block(torch.cat([skip, F.interpolate(x, size=skip.shape[-2:], mode="bilinear")], dim=1))
+        return self.out(x)
+
+
+class PatchTransformer(nn.Module):
+    """(B, 3, H, W) -> (B, 1, H, W), any size; zero at first: a plain pre-norm transformer on patches, one logit a patch, joined bilinearly.
+
+    The backbone of DiT (arXiv 2212.09748) and SiT without their conditioning. `width` must be a multiple of 4 and of `num_heads`.
+    """
+
+    def __init__(self, patch_size: int = 8, width: int = 128, depth: int = 4, num_heads: int = 4) -> None:
+        super().__init__()
+        if width % 4 or width % num_heads:
+            raise MetaVPTError(f"PatchTransformer: width={width} must be a multiple of 4 and of num_heads={num_heads}")
+        self.patch_size = patch_size
+        self.embed = nn.Conv2d(3, width, patch_size, stride=patch_size)
+        self.blocks = nn.Sequential(*(Block(width, num_heads, qkv_bias=True) for _ in range(depth)))
+        self.norm = nn.LayerNorm(width)
+        self.out = _zero(nn.Linear(width, 1))
+
+    def forward(self, views: Tensor) -> Tensor:
+        height, width = views.shape[-2:]
+        padded = F.pad(views, (0, -width % self.patch_size, 0, -height % self.patch_size), mode="replicate")
+        patches = self.embed(padded)  # (B, D, h, w)
+        grid = list(patches.shape[-2:])
+        tokens = patches.flatten(2).transpose(1, 2)
+        tokens = tokens + build_sincos2d_pos_embed(grid, tokens.shape[-1], device=tokens.device, dtype=tokens.dtype)
+        logits = self.out(self.norm(self.blocks(tokens))).transpose(1, 2).unflatten(2, grid)
+        return F.interpolate(logits, size=padded.shape[-2:], mode="bilinear")[..., :height, :width]
+
+
+def _conv_block(before: int, after: int) -> nn.Sequential:
+    groups = math.gcd(8, after)
+    layers: list[nn.Module] = []
+    for channels in (before, after):
+        layers += [nn.Conv2d(channels, after, kernel_size=3, padding=1), nn.GroupNorm(groups, after), nn.SiLU()]
+    return nn.Sequential(*layers)
+
+
+def _zero(layer: nn.Module) -> nn.Module:
+    for parameter in layer.parameters():
+        nn.init.zeros_(parameter)
+    return layer

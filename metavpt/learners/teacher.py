@@ -1,0 +1,46 @@
+"""The moving average of a learner, which self-distillation learns from (Mean Teacher, arXiv 1703.01780; DINO, arXiv 2104.14294)."""
+
+import copy
+import math
+from typing import Any
+
+import torch
+from torch import nn
+
+from metavpt.errors import MetaVPTError
+
+
+class Teacher(nn.Module):
+    """A frozen copy of a learner that follows it. Frozen means its parameters: gradients still pass through to its inputs."""
+
+    def __init__(self, learner: nn.Module) -> None:
+        super().__init__()
+        self.learner = copy.deepcopy(learner).requires_grad_(False).eval()
+
+    def forward(self, *args: Any) -> Any:
+        return self.learner(*args)
+
+    def train(self, mode: bool = True) -> "Teacher":
+        """Stays in evaluation mode."""
+        return super().train(False)
+
+    @torch.no_grad()
+    def update(self, student: nn.Module, momentum: float) -> None:
+        """teacher <- momentum * teacher + (1 - momentum) * student for every parameter; buffers are copied.
+
+        Raises MetaVPTError where the student's parameters are not the teacher's.
+        """
+        own, other = dict(self.learner.named_parameters()), dict(student.named_parameters())
+        if own.keys() != other.keys():
+            raise MetaVPTError(f"the teacher follows another model: {sorted(own.keys() ^ other.keys())[0]} is in only one of the two")
+        torch._foreach_lerp_(list(own.values()), [other[name] for name in own], 1.0 - momentum)  # pyright: ignore[reportPrivateImportUsage]
+        for mine, theirs in zip(self.learner.buffers(), student.buffers(), strict=True):
+            mine.copy_(theirs)
+
+
+def cosine_momentum(step: float, num_steps: float, start: float = 0.996, end: float = 1.0) -> float:
+    """end - (end - start) * (1 + cos(pi * step / num_steps)) / 2 (DINO, section 3.1), and `end` from `num_steps` on."""
+    if num_steps <= 0:
+        raise MetaVPTError(f"cosine_momentum: num_steps must be positive, got {num_steps}")
+    progress = min(step / num_steps, 1.0)
+    return end - (end - start) * (1.0 + math.cos(math.pi * progress)) / 2.0

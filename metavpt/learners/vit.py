@@ -1,0 +1,289 @@
+"""Vision transformers from timm, cut in two so that the last blocks can be run again without the first: trunk and tail."""
+
+import difflib
+import math
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import timm
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.layers.drop import DropPath
+from timm.layers.norm import LayerNorm
+from timm.layers.pos_embed import resample_abs_pos_embed
+from timm.models.eva import Eva
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+from metavpt.errors import MetaVPTError
+from metavpt.params import Params, subset
+
+
+class Hidden(NamedTuple):
+    """What the trunk hands to the tail."""
+
+    tokens: Tensor  # (B, P + N, D): P prefix tokens (cls, registers), then N patches row by row
+    rope: Tensor | None  # (N, 2 D / heads) sine and cosine of the rotary positions; None for models without
+    grid: tuple[int, int]  # (h, w), N = h w
+
+
+class Features(NamedTuple):
+    """What a backbone says of an image, after the final norm."""
+
+    cls: Tensor  # (B, D); the mean of the patches where a model has no cls token
+    patches: Tensor  # (B, D, h, w)
+
+
+class Trunk(nn.Module):
+    """Images (B, 3, H, W) -> Hidden: patch embedding, positions, prefix tokens, `norm_pre` and the first blocks.
+
+    Parameters and blocks keep the names and indices of the timm model, whose modules it takes over.
+    """
+
+    def __init__(self, model: VisionTransformer | Eva, num_blocks: int) -> None:
+        super().__init__()
+        self.patch_embed: Any = model.patch_embed
+        self.patch_size = int(self.patch_embed.patch_size[0])
+        self.cls_token = model.cls_token
+        self.reg_token = model.reg_token
+        self.pos_embed = model.pos_embed
+        self.rope = getattr(model, "rope", None)
+        self.norm_pre = model.norm_pre
+        self.blocks = nn.ModuleDict({str(i): block for i, block in enumerate(model.blocks) if i < num_blocks})
+        self.prefix_has_position = not model.no_embed_class
+
+    def forward(self, images: Tensor) -> Hidden:
+        """Raises MetaVPTError for a size that the patch does not divide."""
+        self._check_size(images)
+        tokens = self.patch_embed(images)  # (B, h, w, D)
+        grid = (tokens.shape[1], tokens.shape[2])
+        tokens = self.norm_pre(self._add_positions(tokens.flatten(1, 2), grid))
+        rope = None if self.rope is None else self.rope.get_embed(shape=grid)
+        return Hidden(_run(self.blocks, tokens, rope), rope, grid)
+
+    def _add_positions(self, patches: Tensor, grid: tuple[int, int]) -> Tensor:
+        prefix = [token.expand(len(patches), -1, -1) for token in (self.cls_token, self.reg_token) if token is not None]
+        if self.pos_embed is None:
+            return torch.cat([*prefix, patches], dim=1)
+        with_prefix = self.prefix_has_position
+        positions = resample_abs_pos_embed(
+            self.pos_embed,
+            new_size=list(grid),
+            old_size=list(self.patch_embed.grid_size),
+            num_prefix_tokens=sum(token.shape[1] for token in prefix) if with_prefix else 0,
+        )
+        if with_prefix:
+            return torch.cat([*prefix, patches], dim=1) + positions
+        return torch.cat([*prefix, patches + positions], dim=1)
+
+    def _check_size(self, images: Tensor) -> None:
+        patch, size = self.patch_size, images.shape[-2:]
+        if any(side % patch or not side for side in size):
+            low, high = ("x".join(str(max(1, fit(side / patch)) * patch) for side in size) for fit in (math.floor, math.ceil))
+            raise MetaVPTError(f"images of {size[0]}x{size[1]} do not divide into patches of {patch}x{patch}; nearest: {low}, {high}")
+
+
+class Tail(nn.Module):
+    """Hidden -> Features: the last blocks and the final norm.
+
+    Hidden is a tuple, which `functional_call` would unpack: call it as `functional_call(tail, theta, (hidden,))`.
+    """
+
+    def __init__(self, model: VisionTransformer | Eva, num_blocks: int) -> None:
+        super().__init__()
+        first = len(model.blocks) - num_blocks
+        self.blocks = nn.ModuleDict({str(i): block for i, block in enumerate(model.blocks) if i >= first})
+        self.norm = model.norm
+        self.has_cls = model.cls_token is not None
+
+    def forward(self, hidden: Hidden) -> Features:
+        tokens = self.norm(_run(self.blocks, hidden.tokens, hidden.rope))
+        num_patches = math.prod(hidden.grid)
+        patches = tokens[:, -num_patches:]
+        cls = tokens[:, 0] if self.has_cls else patches.mean(dim=1)
+        return Features(cls, patches.transpose(1, 2).unflatten(2, hidden.grid))
+
+
+def _run(blocks: nn.ModuleDict, tokens: Tensor, rope: Tensor | None) -> Tensor:
+    for block in blocks.values():
+        tokens = block(tokens) if rope is None else block(tokens, rope=rope)
+    return tokens
+
+
+class Backbone(nn.Module):
+    """Normalised images (B, 3, H, W) -> Features. It draws no random numbers and moves no buffer: a pure function of its parameters.
+
+    patch_size, width (D), num_blocks; mean, std: the normalisation that the images are expected in.
+    """
+
+    def __init__(self, model: VisionTransformer | Eva, tail_blocks: int, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
+        super().__init__()
+        num_blocks = len(model.blocks)
+        if not 1 <= tail_blocks <= num_blocks:
+            raise MetaVPTError(f"tail_blocks={tail_blocks} is out of range: the model has {num_blocks} blocks, choose 1..{num_blocks}")
+        self.trunk = Trunk(model, num_blocks - tail_blocks)
+        self.tail = Tail(model, tail_blocks)
+        self.patch_size = self.trunk.patch_size
+        self.width: int = model.embed_dim
+        self.num_blocks = num_blocks
+        self.mean, self.std = tuple(mean), tuple(std)
+
+    def forward(self, images: Tensor) -> Features:
+        return self.tail(self.trunk(images))
+
+
+class ProjectionHead(nn.Module):
+    """cosine(MLP(x), prototype_k): (..., D) -> (..., K), the head of DINO (arXiv 2104.14294, appendix C).
+
+    A 3-layer MLP with GELU into a bottleneck; the bottleneck and each prototype are l2-normalised, so logits lie in [-1, 1].
+    """
+
+    def __init__(self, width: int, num_prototypes: int = 8192, hidden: int = 2048, bottleneck: int = 256) -> None:
+        super().__init__()
+        self.mlp = nn.Sequential(
+            nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, hidden), nn.GELU(), nn.Linear(hidden, bottleneck)
+        )  # fmt: skip
+        self.prototypes = nn.Parameter(torch.empty(num_prototypes, bottleneck))
+        nn.init.trunc_normal_(self.prototypes, std=0.02)
+        for layer in self.mlp:
+            if isinstance(layer, nn.Linear):
+                nn.init.trunc_normal_(layer.weight, std=0.02)
+                nn.init.zeros_(layer.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(F.normalize(self.mlp(x), dim=-1), F.normalize(self.prototypes, dim=-1))
+
+
+class Learner(nn.Module):
+    """Normalised images (B, 3, H, W) -> prototype logits (B, K) of the cls token."""
+
+    def __init__(self, backbone: Backbone, head: nn.Module) -> None:
+        super().__init__()
+        self.backbone, self.head = backbone, head
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.head(self.backbone(images).cls)
+
+
+def timm_state_dict(backbone: Backbone) -> Params:
+    """The state dict under timm's own keys: loads into `timm.create_model(name, num_classes=0, global_pool="")`."""
+    state = backbone.state_dict()
+    return subset(state, "trunk.") | subset(state, "tail.")
+
+
+def vit_tiny_dinov3(**kwargs: Any) -> Eva:
+    """DINOv3's architecture (arXiv 2508.10104: RoPE, 4 registers, layer scale) small enough for a CPU: 6 blocks of width 96, patch 8.
+
+    Layer scale starts at 0.1, the value for shallow models (CaiT, arXiv 2103.17239, section 2): at DINOv3's 1e-5 a short run from random
+    weights never sees its blocks.
+    """
+    arguments: dict[str, Any] = {
+        "img_size": 64, "patch_size": 8, "embed_dim": 96, "depth": 6, "num_heads": 3, "qkv_bias": False, "init_values": 0.1,
+        "rope_type": "dinov3", "rope_temperature": 100, "rope_rotate_half": True, "use_rot_pos_emb": True, "use_abs_pos_emb": False,
+        "num_reg_tokens": 4, "use_fc_norm": False, "norm_layer": partial(LayerNorm, eps=1e-5),
+    }  # fmt: skip
+    return Eva(**(arguments | kwargs))
+
+
+OWN_MODELS: dict[str, Callable[..., Eva]] = {"vit_tiny_dinov3": vit_tiny_dinov3}
+
+
+def create_backbone(
+    name: str, tail_blocks: int, pretrained: bool = False, weights: str | Path | None = None, **timm_kwargs: Any
+) -> Backbone:
+    """The timm vision transformer `name` (or one of OWN_MODELS) as a Backbone whose tail holds the last `tail_blocks` blocks.
+
+    pretrained: weights from timm's hub. weights: a local .safetensors, .pt or .pth file with timm's keys instead; its classifier ("head."),
+    if any, is left out. Other arguments go to timm. Raises MetaVPTError for an unknown name, a model that is no plain ViT, a random forward
+    pass, and weights that cannot be had or do not fit.
+    """
+    # No pooling and no classifier: else timm may put the final norm after the pooling, where patch tokens never meet it.
+    arguments = timm_kwargs | {"num_classes": 0, "global_pool": "", "dynamic_img_size": True}
+    model = _own_model(name, pretrained, arguments) if name in OWN_MODELS else _timm_model(name, pretrained, arguments)
+    _check_supported(model, name)
+    if weights is not None:
+        _load_weights(model, Path(weights), name)
+    config = getattr(model, "pretrained_cfg", None) or {}
+    return Backbone(model, tail_blocks, config.get("mean", IMAGENET_DEFAULT_MEAN), config.get("std", IMAGENET_DEFAULT_STD))
+
+
+def _own_model(name: str, pretrained: bool, arguments: dict[str, Any]) -> Eva:
+    if pretrained:
+        raise MetaVPTError(f"{name} has no released weights: set pretrained=False, or pass a local file as weights")
+    try:
+        return OWN_MODELS[name](**arguments)
+    except TypeError as error:
+        raise MetaVPTError(f"{name}: {error}") from error
+
+
+def _timm_model(name: str, pretrained: bool, arguments: dict[str, Any]) -> Any:
+    if not timm.is_model(name):
+        known = [*OWN_MODELS, *timm.list_models("*vit*"), *timm.list_models("eva*")]
+        nearest = difflib.get_close_matches(name.split(".")[0], known, n=3, cutoff=0.3)
+        raise MetaVPTError(f"unknown backbone {name!r}; nearest: {', '.join(nearest) or 'none, see timm.list_models()'}")
+    try:
+        return timm.create_model(name, pretrained=pretrained, **arguments)
+    except TypeError as error:
+        raise MetaVPTError(f"{name}: {error}") from error
+    except Exception as error:  # the download passes through several libraries, each with its own errors
+        if not pretrained:
+            raise MetaVPTError(f"{name}: timm cannot build it: {error}") from error
+        raise MetaVPTError(
+            f"{name}: cannot get the pretrained weights ({str(error).splitlines()[0] if str(error) else type(error).__name__}); "
+            "without network pass a local file as weights=..."
+        ) from error
+
+
+def _check_supported(model: Any, name: str) -> None:
+    if type(model) not in (VisionTransformer, Eva):
+        raise MetaVPTError(
+            f"{name} is a {type(model).__name__}; supported are timm's VisionTransformer and Eva (DINOv2, DINOv3, I-JEPA, MAE)"
+        )
+    if getattr(model, "rope_mixed", False):
+        raise MetaVPTError(f"{name} has rotary positions that differ by depth (rope_type 'mixed'), which trunk and tail do not pass on")
+    if len(set(model.patch_embed.patch_size)) > 1:
+        raise MetaVPTError(f"{name} has patches of {model.patch_embed.patch_size}; only square patches are supported")
+    # Losses are evaluated many times a step and differentiated by differences: the forward pass must draw nothing.
+    random = [
+        path
+        for path, module in model.named_modules()
+        if (isinstance(module, nn.Dropout) and module.p)
+        or (isinstance(module, DropPath) and module.drop_prob)
+        or type(module).__name__.startswith("PatchDropout")
+        or getattr(module, "aug_active", False)
+    ]
+    if random:
+        raise MetaVPTError(f"{name}: {random[0]} is random in the forward pass; leave dropout, drop path and rope augmentation at 0")
+
+
+def _load_weights(model: nn.Module, file: Path, name: str) -> None:
+    state = {key: value for key, value in _read_state(file).items() if not key.startswith("head.")}
+    own = model.state_dict()
+    faults = [f"missing {key}" for key in own if key not in state] + [f"unexpected {key}" for key in state if key not in own]
+    shapes = {key: (tuple(state[key].shape), tuple(own[key].shape)) for key in own if key in state}
+    faults += [f"{key} is {theirs}, not {ours}" for key, (theirs, ours) in shapes.items() if theirs != ours]
+    if faults:
+        more = f" and {len(faults) - 3} more" if len(faults) > 3 else ""
+        raise MetaVPTError(f"{file} does not fit {name}: {'; '.join(faults[:3])}{more} (keys must be timm's own)")
+    model.load_state_dict(state)
+
+
+def _read_state(file: Path) -> Params:
+    if file.suffix not in (".safetensors", ".pt", ".pth"):
+        raise MetaVPTError(f"{file}: weights must be a .safetensors, .pt or .pth file")
+    if not file.is_file():
+        raise MetaVPTError(f"{file}: no such weights file")
+    try:
+        state = load_file(file) if file.suffix == ".safetensors" else torch.load(file, map_location="cpu", weights_only=True)
+    except (SafetensorError, RuntimeError, OSError, EOFError, ValueError) as error:
+        raise MetaVPTError(f"{file}: cannot be read as weights: {error}") from error
+    except Exception as error:  # pickle.UnpicklingError and its kin: a file that holds more than tensors
+        raise MetaVPTError(f"{file}: holds more than tensors, which weights_only refuses; save a plain state dict") from error
+    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise MetaVPTError(f"{file}: is no state dict (name -> tensor)")
+    return state

@@ -1,0 +1,73 @@
+"""The self-distillation loss of DINO (arXiv 2104.14294): pure functions; the centre moves in `after_step` only.
+
+Letters: G teacher (global) views, V student views, B batch, K prototypes.
+"""
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from metavpt.errors import MetaVPTError
+
+
+def dino_loss(
+    student_logits: Sequence[Tensor], teacher_probs: Tensor, temperature: float = 0.1, reduction: Literal["mean", "none"] = "mean"
+) -> Tensor:
+    """Mean over all pairs (teacher view g, student view v != g) of -sum_k p_g[k] log softmax(s_v / temperature)[k] (DINO, eq. 1 to 3).
+
+    student_logits: V tensors (B, K), the global views first, in the teacher's order. teacher_probs: (G, B, K). Half precision is summed in
+    float32. "mean" gives a scalar, "none" the loss of each image, (B,). Raises MetaVPTError for shapes that do not fit or leave no pair.
+    """
+    _check_views(student_logits, teacher_probs, reduction)
+    log_probs = F.log_softmax(_at_least_float32(torch.stack(list(student_logits))) / temperature, dim=-1)  # (V, B, K)
+    cross_entropy = -torch.einsum("gbk,vbk->gvb", teacher_probs.to(log_probs.dtype), log_probs)
+    num_globals, num_views = cross_entropy.shape[:2]
+    same_view = torch.eye(num_globals, num_views, dtype=torch.bool, device=log_probs.device)
+    per_image = cross_entropy.masked_fill(same_view[:, :, None], 0.0).sum(dim=(0, 1)) / (num_globals * (num_views - 1))
+    return per_image.mean() if reduction == "mean" else per_image
+
+
+def centered_probs(logits: Tensor, center: Tensor, temperature: float) -> Tensor:
+    """softmax((logits - center) / temperature), (..., K): the teacher's targets (DINO, section 3.1).
+
+    `center` (K,) keeps one prototype from taking all.
+    """
+    return F.softmax(_at_least_float32(logits - center) / temperature, dim=-1)
+
+
+def sinkhorn_probs(logits: Tensor, temperature: float, num_iters: int = 3) -> Tensor:
+    """The teacher's targets with prototypes used equally: Sinkhorn-Knopp on exp(logits / temperature) (SwAV, arXiv 2006.09882; DINOv2).
+
+    (..., K) -> (..., K); all leading dimensions count as samples. Each row sums to 1; each prototype's total tends to samples / K.
+    """
+    log_q = _at_least_float32(logits).flatten(0, -2) / temperature  # in logs: exp of sharp logits overflows
+    for _ in range(num_iters):
+        log_q = log_q - log_q.logsumexp(dim=0, keepdim=True)
+        log_q = log_q - log_q.logsumexp(dim=1, keepdim=True)
+    return log_q.exp().view(logits.shape)
+
+
+def center_update(center: Tensor, teacher_logits: Tensor, momentum: float = 0.9) -> Tensor:
+    """momentum * center + (1 - momentum) * mean of the logits (..., K) over all samples (DINO, equation 4): the new centre, (K,)."""
+    batch_mean = _at_least_float32(teacher_logits.detach()).flatten(0, -2).mean(dim=0)
+    return torch.lerp(batch_mean.to(center.dtype), center, momentum)
+
+
+def _at_least_float32(logits: Tensor) -> Tensor:
+    return logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
+
+
+def _check_views(student_logits: Sequence[Tensor], teacher_probs: Tensor, reduction: str) -> None:
+    if reduction not in ("mean", "none"):
+        raise MetaVPTError(f"dino_loss: reduction must be 'mean' or 'none', got {reduction!r}")
+    if len(student_logits) < 2 or teacher_probs.ndim != 3 or len(teacher_probs) > len(student_logits):
+        raise MetaVPTError(
+            f"dino_loss: needs at least 2 student views and teacher_probs (G, B, K) with G of them, got {len(student_logits)} views "
+            f"and {tuple(teacher_probs.shape)}"
+        )
+    for view, logits in enumerate(student_logits):
+        if logits.shape != teacher_probs.shape[1:]:
+            raise MetaVPTError(f"dino_loss: student view {view} is {tuple(logits.shape)}, the teacher's {tuple(teacher_probs.shape[1:])}")
