@@ -1,0 +1,113 @@
+"""Depth in metres: targets for a head, and RMSE, AbsRel and delta1 by the usual protocol of NYUv2 (letters as in features.py)."""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from metavpt.errors import MetaVPTError
+from metavpt.probes.features import FeatureSet
+from metavpt.probes.heads import LinearHead
+
+MIN_DEPTH, MAX_DEPTH = 1e-3, 10.0  # metres
+
+
+def valid_pixels(depth: Tensor) -> Tensor:
+    return torch.isfinite(depth) & (depth > 0)
+
+
+def clip(depth: Tensor) -> Tensor:
+    return depth.clamp(MIN_DEPTH, MAX_DEPTH)
+
+
+def eigen_crop(height: int, width: int) -> tuple[slice, slice]:
+    """Rows 45:471 and columns 41:601 of 480 x 640, scaled to the frame and rounded outwards (22:236, 20:301 at 240 x 320)."""
+    rows = slice(45 * height // 480, -(-471 * height // 480))
+    return rows, slice(41 * width // 640, -(-601 * width // 640))
+
+
+class DepthMetrics:
+    """Sums over the set, in float64, of predictions and truth clipped to [1e-3, 10] m.
+
+    Pixels outside the Eigen crop (unless `crop=False`) and pixels without a truth (depth <= 0, NaN, infinite) are left out.
+
+        rmse            sqrt(mean (p - t)^2) over all pixels of the set, metres
+        abs_rel         mean |p - t| / t over all pixels
+        delta1          share of pixels with max(p/t, t/p) < 1.25
+        rmse_per_image  mean over images of each image's own rmse, metres; other papers report this one
+    """
+
+    def __init__(self, crop: bool = True) -> None:
+        self.crop = crop
+        self.num_pixels = self.num_images = 0
+        self.squares = self.relative = self.close = self.image_rmse = 0.0
+
+    def update(self, prediction: Tensor, depth: Tensor) -> None:
+        """prediction, depth (B, H, W)."""
+        if prediction.shape != depth.shape:
+            raise MetaVPTError(f"DepthMetrics: prediction {tuple(prediction.shape)} and depth {tuple(depth.shape)} differ in shape")
+        rows, columns = eigen_crop(depth.shape[-2], depth.shape[-1]) if self.crop else (slice(None), slice(None))
+        for p, t in zip(prediction[:, rows, columns], depth[:, rows, columns], strict=True):
+            valid = valid_pixels(t)
+            if valid.any():
+                self._add(clip(p[valid].double()), clip(t[valid].double()))
+
+    def _add(self, p: Tensor, t: Tensor) -> None:
+        """The valid pixels of one image, (N,) each."""
+        squares = float((p - t).square().sum())
+        self.num_pixels += len(t)
+        self.num_images += 1
+        self.squares += squares
+        self.relative += float(((p - t).abs() / t).sum())
+        self.close += float((torch.maximum(p / t, t / p) < 1.25).sum())
+        self.image_rmse += (squares / len(t)) ** 0.5
+
+    def compute(self) -> dict[str, float]:
+        """Raises MetaVPTError where no pixel had a truth."""
+        if self.num_pixels == 0:
+            raise MetaVPTError("depth probe: no pixel of the evaluation set has a valid depth (finite and above 0)")
+        return {
+            "rmse": (self.squares / self.num_pixels) ** 0.5,
+            "abs_rel": self.relative / self.num_pixels,
+            "delta1": self.close / self.num_pixels,
+            "rmse_per_image": self.image_rmse / self.num_images,
+        }
+
+
+@dataclass(frozen=True)
+class DepthTask:
+    """One output in metres; truth is clipped to [1e-3, 10] m in the fit as in the metrics, invalid pixels carry no weight."""
+
+    lr: float = 1e-3
+
+    @property
+    def num_outputs(self) -> int:
+        return 1
+
+    def patch_targets(self, batch: FeatureSet) -> tuple[Tensor, Tensor]:
+        valid = valid_pixels(batch.depth)[:, None]
+        depth = torch.where(valid, clip(batch.depth)[:, None], 0.0)
+        share = F.adaptive_avg_pool2d(valid.float(), batch.grid)
+        return F.adaptive_avg_pool2d(depth, batch.grid) / share.clamp_min(1e-9), share
+
+    def activate(self, output: Tensor) -> Tensor:
+        return F.softplus(output)
+
+    def loss(self, prediction: Tensor, batch: FeatureSet) -> Tensor:
+        valid = valid_pixels(batch.depth)
+        return (prediction[:, 0][valid] - clip(batch.depth[valid])).square().sum() / valid.sum().clamp_min(1)
+
+
+def predict_depth(head: LinearHead, features: Tensor) -> Tensor:
+    """(B, D, h, w) -> depth (B, H, W) in [1e-3, 10] m."""
+    return clip(head(features.float())[:, 0])
+
+
+@torch.no_grad()
+def evaluate_depth(head: LinearHead, val: FeatureSet) -> dict[str, float]:
+    """The metrics of DepthMetrics under the names depth_rmse, depth_abs_rel, depth_delta1, depth_rmse_per_image."""
+    metrics = DepthMetrics()
+    for chunk in val.chunks():
+        metrics.update(predict_depth(head, chunk.features), chunk.depth)
+    return {f"depth_{name}": value for name, value in metrics.compute().items()}

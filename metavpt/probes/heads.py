@@ -1,0 +1,166 @@
+"""Two ways to fit a linear head on frozen features; either one serves any dense task (letters as in features.py).
+
+Both return the same thing, a LinearHead, so what is compared is the fit and never the head.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import islice
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from metavpt.errors import MetaVPTError
+from metavpt.probes.features import FeatureSet
+
+
+class DenseTask(Protocol):
+    """What a head has to know of the quantity that it predicts."""
+
+    @property
+    def num_outputs(self) -> int: ...
+
+    @property
+    def lr(self) -> float:
+        """Peak learning rate of a head that is trained by steps."""
+        ...
+
+    def patch_targets(self, batch: FeatureSet) -> tuple[Tensor, Tensor]:
+        """Mean target of the valid pixels of each patch (B, C, h, w), and their share of the patch (B, 1, h, w)."""
+        ...
+
+    def activate(self, output: Tensor) -> Tensor:
+        """Linear output to prediction, for a head trained on `loss`."""
+        ...
+
+    def loss(self, prediction: Tensor, batch: FeatureSet) -> Tensor:
+        """Mean loss of predictions (B, C, H, W) over the valid pixels; 0 where there is none."""
+        ...
+
+
+class Fit(Protocol):
+    """A way to fit a head."""
+
+    def fit(self, task: DenseTask, train: FeatureSet) -> "LinearHead": ...
+
+
+@dataclass(frozen=True)
+class LinearHead:
+    """W x + b at every patch, bilinearly enlarged to the size of the labels: (B, D, h, w) -> (B, C, H, W)."""
+
+    weight: Tensor  # (C, D)
+    bias: Tensor  # (C,)
+    size: tuple[int, int]  # (H, W)
+    task: DenseTask | None = None  # whose activation follows; None: linear
+
+    def __call__(self, features: Tensor) -> Tensor:
+        weight, bias = self.weight.to(features), self.bias.to(features)
+        output = enlarge(F.conv2d(features, weight[:, :, None, None], bias), self.size)
+        return output if self.task is None else self.task.activate(output)
+
+
+def enlarge(output: Tensor, size: tuple[int, int]) -> Tensor:
+    return F.interpolate(output, size, mode="bilinear", align_corners=False)
+
+
+@dataclass(frozen=True)
+class Ridge:
+    """Closed form: argmin_W sum_i s_i |y_i - W z_i - b|^2 + penalty * mean(diag(Z^T S Z)) * |W|^2, deterministic, in float64.
+
+    i runs over patches, z_i are standardised features, y_i is the patch's mean target and s_i the share of its pixels that is valid: least
+    squares over pixels for a prediction that is constant on each patch. Features that do not vary get no weight. b is not penalised.
+    """
+
+    penalty: float = 1e-3
+
+    def __post_init__(self) -> None:
+        if not self.penalty > 0:
+            raise MetaVPTError(f"Ridge: penalty={self.penalty} must be positive")
+
+    def fit(self, task: DenseTask, train: FeatureSet) -> LinearHead:
+        """Raises MetaVPTError where no pixel of `train` is valid."""
+        width = train.features.shape[1]
+        gram, total = self._moments(task, train)
+        if total == 0:
+            raise MetaVPTError("Ridge: the labelled set has no valid pixel; check the depth and label maps of the feedback data")
+        mean, target_mean = gram[:width, -1] / total, gram[-1, width:-1] / total
+        covariance = gram[:width, :width] / total - torch.outer(mean, mean)
+        cross = gram[:width, width:-1] / total - torch.outer(mean, target_mean)  # (D, C)
+        variance = covariance.diagonal()
+        # Rounding leaves a constant feature with a variance of about 1e-16 of its square.
+        scale = torch.where(variance > 1e-13 * gram.diagonal()[:width] / total, variance, math.inf).sqrt()
+        system = covariance / torch.outer(scale, scale)
+        system.diagonal().add_(self.penalty * system.diagonal().mean().clamp_min(1 / width))
+        weight = torch.cholesky_solve(cross / scale[:, None], torch.linalg.cholesky(system)) / scale[:, None]
+        return LinearHead(weight.T.contiguous(), target_mean - mean @ weight, (train.depth.shape[1], train.depth.shape[2]))
+
+    def _moments(self, task: DenseTask, train: FeatureSet) -> tuple[Tensor, Tensor]:
+        """sum_i s_i a_i a_i^T for a_i = (x_i, y_i, 1), of D + C + 1 rows, and sum_i s_i."""
+        size = train.features.shape[1] + task.num_outputs + 1
+        gram = torch.zeros(size, size, dtype=torch.float64, device=train.features.device)
+        for chunk in train.chunks():
+            target, share = task.patch_targets(chunk)
+            rows = torch.cat([chunk.features.double(), target.double(), torch.ones_like(share, dtype=torch.float64)], dim=1)
+            rows = rows.movedim(1, -1).flatten(0, 2)
+            gram += rows.T @ (share.double().flatten()[:, None] * rows)
+        return gram, gram[-1, -1]
+
+
+@dataclass(frozen=True)
+class LinearBN:
+    """The paper's protocol: batch norm and a 1x1 convolution, AdamW with warm-up and cosine decay, clipped, on the enlarged output.
+
+    The batch norm is folded into the returned head. `seed` rules a generator of its own; the global one is left alone. Features are frozen
+    and read from memory, so there is no augmentation; float32 throughout, where the paper uses bf16. Source: V-Pretraining, evaluation.
+    """
+
+    num_steps: int = 20_000
+    batch_size: int = 8
+    warmup: float = 0.05  # share of the steps: 1,000 of 20,000
+    weight_decay: float = 0.05
+    clip_norm: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.num_steps < 1 or self.batch_size < 1:
+            raise MetaVPTError(f"LinearBN: num_steps={self.num_steps} and batch_size={self.batch_size} must be at least 1")
+        if not 0 <= self.warmup < 1:
+            raise MetaVPTError(f"LinearBN: warmup={self.warmup} is the share of the steps that warm up, at least 0 and below 1")
+
+    @torch.enable_grad()
+    def fit(self, task: DenseTask, train: FeatureSet) -> LinearHead:
+        generator = torch.Generator().manual_seed(self.seed)
+        width, device = train.features.shape[1], train.features.device
+        kernel = 0.01 * torch.randn(task.num_outputs, width, generator=generator).to(device)
+        bias = torch.zeros(task.num_outputs, device=device)
+        gain, shift = torch.ones(width, device=device), torch.zeros(width, device=device)
+        mean, variance = torch.zeros(width, device=device), torch.ones(width, device=device)  # running moments of the batch norm
+        weights = [kernel.requires_grad_(), bias.requires_grad_(), gain.requires_grad_(), shift.requires_grad_()]
+        optimizer = torch.optim.AdamW(weights, lr=task.lr, weight_decay=self.weight_decay)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, self._lr_factor)
+        size = (train.depth.shape[1], train.depth.shape[2])
+        for index in islice(self._shuffled(len(train.features), generator), self.num_steps):
+            batch = train.take(index.to(device))
+            features = F.batch_norm(batch.features.float(), mean, variance, gain, shift, training=True)
+            output = enlarge(F.conv2d(features, kernel[:, :, None, None], bias), size)
+            optimizer.zero_grad()
+            task.loss(task.activate(output), batch).backward()
+            nn.utils.clip_grad_norm_(weights, self.clip_norm)
+            optimizer.step()
+            schedule.step()
+        gain = gain * (variance + 1e-5).rsqrt()  # 1e-5: the default of F.batch_norm, used above
+        return LinearHead((kernel * gain).detach(), (bias + kernel @ (shift - gain * mean)).detach(), size, task)
+
+    def _lr_factor(self, step: int) -> float:
+        num_warmup = round(self.warmup * self.num_steps)
+        if step < num_warmup:
+            return (step + 1) / num_warmup
+        return 0.5 + 0.5 * math.cos(math.pi * (step - num_warmup) / (self.num_steps - num_warmup))
+
+    def _shuffled(self, num_images: int, generator: torch.Generator) -> Iterator[Tensor]:
+        """Indices of one batch after another, pass after pass over the images."""
+        while True:
+            yield from torch.randperm(num_images, generator=generator).split(self.batch_size)

@@ -1,0 +1,96 @@
+"""Semantic segmentation: targets for a head, and mIoU from one confusion matrix over the set (letters as in features.py)."""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from metavpt.errors import MetaVPTError
+from metavpt.probes.features import IGNORE, FeatureSet
+from metavpt.probes.heads import LinearHead
+
+
+class SegmentationMetrics:
+    """One confusion matrix (C, C) over the set, rows truth, columns prediction; pixels labelled 255 are left out.
+
+    miou  mean over the classes that occur in the truth of TP / (TP + FP + FN). A class absent from the truth has no term of its own, and
+          where it is predicted it costs the true class a miss: the convention of mmseg and of the ADE20K and NYUv2 tables
+    acc   share of labelled pixels that are right
+    """
+
+    def __init__(self, num_classes: int) -> None:
+        self.num_classes = num_classes
+        self.confusion = torch.zeros(num_classes, num_classes, dtype=torch.int64)
+
+    def update(self, prediction: Tensor, label: Tensor) -> None:
+        """prediction int (B, H, W) in 0..C-1, label int (B, H, W) in 0..C-1 or 255."""
+        if prediction.shape != label.shape:
+            raise MetaVPTError(f"SegmentationMetrics: prediction {tuple(prediction.shape)} and label {tuple(label.shape)} differ in shape")
+        counted = label != IGNORE
+        truth, guess = label[counted].long(), prediction[counted].long()
+        check_classes(truth, self.num_classes)
+        counts = torch.bincount(truth * self.num_classes + guess, minlength=self.num_classes**2)
+        self.confusion += counts.reshape(self.num_classes, self.num_classes).cpu()
+
+    def compute(self) -> dict[str, float]:
+        """Raises MetaVPTError where no pixel was labelled."""
+        right, truth, guess = self.confusion.diagonal().double(), self.confusion.sum(1), self.confusion.sum(0)
+        present = truth > 0
+        if not present.any():
+            raise MetaVPTError("segmentation probe: no pixel of the evaluation set has a label")
+        iou = right[present] / (truth + guess - self.confusion.diagonal())[present]
+        return {"miou": float(iou.mean()), "acc": float(right.sum() / truth.sum())}
+
+
+def check_classes(truth: Tensor, num_classes: int) -> None:
+    if truth.numel() and int(truth.max()) >= num_classes:
+        raise MetaVPTError(f"segmentation probe: label {int(truth.max())} with num_classes={num_classes}; ignored pixels are {IGNORE}")
+
+
+@dataclass(frozen=True)
+class SegmentationTask:
+    """One output a class; targets of a patch are the frequencies of the classes among its labelled pixels."""
+
+    num_classes: int
+    lr: float = 5e-4
+
+    def __post_init__(self) -> None:
+        if not 2 <= self.num_classes <= IGNORE:
+            raise MetaVPTError(f"segmentation probe: num_classes={self.num_classes} must lie in 2..{IGNORE}")
+
+    @property
+    def num_outputs(self) -> int:
+        return self.num_classes
+
+    def patch_targets(self, batch: FeatureSet) -> tuple[Tensor, Tensor]:
+        label = batch.label.long()
+        counted = label != IGNORE
+        check_classes(label[counted], self.num_classes)
+        onehot = torch.zeros(len(label), self.num_classes, *label.shape[1:], device=label.device)
+        onehot.scatter_(1, torch.where(counted, label, 0)[:, None], counted[:, None].float())
+        share = F.adaptive_avg_pool2d(counted[:, None].float(), batch.grid)
+        return F.adaptive_avg_pool2d(onehot, batch.grid) / share.clamp_min(1e-9), share
+
+    def activate(self, output: Tensor) -> Tensor:
+        return output
+
+    def loss(self, prediction: Tensor, batch: FeatureSet) -> Tensor:
+        label = batch.label.long()
+        counted = label != IGNORE
+        check_classes(label[counted], self.num_classes)
+        return F.cross_entropy(prediction, label, ignore_index=IGNORE, reduction="sum") / counted.sum().clamp_min(1)
+
+
+def predict_label(head: LinearHead, features: Tensor) -> Tensor:
+    """(B, D, h, w) -> most likely class (B, H, W), int64."""
+    return head(features.float()).argmax(1)
+
+
+@torch.no_grad()
+def evaluate_segmentation(head: LinearHead, val: FeatureSet) -> dict[str, float]:
+    """seg_miou and seg_acc, as SegmentationMetrics defines them."""
+    metrics = SegmentationMetrics(num_classes=len(head.bias))
+    for chunk in val.chunks():
+        metrics.update(predict_label(head, chunk.features), chunk.label)
+    return {f"seg_{name}": value for name, value in metrics.compute().items()}

@@ -1,0 +1,82 @@
+"""The dense probe as a whole, on images whose colours give depth and class away."""
+
+from typing import NamedTuple
+
+import pytest
+import torch
+
+from metavpt.errors import MetaVPTError
+from metavpt.probes.dense import DenseProbe
+from metavpt.probes.heads import LinearBN, Ridge
+
+
+class Batch(NamedTuple):
+    image: torch.Tensor
+    depth: torch.Tensor
+    label: torch.Tensor
+
+
+def batches(seed: int, num: int = 3) -> list[Batch]:
+    """Images of 8 x 8 blocks: red is depth, green above one half is class 1; some pixels are without depth or label."""
+    generator = torch.Generator().manual_seed(seed)
+    made = []
+    for _ in range(num):
+        image = torch.randint(0, 256, (4, 3, 6, 8), generator=generator, dtype=torch.uint8)
+        image = image.repeat_interleave(8, 2).repeat_interleave(8, 3)
+        depth, label = 1 + image[:, 0].float() / 50, (image[:, 1] > 127).long()
+        depth[:, 20:24, :9], label[:, 30:33, 5:] = 0, 255
+        made.append(Batch(image, depth, label))
+    return made
+
+
+class Colours:
+    """Mean colour of each 8 x 8 block; counts its calls."""
+
+    calls = 0
+
+    def __call__(self, images: torch.Tensor) -> torch.Tensor:
+        assert not torch.is_grad_enabled()
+        self.calls += 1
+        return torch.nn.functional.avg_pool2d(images.float() / 255, 8)
+
+
+def test_every_head_measures_every_task_on_one_pass_over_each_set() -> None:
+    features = Colours()
+    probe = DenseProbe(lambda: batches(0), lambda: batches(1, 2), 2, {"ridge": Ridge(), "linear_bn": LinearBN(num_steps=5)})
+    metrics = probe(features)
+    names = ("depth_rmse", "depth_abs_rel", "depth_delta1", "depth_rmse_per_image", "seg_miou", "seg_acc")
+    assert set(metrics) == {f"{head}/{name}" for head in ("ridge", "linear_bn") for name in names}
+    assert features.calls == 5
+    assert metrics["ridge/depth_rmse"] < 0.9  # blocks are enlarged bilinearly, so not 0; depth has a deviation of 1.5
+    assert metrics["ridge/seg_miou"] > 0.6
+    assert probe(features) == metrics
+
+
+def test_predictions_have_the_size_of_the_maps() -> None:
+    probe, features = DenseProbe(lambda: batches(0), lambda: batches(1), 2), Colours()
+    image = batches(2)[0].image
+    with pytest.raises(MetaVPTError, match="call the probe first"):
+        probe.predict(features, image)
+    probe(features)
+    depth, label = probe.predict(features, image)
+    assert depth is not None
+    assert label is not None
+    assert depth.shape == label.shape == (4, 48, 64)
+    assert label.dtype == torch.int64
+    assert 1e-3 <= float(depth.min()) <= float(depth.max()) <= 10
+
+
+def test_one_task_alone() -> None:
+    features = Colours()
+    depth_only = DenseProbe(lambda: batches(0), lambda: batches(1), None)
+    assert all("/depth_" in name for name in depth_only(features))
+    assert depth_only.predict(features, batches(2)[0].image).label is None
+    assert all("/seg_" in name for name in DenseProbe(lambda: batches(0), lambda: batches(1), 2, depth=False)(features))
+    with pytest.raises(MetaVPTError, match="nothing to probe"):
+        DenseProbe(lambda: batches(0), lambda: batches(1), None, depth=False)
+
+
+def test_the_global_generator_is_left_alone() -> None:
+    state = torch.get_rng_state()
+    DenseProbe(lambda: batches(0), lambda: batches(1), 2, {"linear_bn": LinearBN(num_steps=2)})(Colours())
+    assert torch.equal(torch.get_rng_state(), state)

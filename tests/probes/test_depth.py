@@ -1,0 +1,97 @@
+"""Depth metrics against plain loops over pixels."""
+
+import math
+
+import pytest
+import torch
+
+from metavpt.errors import MetaVPTError
+from metavpt.probes.depth import DepthMetrics, DepthTask, eigen_crop
+from metavpt.probes.features import FeatureSet
+
+
+@pytest.mark.parametrize(
+    ("height", "width", "rows", "columns"),
+    [
+        (480, 640, slice(45, 471), slice(41, 601)),
+        (240, 320, slice(22, 236), slice(20, 301)),
+        (96, 128, slice(9, 95), slice(8, 121)),
+    ],
+)
+def test_eigen_crop(height: int, width: int, rows: slice, columns: slice) -> None:
+    assert eigen_crop(height, width) == (rows, columns)
+
+
+def naive(prediction: torch.Tensor, depth: torch.Tensor, rows: range, columns: range) -> dict[str, float]:
+    squares, relative, close, per_image = [], [], [], []
+    for p_image, t_image in zip(prediction.tolist(), depth.tolist(), strict=True):
+        image = []
+        for i in rows:
+            for j in columns:
+                t, p = t_image[i][j], p_image[i][j]
+                if not math.isfinite(t) or t <= 0:
+                    continue
+                t, p = min(max(t, 1e-3), 10.0), min(max(p, 1e-3), 10.0)
+                image.append((p - t) ** 2)
+                relative.append(abs(p - t) / t)
+                close.append(max(p / t, t / p) < 1.25)
+        squares += image
+        if image:
+            per_image.append(math.sqrt(sum(image) / len(image)))
+    return {
+        "rmse": math.sqrt(sum(squares) / len(squares)),
+        "abs_rel": sum(relative) / len(relative),
+        "delta1": sum(close) / len(close),
+        "rmse_per_image": sum(per_image) / len(per_image),
+    }
+
+
+@pytest.fixture
+def maps() -> tuple[torch.Tensor, torch.Tensor]:
+    """Predictions and truth beyond both bounds, with zero, negative, NaN and infinite truth, and one frame that is NaN throughout."""
+    generator = torch.Generator().manual_seed(0)
+    depth = 12 * torch.rand(4, 24, 32, generator=generator)
+    prediction = depth * (0.5 + torch.rand(4, 24, 32, generator=generator)) - 0.3
+    for share, value in ((0.1, 0.0), (0.05, -1.0), (0.05, math.nan), (0.05, math.inf)):
+        depth[torch.rand(4, 24, 32, generator=generator) < share] = value
+    depth[2] = math.nan
+    return prediction, depth
+
+
+@pytest.mark.parametrize("crop", [True, False])
+def test_metrics_are_the_naive_loops(maps: tuple[torch.Tensor, torch.Tensor], crop: bool) -> None:
+    prediction, depth = maps
+    metrics = DepthMetrics(crop)
+    metrics.update(prediction[:1], depth[:1])
+    metrics.update(prediction[1:], depth[1:])
+    rows, columns = (range(2, 24), range(2, 31)) if crop else (range(24), range(32))
+    assert metrics.compute() == pytest.approx(naive(prediction, depth, rows, columns), rel=1e-6)  # float32 maps
+    assert metrics.num_images == 3
+
+
+def test_a_frame_of_nan_depth_changes_nothing(maps: tuple[torch.Tensor, torch.Tensor]) -> None:
+    prediction, depth = maps
+    with_frame, without = DepthMetrics(), DepthMetrics()
+    with_frame.update(prediction, depth)
+    without.update(prediction[[0, 1, 3]], depth[[0, 1, 3]])
+    assert with_frame.compute() == without.compute()
+
+
+def test_errors_name_the_reason() -> None:
+    metrics = DepthMetrics()
+    metrics.update(torch.ones(1, 24, 32), torch.zeros(1, 24, 32))
+    with pytest.raises(MetaVPTError, match="no pixel"):
+        metrics.compute()
+    with pytest.raises(MetaVPTError, match="differ in shape"):
+        metrics.update(torch.ones(1, 24, 32), torch.zeros(1, 24, 31))
+
+
+def test_loss_reads_valid_pixels_only() -> None:
+    depth = torch.tensor([[[2.0, 0.0], [math.nan, 20.0]]])
+    batch = FeatureSet(torch.zeros(1, 1, 1, 1), depth, torch.zeros(1, 2, 2, dtype=torch.uint8))
+    prediction = torch.tensor([[[[3.0, 50.0], [50.0, 8.0]]]], requires_grad=True)
+    loss = DepthTask().loss(prediction, batch)
+    assert loss.item() == pytest.approx((1 + 4) / 2)  # 20 m is clipped to 10 m
+    (gradient,) = torch.autograd.grad(loss, prediction)
+    assert gradient.tolist() == [[[[1.0, 0.0], [0.0, -2.0]]]]
+    assert DepthTask().loss(prediction, batch._replace(depth=torch.zeros(1, 2, 2))).item() == 0
