@@ -4,27 +4,36 @@ import difflib
 import os
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 from hydra.errors import ConfigCompositionException, HydraException, InstantiationException, MissingConfigException
 from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
+from rich.markup import escape
 
 from metavpt.errors import MetaVPTError
 
 
 def run_command(main: Callable[[], None]) -> None:
-    """Run `main`, a hydra entry point; exit with status 2 and one line on bad input, 130 on Ctrl-C."""
+    """Run `main`, a hydra entry point, with its own errors reported as `reporting` does."""
     os.environ["HYDRA_FULL_ERROR"] = "1"  # hydra then raises its errors instead of printing a page and exiting with 1
-    try:
+    with reporting():
         main()
+
+
+@contextmanager
+def reporting() -> Iterator[None]:
+    """Exit with status 2 and one line on bad input, 130 on Ctrl-C. Jobs use it too: hydra adds lines of its own to what leaves one."""
+    try:
+        yield
     except KeyboardInterrupt:
         sys.exit(130)
     except (MetaVPTError, HydraException, OmegaConfBaseException) as error:
         cause = _user_error(error)
         if cause is None:
             raise
-        Console(stderr=True, soft_wrap=True).print(f"[bold red]error[/bold red] {cause}", highlight=False)
+        Console(stderr=True, soft_wrap=True).print(f"[bold red]error[/bold red] {escape(cause)}", highlight=False)
         sys.exit(2)
 
 

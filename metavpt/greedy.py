@@ -97,12 +97,16 @@ class Greedy(Fixed):
         g_pre = None
         if self.direction.needs_g_pre:
             with torch.no_grad():
-                loss = problem.pretrain_tail(theta, problem.recipe(batch))
+                loss = problem.pretrain_tail(theta, problem.recipe(self._reference_batch(batch)))
             budget.charge(grad_evals=1)
             g_pre = value_and_gradient(loss, aligned)[1]
         live = params.named(problem.learner)
         update = from_torch(optimizer, {name: live[name] for name in aligned}) if self.direction.needs_update else None
         return self.direction(g_down, g_pre, update).w
+
+    def _reference_batch(self, batch: Any) -> Any:
+        """The batch that g_pre is taken on, of what `draw` gave."""
+        return batch
 
     def state_dict(self) -> dict[str, Any]:
         return {"g_down": self._g_down, "num_skipped": self.num_skipped}
@@ -134,8 +138,8 @@ class GreedySelection(Greedy):
         kept = problem.pick(tasks, top // size, top % size)
         return Proposal(kept, size, {"value": float(scores.flatten()[top].mean()), "pool_value": float(scores.mean())})
 
-    def _direction(self, problem: Problem, batch: list[Any], *args: Any) -> params.Params:
-        return super()._direction(problem, batch[0], *args)
+    def _reference_batch(self, batch: list[Any]) -> Any:
+        return batch[0]
 
 
 @torch.no_grad()

@@ -51,11 +51,13 @@ class LinearSolver(Protocol):
 class ConjugateGradient:
     """Hestenes & Stiefel (1952): one matvec a step, plus one whenever the residual is taken afresh.
 
-    Converged means that the true residual is at most `tolerance`: the recurrence only claims it, a matvec confirms it, and where the two have
-    come apart the method restarts from the true residual. Without convergence `residual` is the recurrence's, taken afresh every 50 steps.
+    Converged means that the true residual is at most `tolerance`: the recurrence only claims it, a matvec confirms it, and where
+    the two have come apart the method restarts from the true residual. Without convergence `residual` is the recurrence's, taken
+    afresh every 50 steps.
 
-    On a direction of curvature <= 0 the matrix is indefinite: it stops and keeps the last x, not converged. If that is the very first
-    direction, x is `x0`, or without one b |b| / |(A + damping I) b|: the one-step direction in the units of a solution (zero if the product is).
+    On a direction of curvature <= 0 the matrix is indefinite: it stops and keeps the last x, not converged. If that is the very
+    first direction, x is `x0`, or without one b |b| / |(A + damping I) b|, the one-step direction in the units of a solution
+    (zero if the product is).
     """
 
     max_iterations: int = 20
@@ -143,7 +145,7 @@ class Nystrom:
     """Inverts a low-rank approximation of A, plus damping: `rank` matvecs and one for the true residual (one more with `x0`).
 
     A ~ (A Q) (Q^T A Q)^+ (A Q)^T = U diag(s) U^T for an orthonormal Gaussian sketch Q, and by Woodbury's identity
-    x = U diag(1 / (s + damping)) U^T b + (b - U U^T b) / damping (Hataya & Yamada, 2023; in the stable factored form of Tropp et al., 2017).
+    x = U diag(1 / (s + damping)) U^T b + (b - U U^T b) / damping (Hataya & Yamada, 2023; factored stably as in Tropp et al., 2017).
     Exact where A has that rank and is positive semidefinite; directions of the sketch with curvature <= 0 are taken as flat.
     Memory: three times `rank` vectors. Converged means that x is better than none, residual < 1. `damping` must be positive.
     """

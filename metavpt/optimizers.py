@@ -216,17 +216,17 @@ def _group(optimizer: torch.optim.Optimizer, name: str, p: Tensor) -> dict[str, 
 
 
 def _rule(optimizer: torch.optim.Optimizer, group: dict[str, Any]) -> Rule:
-    options = {key: float(value) if isinstance(value, Tensor) else value for key, value in group.items()}
     kind = type(optimizer)
     for flag in ("amsgrad", "maximize"):
-        if options.get(flag):
+        if group.get(flag):
             raise MetaVPTError(f"{kind.__name__}({flag}=True): this option of the learner's optimizer cannot be unrolled; turn it off")
+    lr, weight_decay = float(group["lr"]), float(group["weight_decay"])
     if kind is torch.optim.SGD:
-        return SGD(options["lr"], options["momentum"], options["dampening"], options["weight_decay"], options["nesterov"])
+        return SGD(lr, float(group["momentum"]), float(group["dampening"]), weight_decay, bool(group["nesterov"]))
     if kind in (torch.optim.Adam, torch.optim.AdamW):
-        beta1, beta2 = (float(beta) for beta in options["betas"])
+        beta1, beta2 = (float(beta) for beta in group["betas"])
         rule = AdamW if kind is torch.optim.AdamW else Adam
-        return rule(options["lr"], (beta1, beta2), options["eps"], options["weight_decay"], options["decoupled_weight_decay"])
+        return rule(lr, (beta1, beta2), float(group["eps"]), weight_decay, bool(group["decoupled_weight_decay"]))
     raise MetaVPTError(f"{kind.__name__}: the learner's optimizer cannot be unrolled; use torch.optim.SGD, Adam or AdamW")
 
 

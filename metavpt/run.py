@@ -4,13 +4,14 @@ from pathlib import Path
 
 import hydra
 import torch
+from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
 from metavpt import report, runfolder
 from metavpt.checkpoint import Checkpoints
-from metavpt.command import run_command
+from metavpt.command import reporting, run_command
 from metavpt.runlog import RunLog
 from metavpt.trainer import Trainer
 
@@ -18,7 +19,7 @@ from metavpt.trainer import Trainer
 def build(cfg: DictConfig, folder: Path, console: Console) -> Trainer:
     """The trainer that `cfg` describes, with its log and checkpoints in `folder`; weights are drawn from `cfg.seed`."""
     torch.manual_seed(cfg.seed)
-    problem = instantiate(cfg.problem)
+    problem = instantiate(cfg.problem, _convert_="all")
     problem.to(cfg.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     return instantiate(
         cfg.trainer,
@@ -38,8 +39,8 @@ def run(cfg: DictConfig) -> Path:
         torch.set_num_threads(cfg.threads)
     output = Path(cfg.output) if cfg.output else None
     parent = Path(cfg.runs)
-    config = OmegaConf.to_yaml(OmegaConf.masked_copy(cfg, [key for key in cfg if key not in ("resume", "output")]), resolve=True)
-    choices = hydra.core.hydra_config.HydraConfig.get().runtime.choices
+    config = OmegaConf.to_yaml(OmegaConf.masked_copy(cfg, [str(key) for key in cfg if key not in ("resume", "output")]), resolve=True)
+    choices = HydraConfig.get().runtime.choices
     name = f"{choices.problem}-{choices.strategy}-seed{cfg.seed}"
     if cfg.resume:
         folder = runfolder.find(output, parent, config)
@@ -62,7 +63,8 @@ def run(cfg: DictConfig) -> Path:
 
 @hydra.main(version_base="1.3", config_path="pkg://metavpt.configs", config_name="run")
 def main(cfg: DictConfig) -> None:
-    run(cfg)
+    with reporting():
+        run(cfg)
 
 
 if __name__ == "__main__":

@@ -54,7 +54,7 @@ class RunLog:
         """A bar over the budget for as long as the block runs."""
         columns = (BarColumn(), TextColumn("{task.percentage:3.0f}%"), TextColumn("{task.description}"), TimeRemainingColumn())
         with Progress(*columns, console=self.console) as self._bar:
-            self._bar.add_task("", total=1.0, completed=budget.progress)
+            self._bar.add_task("", total=1.0)
             yield
         self._bar = None
 

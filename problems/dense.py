@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.func import functional_call
 
 from metavpt import params, pictures
@@ -23,6 +23,12 @@ from metavpt.stream import Stream
 NUM_PICTURES = 4
 
 
+class VisionLearner(nn.Module):
+    """A learner with a `backbone`, whatever it has beside it."""
+
+    backbone: Backbone
+
+
 class DenseProblem(Problem):
     """A ViT (`learner.backbone`) pretrained for depth and segmentation; a subclass adds the learner's head, the designer and the loss.
 
@@ -31,6 +37,8 @@ class DenseProblem(Problem):
     head_steps        fitting steps of the feedback heads before each designer update, `first_head_steps` before the first one
     probe_heads       heads by name that the probes fit; None: ridge alone
     """
+
+    learner: VisionLearner
 
     def __init__(
         self,
@@ -109,12 +117,11 @@ class DenseProblem(Problem):
         """Depth and classes of a few validation frames, predicted beside true, by the probe's last head."""
         frames = [self.data.frames[i] for i in self.data.val[:: max(1, len(self.data.val) // NUM_PICTURES)][:NUM_PICTURES]]
         predicted = self.probe.predict(self._frozen_features, torch.stack([frame.image for frame in frames]))
-        num_classes = self.data.frames.num_classes
         rows = []
-        for i, frame in enumerate(frames):
+        for frame, depth, label in zip(frames, *predicted, strict=True):
             low, high = float(frame.depth[frame.depth > 0].min()), float(frame.depth.max())
-            depths = [pictures.colour(depth.cpu(), low, high) for depth in (frame.depth, predicted.depth[i])]
-            labels = [pictures.classes(label.cpu(), num_classes) for label in (frame.label, predicted.label[i])]
+            depths = [pictures.colour(metres, low, high) for metres in (frame.depth, depth)]
+            labels = [pictures.classes(classes, self.data.frames.num_classes) for classes in (frame.label, label)]
             rows.append([pictures.photo(frame.image), *depths, *labels])
         return {"predictions": pictures.grid(rows)}
 

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Console
 from torch.utils.data import ConcatDataset, Dataset
 
 from metavpt.data.images import FrameImages, open_images
@@ -36,6 +37,10 @@ class DenseData:
         seed: int = 0,
         rooms: Mapping[str, Any] | None = None,
     ) -> None:
+        if path is None:
+            Console(stderr=True, soft_wrap=True).print(
+                "[bold]data:[/bold] no data.path, so this trains on generated rooms; for NYUv2 give data.path=/path/to/nyu_depth_v2_labeled.mat"
+            )
         self.frames = open_nyuv2(path, num_classes, rooms)
         train = self.frames.splits["train"]
         if num_train < 1 or num_meta < 1 or num_train + num_meta > len(train):

@@ -21,7 +21,7 @@ class MaskDesigner(nn.Module):
     clamp's very edge, so the designer can leave it.
 
     recipe: makes the views v. network: (B, 3, H, W) -> (B, 1, H, W), any size. keep: the share of pixels that `regularizer` asks for.
-    blur_sigma in pixels. on: mask the global crops, or all.
+    blur_sigma in pixels. crops: mask the global crops, or all.
     """
 
     def __init__(
@@ -32,26 +32,26 @@ class MaskDesigner(nn.Module):
         sparsity_weight: float = 0.131,
         tv_weight: float = 0.144,
         blur_sigma: float = 8.0,
-        on: Literal["global", "all"] = "global",
+        crops: Literal["global", "all"] = "global",
         initial_keep: float = 1.0,
         excess_weight: float = 0.1,
     ) -> None:
         super().__init__()
         if not (0 <= keep <= 1 and 0 <= initial_keep <= 1):
             raise MetaVPTError(f"MaskDesigner: keep and initial_keep are shares in [0, 1], got {keep=}, {initial_keep=}")
-        if on not in ("global", "all"):
-            raise MetaVPTError(f"MaskDesigner: on must be 'global' or 'all', got {on!r}")
+        if crops not in ("global", "all"):
+            raise MetaVPTError(f"MaskDesigner: crops must be 'global' or 'all', got {crops!r}")
         if blur_sigma <= 0:
             raise MetaVPTError(f"MaskDesigner: blur_sigma must be positive, got {blur_sigma}")
         self.recipe, self.network = recipe, network
-        self.keep, self.initial_keep, self.blur_sigma, self.on = keep, initial_keep, blur_sigma, on
+        self.keep, self.initial_keep, self.blur_sigma, self.crops = keep, initial_keep, blur_sigma, crops
         self.sparsity_weight, self.tv_weight, self.excess_weight = sparsity_weight, tv_weight, excess_weight
 
     def forward(self, batch: Any) -> Views:
         """batch: `.images` (B, 3, H, W), see MultiCrop, and `.seed`. The task carries its masks for `regularizer`."""
         views = self.recipe_task(batch)
         global_crops, masks, excess = self._mask(views.global_crops)
-        if self.on == "global" or not len(views.local_crops):
+        if self.crops == "global" or not len(views.local_crops):
             return Views(global_crops, views.local_crops, masks, None, excess)
         local_crops, local_masks, local_excess = self._mask(views.local_crops)
         return Views(global_crops, local_crops, masks, local_masks, torch.cat([excess, local_excess]))
@@ -69,7 +69,7 @@ class MaskDesigner(nn.Module):
     def _random_task(self, views: Views, rng: torch.Generator) -> Views:
         masks = random_masks(views.global_crops, self.keep, rng)
         global_crops = self._blend(views.global_crops, masks)
-        if self.on == "global" or not len(views.local_crops):
+        if self.crops == "global" or not len(views.local_crops):
             return Views(global_crops, views.local_crops, masks)
         local_masks = random_masks(views.local_crops, self.keep, rng)
         return Views(global_crops, self._blend(views.local_crops, local_masks), masks, local_masks)
@@ -107,7 +107,7 @@ class MaskDesigner(nn.Module):
 
 
 def random_masks(crops: Tensor, keep: float, rng: torch.Generator, cells: int = 4) -> Tensor:
-    """Masks (V, B, 1, H, W) of 0 and 1 for crops (V, B, 3, H, W): noise on `cells` x `cells`, enlarged, its top share `keep` of pixels kept."""
+    """Masks (V, B, 1, H, W) of 0 and 1 for crops (V, B, 3, H, W): noise on `cells` x `cells`, enlarged; its top share `keep` is kept."""
     num_views, batch_size, _, height, width = crops.shape
     noise = torch.randn(num_views * batch_size, 1, cells, cells, generator=rng).to(crops)
     smooth = F.interpolate(noise, size=(height, width), mode="bicubic", align_corners=False).flatten(1)

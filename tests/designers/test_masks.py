@@ -31,7 +31,7 @@ def designer(network: str = "unet", randomised: bool = False, **changes: Any) ->
 @pytest.mark.parametrize("network", NETWORKS)
 @pytest.mark.parametrize("on", ["global", "all"])
 def test_a_new_designer_is_the_recipe_bit_for_bit(network: str, on: str) -> None:
-    made = designer(network, on=on)
+    made = designer(network, crops=on)
     task, plain = made(batch()), made.recipe_task(batch())
     assert torch.equal(task.global_crops, plain.global_crops)
     assert torch.equal(task.local_crops, plain.local_crops)
@@ -56,7 +56,7 @@ def test_every_parameter_is_reached(network: str, randomised: bool) -> None:
 @pytest.mark.parametrize("network", NETWORKS)
 @pytest.mark.parametrize("on", ["global", "all"])
 def test_gradient_equals_finite_differences(network: str, on: str) -> None:
-    made = designer(network, randomised=True, on=on)
+    made = designer(network, randomised=True, crops=on)
     phi = params.clone(params.named(made))
     inner = made(batch()).masks
     assert 0.01 < inner.min() < inner.max() < 0.99
@@ -75,7 +75,7 @@ def test_gradient_equals_finite_differences(network: str, on: str) -> None:
 
 
 def test_masked_views_follow_the_formula() -> None:
-    made = designer(randomised=True, on="all")
+    made = designer(randomised=True, crops="all")
     task, plain = made(batch()), made.recipe_task(batch())
     assert task.excess.shape == (4, 2)
     for masked, view, mu in (
@@ -105,7 +105,7 @@ def naive_regularizer(made: MaskDesigner, masks: list[Tensor], excess: Tensor) -
 
 @pytest.mark.parametrize("on", ["global", "all"])
 def test_regularizer_equals_loops(on: str) -> None:
-    made = designer(on=on, keep=0.4, sparsity_weight=0.3, tv_weight=0.7, excess_weight=0.2)
+    made = designer(crops=on, keep=0.4, sparsity_weight=0.3, tv_weight=0.7, excess_weight=0.2)
     nn.init.normal_(made.network.out.weight, std=2.0)
     task = made(batch())
     masks = [mask for mask in (task.masks, task.local_masks) if mask is not None]
@@ -179,8 +179,8 @@ def test_seed_decides_and_global_state_is_left_alone() -> None:
 def test_what_makes_no_sense_is_refused() -> None:
     with pytest.raises(MetaVPTError, match="keep"):
         designer(keep=1.5)
-    with pytest.raises(MetaVPTError, match="on must be"):
-        designer(on="local")
+    with pytest.raises(MetaVPTError, match="crops must be"):
+        designer(crops="local")
     with pytest.raises(MetaVPTError, match="blur_sigma"):
         designer(blur_sigma=0.0)
     with pytest.raises(MetaVPTError, match="multiple of 4"):
@@ -202,7 +202,7 @@ def test_random_masks_keep_exactly_the_share_that_is_asked_for():
 
 @pytest.mark.parametrize("on", ["global", "all"])
 def test_random_tasks_are_the_views_of_the_recipe_under_other_masks(on: str) -> None:
-    made = designer(keep=0.5, on=on)
+    made = designer(keep=0.5, crops=on)
     views, (first, second) = made.recipe_task(batch()), made.random_tasks(batch(), 2)
     kept = first.masks.bool().expand_as(views.global_crops)
     assert torch.equal(first.global_crops[kept], views.global_crops[kept])

@@ -1,0 +1,56 @@
+"""Labelled RGB-D frames, whatever file they come from."""
+
+from abc import abstractmethod
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from metavpt.errors import MetaVPTError
+
+IGNORE = 255
+
+
+class Frame(NamedTuple):
+    """image uint8 (3,H,W); depth float32 (H,W) in metres, 0 where unknown; label int64 (H,W) in 0..C-1, 255 where ignored."""
+
+    image: Tensor
+    depth: Tensor
+    label: Tensor
+
+
+class RGBDFrames(Dataset[Frame]):
+    """Frames of one size; `splits` holds the indices of "train" and "val"."""
+
+    name: str
+    size: tuple[int, int]
+    class_names: list[str]
+    splits: dict[str, list[int]]
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.class_names)
+
+    @abstractmethod
+    def __len__(self) -> int: ...
+
+    @abstractmethod
+    def __getitem__(self, index: int) -> Frame: ...
+
+    @abstractmethod
+    def image(self, index: int) -> Tensor:
+        """The image alone, uint8 (3,H,W)."""
+
+
+def make_frame(image: np.ndarray, depth: np.ndarray, label: np.ndarray, source: str) -> Frame:
+    """A frame of arrays image (H,W,3), depth and label (H,W); unknown depth becomes 0, and none at all is an error."""
+    depth = np.where(np.isfinite(depth) & (depth > 0), depth, 0).astype(np.float32)
+    if not depth.any():
+        raise MetaVPTError(f"{source}: the depth map has no valid pixel; remove the frame or repair the file")
+    return Frame(
+        torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1))),
+        torch.from_numpy(np.ascontiguousarray(depth)),
+        torch.from_numpy(label.astype(np.int64)),
+    )

@@ -1,0 +1,143 @@
+"""Endless batches in an order that a seed sets, with a position that can be jumped to."""
+
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from metavpt.data.frames import Frame, RGBDFrames
+from metavpt.errors import MetaVPTError
+
+
+class Batch(NamedTuple):
+    """Unlabelled images uint8 (B,3,H,W), and the seed of all randomness in what is made of them."""
+
+    images: Tensor
+    seed: int
+
+
+class FrameBatch(NamedTuple):
+    """Labelled frames: image uint8 (B,3,H,W), depth float32 (B,H,W) in metres, label int64 (B,H,W)."""
+
+    image: Tensor
+    depth: Tensor
+    label: Tensor
+
+
+class EndlessBatches(Sampler[list[int]]):
+    """Batches out of range(num_items) for ever: epoch e is the permutation seeded by (seed, e); batches run on across epochs."""
+
+    def __init__(self, num_items: int, batch_size: int, seed: int, first: int = 0) -> None:
+        self.num_items, self.batch_size, self.seed, self.first = num_items, batch_size, seed, first
+
+    def __iter__(self) -> Iterator[list[int]]:
+        epoch, at = divmod(self.first * self.batch_size, self.num_items)
+        order = self._order(epoch)
+        while True:
+            batch: list[int] = []
+            while len(batch) < self.batch_size:
+                if at == self.num_items:
+                    epoch, at = epoch + 1, 0
+                    order = self._order(epoch)
+                taken = order[at : at + self.batch_size - len(batch)]
+                batch, at = batch + taken, at + len(taken)
+            yield batch
+
+    def _order(self, epoch: int) -> list[int]:
+        return torch.randperm(self.num_items, generator=torch.Generator().manual_seed(mix(self.seed, epoch))).tolist()
+
+
+class ImageLoader:
+    """Endless `Batch`es of a dataset of images uint8 (3,H,W), on `device`; `skip(n)` starts at batch n and decodes none before it."""
+
+    def __init__(
+        self, images: Dataset[Tensor], batch_size: int, seed: int, num_workers: int = 0, device: torch.device | str = "cpu"
+    ) -> None:
+        _check_size(len(images), batch_size, "problem.batch_size", "images")  # type: ignore[arg-type]
+        self.images, self.batch_size, self.seed, self.num_workers, self.device = images, batch_size, seed, num_workers, device
+        self.first = 0
+
+    def skip(self, num_batches: int) -> None:
+        self.first = num_batches
+
+    def __iter__(self) -> Iterator[Batch]:
+        sampler = EndlessBatches(len(self.images), self.batch_size, self.seed, self.first)  # type: ignore[arg-type]
+        for k, images in enumerate(_load(self.images, sampler, self.num_workers, torch.stack), start=self.first):
+            yield Batch(images.to(self.device, non_blocking=True), mix(self.seed, k))
+
+
+class FrameLoader:
+    """Endless `FrameBatch`es of the frames at `indices`; `skip` as in `ImageLoader`."""
+
+    def __init__(
+        self,
+        frames: RGBDFrames,
+        indices: Sequence[int],
+        batch_size: int,
+        seed: int,
+        num_workers: int = 0,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        _check_size(len(indices), batch_size, "problem.feedback_batch_size", "labelled frames of its pool")
+        self.frames, self.indices, self.batch_size, self.seed = frames, indices, batch_size, seed
+        self.num_workers, self.device = num_workers, device
+        self.first = 0
+
+    def skip(self, num_batches: int) -> None:
+        self.first = num_batches
+
+    def __iter__(self) -> Iterator[FrameBatch]:
+        sampler = EndlessBatches(len(self.indices), self.batch_size, self.seed, self.first)
+        for batch in _load(_Picked(self.frames, self.indices), sampler, self.num_workers, collate_frames):
+            yield FrameBatch(*(field.to(self.device, non_blocking=True) for field in batch))
+
+    @staticmethod
+    def in_order(frames: RGBDFrames, indices: Sequence[int], batch_size: int, device: torch.device | str = "cpu") -> Iterator[FrameBatch]:
+        """One pass over `indices`; the last batch may be smaller."""
+        for first in range(0, len(indices), batch_size):
+            batch = collate_frames([frames[i] for i in indices[first : first + batch_size]])
+            yield FrameBatch(*(field.to(device) for field in batch))
+
+
+class _Picked(Dataset[Frame]):
+    def __init__(self, frames: RGBDFrames, indices: Sequence[int]) -> None:
+        self.frames, self.indices = frames, indices
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, k: int) -> Frame:
+        return self.frames[self.indices[k]]
+
+
+def collate_frames(frames: Sequence[Frame]) -> FrameBatch:
+    return FrameBatch(*(torch.stack(fields) for fields in zip(*frames, strict=True)))
+
+
+def mix(seed: int, k: int) -> int:
+    """A seed below 2^62 for the k-th thing under `seed`: neighbours share nothing (splitmix64)."""
+    z = (seed * 0x9E3779B97F4A7C15 + k * 0xBF58476D1CE4E5B9 + 0x94D049BB133111EB) & (2**64 - 1)
+    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & (2**64 - 1)
+    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & (2**64 - 1)
+    return (z ^ (z >> 31)) >> 2
+
+
+def _load(dataset: Dataset[Any], sampler: EndlessBatches, num_workers: int, collate: Any) -> Iterator[Any]:
+    generator = torch.Generator().manual_seed(mix(sampler.seed, -1))  # seeds the workers; the global generator stays where it is
+    return iter(
+        DataLoader(
+            dataset,
+            batch_sampler=sampler,
+            num_workers=num_workers,
+            collate_fn=collate,
+            generator=generator,
+            pin_memory=torch.cuda.is_available(),
+        )
+    )
+
+
+def _check_size(num_items: int, batch_size: int, key: str, what: str) -> None:
+    if not 1 <= batch_size <= num_items:
+        raise MetaVPTError(f"{key}={batch_size} must be at least 1 and at most the {num_items} {what}")
