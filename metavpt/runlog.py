@@ -1,6 +1,7 @@
 """What a run leaves behind while it goes: metrics.jsonl, figures, and a progress bar for whoever watches."""
 
 import json
+import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -31,7 +32,7 @@ class RunLog:
     def write(self, kind: str, step: int, **values: Any) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         with self.path.open("a") as file:
-            file.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
+            file.write(json.dumps({"kind": kind, "step": step, **{name: _jsonable(value) for name, value in values.items()}}) + "\n")
         self._shown.update({name: values[name] for name in ("loss", "value") if name in values})
 
     def warn(self, step: int, message: str) -> None:
@@ -72,3 +73,10 @@ class RunLog:
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         os.truncate(self.path, min(state["bytes"], self.path.stat().st_size))
+
+
+def _jsonable(value: Any) -> Any:
+    """JSON has no NaN and no infinity: null stands for both."""
+    if isinstance(value, dict):
+        return {name: _jsonable(item) for name, item in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value

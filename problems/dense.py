@@ -108,7 +108,7 @@ class DenseProblem(Problem):
 
     def normalize(self, images: Tensor) -> Tensor:
         """uint8 (B,3,H,W) -> what the backbone reads, at `feature_size`."""
-        images = images.to(self.device).float() / 255
+        images = images.to(next(self.learner.parameters())) / 255
         if images.shape[-2:] != self.feature_size:
             images = F.interpolate(images, self.feature_size, mode="bilinear", antialias=True, align_corners=False)
         return (images - self.mean.to(images)) / self.std.to(images)

@@ -43,7 +43,7 @@ class DinoDense(DenseProblem):
     ) -> None:
         if targets not in ("sinkhorn", "centering"):
             raise MetaVPTError(f"problem.targets={targets}: known are sinkhorn, centering")
-        self.learner = Learner(backbone, ProjectionHead(backbone.width, head_hidden, head_bottleneck, num_prototypes))
+        self.learner = Learner(backbone, ProjectionHead(backbone.width, num_prototypes, head_hidden, head_bottleneck))
         self.teacher = Teacher(self.learner)
         self.designer = designer(recipe(mean=backbone.mean, std=backbone.std))
         self.targets, self.teacher_credit, self.teacher_momentum = targets, teacher_credit, teacher_momentum

@@ -1,7 +1,9 @@
 """Unlabelled images from a folder, a zip, an npz, or labelled frames without their labels."""
 
 import io
+import os
 import zipfile
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -31,7 +33,7 @@ def open_images(path: Path, size: tuple[int, int]) -> Dataset[Tensor]:
         if zipfile.is_zipfile(path):
             return ZipImages(path, size)
         raise MetaVPTError(f"{path}: neither a folder nor a readable zip or npz of images")
-    files = sorted(file for file in path.rglob("*") if file.suffix.lower() in SUFFIXES)
+    files = sorted(file for file in path.rglob("*") if _is_image(file.name))
     if files:
         return FolderImages(files, size)
     archives = sorted(file for file in path.iterdir() if file.suffix in (".npz", ".zip"))
@@ -56,7 +58,7 @@ class ZipImages(Dataset[Tensor]):
 
     def __init__(self, path: Path, size: tuple[int, int]) -> None:
         self.archive, self.size = Archive(path), size
-        self.members = sorted(name for name in self.archive.names if Path(name).suffix.lower() in SUFFIXES)
+        self.members = sorted(name for name in self.archive.names if _is_image(Path(name).name))
         if not self.members:
             raise MetaVPTError(f"{path}: the zip holds no image ({', '.join(sorted(SUFFIXES))})")
 
@@ -76,10 +78,13 @@ class NpzImages(Dataset[Tensor]):
         try:
             with np.load(path, allow_pickle=False) as file:
                 self.arrays = {name: file[name] for name in ("images", "jpeg", "offsets", "split") if name in file.files}
-        except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
-            raise MetaVPTError(f"{path}: not a readable npz ({error})") from None
+        except (OSError, ValueError, TypeError, AttributeError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+            raise MetaVPTError(f"{path}: not a readable npz ({error}); get the file again") from None
         if "images" not in self.arrays and not {"jpeg", "offsets"} <= self.arrays.keys():
             raise MetaVPTError(f"{path}: needs an array `images` (N,H,W,3), or `jpeg` with `offsets`")
+        images = self.arrays.get("images")
+        if images is not None and (images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3):
+            raise MetaVPTError(f"{path}: images is {images.dtype} {images.shape}; it must be uint8 (N,H,W,3)")
         total = len(self.arrays["images"]) if "images" in self.arrays else len(self.arrays["offsets"]) - 1
         split = self.arrays.get("split", np.zeros(total))
         self.indices = np.flatnonzero(split == 0)
@@ -114,6 +119,7 @@ class Archive:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._handle: zipfile.ZipFile | None = None
+        self._process = 0
         self.names = set(self._open().namelist())
 
     def read(self, member: str) -> bytes:
@@ -121,13 +127,13 @@ class Archive:
             return self._open().read(member)
         except KeyError:
             raise MetaVPTError(f"{self.path}: the zip lacks {member}; get the whole file again") from None
-        except (zipfile.BadZipFile, OSError, EOFError) as error:
+        except (zipfile.BadZipFile, zlib.error, OSError, EOFError) as error:
             raise MetaVPTError(f"{self.path}: {member} cannot be read ({error}); get the file again") from None
 
     def _open(self) -> zipfile.ZipFile:
-        if self._handle is None:
+        if self._handle is None or self._process != os.getpid():  # a fork shares the position in the file with its parent
             try:
-                self._handle = zipfile.ZipFile(self.path)
+                self._handle, self._process = zipfile.ZipFile(self.path), os.getpid()
             except (zipfile.BadZipFile, OSError) as error:
                 raise MetaVPTError(f"{self.path}: not a readable zip ({error}); get the file again") from None
         return self._handle
@@ -136,12 +142,17 @@ class Archive:
         return {**self.__dict__, "_handle": None}
 
 
+def _is_image(name: str) -> bool:
+    """By its ending; hidden files (macOS writes `._photo.jpg` beside photo.jpg) are none."""
+    return Path(name).suffix.lower() in SUFFIXES and not name.startswith(".")
+
+
 def decode(data: bytes, source: str) -> Tensor:
     """An encoded image as RGB uint8 (3,H,W); grey, palette and 16-bit images are converted."""
     try:
         image = Image.open(io.BytesIO(data))
         if image.mode.startswith("I"):  # 16 bits: PIL's own conversion to RGB would clip, not scale
-            image = Image.fromarray((np.asarray(image).astype(np.float64) / 257).round().astype(np.uint8))
+            image = Image.fromarray((np.asarray(image).astype(np.float64) / 257).round().clip(0, 255).astype(np.uint8))
         array = np.array(image.convert("RGB"))
     except (UnidentifiedImageError, OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise MetaVPTError(f"{source}: not a readable image ({error}); remove or replace it") from None

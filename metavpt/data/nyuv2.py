@@ -2,10 +2,11 @@
 
 import io
 import json
+import os
 from collections.abc import Mapping
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import h5py
 import numpy as np
@@ -15,50 +16,63 @@ from torch import Tensor
 
 from metavpt.data.frames import IGNORE, Frame, RGBDFrames, make_frame
 from metavpt.data.images import Archive, decode
+from metavpt.data.rooms import CLASS_NAMES as ROOM_CLASSES
 from metavpt.data.rooms import rooms_file
 from metavpt.errors import MetaVPTError
 
-ZIP_NAME = "nyuv2_labeled_240x320.zip"
+ZIP_NAME, MAT_NAME = "nyuv2_labeled_240x320.zip", "nyu_depth_v2_labeled.mat"
+NUM_OFFICIAL_FRAMES, NUM_RAW_CLASSES = 1449, 894
 METRES_PER_CODE = 9.99547 / 255  # of the zip's 8-bit depth
 CLASSES: dict[str, Any] = json.loads((files("metavpt.data") / "nyuv2_classes.json").read_text())
 
 
 def open_nyuv2(path: str | Path | None, num_classes: int = 13, rooms: Mapping[str, Any] | None = None) -> RGBDFrames:
-    """The frames at `path`: nyu_depth_v2_labeled.mat, the zip of 240x320 frames or its folder; None: rooms generated with `rooms`."""
+    """The frames at `path`: nyu_depth_v2_labeled.mat, the zip of 240x320 frames, or the folder of either; None: generated rooms.
+
+    num_classes: 13 or 40 of NYUv2. Generated rooms keep the 13 classes of their own.
+    rooms: any of folder, num_frames, size, seed, see `rooms_file`.
+    """
     if num_classes not in (13, 40):
         raise MetaVPTError(f"data.num_classes={num_classes}: NYUv2 has 13 or 40")
     if path is None:
+        keys = ("folder", "num_frames", "size", "seed")
+        for key in rooms or {}:
+            if key not in keys:
+                raise MetaVPTError(f"data.rooms.{key}: no such key; known are {', '.join(keys)}")
         return NYUv2Mat(rooms_file(**(rooms or {})), num_classes)
     path = Path(path)
-    if path.is_dir() and (path / ZIP_NAME).is_file():
-        path = path / ZIP_NAME
-    if not path.is_file():
-        raise MetaVPTError(f"data.path={path}: no such file; name nyu_depth_v2_labeled.mat or the folder that holds {ZIP_NAME}")
+    if not path.exists():
+        raise MetaVPTError(f"data.path={path}: no such file; name {MAT_NAME} or {ZIP_NAME} or its folder, or null for generated rooms")
+    if path.is_dir():
+        folder, path = path, next((path / name for name in (ZIP_NAME, MAT_NAME) if (path / name).is_file()), path)
+        if path == folder:
+            raise MetaVPTError(f"data.path={folder}: the folder holds neither {ZIP_NAME} nor {MAT_NAME}")
     return NYUv2Zip(path, num_classes) if path.suffix == ".zip" else NYUv2Mat(path, num_classes)
 
 
 class NYUv2Mat(RGBDFrames):
     """The official file (MATLAB 7.3, which is HDF5, stored transposed): images N x 3 x W x H, depths and labels N x W x H, read one by one.
 
-    The split is the file's own (`trainNdxs`, `testNdxs`, from 1), else the official 795 / 654. Raw labels are classes by `names`: one that
-    is among the NYU-40 names is that class, any other is ignored; a file whose names are few (rooms) is taken as it is.
+    The split is the file's own (`trainNdxs`, `testNdxs`, from 1), else the official 795 / 654. Raw labels become classes by `class_table`.
     """
 
     def __init__(self, path: Path, num_classes: int = 13) -> None:
         self.path, self.name = path, path.name
         self._file: h5py.File | None = None
+        self._process = 0
         file = self._open()
         for dataset in ("images", "depths", "labels", "names"):
-            if dataset not in file:
-                raise MetaVPTError(f"{path}: lacks the dataset {dataset!r}; it is not nyu_depth_v2_labeled.mat, or not all of it")
-        num_frames, _, width, height = file["images"].shape
+            if not isinstance(file.get(dataset), h5py.Dataset):
+                raise MetaVPTError(f"{path}: lacks the dataset {dataset!r}; it is not {MAT_NAME}, or not all of it")
+        shape = self._array("images").shape
+        if len(shape) != 4 or shape[1] != 3 or self._array("images").dtype != np.uint8:
+            raise MetaVPTError(f"{path}: images is {self._array('images').dtype} {shape}; it must be uint8 (N,3,W,H)")
+        self.num_frames, _, width, height = shape
         self.size = (height, width)
         for dataset in ("depths", "labels"):
-            if file[dataset].shape != (num_frames, width, height):
-                raise MetaVPTError(f"{path}: {dataset} is {file[dataset].shape}, not {(num_frames, width, height)} like images")
-        self.num_frames = num_frames
-        names = ["".join(map(chr, np.asarray(file[reference]).ravel())) for reference in np.asarray(file["names"]).ravel()]
-        self.class_names, self._classes = class_table(names, num_classes)
+            if self._array(dataset).shape != (self.num_frames, width, height):
+                raise MetaVPTError(f"{path}: {dataset} is {self._array(dataset).shape}, not {(self.num_frames, width, height)} like images")
+        self.class_names, self._classes = class_table(self._read_names(file), num_classes)
         self.splits = self._read_splits(file)
         self.close()
 
@@ -82,74 +96,96 @@ class NYUv2Mat(RGBDFrames):
 
     def _read(self, dataset: str, index: int) -> np.ndarray:
         try:
-            return self._open()[dataset][index]
+            return self._array(dataset)[index]
         except OSError as error:
             raise MetaVPTError(f"{self.path}: frame {index} cannot be read ({error}); the file is damaged, get it again") from None
 
+    def _array(self, name: str) -> h5py.Dataset:
+        return cast(h5py.Dataset, self._open()[name])
+
     def _open(self) -> h5py.File:
+        if self._process != os.getpid():  # a fork shares the position in the file with its parent
+            self.close()
         if self._file is None:
             try:
-                self._file = h5py.File(self.path, "r")
+                self._file, self._process = h5py.File(self.path, "r"), os.getpid()
             except OSError as error:
                 raise MetaVPTError(f"{self.path}: not a MATLAB 7.3 (HDF5) file, or cut off ({error}); download it again") from None
         return self._file
 
+    def _read_names(self, file: h5py.File) -> list[str]:
+        """MATLAB's cell array: references to the character codes of each name."""
+        try:
+            references = np.asarray(file["names"]).ravel()
+            return ["".join(map(chr, np.asarray(file[reference]).ravel())) for reference in references]
+        except (OSError, TypeError, ValueError, KeyError) as error:
+            raise MetaVPTError(f"{self.path}: names is not a cell array of strings ({error})") from None
+
     def _read_splits(self, file: h5py.File) -> dict[str, list[int]]:
         if "trainNdxs" in file and "testNdxs" in file:
-            train, val = (np.asarray(file[name]).astype(int).ravel() - 1 for name in ("trainNdxs", "testNdxs"))
-            return {"train": train.tolist(), "val": val.tolist()}
-        train = official_train_rows()
-        if self.num_frames != 1449:
-            raise MetaVPTError(f"{self.path}: has {self.num_frames} frames, not the official 1449, and no split (trainNdxs, testNdxs) of its own")
-        return {"train": train, "val": sorted(set(range(1449)) - set(train))}
+            train, val = ((np.asarray(file[name]).astype(int).ravel() - 1).tolist() for name in ("trainNdxs", "testNdxs"))
+        elif self.num_frames == NUM_OFFICIAL_FRAMES:
+            train = official_train_rows()
+            val = sorted(set(range(NUM_OFFICIAL_FRAMES)) - set(train))
+        else:
+            raise MetaVPTError(
+                f"{self.path}: has {self.num_frames} frames, not the official {NUM_OFFICIAL_FRAMES}, and no trainNdxs, testNdxs of its own"
+            )
+        if set(train) & set(val) or not set(train) | set(val) <= set(range(self.num_frames)):
+            raise MetaVPTError(f"{self.path}: trainNdxs and testNdxs must be disjoint rows from 1 to {self.num_frames}")
+        return {"train": train, "val": val}
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_file": None}
 
 
 class NYUv2Zip(RGBDFrames):
-    """rgb/i.jpg, depth/i.png (8-bit codes) and label40/i.png for i = 0000..1448, the official rows; `splits.json` lies beside the zip."""
+    """rgb/i.jpg, depth/i.png (8-bit codes) and label40/i.png for i = 0000..1448, the official rows; `splits.json` lies beside the zip.
+
+    Frame k is the row `rows[k]`. otherprop is ignored like unlabelled pixels, as the zip does not tell them apart.
+    """
 
     def __init__(self, path: Path, num_classes: int = 13) -> None:
         self.path, self.name = path, path.name
         self.archive = Archive(path)
-        splits = path.with_name("splits.json")
-        try:
-            self.splits = {split: list(json.loads(splits.read_text())[split]) for split in ("train", "val")}
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise MetaVPTError(f"{splits}: must list the rows of 'train' and 'val' ({error!r})") from None
+        split_rows = _read_split_rows(path.with_name("splits.json"))
+        self.rows = sorted(row for rows in split_rows.values() for row in rows)
+        position = {row: k for k, row in enumerate(self.rows)}
+        self.splits = {split: [position[row] for row in rows] for split, rows in split_rows.items()}
         self.class_names, self._classes = class_table(CLASSES["names40"][1:], num_classes)
-        rows = self.splits["train"] + self.splits["val"]
-        members = (f"{kind}/{row:04d}.{suffix}" for row in rows for kind, suffix in (("rgb", "jpg"), ("depth", "png"), ("label40", "png")))
-        for member in members:
-            if member not in self.archive.names:
-                raise MetaVPTError(f"{path}: the zip lacks {member}; get the whole file again")
-        self.size = (int(self._map("depth", rows[0]).shape[0]), int(self._map("depth", rows[0]).shape[1]))
+        for row in self.rows:
+            for member in (f"rgb/{row:04d}.jpg", f"depth/{row:04d}.png", f"label40/{row:04d}.png"):
+                if member not in self.archive.names:
+                    raise MetaVPTError(f"{path}: the zip lacks {member}; get the whole file again")
+        height, width = self._map("depth", self.rows[0]).shape
+        self.size = (int(height), int(width))
 
     def __len__(self) -> int:
-        return len(self.splits["train"]) + len(self.splits["val"])
+        return len(self.rows)
 
     def __getitem__(self, index: int) -> Frame:
-        codes, label = self._map("depth", index), self._map("label40", index)
-        depth = (codes.astype(np.float32) + 0.5) * METRES_PER_CODE
+        row = self.rows[index]
         image = self.image(index).permute(1, 2, 0).numpy()
-        for what, array in (("rgb", image), ("depth", codes), ("label40", label)):
-            self._check_size(what, index, array.shape[:2])
+        codes, label = self._map("depth", row), self._map("label40", row)
+        for kind, array in (("depth", codes), ("label40", label)):
+            self._check_size(kind, row, array.shape)
         if int(label.max()) >= len(self._classes):
-            raise MetaVPTError(f"{self.path}: label40/{index:04d}.png has label {label.max()}, the classes end at {len(self._classes) - 1}")
-        return make_frame(image, depth, self._classes[label], f"{self.path}: frame {index:04d}")
+            raise MetaVPTError(f"{self.path}: label40/{row:04d}.png has label {label.max()}, the classes end at {len(self._classes) - 1}")
+        depth = (codes.astype(np.float32) + 0.5) * METRES_PER_CODE
+        return make_frame(image, depth, self._classes[label], f"{self.path}: row {row:04d}")
 
     def image(self, index: int) -> Tensor:
-        image = decode(self.archive.read(f"rgb/{index:04d}.jpg"), f"{self.path}: rgb/{index:04d}.jpg")
-        self._check_size("rgb", index, (image.shape[1], image.shape[2]))
+        row = self.rows[index]
+        image = decode(self.archive.read(f"rgb/{row:04d}.jpg"), f"{self.path}: rgb/{row:04d}.jpg")
+        self._check_size("rgb", row, image.shape[1:])
         return image
 
-    def _check_size(self, what: str, index: int, size: tuple[int, ...]) -> None:
+    def _check_size(self, kind: str, row: int, size: tuple[int, ...]) -> None:
         if tuple(size) != self.size:
-            raise MetaVPTError(f"{self.path}: {what}/{index:04d} is {size[0]}x{size[1]}, the others are {self.size[0]}x{self.size[1]}")
+            raise MetaVPTError(f"{self.path}: {kind}/{row:04d} is {size[0]}x{size[1]}, the others are {self.size[0]}x{self.size[1]}")
 
-    def _map(self, kind: str, index: int) -> np.ndarray:
-        member = f"{kind}/{index:04d}.png"
+    def _map(self, kind: str, row: int) -> np.ndarray:
+        member = f"{kind}/{row:04d}.png"
         try:
             array = np.asarray(Image.open(io.BytesIO(self.archive.read(member))))
         except (OSError, ValueError, SyntaxError) as error:
@@ -160,20 +196,36 @@ class NYUv2Zip(RGBDFrames):
 
 
 def class_table(names: list[str], num_classes: int) -> tuple[list[str], np.ndarray]:
-    """(class names, raw label -> class), for raw labels 1.. called `names` and 0 unlabelled; 255 is ignored."""
-    if names and names[0] == "unlabelled":  # a list that names label 0 as well
-        names = names[1:]
-    known40: list[str] = CLASSES["names40"][1:]
-    if not set(names) & set(known40) or len(names) <= 20:
+    """(names of the classes 0..C-1, table from raw label to class): raw label k is called `names[k - 1]`, 0 is unlabelled, 255 ignored.
+
+    A raw class that bears the name of one of the NYU-40 classes is that class. Of the official list of 894 the rest is otherstructure,
+    otherfurniture or otherprop, as in classMapping40.mat; of any other list it is ignored. Names that are those of the generated rooms or
+    of the 13 classes, or that have none of the 40 among them, are classes themselves.
+    """
+    names40, names13 = CLASSES["names40"], CLASSES["names13"]
+    if names in (ROOM_CLASSES, names13[1:]) or not set(names) & set(names40[1:]):
         return list(names), np.array([IGNORE, *range(len(names))])
-    index40 = {name: i for i, name in enumerate(known40, start=1)}
-    to40 = [0, *(index40.get(name, 0) for name in names)]
+    to40 = [0] + [names40.index(name, 1) if name in names40[1:] else 0 for name in names]
+    if len(names) == NUM_RAW_CLASSES:
+        others = {raw: names40.index(name) for name in ("otherstructure", "otherfurniture") for raw in CLASSES[f"raw_{name}"]}
+        to40 = [0] + [to40[raw] or others.get(raw, names40.index("otherprop")) for raw in range(1, NUM_RAW_CLASSES + 1)]
     if num_classes == 40:
-        return known40, np.array([i - 1 if i else IGNORE for i in to40])
-    to13 = CLASSES["to13"]
-    return CLASSES["names13"][1:], np.array([to13[i] - 1 if to13[i] else IGNORE for i in to40])
+        return names40[1:], np.array([label - 1 if label else IGNORE for label in to40])
+    to13 = [CLASSES["to13"][label] for label in to40]
+    return names13[1:], np.array([label - 1 if label else IGNORE for label in to13])
 
 
 def official_train_rows() -> list[int]:
     """The 795 rows, from 0, of the official training split; the other 654 of 1449 are for testing."""
     return json.loads((files("metavpt.data") / "nyuv2_split.json").read_text())["train"]
+
+
+def _read_split_rows(path: Path) -> dict[str, list[int]]:
+    """The rows, from 0, of "train" and "val"."""
+    try:
+        splits = {split: [int(row) for row in json.loads(path.read_text())[split]] for split in ("train", "val")}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise MetaVPTError(f"{path}: must list the rows of 'train' and 'val' ({error!r})") from None
+    if not splits["train"] or not splits["val"] or set(splits["train"]) & set(splits["val"]):
+        raise MetaVPTError(f"{path}: 'train' and 'val' must both hold rows, and share none")
+    return splits

@@ -7,6 +7,7 @@ of the class, so that depth and classes must be read from shape and context.
 
 import os
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,6 +16,7 @@ import numpy as np
 from rich.progress import track
 
 from metavpt.data.textures import Texture
+from metavpt.errors import MetaVPTError
 
 CLASS_NAMES = ["wall", "floor", "ceiling", "table", "chair", "bed", "sofa", "cabinet", "picture", "window", "door", "ball", "lamp"]
 CLASS = {name: i for i, name in enumerate(CLASS_NAMES)}
@@ -200,7 +202,8 @@ def _sphere(centre: np.ndarray, radius: float, eye: np.ndarray, rays: np.ndarray
     towards = centre - eye
     along = rays @ towards
     under_root = along**2 - towards @ towards + np.float32(radius) ** 2
-    distance = np.where((under_root > 0) & (along > 0), along - np.sqrt(np.maximum(under_root, 0)), np.float32(np.inf))
+    near = along - np.sqrt(np.maximum(under_root, 0))
+    distance = np.where((under_root > 0) & (near > 0), near, np.float32(np.inf))
 
     def at(seen: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         normal = (eye + distance[seen, None] * rays[seen] - centre) / radius
@@ -228,27 +231,40 @@ def _shade(
 def rooms_file(folder: str | Path | None = None, num_frames: int = 1000, size: tuple[int, int] = (96, 128), seed: int = 0) -> Path:
     """The rooms as a file in the layout of nyu_depth_v2_labeled.mat, written on first use; the first 80 % of frames are for training.
 
-    folder: METAVPT_CACHE, else ~/.cache/metavpt. Frame i depends on (seed, i) alone.
+    folder: METAVPT_CACHE, else ~/.cache/metavpt. Frame i depends on (seed, i) alone, so no room is in both splits.
     """
     folder = Path(folder or os.environ.get("METAVPT_CACHE") or Path.home() / ".cache" / "metavpt")
     height, width = (int(side) for side in size)
+    if num_frames < 2 or min(height, width) < 1:
+        raise MetaVPTError(f"data.rooms: num_frames={num_frames} must be 2 or more, and size={height}x{width} positive")
     path = folder / f"rooms-{num_frames}-{height}x{width}-seed{seed}.mat"
     if path.exists():
         return path
-    folder.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(f".{os.getpid()}.partial")  # of this process: two runs may make the same file at once
-    with h5py.File(partial, "w") as file:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        _write_rooms(partial, num_frames, (height, width), seed)
+        os.replace(partial, path)
+    except OSError as error:
+        raise MetaVPTError(f"{folder}: generated rooms cannot be written ({error}); set data.rooms.folder or METAVPT_CACHE") from None
+    finally:
+        with suppress(OSError):
+            partial.unlink()
+    return path
+
+
+def _write_rooms(path: Path, num_frames: int, size: tuple[int, int], seed: int) -> None:
+    height, width = size
+    with h5py.File(path, "w") as file:
         images = file.create_dataset("images", (num_frames, 3, width, height), "uint8")
         depths = file.create_dataset("depths", (num_frames, width, height), "float32")
         labels = file.create_dataset("labels", (num_frames, width, height), "uint16")
         for i in track(range(num_frames), description=f"generating {num_frames} rooms (once)", transient=True):
-            image, depth, label = generate_room(np.random.default_rng([seed, i]), (height, width))
+            image, depth, label = generate_room(np.random.default_rng([seed, i]), size)
             images[i], depths[i], labels[i] = image.transpose(2, 1, 0), depth.T, label.T
         references = file.create_dataset("names", (1, len(CLASS_NAMES)), h5py.ref_dtype)
         for i, name in enumerate(CLASS_NAMES):
             references[0, i] = file.create_dataset(f"#refs#/{i}", data=np.array([[ord(letter)] for letter in name], dtype="uint16")).ref
-        num_train = round(TRAIN_SHARE * num_frames)
+        num_train = min(round(TRAIN_SHARE * num_frames), num_frames - 1)
         file["trainNdxs"] = np.arange(1, num_train + 1, dtype="float64")[None]
         file["testNdxs"] = np.arange(num_train + 1, num_frames + 1, dtype="float64")[None]
-    os.replace(partial, path)
-    return path

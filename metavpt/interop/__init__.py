@@ -1,0 +1,30 @@
+"""Hypergradients by other people's packages, as estimators: the same problem and loop, another engine underneath.
+
+The packages are optional (`make peers`) and imported when first used.
+"""
+
+import importlib
+from types import ModuleType
+
+from metavpt import params
+from metavpt.errors import MetaVPTError
+from metavpt.hypergradient import Hypergradient, OuterLoss, finite
+from metavpt.params import Params
+from metavpt.products import differentiate
+
+
+def peer(module: str) -> ModuleType:
+    """The module of another package, or `MetaVPTError` that says how to get it."""
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        package = module.split(".")[0]
+        raise MetaVPTError(f"{package}: cannot be imported ({error}); install the optional packages with `make peers`") from error
+
+
+def backpropagated(outer_loss: OuterLoss, before: Params, after: Params, phi: Params, num_steps: int) -> Hypergradient:
+    """d L_down(after)/dphi, where `after` holds the graph of `num_steps` steps of the learner from `before`, one batch each."""
+    start = float(outer_loss(params.detach(before)).detach())
+    feedback_loss = outer_loss(after)
+    (by_phi,) = differentiate(feedback_loss, (phi,))
+    return finite(Hypergradient(by_phi, start - float(feedback_loss.detach()), 1 + 2 * num_steps, {"feedback_loss": start}))

@@ -1,0 +1,186 @@
+"""Betty's hypergradients (Choe et al., 2023) of the same closures. Fields and their defaults are those of Betty's Config."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from metavpt import params
+from metavpt.errors import MetaVPTError
+from metavpt.hypergradient import Hypergradient, InnerLoss, OuterLoss, downstream, finite
+from metavpt.interop import peer
+from metavpt.optimizers import Adam, PerParameter, Update
+from metavpt.params import Params
+from metavpt.products import value_and_gradient
+
+
+@dataclass(frozen=True)
+class Betty(ABC):
+    """-d<w, g_pre>/dphi with the w that `method` of betty.hypergradient makes of g_down, on one batch.
+
+    Betty sees one loss, so trunk and tail run at every use; and a designer parameter that the loss does not reach can be a silent zero.
+    """
+
+    num_batches = 1
+    needs_update = False
+    method = ""
+
+    @property
+    @abstractmethod
+    def grad_evals(self) -> int:
+        """Its cost beside that of g_down."""
+
+    def __call__(
+        self,
+        inner_losses: Sequence[InnerLoss],
+        outer_loss: OuterLoss,
+        theta: Params,
+        phi: Params,
+        *,
+        update: Update | None = None,
+        start: Params | None = None,
+    ) -> Hypergradient:
+        jvp, config = (
+            peer("betty.hypergradient").jvp_fn_mapping[self.method],
+            peer("betty.configs").Config(type=self.method, **asdict(self)),
+        )
+        (inner,) = inner_losses
+        feedback_loss, g_down = downstream(outer_loss, theta)
+        theta, phi = params.leaves(params.clone(theta)), params.leaves(phi)  # a clone, for Betty moves theta in place
+        # Betty keeps <w, g_pre> to itself. It is the derivative by a factor on the loss, which rides along with phi.
+        factor = torch.ones_like(torch.stack([v.sum() for v in g_down.values()]).sum()).requires_grad_()
+        lower = Level(list(theta.values()), config, lambda: factor * inner(phi)(theta), self.adam_state(inner, theta, phi, update))
+        upper = Level([factor, *phi.values()], config)
+        with torch.enable_grad(), self.attention():
+            minus_value, *by_phi = jvp(list(g_down.values()), lower, upper, False)
+        diagnostics = {"feedback_loss": feedback_loss, "g_down_norm": float(params.norm(g_down))}
+        return finite(Hypergradient(dict(zip(phi, by_phi, strict=True)), -float(minus_value), 1 + self.grad_evals, diagnostics))
+
+    def adam_state(self, inner: InnerLoss, theta: Params, phi: Params, update: Update | None) -> list[dict[str, Any]] | None:
+        """For each parameter what Betty reads of the learner's Adam; only `Sama` reads any."""
+        return None
+
+    def attention(self) -> Any:
+        return nullcontext()
+
+
+@dataclass(frozen=True)
+class Darts(Betty):
+    """w = g_down by a central difference with eps |w| = darts_alpha: `OneStep` whose step is not relative to theta."""
+
+    darts_alpha: float = 0.01
+    method = "darts"
+
+    @property
+    def grad_evals(self) -> int:
+        return 2
+
+
+@dataclass(frozen=True)
+class Sama(Betty):
+    """`Darts` with w = D g_down, D the derivative of Adam's step by its gradient: `OneStep(AdamAware)` without bias correction.
+
+    Betty reads D off the step that the learner has just taken; here it is the step that it would take on g_pre of this batch.
+    """
+
+    sama_adam_alpha: float = 1.0
+    method = "sama"
+    needs_update = True
+
+    @property
+    def grad_evals(self) -> int:
+        return 3
+
+    def adam_state(self, inner: InnerLoss, theta: Params, phi: Params, update: Update | None) -> list[dict[str, Any]] | None:
+        if update is None:
+            raise MetaVPTError("Sama: needs the learner's optimizer; pass it as `update`")
+        with torch.no_grad():
+            loss = inner(phi)
+        g_pre = value_and_gradient(loss, theta)[1]
+        _, after = update.rule.step(update.theta, update.state, g_pre)
+        states = []
+        for name in theta:
+            rule = update.rule.rules[name] if isinstance(update.rule, PerParameter) else update.rule
+            if not isinstance(rule, Adam):
+                raise MetaVPTError(
+                    f"Sama: is defined for Adam and AdamW, not {type(rule).__name__}; use Darts, which it equals for plain SGD"
+                )
+            states.append({"lr": rule.lr, "betas": rule.betas, "eps": rule.eps, "last_grad": g_pre[name], **after.moments[name]})
+        return states
+
+
+@dataclass(frozen=True)
+class _SecondOrder(Betty):
+    """w of Hessian products in one graph of the whole loss."""
+
+    def attention(self) -> Any:
+        return sdpa_kernel(SDPBackend.MATH)  # fused attention has no second derivative
+
+
+@dataclass(frozen=True)
+class Neumann(_SecondOrder):
+    """w = neumann_alpha sum_{k <= neumann_iterations} (I - neumann_alpha H)^k g_down: one term more than it says."""
+
+    neumann_iterations: int = 1
+    neumann_alpha: float = 1.0
+    method = "neumann"
+
+    @property
+    def grad_evals(self) -> int:
+        return 2 + self.neumann_iterations
+
+
+@dataclass(frozen=True)
+class ConjugateGradient(_SecondOrder):
+    """w ~ H^-1 g_down by `cg_iterations` steps, without damping, tolerance or guard.
+
+    Right for one iteration only: Betty 0.2.1 makes the next direction of the residual before the step (betty #15, corrected since), and
+    with cg_alpha other than 1 it scales the curvature in the step but not in the residual.
+    """
+
+    cg_iterations: int = 1
+    cg_alpha: float = 1.0
+    method = "cg"
+
+    @property
+    def grad_evals(self) -> int:
+        return 2 + self.cg_iterations
+
+
+class AdamOptimizer:
+    """Stands for the learner's optimizer: Betty looks for "adam" in the name of its class."""
+
+
+class Level:
+    """What Betty's functions ask of a Problem: its parameters, its loss, the state of its optimizer."""
+
+    paths = ()
+    cur_batch = None
+    _strategy = "default"
+    optimizer = AdamOptimizer()
+
+    def __init__(
+        self, parameters: list[Tensor], config: Any, loss: Callable[[], Tensor] | None = None, adam: list[dict[str, Any]] | None = None
+    ) -> None:
+        self._parameters, self.config, self._loss, self._adam = parameters, config, loss, adam
+
+    def parameters(self) -> list[Tensor]:
+        return self._parameters
+
+    trainable_parameters = meta_trainable_parameters = parameters
+
+    def training_step_exec(self, batch: None) -> Tensor:
+        if self._loss is None:
+            raise MetaVPTError("Betty asked the designer for a loss: only the learner has one")
+        return self._loss()
+
+    def get_opt_state_for_param(self, p: Tensor) -> dict[str, Any]:
+        index = next(i for i, q in enumerate(self._parameters) if q is p)
+        return (self._adam or [])[index]
+
+    get_opt_param_group_for_param = get_opt_state_for_param

@@ -1,0 +1,71 @@
+"""The truncated unroll of SGD by learn2learn's MAML: clone, adapt, backprop."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from metavpt import params
+from metavpt.errors import MetaVPTError
+from metavpt.hypergradient import Hypergradient, InnerLoss, OuterLoss
+from metavpt.interop import backpropagated, peer
+from metavpt.optimizers import Update
+from metavpt.params import Params
+from metavpt.products import Loss
+
+
+@dataclass(frozen=True)
+class MAMLUnroll:
+    """dL_down(theta_K(phi))/dphi through K = `num_steps` plain gradient steps: the number that Unrolled(K, SGD(lr)) gives.
+
+    learn2learn knows no other inner optimizer. The graph of all steps is held: memory grows with K.
+    """
+
+    num_steps: int = 4
+    lr: float = 1e-3
+    needs_update = False
+
+    def __post_init__(self) -> None:
+        if self.num_steps < 1 or not self.lr > 0:
+            raise MetaVPTError(f"MAMLUnroll: num_steps={self.num_steps} must be at least 1 and lr={self.lr} positive")
+
+    @property
+    def num_batches(self) -> int:
+        return self.num_steps
+
+    def __call__(
+        self,
+        inner_losses: Sequence[InnerLoss],
+        outer_loss: OuterLoss,
+        theta: Params,
+        phi: Params,
+        *,
+        update: Update | None = None,
+        start: Params | None = None,
+    ) -> Hypergradient:
+        phi = params.leaves(phi)
+        with sdpa_kernel(SDPBackend.MATH), torch.enable_grad():
+            maml = peer("learn2learn").algorithms.MAML(Holder(theta), lr=self.lr, allow_unused=True)
+            adapted = maml.clone()
+            for inner in inner_losses:
+                adapted.adapt(adapted(inner(phi)))
+            return backpropagated(outer_loss, theta, adapted.module.theta, phi, self.num_steps)
+
+
+class Holder(nn.Module):
+    """A module that holds parameters under any names; its forward is a loss of them. No memory is copied."""
+
+    def __init__(self, theta: Params) -> None:
+        super().__init__()
+        self.names = list(theta)
+        for i, p in enumerate(theta.values()):  # a parameter's name may not hold a dot
+            self.register_parameter(str(i), nn.Parameter(p.detach()))
+
+    @property
+    def theta(self) -> Params:
+        return dict(zip(self.names, self.parameters(), strict=True))
+
+    def forward(self, loss: Loss) -> Tensor:
+        return loss(self.theta)

@@ -1,0 +1,100 @@
+"""The truncated unroll by TorchOpt's differentiable optimizers and plain backprop."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from metavpt import params
+from metavpt.errors import MetaVPTError
+from metavpt.hypergradient import Hypergradient, InnerLoss, OuterLoss
+from metavpt.interop import backpropagated, peer
+from metavpt.optimizers import SGD, Adam, PerParameter, Rule, Update
+from metavpt.params import Params
+
+
+@dataclass(frozen=True)
+class TorchOptUnroll:
+    """dL_down(theta_K(phi))/dphi, the number that `Unrolled` gives, through the graph of all K = `num_steps` steps: memory grows with K.
+
+    optimizer   the rule to unroll, from fresh moments; by default the learner's real one as it stands (`update`)
+
+    TorchOpt's Adam differentiates sqrt(0) where an entry has never had a gradient: that ends in a NonFiniteError.
+    """
+
+    num_steps: int = 4
+    optimizer: Rule | None = None
+
+    def __post_init__(self) -> None:
+        if self.num_steps < 1:
+            raise MetaVPTError(f"TorchOptUnroll: num_steps={self.num_steps} must be at least 1")
+
+    @property
+    def num_batches(self) -> int:
+        return self.num_steps
+
+    @property
+    def needs_update(self) -> bool:
+        return self.optimizer is None
+
+    def __call__(
+        self,
+        inner_losses: Sequence[InnerLoss],
+        outer_loss: OuterLoss,
+        theta: Params,
+        phi: Params,
+        *,
+        update: Update | None = None,
+        start: Params | None = None,
+    ) -> Hypergradient:
+        if self.optimizer is not None:
+            update = Update(self.optimizer, theta, self.optimizer.init(params.detach(theta)))
+        if update is None:
+            raise MetaVPTError("TorchOptUnroll: needs an optimizer to unroll: set `optimizer`, or pass the learner's as `update`")
+        phi = params.leaves(phi)
+        steppers = {name: _Stepper(update, name) for name in theta}
+        with sdpa_kernel(SDPBackend.MATH), torch.enable_grad():
+            after = params.leaves(theta)
+            for inner in inner_losses:
+                gradients = torch.autograd.grad(inner(phi)(after), list(after.values()), create_graph=True, materialize_grads=True)
+                after = {name: steppers[name](p, g) for (name, p), g in zip(after.items(), gradients, strict=True)}
+            return backpropagated(outer_loss, theta, after, phi, self.num_steps)
+
+
+class _Stepper:
+    """TorchOpt's update of one parameter; each has its own, as parameter groups differ in their options."""
+
+    def __init__(self, update: Update, name: str) -> None:
+        rule = update.rule.rules[name] if isinstance(update.rule, PerParameter) else update.rule
+        self.transform = _transform(rule)
+        p, moments, num_steps = update.theta[name].detach(), update.state.moments[name], update.state.num_steps[name]
+        if num_steps:
+            # TorchOpt's SGD keeps "no step taken yet" in the transform, not in its state: without this the first step would forget momentum
+            self.transform.update([torch.zeros_like(p)], self.transform.init([p]), params=[p], inplace=False)
+        self.state = tuple(_filled(part, moments, num_steps, p.dtype) for part in self.transform.init([p]))
+
+    def __call__(self, p: Tensor, gradient: Tensor) -> Tensor:
+        (change,), self.state = self.transform.update([gradient], self.state, params=[p], inplace=False)
+        return p + change
+
+
+def _transform(rule: Rule) -> Any:
+    torchopt = peer("torchopt")
+    if isinstance(rule, SGD):
+        return torchopt.sgd(rule.lr, rule.momentum, rule.dampening, rule.weight_decay, rule.nesterov)
+    if isinstance(rule, Adam):
+        make = torchopt.adamw if rule.decoupled_weight_decay else torchopt.adam
+        return make(rule.lr, rule.betas, rule.eps, rule.weight_decay)
+    raise MetaVPTError(f"TorchOptUnroll: has no counterpart of {type(rule).__name__}; use SGD, Adam or AdamW")
+
+
+def _filled(part: Any, moments: Params, num_steps: int, dtype: torch.dtype) -> Any:
+    """One part of TorchOpt's chained state with the moments of ours."""
+    if hasattr(part, "mu"):
+        # TorchOpt counts in int64, and so takes 1 - beta^count in float32 whatever the dtype of theta: 1e-5 off at beta2 = 0.999
+        count = torch.tensor(num_steps, dtype=dtype, device=moments["exp_avg"].device)
+        return part._replace(mu=[moments["exp_avg"]], nu=[moments["exp_avg_sq"]], count=[count])
+    return part._replace(trace=[moments["momentum_buffer"]]) if hasattr(part, "trace") else part

@@ -1,0 +1,15 @@
+"""Fixtures for the whole suite."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """The folder of real data; tests that read it are marked `shared_data` and skipped where there is none."""
+    folder = Path(os.environ.get("METAVPT_SHARED_DATA") or Path(__file__).parents[2] / "shared" / "data")
+    if not folder.is_dir():
+        pytest.skip(f"no real data at {folder}; set METAVPT_SHARED_DATA")
+    return folder

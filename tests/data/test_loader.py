@@ -1,0 +1,99 @@
+from itertools import islice
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from metavpt.data.frames import RGBDFrames
+from metavpt.data.loader import EndlessBatches, FrameLoader, ImageLoader, mix
+from metavpt.data.nyuv2 import open_nyuv2
+from metavpt.errors import MetaVPTError
+
+
+class Numbers(Dataset[Tensor]):
+    """Image k is filled with k; counts what is decoded."""
+
+    def __init__(self, num_items: int) -> None:
+        self.num_items, self.num_decoded = num_items, 0
+
+    def __len__(self) -> int:
+        return self.num_items
+
+    def __getitem__(self, index: int) -> Tensor:
+        self.num_decoded += 1
+        return torch.full((3, 2, 2), index, dtype=torch.uint8)
+
+
+@pytest.fixture(scope="module")
+def frames(tmp_path_factory: pytest.TempPathFactory) -> RGBDFrames:
+    return open_nyuv2(None, rooms={"folder": tmp_path_factory.mktemp("rooms"), "num_frames": 12, "size": (12, 16)})
+
+
+@pytest.mark.parametrize(("num_items", "batch_size"), [(12, 4), (13, 4), (5, 5), (7, 3)])
+def test_each_epoch_has_every_item_once(num_items: int, batch_size: int):
+    batches = list(islice(EndlessBatches(num_items, batch_size, seed=3), 4 * num_items))
+    assert all(len(batch) == batch_size for batch in batches)
+    order = [i for batch in batches for i in batch]
+    epochs = [order[e * num_items : (e + 1) * num_items] for e in range(4)]
+    assert all(sorted(epoch) == list(range(num_items)) for epoch in epochs)
+    assert len({tuple(epoch) for epoch in epochs}) > 1
+
+
+def test_order_depends_on_the_seed_alone():
+    first, again, other = (list(islice(EndlessBatches(20, 4, seed), 9)) for seed in (1, 1, 2))
+    assert first == again != other
+
+
+@pytest.mark.parametrize(("first", "num_workers"), [(0, 0), (1, 0), (3, 0), (4, 0), (17, 0), (3, 2)])
+def test_skip_is_the_uninterrupted_order(first: int, num_workers: int):
+    whole = list(islice(ImageLoader(Numbers(13), 4, seed=5), first + 3))
+    resumed = ImageLoader(Numbers(13), 4, seed=5, num_workers=num_workers)
+    resumed.skip(first)
+    for expected, batch in zip(whole[first:], islice(resumed, 3), strict=True):
+        assert torch.equal(batch.images, expected.images)
+        assert batch.seed == expected.seed
+
+
+def test_skip_decodes_nothing():
+    images = Numbers(100)
+    loader = ImageLoader(images, 10, seed=0)
+    loader.skip(1_000_000)
+    next(iter(loader))
+    assert images.num_decoded == 10
+
+
+def test_batch_seeds_are_distinct_and_the_global_generator_stays():
+    state = torch.get_rng_state()
+    seeds = [batch.seed for batch in islice(ImageLoader(Numbers(8), 8, seed=0), 50)]
+    assert torch.equal(state, torch.get_rng_state())
+    assert len(set(seeds)) == 50
+    assert len({mix(seed, k) for seed in range(100) for k in range(100)}) == 10_000
+    assert all(0 <= mix(seed, k) < 2**62 for seed in (0, -1, 2**63) for k in (0, -1, 2**40))
+
+
+def test_frame_batches(frames: RGBDFrames):
+    loader = FrameLoader(frames, frames.splits["val"], 2, seed=0)
+    batch = next(iter(loader))
+    assert (batch.image.shape, batch.depth.shape, batch.label.shape) == ((2, 3, 12, 16), (2, 12, 16), (2, 12, 16))
+    assert (batch.image.dtype, batch.depth.dtype, batch.label.dtype) == (torch.uint8, torch.float32, torch.int64)
+    known = {frames[i].image.numpy().tobytes() for i in frames.splits["val"]}
+    for batch in islice(loader, 4):
+        assert {image.numpy().tobytes() for image in batch.image} <= known
+    loader.skip(3)
+    assert torch.equal(next(iter(loader)).depth, batch.depth)
+
+
+def test_frames_in_order(frames: RGBDFrames):
+    batches = list(FrameLoader.in_order(frames, [3, 1, 2], 2))
+    assert [len(batch.image) for batch in batches] == [2, 1]
+    assert torch.equal(batches[1].depth[0], frames[2].depth)
+
+
+def test_too_few_items_are_named(frames: RGBDFrames):
+    with pytest.raises(MetaVPTError, match=r"batch_size=4 .* the 3 images"):
+        ImageLoader(Numbers(3), 4, seed=0)
+    with pytest.raises(MetaVPTError, match=r"batch_size=0"):
+        ImageLoader(Numbers(3), 0, seed=0)
+    with pytest.raises(MetaVPTError, match=r"problem\.feedback_batch_size=9 .* the 2 labelled frames"):
+        FrameLoader(frames, [0, 1], 9, seed=0)

@@ -1,0 +1,244 @@
+"""The main problem at its smallest: real ViT, DINO, multi-crop, mask designer, feedback and probes on generated rooms."""
+
+import copy
+import json
+
+import pytest
+import torch
+from hydra import compose, initialize_config_module
+from hydra.utils import instantiate
+
+from metavpt import Budget, Checkpoints, Cosine, DifferenceProduct, Dot, ExactProduct, Fixed, Implicit, Learned, OneStep, RunLog, Trainer, Unrolled
+from metavpt import params
+from metavpt.controls import Adversarial, Direct, Hardest, RandomFeedback, Uniform
+from metavpt.greedy import Greedy, GreedySelection
+from metavpt.strategies import inner_loss
+
+SMALL = [
+    "problem=dino_nyuv2", "backbone.tail_blocks=1", "+backbone.embed_dim=24", "+backbone.depth=2", "+backbone.num_heads=2",
+    "recipe.global_size=16", "recipe.local_size=8", "recipe.num_local=2",
+    "data.rooms={num_frames: 40, size: [32, 48], seed: 0}", "data.num_train=16", "data.num_meta=8", "problem.feature_size=[16, 24]",
+    "problem.num_prototypes=32", "problem.head_hidden=16", "problem.head_bottleneck=8", "problem.batch_size=4",
+    "problem.meta_batch_size=4", "problem.feedback_batch_size=4", "problem.head_steps=1", "problem.first_head_steps=2",
+]  # fmt: skip
+NETWORKS = {
+    "unet": ["designer=unet", "designer.network.base=4", "designer.network.depth=1"],
+    "dit": ["designer=dit", "designer.network.patch_size=4", "designer.network.width=8", "designer.network.depth=1"],
+}
+
+
+@pytest.fixture(scope="module")
+def make(tmp_path_factory):
+    """make(*overrides, seed=0) -> a fresh problem."""
+    folder = tmp_path_factory.mktemp("rooms")
+
+    def fresh(*overrides, seed=0):
+        with initialize_config_module("metavpt.configs", version_base="1.3"):
+            networks = [] if any(override.startswith("designer=") for override in overrides) else NETWORKS["unet"]
+            cfg = compose("run", [*SMALL, *networks, f"+data.rooms.folder={folder}", *overrides])
+        torch.manual_seed(seed)
+        return instantiate(cfg.problem, _convert_="all")
+
+    return fresh
+
+
+def adam(parameters, lr=1e-2):
+    return torch.optim.Adam(parameters, lr=lr)
+
+
+def train(folder, problem, strategy, steps=6, resume=False, seed=0):
+    checkpoints = Checkpoints(folder / "checkpoints")
+    trainer = Trainer(problem, strategy, Budget(steps=steps), RunLog(folder), checkpoints, seed=seed, log_every=1, checkpoint_every=1)
+    if resume:
+        trainer.load_state_dict(checkpoints.load())
+    trainer.run()
+    return trainer
+
+
+def weights(problem):
+    parts = {name: getattr(problem, name).state_dict() for name in ("learner", "teacher", "designer")}
+    return {f"{part}.{name}": value for part, state in parts.items() for name, value in state.items()}
+
+
+def assert_identical(a, b):
+    assert a.keys() == b.keys()
+    assert [name for name in a if not torch.equal(a[name], b[name])] == []
+
+
+def measured(folder):
+    clock = {"seconds", "samples_per_s"}
+    return [{k: v for k, v in json.loads(line).items() if k not in clock} for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def in_float64(problem):
+    """The problem in float64 with fitted heads, its masks away from the kinks of their clamp."""
+    problem.fit_heads()
+    for module in (problem.learner, problem.teacher, problem.designer, problem.feedback):
+        module.double()
+    torch.nn.init.normal_(problem.designer.network.out.weight, std=0.05)
+    problem.designer.initial_keep = 0.5
+    problem.designer.recipe = Doubled(problem.designer.recipe)
+    return problem
+
+
+class Doubled(torch.nn.Module):
+    def __init__(self, recipe):
+        super().__init__()
+        self.recipe = recipe
+
+    def forward(self, images, seed):
+        return self.recipe((images / 255).double(), seed)
+
+
+@pytest.mark.parametrize("credit", [False, True], ids=["cut_teacher", "credited_teacher"])
+@pytest.mark.parametrize("network", ["unet", "dit"])
+def test_exact_and_difference_products_are_finite_differences_in_phi(make, network, credit):
+    """The hypergradient of the real step, in float64: three ways, one number, to a relative 1e-6."""
+    problem = in_float64(make(*NETWORKS[network], f"problem.teacher_credit={str(credit).lower()}"))
+    batch, labelled = next(iter(problem.meta_batches(1))), next(iter(problem.feedback_batches(2)))
+    theta = params.detach(params.named(problem.learner))
+    aligned = {name: theta[name] for name in problem.aligned_parameters()}
+    phi = params.detach(params.named(problem.designer))
+    inner = inner_loss(problem, theta, batch)
+
+    def outer(theta_s):
+        return problem.feedback_loss({**theta, **theta_s}, labelled)
+
+    exact = OneStep(Dot(), ExactProduct())([inner], outer, aligned, phi)
+    difference = OneStep(Dot(), DifferenceProduct())([inner], outer, aligned, phi)
+    assert relative(difference.by_phi, exact.by_phi) < 1e-6
+    direction = params.zip_with(lambda p: torch.randn_like(p), phi)
+    step = 1e-5
+    estimator = OneStep(Dot(), ExactProduct())
+    ahead, behind = (estimator([inner], outer, aligned, params.add(phi, direction, alpha=s)).value for s in (step, -step))
+    slope = -float(params.dot(exact.by_phi, direction))
+    if credit:
+        assert (ahead - behind) / (2 * step) == pytest.approx(slope, rel=1e-6)
+    else:  # the finite difference moves the teacher's targets as well, which the cut leaves out
+        assert (ahead - behind) / (2 * step) != pytest.approx(slope, rel=1e-6)
+
+
+def relative(a, b):
+    return float(params.norm(params.add(a, b, alpha=-1.0)) / params.norm(b))
+
+
+def test_cosine_exact_equals_difference_in_float64(make):
+    problem = in_float64(make())
+    batch = next(iter(problem.meta_batches(1)))
+    theta = params.detach(params.named(problem.learner))
+    aligned = {name: theta[name] for name in problem.aligned_parameters()}
+    goal = params.zip_with(torch.randn_like, aligned)
+    results = [
+        OneStep(Cosine(), product)(
+            [inner_loss(problem, theta, batch)], lambda t: params.dot(goal, t), aligned, params.detach(params.named(problem.designer))
+        )
+        for product in (ExactProduct(), DifferenceProduct())
+    ]
+    assert relative(results[1].by_phi, results[0].by_phi) < 1e-6
+    assert results[0].value == pytest.approx(results[1].value, rel=1e-9)
+
+
+@pytest.mark.parametrize(
+    "estimator", [OneStep(Cosine()), Unrolled(2), Implicit(damping=1e-2)], ids=lambda e: type(e).__name__
+)
+def test_learned_with_designer_lr_0_is_fixed_bit_for_bit(make, tmp_path, estimator):
+    """The designer starts as the recipe, so the whole run is the same, masks or no masks."""
+    fixed, learned = make(), make()
+    train(tmp_path / "fixed", fixed, Fixed())
+    train(tmp_path / "learned", learned, Learned(estimator, lambda p: adam(p, lr=0.0), meta_every=2))
+    assert_identical(weights(fixed), weights(learned))
+
+
+@pytest.mark.parametrize("targets", ["sinkhorn", "centering"])
+def test_losses_are_pure(make, targets):
+    problem = make(f"problem.targets={targets}")
+    batch, labelled = next(iter(problem.pretrain_batches(0))), next(iter(problem.feedback_batches(0)))
+    problem.fit_heads()
+    theta, task = params.named(problem.learner), problem.designer(batch)
+    before = copy.deepcopy(problem.state_dict())
+    first = [problem.pretrain_loss(theta, task), problem.feedback_loss(theta, labelled)]
+    second = [problem.pretrain_loss(theta, task), problem.feedback_loss(theta, labelled)]
+    assert torch.equal(torch.stack(first), torch.stack(second))
+    flat = lambda state: {k: v for part in ("learner", "teacher", "designer", "center") for k, v in state[part].items()}  # noqa: E731
+    assert_identical(flat(before), flat(problem.state_dict()))
+
+
+def test_the_tail_is_the_loss(make):
+    problem = make()
+    theta = params.detach(params.named(problem.learner))
+    task = problem.designer(next(iter(problem.pretrain_batches(0))))
+    aligned = {name: theta[name] for name in problem.aligned_parameters()}
+    torch.testing.assert_close(problem.pretrain_tail(theta, task)(aligned), problem.pretrain_loss(theta, task))
+    torch.testing.assert_close(problem.per_sample_tail(theta, task)(aligned).mean(), problem.pretrain_loss(theta, task))
+
+
+def test_every_parameter_of_the_designer_is_reached(make):
+    problem = make()
+    train_steps = Learned(OneStep(), adam, meta_every=1)
+    train_steps.start(problem)
+    theta = params.detach(params.named(problem.learner))
+    aligned = {name: theta[name] for name in problem.aligned_parameters()}
+    batch, labelled = next(iter(problem.meta_batches(1))), next(iter(problem.feedback_batches(2)))
+    problem.fit_heads()
+    result = OneStep()([inner_loss(problem, theta, batch)], lambda t: problem.feedback_loss({**theta, **t}, labelled), aligned, params.named(problem.designer))
+    assert float(result.by_phi["network.out.weight"].norm()) > 0
+
+
+def test_pick_takes_each_image_from_the_task_that_is_named(make):
+    problem = make()
+    batch = next(iter(problem.pretrain_batches(0)))
+    tasks = problem.candidates(batch, 3)
+    which, sample = torch.tensor([2, 0, 1]), torch.tensor([1, 3, 0])
+    picked = problem.pick(tasks, which, sample)
+    for k in range(3):
+        assert torch.equal(picked.global_crops[:, k], tasks[which[k]].global_crops[:, sample[k]])
+        assert torch.equal(picked.local_crops[:, k], tasks[which[k]].local_crops[:, sample[k]])
+        assert torch.equal(picked.masks[:, k], tasks[which[k]].masks[:, sample[k]])
+
+
+STRATEGIES = {
+    "greedy": lambda: Greedy(2, refresh_every=2), "greedy_cosine": lambda: Greedy(2, Cosine(), refresh_every=2),
+    "selection": lambda: GreedySelection(2, refresh_every=2), "uniform": Uniform, "hardest": lambda: Hardest(2), "direct": Direct,
+    "random_feedback": lambda: RandomFeedback(OneStep(), adam, meta_every=2), "adversarial": lambda: Adversarial(None, adam, meta_every=2),
+    "one_step": lambda: Learned(OneStep(Cosine()), adam, meta_every=2), "unrolled": lambda: Learned(Unrolled(2), adam, meta_every=2),
+    "implicit": lambda: Learned(Implicit(damping=1e-2), adam, meta_every=2),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES.values(), ids=STRATEGIES)
+def test_every_strategy_runs_resumes_exactly_and_is_charged(make, tmp_path, strategy):
+    whole = make()
+    budget = train(tmp_path / "whole", whole, strategy(), steps=4).budget
+    assert (budget.steps, budget.samples) == (4, 16)
+    train(tmp_path / "parts", make(), strategy(), steps=4)
+    newest = sorted((tmp_path / "parts" / "checkpoints").glob("*.pt"))[-1]
+    newest.unlink()  # as if killed after step 3
+    resumed = make()
+    train(tmp_path / "parts", resumed, strategy(), steps=4, resume=True)
+    assert_identical(weights(whole), weights(resumed))
+    assert measured(tmp_path / "whole") == measured(tmp_path / "parts")
+
+
+def test_centering_resumes_exactly(make, tmp_path):
+    whole, resumed = (make("problem.targets=centering") for _ in range(2))
+    train(tmp_path / "whole", whole, Fixed(), steps=3)
+    train(tmp_path / "parts", make("problem.targets=centering"), Fixed(), steps=3)
+    sorted((tmp_path / "parts" / "checkpoints").glob("*.pt"))[-1].unlink()
+    train(tmp_path / "parts", resumed, Fixed(), steps=3, resume=True)
+    assert_identical(weights(whole), weights(resumed))
+    assert float(whole.center["center"].abs().sum()) > 0
+
+
+def test_metrics_figures_and_evaluation(make):
+    problem = make()
+    metrics = problem.evaluate()
+    assert {"ridge/depth_rmse", "ridge/depth_abs_rel", "ridge/depth_delta1", "ridge/seg_miou"} <= metrics.keys()
+    figures = problem.figures()
+    assert set(figures) == {"masks", "predictions"}
+    assert all(picture.dtype == "uint8" and picture.ndim == 3 for picture in figures.values())
+
+
+def test_feedback_pools_and_evaluation_are_disjoint(make):
+    data = make().data
+    assert not set(data.train) & set(data.meta)
+    assert not (set(data.train) | set(data.meta)) & set(data.val)
