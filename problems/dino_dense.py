@@ -31,6 +31,7 @@ class DinoDense(DenseProblem):
         backbone: Backbone,
         recipe: Callable[..., MultiCrop],
         designer: Callable[[MultiCrop], MaskDesigner],
+        pool: Literal["cls", "mean"] = "cls",
         num_prototypes: int = 8192,
         head_hidden: int = 2048,
         head_bottleneck: int = 256,
@@ -43,7 +44,7 @@ class DinoDense(DenseProblem):
     ) -> None:
         if targets not in ("sinkhorn", "centering"):
             raise MetaVPTError(f"problem.targets={targets}: known are sinkhorn, centering")
-        self.learner = Learner(backbone, ProjectionHead(backbone.width, num_prototypes, head_hidden, head_bottleneck))
+        self.learner = Learner(backbone, ProjectionHead(backbone.width, num_prototypes, head_hidden, head_bottleneck), pool)
         self.teacher = Teacher(self.learner)
         self.designer = designer(recipe(mean=backbone.mean, std=backbone.std))
         self.targets, self.teacher_credit, self.teacher_momentum = targets, teacher_credit, teacher_momentum
@@ -85,11 +86,10 @@ class DinoDense(DenseProblem):
         def tail(theta_s: Params) -> Tensor:
             own = {**theta, **theta_s}
             tail_parameters, head_parameters = params.subset(own, "backbone.tail."), params.subset(own, "head.")
-            views = [
-                functional_call(head, head_parameters, (functional_call(backbone.tail, tail_parameters, (h,)).cls,)).split(batch_size)
-                for h in hidden
-            ]
-            return dino_loss([view for group in views for view in group], targets, self.student_temperature, reduction)
+            features = [functional_call(backbone.tail, tail_parameters, (h,)) for h in hidden]
+            logits = [functional_call(head, head_parameters, (self.learner.summary(f),)) for f in features]
+            views = [view for group in logits for view in group.split(batch_size)]
+            return dino_loss(views, targets, self.student_temperature, reduction)
 
         return tail
 

@@ -101,4 +101,4 @@ def _quiet() -> Iterator[None]:
 
 def _described(cost: Cost) -> str:
     memory = "" if cost.peak_bytes is None else f", peak {cost.peak_bytes / 2**20:.3g} MiB"
-    return f"{cost.seconds * 1e3:.3g} ms{memory}"
+    return (f"{cost.seconds:.2f} s" if cost.seconds >= 1 else f"{cost.seconds * 1e3:.3g} ms") + memory

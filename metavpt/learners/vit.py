@@ -5,7 +5,7 @@ import math
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import timm
 import torch
@@ -160,14 +160,23 @@ class ProjectionHead(nn.Module):
 
 
 class Learner(nn.Module):
-    """Normalised images (B, 3, H, W) -> prototype logits (B, K) of the cls token."""
+    """Normalised images (B, 3, H, W) -> prototype logits (B, K) of the cls token, or of the mean patch.
 
-    def __init__(self, backbone: Backbone, head: nn.Module) -> None:
+    pool: "cls" is DINO's. "mean" trains the patches directly, which a short run for dense prediction needs.
+    """
+
+    def __init__(self, backbone: Backbone, head: nn.Module, pool: Literal["cls", "mean"] = "cls") -> None:
         super().__init__()
-        self.backbone, self.head = backbone, head
+        if pool not in ("cls", "mean"):
+            raise MetaVPTError(f"Learner: pool must be 'cls' or 'mean', got {pool!r}")
+        self.backbone, self.head, self.pool = backbone, head, pool
 
     def forward(self, images: Tensor) -> Tensor:
-        return self.head(self.backbone(images).cls)
+        return self.head(self.summary(self.backbone(images)))
+
+    def summary(self, features: Features) -> Tensor:
+        """What the head reads of an image, (B, D)."""
+        return features.cls if self.pool == "cls" else features.patches.mean(dim=(2, 3))
 
 
 def timm_state_dict(backbone: Backbone) -> Params:
