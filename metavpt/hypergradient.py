@@ -10,7 +10,7 @@ Every estimator is a sum of one product, d<w, dL_pre/dtheta>/dphi, with a detach
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -24,6 +24,7 @@ from metavpt.linear_solve import ConjugateGradient, LinearSolver
 from metavpt.optimizers import Rule, State, Update, vjp
 from metavpt.params import Params
 from metavpt.products import DifferenceProduct, Loss, Product, value_and_gradient
+from metavpt.trajectory import Trajectory
 
 InnerLoss = Callable[[Params], Loss]
 OuterLoss = Callable[[Params], Tensor]
@@ -224,10 +225,11 @@ class Unrolled:
         rule, state = self._optimizer(theta, update)
         before = float(outer_loss(params.detach(theta)).detach())
         trajectory = Trajectory(rule, params.detach(theta), state, segment=math.isqrt(self.num_steps))
-        for inner in inner_losses:
-            with torch.no_grad():
+        for k, inner in enumerate(inner_losses, start=1):
+            last = k == self.num_steps
+            with torch.set_grad_enabled(last):  # the way back begins with the last step: its graph is kept, the others are made again
                 loss = inner(phi)
-            trajectory.advance(value_and_gradient(loss, trajectory.theta)[1])
+            trajectory.advance(value_and_gradient(loss, trajectory.theta, retain_graph=last)[1])
         feedback_loss, ct_theta = downstream(outer_loss, trajectory.theta)
         diagnostics = {"feedback_loss": before, "g_down_norm": float(params.norm(ct_theta))}
 
@@ -235,8 +237,9 @@ class Unrolled:
         for k, (theta_k, state_k, gradient) in zip(reversed(range(self.num_steps)), trajectory.backwards(), strict=True):
             pulled = vjp(rule, theta_k, state_k, gradient, ct_theta, ct_moments)
             theta_k = params.leaves(theta_k)
-            with torch.enable_grad():
-                loss = inner_losses[k](phi)
+            if k < self.num_steps - 1:
+                with torch.enable_grad():
+                    loss = inner_losses[k](phi)
             wrt = (phi, theta_k) if k else (phi,)  # before the first step theta does not depend on phi
             by_phi, *by_theta = self.product(loss, theta_k, pulled.grad, wrt).by
             total = params.add(total, by_phi)
@@ -251,37 +254,6 @@ class Unrolled:
         if update is None:
             raise MetaVPTError("Unrolled: needs an optimizer to unroll: set `optimizer`, or pass the learner's as `update`")
         return update.rule, update.state
-
-
-class Trajectory:
-    """The steps of a rule from (theta, state): forwards by `advance`, then once `backwards`.
-
-    It keeps every gradient, but theta and state only at the start of each `segment` of steps; the rule replays the others elementwise.
-    """
-
-    def __init__(self, rule: Rule, theta: Params, state: State, segment: int) -> None:
-        self.rule, self.theta, self.state, self.segment = rule, theta, state, segment
-        self._gradients: list[Params] = []
-        self._starts: list[tuple[Params, State]] = []
-
-    def advance(self, gradient: Params) -> None:
-        """One step on `gradient`, which moves `theta`."""
-        if len(self._gradients) % self.segment == 0:
-            self._starts.append((self.theta, self.state))
-        self._gradients.append(gradient)
-        with torch.no_grad():
-            self.theta, self.state = self.rule.step(self.theta, self.state, gradient)
-
-    def backwards(self) -> Iterator[tuple[Params, State, Params]]:
-        """(theta_k, state_k, gradient_k) from the last step to the first; each is let go once it is passed."""
-        while self._starts:
-            first = self.segment * (len(self._starts) - 1)
-            steps = [self._starts.pop()]
-            for gradient in self._gradients[first:-1]:
-                with torch.no_grad():
-                    steps.append(self.rule.step(*steps[-1], gradient))
-            while steps:
-                yield *steps.pop(), self._gradients.pop()
 
 
 def downstream(outer_loss: OuterLoss, theta: Params) -> tuple[float, Params]:

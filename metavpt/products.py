@@ -60,10 +60,11 @@ class ExactProduct:
 class DifferenceProduct:
     """The central difference (dL(theta + eps w) - dL(theta - eps w)) / (2 eps): first-order autodiff only.
 
-    The trunk, held in `loss`, runs once; only what depends on theta runs twice. Fused attention and compiled losses stay as they are.
+    The trunk, held in `loss`, runs once; only what depends on theta runs twice. Fused attention stays as it is.
     The step is relative, eps |w| = relative_step |theta|, so that scaling w or theta changes nothing but the scale.
-    The error is O(relative_step^2) from truncation and O(machine eps / relative_step) from rounding;
-    `relative_step=None` balances them at the cube root of the machine epsilon of theta's dtype.
+    The error is O(relative_step^2) from truncation and O(machine eps / relative_step) from rounding, which balance near the cube root of
+    the machine epsilon. `relative_step=None` takes a fifth of that in theta's dtype: the losses of transformers bend on a scale shorter
+    than |theta|, and there a fifth was the more exact in float32 and float64 alike.
     """
 
     relative_step: float | None = None
@@ -84,7 +85,7 @@ class DifferenceProduct:
     def step(self, theta: Params, w: Params) -> Tensor:
         """eps."""
         dtype = next(iter(theta.values())).dtype
-        relative_step = self.relative_step or torch.finfo(dtype).eps ** (1 / 3)
+        relative_step = self.relative_step or torch.finfo(dtype).eps ** (1 / 3) / 5
         tiny = torch.finfo(dtype).tiny
         with torch.no_grad():
             return relative_step * params.norm(theta).clamp_min(tiny) / params.norm(w).clamp_min(tiny)

@@ -1,0 +1,39 @@
+"""The steps of an unrolled optimizer, kept so that they can be walked backwards."""
+
+from collections.abc import Iterator
+
+import torch
+
+from metavpt.optimizers import Rule, State
+from metavpt.params import Params
+
+
+class Trajectory:
+    """The steps of a rule from (theta, state): forwards by `advance`, then once `backwards`.
+
+    It keeps every gradient, but theta and state only at the start of each `segment` of steps; the rule replays the others elementwise.
+    """
+
+    def __init__(self, rule: Rule, theta: Params, state: State, segment: int) -> None:
+        self.rule, self.theta, self.state, self.segment = rule, theta, state, segment
+        self._gradients: list[Params] = []
+        self._starts: list[tuple[Params, State]] = []
+
+    def advance(self, gradient: Params) -> None:
+        """One step on `gradient`, which moves `theta`."""
+        if len(self._gradients) % self.segment == 0:
+            self._starts.append((self.theta, self.state))
+        self._gradients.append(gradient)
+        with torch.no_grad():
+            self.theta, self.state = self.rule.step(self.theta, self.state, gradient)
+
+    def backwards(self) -> Iterator[tuple[Params, State, Params]]:
+        """(theta_k, state_k, gradient_k) from the last step to the first; each is let go once it is passed."""
+        while self._starts:
+            first = self.segment * (len(self._starts) - 1)
+            steps = [self._starts.pop()]
+            for gradient in self._gradients[first:-1]:
+                with torch.no_grad():
+                    steps.append(self.rule.step(*steps[-1], gradient))
+            while steps:
+                yield *steps.pop(), self._gradients.pop()
