@@ -39,14 +39,15 @@ class Checkpoints:
         """All checkpoints, oldest first."""
         return sorted(path for path in self.folder.glob("step-*.pt") if re.fullmatch(r"step-\d{8}\.pt", path.name))
 
+    def newest(self) -> Path:
+        paths = self.paths()
+        if not paths:
+            raise MetaVPTError(f"{self.folder}: no checkpoint here to resume from")
+        return paths[-1]
+
     def load(self, path: Path | None = None) -> dict[str, Any]:
         """The state in `path`, by default the newest; also sets the random number generators as they were."""
-        if path is None:
-            paths = self.paths()
-            if not paths:
-                raise MetaVPTError(f"{self.folder}: no checkpoint here to resume from")
-            path = paths[-1]
-        state = read(path)
+        state = read(path or self.newest())
         set_random_state(state.pop("random"))
         return state
 

@@ -45,7 +45,7 @@ def run(cfg: DictConfig) -> Path:
     if cfg.resume:
         folder = runfolder.find(output, parent, config)
         trainer = build(cfg, folder, console)
-        trainer.load_state_dict(Checkpoints(folder / "checkpoints").load())
+        trainer.resume()
     else:
         folder = runfolder.create(output, parent, name)
         try:

@@ -74,6 +74,18 @@ class Trainer:
         self._probe()
         self.save()
 
+    def resume(self) -> None:
+        """Go on from the newest checkpoint."""
+        if self.checkpoints is None:
+            raise MetaVPTError("Trainer.resume: the trainer was made without checkpoints")
+        path = self.checkpoints.newest()
+        state = self.checkpoints.load(path)
+        try:
+            self.load_state_dict(state)
+        except (RuntimeError, KeyError, ValueError, AttributeError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise MetaVPTError(f"{path}: is the checkpoint of another model or configuration ({reason})") from error
+
     def step(self) -> None:
         """1. a task from the strategy  2. its pretraining loss  3. the learner's optimizer  4. the state that follows (EMA, centre)."""
         self._schedule()  # first: strategies read the learning rate that the coming step will have

@@ -25,7 +25,7 @@ def train(folder, problem=None, strategy=None, seed=0, steps=24, resume=False, *
     options = {"optimizer": optimizer, "log_every": 4, "probe_every": 8, "checkpoint_every": 6, **options}
     trainer = Trainer(problem, strategy or Fixed(), budget, RunLog(folder), checkpoints, seed=seed, **options)
     if resume:
-        trainer.load_state_dict(checkpoints.load())
+        trainer.resume()
     trainer.run()
     return trainer
 

@@ -15,9 +15,9 @@ from metavpt.greedy import Greedy, GreedySelection
 from metavpt.strategies import inner_loss
 
 SMALL = [
-    "problem=dino_nyuv2", "backbone.tail_blocks=1", "+backbone.embed_dim=24", "+backbone.depth=2", "+backbone.num_heads=2",
+    "problem=dino_nyuv2", "backbone.tail_blocks=1", "backbone.embed_dim=24", "backbone.depth=2", "backbone.num_heads=2",
     "recipe.global_size=16", "recipe.local_size=8", "recipe.num_local=2",
-    "data.rooms={num_frames: 40, size: [32, 48], seed: 0}", "data.num_train=16", "data.num_meta=8", "problem.feature_size=[16, 24]",
+    "data.rooms={num_frames: 40, size: [32, 48], seed: 0, folder: null}", "data.num_train=16", "data.num_meta=8", "problem.feature_size=[16, 24]",
     "problem.num_prototypes=32", "problem.head_hidden=16", "problem.head_bottleneck=8", "problem.batch_size=4",
     "problem.meta_batch_size=4", "problem.feedback_batch_size=4", "problem.head_steps=1", "problem.first_head_steps=2",
 ]  # fmt: skip
@@ -35,7 +35,7 @@ def make(tmp_path_factory):
     def fresh(*overrides, seed=0):
         with initialize_config_module("metavpt.configs", version_base="1.3"):
             networks = [] if any(override.startswith("designer=") for override in overrides) else NETWORKS["unet"]
-            cfg = compose("run", [*SMALL, *networks, f"+data.rooms.folder={folder}", *overrides])
+            cfg = compose("run", [*SMALL, *networks, f"data.rooms.folder={folder}", *overrides])
         torch.manual_seed(seed)
         return instantiate(cfg.problem, _convert_="all")
 
@@ -50,7 +50,7 @@ def train(folder, problem, strategy, steps=6, resume=False, seed=0):
     checkpoints = Checkpoints(folder / "checkpoints")
     trainer = Trainer(problem, strategy, Budget(steps=steps), RunLog(folder), checkpoints, seed=seed, log_every=1, checkpoint_every=1)
     if resume:
-        trainer.load_state_dict(checkpoints.load())
+        trainer.resume()
     trainer.run()
     return trainer
 
