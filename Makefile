@@ -1,6 +1,8 @@
 # make demo   install what is needed and run the main job on the built-in sample
 # make test   install what is needed and run the tests
 # make check  lint and types
+# make peers  the libraries to compare with: Betty, learn2learn; needs a C compiler
+# make bench  the cost of a designer update, beside its peers; wants a quiet machine
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -21,6 +23,16 @@ check: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
+
+# betty-ml's metadata refuses Python 3.11, on which its code runs. learn2learn's sdist carries generated C that no longer compiles: with
+# build_ext among its arguments its setup.py runs Cython afresh. Neither may change what the tests ran on, hence --no-deps.
+peers: $(STAMP)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt 'cython>=3' gym requests
+	$(BIN)/python -m pip install --quiet --no-deps --ignore-requires-python betty-ml==0.2.1
+	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --use-pep517 --config-settings=--global-option=build_ext learn2learn==0.2.0
+
+bench: peers
+	$(BIN)/python benchmarks/designer_update.py --threads 2
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache

@@ -29,9 +29,7 @@ class DenseFeedback(nn.Module):
     separate batches).
     """
 
-    def __init__(
-        self, width: int, num_classes: int, depth_weight: float = 1.0, segmentation_weight: float = 1.0, lr: float = 1e-2
-    ) -> None:
+    def __init__(self, width: int, num_classes: int, depth_weight: float = 1.0, segmentation_weight: float = 1.0, lr: float = 1e-2) -> None:
         super().__init__()
         if min(depth_weight, segmentation_weight) < 0 or depth_weight + segmentation_weight == 0:
             raise MetaVPTError(

@@ -225,11 +225,13 @@ class Unrolled:
         rule, state = self._optimizer(theta, update)
         before = float(outer_loss(params.detach(theta)).detach())
         trajectory = Trajectory(rule, params.detach(theta), state, segment=math.isqrt(self.num_steps))
-        for k, inner in enumerate(inner_losses, start=1):
-            last = k == self.num_steps
-            with torch.set_grad_enabled(last):  # the way back begins with the last step: its graph is kept, the others are made again
+        for inner in inner_losses[:-1]:
+            with torch.no_grad():
                 loss = inner(phi)
-            trajectory.advance(value_and_gradient(loss, trajectory.theta, retain_graph=last)[1])
+            trajectory.advance(value_and_gradient(loss, trajectory.theta)[1])
+        with torch.enable_grad():  # the way back begins with the last step: its graph is kept, the others are made again
+            last = inner_losses[-1](phi)
+        trajectory.advance(value_and_gradient(last, trajectory.theta, retain_graph=True)[1])
         feedback_loss, ct_theta = downstream(outer_loss, trajectory.theta)
         diagnostics = {"feedback_loss": before, "g_down_norm": float(params.norm(ct_theta))}
 
@@ -237,9 +239,8 @@ class Unrolled:
         for k, (theta_k, state_k, gradient) in zip(reversed(range(self.num_steps)), trajectory.backwards(), strict=True):
             pulled = vjp(rule, theta_k, state_k, gradient, ct_theta, ct_moments)
             theta_k = params.leaves(theta_k)
-            if k < self.num_steps - 1:
-                with torch.enable_grad():
-                    loss = inner_losses[k](phi)
+            with torch.enable_grad():
+                loss = last if k == self.num_steps - 1 else inner_losses[k](phi)
             wrt = (phi, theta_k) if k else (phi,)  # before the first step theta does not depend on phi
             by_phi, *by_theta = self.product(loss, theta_k, pulled.grad, wrt).by
             total = params.add(total, by_phi)

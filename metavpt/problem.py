@@ -115,4 +115,3 @@ class Problem(ABC):
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         for name, value in state.items():
             getattr(self, name).load_state_dict(value)
-

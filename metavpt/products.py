@@ -91,9 +91,7 @@ class DifferenceProduct:
             return relative_step * params.norm(theta).clamp_min(tiny) / params.norm(w).clamp_min(tiny)
 
 
-def differentiate(
-    value: Tensor, wrt: Sequence[Params], *, create_graph: bool = False, retain_graph: bool = False
-) -> tuple[Params, ...]:
+def differentiate(value: Tensor, wrt: Sequence[Params], *, create_graph: bool = False, retain_graph: bool = False) -> tuple[Params, ...]:
     """d value / d wrt, one dict for each in `wrt`; a tensor that `value` does not depend on is an error that names it."""
     names = [name for group in wrt for name in group]
     inputs = [p for group in wrt for p in group.values()]

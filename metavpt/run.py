@@ -1,5 +1,6 @@
 """python -m metavpt.run problem=dino_nyuv2 [strategy=...] [seed=0] [resume=true]: one run, from step 0 to its report."""
 
+import shutil
 from pathlib import Path
 
 import hydra
@@ -41,21 +42,22 @@ def run(cfg: DictConfig) -> Path:
     parent = Path(cfg.runs)
     config = OmegaConf.to_yaml(OmegaConf.masked_copy(cfg, [str(key) for key in cfg if key not in ("resume", "output")]), resolve=True)
     choices = HydraConfig.get().runtime.choices
-    name = f"{choices.problem}-{choices.strategy}-seed{cfg.seed}"
+    name = f"{choices['problem']}-{choices['strategy']}-seed{cfg.seed}"
     if cfg.resume:
         folder = runfolder.find(output, parent, config)
-        trainer = build(cfg, folder, console)
-        trainer.resume()
     else:
         folder = runfolder.create(output, parent, name)
-        try:
-            trainer = build(cfg, folder, console)
-        except BaseException:
-            folder.rmdir()  # a run that never began leaves nothing behind
-            raise
         (folder / "config.yaml").write_text(config)
         runfolder.write_environment(folder, cfg.seed)
-    trainer.run()
+    try:
+        trainer = build(cfg, folder, console)
+        if cfg.resume:
+            trainer.resume()
+        trainer.run()
+    except BaseException:
+        if not (folder / "metrics.jsonl").exists():
+            shutil.rmtree(folder)  # a run that never began leaves nothing behind
+        raise
     console.print(report.table(folder))
     console.print(f"report: {report.write_report(folder)}")
     return folder

@@ -1,12 +1,12 @@
 """What every dense vision problem shares: the unlabelled stream, feedback from labelled frames, probes, pictures."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.func import functional_call
 
 from metavpt import params, pictures
@@ -23,12 +23,6 @@ from metavpt.stream import Stream
 NUM_PICTURES = 4
 
 
-class VisionLearner(nn.Module):
-    """A learner with a `backbone`, whatever it has beside it."""
-
-    backbone: Backbone
-
-
 class DenseProblem(Problem):
     """A ViT (`learner.backbone`) pretrained for depth and segmentation; a subclass adds the learner's head, the designer and the loss.
 
@@ -37,8 +31,6 @@ class DenseProblem(Problem):
     head_steps        fitting steps of the feedback heads before each designer update, `first_head_steps` before the first one
     probe_heads       heads by name that the probes fit; None: ridge alone
     """
-
-    learner: VisionLearner
 
     def __init__(
         self,
@@ -66,6 +58,10 @@ class DenseProblem(Problem):
         self.feedback = feedback(backbone.width, num_classes)
         self.head_batches = Stream(lambda s: self._labelled(data.train, s), seed, "feedback heads")
         self.probe = DenseProbe(lambda: self._in_order(data.train), lambda: self._in_order(data.val), num_classes, probe_heads)
+
+    @property
+    def backbone(self) -> Backbone:
+        return cast(Backbone, self.learner.backbone)
 
     @property
     def device(self) -> torch.device:
@@ -104,7 +100,7 @@ class DenseProblem(Problem):
 
     def patch_features(self, theta: Params, images: Tensor) -> Tensor:
         """Features (B,D,h,w) of images uint8 (B,3,H,W) under the learner's parameters `theta`."""
-        return functional_call(self.learner.backbone, params.subset(theta, "backbone."), (self.normalize(images),)).patches
+        return functional_call(self.backbone, params.subset(theta, "backbone."), (self.normalize(images),)).patches
 
     def normalize(self, images: Tensor) -> Tensor:
         """uint8 (B,3,H,W) -> what the backbone reads, at `feature_size`."""
@@ -116,13 +112,15 @@ class DenseProblem(Problem):
     def figures(self) -> dict[str, np.ndarray]:
         """Depth and classes of a few validation frames, predicted beside true, by the probe's last head."""
         frames = [self.data.frames[i] for i in self.data.val[:: max(1, len(self.data.val) // NUM_PICTURES)][:NUM_PICTURES]]
-        predicted = self.probe.predict(self._frozen_features, torch.stack([frame.image for frame in frames]))
+        depths, labels = self.probe.predict(self._frozen_features, torch.stack([frame.image for frame in frames]))
+        if depths is None or labels is None:
+            return {}
         rows = []
-        for frame, depth, label in zip(frames, *predicted, strict=True):
+        for frame, depth, label in zip(frames, depths, labels, strict=True):
             low, high = float(frame.depth[frame.depth > 0].min()), float(frame.depth.max())
-            depths = [pictures.colour(metres, low, high) for metres in (frame.depth, depth)]
-            labels = [pictures.classes(classes, self.data.frames.num_classes) for classes in (frame.label, label)]
-            rows.append([pictures.photo(frame.image), *depths, *labels])
+            maps = [pictures.colour(metres, low, high) for metres in (frame.depth, depth)]
+            maps += [pictures.classes(classes, self.data.frames.num_classes) for classes in (frame.label, label)]
+            rows.append([pictures.photo(frame.image), *maps])
         return {"predictions": pictures.grid(rows)}
 
     @torch.no_grad()

@@ -16,7 +16,8 @@ from metavpt.learners.teacher import Teacher, cosine_momentum
 from metavpt.learners.vit import Backbone, Learner, ProjectionHead
 from metavpt.objectives.dino import center_update, centered_probs, dino_loss, sinkhorn_probs
 from metavpt.params import Params
-from metavpt.problems.dense import NUM_PICTURES, DenseProblem
+
+from .dense import NUM_PICTURES, DenseProblem
 
 
 class DinoDense(DenseProblem):
@@ -25,6 +26,9 @@ class DinoDense(DenseProblem):
     targets          "sinkhorn" (DINOv2, DINOv3; stateless) or "centering" (DINO; costs one more teacher pass a step)
     teacher_credit   whether the designer is credited for what the teacher sees of its views as well; the learner never is
     """
+
+    learner: Learner  # pyright: ignore[reportIncompatibleVariableOverride]
+    designer: MaskDesigner  # pyright: ignore[reportIncompatibleVariableOverride]
 
     def __init__(
         self,
@@ -73,11 +77,11 @@ class DinoDense(DenseProblem):
     def pick(self, tasks: Sequence[Views], which: Tensor, sample: Tensor) -> Views:
         """Views hold the samples in their second dimension."""
         fields = (None if parts[0] is None else torch.stack(parts)[which, :, sample].transpose(0, 1) for parts in zip(*tasks, strict=True))
-        return Views(*fields)
+        return Views._make(fields)
 
     def _tail(self, theta: Params, task: Views, reduction: Literal["mean", "none"]) -> Callable[[Params], Tensor]:
         """The trunk and the teacher run once; the function returned runs the tail and the head."""
-        backbone, head = self.learner.backbone, self.learner.head
+        backbone, head = self.backbone, self.learner.head
         targets = self._targets(task)
         crops = [flat for flat in (task.global_crops.flatten(0, 1), task.local_crops.flatten(0, 1)) if len(flat)]
         hidden = [functional_call(backbone.trunk, params.subset(theta, "backbone.trunk."), (crop,)) for crop in crops]
@@ -125,5 +129,3 @@ class DinoDense(DenseProblem):
 
     def _denormalize(self, view: Tensor) -> np.ndarray:
         return pictures.photo(view.cpu() * self.std + self.mean)
-
-

@@ -15,7 +15,14 @@ import pytest
 import torch
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
-OPTIONS = ["problem=channels", "strategy=one_step", "strategy.burn_in=0", "budget.steps=400", "trainer.checkpoint_every=20", "trainer.log_every=5"]
+OPTIONS = [
+    "problem=channels",
+    "strategy=one_step",
+    "strategy.burn_in=0",
+    "budget.steps=400",
+    "trainer.checkpoint_every=20",
+    "trainer.log_every=5",
+]
 SMALL_DINO = [
     "problem=dino_nyuv2", "budget.steps=1", "backbone.tail_blocks=1", "backbone.embed_dim=24", "backbone.depth=2", "backbone.num_heads=2",
     "recipe.global_size=16", "recipe.local_size=8", "data.num_train=2", "data.num_meta=1", "problem.feature_size=[16,16]",
@@ -25,7 +32,13 @@ SMALL_DINO = [
 
 def start(folder, *options, **popen):
     command = [sys.executable, "-m", "metavpt.run", "--config-dir", str(EXAMPLES / "conf"), *options]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(EXAMPLES), "METAVPT_CACHE": str(folder / "cache"), "HF_HUB_OFFLINE": "1"}
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": str(EXAMPLES),
+        "METAVPT_CACHE": str(folder / "cache"),
+        "HF_HUB_OFFLINE": "1",
+    }
     return subprocess.Popen(command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **popen)
 
 
@@ -67,7 +80,9 @@ def test_two_runs_never_share_a_folder_and_resume_finds_its_own(tmp_path):
         assert run(tmp_path, *OPTIONS, "budget.steps=3")[0] == 0
     folders = sorted((tmp_path / "runs").iterdir())
     assert len(folders) == 2
-    assert {"config.yaml", "metrics.jsonl", "checkpoints", "report.html", "environment.json"} <= {path.name for path in folders[0].iterdir()}
+    assert {"config.yaml", "metrics.jsonl", "checkpoints", "report.html", "environment.json"} <= {
+        path.name for path in folders[0].iterdir()
+    }
     status, _, err = run(tmp_path, *OPTIONS, "budget.steps=4", "resume=true")
     assert status == 2
     assert "no run under runs has this configuration" in err
@@ -137,7 +152,7 @@ BAD = {
     ),
     "foreign_weights": (foreign_checkpoint, ["other.pt", "vit_tiny_dinov3"]),
     "budget_without_limit": (lambda folder: ["budget.steps=null", f"data.path={mat(folder / 'a.mat')}"], ["budget.steps"]),
-    "output_is_taken": (lambda folder: [f"output={folder}"], ["not empty"]),
+    "output_is_taken": (lambda folder: [f"output={mat(folder / 'a.mat').parent}", f"data.path={folder}/a.mat"], ["not empty"]),
 }
 
 

@@ -22,7 +22,9 @@ class Toy:
 
     def __init__(self, objective: str) -> None:
         torch.manual_seed(0)
-        backbone = create_backbone("vit_tiny_dinov3", 1, depth=2, embed_dim=WIDTH, num_heads=2, patch_size=8, img_size=SIDE, init_values=1.0)
+        backbone = create_backbone(
+            "vit_tiny_dinov3", 1, depth=2, embed_dim=WIDTH, num_heads=2, patch_size=8, img_size=SIDE, init_values=1.0
+        )
         self.backbone = backbone.double()
         g = torch.Generator().manual_seed(1)
         self.images, self.other = (torch.randn(B, 3, SIDE, SIDE, generator=g, dtype=torch.float64) for _ in range(2))
@@ -31,7 +33,10 @@ class Toy:
         self.goal = torch.randn(B, WIDTH, generator=g, dtype=torch.float64)
         self.labels = torch.tensor([0, 3, 6])
         self.theta = params.clone(params.subset(params.named(self.backbone), "tail."))
-        self.phi = {"scale": torch.rand(3, 1, 1, generator=g, dtype=torch.float64) + 0.5, "shift": torch.zeros(3, SIDE, SIDE, dtype=torch.float64)}
+        self.phi = {
+            "scale": torch.rand(3, 1, 1, generator=g, dtype=torch.float64) + 0.5,
+            "shift": torch.zeros(3, SIDE, SIDE, dtype=torch.float64),
+        }
         self.loss = getattr(self, objective)
 
     def tail(self, theta, hidden):
@@ -101,7 +106,8 @@ def random_direction(toy):
 def test_exact_is_difference_is_finite_differences(toy, direction):
     update = warm(toy, AdamW(1e-2))
     exact, difference = (
-        OneStep(direction, product)([toy.loss], toy.outer, toy.theta, toy.phi, update=update) for product in (ExactProduct(), DifferenceProduct())
+        OneStep(direction, product)([toy.loss], toy.outer, toy.theta, toy.phi, update=update)
+        for product in (ExactProduct(), DifferenceProduct())
     )
     assert relative(difference.by_phi, exact.by_phi) < 1e-6
     along = random_direction(toy)

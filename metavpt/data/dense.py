@@ -39,7 +39,8 @@ class DenseData:
     ) -> None:
         if path is None:
             Console(stderr=True, soft_wrap=True).print(
-                "[bold]data:[/bold] no data.path, so this trains on generated rooms; for NYUv2 give data.path=/path/to/nyu_depth_v2_labeled.mat"
+                "[bold]data:[/bold] no data.path, so this trains on generated rooms; "
+                "for NYUv2 give data.path=/path/to/nyu_depth_v2_labeled.mat"
             )
         self.frames = open_nyuv2(path, num_classes, rooms)
         train = self.frames.splits["train"]
