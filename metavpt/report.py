@@ -111,19 +111,6 @@ def summary_rows(records: list[Record]) -> list[SummaryRow]:
     return rows
 
 
-def table(folder: Path) -> Table:
-    """`summary_rows` of the run in `folder` for a terminal."""
-    rows = summary_rows(read_log(folder / "metrics.jsonl"))
-    first, last = min((row.first_step for row in rows), default=0), max((row.last_step for row in rows), default=0)
-    made = Table("metric", box=None, header_style="dim")
-    for title in (f"step {first}", f"step {last}", "change", ""):
-        made.add_column(title, justify="right")
-    for row in rows:
-        verdict = {True: Text("better", "green"), False: Text("worse", "red"), None: Text()}[row.better]
-        made.add_row(Text(row.name), number(row.first), number(row.last), number(row.change, sign=True), verdict)
-    return made
-
-
 def write_report(run_folder: Path) -> Path:
     """`run_folder`/report.html: one file without scripts or links, made of metrics.jsonl, figures/, config.yaml and environment.json.
 

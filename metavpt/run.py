@@ -10,7 +10,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
-from metavpt import report, runfolder
+from metavpt import report, runfolder, summary
 from metavpt.checkpoint import Checkpoints
 from metavpt.command import reporting, run_command
 from metavpt.runlog import RunLog
@@ -58,7 +58,7 @@ def run(cfg: DictConfig) -> Path:
         if not (folder / "metrics.jsonl").exists():
             shutil.rmtree(folder)  # a run that never began leaves nothing behind
         raise
-    console.print(report.table(folder))
+    console.print(summary.table(folder))
     console.print(f"report: {report.write_report(folder)}")
     return folder
 

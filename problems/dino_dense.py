@@ -27,8 +27,8 @@ class DinoDense(DenseProblem):
     teacher_credit   whether the designer is credited for what the teacher sees of its views as well; the learner never is
     """
 
-    learner: Learner  # pyright: ignore[reportIncompatibleVariableOverride]
-    designer: MaskDesigner  # pyright: ignore[reportIncompatibleVariableOverride]
+    learner: Learner
+    designer: MaskDesigner
 
     def __init__(
         self,

@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
-from metavpt import report
+from metavpt import report, summary
 from metavpt.curves import curve
 from metavpt.errors import MetaVPTError
 
@@ -129,7 +129,7 @@ def test_hostile_strings_stay_text(run: Path) -> None:
     assert "onload" not in {name for name, _ in page.attributes}
     for mark in ("a", "b", "c", "odd "):
         assert mark + HOSTILE in page.text
-    Console(file=io.StringIO()).print(report.table(run))
+    Console(file=io.StringIO()).print(summary.table(run))
 
 
 def test_ids_are_unique_and_every_reference_is_met(run: Path) -> None:
