@@ -14,8 +14,6 @@ import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
 from PIL import Image
-from rich.table import Table
-from rich.text import Text
 
 from metavpt.curves import curve
 from metavpt.errors import MetaVPTError

@@ -11,7 +11,7 @@ from metavpt.report import Record, number, read_log, series_of, summary_rows
 
 
 def table(folder: Path) -> Table:
-    """Step 0 beside the last step for every metric of the run in `folder`; below it the value's trend, throughput and where the time went."""
+    """Step 0 beside the last step for every metric of the run in `folder`; below it the value's trend, throughput, time shares."""
     records = read_log(folder / "metrics.jsonl")
     rows = summary_rows(records)
     first, last = min((row.first_step for row in rows), default=0), max((row.last_step for row in rows), default=0)
