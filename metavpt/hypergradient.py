@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from metavpt import params
+from metavpt.curvature import Curvature, Hessian
 from metavpt.directions import Direction, Dot
 from metavpt.errors import MetaVPTError, NonFiniteError
 from metavpt.linear_solve import ConjugateGradient, LinearSolver
@@ -120,7 +121,7 @@ class OneStep:
 
 @dataclass(frozen=True)
 class Implicit:
-    """dL_down(theta*(phi))/dphi = -d<w, g_pre>/dphi with (H + damping I) w = g_down, H the Hessian of the pretraining loss.
+    """dL_down(theta*(phi))/dphi = -d<w, g_pre>/dphi with (H + damping I) w = g_down, H the curvature of the pretraining loss.
 
     Implicit differentiation (Lorraine et al. 2020) at theta, which the learner's own training keeps near a stationary point.
     H and the product are averages over the batches. The solver says whether it converged: residual, iterations and smallest
@@ -130,6 +131,7 @@ class Implicit:
     solve: LinearSolver = field(default_factory=ConjugateGradient)
     damping: float = 0.0
     product: Product = field(default_factory=DifferenceProduct)
+    curvature: Curvature = field(default_factory=Hessian)
     num_batches: int = 1
     needs_update = False
 
@@ -158,7 +160,7 @@ class Implicit:
         def hessian_product(v: Params) -> Params:
             nonlocal num_products
             num_products += 1
-            products = [self.product(loss, theta, v, (theta,)).by[0] for loss in fixed]
+            products = [self.curvature(loss, theta, v, self.product) for loss in fixed]
             return params.scale(_sum(products), 1 / len(products))
 
         solution = self.solve(hessian_product, g_down, damping=self.damping, x0=start)
@@ -190,6 +192,8 @@ class Unrolled:
 
     optimizer   the rule to unroll, from fresh moments; by default the learner's real one as it stands (`update`)
 
+    offload     whether what is kept of the steps waits in the CPU's memory
+
     Memory is that of one step beside K gradients of theta's size and every sqrt(K)-th theta with its moments, from which those in
     between are replayed elementwise.
     """
@@ -197,6 +201,7 @@ class Unrolled:
     num_steps: int = 4
     optimizer: Rule | None = None
     product: Product = field(default_factory=DifferenceProduct)
+    offload: bool = False
 
     def __post_init__(self) -> None:
         _positive("Unrolled", num_steps=self.num_steps)
@@ -224,7 +229,7 @@ class Unrolled:
             raise MetaVPTError(f"Unrolled: num_steps={self.num_steps} takes as many inner losses, not {len(inner_losses)}")
         rule, state = self._optimizer(theta, update)
         before = float(outer_loss(params.detach(theta)).detach())
-        trajectory = Trajectory(rule, params.detach(theta), state, segment=math.isqrt(self.num_steps))
+        trajectory = Trajectory(rule, params.detach(theta), state, math.isqrt(self.num_steps), self.offload)
         for inner in inner_losses[:-1]:
             with torch.no_grad():
                 loss = inner(phi)

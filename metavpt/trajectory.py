@@ -12,18 +12,21 @@ class Trajectory:
     """The steps of a rule from (theta, state): forwards by `advance`, then once `backwards`.
 
     It keeps every gradient, but theta and state only at the start of each `segment` of steps; the rule replays the others elementwise.
+    With `offload` what is kept waits in the CPU's memory.
     """
 
-    def __init__(self, rule: Rule, theta: Params, state: State, segment: int) -> None:
+    def __init__(self, rule: Rule, theta: Params, state: State, segment: int, offload: bool = False) -> None:
         self.rule, self.theta, self.state, self.segment = rule, theta, state, segment
+        self.device = next(iter(theta.values())).device
+        self.store = torch.device("cpu") if offload else self.device
         self._gradients: list[Params] = []
         self._starts: list[tuple[Params, State]] = []
 
     def advance(self, gradient: Params) -> None:
         """One step on `gradient`, which moves `theta`."""
         if len(self._gradients) % self.segment == 0:
-            self._starts.append((self.theta, self.state))
-        self._gradients.append(gradient)
+            self._starts.append(_move(self.theta, self.state, self.store))
+        self._gradients.append(_to(gradient, self.store))
         with torch.no_grad():
             self.theta, self.state = self.rule.step(self.theta, self.state, gradient)
 
@@ -31,9 +34,17 @@ class Trajectory:
         """(theta_k, state_k, gradient_k) from the last step to the first; each is let go once it is passed."""
         while self._starts:
             first = self.segment * (len(self._starts) - 1)
-            steps = [self._starts.pop()]
+            steps = [_move(*self._starts.pop(), self.device)]
             for gradient in self._gradients[first:-1]:
                 with torch.no_grad():
-                    steps.append(self.rule.step(*steps[-1], gradient))
+                    steps.append(self.rule.step(*steps[-1], _to(gradient, self.device)))
             while steps:
-                yield *steps.pop(), self._gradients.pop()
+                yield *steps.pop(), _to(self._gradients.pop(), self.device)
+
+
+def _to(params: Params, device: torch.device) -> Params:
+    return {name: p.to(device) for name, p in params.items()}
+
+
+def _move(theta: Params, state: State, device: torch.device) -> tuple[Params, State]:
+    return _to(theta, device), State(state.num_steps, {name: _to(moments, device) for name, moments in state.moments.items()})

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.func import functional_call
 
 from metavpt import params, pictures
+from metavpt.curvature import ComposedLoss
 from metavpt.designers.masks import MaskDesigner
 from metavpt.designers.views import MultiCrop, Views
 from metavpt.errors import MetaVPTError
@@ -87,15 +88,15 @@ class DinoDense(DenseProblem):
         hidden = [functional_call(backbone.trunk, params.subset(theta, "backbone.trunk."), (crop,)) for crop in crops]
         batch_size = task.global_crops.shape[1]
 
-        def tail(theta_s: Params) -> Tensor:
+        def student_logits(theta_s: Params) -> Tensor:
+            """(V,B,K), the global views first."""
             own = {**theta, **theta_s}
             tail_parameters, head_parameters = params.subset(own, "backbone.tail."), params.subset(own, "head.")
             features = [functional_call(backbone.tail, tail_parameters, (h,)) for h in hidden]
             logits = [functional_call(head, head_parameters, (self.learner.summary(f),)) for f in features]
-            views = [view for group in logits for view in group.split(batch_size)]
-            return dino_loss(views, targets, self.student_temperature, reduction)
+            return torch.cat([group.unflatten(0, (-1, batch_size)) for group in logits])
 
-        return tail
+        return ComposedLoss(student_logits, lambda logits: dino_loss(list(logits), targets, self.student_temperature, reduction))
 
     def after_step(self, task: Views, progress: float) -> None:
         if self.targets == "centering":

@@ -104,6 +104,15 @@ def test_unrolled_is_backprop_through_the_unroll_and_finite_differences(ridge, t
     assert result.value == pytest.approx(float(drop))
 
 
+@pytest.mark.parametrize("num_steps", [1, 4, 7])
+def test_offloading_changes_nothing(ridge, theta, num_steps):
+    kept, offloaded = (
+        Unrolled(num_steps, AdamW(0.05), offload=offload)([ridge.inner] * num_steps, ridge.outer, theta, ridge.phi)
+        for offload in (False, True)
+    )
+    assert torch.equal(kept.by_phi["log_penalty"], offloaded.by_phi["log_penalty"])
+
+
 def test_unrolled_starts_from_the_state_of_the_real_optimizer(ridge, theta):
     rule = AdamW(0.05, weight_decay=0.1)
     g = torch.Generator().manual_seed(3)
