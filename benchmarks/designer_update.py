@@ -318,7 +318,8 @@ def main() -> None:
         for name in arguments.rows:
             runs[name].append(run(name, arguments.threads))
             print(f"round {number + 1}/{arguments.rounds}  {name}  {runs[name][-1]}", flush=True)
-    write({"environment": environment(arguments), "rows": {name: summary(runs[name]) for name in arguments.rows}})
+        rows = {name: summary(runs[name]) for name in arguments.rows}
+        write({"environment": {**environment(arguments), "rounds": number + 1}, "rows": rows})  # a run cut short keeps its whole rounds
 
 
 if __name__ == "__main__":

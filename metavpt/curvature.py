@@ -43,7 +43,7 @@ class Hessian:
 class GaussNewton:
     """A = J^T H_out J with J = d outputs / d theta and H_out the Hessian of the criterion by the outputs (Schraudolph, 2002).
 
-    Positive semi-definite wherever the criterion is convex in its outputs, as cross-entropy is in logits. The loss must be a `ComposedLoss`.
+    Positive semi-definite wherever the criterion is convex in its outputs, as cross-entropy is in logits. Needs a `ComposedLoss`.
     It is taken by reverse mode alone: forward mode through a norm cannot be trusted to be differentiated (see the check command).
     """
 
