@@ -190,21 +190,25 @@ class Unrolled:
     The discrete adjoint, replayed backwards one step at a time: with (theta', moments') = U(theta, moments, g) and cotangents of the
     left side, w is U's pullback to g, and d<w, g_k>/d(theta, phi) carries it through the gradient. Exact for SGD, Adam and AdamW.
 
-    optimizer   the rule to unroll, from fresh moments; by default the learner's real one as it stands (`update`)
+    optimizer     the rule to unroll, from fresh moments; by default the learner's real one as it stands (`update`)
 
-    offload     whether what is kept of the steps waits in the CPU's memory
+    offload       whether what is kept of the steps waits in the CPU's memory
+    kept_graphs   of how many last steps the graph to phi is kept rather than made again on the way back: time for memory
 
-    Memory is that of one step beside K gradients of theta's size and every sqrt(K)-th theta with its moments, from which those in
-    between are replayed elementwise.
+    Memory is that of `kept_graphs` steps beside K gradients of theta's size and every sqrt(K)-th theta with its moments, from which
+    those in between are replayed elementwise.
     """
 
     num_steps: int = 4
     optimizer: Rule | None = None
     product: Product = field(default_factory=DifferenceProduct)
     offload: bool = False
+    kept_graphs: int = 1
 
     def __post_init__(self) -> None:
         _positive("Unrolled", num_steps=self.num_steps)
+        if self.kept_graphs < 0:
+            raise MetaVPTError(f"Unrolled: kept_graphs={self.kept_graphs} must not be negative")
 
     @property
     def num_batches(self) -> int:
@@ -230,13 +234,13 @@ class Unrolled:
         rule, state = self._optimizer(theta, update)
         before = float(outer_loss(params.detach(theta)).detach())
         trajectory = Trajectory(rule, params.detach(theta), state, math.isqrt(self.num_steps), self.offload)
-        for inner in inner_losses[:-1]:
-            with torch.no_grad():
+        kept: list[Loss] = []
+        for k, inner in enumerate(inner_losses, start=1):
+            keep = k > self.num_steps - self.kept_graphs
+            with torch.set_grad_enabled(keep):
                 loss = inner(phi)
-            trajectory.advance(value_and_gradient(loss, trajectory.theta)[1])
-        with torch.enable_grad():  # the way back begins with the last step: its graph is kept, the others are made again
-            last = inner_losses[-1](phi)
-        trajectory.advance(value_and_gradient(last, trajectory.theta, retain_graph=True)[1])
+            trajectory.advance(value_and_gradient(loss, trajectory.theta, retain_graph=keep)[1])
+            kept += [loss] * keep
         feedback_loss, ct_theta = downstream(outer_loss, trajectory.theta)
         diagnostics = {"feedback_loss": before, "g_down_norm": float(params.norm(ct_theta))}
 
@@ -245,7 +249,7 @@ class Unrolled:
             pulled = vjp(rule, theta_k, state_k, gradient, ct_theta, ct_moments)
             theta_k = params.leaves(theta_k)
             with torch.enable_grad():
-                loss = last if k == self.num_steps - 1 else inner_losses[k](phi)
+                loss = kept.pop() if kept else inner_losses[k](phi)
             wrt = (phi, theta_k) if k else (phi,)  # before the first step theta does not depend on phi
             by_phi, *by_theta = self.product(loss, theta_k, pulled.grad, wrt).by
             total = params.add(total, by_phi)

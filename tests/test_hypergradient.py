@@ -104,13 +104,13 @@ def test_unrolled_is_backprop_through_the_unroll_and_finite_differences(ridge, t
     assert result.value == pytest.approx(float(drop))
 
 
+@pytest.mark.parametrize("options", [{"offload": True}, {"kept_graphs": 0}, {"kept_graphs": 3}, {"kept_graphs": 99}], ids=str)
 @pytest.mark.parametrize("num_steps", [1, 4, 7])
-def test_offloading_changes_nothing(ridge, theta, num_steps):
-    kept, offloaded = (
-        Unrolled(num_steps, AdamW(0.05), offload=offload)([ridge.inner] * num_steps, ridge.outer, theta, ridge.phi)
-        for offload in (False, True)
+def test_how_steps_are_kept_changes_nothing(ridge, theta, num_steps, options):
+    plain, other = (
+        Unrolled(num_steps, AdamW(0.05), **kept)([ridge.inner] * num_steps, ridge.outer, theta, ridge.phi) for kept in ({}, options)
     )
-    assert torch.equal(kept.by_phi["log_penalty"], offloaded.by_phi["log_penalty"])
+    assert torch.equal(plain.by_phi["log_penalty"], other.by_phi["log_penalty"])
 
 
 def test_unrolled_starts_from_the_state_of_the_real_optimizer(ridge, theta):
