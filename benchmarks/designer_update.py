@@ -55,7 +55,8 @@ MIB = 2**20
 SIZE, BATCH, NUM_CLASSES, MAX_STEPS = 64, 16, 13, 32
 SETTING = {
     "vit": "12 blocks, width 192, 3 heads, patch 8 (DINOv3's architecture); S = last 2 blocks and final norm",
-    "task": f"DINO, 2 global crops of {SIZE}x{SIZE}, no local crops, batch {BATCH}; head 512-512-128, 1024 prototypes; U-Net mask designer (base 8, depth 2: designer=unet)",
+    "task": f"DINO, 2 global crops of {SIZE}x{SIZE}, no local crops, batch {BATCH}; head 512-512-128, 1024 prototypes; "
+    "U-Net mask designer (base 8, depth 2: designer=unet)",
     "feedback": f"depth and {NUM_CLASSES} classes on {BATCH} frames of {SIZE}x{SIZE}",
 }
 
