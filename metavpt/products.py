@@ -63,8 +63,8 @@ class DifferenceProduct:
     The trunk, held in `loss`, runs once; only what depends on theta runs twice. Fused attention stays as it is.
     The step is relative, eps |w| = relative_step |theta|, so that scaling w or theta changes nothing but the scale.
     The error is O(relative_step^2) from truncation and O(machine eps / relative_step) from rounding, which balance near the cube root of
-    the machine epsilon. `relative_step=None` takes a fifth of that in theta's dtype: the losses of transformers bend on a scale shorter
-    than |theta|, and there a fifth was the more exact in float32 and float64 alike.
+    the machine epsilon. `relative_step=None` takes a fifth of that, in the dtype that the loss is computed in: the losses of
+    transformers bend on a scale shorter than |theta|, and there a fifth was the more exact in float32 and float64 alike.
     """
 
     relative_step: float | None = None
@@ -84,11 +84,18 @@ class DifferenceProduct:
 
     def step(self, theta: Params, w: Params) -> Tensor:
         """eps."""
-        dtype = next(iter(theta.values())).dtype
-        relative_step = self.relative_step or torch.finfo(dtype).eps ** (1 / 3) / 5
-        tiny = torch.finfo(dtype).tiny
+        first = next(iter(theta.values()))
+        relative_step = self.relative_step or default_relative_step(first)
+        tiny = torch.finfo(first.dtype).tiny
         with torch.no_grad():
             return relative_step * params.norm(theta).clamp_min(tiny) / params.norm(w).clamp_min(tiny)
+
+
+def default_relative_step(p: Tensor) -> float:
+    """A fifth of the cube root of the machine epsilon of p's dtype, or of autocast's where that is on, which rounds p for the loss."""
+    device = p.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) and p.dtype == torch.float32 else p.dtype
+    return torch.finfo(dtype).eps ** (1 / 3) / 5
 
 
 def differentiate(value: Tensor, wrt: Sequence[Params], *, create_graph: bool = False, retain_graph: bool = False) -> tuple[Params, ...]:

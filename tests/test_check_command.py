@@ -26,7 +26,7 @@ def run(*arguments, folder):
 def test_a_sound_problem_ends_with_its_verdict_and_status_0():
     done = run("--config-dir", "conf", "problem=channels", "threads=1", folder=EXAMPLES)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines()[-1].startswith(("verdict: ok (", "verdict: warning (1 warning"))  # bfloat16 may be noise
+    assert done.stdout.splitlines()[-1].startswith("verdict: ok (")
     assert "exact_product" in done.stdout
     assert done.stderr == ""
 

@@ -22,9 +22,7 @@ def _seeded():
 
 def test_a_sound_problem_passes_every_check():
     found = findings(Channels())
-    # differences in bfloat16 may well be noise, which is what that check is there to say
-    assert {name: finding.verdict for name, finding in found.items() if finding.verdict != "ok"}.keys() <= {"bfloat16"}
-    assert found["bfloat16"].verdict != "failed"
+    assert {name: finding.verdict for name, finding in found.items() if finding.verdict != "ok"} == {}
     assert found.keys() >= FOUNDATIONS | {"designer_reach", "pretrain_reach", "feedback_reach", "float64", "tail", "teacher_credit"}
     assert found.keys() >= {"exact_product", "difference_product", "float32", "bfloat16", "difference_step", "attention", "first_order"}
     assert sum(name.startswith("cost ") for name in found) == 5

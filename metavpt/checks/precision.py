@@ -1,6 +1,7 @@
 """What arithmetic costs the hypergradient: the run's dtype, bfloat16, and the step of the difference product, against float64."""
 
 import math
+from contextlib import nullcontext
 
 import torch
 
@@ -9,7 +10,7 @@ from metavpt.checks.finding import Finding, said
 from metavpt.checks.scene import Scene, cosine, relative_error
 from metavpt.hypergradient import downstream
 from metavpt.params import Params
-from metavpt.products import DifferenceProduct, ExactProduct, Product
+from metavpt.products import DifferenceProduct, ExactProduct, Product, default_relative_step
 
 TRUSTED = 0.99  # cosine with float64
 STEPS = tuple(10.0**-k for k in range(1, 9))
@@ -35,11 +36,16 @@ def widen(scene: Scene) -> tuple[Scene | None, Finding]:
 def dtypes(scene: Scene, truth: Params, exact: bool = True) -> list[Finding]:
     """The one-step hypergradient in the run's dtype and under bfloat16 autocast, against `truth` from float64."""
     findings = []
-    bfloat16 = scene.under(lambda: torch.autocast(scene.device.type, torch.bfloat16))
-    for name, narrow in {str(scene.dtype).removeprefix("torch."): scene, "bfloat16": bfloat16}.items():
+
+    def autocast() -> torch.autocast:  # a new one each time: torch's cannot be entered twice
+        return torch.autocast(scene.device.type, torch.bfloat16)
+
+    narrows = {str(scene.dtype).removeprefix("torch."): (scene, nullcontext()), "bfloat16": (scene.under(autocast), autocast())}
+    for name, (narrow, precision) in narrows.items():
         products: list[Product] = [ExactProduct(), DifferenceProduct()] if exact else [DifferenceProduct()]
         try:
-            cosines = {type(product).__name__: cosine(narrow.one_step(product), truth) for product in products}
+            with precision:  # around the product too, which chooses its step by it
+                cosines = {type(product).__name__: cosine(narrow.one_step(product), truth) for product in products}
         except Exception as error:
             findings.append(Finding(name, "warning", f"does not run: {said(error)}", "" if narrow is scene else "train in float32"))
             continue
@@ -65,7 +71,7 @@ def difference_step(scene: Scene, truth: Params) -> Finding:
 
     errors, default = {step: error_at(step) for step in STEPS}, error_at(None)
     best = min(errors, key=lambda step: errors[step] if math.isfinite(errors[step]) else math.inf)
-    default_step = torch.finfo(scene.dtype).eps ** (1 / 3)
+    default_step = default_relative_step(next(iter(theta.values())))
     sweep = " ".join(f"{step:.0e}:{error:.0e}" for step, error in errors.items())
     measured = f"error {default:.1e} at the default step {default_step:.0e}, {errors[best]:.1e} at the best, {best:.0e} ({sweep})"
     if default <= 0.05:
