@@ -9,13 +9,14 @@ from torch.optim import Optimizer
 
 from metavpt import params
 from metavpt.budget import Budget
+from metavpt.combination import Combination, unpaired
 from metavpt.errors import MetaVPTError
 from metavpt.greedy import best_candidates
 from metavpt.hypergradient import Hypergradient, OuterLoss, downstream, finite
 from metavpt.params import Params
 from metavpt.problem import Problem
 from metavpt.products import differentiate
-from metavpt.strategies import Fixed, Learned, Proposal, inner_loss
+from metavpt.strategies import Fixed, Learned, Proposal, feedback_on, inner_loss
 from metavpt.stream import Streams
 
 
@@ -26,9 +27,8 @@ class RandomFeedback(Learned):
         super().__init__(*args, **options)
         self.generator = torch.Generator().manual_seed(seed)
 
-    def outer_loss(self, problem: Problem, theta: Params, labelled: Any, aligned: Params) -> OuterLoss:
+    def outer_loss(self, true: OuterLoss, aligned: Params) -> OuterLoss:
         """Linear, so that its gradient is the same random vector wherever an estimator takes it."""
-        true = super().outer_loss(problem, theta, labelled, aligned)
         _, g_down = downstream(true, aligned)
         noise = params.zip_with(lambda g: torch.randn(g.shape, generator=self.generator, dtype=g.dtype).to(g.device), g_down)
         direction = params.scale(noise, params.norm(g_down) / params.norm(noise))
@@ -89,12 +89,13 @@ class Direct(Fixed):
     """The feedback loss is added to the learner's own loss with `weight`: the reference that breaks the bottleneck on purpose.
 
     Every `every` steps a labelled batch trains the learner itself. What it gains is supervised training, not task design.
+    `combination` says how several feedbacks make one.
     """
 
-    def __init__(self, weight: float = 1.0, every: int = 1) -> None:
+    def __init__(self, weight: float = 1.0, every: int = 1, combination: Combination | None = None) -> None:
         if not weight > 0 or every < 1:
             raise MetaVPTError(f"strategy.weight={weight} must be positive and strategy.every={every} at least 1")
-        self.weight, self.every = weight, every
+        self.weight, self.every, self.combination = weight, every, unpaired(combination)
 
     def next_task(self, problem: Problem, streams: Streams, optimizer: Optimizer, budget: Budget) -> Proposal:
         proposal = super().next_task(problem, streams, optimizer, budget)
@@ -103,7 +104,7 @@ class Direct(Fixed):
         with budget.timed("designer"):
             with budget.timed("data"):
                 labelled = next(streams.feedback)
-            problem.fit_heads()
-        budget.charge(grad_evals=1)
-        loss: Callable[[Params], Tensor] = lambda theta: self.weight * problem.feedback_loss(theta, labelled)  # noqa: E731
-        return proposal._replace(labelled_loss=loss)
+            combined = self.combination(feedback_on(problem, labelled))
+        budget.charge(grad_evals=1 + combined.grad_evals)
+        loss: Callable[[Params], Tensor] = lambda theta: self.weight * combined.outer_loss(theta)  # noqa: E731
+        return proposal._replace(labelled_loss=loss, record=combined.record)

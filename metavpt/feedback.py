@@ -1,5 +1,6 @@
-"""Downstream feedback on dense labels: light heads on frozen patch features, and the loss that they give the learner."""
+"""Downstream feedback on dense labels: light heads on frozen patch features, and the losses that they give the learner."""
 
+from collections.abc import Mapping
 from typing import Any, Protocol
 
 import torch
@@ -24,9 +25,9 @@ class LabelledFrames(Protocol):
 class DenseFeedback(nn.Module):
     """L_down = depth_weight * L1(depth in metres, valid pixels) + segmentation_weight * CE(classes), through linear-BN heads.
 
-    `fit` trains the heads on detached features of labelled train batches; `forward` is the loss of features (B,D,h,w) and pure: it
-    reads the batch statistics that `fit` has gathered and moves nothing (V-Pretraining, section 3: heads first, then g_down on
-    separate batches).
+    `fit` trains the heads on detached features of labelled train batches; `forward` gives both losses of features (B,D,h,w) by name,
+    without one of weight 0, and is pure: it reads the batch statistics that `fit` has gathered and moves nothing (V-Pretraining,
+    section 3: heads first, then g_down on separate batches).
     """
 
     def __init__(self, width: int, num_classes: int, depth_weight: float = 1.0, segmentation_weight: float = 1.0, lr: float = 1e-2) -> None:
@@ -36,7 +37,7 @@ class DenseFeedback(nn.Module):
                 f"feedback.depth_weight={depth_weight}, feedback.segmentation_weight={segmentation_weight}: "
                 "neither may be negative and one must be positive"
             )
-        self.depth_weight, self.segmentation_weight = depth_weight, segmentation_weight
+        self.weights = {"depth": depth_weight, "segmentation": segmentation_weight}
         self.norm = nn.BatchNorm2d(width, affine=False)
         self.depth = nn.Conv2d(width, 1, kernel_size=1)
         self.segmentation = nn.Conv2d(width, num_classes, kernel_size=1)
@@ -44,32 +45,31 @@ class DenseFeedback(nn.Module):
         nn.init.zeros_(self.segmentation.weight)
         self.optimizer = torch.optim.AdamW(self.parameters(), lr=lr)
 
-    def forward(self, features: Tensor, frames: LabelledFrames) -> Tensor:
+    def forward(self, features: Tensor, frames: LabelledFrames) -> dict[str, Tensor]:
         statistics = self.norm.running_mean, self.norm.running_var
-        return self._loss(F.batch_norm(features, *statistics, eps=self.norm.eps), frames)
+        return self._losses(F.batch_norm(features, *statistics, eps=self.norm.eps), frames)
 
     def fit(self, features: Tensor, frames: LabelledFrames) -> float:
         """One AdamW step of the heads on features (B,D,h,w); the loss before it."""
         with torch.enable_grad():
-            loss = self._loss(self.norm.train()(features.detach()), frames)
+            loss = weighted_sum(self._losses(self.norm.train()(features.detach()), frames), self.weights)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         self.optimizer.step()
         return float(loss.detach())
 
-    def _loss(self, normalized: Tensor, frames: LabelledFrames) -> Tensor:
-        loss = normalized.new_zeros(())
+    def _losses(self, normalized: Tensor, frames: LabelledFrames) -> dict[str, Tensor]:
+        losses = {}
         size = frames.depth.shape[-2:]
-        if self.depth_weight:
+        if self.weights["depth"]:
             metres = F.softplus(upsample(self.depth(normalized), size)[:, 0])
             valid = frames.depth > 0
-            loss = loss + self.depth_weight * ((metres - frames.depth).abs() * valid).sum() / valid.sum().clamp_min(1)
-        if self.segmentation_weight:
+            losses["depth"] = ((metres - frames.depth).abs() * valid).sum() / valid.sum().clamp_min(1)
+        if self.weights["segmentation"]:
             logits = upsample(self.segmentation(normalized), size)
             labelled = (frames.label != IGNORE).sum().clamp_min(1)
-            entropy = F.cross_entropy(logits, frames.label, ignore_index=IGNORE, reduction="sum") / labelled
-            loss = loss + self.segmentation_weight * entropy
-        return loss
+            losses["segmentation"] = F.cross_entropy(logits, frames.label, ignore_index=IGNORE, reduction="sum") / labelled
+        return losses
 
     def get_extra_state(self) -> dict[str, Any]:
         return self.optimizer.state_dict()
@@ -81,3 +81,19 @@ class DenseFeedback(nn.Module):
 def upsample(maps: Tensor, size: torch.Size | tuple[int, int]) -> Tensor:
     """Maps (B,C,h,w) at the resolution `size` of the labels, bilinearly."""
     return F.interpolate(maps, size=tuple(size), mode="bilinear", align_corners=False)
+
+
+def weighted(losses: Mapping[str, Tensor], weights: Mapping[str, float]) -> dict[str, Tensor]:
+    """weight * loss by name, in the order of `weights`, without what weighs nothing."""
+    active = [name for name, weight in weights.items() if weight]
+    if not active or set(active) - set(losses) or set(losses) - set(weights):
+        raise MetaVPTError(
+            f"feedback_losses gives {', '.join(losses) or 'nothing'}; feedback_weights names {', '.join(weights) or 'nothing'}: "
+            "every loss needs a weight, every weight but 0 a loss, and one must not be 0"
+        )
+    return {name: weights[name] * losses[name] for name in active}
+
+
+def weighted_sum(losses: Mapping[str, Tensor], weights: Mapping[str, float]) -> Tensor:
+    """The sum of weight * loss, a scalar."""
+    return torch.stack(list(weighted(losses, weights).values())).sum()

@@ -14,40 +14,51 @@ from torch.optim import Optimizer
 
 from metavpt import params
 from metavpt.budget import Budget
+from metavpt.combination import Combination, unpaired
 from metavpt.directions import Direction, Dot
 from metavpt.errors import MetaVPTError, NonFiniteError
 from metavpt.hypergradient import downstream
 from metavpt.optimizers import from_torch
 from metavpt.problem import Problem
 from metavpt.products import DifferenceProduct, value_and_gradient
-from metavpt.strategies import Fixed, Proposal, aligned_names
+from metavpt.strategies import Fixed, Proposal, feedback_on
 from metavpt.stream import Streams
 
 
 class Greedy(Fixed):
     """For each image the best of `num_candidates` random tasks of the designer's space, by first-order value. Nothing is learned.
 
-    The feedback direction is refreshed every `refresh_every` steps; until `burn_in` the ordinary recipe is trained on. Directions
-    that need g_pre take it from the ordinary recipe's task of the batch at hand. With `Cosine`, a sample is valued by what weighing it
-    more would do to the cosine of the whole batch. All that it costs is charged to the budget.
+    The feedback direction is refreshed every `refresh_every` steps, and `combination` says how several feedbacks make one; until `burn_in`
+    the ordinary recipe is trained on. Directions that need g_pre take it from the ordinary recipe's task of the batch at hand. With
+    `Cosine`, a sample is valued by what weighing it more would do to the cosine of the whole batch. All that it costs is charged to the
+    budget.
     """
 
-    def __init__(self, num_candidates: int = 8, direction: Direction | None = None, refresh_every: int = 8, burn_in: int = 0) -> None:
+    def __init__(
+        self,
+        num_candidates: int = 8,
+        direction: Direction | None = None,
+        refresh_every: int = 8,
+        burn_in: int = 0,
+        combination: Combination | None = None,
+    ) -> None:
         _at_least_one(num_candidates=num_candidates, refresh_every=refresh_every)
         self.num_candidates, self.direction = num_candidates, direction or Dot()
-        self.refresh_every, self.burn_in = refresh_every, burn_in
+        self.refresh_every, self.burn_in, self.combination = refresh_every, burn_in, unpaired(combination)
         self.num_skipped = 0
         self._g_down: params.Params | None = None
 
     def next_task(self, problem: Problem, streams: Streams, optimizer: Optimizer, budget: Budget) -> Proposal:
         with budget.timed("data"):
             batch = self.draw(problem, streams)
+        record: dict[str, float] = {}
         with budget.timed("designer"):
             if budget.steps >= self.burn_in and budget.steps % self.refresh_every == 0:
-                self._g_down = self._refresh(problem, streams, budget)
+                self._g_down, record = self._refresh(problem, streams, budget)
             if self._g_down is None:
                 return self.without_feedback(problem, batch)
-            return self.select(problem, batch, self._score(problem, batch, optimizer, budget))
+            proposal = self.select(problem, batch, self._score(problem, batch, optimizer, budget))
+            return proposal._replace(record={**proposal.record, **record})
 
     def draw(self, problem: Problem, streams: Streams) -> Any:
         """The unlabelled batch to choose for."""
@@ -62,18 +73,17 @@ class Greedy(Fixed):
         """The proposal for `batch`, given task -> value of each of its samples, (B,)."""
         return best_candidates(problem, batch, self.num_candidates, score)
 
-    def _refresh(self, problem: Problem, streams: Streams, budget: Budget) -> params.Params | None:
+    def _refresh(self, problem: Problem, streams: Streams, budget: Budget) -> tuple[params.Params | None, dict[str, float]]:
         with budget.timed("data"):
             labelled = next(streams.feedback)
-        problem.fit_heads()
-        theta = params.detach(params.named(problem.learner))
-        aligned = {name: theta[name] for name in aligned_names(problem, theta)}
-        budget.charge(grad_evals=1)
+        feedback = feedback_on(problem, labelled)
+        combined = self.combination(feedback)
+        budget.charge(grad_evals=1 + combined.grad_evals)
         try:
-            return downstream(lambda theta_s: problem.feedback_loss({**theta, **theta_s}, labelled), aligned)[1]
+            return downstream(combined.outer_loss, feedback.aligned)[1], combined.record
         except NonFiniteError:
             self.num_skipped += 1
-            return None
+            return None, combined.record
 
     def _score(self, problem: Problem, batch: Any, optimizer: Optimizer, budget: Budget) -> Callable[[Any], Tensor]:
         live = params.named(problem.learner)
@@ -118,8 +128,15 @@ class Greedy(Fixed):
 class GreedySelection(Greedy):
     """The most valuable samples of a pool of `pool_batches` batches, under the ordinary recipe: data selection as LESS and GREATS do."""
 
-    def __init__(self, pool_batches: int = 4, direction: Direction | None = None, refresh_every: int = 8, burn_in: int = 0) -> None:
-        super().__init__(1, direction, refresh_every, burn_in)
+    def __init__(
+        self,
+        pool_batches: int = 4,
+        direction: Direction | None = None,
+        refresh_every: int = 8,
+        burn_in: int = 0,
+        combination: Combination | None = None,
+    ) -> None:
+        super().__init__(1, direction, refresh_every, burn_in, combination)
         _at_least_one(pool_batches=pool_batches)
         self.pool_batches = pool_batches
 

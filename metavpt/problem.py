@@ -2,7 +2,8 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from types import MappingProxyType
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -11,14 +12,16 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from metavpt import params
 from metavpt.errors import MetaVPTError
+from metavpt.feedback import weighted_sum
 from metavpt.params import Params
 
 
 class Problem(ABC):
     """What is pretrained, on which tasks, and for whose benefit.
 
-    learner   theta: trained only by `pretrain_loss` on detached tasks
-    designer  phi: forward(batch) -> task; trained only by the value of the learner's update for `feedback_loss`
+    learner            theta: trained only by `pretrain_loss` on detached tasks
+    designer           phi: forward(batch) -> task; trained only by the value of the learner's update for `feedback_loss`
+    feedback_weights   name -> weight of each of `feedback_losses`; needed by a problem that defines those
 
     Both losses are pure: same arguments, same value, nothing written. Estimators evaluate them many times a step, so a batch
     carries its own randomness (seeds, noise) and all state moves in `after_step`. Every attribute with a `state_dict` is part of
@@ -27,6 +30,12 @@ class Problem(ABC):
 
     learner: nn.Module
     designer: nn.Module
+    feedback_weights: Mapping[str, float] = MappingProxyType({"feedback": 1.0})
+
+    def __new__(cls, *args: Any, **options: Any) -> Self:
+        if cls.feedback_loss is Problem.feedback_loss and cls.feedback_losses is Problem.feedback_losses:
+            raise MetaVPTError(f"{cls.__name__} has no feedback; define feedback_loss, or feedback_losses with feedback_weights")
+        return super().__new__(cls)
 
     @abstractmethod
     def pretrain_batches(self, seed: int) -> Iterable[Any]:
@@ -40,9 +49,13 @@ class Problem(ABC):
     def pretrain_loss(self, theta: Params, task: Any) -> Tensor:
         """L_pre(theta; task), a scalar; theta names the learner's parameters, see `torch.func.functional_call`."""
 
-    @abstractmethod
     def feedback_loss(self, theta: Params, batch: Any) -> Tensor:
-        """L_down(theta; batch), a scalar."""
+        """L_down(theta; batch), a scalar. Define this, or `feedback_losses`, of which it is then the weighted sum."""
+        return weighted_sum(self.feedback_losses(theta, batch), self.feedback_weights)
+
+    def feedback_losses(self, theta: Params, batch: Any) -> dict[str, Tensor]:
+        """Several feedbacks: a scalar for each name in `feedback_weights`; one of weight 0 may be left out. Default: `feedback_loss`."""
+        return {"feedback": self.feedback_loss(theta, batch)}
 
     @abstractmethod
     def evaluate(self) -> dict[str, float]:
@@ -54,9 +67,17 @@ class Problem(ABC):
         """The task of the ordinary recipe, which `strategy=fixed` trains on. Default: the designer, never trained."""
         return self.designer(batch)
 
+    def held_out_batches(self, seed: int) -> Iterable[Any]:
+        """Labelled batches that no designer update sees, to measure on them what it predicts. Default: as `feedback_batches`."""
+        return self.feedback_batches(seed)
+
     def meta_batches(self, seed: int) -> Iterable[Any]:
         """Unlabelled batches that only the designer's updates see. Default: as `pretrain_batches`."""
         return self.pretrain_batches(seed)
+
+    def by_domain(self, batch: Any) -> dict[str, Any]:
+        """An unlabelled meta batch split by the names in `feedback_weights`. For the combination `DomainMatched`."""
+        raise MetaVPTError(f"{type(self).__name__} has no by_domain, which strategy.combination=DomainMatched needs; define it")
 
     def aligned_parameters(self) -> Sequence[str]:
         """Names of theta_S, the parameters through which value is measured. Default: all."""
@@ -84,6 +105,14 @@ class Problem(ABC):
 
     def fit_heads(self) -> None:  # noqa: B027 - a hook that may stay empty
         """Called before each designer update: fit what `feedback_loss` reads the learner with, the learner frozen."""
+
+    def heads(self) -> Sequence[str]:
+        """Names of the attributes that `fit_heads` writes, so that a measurement can fit heads of its own. Default: none."""
+        return ()
+
+    def is_steered(self, metric: str) -> bool:
+        """Whether the feedback is about this metric of `evaluate`; the others are side effects. Default: all are."""
+        return True
 
     def warm_up_parameters(self) -> Sequence[str]:
         """Names trained during the trainer's head warm-up, the rest frozen: a fresh SSL head on a released backbone. Default: all."""

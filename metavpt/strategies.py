@@ -10,6 +10,7 @@ from torch.optim import Optimizer
 
 from metavpt import params
 from metavpt.budget import Budget
+from metavpt.combination import Combination, Feedback, Pair, WeightedSum
 from metavpt.errors import MetaVPTError, NonFiniteError
 from metavpt.hypergradient import Estimator, Hypergradient, InnerLoss, OneStep, OuterLoss
 from metavpt.optimizers import from_torch
@@ -65,8 +66,8 @@ class Fixed:
 class Learned:
     """The designer's tasks, the designer trained every `meta_every` steps, after `burn_in`, by hypergradients of the feedback loss.
 
-    With a designer learning rate of 0 this is the designer as it started; where that equals the recipe, the run equals `Fixed` bit for bit.
-    An update with a non-finite loss or hypergradient is skipped and counted.
+    `combination` says how several feedbacks make one. With a designer learning rate of 0 this is the designer as it started; where that
+    equals the recipe, the run equals `Fixed` bit for bit. An update with a non-finite loss or hypergradient is skipped and counted.
     """
 
     def __init__(
@@ -76,14 +77,16 @@ class Learned:
         meta_every: int = 8,
         burn_in: int = 0,
         max_norm: float = 1.0,
+        combination: Combination | None = None,
     ) -> None:
         if meta_every < 1 or burn_in < 0:
             raise MetaVPTError(f"strategy: meta_every={meta_every} must be at least 1 and burn_in={burn_in} at least 0")
         self.estimator = estimator or OneStep()
         self.make_optimizer = optimizer or (lambda parameters: torch.optim.Adam(parameters, lr=2e-4))
         self.meta_every, self.burn_in, self.max_norm = meta_every, burn_in, max_norm
+        self.combination = combination or WeightedSum()
         self.num_skipped = 0
-        self._solution: Params | None = None
+        self._solutions: dict[str, Params | None] = {}
 
     def start(self, problem: Problem) -> None:
         phi = params.named(problem.designer)
@@ -110,10 +113,9 @@ class Learned:
             hypergradient, batch = self.hypergradient(problem, streams, optimizer, budget)
         except NonFiniteError:
             self.num_skipped += 1
-            self._solution = None
+            self._solutions = {}
             return {"skipped_updates": float(self.num_skipped)}
         budget.charge(grad_evals=hypergradient.grad_evals)
-        self._solution = hypergradient.solution
         regularizer = self._descend(problem, hypergradient, batch)
         return {"value": hypergradient.value, "regularizer": regularizer, **hypergradient.diagnostics}
 
@@ -122,24 +124,27 @@ class Learned:
         with budget.timed("data"):
             unlabelled = [next(streams.meta) for _ in range(self.estimator.num_batches)]
             labelled = next(streams.feedback)
-        problem.fit_heads()
+        feedback = feedback_on(problem, labelled)
+        combined = self.combination(feedback, unlabelled)
+        estimates = {name: self._estimate(name, pair, feedback, optimizer) for name, pair in combined.pairs.items()}
+        self._solutions = {name: estimate.solution for name, estimate in estimates.items()}
+        return combined.mean(estimates), unlabelled[0]
+
+    def _estimate(self, name: str, pair: Pair, feedback: Feedback, optimizer: Optimizer) -> Hypergradient:
+        problem, aligned = feedback.problem, feedback.aligned
         live = params.named(problem.learner)
-        theta = params.detach(live)
-        names = aligned_names(problem, theta)
-        aligned = {name: theta[name] for name in names}
-        estimate = self.estimator(
-            [inner_loss(problem, theta, batch) for batch in unlabelled],
-            self.outer_loss(problem, theta, labelled, aligned),
+        return self.estimator(
+            [inner_loss(problem, feedback.theta, batch) for batch in pair.unlabelled],
+            self.outer_loss(pair.outer_loss, aligned),
             aligned,
             params.named(problem.designer),
-            update=from_torch(optimizer, {name: live[name] for name in names}) if self.estimator.needs_update else None,
-            start=self._solution,
+            update=from_torch(optimizer, {name: live[name] for name in aligned}) if self.estimator.needs_update else None,
+            start=self._solutions.get(name),
         )
-        return estimate, unlabelled[0]
 
-    def outer_loss(self, problem: Problem, theta: Params, labelled: Any, aligned: Params) -> OuterLoss:
-        """theta_S -> feedback loss, where theta_S is `aligned` now; controls put another loss in its place."""
-        return lambda theta_s: problem.feedback_loss({**theta, **theta_s}, labelled)
+    def outer_loss(self, true: OuterLoss, aligned: Params) -> OuterLoss:
+        """What the estimator differentiates in place of `true`, theta_S -> feedback loss, at theta_S = `aligned`: for controls."""
+        return true
 
     def _descend(self, problem: Problem, hypergradient: Hypergradient, batch: Any) -> float:
         phi = params.named(problem.designer)
@@ -154,16 +159,23 @@ class Learned:
         return 0.0 if regularizer is None else float(regularizer.detach())
 
     def state_dict(self) -> dict[str, Any]:
-        return {"optimizer": self.optimizer.state_dict(), "num_skipped": self.num_skipped, "solution": self._solution}
+        return {"optimizer": self.optimizer.state_dict(), "num_skipped": self.num_skipped, "solutions": self._solutions}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.optimizer.load_state_dict(state["optimizer"])
-        self.num_skipped, self._solution = state["num_skipped"], state["solution"]
+        self.num_skipped, self._solutions = state["num_skipped"], state["solutions"]
 
 
 def inner_loss(problem: Problem, theta: Params, batch: Any) -> InnerLoss:
     """phi -> (theta_S -> pretraining loss of the task that the designer with parameters phi makes of `batch`)."""
     return lambda phi: problem.pretrain_tail(theta, functional_call(problem.designer, phi, (batch,)))
+
+
+def feedback_on(problem: Problem, labelled: Any) -> Feedback:
+    """The feedback of a labelled batch at the learner's theta, once the heads are fitted."""
+    problem.fit_heads()
+    theta = params.detach(params.named(problem.learner))
+    return Feedback(problem, theta, {name: theta[name] for name in aligned_names(problem, theta)}, labelled)
 
 
 def aligned_names(problem: Problem, theta: Params) -> list[str]:

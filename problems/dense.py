@@ -56,7 +56,8 @@ class DenseProblem(Problem):
             backbone(torch.zeros(1, 3, *self.feature_size))  # a size that the patch does not divide fails here, before any training
         num_classes = data.frames.num_classes
         self.feedback = feedback(backbone.width, num_classes)
-        self.head_batches = Stream(lambda s: self._labelled(data.train, s), seed, "feedback heads")
+        self.feedback_weights = self.feedback.weights
+        self.head_batches = Stream(lambda s: self._labelled(data.heads, s), seed, "feedback heads")
         self.probe = DenseProbe(lambda: self._in_order(data.train), lambda: self._in_order(data.val), num_classes, probe_heads)
 
     @property
@@ -76,6 +77,9 @@ class DenseProblem(Problem):
     def feedback_batches(self, seed: int) -> Iterable[Any]:
         return self._labelled(self.data.meta, seed)
 
+    def held_out_batches(self, seed: int) -> Iterable[Any]:
+        return self._labelled(self.data.held_out, seed)
+
     def aligned_parameters(self) -> list[str]:
         """The last blocks and the final norm: what depth and segmentation share with pretraining and lies nearest to both."""
         return [name for name in params.named(self.learner) if name.startswith("backbone.tail.")]
@@ -83,8 +87,15 @@ class DenseProblem(Problem):
     def warm_up_parameters(self) -> list[str]:
         return [name for name in params.named(self.learner) if not name.startswith("backbone.")]
 
-    def feedback_loss(self, theta: Params, batch: Any) -> Tensor:
+    def feedback_losses(self, theta: Params, batch: Any) -> dict[str, Tensor]:
         return self.feedback(self.patch_features(theta, batch.image), batch)
+
+    def heads(self) -> list[str]:
+        return ["feedback", "head_batches"]
+
+    def is_steered(self, metric: str) -> bool:
+        prefixes = {"depth": "depth_", "segmentation": "seg_"}
+        return any(weight and f"/{prefixes[name]}" in metric for name, weight in self.feedback_weights.items())
 
     def fit_heads(self) -> None:
         num_steps = self.head_steps if self.head_batches.has_begun else self.first_head_steps

@@ -22,8 +22,11 @@ class DenseData:
     unlabelled   where the stream comes from: "frames" (train frames without their labels), folders, zips, npz files
     stream_size  (H, W) of the streamed images; None: that of the frames
     num_train    frames that the feedback heads are fitted on, num_meta frames that g_down is taken on, both from the train split
+    share        share of both that feedback has (at least one frame each); the probes' heads have all of `num_train` whatever it is
 
-    The pools are drawn by `seed` and are the same for every run with it. `val` is the split's own and is seen by probes alone.
+    The pools are drawn by `seed` and are the same for every run with it. `held_out` are train frames of neither pool (where there are none
+    left, the meta frames again): what designer updates do to other frames is measured on them. `val` is the split's own and is seen by
+    probes alone.
     """
 
     def __init__(
@@ -34,6 +37,7 @@ class DenseData:
         stream_size: Sequence[int] | None = None,
         num_train: int = 512,
         num_meta: int = 128,
+        share: float = 1.0,
         seed: int = 0,
         rooms: Mapping[str, Any] | None = None,
     ) -> None:
@@ -49,9 +53,14 @@ class DenseData:
                 f"data.num_train={num_train} and data.num_meta={num_meta} must be positive and fit into the {len(train)} train frames "
                 f"of {self.frames.name}"
             )
+        if not 0 < share <= 1:
+            raise MetaVPTError(f"data.share={share}: the share of the labelled frames that feedback has lies in (0, 1]")
         order = torch.randperm(len(train), generator=torch.Generator().manual_seed(seed)).tolist()
-        self.train = sorted(train[i] for i in order[:num_train])
-        self.meta = sorted(train[i] for i in order[num_train : num_train + num_meta])
+        fitting, meta, rest = order[:num_train], order[num_train : num_train + num_meta], order[num_train + num_meta :]
+        self.train = sorted(train[i] for i in fitting)
+        self.heads = sorted(train[i] for i in fitting[: max(1, round(share * num_train))])
+        self.meta = sorted(train[i] for i in meta[: max(1, round(share * num_meta))])
+        self.held_out = sorted(train[i] for i in rest or meta)
         self.val = list(self.frames.splits["val"])
         height, width = stream_size or self.frames.size
         size = (int(height), int(width))

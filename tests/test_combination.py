@@ -1,0 +1,462 @@
+"""Rules of combination on two quadratic feedbacks whose gradients, conflicts and hypergradients are known, in float64."""
+
+import copy
+import sys
+from functools import partial
+from pathlib import Path
+from typing import ClassVar
+
+import pytest
+import torch
+from hydra import compose, initialize_config_module
+from hydra.utils import instantiate
+from scipy.optimize import nnls
+from torch import nn
+
+from metavpt import (
+    Budget,
+    ConjugateGradient,
+    Cosine,
+    Dot,
+    ExactProduct,
+    Implicit,
+    Learned,
+    MetaVPTError,
+    OneStep,
+    Problem,
+    RunLog,
+    Trainer,
+    Unrolled,
+    params,
+)
+from metavpt.combination import WEIGHTINGS, DomainMatched, Feedback, TorchJD, WeightedSum
+from metavpt.controls import Direct, RandomFeedback
+from metavpt.greedy import Greedy, GreedySelection
+from metavpt.hypergradient import downstream
+from metavpt.optimizers import SGD
+from metavpt.strategies import feedback_on, inner_loss
+
+ESTIMATORS = {
+    "one_step": OneStep(Dot(), ExactProduct()),
+    "cosine": OneStep(Cosine(), ExactProduct()),
+    "unrolled": Unrolled(2, SGD(0.1), ExactProduct()),
+    "implicit": Implicit(ConjugateGradient(), 0.5, ExactProduct()),
+}
+
+
+class Weights(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.logits = nn.Parameter(torch.linspace(-1, 1, 4, dtype=torch.float64))
+
+    def forward(self, batch):
+        return batch, self.logits.softmax(0)
+
+
+class Point(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.p = nn.Parameter(torch.tensor([0.3, -1.0, 2.0, 0.7], dtype=torch.float64))
+
+
+class Pulled(Problem):
+    """A point in R^4, pretrained towards samples of several domains; feedback j is |theta - goal_j|^2 / 2, at first with gradient g_j."""
+
+    def __init__(self, gradients, weights=None):
+        self.learner, self.designer = Point(), Weights()
+        self.gradients = {name: torch.tensor(g, dtype=torch.float64) for name, g in gradients.items()}
+        self.goals = {name: self.learner.p.detach() - g for name, g in self.gradients.items()}
+        self.feedback_weights = weights or dict.fromkeys(gradients, 1.0)
+
+    def pretrain_batches(self, seed):
+        g = torch.Generator().manual_seed(seed)
+        while True:
+            x = torch.randn(8, 4, generator=g, dtype=torch.float64)
+            yield torch.cat([x, torch.arange(8)[:, None] % len(self.goals)], 1)  # the last column names the domain
+
+    def feedback_batches(self, seed):
+        while True:
+            yield torch.zeros(1)
+
+    def by_domain(self, batch):
+        return {name: batch[batch[:, 4] == j] for j, name in enumerate(self.goals)}
+
+    def pretrain_loss(self, theta, task):
+        x, weights = task
+        return (weights * (theta["p"] - x[:, :4] - x[:, 4:]) ** 2).sum(1).mean()
+
+    def per_sample_tail(self, theta, task):
+        x, weights = task
+        return lambda theta_s: (weights * ({**theta, **theta_s}["p"] - x[:, :4]) ** 2).sum(1)
+
+    def candidates(self, batch, num_candidates):
+        return [(batch, torch.full((8, 4), 0.1 * (k + 1), dtype=torch.float64)) for k in range(num_candidates)]
+
+    def recipe(self, batch):
+        return self.candidates(batch, 1)[0]
+
+    def feedback_losses(self, theta, batch):
+        return {name: ((theta["p"] - goal) ** 2).sum() / 2 for name, goal in self.goals.items()}
+
+    def evaluate(self):
+        return {}
+
+
+class Summed(Pulled):
+    """The same with the weighted sum written by hand."""
+
+    feedback_losses = Problem.feedback_losses
+
+    def __init__(self, gradients, weights):
+        super().__init__(gradients, {"feedback": 1.0})
+        self.by_hand = weights
+
+    def feedback_loss(self, theta, batch):
+        return sum(self.by_hand[name] * ((theta["p"] - goal) ** 2).sum() / 2 for name, goal in self.goals.items())
+
+
+CONFLICT = {"a": [3.0, 6.0, 0.0, 1.5], "b": [-1.0, -0.5, 1.0, 0.0]}
+THREE = {"a": [3.0, 6.0, 0.0, 1.5], "b": [-1.0, -0.5, 1.0, 0.0], "c": [0.3, -2.0, 0.1, 1.0]}
+
+
+def scaled(scale):
+    return {name: [scale * value for value in g] for name, g in CONFLICT.items()}
+
+
+def gradient(combination, problem):
+    """d(outer loss)/d theta by a rule with a single outer loss, and the answer of the rule."""
+    feedback = feedback_on(problem, torch.zeros(1))
+    combined = combination(feedback)
+    return downstream(combined.outer_loss, feedback.aligned)[1]["p"], combined
+
+
+def hypergradient(problem, estimator, combination=None):
+    """The designer's gradient as `Learned` finds it, from the first batches of seeded streams, and what was charged."""
+    strategy = Learned(estimator, lambda p: torch.optim.SGD(p, lr=1.0), combination=combination, max_norm=1e9)
+    loop = trainer(problem, strategy)
+    return strategy.hypergradient(problem, loop.streams, loop.optimizer, loop.budget)[0]
+
+
+def trainer(problem, strategy, folder=Path("unused"), steps=4):
+    return Trainer(problem, strategy, Budget(steps=steps), RunLog(folder), optimizer=lambda g: torch.optim.SGD(g, lr=0.1))
+
+
+class ScipyProjector:
+    """min_v v'Gv over v >= u as the least squares |L'(u + x)| over x >= 0 with G = LL': what torchjd asks of a projector."""
+
+    def __call__(self, U, G):
+        factor = torch.linalg.cholesky(G + 1e-12 * torch.eye(len(G), dtype=G.dtype)).T.numpy()
+        return torch.stack([u + torch.from_numpy(nnls(factor, -factor @ u.numpy())[0]) for u in U.reshape(-1, len(G))]).reshape(U.shape)
+
+
+def rule(name, **options):
+    """`TorchJD(name)`; the quadratic programs are solved by scipy where quadprog is not installed."""
+    pytest.importorskip("torchjd")
+    return TorchJD(name, {"projector": ScipyProjector(), **options} if name in ("UPGrad", "DualProj") else options)
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS.values(), ids=ESTIMATORS)
+def test_the_weighted_sum_is_the_loss_written_by_hand_bit_for_bit_at_the_same_cost(estimator):
+    weights = {"a": 0.7, "b": 1.9}
+    ours = hypergradient(Pulled(CONFLICT, weights), estimator)
+    by_hand = hypergradient(Summed(CONFLICT, weights), estimator)
+    assert torch.equal(ours.by_phi["logits"], by_hand.by_phi["logits"])
+    assert (ours.value, ours.grad_evals, ours.diagnostics) == (by_hand.value, by_hand.grad_evals, by_hand.diagnostics)
+
+
+def test_the_gradient_of_the_weighted_sum_is_the_hand_computation():
+    problem = Pulled(CONFLICT, {"a": 0.7, "b": 1.9})
+    expected = 0.7 * problem.gradients["a"] + 1.9 * problem.gradients["b"]
+    torch.testing.assert_close(gradient(WeightedSum(), problem)[0], expected, rtol=1e-14, atol=1e-15)
+
+
+@pytest.mark.parametrize(
+    ("a", "b"),
+    [
+        (CONFLICT["a"], CONFLICT["b"]),
+        ([1.0, 0, 0, 0], [3.0, 0.5, 0, 0]),
+        ([4.0, 1.0, 0, 0], [1.0, 0, 0, 0]),
+        ([1e-4, 0, 0, 0], [-2e-4, 1e-4, 0, 0]),
+    ],
+    ids=["conflict", "all_a", "all_b", "small"],
+)
+def test_mgda_on_two_gradients_is_the_closed_form(a, b):
+    """gamma_a = clip(<g_b - g_a, g_b> / |g_a - g_b|^2, 0, 1) (Sener and Koltun 2018)."""
+    problem = Pulled({"a": a, "b": b})
+    g, combined = gradient(rule("MGDA"), problem)
+    g_a, g_b = problem.gradients.values()
+    gamma = float(((g_b - g_a) @ g_b / (g_a - g_b).square().sum()).clamp(0, 1))
+    assert combined.record["weight/a"] == pytest.approx(gamma, abs=1e-12)
+    assert combined.record["weight/b"] == pytest.approx(1 - gamma, abs=1e-12)
+    assert combined.record["conflict/a-b"] == pytest.approx(float(torch.cosine_similarity(g_a, g_b, dim=0)), abs=1e-12)
+    torch.testing.assert_close(g, gamma * g_a + (1 - gamma) * g_b, rtol=1e-11, atol=1e-15)
+
+
+def test_upgrad_on_two_conflicting_gradients_is_the_mean_of_their_projections():
+    problem = Pulled(CONFLICT)
+    g, _ = gradient(rule("UPGrad"), problem)
+    g_a, g_b = problem.gradients.values()
+    assert g_a @ g_b < 0
+    projected = g_a - (g_a @ g_b) / (g_b @ g_b) * g_b, g_b - (g_a @ g_b) / (g_a @ g_a) * g_a
+    torch.testing.assert_close(g, (projected[0] + projected[1]) / 2, rtol=1e-8, atol=1e-8)
+
+
+@pytest.mark.parametrize("gradients", [CONFLICT, THREE], ids=["two", "three"])
+@pytest.mark.parametrize(("name", "options"), [("MGDA", {"epsilon": 1e-6, "max_iters": 10_000}), ("UPGrad", {}), ("DualProj", {})])
+def test_the_direction_opposes_no_feedback(name, options, gradients):
+    """<d, g_j> >= 0, which the plain sum breaks on the same gradients."""
+    problem = Pulled(gradients)
+    d, _ = gradient(rule(name, **options), problem)
+    cosines = [float(torch.cosine_similarity(d, g, dim=0)) for g in problem.gradients.values()]
+    assert min(cosines) > -1e-5
+    plain, _ = gradient(WeightedSum(), problem)
+    assert min(float(plain @ g) for g in problem.gradients.values()) < -0.1
+
+
+def test_upgrad_by_torchjds_own_solver():
+    """The same weights as by scipy, also where gradients are small, to what its regularisation of 1e-4 leaves."""
+    pytest.importorskip("torchjd")
+    pytest.importorskip("quadprog")
+    for scale in (1.0, 1e-4):
+        problem = Pulled(scaled(scale))
+        own, by_scipy = (gradient(combination, problem)[1].record for combination in (TorchJD("UPGrad"), rule("UPGrad")))
+        assert own == pytest.approx(by_scipy, rel=2e-3)
+
+
+@pytest.mark.parametrize("name", [name for name in WEIGHTINGS if name not in ("CAGrad",)])
+def test_every_weighting_is_indifferent_to_the_unit_of_the_losses(name):
+    """Up to one common factor, which directions undo."""
+    combination = rule(name, **({"alpha": 2.0} if name == "FairGrad" else {}))
+    directions = []
+    for scale in (1.0, 1e-5):
+        d, _ = gradient(combination, Pulled(scaled(scale)))
+        directions.append(d / d.norm())
+    torch.testing.assert_close(*directions, rtol=1e-6, atol=1e-6)
+
+
+def test_normalize_compares_directions_only():
+    """lambda_j |g_j| is the rule's answer to gradients of one length: for MGDA on two, the bisector."""
+    pytest.importorskip("torchjd")
+    problem = Pulled(CONFLICT, {"a": 10.0, "b": 0.1})
+    g, combined = gradient(TorchJD("MGDA", normalize=True), problem)
+    g_a, g_b = (weight * g for weight, g in zip((10.0, 0.1), problem.gradients.values(), strict=True))
+    length = ((g_a.square().sum() + g_b.square().sum()) / 2).sqrt()
+    torch.testing.assert_close(g, length * (g_a / g_a.norm() + g_b / g_b.norm()) / 2, rtol=1e-12, atol=1e-12)
+    assert combined.record["weight/a"] == pytest.approx(10.0 * float(length / g_a.norm() / 2), rel=1e-12)
+
+
+def test_sum_changes_nothing_and_logs_the_conflict():
+    pytest.importorskip("torchjd")
+    weights = {"a": 0.7, "b": 1.9}
+    g, combined = gradient(TorchJD("Sum"), Pulled(CONFLICT, weights))
+    torch.testing.assert_close(g, gradient(WeightedSum(), Pulled(CONFLICT, weights))[0], rtol=1e-15, atol=0)
+    assert (combined.record["weight/a"], combined.record["weight/b"]) == (0.7, 1.9)
+    assert combined.record["conflict/a-b"] < 0
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS.values(), ids=ESTIMATORS)
+def test_every_estimator_takes_the_combined_loss_and_the_extra_gradients_are_charged(estimator):
+    pytest.importorskip("torchjd")
+    found = hypergradient(Pulled(CONFLICT), estimator, TorchJD("MGDA"))
+    weights = {name: found.diagnostics[f"weight/{name}"] for name in CONFLICT}
+    by_hand = hypergradient(Summed(CONFLICT, weights), estimator)
+    torch.testing.assert_close(found.by_phi, by_hand.by_phi, rtol=1e-12, atol=1e-14)
+    assert found.grad_evals == by_hand.grad_evals + 2
+
+
+@pytest.mark.parametrize("combination", [WeightedSum(), "MGDA", "UPGrad"])
+def test_a_weight_of_zero_is_the_other_feedback_alone_at_its_cost(combination):
+    combination = rule(combination) if isinstance(combination, str) else combination
+    both = hypergradient(Pulled(CONFLICT, {"a": 1.0, "b": 0.0}), OneStep(), combination)
+    alone = hypergradient(Summed(CONFLICT, {"a": 1.0, "b": 0.0}), OneStep())
+    assert torch.equal(both.by_phi["logits"], alone.by_phi["logits"])
+    assert both.grad_evals == alone.grad_evals
+    assert both.diagnostics == alone.diagnostics
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS.values(), ids=ESTIMATORS)
+def test_domain_matched_is_the_weighted_mean_of_separate_estimates(estimator):
+    problem = Pulled(CONFLICT, {"a": 1.0, "b": 3.0})
+    found = hypergradient(problem, estimator, DomainMatched())
+    streams = trainer(problem, Learned(estimator)).streams
+    batches = [next(streams.meta) for _ in range(estimator.num_batches)]
+    theta = params.detach(params.named(problem.learner))
+    estimates = {
+        name: estimator(
+            [inner_loss(problem, theta, batch[batch[:, 4] == j]) for batch in batches],
+            lambda theta_s, goal=goal: ((theta_s["p"] - goal) ** 2).sum() / 2,
+            theta,
+            params.named(problem.designer),
+        )
+        for j, (name, goal) in enumerate(problem.goals.items())
+    }
+    expected = 0.25 * estimates["a"].by_phi["logits"] + 0.75 * estimates["b"].by_phi["logits"]
+    torch.testing.assert_close(found.by_phi["logits"], expected, rtol=1e-12, atol=1e-14)
+    assert found.value == pytest.approx(0.25 * estimates["a"].value + 0.75 * estimates["b"].value, rel=1e-12)
+    assert found.grad_evals == estimates["a"].grad_evals + estimates["b"].grad_evals
+    assert found.diagnostics["feedback_loss/b"] == estimates["b"].diagnostics["feedback_loss"]
+    assert found.diagnostics["value/a"] == estimates["a"].value
+
+
+def test_each_domain_starts_its_solve_from_its_own_solution(tmp_path):
+    class Recording(Implicit):
+        starts: ClassVar = []
+
+        def __call__(self, *args, start=None, **options):
+            self.starts.append(start)
+            return super().__call__(*args, start=start, **options)
+
+    problem = Pulled(CONFLICT)
+    strategy = Learned(Recording(damping=0.5), lambda p: torch.optim.SGD(p, lr=0.1), meta_every=1, combination=DomainMatched())
+    loop = trainer(problem, strategy, tmp_path, steps=2)
+    loop.step()
+    kept = copy.deepcopy(strategy.state_dict()["solutions"])
+    assert not torch.equal(kept["a"]["p"], kept["b"]["p"])
+    strategy.load_state_dict(copy.deepcopy(strategy.state_dict()))
+    loop.step()
+    first, second = Recording.starts[:2], Recording.starts[2:]
+    assert first == [None, None]
+    assert [torch.equal(start["p"], kept[name]["p"]) for start, name in zip(second, "ab", strict=True)] == [True, True]
+
+
+@pytest.mark.parametrize("domains", [["a"], ["a", "b", "c"], []], ids=["missing", "unknown", "none"])
+def test_domains_that_do_not_match_name_both_lists(domains):
+    problem = Pulled(CONFLICT)
+    problem.by_domain = lambda batch: dict.fromkeys(domains, batch)
+    with pytest.raises(MetaVPTError, match=f"by_domain gives {', '.join(domains) or 'nothing'}, the feedbacks are a, b"):
+        hypergradient(problem, OneStep(), DomainMatched())
+
+
+def test_a_domain_without_weight_needs_no_batch_and_may_have_one():
+    problem = Pulled(THREE, {"a": 1.0, "b": 1.0, "c": 0.0})
+    with_batch = hypergradient(problem, OneStep(), DomainMatched())
+    split = problem.by_domain
+    problem.by_domain = lambda batch: {name: split(batch)[name] for name in "ab"}
+    assert torch.equal(with_batch.by_phi["logits"], hypergradient(problem, OneStep(), DomainMatched()).by_phi["logits"])
+
+
+def test_a_problem_without_by_domain_says_so():
+    class Whole(Pulled):
+        by_domain = Problem.by_domain
+
+    with pytest.raises(MetaVPTError, match=r"Whole has no by_domain, which strategy.combination=DomainMatched needs"):
+        hypergradient(Whole(CONFLICT), OneStep(), DomainMatched())
+
+
+@pytest.mark.parametrize("make", [partial(Greedy, 2), partial(GreedySelection, 2)], ids=["greedy", "selection"])
+def test_greedy_values_along_the_combined_gradient_and_is_charged(tmp_path, make):
+    pytest.importorskip("torchjd")
+    problem = Pulled(CONFLICT)
+    strategy = make(combination=TorchJD("MGDA"))
+    loop = trainer(problem, strategy, tmp_path)
+    proposal = strategy.next_task(problem, loop.streams, loop.optimizer, loop.budget)
+    expected, combined = gradient(TorchJD("MGDA"), problem)
+    assert torch.equal(strategy.state_dict()["g_down"]["p"], expected)
+    assert loop.budget.grad_evals == 2 + 1 + 2
+    assert combined.record.items() <= proposal.record.items()
+    loop.budget.charge(steps=1)
+    assert "weight/a" not in strategy.next_task(problem, loop.streams, loop.optimizer, loop.budget).record
+
+
+def test_random_feedback_has_the_norm_of_the_combined_gradient(tmp_path):
+    pytest.importorskip("torchjd")
+    problem, strategy = Pulled(CONFLICT), RandomFeedback(OneStep(), combination=TorchJD("MGDA"))
+    loop = trainer(problem, strategy, tmp_path)
+    found = strategy.hypergradient(problem, loop.streams, loop.optimizer, loop.budget)[0]
+    assert found.diagnostics["g_down_norm"] == pytest.approx(float(gradient(TorchJD("MGDA"), problem)[0].norm()), rel=1e-12)
+    assert found.grad_evals == 2 + 2
+
+
+def test_direct_trains_the_learner_on_the_combined_loss(tmp_path):
+    pytest.importorskip("torchjd")
+    problem, strategy = Pulled(CONFLICT), Direct(2.0, combination=TorchJD("MGDA"))
+    loop = trainer(problem, strategy, tmp_path)
+    proposal = strategy.next_task(problem, loop.streams, loop.optimizer, loop.budget)
+    theta = params.named(problem.learner)
+    (found,) = torch.autograd.grad(proposal.labelled_loss(theta), list(theta.values()))
+    torch.testing.assert_close(found, 2 * gradient(TorchJD("MGDA"), problem)[0], rtol=1e-15, atol=0)
+    assert loop.budget.grad_evals == 3
+    assert "conflict/a-b" in proposal.record
+
+
+@pytest.mark.parametrize("make", [Greedy, GreedySelection, Direct])
+def test_strategies_without_a_designer_refuse_to_pair_batches(make):
+    with pytest.raises(MetaVPTError, match="DomainMatched pairs unlabelled batches"):
+        make(combination=DomainMatched())
+
+
+def test_a_feedback_that_is_not_finite_is_skipped_and_counted(tmp_path):
+    pytest.importorskip("torchjd")
+    problem = Pulled({**CONFLICT, "b": [float("nan")] * 4})
+    strategy = Learned(OneStep(), lambda p: torch.optim.SGD(p, lr=1.0), meta_every=2, combination=TorchJD("MGDA"))
+    before = problem.designer.logits.detach().clone()
+    trainer(problem, strategy, tmp_path).run()
+    assert strategy.num_skipped == 2
+    assert torch.equal(problem.designer.logits, before)
+
+
+def test_weights_and_conflict_stand_in_the_log_of_a_run(tmp_path):
+    pytest.importorskip("torchjd")
+    loop = trainer(Pulled(CONFLICT), Learned(OneStep(), meta_every=2, combination=TorchJD("MGDA")), tmp_path)
+    loop.run()
+    records = [record for record in loop.log.records() if record["kind"] == "designer"]
+    assert len(records) == 2
+    for record in records:
+        assert record["weight/a"] + record["weight/b"] == pytest.approx(1, abs=1e-12)
+        assert -1 <= record["conflict/a-b"] <= 1
+    assert loop.budget.grad_evals == 4 + 2 * (2 + 1 + OneStep().product.num_gradients)
+
+
+def test_a_feedback_that_theta_s_does_not_reach_is_named():
+    pytest.importorskip("torchjd")
+    problem = Pulled(CONFLICT)
+    reached = problem.feedback_losses
+    problem.feedback_losses = lambda theta, batch: {**reached(theta, batch), "b": torch.zeros(())}
+    with pytest.raises(MetaVPTError, match="b depends on none of aligned_parameters"):
+        TorchJD("MGDA")(feedback_on(problem, torch.zeros(1)))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("MGAD",), r"combination.weighting=MGAD: known are AlignedMTL, .*MGDA"),
+        (("MGDA", {"epsilon": -1.0}), r"combination.options of MGDA: epsilon must be positive"),
+        (("MGDA", {"eps": 1.0}), r"combination.options of MGDA: .*'eps'"),
+    ],
+)
+def test_bad_options_are_named(arguments, words):
+    pytest.importorskip("torchjd")
+    with pytest.raises(MetaVPTError, match=words):
+        TorchJD(*arguments)
+
+
+def test_torchjd_missing_is_an_error_that_names_the_extra(monkeypatch):
+    monkeypatch.setitem(sys.modules, "torchjd.aggregation", None)
+    with pytest.raises(MetaVPTError, match=r"torchjd cannot be imported .* pip install 'metavpt\[torchjd\]'"):
+        TorchJD("MGDA")
+
+
+def test_a_missing_solver_is_an_error_that_says_how_to_get_it(monkeypatch):
+    mixins = pytest.importorskip("torchjd._mixins")
+    monkeypatch.setattr(mixins, "find_spec", lambda name: None)
+    with pytest.raises(MetaVPTError, match=r"combination.weighting=UPGrad: .*'quadprog'.* pip install"):
+        TorchJD("UPGrad")
+
+
+def test_weights_that_are_all_zero_are_refused():
+    with pytest.raises(MetaVPTError, match="every weight is 0"):
+        Feedback(Pulled(CONFLICT, {"a": 0.0, "b": 0.0}), {}, {}, None).weights  # noqa: B018
+
+
+@pytest.mark.parametrize("strategy", ["one_step", "unrolled", "implicit", "random_feedback", "greedy", "greedy_selection", "direct"])
+@pytest.mark.parametrize(("choice", "kind"), [("weighted_sum", WeightedSum), ("mgda", TorchJD), ("domain_matched", DomainMatched)])
+def test_combinations_are_a_choice_of_the_command_line(strategy, choice, kind):
+    if kind is TorchJD:
+        pytest.importorskip("torchjd")
+    with initialize_config_module("metavpt.configs", version_base="1.3"):
+        cfg = compose("run", [f"strategy={strategy}", f"strategy/combination={choice}"])
+    if kind is DomainMatched and strategy in ("greedy", "greedy_selection", "direct"):
+        with pytest.raises(Exception, match="pairs unlabelled batches"):
+            instantiate(cfg.strategy)
+    else:
+        assert type(instantiate(cfg.strategy).combination) is kind
