@@ -7,7 +7,8 @@ from rich.table import Table
 from rich.text import Text
 
 from metavpt.budget import UNCOUNTED
-from metavpt.report import Record, number, read_log, series_of, summary_rows
+from metavpt.numerals import number
+from metavpt.report import Record, read_log, series_of, summary_rows
 
 
 def table(folder: Path) -> Table:

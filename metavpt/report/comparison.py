@@ -1,0 +1,146 @@
+"""The page of a comparison: who beat the reference, by how much, at what cost, and how they got there."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from markupsafe import Markup
+
+from metavpt import results
+from metavpt.metrics import sign
+from metavpt.report import page
+from metavpt.report.curves import Band, bands
+from metavpt.report.first_order import PREDICTIONS, FirstOrder, first_order_chart
+from metavpt.report.gallery import MAX_BYTES, Picture, gallery
+from metavpt.report.headline import headline
+from metavpt.report.logs import warnings
+from metavpt.report.pareto import Point, pareto_axes, pareto_chart
+from metavpt.report.progress import samples_to_reach
+from metavpt.report.rows import Row, read_logs, read_rows, run_folder
+from metavpt.report.standing import standing
+from metavpt.table import Table
+
+NUM_PICTURES = 3  # of one name and row: the first, a middle and the last step
+NUM_POINTS = 100  # of a curve of the designer's value
+PURPOSES = {"learner": "learner", "designer": "designer updates", "task": "task construction", "data": "data", "probe": "probes"}
+
+
+class Reached(NamedTuple):
+    """By row: the samples that it took to be as good as the reference in the end, and their share of all that that one saw; None: never."""
+
+    name: str
+    rows: dict[str, tuple[float, float] | None]
+
+
+class Bar(NamedTuple):
+    """A row's mean seconds by purpose; `total` is all of them."""
+
+    row: Row
+    seconds: dict[str, float]
+    total: float
+
+
+def write_comparison_report(folder: Path, reference: str = "fixed") -> Path:
+    """`folder`/report.html: one file without scripts or links, made of rows.jsonl, the run folders of its rows and the warm starts.
+
+    Raises MetaVPTError where no row has finished or failed yet.
+    """
+    found = results.read(folder)
+    table = Table(found, reference)
+    rows = read_rows(folder, found, reference)
+    config = page.configuration(folder)
+    return page.write(
+        folder / "report.html",
+        "comparison.html.jinja",
+        title=" · ".join(filter(None, (page.choice(config, "problem"), "comparison"))),
+        headline=headline(table),
+        matched=config.get("match"),
+        table=table,
+        rows=rows,
+        standing=standing(table, rows),
+        seeds=sorted({result.seed for result in found}),
+        failed=[result for result in found if result.error is not None],
+        curves=list(_curves(table, rows)),
+        reached=list(_reached(table, rows)),
+        front=_front(table, rows),
+        first_orders=_first_orders(rows),
+        predictions=PREDICTIONS,
+        values=list(_values(rows)),
+        bars=_bars(rows),
+        purposes=PURPOSES,
+        pictures=_pictures(folder, rows),
+        warnings=warnings(
+            {f"warm start, seed {seed}": log for seed, log in read_logs(folder / "warm").items()}
+            | {f"{row.name}, seed {seed}": log for row in rows for seed, log in row.logs.items()}
+        ),
+    )
+
+
+def _curves(table: Table, rows: list[Row]) -> Iterator[tuple[str, Markup]]:
+    for i, name in enumerate((*table.metrics, *table.side_effects)):
+        lines = [Band(row.colour, *course) for row in rows if (course := row.course(name))]
+        lines.sort(key=lambda line: line.row == 0)  # the reference on top
+        if lines:
+            yield name, bands(lines, f"metric{i}", "samples")
+
+
+def _reached(table: Table, rows: list[Row]) -> Iterator[Reached]:
+    """Every row against the reference on the seeds that both have."""
+    reference = next((row for row in rows if row.name == table.reference), None)
+    for name in filter(sign, (*table.metrics, *table.side_effects)):
+        samples = {}
+        for row in rows:
+            seeds = {result.seed for result in row.results} & {result.seed for result in reference.results} if reference else set()
+            course, last = (one.course(name, seeds) if one else None for one in (row, reference))
+            if course and last:
+                at = samples_to_reach(course, float(last.mean[-1]), sign(name))
+                samples[row.name] = None if at is None else (at, at / last.samples[-1])
+        if samples:
+            yield Reached(name, samples)
+
+
+def _front(table: Table, rows: list[Row]) -> Markup | None:
+    """Two steered metrics against each other, for three rows or more."""
+    axes = pareto_axes(table.metrics)
+    if axes is None:
+        return None
+    points = []
+    for row in rows:
+        x, y = (table.cells[row.name, name].mean for name in axes)
+        if x and y:
+            points.append(Point(row.colour, row.name, x.value, y.value, x.se or 0.0, y.se or 0.0))
+    return pareto_chart(points, *axes, "front") if len(points) >= 3 else None
+
+
+def _first_orders(rows: list[Row]) -> list[tuple[Row, dict[str, FirstOrder], Markup]]:
+    """Row, its pooled predictions by name, and the scatter of the first of them."""
+    found = [(row, row.first_orders()) for row in rows]
+    return [
+        (row, {one.name: one for one in pooled}, first_order_chart(pooled[0], f"firstorder{row.colour}", row.colour))
+        for row, pooled in found
+        if pooled
+    ]
+
+
+def _values(rows: list[Row]) -> Iterator[tuple[Row, Markup]]:
+    for row in rows:
+        if value := row.value():
+            yield row, bands([Band(row.colour, *value.thinned(NUM_POINTS))], f"value{row.colour}", "steps", small=True)
+
+
+def _bars(rows: list[Row]) -> list[Bar]:
+    found = {row.name: row.times() for row in rows}
+    order = list(dict.fromkeys([*PURPOSES, *(purpose for times in found.values() for purpose in times)]))
+    bars = [Bar(row, {name: found[row.name].get(name, 0.0) for name in order}, sum(found[row.name].values())) for row in rows]
+    return [bar for bar in bars if bar.total > 0]
+
+
+def _pictures(folder: Path, rows: list[Row]) -> dict[str, list[tuple[Row, list[Picture]]]]:
+    """By name: those of every row's first seed, each row within its part of the bound."""
+    found: dict[str, list[tuple[Row, list[Picture]]]] = {}
+    for row in rows:
+        if row.results:
+            figures = run_folder(folder, row.name, row.results[0].seed) / "figures"
+            for name, pictures in gallery(figures, NUM_PICTURES, MAX_BYTES / len(rows)).groups.items():
+                found.setdefault(name, []).append((row, pictures))
+    return found

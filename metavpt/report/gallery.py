@@ -1,0 +1,84 @@
+"""The pictures of a run as a page shows them: a few steps of every name, within a bound on bytes."""
+
+import base64
+import io
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image
+
+MAX_BYTES = 9_000_000  # of all the pictures on a page; 12 MB in base64, so the page stays below 15 MB
+QUALITY = 85  # of a WebP, which is a tenth of the PNG of a photo and looks the same
+
+
+class Picture(NamedTuple):
+    step: int
+    source: str  # data URI
+    wide: bool
+
+
+class Gallery(NamedTuple):
+    """Pictures by name, steps in order, and how many of the folder's are not shown."""
+
+    groups: dict[str, list[Picture]]
+    num_left_out: int
+
+
+def gallery(folder: Path, max_steps: int = 8, max_bytes: float = MAX_BYTES) -> Gallery:
+    """figures/<name>-step<N>.png by name. Beyond the bound on bytes middle steps go first, then whole names."""
+    found: dict[str, dict[int, Path]] = {}
+    for path in sorted(folder.glob("*.png")):
+        match = re.fullmatch(r"(.+)-step(\d+)", path.stem)
+        if match and _is_readable(path):
+            found.setdefault(match[1], {})[int(match[2])] = path
+    encoded: dict[Path, bytes] = {}
+
+    def num_bytes(steps: Sequence[tuple[int, Path]]) -> int:
+        encoded.update({path: _encoded(path) for _, path in steps if path not in encoded})
+        return sum(len(encoded[path]) for _, path in steps)
+
+    count = max_steps
+    while count > 2 and sum(num_bytes(_spread(paths, count)) for paths in found.values()) > max_bytes:
+        count -= 1
+    groups, room = {}, max_bytes
+    for name, paths in found.items():
+        steps = _spread(paths, count)
+        room -= num_bytes(steps)
+        if room >= 0:
+            groups[name] = [_picture(step, path, encoded[path]) for step, path in steps]
+    return Gallery(groups, sum(map(len, found.values())) - sum(map(len, groups.values())))
+
+
+def _spread(paths: dict[int, Path], count: int) -> list[tuple[int, Path]]:
+    """`count` of the steps with their files at even distances, the first and the last among them."""
+    steps = sorted(paths.items())
+    if count == 1:
+        return steps[-1:]
+    return [steps[i] for i in sorted({round(i) for i in np.linspace(0, len(steps) - 1, min(count, len(steps)))})]
+
+
+def _is_readable(path: Path) -> bool:
+    try:
+        with Image.open(path) as image:
+            image.verify()
+    except (OSError, SyntaxError):  # Pillow's word for a PNG that a killed run left half written
+        return False
+    return True
+
+
+def _encoded(path: Path) -> bytes:
+    """The file, or a WebP of it where that is smaller."""
+    buffer = io.BytesIO()
+    with Image.open(path) as image:
+        image.convert("RGB").save(buffer, "WEBP", quality=QUALITY)
+    return min(path.read_bytes(), buffer.getvalue(), key=len)
+
+
+def _picture(step: int, path: Path, data: bytes) -> Picture:
+    with Image.open(path) as image:
+        wide = image.width > 1.8 * image.height
+    kind = "webp" if data.startswith(b"RIFF") else "png"
+    return Picture(step, f"data:image/{kind};base64,{base64.b64encode(data).decode()}", wide)

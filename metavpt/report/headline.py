@@ -1,0 +1,45 @@
+"""A comparison in a sentence or two."""
+
+from metavpt.numerals import listed
+from metavpt.statistics import MAX_RANGE_SEEDS, Paired
+from metavpt.table import Table
+
+VERBS = {"better": ("beats", "beat"), "worse": ("is worse than", "are worse than")}
+
+
+def headline(table: Table) -> str:
+    """Which rows beat the reference on which steered metric, and which fall behind it, by an interval that excludes zero."""
+    reference = table.reference
+    if not table.has_reference:
+        return f"No finished row {reference}, so there is nothing to compare with."
+    pairs = {
+        (row, name): pair
+        for row in table.rows[1:]
+        for name in table.metrics
+        if name in table.steered[row] and (pair := table.cells[row, name].paired)
+    }
+    if not pairs:
+        return f"No row finished beside {reference}, so there is nothing to compare."
+    if all(pair.low is None for pair in pairs.values()):
+        return f"One seed in common with {reference}: no interval, so no difference can be told from noise."
+    better, worse = (_clauses(table, pairs, verdict) for verdict in VERBS)
+    better = better or [f"No row beats {reference} on a steered metric by an interval that excludes zero"]
+    few = sorted({pair.n for pair in pairs.values() if pair.verdict != "unclear" and pair.n <= MAX_RANGE_SEEDS})
+    caution = [f"With {' or '.join(map(str, few))} seeds that says only that all of them agree"] if few else []
+    return " ".join("; ".join(clauses) + "." for clauses in (better, worse, caution) if clauses)
+
+
+def _clauses(table: Table, pairs: dict[tuple[str, str], Paired], verdict: str) -> list[str]:
+    """One for all rows that have the verdict on the same metrics."""
+    rows: dict[tuple[str, ...], list[str]] = {}
+    for row in table.rows[1:]:
+        names = tuple(name for name in table.metrics if (row, name) in pairs and pairs[row, name].verdict == verdict)
+        if names:
+            rows.setdefault(names, []).append(row)
+    one, many = VERBS[verdict]
+    everything = f"all {len(table.metrics)} {'steered ' if table.side_effects else ''}metrics"
+    return [
+        f"{listed(group)} {many if len(group) > 1 else one} {table.reference} "
+        f"on {everything if len(names) == len(table.metrics) > 1 else listed(names)}"
+        for names, group in rows.items()
+    ]

@@ -1,0 +1,59 @@
+"""A page is one file without scripts or links: a template over the base that all of them share, filled and written at once."""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+from metavpt.metrics import sign
+from metavpt.numerals import breakable, duration, hundredths, number, with_error
+from metavpt.report.svg import NUM_COLOURS, hue, turn
+
+
+def write(path: Path, template: str, **values: Any) -> Path:
+    """Fill `template` and put it at `path`, with config.yaml and environment.json of the folder at its end."""
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters |= {
+        function.__name__: function for function in (breakable, duration, hue, hundredths, number, sign, turn, with_error)
+    }
+    environment.globals["num_colours"] = NUM_COLOURS
+    folder = path.parent
+    html = environment.get_template(template).render(
+        folder=folder.resolve().name,
+        config=_text(folder / "config.yaml"),
+        environment=_parsed(_text(folder / "environment.json")),
+        **values,
+    )
+    unfinished = path.with_suffix(".html.tmp")
+    unfinished.write_text(html, encoding="utf-8")
+    os.replace(unfinished, path)  # whoever has the page open never reloads half of it
+    return path
+
+
+def configuration(folder: Path) -> dict[str, Any]:
+    return _parsed(_text(folder / "config.yaml"))
+
+
+def choice(config: Mapping[str, Any], axis: str) -> str:
+    """What was chosen on a configuration axis: its class, or its name where it is a plain string."""
+    chosen = config.get(axis, "")
+    target = chosen.get("name") or chosen.get("_target_", "") if isinstance(chosen, dict) else chosen
+    return str(target or "").rsplit(".")[-1]
+
+
+def _text(path: Path) -> str:
+    return path.read_text(errors="replace") if path.is_file() else ""
+
+
+def _parsed(text: str) -> dict[str, Any]:
+    """JSON is YAML too. What cannot be read leaves its part of the page empty: the run's numbers matter more than its labels."""
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        return {}
+    return value if isinstance(value, dict) else {}

@@ -1,0 +1,62 @@
+"""The table of a comparison as its page shows it: results and costs by row, and below them the differences to the reference."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from metavpt.report.rows import Row
+from metavpt.table import Cell, Section, Table
+
+
+class Line(NamedTuple):
+    """The texts behind a row's name, and the numbers behind those; step 0 has no row."""
+
+    name: str
+    row: Row | None
+    cell: Cell
+    texts: list[str]
+
+
+class Block(NamedTuple):
+    """The lines of a metric; `scale` is the largest end of an interval."""
+
+    title: str
+    lines: list[Line]
+    scale: float
+
+
+class Standing(NamedTuple):
+    """What the page shows of a `Table`; no differences and no `header` of theirs where there is no reference.
+
+    costs   texts of every row that finished, under `cost_header`
+    notes   those of the table, without the rows that failed
+    """
+
+    header: list[str]
+    steered: list[Block]
+    side_effects: list[Block]
+    cost_header: list[str]
+    costs: dict[str, list[str]]
+    notes: list[str]
+
+
+def standing(table: Table, rows: Sequence[Row]) -> Standing:
+    *metrics, cost = table.sections()
+    blocks = [_block(table, rows, name, section) for name, section in zip((*table.metrics, *table.side_effects), metrics, strict=True)]
+    failures = tuple(f"{result.row} failed on seed {result.seed}:" for result in table.results if result.error is not None)
+    return Standing(
+        header=metrics[0].header[2:] if metrics else [],
+        steered=blocks[: len(table.metrics)],
+        side_effects=blocks[len(table.metrics) :],
+        cost_header=cost.header[1:],
+        costs={name: texts for name, *texts in cost.lines},
+        notes=[note for note in table.notes if not note.startswith(failures)],
+    )
+
+
+def _block(table: Table, rows: Sequence[Row], metric: str, section: Section) -> Block:
+    by_name = {row.name: row for row in rows}
+    others = [line for line in section.lines if line[0] != table.reference]
+    lines = [Line(name, by_name.get(name), table.cells[name, metric], texts) for name, _, *texts in others]
+    pairs = [line.cell.paired for line in lines if line.row and line.cell.paired]
+    ends = [abs(end) for pair in pairs for end in (pair.low, pair.high, pair.difference) if end is not None]
+    return Block(section.title, lines, max(ends, default=0.0))

@@ -1,0 +1,52 @@
+import pytest
+
+from metavpt.report.headline import headline
+from metavpt.results import Result
+from metavpt.table import Table
+
+NONE = "No row beats fixed on a steered metric by an interval that excludes zero."
+CAUTION = "With 3 seeds that says only that all of them agree."
+
+Gains = dict[str, tuple[int, int, int]]
+
+
+def table(gains: Gains, num_seeds: int = 6, steered: list[str] | None = None) -> Table:
+    """Rows that gain so much of depth_rmse, seg_miou and imagenet_acc; the noise of a seed is small and differs from row to row."""
+    made = []
+    for i, (row, (depth, segmentation, accuracy)) in enumerate(gains.items()):
+        for seed in range(num_seeds):
+            noise = 0.01 * i * (-1) ** seed
+            metrics = {"depth_rmse": 1.0 - depth + noise, "seg_miou": 0.2 + segmentation + noise, "imagenet_acc": 0.5 + accuracy + noise}
+            made.append(Result(row, seed, None, {"depth_rmse": 1.1}, metrics, 10, 640, 10, 1.0, {}, 0, steered))
+    return Table(made)
+
+
+@pytest.mark.parametrize(
+    ("gains", "said"),
+    [
+        (
+            {"fixed": (0, 0, 0), "one_step": (1, 1, 1), "greedy": (1, 0, 0), "implicit": (1, 1, 1)},
+            "one_step and implicit beat fixed on all 3 metrics; greedy beats fixed on depth_rmse.",
+        ),
+        (
+            {"fixed": (0, 0, 0), "one_step": (0, 0, 0), "uniform": (-1, -1, 0)},
+            f"{NONE} uniform is worse than fixed on depth_rmse and seg_miou.",
+        ),
+        ({"fixed": (0, 0, 0), "one_step": (0, 0, 0)}, NONE),
+        ({"fixed": (0, 0, 0)}, "No row finished beside fixed, so there is nothing to compare."),
+        ({"one_step": (0, 0, 0)}, "No finished row fixed, so there is nothing to compare with."),
+    ],
+)
+def test_the_headline_says_what_the_intervals_say(gains: Gains, said: str) -> None:
+    assert headline(table(gains)) == said
+
+
+def test_side_effects_are_no_headline() -> None:
+    gains: Gains = {"fixed": (0, 0, 0), "one_step": (1, 1, 0), "greedy": (0, 0, 1)}
+    assert headline(table(gains, steered=["depth_rmse", "seg_miou"])) == "one_step beats fixed on all 2 steered metrics."
+
+
+def test_few_seeds_are_told() -> None:
+    gains: Gains = {"fixed": (0, 0, 0), "one_step": (1, 1, 1)}
+    assert headline(table(gains, 3)) == f"one_step beats fixed on all 3 metrics. {CAUTION}"
+    assert headline(table(gains, 1)).startswith("One seed in common with fixed: no interval")
