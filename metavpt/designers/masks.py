@@ -3,6 +3,7 @@
 import math
 from typing import Any, Literal
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from kornia.filters import gaussian_blur2d
@@ -10,11 +11,16 @@ from timm.layers.pos_embed_sincos import build_sincos2d_pos_embed
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
+from metavpt import pictures
+from metavpt.designers.clamp import clamp_to_unit
+from metavpt.designers.designer import Designer
 from metavpt.designers.views import MultiCrop, Views
 from metavpt.errors import MetaVPTError
 
+NUM_PICTURES = 4
 
-class MaskDesigner(nn.Module):
+
+class MaskDesigner(Designer):
     """view = mu * v + (1 - mu) * Blur(v) with mu = clamp(initial_keep + network(v), 0, 1) per pixel; 1 keeps (method.md, section 3).
 
     A network whose last layer is zero and initial_keep 1 make exactly the ordinary recipe, bit for bit; the gradient passes at the
@@ -36,43 +42,33 @@ class MaskDesigner(nn.Module):
         initial_keep: float = 1.0,
         excess_weight: float = 0.1,
     ) -> None:
-        super().__init__()
+        super().__init__(recipe)
         if not (0 <= keep <= 1 and 0 <= initial_keep <= 1):
             raise MetaVPTError(f"MaskDesigner: keep and initial_keep are shares in [0, 1], got {keep=}, {initial_keep=}")
         if crops not in ("global", "all"):
             raise MetaVPTError(f"MaskDesigner: crops must be 'global' or 'all', got {crops!r}")
         if blur_sigma <= 0:
             raise MetaVPTError(f"MaskDesigner: blur_sigma must be positive, got {blur_sigma}")
-        self.recipe, self.network = recipe, network
+        self.network = network
         self.keep, self.initial_keep, self.blur_sigma, self.crops = keep, initial_keep, blur_sigma, crops
         self.sparsity_weight, self.tv_weight, self.excess_weight = sparsity_weight, tv_weight, excess_weight
 
-    def forward(self, batch: Any) -> Views:
-        """batch: `.images` (B, 3, H, W), see MultiCrop, and `.seed`. The task carries its masks for `regularizer`."""
-        views = self.recipe_task(batch)
+    def refine(self, views: Views, batch: Any) -> Views:
         global_crops, masks, excess = self._mask(views.global_crops)
         if self.crops == "global" or not len(views.local_crops):
-            return Views(global_crops, views.local_crops, masks, None, excess)
+            return views._replace(global_crops=global_crops, masks=masks, excess=excess)
         local_crops, local_masks, local_excess = self._mask(views.local_crops)
-        return Views(global_crops, local_crops, masks, local_masks, torch.cat([excess, local_excess]))
+        excess = torch.cat([excess, local_excess])
+        return views._replace(global_crops=global_crops, local_crops=local_crops, masks=masks, local_masks=local_masks, excess=excess)
 
-    def recipe_task(self, batch: Any) -> Views:
-        """The same views without masks; the network does not run."""
-        return self.recipe(batch.images, batch.seed)
-
-    def random_tasks(self, batch: Any, num_tasks: int) -> list[Views]:
-        """The same views under random masks: smooth blobs, each keeping the share `keep`, drawn by the batch's seed."""
-        views = self.recipe_task(batch)
-        rng = torch.Generator().manual_seed(batch.seed ^ 0x6D61736B)  # not the numbers that placed the crops
-        return [self._random_task(views, rng) for _ in range(num_tasks)]
-
-    def _random_task(self, views: Views, rng: torch.Generator) -> Views:
+    def randomize(self, views: Views, batch: Any, rng: torch.Generator) -> Views:
+        """The same views under smooth blobs, each keeping the share `keep`."""
         masks = random_masks(views.global_crops, self.keep, rng)
-        global_crops = self._blend(views.global_crops, masks)
+        views = views._replace(global_crops=self._blend(views.global_crops, masks), masks=masks)
         if self.crops == "global" or not len(views.local_crops):
-            return Views(global_crops, views.local_crops, masks)
+            return views
         local_masks = random_masks(views.local_crops, self.keep, rng)
-        return Views(global_crops, self._blend(views.local_crops, local_masks), masks, local_masks)
+        return views._replace(local_crops=self._blend(views.local_crops, local_masks), local_masks=local_masks)
 
     def regularizer(self, task: Views) -> Tensor:
         """R = sparsity_weight * (mean mu - keep)^2 + tv_weight * TV(mu) + excess_weight * mean excess, a scalar.
@@ -86,13 +82,22 @@ class MaskDesigner(nn.Module):
         variation = torch.cat([total_variation(mu) for mu in masks]).mean()
         return self.sparsity_weight * (kept - self.keep).square() + self.tv_weight * variation + self.excess_weight * task.excess.mean()
 
+    def figures(self, batch: Any, task: Views) -> dict[str, np.ndarray]:
+        """A global crop by the recipe, the mask, and the view that the learner trains on; one image a row."""
+        if task.masks is None:
+            raise MetaVPTError("MaskDesigner.figures: the task has no masks; it must come from the designer, not from recipe_task")
+        plain = self.recipe_task(batch)
+        rows = []
+        for before, mu, after in list(zip(plain.global_crops[0], task.masks[0], task.global_crops[0], strict=True))[:NUM_PICTURES]:
+            photos = [pictures.photo(self.recipe.denormalize(view)) for view in (before, after)]
+            rows.append([photos[0], pictures.colour(mu[0], 0.0, 1.0, "gray"), photos[1]])
+        return {"masks": pictures.grid(rows)}
+
     def _mask(self, crops: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """crops (V, B, 3, H, W) -> masked crops, mu (V, B, 1, H, W), excess (V, B)."""
         views = crops.flatten(0, 1)
         logits = self.initial_keep + self.network(views)
-        # Not clamp alone: whether it passes a gradient at its very edge, where a new designer stands, differs between torch versions (2.14
-        # does not), and without one no designer could ever leave the recipe. So the edge counts as inside.
-        mu = torch.where((logits >= 0.0) & (logits <= 1.0), logits, logits.detach().clamp(0.0, 1.0))
+        mu = clamp_to_unit(logits)  # a new designer stands at its edge
         # Outside [0, 1] there is no gradient and the pixel would be stuck for ever. The pull back is linear, not quadratic: it must
         # still push at the edge, where a quadratic one fades before the pixel is inside again.
         excess = (F.relu(logits - 1.0) + F.relu(-logits)).mean(dim=(1, 2, 3))

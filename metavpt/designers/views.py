@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -21,17 +21,60 @@ from metavpt.errors import MetaVPTError
 
 Range = tuple[float, float]
 
-_ASPECT_RATIO = (3 / 4, 4 / 3)  # width / height of a crop, log-uniform, as everywhere since Inception
+ASPECT_RATIO = (3 / 4, 4 / 3)  # width / height of a crop, log-uniform, as everywhere since Inception
+_ADJUSTMENTS: tuple[Callable[[Tensor, Tensor], Tensor], ...] = (
+    adjust_brightness_accumulative,
+    adjust_contrast_with_mean_subtraction,
+    adjust_saturation_with_gray_subtraction,
+    adjust_hue,
+)
 
 
 class Views(NamedTuple):
-    """A task: normalised views of a batch, and what a mask designer did to them (None: nothing). In masks 1 keeps a pixel, 0 blurs it."""
+    """A task: normalised views of a batch, and what designers did to them (None: nothing). In masks 1 keeps a pixel, 0 blurs it."""
 
     global_crops: Tensor  # (2, B, 3, H, W)
     local_crops: Tensor  # (L, B, 3, h, w)
     masks: Tensor | None = None  # (2, B, 1, H, W) in [0, 1], of the global crops
     local_masks: Tensor | None = None  # (L, B, 1, h, w), of the local crops
     excess: Tensor | None = None  # (V, B), how far mask logits lie outside [0, 1]; V = 2, or 2 + L with local masks
+    policy: Tensor | None = None  # (2 + L, B, P), the settings of `policy.PolicyDesigner` for each view
+    weights: Tensor | None = None  # (B,), of the images in the loss, mean 1
+    scores: Tensor | None = None  # (2, B, K), what `prototypes.reshape` adds to the log of the teacher's probabilities
+    gates: Tensor | None = None  # (2, B) in [-1, 1], and how much of that it takes over
+    support: int | None = None  # on how many of the most probable prototypes
+
+
+class Knobs(NamedTuple):
+    """All that is done to N = V * B views of one kind, the views of the whole batch one after the other.
+
+    Rows index the views that a transform is applied to. An amount of None is 1 on these rows and 0 elsewhere.
+    """
+
+    sides: Tensor  # (N, 2), x and y: the crop's shares of the image's sides
+    position: Tensor  # (N, 2), x and y in [-1, 1]: where the crop lies between the two ends that it can reach
+    mirror: Tensor  # (N,), 1, or -1 for a flipped view
+    jittered: Tensor  # (J,) rows
+    order: list[int]  # of the four adjustments
+    factors: Tensor  # (4, J): brightness, contrast, saturation, hue
+    gray: Tensor  # rows
+    blurred: Tensor  # (S,) rows
+    sigma: Tensor  # (S,) in pixels
+    solarized: Tensor  # rows
+    gray_amount: Tensor | None = None  # (N,) in [0, 1]
+    solarize_amount: Tensor | None = None  # (N,) in [0, 1]
+
+
+def pick_views(tasks: Sequence[Views], which: Tensor, sample: Tensor) -> Views:
+    """The views whose k-th image is sample[k] of tasks[which[k]]; both (n,) int64."""
+
+    def pick(parts: Sequence[Any]) -> Any:
+        if not isinstance(parts[0], Tensor):
+            return parts[0]
+        stacked = torch.stack(list(parts))
+        return stacked[which, sample] if stacked.ndim == 2 else stacked[which, :, sample].transpose(0, 1)
+
+    return Views(*(pick(parts) for parts in zip(*tasks, strict=True)))
 
 
 class MultiCrop(nn.Module):
@@ -76,80 +119,147 @@ class MultiCrop(nn.Module):
 
     def forward(self, images: Tensor, seed: int) -> Views:
         """images (B, 3, H, W): uint8, or float in [0, 1]. Raises MetaVPTError for anything else."""
+        images = to_float(images)
+        return self.render(images, self.draw(images, seed))
+
+    def draw(self, images: Tensor, seed: int) -> list[Knobs]:
+        """The knobs of global view 1, of global view 2, and of the local views where there are any. Of `images` only the shape counts."""
         rng = Generator().manual_seed(seed)
-        images = _to_float(images)
-        first = self._make_views(images, 1, self.global_size, self.global_scale, 0, rng)
-        second = self._make_views(images, 1, self.global_size, self.global_scale, 1, rng)
-        return Views(torch.cat([first, second]), self._make_views(images, self.num_local, self.local_size, self.local_scale, 2, rng))
+        return [self._draw(images, kind, rng) for kind in range(3 if self.num_local else 2)]
 
-    def _make_views(self, images: Tensor, num_views: int, size: int, scale: Range, kind: int, rng: Generator) -> Tensor:
-        """`num_views` views (V, B, 3, size, size) of one kind: 0, 1 the global views, 2 local. Augmented in one call, for its overhead."""
-        if num_views == 0:
-            return images.new_zeros(0, len(images), 3, size, size)
-        views = torch.cat([random_crop(images, size, scale, self.flip, rng) for _ in range(num_views)])
-        views = _sometimes(self.jitter_prob, self._color_jitter, views, rng)
-        views = _sometimes(self.grayscale, _gray, views, rng)
-        views = _sometimes(self.blur[kind], self._gaussian_blur, views, rng)
-        views = _sometimes(self.solarize[kind], _solarize, views, rng)
+    def render(self, images: Tensor, knobs: Sequence[Knobs]) -> Views:
+        """The views of float images (B, 3, H, W) that `knobs` describe, differentiable in the images and in every float knob."""
+        first, second, *local = (self._render(images, of_kind, kind) for kind, of_kind in enumerate(knobs))
+        none = images.new_zeros(0, len(images), 3, self.local_size, self.local_size)
+        return Views(torch.cat([first, second]), local[0] if local else none)
+
+    def normalize(self, images: Tensor) -> Tensor:
+        mean, std = (images.new_tensor(value).view(3, 1, 1) for value in (self.mean, self.std))
+        return (images - mean) / std
+
+    def denormalize(self, views: Tensor) -> Tensor:
         mean, std = (views.new_tensor(value).view(3, 1, 1) for value in (self.mean, self.std))
-        return ((views - mean) / std).unflatten(0, (num_views, len(images)))
+        return views * std + mean
 
-    def _color_jitter(self, views: Tensor, rng: Generator) -> Tensor:
-        """The four adjustments in an order drawn once per call, with a strength drawn for each view."""
-        brightness, contrast, saturation, hue = self.jitter
-        steps: list[tuple[Callable[[Tensor, Tensor], Tensor], float, float]] = [
-            (adjust_brightness_accumulative, 1.0, brightness),
-            (adjust_contrast_with_mean_subtraction, 1.0, contrast),
-            (adjust_saturation_with_gray_subtraction, 1.0, saturation),
-            (adjust_hue, 0.0, 2 * math.pi * hue),
-        ]
-        for i in torch.randperm(4, generator=rng).tolist():
-            adjust, center, strength = steps[i]
-            factor = _uniform(len(views), (max(0.0, center - strength) if center else -strength, center + strength), rng)
-            if strength:
-                views = adjust(views, factor.to(views))
+    def _draw(self, images: Tensor, kind: int, rng: Generator) -> Knobs:
+        num_views, scale = (self.num_local, self.local_scale) if kind == 2 else (1, self.global_scale)
+        crops = [draw_crop(len(images), images.shape[-2:], scale, self.flip, rng) for _ in range(num_views)]
+        sides, position, mirror = (torch.cat(parts).to(images) for parts in zip(*crops, strict=True))
+        num_rows = len(sides)
+        jittered = _choose(num_rows, self.jitter_prob, rng)
+        order, factors = self._draw_jitter(len(jittered), rng)
+        gray = _choose(num_rows, self.grayscale, rng)
+        blurred = _choose(num_rows, self.blur[kind], rng)
+        sigma = _uniform(len(blurred), self.blur_sigma, rng).to(images)
+        solarized = _choose(num_rows, self.solarize[kind], rng)
+        jittered, gray, blurred, solarized = (rows.to(images.device) for rows in (jittered, gray, blurred, solarized))
+        return Knobs(sides, position, mirror, jittered, order, factors.to(images), gray, blurred, sigma, solarized)
+
+    def _render(self, images: Tensor, knobs: Knobs, kind: int) -> Tensor:
+        """(V, B, 3, size, size)"""
+        size, batch_size = self.local_size if kind == 2 else self.global_size, len(images)
+        crops = zip(*(knob.split(batch_size) for knob in (knobs.sides, knobs.position, knobs.mirror)), strict=True)
+        views = torch.cat([crop(images, size, *where) for where in crops])
+        views = _at(knobs.jittered, lambda chosen: self._jitter(chosen, knobs.order, knobs.factors), views)
+        views = _blend(knobs.gray, knobs.gray_amount, _grayscale, views)
+        views = _at(knobs.blurred, lambda chosen: self._gaussian_blur(chosen, knobs.sigma), views)
+        views = _blend(knobs.solarized, knobs.solarize_amount, _solarize, views)
+        return self.normalize(views).unflatten(0, (-1, batch_size))
+
+    def _draw_jitter(self, num_rows: int, rng: Generator) -> tuple[list[int], Tensor]:
+        """The order of the four adjustments, one for all rows, and their factors (4, num_rows)."""
+        order = torch.randperm(4, generator=rng).tolist() if num_rows else [0, 1, 2, 3]
+        factors = torch.empty(4, num_rows)
+        for i in order:
+            factors[i] = _uniform(num_rows, jitter_range(i, self.jitter[i]), rng)
+        return order, factors
+
+    def _jitter(self, views: Tensor, order: Sequence[int], factors: Tensor) -> Tensor:
+        for i in order:
+            if self.jitter[i]:
+                views = _ADJUSTMENTS[i](views, factors[i])
         return views
 
-    def _gaussian_blur(self, views: Tensor, rng: Generator) -> Tensor:
-        sigma = _uniform(len(views), self.blur_sigma, rng).to(views)[:, None].expand(-1, 2)
+    def _color_jitter(self, views: Tensor, rng: Generator) -> Tensor:
+        order, factors = self._draw_jitter(len(views), rng)
+        return self._jitter(views, order, factors.to(views))
+
+    def _gaussian_blur(self, views: Tensor, sigma: Tensor) -> Tensor:
         radius = min(math.ceil(3 * self.blur_sigma[1]), views.shape[-1] - 1)  # reflection reaches no further than the view
-        return gaussian_blur2d(views, (2 * radius + 1, 2 * radius + 1), sigma) if radius else views
+        return gaussian_blur2d(views, (2 * radius + 1, 2 * radius + 1), sigma[:, None].expand(-1, 2)) if radius else views
+
+
+def jitter_range(adjustment: int, strength: float) -> Range:
+    """The factors of brightness, contrast, saturation (0 to 2, about 1) and the angles of hue (3, radians) at `strength`."""
+    if adjustment == 3:
+        return -2 * math.pi * strength, 2 * math.pi * strength
+    return max(0.0, 1.0 - strength), 1.0 + strength
 
 
 def random_crop(images: Tensor, size: int, scale: Range, flip: float, rng: Generator) -> Tensor:
-    """One random resized crop of each image, flipped with probability `flip`: (B, 3, H, W) -> (B, 3, size, size), bilinear.
+    """One random resized crop of each image, flipped with probability `flip`: (B, 3, H, W) -> (B, 3, size, size), bilinear."""
+    drawn = draw_crop(len(images), images.shape[-2:], scale, flip, rng)
+    return crop(images, size, *(knob.to(images) for knob in drawn))
+
+
+def draw_crop(batch_size: int, image_size: Sequence[int], scale: Range, flip: float, rng: Generator) -> tuple[Tensor, Tensor, Tensor]:
+    """Sides (B, 2), position (B, 2) and mirror (B,) of random crops, see `Knobs`.
 
     Area uniform in `scale`, aspect ratio log-uniform in [3/4, 4/3]; of ten draws the first that fits is taken, else the last is cut to fit.
     """
-    batch, (height, width) = len(images), images.shape[-2:]
-    area = _uniform((batch, 10), scale, rng) * (height * width)
-    ratio = _uniform((batch, 10), (math.log(_ASPECT_RATIO[0]), math.log(_ASPECT_RATIO[1])), rng).exp()
+    height, width = image_size
+    area = _uniform((batch_size, 10), scale, rng) * (height * width)
+    ratio = _uniform((batch_size, 10), (math.log(ASPECT_RATIO[0]), math.log(ASPECT_RATIO[1])), rng).exp()
     crop_w, crop_h = (area * ratio).sqrt() / width, (area / ratio).sqrt() / height  # shares of the image's sides
     fits = (crop_w <= 1) & (crop_h <= 1)
     fits[:, -1] = True
     chosen = fits.byte().argmax(dim=1, keepdim=True)  # argmax gives the first
-    sides = torch.cat([crop_w.gather(1, chosen), crop_h.gather(1, chosen)], dim=1).clamp(max=1)  # (B, 2): x, y
-    centers = (1 - sides) * _uniform((batch, 2), (-1.0, 1.0), rng)  # in grid_sample's coordinates the image is [-1, 1]
-    mirror = 1 - 2 * (torch.rand(batch, generator=rng) < flip).float()
-    zeros = torch.zeros(batch)
+    sides = torch.cat([crop_w.gather(1, chosen), crop_h.gather(1, chosen)], dim=1).clamp(max=1)
+    position = _uniform((batch_size, 2), (-1.0, 1.0), rng)
+    mirror = 1 - 2 * (torch.rand(batch_size, generator=rng) < flip).float()
+    return sides, position, mirror
+
+
+def crop(images: Tensor, size: int, sides: Tensor, position: Tensor, mirror: Tensor) -> Tensor:
+    """The crops that `draw_crop` describes: (B, 3, H, W) -> (B, 3, size, size), bilinear, differentiable in sides and position."""
+    centers = (1 - sides) * position  # in grid_sample's coordinates the image is [-1, 1]
+    zeros = torch.zeros_like(mirror)
     rows = [torch.stack([sides[:, 0] * mirror, zeros, centers[:, 0]], 1), torch.stack([zeros, sides[:, 1], centers[:, 1]], 1)]
-    grid = F.affine_grid(torch.stack(rows, dim=1).to(images), [batch, 3, size, size], align_corners=False)
+    grid = F.affine_grid(torch.stack(rows, dim=1), [len(images), 3, size, size], align_corners=False)
     return F.grid_sample(images, grid, padding_mode="border", align_corners=False)
 
 
-def _sometimes(prob: float, transform: Callable[[Tensor, Generator], Tensor], views: Tensor, rng: Generator) -> Tensor:
-    """`transform` applied to each view with probability `prob`; the others cost nothing."""
-    chosen = (torch.rand(len(views), generator=rng) < prob).nonzero()[:, 0].to(views.device)
-    if len(chosen) == len(views):
-        return transform(views, rng)
-    return views.index_copy(0, chosen, transform(views[chosen], rng)) if len(chosen) else views
+def _choose(num_rows: int, prob: float, rng: Generator) -> Tensor:
+    """The rows that a draw of each with probability `prob` chooses."""
+    return (torch.rand(num_rows, generator=rng) < prob).nonzero()[:, 0]
 
 
-def _gray(views: Tensor, _: Generator) -> Tensor:
+def _at(rows: Tensor, transform: Callable[[Tensor], Tensor], views: Tensor) -> Tensor:
+    """`views` with `transform` applied to these rows; the others cost nothing."""
+    if len(rows) == len(views):
+        return transform(views)
+    return views.index_copy(0, rows, transform(views[rows])) if len(rows) else views
+
+
+def _blend(rows: Tensor, amount: Tensor | None, transform: Callable[[Tensor], Tensor], views: Tensor) -> Tensor:
+    """(1 - amount) * view + amount * transform(view); an amount of None is 1 at `rows` and 0 elsewhere."""
+    if amount is None:
+        return _at(rows, transform, views)
+    others = torch.ones(len(views), dtype=torch.bool, device=views.device).index_fill(0, rows, False).nonzero()[:, 0]
+
+    def mix(chosen: Tensor, part: Tensor) -> Tensor:
+        return torch.lerp(chosen, transform(chosen), amount[part].view(-1, 1, 1, 1).to(chosen.dtype))
+
+    # Apart, although one call would do: what kernels make of a view may differ in its last bit with the views that it is batched with.
+    views = _at(rows, lambda chosen: mix(chosen, rows), views)
+    return _at(others, lambda chosen: mix(chosen, others), views)
+
+
+def _grayscale(views: Tensor) -> Tensor:
     return rgb_to_grayscale(views).expand_as(views)
 
 
-def _solarize(views: Tensor, _: Generator) -> Tensor:
+def _solarize(views: Tensor) -> Tensor:
     return solarize(views, 0.5)
 
 
@@ -158,7 +268,7 @@ def _uniform(shape: int | tuple[int, ...], bounds: Range, rng: Generator) -> Ten
     return low + (high - low) * torch.rand(shape, generator=rng)
 
 
-def _to_float(images: Tensor) -> Tensor:
+def to_float(images: Tensor) -> Tensor:
     if images.ndim != 4 or images.shape[1] != 3:
         raise MetaVPTError(f"MultiCrop: images must be (B, 3, H, W), got {tuple(images.shape)}")
     if images.dtype == torch.uint8:

@@ -10,8 +10,6 @@ from typing import Any, Literal, NamedTuple
 import timm
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers.drop import DropPath
 from timm.layers.norm import LayerNorm
@@ -21,6 +19,8 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from metavpt.errors import MetaVPTError
+from metavpt.learners.subset import restrict
+from metavpt.learners.weights import load_weights
 from metavpt.params import Params, subset
 
 
@@ -28,8 +28,8 @@ class Hidden(NamedTuple):
     """What the trunk hands to the tail."""
 
     tokens: Tensor  # (B, P + N, D): P prefix tokens (cls, registers), then N patches row by row
-    rope: Tensor | None  # (N, 2 D / heads) sine and cosine of the rotary positions; None for models without
-    grid: tuple[int, int]  # (h, w), N = h w
+    rope: Tensor | None  # (N, 2 D / heads) sine and cosine of the rotary positions; (B, 1, N, 2 D / heads) in a subset; None: it has none
+    grid: tuple[int, int]  # (h, w), N = h w; (1, N) in a subset
 
 
 class Features(NamedTuple):
@@ -57,27 +57,28 @@ class Trunk(nn.Module):
         self.blocks = nn.ModuleDict({str(i): block for i, block in enumerate(model.blocks) if i < num_blocks})
         self.prefix_has_position = not model.no_embed_class
 
-    def forward(self, images: Tensor) -> Hidden:
-        """Raises MetaVPTError for a size that the patch does not divide."""
+    def forward(self, images: Tensor, visible: Tensor | None = None, weight: Tensor | None = None) -> Hidden:
+        """Of all patches, or of `visible` ones, see `restrict`. Raises MetaVPTError for a size that the patch does not divide."""
         self._check_size(images)
         tokens = self.patch_embed(images)  # (B, h, w, D)
         grid = (tokens.shape[1], tokens.shape[2])
         tokens = self.norm_pre(self._add_positions(tokens.flatten(1, 2), grid))
         rope = None if self.rope is None else self.rope.get_embed(shape=grid)
+        if visible is not None:
+            tokens, rope, grid = restrict(tokens, rope, grid, visible, weight)
         return Hidden(_run(self.blocks, tokens, rope), rope, grid)
 
     def _add_positions(self, patches: Tensor, grid: tuple[int, int]) -> Tensor:
         prefix = [token.expand(len(patches), -1, -1) for token in (self.cls_token, self.reg_token) if token is not None]
         if self.pos_embed is None:
             return torch.cat([*prefix, patches], dim=1)
-        with_prefix = self.prefix_has_position
         positions = resample_abs_pos_embed(
             self.pos_embed,
             new_size=list(grid),
             old_size=list(self.patch_embed.grid_size),
-            num_prefix_tokens=sum(token.shape[1] for token in prefix) if with_prefix else 0,
+            num_prefix_tokens=sum(token.shape[1] for token in prefix) if self.prefix_has_position else 0,
         )
-        if with_prefix:
+        if self.prefix_has_position:
             return torch.cat([*prefix, patches], dim=1) + positions
         return torch.cat([*prefix, patches + positions], dim=1)
 
@@ -203,22 +204,39 @@ OWN_MODELS: dict[str, Callable[..., Eva]] = {"vit_tiny_dinov3": vit_tiny_dinov3}
 
 
 def create_backbone(
-    name: str, tail_blocks: int, pretrained: bool = False, weights: str | Path | None = None, **timm_kwargs: Any
+    name: str,
+    tail_blocks: int,
+    pretrained: bool = False,
+    weights: str | Path | None = None,
+    frozen_blocks: int = 0,
+    **timm_kwargs: Any,
 ) -> Backbone:
     """The timm vision transformer `name` (or one of OWN_MODELS) as a Backbone whose tail holds the last `tail_blocks` blocks.
 
     pretrained: weights from timm's hub. weights: a local .safetensors, .pt or .pth file with timm's keys instead; its classifier ("head."),
-    if any, is left out. Other arguments go to timm. Raises MetaVPTError for an unknown name, a model that is no plain ViT, a random forward
-    pass, and weights that cannot be had or do not fit.
+    if any, is left out. frozen_blocks: so many first blocks, and the embedding before them, are never trained, which spares their
+    backward pass; 0 trains everything. Other arguments go to timm. Raises MetaVPTError for an unknown name, a model that is no plain
+    ViT, a random forward pass, and weights that cannot be had or do not fit.
     """
     # No pooling and no classifier: else timm may put the final norm after the pooling, where patch tokens never meet it.
     arguments = timm_kwargs | {"num_classes": 0, "global_pool": "", "dynamic_img_size": True}
     model = _own_model(name, pretrained, arguments) if name in OWN_MODELS else _timm_model(name, pretrained, arguments)
     _check_supported(model, name)
     if weights is not None:
-        _load_weights(model, Path(weights), name)
+        load_weights(model, Path(weights), name)
+    if frozen_blocks:
+        _freeze(model, frozen_blocks)
     config = getattr(model, "pretrained_cfg", None) or {}
     return Backbone(model, tail_blocks, config.get("mean", IMAGENET_DEFAULT_MEAN), config.get("std", IMAGENET_DEFAULT_STD))
+
+
+def _freeze(model: Any, num_blocks: int) -> None:
+    if not 0 < num_blocks <= len(model.blocks):
+        raise MetaVPTError(f"frozen_blocks={num_blocks} is out of range: the model has {len(model.blocks)} blocks")
+    later = [p for module in (*model.blocks[num_blocks:], model.norm) for p in module.parameters()]
+    model.requires_grad_(False)
+    for p in later:
+        p.requires_grad_(True)
 
 
 def _own_model(name: str, pretrained: bool, arguments: dict[str, Any]) -> Eva:
@@ -268,31 +286,3 @@ def _check_supported(model: Any, name: str) -> None:
     ]
     if random:
         raise MetaVPTError(f"{name}: {random[0]} is random in the forward pass; leave dropout, drop path and rope augmentation at 0")
-
-
-def _load_weights(model: nn.Module, file: Path, name: str) -> None:
-    state = {key: value for key, value in _read_state(file).items() if not key.startswith("head.")}
-    own = model.state_dict()
-    faults = [f"missing {key}" for key in own if key not in state] + [f"unexpected {key}" for key in state if key not in own]
-    shapes = {key: (tuple(state[key].shape), tuple(own[key].shape)) for key in own if key in state}
-    faults += [f"{key} is {theirs}, not {ours}" for key, (theirs, ours) in shapes.items() if theirs != ours]
-    if faults:
-        more = f" and {len(faults) - 3} more" if len(faults) > 3 else ""
-        raise MetaVPTError(f"{file} does not fit {name}: {'; '.join(faults[:3])}{more} (keys must be timm's own)")
-    model.load_state_dict(state)
-
-
-def _read_state(file: Path) -> Params:
-    if file.suffix not in (".safetensors", ".pt", ".pth"):
-        raise MetaVPTError(f"{file}: weights must be a .safetensors, .pt or .pth file")
-    if not file.is_file():
-        raise MetaVPTError(f"{file}: no such weights file")
-    try:
-        state = load_file(file) if file.suffix == ".safetensors" else torch.load(file, map_location="cpu", weights_only=True)
-    except (SafetensorError, RuntimeError, OSError, EOFError, ValueError) as error:
-        raise MetaVPTError(f"{file}: cannot be read as weights: {error}") from error
-    except Exception as error:  # pickle.UnpicklingError and its kin: a file that holds more than tensors
-        raise MetaVPTError(f"{file}: holds more than tensors, which weights_only refuses; save a plain state dict") from error
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise MetaVPTError(f"{file}: is no state dict (name -> tensor)")
-    return state

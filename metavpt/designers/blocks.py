@@ -1,0 +1,95 @@
+"""I-JEPA's multi-block masks (arXiv 2301.08243, section 3 and appendix A.1), with target blocks that a designer chooses."""
+
+import math
+from typing import Any
+
+import torch
+from torch import Generator, Tensor, nn
+
+from metavpt.designers.choice import choose, gumbel
+from metavpt.designers.crop import RandomCrop
+from metavpt.designers.patches import MaskedImages, PatchDesigner, generator
+from metavpt.designers.views import Range
+from metavpt.errors import MetaVPTError
+from metavpt.learners.subset import gather_patches
+
+
+class BlockMasks(PatchDesigner):
+    """Target blocks to predict, and for context a large block without them. The designer chooses the targets among random candidates.
+
+    `num_candidates` places are drawn uniformly for an image; the logit of one is the mean of its patches', and by these `num_targets` are
+    drawn. With equal logits they are what the recipe takes: independent uniform places. The weights of "relaxed" and "straight_through" are
+    those of the targets' errors; that a block taken as a target is missing from the context, only "score" sees.
+
+    Scales are shares of the grid's patches, aspect is height over width. As in the released code the sizes of the blocks are drawn once a
+    batch, and every image sees as many context patches as the one that has fewest; here it is a random part of them. If the targets leave
+    fewer than `min_visible`, patches of the context that fewest targets cover are seen as well.
+    """
+
+    def __init__(
+        self,
+        recipe: RandomCrop,
+        patch_size: int,
+        network: nn.Module,
+        num_targets: int = 4,
+        num_candidates: int = 16,
+        target_scale: Range = (0.15, 0.2),
+        target_aspect: Range = (0.75, 1.5),
+        context_scale: Range = (0.85, 1.0),
+        min_visible: int = 4,
+        **options: Any,
+    ) -> None:
+        super().__init__(recipe, patch_size, network, **options)
+        if not 0 < num_targets <= num_candidates:
+            raise MetaVPTError(f"designer.num_targets={num_targets} must be at least 1 and at most num_candidates={num_candidates}")
+        for name, (low, high) in {"target_scale": target_scale, "target_aspect": target_aspect, "context_scale": context_scale}.items():
+            if not 0 < low <= high or (name.endswith("scale") and high > 1):
+                raise MetaVPTError(f"designer.{name}=({low}, {high}) must be two positive numbers in order, shares at most 1")
+        if not 0 < min_visible <= self.num_patches:
+            raise MetaVPTError(f"designer.min_visible={min_visible} must be at least 1 and at most the {self.num_patches} patches")
+        self.num_targets, self.num_candidates, self.min_visible = num_targets, num_candidates, min_visible
+        self.target_scale, self.target_aspect, self.context_scale = target_scale, target_aspect, context_scale
+
+    def task(self, images: Tensor, logits: Tensor, seed: int, draw: int) -> MaskedImages:
+        sizes, rng = generator(seed, -1), generator(seed, draw)  # all draws of a batch have blocks of one size
+        target_size = block_size(self.grid, self.target_scale, self.target_aspect, sizes)
+        context_size = block_size(self.grid, self.context_scale, (1.0, 1.0), sizes)
+        candidates = random_blocks(self.grid, target_size, (len(images), self.num_candidates), rng).to(images.device)
+        context = random_blocks(self.grid, context_size, (len(images),), rng).to(images.device)
+        noise = gumbel((len(images), self.num_candidates), rng).to(logits)
+        order = torch.rand(logits.shape, generator=rng).to(logits)
+
+        block_logits = gather_patches(logits, candidates).mean(dim=2)  # (B, C)
+        choice = choose(block_logits, noise, self.num_targets, self.estimator)
+        targets = gather_patches(candidates, choice.chosen)  # (B, M, T)
+        visible = context_patches(context, targets.flatten(1), order, self.min_visible)
+        weight = choice.chosen_weight[..., None].expand(targets.shape)
+        return MaskedImages(images, visible, targets, order.new_ones(visible.shape), weight, choice.log_prob, block_logits)
+
+
+def block_size(grid: tuple[int, int], scale: Range, aspect: Range, rng: Generator) -> tuple[int, int]:
+    """(h, w) of a block whose share of the grid and height over width are uniform in `scale` and `aspect`, rounded, at most the grid."""
+    share, ratio = (low + (high - low) * float(torch.rand((), generator=rng)) for low, high in (scale, aspect))
+    area = int(share * math.prod(grid))
+    sides = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+    return max(1, min(sides[0], grid[0])), max(1, min(sides[1], grid[1]))
+
+
+def random_blocks(grid: tuple[int, int], size: tuple[int, int], shape: tuple[int, ...], rng: Generator) -> Tensor:
+    """Blocks of `size` = (h, w) at uniform places: the indices of their patches, (*shape, h w)."""
+    top, left = (torch.randint(side - block + 1, shape, generator=rng) for side, block in zip(grid, size, strict=True))
+    rows = top[..., None] + torch.arange(size[0])  # (*shape, h)
+    columns = left[..., None] + torch.arange(size[1])
+    return (rows[..., :, None] * grid[1] + columns[..., None, :]).flatten(-2)
+
+
+def context_patches(context: Tensor, targets: Tensor, order: Tensor, min_visible: int) -> Tensor:
+    """Patches of the block `context` (B, S) that are none of `targets` (B, T), in the `order` (B, N) of numbers in [0, 1): (B, K).
+
+    K is the least number of such patches in an image, but at least `min_visible`: then come those that fewest targets hold, and
+    patches outside the block last.
+    """
+    held = torch.zeros_like(order).scatter_add_(1, targets, order.new_ones(targets.shape))
+    cost = held + torch.full_like(order, targets.shape[1]).scatter_(1, context, 0.0)
+    num_visible = max(min_visible, int((cost == 0).sum(dim=1).min()))
+    return (cost + order).argsort(dim=1)[:, :num_visible]

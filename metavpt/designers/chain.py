@@ -1,0 +1,53 @@
+"""Designers one after the other."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Generator, Tensor, nn
+
+from metavpt.designers.designer import Designer
+from metavpt.designers.views import MultiCrop, Views
+from metavpt.errors import MetaVPTError
+
+
+class Chain(Designer):
+    """Each stage refines what the stages before it made: a view policy and then masks, say.
+
+    stages: recipe -> designer by name, in order. A PolicyDesigner makes the views anew and must stand first.
+    """
+
+    def __init__(self, recipe: MultiCrop, stages: Mapping[str, Callable[[MultiCrop], Designer]]) -> None:
+        super().__init__(recipe)
+        if not stages:
+            raise MetaVPTError("Chain: designer.stages is empty; name at least one designer")
+        self.stages = nn.ModuleDict({name: make(recipe) for name, make in stages.items()})
+
+    def forward(self, batch: Any) -> Views:
+        first, *rest = self._stages
+        return self._refine(first(batch), batch, rest)
+
+    def refine(self, views: Views, batch: Any) -> Views:
+        return self._refine(views, batch, self._stages)
+
+    def randomize(self, views: Views, batch: Any, rng: Generator) -> Views:
+        for stage in self._stages:
+            views = stage.randomize(views, batch, rng)
+        return views
+
+    def regularizer(self, task: Views) -> Tensor:
+        return torch.stack([stage.regularizer(task) for stage in self._stages]).sum()
+
+    def figures(self, batch: Any, task: Views) -> dict[str, np.ndarray]:
+        return {name: picture for stage in self._stages for name, picture in stage.figures(batch, task).items()}
+
+    @property
+    def _stages(self) -> list[Designer]:
+        return list(self.stages.values())  # pyright: ignore[reportReturnType]
+
+    @staticmethod
+    def _refine(views: Views, batch: Any, stages: list[Designer]) -> Views:
+        for stage in stages:
+            views = stage.refine(views, batch)
+        return views

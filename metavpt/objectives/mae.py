@@ -1,0 +1,38 @@
+"""The loss of masked autoencoders (arXiv 2111.06377): the pixels of the patches that the encoder did not see.
+
+Letters: B batch, N patches, M groups of T hidden patches (MAE has one group), p the side of a patch in pixels.
+"""
+
+from typing import Literal
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from metavpt.errors import MetaVPTError
+
+
+def mae_loss(predictions: Tensor, pixels: Tensor, weights: Tensor | None = None, reduction: Literal["mean", "none"] = "mean") -> Tensor:
+    """Mean over hidden patches of |prediction - pixels|^2 / (3 p^2), weighted within each image (MAE, section 3).
+
+    predictions, pixels: (B, M, T, 3 p^2), the pixels from `normalized_pixels`. weights: (B, M, T), all 1 unless given; their scale does not
+    matter. "mean" gives a scalar, "none" the loss of each image, (B,).
+    """
+    if reduction not in ("mean", "none"):
+        raise MetaVPTError(f"mae_loss: reduction must be 'mean' or 'none', got {reduction!r}")
+    if predictions.shape != pixels.shape or predictions.ndim != 4:
+        raise MetaVPTError(
+            f"mae_loss: predictions and pixels must both be (B, M, T, 3 p^2), got {tuple(predictions.shape)} and {tuple(pixels.shape)}"
+        )
+    errors = (predictions - pixels).square().mean(dim=-1)
+    weights = errors.new_ones(errors.shape) if weights is None else weights
+    per_image = (weights * errors).sum(dim=(1, 2)) / weights.sum(dim=(1, 2))
+    return per_image.mean() if reduction == "mean" else per_image
+
+
+def normalized_pixels(images: Tensor, patch_size: int, eps: float = 1e-6) -> Tensor:
+    """(x - mean) / sqrt(var + eps) of each patch by itself: images (B, 3, H, W) -> (B, N, 3 p^2), patches row by row.
+
+    The variance is the unbiased one, as in the released code.
+    """
+    pixels = F.unfold(images, patch_size, stride=patch_size).transpose(1, 2)
+    return (pixels - pixels.mean(dim=-1, keepdim=True)) / (pixels.var(dim=-1, keepdim=True) + eps).sqrt()

@@ -1,0 +1,44 @@
+"""I-JEPA with feedback from dense labels: `problem=ijepa_dense`."""
+
+from collections.abc import Callable
+from typing import Any, Literal
+
+from torch import Tensor
+
+from metavpt.designers.patches import MaskedImages
+from metavpt.learners.predictor import Predictor
+from metavpt.learners.teacher import Teacher
+from metavpt.learners.vit import Backbone
+from metavpt.objectives.ijepa import ijepa_loss, normalized_features
+
+from .masked_dense import MaskedDense
+
+
+class IJEPADense(MaskedDense):
+    """A predictor tells an EMA teacher's features of blocks from a context (I-JEPA); the designer decides which blocks.
+
+    distance           "smooth_l1", as its released code, or "l2", as the paper
+    teacher_momentum   at the start; it rises linearly to 1
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        predictor: Callable[[int, int], Predictor],
+        distance: Literal["l2", "smooth_l1"] = "smooth_l1",
+        teacher_momentum: float = 0.996,
+        **masked: Any,
+    ) -> None:
+        super().__init__(backbone, predictor=predictor, target_width=backbone.width, **masked)
+        self.teacher = Teacher(backbone)
+        self.distance: Literal["l2", "smooth_l1"] = distance
+        self.teacher_momentum = teacher_momentum
+
+    def patch_targets(self, images: Tensor) -> Tensor:
+        return normalized_features(self.teacher(images).patches)
+
+    def loss(self, predictions: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
+        return ijepa_loss(predictions, targets, weights, self.distance, "none")
+
+    def after_step(self, task: MaskedImages, progress: float) -> None:
+        self.teacher.update(self.backbone, self.teacher_momentum + (1.0 - self.teacher_momentum) * progress)

@@ -1,0 +1,120 @@
+"""Masked pretraining with feedback from dense labels: what MAE and I-JEPA share."""
+
+from abc import abstractmethod
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.func import functional_call
+
+from metavpt import params, pictures
+from metavpt.curvature import ComposedLoss
+from metavpt.designers.choice import expected_mean
+from metavpt.designers.crop import RandomCrop
+from metavpt.designers.patches import MaskedImages, PatchDesigner
+from metavpt.errors import MetaVPTError
+from metavpt.learners.predictor import MaskedLearner, Predictor
+from metavpt.learners.subset import gather_patches
+from metavpt.learners.vit import Backbone
+from metavpt.params import Params
+
+from .dense import NUM_PICTURES, DenseProblem
+
+
+class MaskedDense(DenseProblem):
+    """An encoder sees a part of an image's patches and a predictor tells others; the designer chooses which. A subclass says what is told.
+
+    target_width   numbers told of a patch
+    """
+
+    learner: MaskedLearner
+    designer: PatchDesigner
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        recipe: Callable[..., RandomCrop],
+        designer: Callable[[RandomCrop, int], PatchDesigner],
+        predictor: Callable[[int, int], Predictor],
+        target_width: int,
+        **dense: Any,
+    ) -> None:
+        self.learner = MaskedLearner(backbone, predictor(backbone.width, target_width))
+        self.designer = designer(recipe(mean=backbone.mean, std=backbone.std), backbone.patch_size)
+        super().__init__(backbone, **dense)
+
+    @abstractmethod
+    def patch_targets(self, images: Tensor) -> Tensor:
+        """What is to be told of each patch of normalised images, (B,N,target_width), without a graph."""
+
+    @abstractmethod
+    def loss(self, predictions: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
+        """Of each image, (B,); predictions and targets (B,M,T,target_width), weights (B,M,T)."""
+
+    def recipe(self, batch: Any) -> MaskedImages:
+        return self.designer.recipe_task(batch)
+
+    def regularizer(self, task: MaskedImages) -> Tensor:
+        return self.designer.regularizer(task)
+
+    def pretrain_loss(self, theta: Params, task: MaskedImages) -> Tensor:
+        return self.pretrain_tail(theta, task)({})
+
+    def pretrain_tail(self, theta: Params, task: MaskedImages) -> Callable[[Params], Tensor]:
+        return self._tail(theta, task, "mean")
+
+    def per_sample_tail(self, theta: Params, task: MaskedImages) -> Callable[[Params], Tensor]:
+        return self._tail(theta, task, "none")
+
+    def candidates(self, batch: Any, num_candidates: int) -> list[MaskedImages]:
+        return self.designer.random_tasks(batch, num_candidates)
+
+    def pick(self, tasks: Sequence[MaskedImages], which: Tensor, sample: Tensor) -> MaskedImages:
+        """Of the visible patches as many as the task with fewest has."""
+        if len({task.targets.shape[1:] for task in tasks}) > 1:
+            raise MetaVPTError(
+                "samples of batches with blocks of different sizes do not fit into one task: for greedy_selection set "
+                "designer.target_scale and designer.target_aspect to one value each, [0.15, 0.15] and [1.0, 1.0]"
+            )
+        fewest = min(task.visible.shape[1] for task in tasks)
+        cut = [task._replace(visible=task.visible[:, :fewest], visible_weight=task.visible_weight[:, :fewest]) for task in tasks]
+        return super().pick(cut, which, sample)
+
+    def _tail(self, theta: Params, task: MaskedImages, reduction: Literal["mean", "none"]) -> Callable[[Params], Tensor]:
+        """The trunk runs once on the visible patches; the function returned runs the tail and the predictor."""
+        backbone, grid = self.backbone, self.learner.grid(task.images)
+        with torch.no_grad():
+            targets = gather_patches(self.patch_targets(task.images), task.targets)
+        seen = (task.images, task.visible, task.visible_weight)
+        hidden = functional_call(backbone.trunk, params.subset(theta, "backbone.trunk."), seen)
+
+        def predictions(theta_s: Params) -> Tensor:
+            own = {**theta, **theta_s}
+            features = functional_call(backbone.tail, params.subset(own, "backbone.tail."), (hidden,))
+            asked = (features.patches.flatten(2).transpose(1, 2), task.visible, task.targets, grid)
+            return functional_call(self.learner.predictor, params.subset(own, "predictor."), asked)
+
+        def criterion(predicted: Tensor) -> Tensor:
+            losses = self.loss(predicted, targets, task.target_weight)
+            return expected_mean(losses, task.log_prob) if reduction == "mean" else losses
+
+        return ComposedLoss(predictions, criterion)
+
+    def figures(self) -> dict[str, np.ndarray]:
+        return {"masks": self._mask_figure(), **super().figures()}
+
+    @torch.no_grad()
+    def _mask_figure(self) -> np.ndarray:
+        """An image, the designer's logits of its patches about their mean (blue to red, -1 to 1), and what the encoder sees of it."""
+        task = self.designer(next(iter(self.meta_batches(seed=0))))
+        size, patch = task.images.shape[-2:], self.backbone.patch_size
+        logits = self.designer.logits(task.images)
+        logits = logits - logits.mean(dim=1, keepdim=True)
+        seen = torch.zeros_like(logits).scatter_(1, task.visible, 1.0)
+        rows = []
+        for image, *maps in zip(task.images[:NUM_PICTURES].cpu() * self.std + self.mean, logits.cpu(), seen.cpu(), strict=False):
+            scores, mask = (m.view(size[0] // patch, -1).repeat_interleave(patch, 0).repeat_interleave(patch, 1) for m in maps)
+            rows.append([pictures.photo(image), pictures.colour(scores, -1.0, 1.0, "coolwarm"), pictures.photo(image * mask)])
+        return pictures.grid(rows)

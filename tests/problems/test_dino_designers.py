@@ -1,0 +1,201 @@
+"""Every designer of views on the main problem at its smallest: identity at first, products against differences, controls."""
+
+import pytest
+import torch
+from hydra import compose, initialize_config_module
+from hydra.utils import instantiate
+
+from metavpt import Budget, Cosine, DifferenceProduct, Dot, ExactProduct, Fixed, Learned, OneStep, RunLog, Trainer, params
+from metavpt.controls import Uniform
+from metavpt.greedy import Greedy, GreedySelection
+from metavpt.strategies import inner_loss
+
+SMALL = [
+    "problem=dino_nyuv2", "backbone.tail_blocks=1", "backbone.embed_dim=24", "backbone.depth=2", "backbone.num_heads=2",
+    "recipe.global_size=16", "recipe.local_size=8", "recipe.num_local=2",
+    "data.rooms={num_frames: 40, size: [32, 48], seed: 0, folder: null}",
+    "data.num_train=16", "data.num_meta=8", "problem.feature_size=[16, 24]",
+    "problem.num_prototypes=32", "problem.head_hidden=16", "problem.head_bottleneck=8", "problem.batch_size=4",
+    "problem.meta_batch_size=4", "problem.feedback_batch_size=4", "problem.head_steps=1", "problem.first_head_steps=2",
+]  # fmt: skip
+ENCODER = ["designer.encoder.width=8", "designer.encoder.depth=2", "designer.encoder.size=8"]
+DESIGNERS = {
+    "policy": ["designer=policy", *ENCODER],
+    "global_policy": ["designer=policy", "designer.encoder=null"],
+    "policy_mask": [
+        "designer=policy_mask", *(option.replace("designer.", "designer.stages.policy.") for option in ENCODER),
+        "designer.stages.mask.network.base=4", "designer.stages.mask.network.depth=1",
+    ],
+    "selection": ["designer=selection", *ENCODER],
+    "prototypes": ["designer=prototypes", *ENCODER, "designer.support=8"],
+}  # fmt: skip
+all_designers = pytest.mark.parametrize("name", DESIGNERS)
+
+
+@pytest.fixture(scope="module")
+def make(tmp_path_factory):
+    """make(name of a designer, *overrides) -> a fresh problem."""
+    folder = tmp_path_factory.mktemp("rooms")
+
+    def fresh(name, *overrides):
+        with initialize_config_module("metavpt.configs", version_base="1.3"):
+            cfg = compose("run", [*SMALL, *DESIGNERS[name], f"data.rooms.folder={folder}", *overrides])
+        torch.manual_seed(0)
+        return instantiate(cfg.problem, _convert_="all")
+
+    return fresh
+
+
+def disturb(problem, scale=0.1):
+    """phi beside the recipe; masks from the edge of their range into its middle."""
+    generator = torch.Generator().manual_seed(1)
+    for parameter in problem.designer.parameters():
+        parameter.data += scale * torch.randn(parameter.shape, generator=generator).to(parameter)
+    for module in problem.designer.modules():
+        if hasattr(module, "initial_keep"):
+            module.initial_keep = 0.5
+    return problem
+
+
+def in_float64(problem):
+    problem.fit_heads()
+    for module in (problem.learner, problem.teacher, problem.designer, problem.feedback):
+        module.double()
+    problem.center.double()
+    return disturb(problem)
+
+
+def scene(problem, double=True):
+    """theta, the aligned part of it, an unlabelled batch."""
+    theta = params.detach(params.named(problem.learner))
+    aligned = {name: theta[name] for name in problem.aligned_parameters()}
+    batch = next(iter(problem.meta_batches(1)))
+    return theta, aligned, batch._replace(images=batch.images.double() / 255) if double else batch
+
+
+def train(problem, strategy, folder, num_steps):
+    trainer = Trainer(problem, strategy, Budget(steps=num_steps), RunLog(folder))
+    for _ in range(num_steps):
+        trainer.step()
+
+
+def relative(a, b):
+    return float(params.norm(params.add(a, b, alpha=-1.0)) / params.norm(b))
+
+
+@all_designers
+def test_exact_and_difference_products_are_finite_differences_in_phi(make, name):
+    """The teacher's part is credited: finite differences in phi see it as well."""
+    problem = in_float64(make(name, "problem.teacher_credit=true", "problem.targets=sinkhorn"))
+    theta, aligned, batch = scene(problem)
+    labelled = next(iter(problem.feedback_batches(2)))
+    phi = params.detach(params.named(problem.designer))
+    inner = inner_loss(problem, theta, batch)
+
+    def outer(theta_s):
+        return problem.feedback_loss({**theta, **theta_s}, labelled)
+
+    exact = OneStep(Dot(), ExactProduct())([inner], outer, aligned, phi)
+    difference = OneStep(Dot(), DifferenceProduct())([inner], outer, aligned, phi)
+    assert relative(difference.by_phi, exact.by_phi) < 1e-6
+    assert [key for key, grad in exact.by_phi.items() if not grad.any()] == []
+    step, generator = 1e-6, torch.Generator().manual_seed(3)
+    direction = params.zip_with(lambda p: torch.randn(p.shape, generator=generator, dtype=p.dtype), phi)
+    estimator = OneStep(Dot(), ExactProduct())
+    ahead, behind = (estimator([inner], outer, aligned, params.add(phi, direction, alpha=s)).value for s in (step, -step))
+    assert (ahead - behind) / (2 * step) == pytest.approx(-float(params.dot(exact.by_phi, direction)), rel=1e-6)
+
+
+@all_designers
+def test_a_new_designer_trains_exactly_as_the_recipe(make, name):
+    problem = make(name)
+    theta, aligned, batch = scene(problem, double=False)
+    with torch.no_grad():
+        made, plain = problem.designer(batch), problem.recipe(batch)
+    losses = [problem.pretrain_loss(params.leaves(theta), task) for task in (made, plain)]
+    assert torch.equal(*losses)
+    assert torch.equal(*(problem.per_sample_tail(theta, task)(aligned) for task in (made, plain)))
+    assert float(problem.regularizer(problem.designer(batch)).detach()) == pytest.approx(0.131 * 0.16 if "mask" in name else 0.0, abs=1e-6)
+
+
+@all_designers
+def test_learned_with_designer_lr_0_is_fixed_bit_for_bit(make, tmp_path, name):
+    problems = make(name), make(name)
+    frozen = Learned(OneStep(Cosine()), lambda parameters: torch.optim.Adam(parameters, lr=0.0), meta_every=2)
+    for problem, strategy, folder in zip(problems, (Fixed(), frozen), ("fixed", "learned"), strict=True):
+        train(problem, strategy, tmp_path / folder, 3)
+    fixed, learned = ({**problem.learner.state_dict(), **problem.teacher.state_dict()} for problem in problems)
+    assert [key for key in fixed if not torch.equal(fixed[key], learned[key])] == []
+
+
+@all_designers
+def test_a_learned_designer_leaves_the_recipe(make, tmp_path, name):
+    problem = make(name)
+    before = params.clone(params.named(problem.designer))
+    train(problem, Learned(OneStep(Cosine()), lambda p: torch.optim.Adam(p, lr=1e-2), meta_every=1), tmp_path, 3)
+    after = params.named(problem.designer)
+    assert params.is_finite(after)
+    assert all(not torch.equal(before[key], after[key]) for key in before if not key.endswith("bias"))
+
+
+@pytest.mark.parametrize("strategy", [Uniform, lambda: Greedy(2), lambda: GreedySelection(2)], ids=["uniform", "greedy", "selection"])
+@all_designers
+def test_controls_draw_from_the_designers_space(make, tmp_path, name, strategy):
+    problem = make(name)
+    train(problem, strategy(), tmp_path, 2)
+    assert params.is_finite(params.named(problem.learner))
+
+
+@all_designers
+def test_the_tail_is_the_loss_and_losses_are_pure(make, name):
+    problem = disturb(make(name))
+    theta, aligned, batch = scene(problem, double=False)
+    first, second = (problem.designer(batch) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True) if isinstance(a, torch.Tensor))
+    loss = problem.pretrain_loss(theta, first)
+    assert torch.equal(loss, problem.pretrain_loss(theta, second))
+    torch.testing.assert_close(problem.pretrain_tail(theta, first)(aligned), loss)
+    torch.testing.assert_close(problem.per_sample_tail(theta, first)(aligned).mean(), loss)
+    assert not torch.equal(loss, problem.pretrain_loss(theta, problem.recipe(batch)))
+
+
+def test_weights_make_the_loss_the_weighted_mean(make):
+    problem = disturb(make("selection"), scale=1.0)
+    theta, aligned, batch = scene(problem, double=False)
+    task = problem.designer(batch)
+    plain = problem.per_sample_tail(theta, task._replace(weights=None))(aligned)
+    assert task.weights.std() > 0.01
+    torch.testing.assert_close(problem.pretrain_loss(theta, task), (task.weights * plain).sum() / 4)
+
+
+@all_designers
+def test_pick_takes_every_part_of_each_image_from_the_task_that_is_named(make, name):
+    problem = make(name)
+    batch = next(iter(problem.pretrain_batches(0)))
+    tasks = problem.candidates(batch, 3)
+    which, sample = torch.tensor([2, 0, 1]), torch.tensor([1, 3, 0])
+    picked = problem.pick(tasks, which, sample)._asdict()
+    for field, value in picked.items():
+        for k in range(3):
+            source = getattr(tasks[which[k]], field)
+            if not isinstance(source, torch.Tensor):
+                assert value == source
+            elif field == "weights":
+                assert value[k] == source[sample[k]]
+            else:
+                assert torch.equal(value[:, k], source[:, sample[k]])
+
+
+FIGURES = {
+    "policy": {"policy"}, "global_policy": {"policy"}, "policy_mask": {"policy", "masks"}, "selection": {"selection"},
+    "prototypes": {"prototypes"},
+}  # fmt: skip
+
+
+@all_designers
+def test_figures(make, name):
+    problem = make(name)
+    problem.evaluate()
+    figures = problem.figures()
+    assert set(figures) == FIGURES[name] | {"predictions"}
+    assert all(picture.dtype == "uint8" and picture.ndim == 3 for picture in figures.values())
