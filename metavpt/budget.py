@@ -2,10 +2,11 @@
 
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 from metavpt.errors import MetaVPTError
+from metavpt.memory import PeakMemory
 
 UNITS = ("steps", "samples", "grad_evals", "seconds")
 UNCOUNTED = frozenset({"probe"})  # purposes that are timed but are no training
@@ -19,7 +20,7 @@ class Budget:
     grad_evals  forward and backward passes through the learner, on one batch each: its own steps and what designing tasks takes
     seconds     training time: data, task design and learner; probes, figures, checkpoints and reports are left out
 
-    Time is kept by purpose; `timed("designer")` inside `timed("learner")` stops the outer clock.
+    Time is kept by purpose; `timed("designer")` inside `timed("learner")` stops the outer clock. Peak memory is that of training too.
     """
 
     def __init__(
@@ -36,6 +37,7 @@ class Budget:
         self.samples = 0
         self.grad_evals = 0
         self.times: dict[str, float] = {}
+        self.memory = PeakMemory()
         self._clocks: list[list] = []
 
     @property
@@ -51,6 +53,12 @@ class Budget:
     def exhausted(self) -> bool:
         return self.progress >= 1.0
 
+    def check_first_step(self) -> None:
+        """After the first step: a limit that even this one overran is an error."""
+        for unit, limit in self.limits.items():
+            if (spent := getattr(self, unit)) > limit:
+                raise MetaVPTError(f"budget.{unit}={limit}: no step fits, the first one took {spent:.4g} {unit}")
+
     def charge(self, *, steps: int = 0, samples: int = 0, grad_evals: int = 0) -> None:
         self.steps += steps
         self.samples += samples
@@ -58,13 +66,14 @@ class Budget:
 
     @contextmanager
     def timed(self, purpose: str) -> Iterator[None]:
-        """Count the seconds inside towards `purpose`; "probe" is kept apart from the training time."""
+        """Count the seconds inside towards `purpose`; "probe" is kept apart from the time and the memory of training."""
         now = time.perf_counter()
         if self._clocks:
             self._stop(now)
         self._clocks.append([purpose, now])
         try:
-            yield
+            with self.memory.paused() if purpose in UNCOUNTED else nullcontext():
+                yield
         finally:
             now = time.perf_counter()
             self._stop(now)
@@ -77,8 +86,9 @@ class Budget:
         self.times[purpose] = self.times.get(purpose, 0.0) + now - since
 
     def state_dict(self) -> dict[str, Any]:
-        return {"steps": self.steps, "samples": self.samples, "grad_evals": self.grad_evals, "times": dict(self.times)}
+        counters = {"steps": self.steps, "samples": self.samples, "grad_evals": self.grad_evals}
+        return {**counters, "times": dict(self.times), "peak_memory": self.memory.peak}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.steps, self.samples, self.grad_evals = state["steps"], state["samples"], state["grad_evals"]
-        self.times = dict(state["times"])
+        self.times, self.memory.earlier = dict(state["times"]), state["peak_memory"]

@@ -15,7 +15,7 @@ from metavpt.errors import MetaVPTError
 class Checkpoints:
     """The `keep` newest states of a run in `folder`, one file `step-00000123.pt` each.
 
-    A file is written beside its place, flushed to the disk and then moved there, so that a run killed at any moment leaves only whole ones.
+    A file is written beside its place, flushed to the disk and then moved there, so a run killed at any moment leaves only whole ones.
     Reading never runs code from the file (`weights_only=True`).
     """
 
@@ -25,12 +25,7 @@ class Checkpoints:
     def save(self, step: int, state: dict[str, Any]) -> Path:
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / f"step-{step:08d}.pt"
-        partial = path.with_suffix(".partial")
-        with partial.open("wb") as file:
-            torch.save({"step": step, "random": random_state(), **state}, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
+        write(path, {"step": step, "random": random_state(), **state})
         for old in self.paths()[: -self.keep]:
             old.unlink()
         return path
@@ -47,9 +42,22 @@ class Checkpoints:
 
     def load(self, path: Path | None = None) -> dict[str, Any]:
         """The state in `path`, by default the newest; also sets the random number generators as they were."""
-        state = read(path or self.newest())
+        path = path or self.newest()
+        state = read(path)
+        if "random" not in state:
+            raise MetaVPTError(f"{path}: not a checkpoint of a metavpt run")
         set_random_state(state.pop("random"))
         return state
+
+
+def write(path: Path, state: dict[str, Any]) -> None:
+    """`state` in `path`, whole or not at all."""
+    partial = path.with_suffix(".partial")
+    with partial.open("wb") as file:
+        torch.save(state, file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -60,7 +68,7 @@ def read(path: Path) -> dict[str, Any]:
         raise MetaVPTError(f"{path}: no such checkpoint") from None
     except Exception as error:
         raise MetaVPTError(f"{path}: not a readable checkpoint ({type(error).__name__}); delete it to resume from an earlier one") from None
-    if not isinstance(state, dict) or "random" not in state:
+    if not isinstance(state, dict):
         raise MetaVPTError(f"{path}: not a checkpoint of a metavpt run")
     return state
 

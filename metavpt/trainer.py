@@ -10,6 +10,7 @@ from metavpt import params
 from metavpt.budget import Budget
 from metavpt.checkpoint import Checkpoints
 from metavpt.errors import MetaVPTError, NonFiniteError
+from metavpt.probes.first_order import Before, FirstOrderProbe
 from metavpt.problem import Problem
 from metavpt.runlog import RunLog
 from metavpt.schedule import WarmupCosine
@@ -23,6 +24,8 @@ class Trainer:
     The learner's parameters and their `.grad` are written in `step` alone, and there only by the pretraining loss of a detached task.
 
     head_warmup_steps   first steps that train `problem.warm_up_parameters()` only: fresh SSL heads on a released backbone
+    head_warmup_lr      peak learning rate of these steps; None: the optimizer's, which a released backbone wants low
+    first_order_every   steps between two measurements of how well first-order value predicts a step; 0: none
     max_failures        steps in a row with a non-finite loss or gradient, each one skipped, after which the run stops
     """
 
@@ -38,17 +41,22 @@ class Trainer:
         weight_decay: float = 0.04,
         clip_norm: float = 1.0,
         head_warmup_steps: int = 0,
+        head_warmup_lr: float | None = None,
         seed: int = 0,
         log_every: int = 10,
         probe_every: int = 0,
         checkpoint_every: int = 0,
+        first_order_every: int = 0,
         max_failures: int = 10,
     ) -> None:
         self.problem, self.strategy, self.budget, self.log, self.checkpoints = problem, strategy, budget, log, checkpoints
         self.schedule = schedule or WarmupCosine()
-        self.clip_norm, self.head_warmup_steps, self.max_failures = clip_norm, head_warmup_steps, max_failures
+        self.clip_norm, self.max_failures = clip_norm, max_failures
+        self.head_warmup_steps, self.head_warmup_lr = head_warmup_steps, head_warmup_lr
         self.log_every, self.probe_every, self.checkpoint_every = log_every, probe_every, checkpoint_every
+        self.first_order_every = first_order_every
         self.num_failures = 0
+        self.metrics: dict[str, float] = {}  # of the last measurement
         strategy.start(problem)
         groups = self._parameter_groups(weight_decay)
         self.optimizer = optimizer(groups) if optimizer else torch.optim.AdamW(groups, lr=1e-4)
@@ -59,20 +67,30 @@ class Trainer:
             meta=Stream(problem.meta_batches, first + 300_000, "meta_batches"),
             feedback=Stream(problem.feedback_batches, first + 600_000, "feedback_batches"),
         )
+        self.first_order = FirstOrderProbe(problem, first + 800_000)
 
     def run(self) -> None:
         """From where the run stands to the end of the budget; step 0 is measured before anything is trained."""
-        if self.budget.steps == 0:
-            self._probe()
+        if self.budget.steps == 0 and not self.metrics:
+            self.measure()
+        self.budget.memory.restart()
         with self.log.progress(self.budget):
             while not self.budget.exhausted:
                 self.step()
+                if self.budget.steps == 1:
+                    self.budget.check_first_step()
                 if self.probe_every and self.budget.steps % self.probe_every == 0 and not self.budget.exhausted:
-                    self._probe()
+                    self.measure()
                 if self.checkpoint_every and self.budget.steps % self.checkpoint_every == 0:
                     self.save()
-        self._probe()
+        self.measure()
         self.save()
+
+    def start_from(self, problem_state: dict[str, Any], metrics: dict[str, float]) -> None:
+        """Begin where another run ended: its learner and what belongs to it, and `metrics` as step 0."""
+        self.problem.load_state_dict(problem_state)
+        self.log.write("probe", 0, metrics=metrics)
+        self.metrics = metrics
 
     def resume(self) -> None:
         """Go on from the newest checkpoint."""
@@ -85,6 +103,13 @@ class Trainer:
         except (RuntimeError, KeyError, ValueError, AttributeError) as error:
             reason = " ".join(str(error).split())[:200]
             raise MetaVPTError(f"{path}: is the checkpoint of another model or configuration ({reason})") from error
+
+    def measure(self) -> None:
+        """Probe metrics and figures of the learner as it is."""
+        with self.budget.timed("probe"):
+            self.metrics = self.problem.evaluate()
+            self.log.write("probe", self.budget.steps, metrics=self.metrics)
+            self.log.save_figures(self.budget.steps, self.problem.figures())
 
     def step(self) -> None:
         """1. a task from the strategy  2. its pretraining loss  3. the learner's optimizer  4. the state that follows (EMA, centre)."""
@@ -100,7 +125,9 @@ class Trainer:
             loss = loss.detach()
             grad_norm = torch.nn.utils.clip_grad_norm_(theta.values(), self.clip_norm)
             if torch.isfinite(grad_norm) and torch.isfinite(loss):
+                before = self._before_step()
                 self.optimizer.step()
+                self._after_step(before)
                 self.problem.after_step(proposal.task, self.budget.progress)
                 self.num_failures = 0
             else:
@@ -133,7 +160,9 @@ class Trainer:
         factor = self.schedule(self.budget.steps, self.budget.progress)
         warming_up = self.budget.steps < self.head_warmup_steps
         for group, peak_lr in zip(self.optimizer.param_groups, self.peak_lr, strict=True):
-            group["lr"] = 0.0 if warming_up and not group["warm"] else peak_lr * factor
+            if warming_up:
+                peak_lr = (self.head_warmup_lr or peak_lr) if group["warm"] else 0.0
+            group["lr"] = peak_lr * factor
 
     def _skip(self, loss: float, grad_norm: float) -> None:
         self.num_failures += 1
@@ -143,6 +172,17 @@ class Trainer:
                 f"the pretraining loss or its gradient was not finite for {self.num_failures} steps in a row; "
                 "lower the learning rate (trainer.optimizer.lr) or look at the data"
             )
+
+    def _before_step(self) -> Before | None:
+        if not self.first_order_every or (self.budget.steps + 1) % self.first_order_every:
+            return None
+        with self.budget.timed("probe"):
+            return self.first_order.before(self.optimizer)
+
+    def _after_step(self, before: Before | None) -> None:
+        if before is not None:
+            with self.budget.timed("probe"):
+                self.log.write("first_order", self.budget.steps + 1, **self.first_order.after(before))
 
     def _log_train(self, loss: float, grad_norm: float) -> None:
         budget = self.budget
@@ -159,11 +199,6 @@ class Trainer:
         )
         self.log.write("time", budget.steps, seconds=dict(budget.times))
 
-    def _probe(self) -> None:
-        with self.budget.timed("probe"):
-            self.log.write("probe", self.budget.steps, metrics=self.problem.evaluate())
-            self.log.save_figures(self.budget.steps, self.problem.figures())
-
     def state_dict(self) -> dict[str, Any]:
         return {
             "problem": self.problem.state_dict(),
@@ -171,6 +206,7 @@ class Trainer:
             "strategy": self.strategy.state_dict(),
             "streams": {name: stream.state_dict() for name, stream in self.streams._asdict().items()},
             "budget": self.budget.state_dict(),
+            "first_order": self.first_order.state_dict(),
             "log": self.log.state_dict(),
             "num_failures": self.num_failures,
         }
@@ -182,5 +218,6 @@ class Trainer:
         for name, stream in self.streams._asdict().items():
             stream.load_state_dict(state["streams"][name])
         self.budget.load_state_dict(state["budget"])
+        self.first_order.load_state_dict(state["first_order"])
         self.log.load_state_dict(state["log"])
         self.num_failures = state["num_failures"]

@@ -67,4 +67,4 @@ def test_no_checkpoint_a_torn_one_and_a_foreign_one_are_named(tmp_path):
         read(path)
     torch.save({"weights": torch.zeros(1)}, path)
     with pytest.raises(MetaVPTError, match="not a checkpoint of a metavpt run"):
-        read(path)
+        Checkpoints(tmp_path).load()

@@ -1,0 +1,106 @@
+"""How well the first-order value of a learner's step predicts what the step does to feedback that was held out."""
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch.optim import Optimizer
+
+from metavpt import params
+from metavpt.hypergradient import downstream
+from metavpt.params import Params
+from metavpt.problem import Problem
+from metavpt.strategies import aligned_names
+from metavpt.stream import Stream
+
+
+class Before(NamedTuple):
+    """What is known of a step before it is taken."""
+
+    theta: Params
+    g_down: Params
+    plain: float
+    labelled: Any
+    loss: float
+    held_out: Any
+    held_out_loss: float
+
+
+class FirstOrderProbe:
+    """Change of the feedback loss in one step of the learner, predicted on one labelled batch and realised on a held-out one.
+
+        realised            L(theta') - L(theta) on the held-out batch
+        realised_same       the same on the batch that g_down was taken on: what is left of curvature once noise is out
+        predicted           <g_down, theta' - theta>, the learner's real optimizer, all parameters
+        predicted_aligned   the same on theta_S alone
+        predicted_plain     -lr <g_down, g_pre> on theta_S: the paper's value (section 5 of arXiv 2601.22108 reports r = 0.657)
+
+    Heads are fitted for the probe alone and the strategy's own are put back, so that measuring changes no run.
+    """
+
+    def __init__(self, problem: Problem, seed: int) -> None:
+        self.problem = problem
+        self.feedback = Stream(problem.feedback_batches, seed, "feedback_batches")
+        self.held_out = Stream(problem.held_out_batches, seed + 100_000, "held_out_batches")
+        self._heads: dict[str, Any] = {}
+
+    def before(self, optimizer: Optimizer) -> Before:
+        """To be called with the step's gradients in place, before the optimizer takes it."""
+        live = params.named(self.problem.learner)
+        theta = {name: p.detach().clone() for name, p in live.items()}
+        labelled, held_out = next(self.feedback), next(self.held_out)
+        with self._own_heads():
+            self.problem.fit_heads()
+            loss, g_down = downstream(lambda t: self.problem.feedback_loss(t, labelled), theta)
+            held_out_loss = self._loss(theta, held_out)
+        lr = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
+        aligned = aligned_names(self.problem, theta)
+        plain = -sum(lr[id(p)] * float((g_down[name] * p.grad).sum()) for name in aligned if (p := live[name]).grad is not None)
+        return Before(theta, g_down, plain, labelled, loss, held_out, held_out_loss)
+
+    def after(self, before: Before) -> dict[str, float]:
+        """The record of the step, once it is taken."""
+        live = params.named(self.problem.learner)
+        change = {name: p.detach() - before.theta[name] for name, p in live.items()}
+        aligned = aligned_names(self.problem, change)
+        with self._own_heads():
+            realised = self._loss(live, before.held_out) - before.held_out_loss
+            same = self._loss(live, before.labelled) - before.loss
+        return {
+            "realised": realised,
+            "realised_same": same,
+            "predicted": float(params.dot(before.g_down, change)),
+            "predicted_aligned": sum(float((before.g_down[name] * change[name]).sum()) for name in aligned),
+            "predicted_plain": before.plain,
+        }
+
+    @torch.no_grad()
+    def _loss(self, theta: Params, batch: Any) -> float:
+        return float(self.problem.feedback_loss(theta, batch))
+
+    @contextmanager
+    def _own_heads(self) -> Iterator[None]:
+        theirs = self._head_state()
+        self._load_heads(self._heads)
+        try:
+            yield
+        finally:
+            self._heads = self._head_state()
+            self._load_heads(theirs)
+
+    def _head_state(self) -> dict[str, Any]:
+        return {name: copy.deepcopy(getattr(self.problem, name).state_dict()) for name in self.problem.heads()}
+
+    def _load_heads(self, state: dict[str, Any]) -> None:
+        for name, value in state.items():
+            getattr(self.problem, name).load_state_dict(value)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"feedback": self.feedback.state_dict(), "held_out": self.held_out.state_dict(), "heads": self._heads}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.feedback.load_state_dict(state["feedback"])
+        self.held_out.load_state_dict(state["held_out"])
+        self._heads = state["heads"]
