@@ -14,6 +14,13 @@ from rich.markup import escape
 
 from metavpt.errors import MetaVPTError
 
+PLUGINS = {  # choices that come with a package of their own -> the extra that installs it
+    "hydra/sweeper/optuna": "optuna",
+    "hydra/launcher/joblib": "joblib",
+    "hydra/launcher/submitit_local": "slurm",
+    "hydra/launcher/submitit_slurm": "slurm",
+}
+
 
 def run_command(main: Callable[[], None]) -> None:
     """Run `main`, a hydra entry point, with its own errors reported as `reporting` does."""
@@ -50,18 +57,21 @@ def _user_error(error: BaseException) -> str | None:
     if isinstance(error, ConfigCompositionException):
         return _unknown_key([str(link) for link in chain])
     if isinstance(error, InstantiationException):
-        unexpected = next((str(link) for link in chain if "unexpected keyword argument" in str(link)), None)
-        return unexpected.splitlines()[0] if unexpected else str(error).splitlines()[0] if "locating target" in str(error) else None
+        blamed = ("unexpected keyword argument", "locating target")
+        lines = [line for link in reversed(chain) for line in str(link).splitlines()]  # the innermost first: it names what is wrong
+        return next((line for line in lines if any(words in line for words in blamed)), None)
     return str(error).splitlines()[0]
 
 
 def _missing_config(message: str) -> str:
     """`problem=foo` -> the nearest of the names that exist."""
-    asked = re.search(r"Could not find '([^']+)/([^']+)'", message)
+    asked = re.search(r"Could not (?:find|load) '([^']+)/([^']+)'", message)
     options = re.findall(r"^\t(\S+)$", message, flags=re.MULTILINE)
     if not asked:
         return message.splitlines()[0]
     group, name = asked.groups()
+    if extra := PLUGINS.get(f"{group}/{name}"):
+        return f"{group}={name} comes with a package that is not installed; pip install 'metavpt[{extra}]'"
     near = difflib.get_close_matches(name, options, n=1)
     hint = f"did you mean {group}={near[0]}?" if near else ""
     return f"{group}={name}: no such choice; {hint} known: {', '.join(options)}".replace(";  ", "; ")

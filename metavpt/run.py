@@ -1,11 +1,13 @@
-"""python -m metavpt.run problem=dino_nyuv2 [strategy=...] [seed=0] [resume=true]: one run, from step 0 to its report."""
+"""python -m metavpt.run problem=dino_nyuv2 [strategy=...] [seed=0] [resume=true]: one run, from step 0 to its report; with -m a sweep."""
 
+import math
 import shutil
 from pathlib import Path
 
 import hydra
 import torch
 from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
@@ -13,60 +15,100 @@ from rich.console import Console
 from metavpt import report, runfolder, summary
 from metavpt.checkpoint import Checkpoints
 from metavpt.command import reporting, run_command
+from metavpt.errors import MetaVPTError, NonFiniteError
 from metavpt.runlog import RunLog
+from metavpt.sweep import Objective
 from metavpt.trainer import Trainer
+
+NOT_CONFIGURATION = ("resume", "output", "objective", "tracker")  # does not change what a run comes to
 
 
 def build(cfg: DictConfig, folder: Path, console: Console) -> Trainer:
     """The trainer that `cfg` describes, with its log and checkpoints in `folder`; weights are drawn from `cfg.seed`."""
+    log = RunLog(folder, console, {name: instantiate(tracker) for name, tracker in (cfg.get("tracker") or {}).items()})
     torch.manual_seed(cfg.seed)
     problem = instantiate(cfg.problem, _convert_="all")
     problem.to(cfg.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    return instantiate(
+    trainer = instantiate(
         cfg.trainer,
         problem=problem,
         strategy=instantiate(cfg.strategy),
         budget=instantiate(cfg.budget),
-        log=RunLog(folder, console),
+        log=log,
         checkpoints=Checkpoints(folder / "checkpoints"),
         seed=cfg.seed,
     )
+    log.start_trackers(OmegaConf.to_container(cfg, resolve=True))  # type: ignore[arg-type]
+    return trainer
 
 
-def run(cfg: DictConfig) -> Path:
-    """Train, print the table of step 0 against the end, write the report; the folder of the run."""
+def run(cfg: DictConfig) -> float | None:
+    """Train, print the table of step 0 against the end, write the report; the value of `cfg.objective`, None without one."""
     console = Console()
+    objective = Objective.parse(cfg.objective)
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
-    output = Path(cfg.output) if cfg.output else None
-    parent = Path(cfg.runs)
-    config = OmegaConf.to_yaml(OmegaConf.masked_copy(cfg, [str(key) for key in cfg if key not in ("resume", "output")]), resolve=True)
-    choices = HydraConfig.get().runtime.choices
-    name = f"{choices['problem']}-{choices['strategy']}-seed{cfg.seed}"
-    if cfg.resume:
-        folder = runfolder.find(output, parent, config)
-    else:
-        folder = runfolder.create(output, parent, name)
-        (folder / "config.yaml").write_text(config)
-        runfolder.write_environment(folder, cfg.seed)
-    try:
-        trainer = build(cfg, folder, console)
-        if cfg.resume:
-            trainer.resume()
-        trainer.run()
-    except BaseException:
-        if not (folder / "metrics.jsonl").exists():
-            shutil.rmtree(folder)  # a run that never began leaves nothing behind
-        raise
+    folder, resume = _folder(cfg)
+    metrics = _train(cfg, folder, resume, objective, console)
     console.print(summary.table(folder))
     console.print(f"report: {report.write_report(folder)}")
-    return folder
+    return objective(metrics) if objective else None
+
+
+def _train(cfg: DictConfig, folder: Path, resume: bool, objective: Objective | None, console: Console) -> dict[str, float]:
+    """The metrics at the end. A run that fails before its first step leaves nothing behind."""
+    trainer: Trainer | None = None
+    try:
+        trainer = build(cfg, folder, console)
+        if trainer.checkpoints and trainer.checkpoints.paths():
+            trainer.resume()
+        else:
+            trainer.log.path.unlink(missing_ok=True)  # of an attempt that reached no checkpoint
+            trainer.measure()
+        if objective and trainer.metrics:
+            objective(trainer.metrics)  # a name that no probe has is known before the training, not after it
+        trainer.run()
+        return trainer.metrics
+    except BaseException:
+        if not resume and (trainer is None or not trainer.budget.steps):
+            shutil.rmtree(folder)
+        raise
+    finally:
+        if trainer is not None:
+            trainer.log.close()
+
+
+def _folder(cfg: DictConfig) -> tuple[Path, bool]:
+    """The folder of the run, and whether one is continued there. A job of a sweep has its own in the sweep's."""
+    hydra_cfg = HydraConfig.get()
+    output, resume = Path(cfg.output) if cfg.output else None, cfg.resume
+    if hydra_cfg.mode is RunMode.MULTIRUN:
+        if output:
+            raise MetaVPTError(f"output={output}: the runs of a sweep cannot share a folder; name that of the sweep with hydra.sweep.dir=")
+        if not cfg.objective and not hydra_cfg.sweeper._target_.endswith(".BasicSweeper"):
+            raise MetaVPTError("objective=null: this sweeper minimises a metric; name it, as in objective=ridge/depth_rmse")
+        output = Path(hydra_cfg.runtime.output_dir)
+        resume = resume and (output / "config.yaml").is_file()  # the jobs that an interrupted sweep never reached begin
+    config = OmegaConf.to_yaml(OmegaConf.masked_copy(cfg, [str(key) for key in cfg if key not in NOT_CONFIGURATION]), resolve=True)
+    if resume:
+        return runfolder.find(output, Path(cfg.runs), config), True
+    name = f"{hydra_cfg.runtime.choices['problem']}-{hydra_cfg.runtime.choices['strategy']}-seed{cfg.seed}"
+    folder = runfolder.create(output, Path(cfg.runs), name)
+    (folder / "config.yaml").write_text(config)
+    runfolder.write_environment(folder, cfg.seed)
+    return folder, False
 
 
 @hydra.main(version_base="1.3", config_path="pkg://metavpt.configs", config_name="run")
-def main(cfg: DictConfig) -> None:
+def main(cfg: DictConfig) -> float | None:
     with reporting():
-        run(cfg)
+        try:
+            return run(cfg)
+        except (NonFiniteError, torch.OutOfMemoryError) as error:
+            if HydraConfig.get().mode is not RunMode.MULTIRUN:
+                raise
+            Console(stderr=True, soft_wrap=True).print(f"[yellow]this job of the sweep failed: {error}[/yellow]")
+            return math.inf  # an outcome of the values that were tried: the sweep goes on
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 import json
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -14,26 +14,43 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from metavpt.budget import Budget
+from metavpt.errors import MetaVPTError
+from metavpt.trackers import Tracker
 
 
 class RunLog:
-    """Appends one JSON object a line to `folder`/metrics.jsonl and shows progress on `console`.
+    """Appends one JSON object a line to `folder`/metrics.jsonl, shows progress on `console`, passes numbers and figures on to `trackers`.
 
     A checkpoint holds the length of the file; loading it cuts off what came later, so a resumed run logs every step once.
+    A tracker that fails is left out from then on, with a warning: the run is worth more.
     """
 
-    def __init__(self, folder: Path, console: Console | None = None) -> None:
+    def __init__(self, folder: Path, console: Console | None = None, trackers: Mapping[str, Tracker] | None = None) -> None:
         self.folder = folder
         self.path = folder / "metrics.jsonl"
         self.console = console or Console(quiet=True)
+        self.trackers = dict(trackers or {})
+        self._step = 0
         self._bar: Progress | None = None
         self._shown: dict[str, float] = {}
+
+    def start_trackers(self, config: dict[str, Any]) -> None:
+        """Raises MetaVPTError where one does not start: a server or an account is then better mended before the run than after it."""
+        for name, tracker in self.trackers.items():
+            try:
+                tracker.start(config, self.folder)
+            except Exception as error:
+                raise MetaVPTError(f"tracker={name}: does not start ({_line(error)})") from error
 
     def write(self, kind: str, step: int, **values: Any) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         with self.path.open("a") as file:
             file.write(json.dumps({"kind": kind, "step": step, **{name: _jsonable(value) for name, value in values.items()}}) + "\n")
         self._shown.update({name: values[name] for name in ("loss", "value") if name in values})
+        self._step = step
+        numbers = dict(_numbers(kind, values))
+        if numbers:
+            self._track(lambda tracker: tracker.log(step, numbers))
 
     def warn(self, step: int, message: str) -> None:
         self.write("warning", step, message=message)
@@ -49,6 +66,21 @@ class RunLog:
             path = self.folder / "figures" / f"{name}-step{step:06d}.png"
             path.parent.mkdir(exist_ok=True)
             Image.fromarray(pixels).save(path)
+        for name, pixels in figures.items():
+            self._track(lambda tracker, name=name, pixels=pixels: tracker.figure(name, step, pixels))
+
+    def close(self) -> None:
+        """Let the trackers finish what they hold back; nothing is tracked after it."""
+        self._track(lambda tracker: tracker.close())
+        self.trackers.clear()
+
+    def _track(self, send: Callable[[Tracker], None]) -> None:
+        for name, tracker in list(self.trackers.items()):
+            try:
+                send(tracker)
+            except Exception as error:
+                del self.trackers[name]
+                self.warn(self._step, f"tracker {name} failed and is left out from here on ({_line(error)})")
 
     @contextmanager
     def progress(self, budget: Budget) -> Iterator[None]:
@@ -80,3 +112,16 @@ def _jsonable(value: Any) -> Any:
     if isinstance(value, dict):
         return {name: _jsonable(item) for name, item in value.items()}
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _numbers(kind: str, values: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
+    """<kind>/<name> of every finite number, also of those a level down: the metrics of a probe, the seconds of each purpose."""
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _numbers(kind, value)
+        elif isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
+            yield f"{kind}/{name}", float(value)
+
+
+def _line(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
