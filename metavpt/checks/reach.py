@@ -7,6 +7,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from metavpt import params
 from metavpt.checks.finding import Finding, listed
 from metavpt.checks.scene import Scene, random_direction, relative_error
+from metavpt.linear_product import LinearLoss
 from metavpt.params import Params
 from metavpt.products import value_and_gradient
 
@@ -71,18 +72,21 @@ def _feedback(scene: Scene) -> Finding:
 def tail(scene: Scene) -> Finding:
     """pretrain_tail(theta, task)(theta_s) == pretrain_loss({**theta, **theta_s}, task), and their gradients, for a theta_s beside theta_S.
 
-    Beside it: a tail that keeps the theta_S that it was made with is right there alone.
+    Beside it: a tail that keeps the theta_S that it was made with is right there alone. A `LinearLoss` is made there too: what its targets
+    take from the learner is fixed with it.
     """
+    theta_s = params.add(scene.aligned, random_direction(scene.aligned, seed=2))
     with torch.no_grad():
         task = scene.task()
         with scene.around():
             tail_loss = scene.problem.pretrain_tail(scene.theta, task)
+            if isinstance(tail_loss, LinearLoss):
+                tail_loss = scene.problem.pretrain_tail({**scene.theta, **theta_s}, task)
 
     def by_tail(theta_s: Params) -> Tensor:
         with scene.around():
             return tail_loss(theta_s)
 
-    theta_s = params.add(scene.aligned, random_direction(scene.aligned, seed=2))
     value, gradient = value_and_gradient(by_tail, theta_s)
     true_value, true_gradient = value_and_gradient(lambda theta: scene.pretrain(theta, task), theta_s)
     by_value = float((value - true_value).abs() / true_value.abs().clamp_min(1e-12))

@@ -12,6 +12,7 @@ from torch.func import functional_call
 from metavpt import params
 from metavpt.checks import copies, modes
 from metavpt.hypergradient import Estimator, Hypergradient, InnerLoss, OneStep
+from metavpt.linear_product import DirectionalDerivative, LinearLoss
 from metavpt.optimizers import Update
 from metavpt.params import Params
 from metavpt.problem import Problem
@@ -93,6 +94,8 @@ class Scene:
         def at_phi(phi: Params) -> Callable[[Params], Tensor]:
             with self.around():
                 tail = inner(phi)
+            if isinstance(tail, LinearLoss):
+                return _LinearUnder(tail, self.around)  # shows what it is to products that need to know
 
             def at_theta(theta_s: Params) -> Tensor:
                 with self.around():
@@ -109,6 +112,26 @@ class Scene:
     def one_step(self, product: Product) -> Params:
         """-d<g_down, g_pre>/dphi by `product`, all in this scene's dtype."""
         return self.estimate(OneStep(product=product)).by_phi
+
+
+@dataclass(frozen=True)
+class _LinearUnder:
+    """A `LinearLoss` with `around` entered around every evaluation."""
+
+    loss: LinearLoss
+    around: Callable[[], AbstractContextManager[Any]]
+
+    @property
+    def targets(self) -> Tensor:
+        return self.loss.targets
+
+    def __call__(self, theta: Params) -> Tensor:
+        with self.around():
+            return self.loss(theta)
+
+    def slopes(self, theta: Params, w: Params, derivative: DirectionalDerivative, absolute: bool = True) -> Tensor:
+        with self.around():
+            return self.loss.slopes(theta, w, derivative, absolute)
 
 
 def random_direction(phi: Params, seed: int, scale: float = 0.02) -> Params:

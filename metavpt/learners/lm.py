@@ -1,0 +1,163 @@
+"""Causal language models from transformers, cut in two so that the last layers can be run again without the first: trunk and tail."""
+
+import copy
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from peft import PeftModel
+from torch import Tensor, nn
+from torch.func import functional_call
+from transformers import LlamaForCausalLM, PreTrainedModel, Qwen2ForCausalLM, Qwen3ForCausalLM
+
+from metavpt import params
+from metavpt.data.tokens import PADDING, TokenBatch
+from metavpt.errors import MetaVPTError
+from metavpt.params import Params
+
+SUPPORTED = (LlamaForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM)
+
+
+class Hidden(NamedTuple):
+    """What the trunk hands to the tail."""
+
+    states: Tensor  # (B, T, D)
+    rope: tuple[Tensor, Tensor]  # cosine and sine of the rotary positions, (B, T, D / heads) each
+    mask: Tensor | None  # (B, 1, T, T), True where the row's token sees the column's; None: all earlier ones
+
+    def detach(self) -> "Hidden":
+        return self._replace(states=self.states.detach())
+
+
+class Trunk(nn.Module):
+    """Tokens -> Hidden: the embedding and the first layers, under transformers' own names and indices."""
+
+    def __init__(self, model: nn.Module, num_layers: int) -> None:
+        super().__init__()
+        self.embed_tokens: Any = model.embed_tokens
+        self.rotary_emb: Any = model.rotary_emb
+        self.layers = nn.ModuleDict({str(i): layer for i, layer in enumerate(_layers(model)) if i < num_layers})
+
+    def forward(self, batch: TokenBatch) -> Hidden:
+        embedded = self.embed_tokens(batch.tokens)
+        hidden = Hidden(embedded, self.rotary_emb(embedded, batch.positions), document_mask(batch.documents))
+        return hidden._replace(states=_run(self.layers, hidden))
+
+
+class Tail(nn.Module):
+    """Hidden -> states (B, T, D): the last layers and the final norm.
+
+    Hidden is a tuple, which `functional_call` would unpack: call it as `functional_call(tail, theta, (hidden,))`.
+    """
+
+    def __init__(self, model: nn.Module, num_layers: int) -> None:
+        super().__init__()
+        layers = _layers(model)
+        first = len(layers) - num_layers
+        self.layers = nn.ModuleDict({str(i): layer for i, layer in enumerate(layers) if i >= first})
+        self.norm: Any = model.norm
+
+    def forward(self, hidden: Hidden) -> Tensor:
+        return self.norm(_run(self.layers, hidden))
+
+
+def _layers(model: Any) -> nn.ModuleList:
+    return model.layers
+
+
+def _run(layers: nn.ModuleDict, hidden: Hidden) -> Tensor:
+    states = hidden.states
+    for layer in layers.values():
+        states = layer(states, attention_mask=hidden.mask, position_embeddings=hidden.rope)
+    return states
+
+
+def document_mask(documents: Tensor) -> Tensor | None:
+    """Block-diagonal causal mask (B, 1, T, T), True where t sees s: same document, s <= t. None where causal alone is enough.
+
+    That is one document a row: padding, on its right, is seen by nothing. Without a mask attention runs in its faster causal kernel.
+    """
+    if bool(((documents == documents[:, :1]) | (documents == PADDING)).all()):
+        return None
+    return (documents[:, :, None] == documents[:, None, :]).tril()[:, None]
+
+
+class LanguageModel(nn.Module):
+    """Tokens -> states (B, T, D) after the final norm; logits are states @ unembedding^T, which losses take a few tokens at a time.
+
+    model       a Llama, Qwen2 or Qwen3 from transformers, or one with LoRA adapters (peft); its modules are taken over, not copied
+    tail_layers how many last layers stand, with the final norm, in the tail
+
+    A pure function of its parameters: nothing random, no buffer moved. `width` is D.
+    """
+
+    def __init__(self, model: PreTrainedModel | PeftModel, tail_layers: int = 2) -> None:
+        super().__init__()
+        whole: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+        _check_supported(whole)
+        self.num_layers: int = whole.config.num_hidden_layers
+        if not 1 <= tail_layers <= self.num_layers:
+            raise MetaVPTError(f"tail_layers={tail_layers} is out of range: the model has {self.num_layers} layers")
+        self.trunk = Trunk(whole.model, self.num_layers - tail_layers)
+        self.tail = Tail(whole.model, tail_layers)
+        self.tied = whole.lm_head.weight is whole.model.embed_tokens.weight
+        if not self.tied:
+            self.lm_head: Any = whole.lm_head
+        self.width: int = whole.config.hidden_size
+        self.vocab_size: int = whole.config.vocab_size
+        self.max_length: int = whole.config.max_position_embeddings
+        # in tuples: as attributes they would bring every parameter in under a second name
+        self._whole, self._saved = (whole,), (model,)
+
+    @property
+    def transformers_model(self) -> Any:
+        """The same weights as a transformers model, for `generate`."""
+        return self._whole[0]
+
+    def forward(self, batch: TokenBatch) -> Tensor:
+        return self.tail(self.trunk(batch))
+
+    def logits(self, batch: TokenBatch) -> Tensor:
+        """(B, T, V), all at once: for small batches."""
+        return self(batch) @ self.unembedding({}).T
+
+    def hidden(self, theta: Params, batch: TokenBatch) -> Hidden:
+        """The trunk with the parameters theta."""
+        return functional_call(self.trunk, params.subset(theta, "trunk."), (batch,))
+
+    def states(self, theta: Params, hidden: Hidden) -> Tensor:
+        """The tail with the parameters theta, (B, T, D)."""
+        return functional_call(self.tail, params.subset(theta, "tail."), (hidden,))
+
+    def unembedding(self, theta: Params) -> Tensor:
+        """(V, D): theta's own where it is trained, and the embedding where the two are tied."""
+        name = "trunk.embed_tokens.weight" if self.tied else "lm_head.weight"
+        return theta[name] if name in theta else self.get_parameter(name)
+
+    def aligned_parameters(self) -> list[str]:
+        """The trained parameters of the tail: its layers and the final norm, or its adapters."""
+        return [name for name in params.named(self) if name.startswith("tail.")]
+
+    def save(self, folder: str | Path) -> None:
+        """A transformers model folder, adapters merged; load it with `AutoModelForCausalLM.from_pretrained`."""
+        (model,) = self._saved
+        merged: Any = copy.deepcopy(model).merge_and_unload() if isinstance(model, PeftModel) else model
+        merged.save_pretrained(folder)
+
+
+def _check_supported(model: Any) -> None:
+    name = type(model).__name__
+    if not isinstance(model, SUPPORTED):
+        raise MetaVPTError(f"{name}: supported language models are {', '.join(kind.__name__ for kind in SUPPORTED)}")
+    config = model.config
+    if "sliding_attention" in (getattr(config, "layer_types", None) or ()):
+        raise MetaVPTError(f"{name}: has sliding-window layers (use_sliding_window), which trunk and tail do not mask; turn them off")
+    # These two scale their frequencies by the longest sequence seen: state that moves inside a loss.
+    kind = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
+    if kind in ("dynamic", "longrope"):
+        raise MetaVPTError(f"{name}: rope_type={kind} changes with the data it has seen; choose default, linear, yarn or llama3")
+    # Losses are evaluated many times a step and differentiated by differences: the forward pass must draw nothing.
+    random = [path for path, module in model.named_modules() if isinstance(module, nn.Dropout) and module.p]
+    if random or config.attention_dropout:
+        raise MetaVPTError(f"{name}: {random[0] if random else 'attention_dropout'} is random in the forward pass; leave dropout at 0")
+    if model.config._attn_implementation != "sdpa":
+        raise MetaVPTError(f"{name}: attn_implementation={model.config._attn_implementation}; load the model with 'sdpa'")

@@ -1,0 +1,90 @@
+"""Where a language model comes from: the hub, a folder, a GGUF file, or random weights; with LoRA adapters or without."""
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.utils.logging import disable_progress_bar
+
+from metavpt.errors import MetaVPTError
+from metavpt.learners.lm import LanguageModel
+
+PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+@dataclass(frozen=True)
+class LoRA:
+    """W + alpha / rank * B A for each of `target_modules`, B zero at first; all else is frozen (arXiv 2106.09685).
+
+    Without dropout: losses are evaluated several times a step and must give the same value each time.
+    """
+
+    rank: int = 8
+    alpha: float = 16.0
+    target_modules: Sequence[str] = PROJECTIONS
+
+    def __post_init__(self) -> None:
+        if self.rank < 1:
+            raise MetaVPTError(f"LoRA: rank={self.rank} must be at least 1")
+
+    def __call__(self, model: Any) -> Any:
+        config = LoraConfig(r=self.rank, lora_alpha=self.alpha, target_modules=list(self.target_modules), lora_dropout=0.0)  # type: ignore[arg-type]
+        try:
+            return get_peft_model(model, config)
+        except ValueError as error:
+            raise MetaVPTError(f"LoRA: target_modules={list(self.target_modules)} do not fit the model: {_first_line(error)}") from error
+
+
+def pretrained_language_model(
+    source: str | Path, tail_layers: int = 2, gguf_file: str | None = None, lora: LoRA | None = None, dtype: torch.dtype = torch.float32
+) -> LanguageModel:
+    """The model `source`: a name on the hub, a folder, or a .gguf file; `gguf_file` names one within a hub repository or folder.
+
+    A GGUF file is dequantised. Raises MetaVPTError for a model that cannot be had, read, or cut in two.
+    """
+    path = Path(source)
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise MetaVPTError(f"{path}: no such GGUF file")
+        source, gguf_file = path.parent, path.name
+    disable_progress_bar()
+    try:
+        model = AutoModelForCausalLM.from_pretrained(str(source), gguf_file=gguf_file, dtype=dtype, attn_implementation="sdpa")
+    except Exception as error:  # a download and two file formats, each with errors of its own
+        file = Path(source) / gguf_file if gguf_file else source
+        raise MetaVPTError(f"{file}: cannot be loaded as a language model ({type(error).__name__}: {_first_line(error)})") from error
+    return LanguageModel(_adapted(_plain(model) if gguf_file else model, lora), tail_layers)
+
+
+def random_language_model(model_type: str = "llama", tail_layers: int = 2, lora: LoRA | None = None, **config: Any) -> LanguageModel:
+    """Random weights for the transformers configuration `model_type` (llama, qwen2, qwen3) with `config` in place of its defaults."""
+    try:
+        described = AutoConfig.for_model(model_type, **config)
+        model = AutoModelForCausalLM.from_config(described, attn_implementation="sdpa")
+    except (ValueError, KeyError) as error:
+        raise MetaVPTError(f"model_type={model_type}: no such language model ({_first_line(error)})") from error
+    return LanguageModel(_adapted(model, lora), tail_layers)
+
+
+def _plain(model: Any) -> Any:
+    """The same model without the marks of quantisation, which would keep it from being saved."""
+    config = copy.deepcopy(model.config)
+    del config.quantization_config
+    with torch.random.fork_rng():
+        plain = AutoModelForCausalLM.from_config(config, dtype=model.dtype, attn_implementation="sdpa")
+    plain.load_state_dict(model.state_dict())
+    plain.generation_config = model.generation_config
+    return plain
+
+
+def _adapted(model: Any, lora: LoRA | None) -> Any:
+    return model if lora is None else lora(model)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [""])[0]

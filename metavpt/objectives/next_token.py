@@ -1,0 +1,206 @@
+"""Next-token cross-entropy to soft targets on a few candidate tokens, a chunk of tokens at a time.
+
+Letters: N tokens to predict, V vocabulary, K candidates, D width. Log-probabilities of the whole vocabulary exist for one chunk at once.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from metavpt.errors import MetaVPTError
+from metavpt.linear_product import DirectionalDerivative
+from metavpt.params import Params
+
+CHUNK = 256  # tokens: 50 MB of float32 at a vocabulary of 49,152
+
+# (log p of the candidates (n, K), candidates (n, K), which of the N tokens) -> targets q (n, K); the true token is candidate 0
+Rule = Callable[[Tensor, Tensor, slice], Tensor]
+
+
+def select_candidates(log_probs: Tensor, tokens: Tensor, num_candidates: int) -> Tensor:
+    """{true token} and the K - 1 others that are most probable: (N, V), (N,) -> (N, K), the true one first."""
+    check_num_candidates(num_candidates, log_probs.shape[1])
+    true = tokens[:, None]
+    others = log_probs.scatter(1, true, -torch.inf).topk(num_candidates - 1, dim=1).indices
+    return torch.cat([true, others], dim=1)
+
+
+def check_num_candidates(num_candidates: int, vocab_size: int) -> None:
+    if not 1 <= num_candidates <= vocab_size:
+        raise MetaVPTError(f"num_candidates={num_candidates}: choose from 1 to {vocab_size}, the size of the vocabulary")
+
+
+class Scores(NamedTuple):
+    """What a learner makes of N tokens at one theta, without a graph."""
+
+    candidates: Tensor  # (N, K) int64
+    log_probs: Tensor  # (N, K), normalised over the whole vocabulary
+
+
+@torch.no_grad()
+def score(states: Tensor, unembedding: Tensor, tokens: Tensor, num_candidates: int) -> Scores:
+    """Candidates and their log-probabilities, for states (N, D), unembedding (V, D) and the true tokens (N,)."""
+    parts = []
+    for rows, log_probs in _chunks(states, unembedding):
+        candidates = select_candidates(log_probs, tokens[rows], num_candidates)
+        parts.append((candidates, log_probs.gather(1, candidates)))
+    return Scores(*map(torch.cat, zip(*parts, strict=True)))
+
+
+def next_token_loss(states: Tensor, unembedding: Tensor, tokens: Tensor, num_candidates: int, rule: Rule) -> Tensor:
+    """mean_t -sum_c q_t(c) log p_t(c), a scalar, with candidates and targets q made of the same logits on the way.
+
+    states (N, D), unembedding (V, D), tokens (N,). Candidates and q count as constants: there is no gradient through `rule`.
+    """
+
+    def choose(log_probs: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
+        candidates = select_candidates(log_probs, tokens[rows], num_candidates)
+        return candidates, rule(log_probs.gather(1, candidates), candidates, rows)
+
+    return _SoftCrossEntropy.apply(states, unembedding, None, choose, torch.is_grad_enabled())  # type: ignore[return-value]
+
+
+def soft_cross_entropy(states: Tensor, unembedding: Tensor, candidates: Tensor, targets: Tensor) -> Tensor:
+    """mean_t -sum_c targets_t(c) log p_t(candidates_t(c)), a scalar; candidates and targets (N, K). Differentiable, twice, by all three."""
+
+    def choose(log_probs: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
+        return candidates[rows], targets[rows]
+
+    return _SoftCrossEntropy.apply(states, unembedding, targets, choose, torch.is_grad_enabled())  # type: ignore[return-value]
+
+
+@torch.no_grad()
+def token_losses(states: Tensor, unembedding: Tensor, candidates: Tensor, targets: Tensor) -> Tensor:
+    """The loss of each token by itself, (N,), without a graph."""
+    chunks = _chunks(states, unembedding)
+    return torch.cat([-(targets[rows] * log_probs.gather(1, candidates[rows])).sum(dim=1) for rows, log_probs in chunks])
+
+
+@dataclass(frozen=True)
+class NextTokenLoss:
+    """theta -> mean_t -sum_c q_t(c) log p_t(c; theta), a `LinearLoss`: candidates and q are fixed, and q alone holds a graph to phi.
+
+    states: theta -> (N, D). unembedding: W (V, D), which does not depend on theta. candidates, targets: (N, K).
+    """
+
+    states: Callable[[Params], Tensor]
+    unembedding: Tensor
+    candidates: Tensor
+    targets: Tensor
+
+    def __call__(self, theta: Params) -> Tensor:
+        return soft_cross_entropy(self.states(theta), self.unembedding, self.candidates, self.targets)
+
+    @torch.no_grad()
+    def slopes(self, theta: Params, w: Params, derivative: DirectionalDerivative, absolute: bool = True) -> Tensor:
+        """-d log p_t(c)[w] / N, (N, K). Logits are linear in the states h, so only dh is derived: d log p(c) = dh . (W_c - sum_v p(v) W_v).
+
+        The sum is the same for all candidates; with `absolute` False the true token's W stands in its place, and no logits are made.
+        """
+        moved = derivative(self.states, theta, w)
+        logits = candidate_scores(moved, self.unembedding, self.candidates)
+        mean = self._mean_slope(theta, moved) if absolute else logits[:, :1]
+        return (mean - logits) / len(moved)
+
+    def _mean_slope(self, theta: Params, moved: Tensor) -> Tensor:
+        """sum_v p_t(v) dh_t . W_v, (N, 1)."""
+        chunks = _chunks(self.states(theta), self.unembedding)
+        return torch.cat([(log_probs.exp() * (moved[rows] @ self.unembedding.T)).sum(dim=1, keepdim=True) for rows, log_probs in chunks])
+
+
+def candidate_scores(vectors: Tensor, table: Tensor, candidates: Tensor) -> Tensor:
+    """vectors_t . table[candidates_t(c)]: (N, D), (V, D), (N, K) -> (N, K). What is gathered is gathered again on the way back."""
+    parts = []
+    for start in range(0, len(vectors), CHUNK):
+        rows = slice(start, start + CHUNK)
+        parts.append(checkpoint(_gathered_dot, vectors[rows], table, candidates[rows], use_reentrant=False, preserve_rng_state=False))
+    return torch.cat(parts)
+
+
+def _gathered_dot(vectors: Tensor, table: Tensor, candidates: Tensor) -> Tensor:
+    return (F.embedding(candidates, table) @ vectors[:, :, None]).squeeze(2)
+
+
+def _log_probs(states: Tensor, unembedding: Tensor) -> Tensor:
+    logits = states @ unembedding.T
+    return F.log_softmax(logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits, dim=1)
+
+
+def _chunks(states: Tensor, unembedding: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    if not len(states):
+        raise MetaVPTError("next-token loss: the batch has no token to predict; its loss_mask leaves none that has a context")
+    for start in range(0, len(states), CHUNK):
+        rows = slice(start, start + CHUNK)
+        yield rows, _log_probs(states[rows], unembedding)
+
+
+class _SoftCrossEntropy(torch.autograd.Function):
+    """The loss and, in the same pass, its gradient, so that no chunk's logits are kept or made twice.
+
+    A backward pass that is to be differentiated again makes the loss anew from its arguments.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, states: Tensor, unembedding: Tensor, targets: Tensor | None, choose: Any, with_gradient: bool) -> Tensor:
+        num_tokens = len(states)
+        by_states = torch.empty_like(states) if with_gradient and ctx.needs_input_grad[0] else None
+        by_unembedding = None
+        if with_gradient and ctx.needs_input_grad[1]:
+            by_unembedding = torch.zeros_like(unembedding, dtype=torch.promote_types(unembedding.dtype, torch.float32))
+        losses, kept = [], []
+        for rows, log_probs in _chunks(states, unembedding):
+            candidates, q = choose(log_probs, rows)
+            picked = log_probs.gather(1, candidates)
+            losses.append(-(q * picked).sum())
+            kept.append((candidates, q, picked))
+            if by_states is None and by_unembedding is None:
+                continue
+            # d loss / d logits; in place, for a chunk of them is the largest thing there is
+            slope = log_probs.exp_().mul_(q.sum(dim=1, keepdim=True)).scatter_add_(1, candidates, -q).div_(num_tokens).to(states.dtype)
+            if by_states is not None:
+                by_states[rows] = slope @ unembedding
+            if by_unembedding is not None:
+                by_unembedding += slope.T @ states[rows]
+        candidates, q, picked = (torch.cat(parts) for parts in zip(*kept, strict=True))
+        if by_unembedding is not None:
+            by_unembedding = by_unembedding.to(unembedding.dtype)
+        ctx.save_for_backward(states, unembedding, targets, candidates, q, picked, by_states, by_unembedding)
+        return torch.stack(losses).sum() / num_tokens
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (grad,) = grads
+        states, unembedding, targets, candidates, q, picked, by_states, by_unembedding = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            return _again(grad, (states, unembedding, targets), candidates, q, ctx.needs_input_grad)
+        by_targets = None if targets is None or not ctx.needs_input_grad[2] else -grad * picked / len(states)
+        return _times(grad, by_states), _times(grad, by_unembedding), by_targets, None, None
+
+
+def _again(
+    grad: Tensor, inputs: tuple[Tensor, Tensor, Tensor | None], candidates: Tensor, q: Tensor, needed: tuple[bool, ...]
+) -> tuple[Tensor | None, ...]:
+    """The gradient with a graph of its own, through torch's own operations; chunks are made anew on the way back."""
+    states, unembedding, targets = inputs
+    q = q if targets is None else targets
+    parts = [
+        checkpoint(_chunk_loss, states[rows], unembedding, candidates[rows], q[rows], use_reentrant=False, preserve_rng_state=False)
+        for rows in (slice(start, start + CHUNK) for start in range(0, len(states), CHUNK))
+    ]
+    loss = torch.stack(parts).sum() / len(states)
+    wanted = [tensor for tensor, need in zip(inputs, needed, strict=False) if need and tensor is not None]
+    found = iter(torch.autograd.grad(loss, wanted, grad, create_graph=True))
+    return *(next(found) if need and tensor is not None else None for tensor, need in zip(inputs, needed, strict=False)), None, None
+
+
+def _chunk_loss(states: Tensor, unembedding: Tensor, candidates: Tensor, q: Tensor) -> Tensor:
+    return -(q * _log_probs(states, unembedding).gather(1, candidates)).sum()
+
+
+def _times(grad: Tensor, by: Tensor | None) -> Tensor | None:
+    return None if by is None else grad * by

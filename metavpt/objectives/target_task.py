@@ -1,0 +1,246 @@
+"""The task of next-token prediction with targets to choose: tokens, and how each one's target is made of what the learner predicts.
+
+A target is q_t = (1 - alpha_t) onehot(true) + alpha_t r_t on C_t = {true token} + the K - 1 others that the learner finds most probable.
+Kinds of targets differ in alpha and r alone. The learner's log-probabilities enter detached: q may hold a graph to phi, never to theta.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from metavpt import params
+from metavpt.data.tokens import TokenBatch
+from metavpt.errors import MetaVPTError
+from metavpt.learners.lm import Hidden, LanguageModel
+from metavpt.linear_product import DirectionalDerivative, ForwardMode
+from metavpt.objectives.next_token import (
+    NextTokenLoss,
+    Rule,
+    Scores,
+    candidate_scores,
+    check_num_candidates,
+    next_token_loss,
+    score,
+    token_losses,
+)
+from metavpt.params import Params
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """A learner on one batch at theta; its trunk has run, once.
+
+    predicted (B, T) bool marks the N tokens to predict, tokens (N,), from states (N, D) and unembedding (V, D).
+    """
+
+    learner: LanguageModel
+    theta: Params
+    hidden: Hidden
+    predicted: Tensor
+    tokens: Tensor
+    states: Tensor
+    unembedding: Tensor
+
+    @classmethod
+    def of(cls, learner: LanguageModel, theta: Params, batch: TokenBatch) -> "Prediction":
+        hidden, predicted = learner.hidden(theta, batch), predicted_tokens(batch)
+        states = before(learner.states(theta, hidden), predicted)
+        return cls(learner, theta, hidden, predicted, batch.tokens[predicted], states, learner.unembedding(theta))
+
+    def at(self, theta_s: Params) -> Tensor:
+        """The states (N, D) at theta_S = `theta_s`: the tail alone runs."""
+        outside = [name for name in theta_s if not name.startswith("tail.")]
+        if outside:
+            raise MetaVPTError(f"aligned_parameters names {outside[0]}, not in the learner's tail; raise tail_layers, or leave it out")
+        return before(self.learner.states({**self.theta, **theta_s}, self.hidden), self.predicted)
+
+    def slope(self, w: Params, derivative: DirectionalDerivative) -> Tensor:
+        """d states [w], (N, D), detached, for a direction w in theta_S."""
+        with torch.no_grad():
+            own = Prediction(
+                self.learner, params.detach(self.theta), self.hidden.detach(), self.predicted, self.tokens, self.states, self.unembedding
+            )
+        return derivative(own.at, {name: own.theta[name] for name in w}, w)
+
+
+def predicted_tokens(batch: TokenBatch) -> Tensor:
+    """(B, T) bool: asked for by `loss_mask`, and with a context; the first token of a document has none."""
+    predicted = batch.loss_mask.clone()
+    predicted[:, 0] = False
+    predicted[:, 1:] &= batch.documents[:, 1:] == batch.documents[:, :-1]
+    return predicted
+
+
+def before(states: Tensor, predicted: Tensor) -> Tensor:
+    """The states (N, D), of (B, T, D), that the predicted tokens are predicted from: each one's predecessor."""
+    return states[:, :-1][predicted[:, 1:]]
+
+
+class Targets(Protocol):
+    """How targets are made, for any learner's prediction."""
+
+    @property
+    def num_candidates(self) -> int: ...
+
+    @property
+    def requires_grad(self) -> bool: ...
+
+    def rule(self, prediction: Prediction) -> Rule: ...
+
+
+class TargetTask(NamedTuple):
+    batch: TokenBatch
+    targets: Targets
+
+
+@dataclass(frozen=True)
+class OneHot:
+    """The true token: plain next-token prediction."""
+
+    num_candidates = 1
+    requires_grad = False
+
+    def rule(self, prediction: Prediction) -> Rule:
+        return lambda log_probs, candidates, rows: torch.ones_like(log_probs)
+
+
+@dataclass(frozen=True)
+class SoftTargets:
+    """r_t = softmax over C_t of residual * log p_t(c) + vectors_t . table[c].
+
+    gate      alpha, a number or (B, T)
+    residual  0: nothing of the learner's own opinion; 1: all of it. A number or a scalar tensor
+    vectors   (B, T, d) and table (V, d), or None for no score: then residual 1 is self-distillation, 0 uniform smoothing
+    excess    (B, T), how far the gate's logits lie outside their range, for a designer's regularizer
+    """
+
+    gate: Tensor | float
+    num_candidates: int = 64
+    residual: Tensor | float = 1.0
+    vectors: Tensor | None = None
+    table: Tensor | None = None
+    excess: Tensor | None = None
+
+    @property
+    def requires_grad(self) -> bool:
+        return any(isinstance(part, Tensor) and part.requires_grad for part in (self.gate, self.residual, self.vectors, self.table))
+
+    def rule(self, prediction: Prediction) -> Rule:
+        gate = self.gate[prediction.predicted][:, None] if isinstance(self.gate, Tensor) else None
+        vectors = None if self.vectors is None else self.vectors[prediction.predicted]
+
+        def rule(log_probs: Tensor, candidates: Tensor, rows: slice) -> Tensor:
+            logits = self.residual * log_probs
+            if vectors is not None and self.table is not None:
+                logits = logits + candidate_scores(vectors[rows], self.table, candidates)
+            return mixed(self.gate if gate is None else gate[rows], logits.softmax(dim=1))
+
+        return rule
+
+
+@dataclass(frozen=True)
+class Tilted:
+    """r_t = softmax over C_t of log p_t(c) + A_t(c) / tau with A = -d log p_t(c)[w], the value of each candidate (method.md section 6).
+
+    r is the best target within a trust region: it maximises <r, A> - tau KL(r || p_t on C_t), while what is kept, 1 - alpha, is the true
+    token. A is centred under p_t on C_t and scaled, once per batch, to a mean square of 1, so that tau has no unit: for large tau the mean
+    KL is 1 / (2 tau^2). tau 0 is the greedy limit: all of r on the best candidate, which is the best q within alpha.
+
+    w: the direction in theta_S that value is measured along, g_down or what a `Direction` makes of it.
+    """
+
+    w: Params
+    gate: float = 0.5
+    tau: float = 1.0
+    num_candidates: int = 64
+    derivative: DirectionalDerivative = field(default_factory=ForwardMode)
+    requires_grad = False
+
+    def __post_init__(self) -> None:
+        if self.tau < 0:
+            raise MetaVPTError(f"tau={self.tau} must not be negative")
+
+    @torch.no_grad()
+    def rule(self, prediction: Prediction) -> Rule:
+        # Only the part of d log p that differs between candidates: the rest is taken away by the centring.
+        vectors, table = -prediction.slope(self.w, self.derivative), prediction.unembedding.detach()
+        if self.tau == 0:
+            return self._greedy(vectors, table)
+        scores = score(prediction.states.detach(), table, prediction.tokens, self.num_candidates)
+        scale = spread(candidate_scores(vectors, table, scores.candidates), scores.log_probs)
+        vectors = vectors / (self.tau * scale.clamp_min(torch.finfo(scale.dtype).tiny))
+
+        def rule(log_probs: Tensor, candidates: Tensor, rows: slice) -> Tensor:
+            return mixed(self.gate, (log_probs + candidate_scores(vectors[rows], table, candidates)).softmax(dim=1))
+
+        return rule
+
+    def _greedy(self, vectors: Tensor, table: Tensor) -> Rule:
+        def rule(log_probs: Tensor, candidates: Tensor, rows: slice) -> Tensor:
+            best = candidate_scores(vectors[rows], table, candidates).argmax(dim=1, keepdim=True)
+            return mixed(self.gate, torch.zeros_like(log_probs).scatter_(1, best, 1.0))
+
+        return rule
+
+
+def mixed(gate: Tensor | float, r: Tensor) -> Tensor:
+    """(1 - gate) onehot + gate r, the true token being the first; exactly one-hot where the gate is 0."""
+    onehot = torch.zeros_like(r)
+    onehot[:, 0] = 1.0
+    return (1.0 - gate) * onehot + gate * r
+
+
+def spread(values: Tensor, log_probs: Tensor) -> Tensor:
+    """The root of the mean over tokens of the variance of `values` (N, K) under softmax(log_probs), a scalar."""
+    base = log_probs.softmax(dim=1)
+    centred = values - (base * values).sum(dim=1, keepdim=True)
+    return (base * centred.square()).sum(dim=1).mean().sqrt()
+
+
+def target_loss(learner: LanguageModel, theta: Params, task: TargetTask) -> Tensor:
+    """The cross-entropy of the learner with parameters theta to the targets of `task`, a scalar: mean over the tokens to predict.
+
+    Candidates, targets and loss come of one pass through the learner.
+    """
+    if task.targets.requires_grad and torch.is_grad_enabled():
+        return target_tail(learner, theta, task)({})
+    prediction = Prediction.of(learner, theta, task.batch)
+    arguments = _checked(task.targets, prediction)
+    return next_token_loss(prediction.states, prediction.unembedding, prediction.tokens, *arguments)
+
+
+def target_tail(learner: LanguageModel, theta: Params, task: TargetTask) -> NextTokenLoss:
+    """theta_S -> `target_loss`, with the trunk run once. Candidates and the learner's part of the targets are those at theta."""
+    prediction = Prediction.of(learner, theta, task.batch)
+    scores, targets = _targets(task.targets, prediction)
+    return NextTokenLoss(prediction.at, prediction.unembedding, scores.candidates, targets)
+
+
+def target_loss_per_sample(learner: LanguageModel, theta: Params, task: TargetTask) -> Callable[[Params], Tensor]:
+    """theta_S -> the mean loss of each row of the batch, (B,), without a graph; 0 for a row with nothing to predict."""
+    with torch.no_grad():
+        prediction = Prediction.of(learner, theta, task.batch)
+        scores, targets = _targets(task.targets, prediction)
+    row = prediction.predicted.nonzero()[:, 0]
+
+    def per_sample(theta_s: Params) -> Tensor:
+        losses = token_losses(prediction.at(theta_s), prediction.unembedding, scores.candidates, targets)
+        total = losses.new_zeros(len(prediction.predicted)).index_add_(0, row, losses)
+        return total / prediction.predicted.sum(dim=1).clamp_min(1)
+
+    return per_sample
+
+
+def _targets(targets: Targets, prediction: Prediction) -> tuple[Scores, Tensor]:
+    """Candidates and q (N, K) of all tokens at once."""
+    num_candidates, rule = _checked(targets, prediction)
+    scores = score(prediction.states.detach(), prediction.unembedding, prediction.tokens, num_candidates)
+    return scores, rule(scores.log_probs, scores.candidates, slice(None))
+
+
+def _checked(targets: Targets, prediction: Prediction) -> tuple[int, Rule]:
+    check_num_candidates(targets.num_candidates, len(prediction.unembedding))
+    return targets.num_candidates, targets.rule(prediction)

@@ -1,0 +1,126 @@
+"""Targets chosen without a designer: the closed-form best ones for the feedback, and softened ones that know nothing of it."""
+
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from metavpt import params
+from metavpt.budget import Budget
+from metavpt.combination import Combination
+from metavpt.directions import Direction
+from metavpt.errors import MetaVPTError
+from metavpt.greedy import Greedy
+from metavpt.linear_product import DirectionalDerivative, ForwardMode
+from metavpt.objectives.target_task import SoftTargets, Targets, Tilted
+from metavpt.params import Params
+from metavpt.problem import Problem
+from metavpt.strategies import Fixed, Proposal
+from metavpt.stream import Streams
+
+
+class Tilt(Greedy):
+    """The recipe's targets tilted towards the candidates of highest first-order value; see `Tilted`. Nothing is learned.
+
+    gate       alpha: the share that is taken from the true token
+    tau        how far: the mean KL divergence from the learner's own prediction is about 1 / (2 tau^2). 0: greedy, the best candidate alone
+    ema        decay of the moving average of g_down, which is refreshed every `meta_every` steps
+    direction  from g_down to w, `Dot` by default
+
+    The candidates' value is that at the learner's parameters of the step itself: it costs forward passes through the tail, within the loss.
+    """
+
+    def __init__(
+        self,
+        gate: float = 0.5,
+        tau: float = 1.0,
+        num_candidates: int = 64,
+        meta_every: int = 8,
+        burn_in: int = 0,
+        ema: float = 0.8,
+        direction: Direction | None = None,
+        derivative: DirectionalDerivative | None = None,
+        combination: Combination | None = None,
+    ) -> None:
+        super().__init__(num_candidates, direction, meta_every, burn_in, combination)
+        _check_gate(gate)
+        if tau < 0 or not 0 <= ema < 1:
+            raise MetaVPTError(f"strategy: tau={tau} must not be negative and ema={ema} in [0, 1)")
+        self.gate, self.tau, self.ema = gate, tau, ema
+        self.derivative = derivative or ForwardMode()
+
+    def next_task(self, problem: Problem, streams: Streams, optimizer: Optimizer, budget: Budget) -> Proposal:
+        with budget.timed("data"):
+            batch = self.draw(problem, streams)
+        record: dict[str, float] = {}
+        with budget.timed("designer"):
+            if budget.steps >= self.burn_in and budget.steps % self.refresh_every == 0:
+                self._g_down, record = self._refresh(problem, streams, budget)
+            proposal = self.without_feedback(problem, batch)
+            if self._g_down is None:
+                return proposal
+            theta = params.detach(params.named(problem.learner))
+            w = self._direction(problem, batch, theta, {name: theta[name] for name in self._g_down}, optimizer, budget)
+            return with_targets(proposal, Tilted(w, self.gate, self.tau, self.num_candidates, self.derivative), record)
+
+    def _refresh(self, problem: Problem, streams: Streams, budget: Budget) -> tuple[Params | None, dict[str, float]]:
+        """The moving average with a new g_down in it; a non-finite one changes nothing."""
+        fresh, record = super()._refresh(problem, streams, budget)
+        if fresh is None or self._g_down is None:
+            return self._g_down if fresh is None else fresh, record
+        average = params.add(params.scale(self._g_down, self.ema), fresh, alpha=1 - self.ema)
+        return average, {**record, "g_down_norm": float(params.norm(average))}
+
+
+class RandomTilt(Tilt):
+    """`Tilt` with g_down replaced by a random vector of the same norm: targets as soft, for nothing."""
+
+    def __init__(self, *args: Any, seed: int = 0, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def _direction(self, problem: Problem, batch: Any, theta: Params, aligned: Params, optimizer: Optimizer, budget: Budget) -> Params:
+        w = super()._direction(problem, batch, theta, aligned, optimizer, budget)
+        noise = params.zip_with(self._draw, w)
+        return params.scale(noise, params.norm(w) / params.norm(noise))
+
+    def _draw(self, like: Tensor) -> Tensor:
+        return torch.randn(like.shape, generator=self.generator).to(like)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {**super().state_dict(), "generator": self.generator.get_state()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        super().load_state_dict(state)
+        self.generator.set_state(state["generator"])
+
+
+class Softened(Fixed):
+    """Targets with the share `gate` of the learner's own top-K prediction, or uniform on it: as soft as steered ones, without feedback."""
+
+    def __init__(
+        self, kind: Literal["self_distillation", "smoothing"] = "self_distillation", gate: float = 0.5, num_candidates: int = 64
+    ) -> None:
+        if kind not in ("self_distillation", "smoothing"):
+            raise MetaVPTError(f"strategy.kind={kind}: known are self_distillation, smoothing")
+        _check_gate(gate)
+        self.targets = SoftTargets(gate, num_candidates, residual=1.0 if kind == "self_distillation" else 0.0)
+
+    def next_task(self, problem: Problem, streams: Streams, optimizer: Optimizer, budget: Budget) -> Proposal:
+        return with_targets(super().next_task(problem, streams, optimizer, budget), self.targets, {})
+
+
+def with_targets(proposal: Proposal, targets: Targets, record: dict[str, float]) -> Proposal:
+    """The recipe's task with other targets."""
+    if not hasattr(proposal.task, "_replace") or "targets" not in getattr(proposal.task, "_fields", ()):
+        raise MetaVPTError(
+            f"the recipe's task is a {type(proposal.task).__name__} without targets to choose; "
+            "tilt and its controls are for next-token prediction (TargetTask)"
+        )
+    return proposal._replace(task=proposal.task._replace(targets=targets), record={**proposal.record, **record})
+
+
+def _check_gate(gate: float) -> None:
+    if not 0 <= gate <= 1:
+        raise MetaVPTError(f"strategy.gate={gate} must be in [0, 1]")
