@@ -68,6 +68,7 @@ def jobs(cfg: DictConfig, made: dict[str, DictConfig], folder: Path) -> Iterator
         warm = folder / "warm" / f"seed{seed}"
         for name, row in made.items():
             if name == WARM_START:
+                row.trainer.first_order_every = 0  # it steers nothing
                 build = _prepare(row, seed, cfg, warm, {"steps": cfg.warm_start or 1})
                 yield Job(name, seed, warm, build, untrained=not cfg.warm_start)
             else:

@@ -138,6 +138,7 @@ def train(job: Job, warm: Path) -> Result:
         _copy_figures(warm / "figures", job.folder / "figures")
         trainer.start_from(state["problem"], state["metrics"])
     trainer.run()
+    trainer.log.close()
     report.write_report(job.folder)
     budget = trainer.budget
     return Result(
