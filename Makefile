@@ -1,4 +1,5 @@
 # make demo   install what is needed and run the main job on the built-in sample
+# make toy    a whole comparison, with reports, on a toy whose answer is known
 # make test   install what is needed and run the tests
 # make check  lint and types
 # make peers  the libraries to compare with: Betty, learn2learn; needs a C compiler
@@ -6,27 +7,32 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-STAMP := $(VENV)/.installed
+PACKAGE := $(VENV)/.package
+DEV := $(VENV)/.dev
 # Two torch processes that share two cores with two threads each run many times slower than with one each.
 TEST_WORKERS ?= 2
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: demo test check peers bench clean
+.PHONY: demo toy test check peers bench clean
 
-demo: $(STAMP)
+demo: $(PACKAGE)
 	$(BIN)/python -m metavpt.run problem=dino_nyuv2
 
-test: $(STAMP)
+toy: $(PACKAGE)
+	$(BIN)/python -m metavpt.compare problem=toy_sources "strategies=[one_step,unrolled,implicit]" "seeds=[0,1,2,3,4]" \
+		strategy.optimizer.lr=0.1 strategy.burn_in=0 jobs=2
+
+test: $(DEV)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile
 
-check: $(STAMP)
+check: $(DEV)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 
 # betty-ml's metadata refuses Python 3.11, on which its code runs. learn2learn's sdist carries generated C that no longer compiles: with
 # build_ext among its arguments its setup.py runs Cython afresh. Neither may change what the tests ran on, hence --no-deps.
-peers: $(STAMP)
+peers: $(DEV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt 'cython>=3' gym requests
 	$(BIN)/python -m pip install --quiet --no-deps --ignore-requires-python betty-ml==0.2.1
 	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --use-pep517 --config-settings=--global-option=build_ext learn2learn==0.2.0
@@ -37,8 +43,12 @@ bench: peers
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache
 
-$(STAMP): pyproject.toml constraints.txt
+$(PACKAGE): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit("metavpt needs Python 3.11 or newer, this is " + sys.version.split()[0]) if sys.version_info < (3, 11) else None'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable .
+	touch $@
+
+$(DEV): $(PACKAGE)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	touch $@
