@@ -1,0 +1,139 @@
+"""Weighted mixtures of sources, packed, in an order that a seed sets, with a position that can be jumped to."""
+
+import random
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import count, islice
+from typing import Protocol
+
+import torch
+
+from metavpt.data.loader import mix
+from metavpt.data.packing import Packer
+from metavpt.data.text import Document
+from metavpt.data.tokens import Encoded, Encoder, TokenBatch, collate
+from metavpt.errors import MetaVPTError
+
+
+class Drawable(Protocol):
+    """What one pass is drawn from, in an order set by the seed: `Corpus`, `ShuffleBuffer`, `Generated`."""
+
+    def draw(self, seed: int) -> Iterator[Encoded]: ...
+
+
+class ShuffleBuffer:
+    """Documents tokenised as they are read, for sources that are not held in memory; each is drawn from the next `size` of the stream."""
+
+    def __init__(self, documents: Iterable[Document], encoder: Encoder, size: int = 10_000) -> None:
+        if size < 1:
+            raise MetaVPTError(f"shuffle buffer: size={size} must be 1 or more")
+        self.documents, self.encoder, self.size = documents, encoder, size
+
+    def draw(self, seed: int) -> Iterator[Encoded]:
+        rng = random.Random(seed)
+        held: list[Encoded] = []
+        for document in self.encoder(self.documents):
+            if len(held) < self.size:
+                held.append(document)
+                continue
+            k = rng.randrange(self.size)
+            yield held[k]
+            held[k] = document
+        rng.shuffle(held)
+        yield from held
+
+
+class Generator(Protocol):
+    def draw(self, seed: int) -> Iterator[Document]: ...
+
+
+class Generated:
+    """Documents made afresh for every seed, tokenised as they are made."""
+
+    def __init__(self, generator: Generator, encoder: Encoder) -> None:
+        self.generator, self.encoder = generator, encoder
+
+    def draw(self, seed: int) -> Iterator[Encoded]:
+        return self.encoder(self.generator.draw(seed))
+
+
+@dataclass(frozen=True)
+class Component:
+    """A source in a mixture.
+
+    weight       its expected share of the rows, so of the tokens, up to the weights' sum
+    domain       rows keep it, for feedback of the same domain
+    max_epochs   the cap: after so many passes the source is used up and the others share its weight; None: no cap
+    """
+
+    documents: Drawable
+    weight: float = 1.0
+    domain: str = ""
+    max_epochs: int | None = None
+
+
+class PackedLoader:
+    """`TokenBatch`es of a mixture; every row holds documents of one source. Ends when all sources are used up, perhaps on a smaller batch.
+
+    `domains` names what `TokenBatch.domain` counts. `skip(n)` starts at batch n: what comes before is packed, but no tensor is made of
+    it, and documents held in a `Corpus` are not read.
+    """
+
+    def __init__(
+        self, components: Sequence[Component], length: int, batch_size: int, seed: int, pad: int, device: torch.device | str = "cpu"
+    ) -> None:
+        if not components or batch_size < 1:
+            raise MetaVPTError(f"a mixture needs a source (it has {len(components)}) and problem.batch_size={batch_size} 1 or more")
+        for component in components:
+            if not 0 < component.weight < float("inf") or (component.max_epochs is not None and component.max_epochs < 1):
+                raise MetaVPTError(
+                    f"mixture, domain {component.domain!r}: weight={component.weight} must be positive and "
+                    f"max_epochs={component.max_epochs} 1 or more"
+                )
+        self.components, self.length, self.batch_size, self.seed, self.pad, self.device = components, length, batch_size, seed, pad, device
+        self.domains = sorted({component.domain for component in components})
+        self.packers: list[Packer] = []
+        self.first = 0
+
+    def skip(self, num_batches: int) -> None:
+        self.first = num_batches
+
+    @property
+    def padding(self) -> float:
+        """The share of padding in the rows since the last `iter`."""
+        num_tokens, num_rows = (sum(getattr(packer, name) for packer in self.packers) for name in ("num_tokens", "num_rows"))
+        return 1 - num_tokens / (self.length * num_rows) if num_rows else 0.0
+
+    def __iter__(self) -> Iterator[TokenBatch]:
+        domain = [self.domains.index(component.domain) for component in self.components]
+        for n, batch in enumerate(islice(self._batches(), self.first, None), start=self.first):
+            rows, domains = [row for _, row in batch], [domain[k] for k, _ in batch]
+            yield collate(rows, self.length, self.pad, mix(self.seed, n), domains).to(self.device)
+
+    def _batches(self) -> Iterator[list[tuple[int, list[Encoded]]]]:
+        """The rows of each batch, with the source of each."""
+        self.packers = [Packer(self.length) for _ in self.components]
+        rows = {k: packer(self._documents(k)) for k, packer in enumerate(self.packers)}
+        for n in count():
+            rng = random.Random(mix(self.seed, n))
+            batch: list[tuple[int, list[Encoded]]] = []
+            while rows and len(batch) < self.batch_size:
+                (k,) = rng.choices(list(rows), [self.components[k].weight for k in rows])
+                row = next(rows[k], None)
+                if row is None:
+                    del rows[k]
+                else:
+                    batch.append((k, row))
+            if not batch:
+                return
+            yield batch
+
+    def _documents(self, k: int) -> Iterator[Encoded]:
+        component = self.components[k]
+        for epoch in count() if component.max_epochs is None else range(component.max_epochs):
+            num_documents = 0
+            for document in component.documents.draw(mix(mix(self.seed, -1 - k), epoch)):
+                num_documents += 1
+                yield document
+            if num_documents == 0:
+                raise MetaVPTError(f"mixture, domain {component.domain!r}: the source is empty, it gave no document at all")
