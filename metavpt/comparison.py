@@ -4,6 +4,7 @@ import multiprocessing as mp
 import os
 import shutil
 import sys
+import threading
 import traceback
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -105,6 +106,7 @@ class Comparison:
 
 def work(job: Job, folder: Path) -> None:
     """What the process of `job` does; what it prints goes to output.txt, and its last line is the reason where it failed (status 1)."""
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     job.folder.mkdir(parents=True, exist_ok=True)
     with (job.folder / OUTPUT).open("w") as output:
         os.dup2(output.fileno(), 1)
@@ -164,6 +166,14 @@ def _begin(job: Job) -> Trainer:
     else:
         trainer.log.path.unlink(missing_ok=True)
     return trainer
+
+
+def _end_with_parent() -> None:
+    """A killed comparison leaves no process behind that would write beside the resumed one's."""
+    parent = mp.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
 
 
 def _copy_figures(source: Path, target: Path) -> None:

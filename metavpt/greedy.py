@@ -57,7 +57,10 @@ class Greedy(Fixed):
                 self._g_down, record = self._refresh(problem, streams, budget)
             if self._g_down is None:
                 return self.without_feedback(problem, batch)
-            proposal = self.select(problem, batch, self._score(problem, batch, optimizer, budget))
+            theta = params.detach(params.named(problem.learner))
+            aligned = {name: theta[name] for name in self._g_down}
+            w = self._direction(problem, batch, theta, aligned, optimizer, budget)
+            proposal = self.propose(problem, batch, theta, w, budget)
             return proposal._replace(record={**proposal.record, **record})
 
     def draw(self, problem: Problem, streams: Streams) -> Any:
@@ -68,6 +71,10 @@ class Greedy(Fixed):
         """What is trained on before the first feedback."""
         with torch.no_grad():
             return Proposal(problem.recipe(batch), problem.num_samples(batch), {})
+
+    def propose(self, problem: Problem, batch: Any, theta: params.Params, w: params.Params, budget: Budget) -> Proposal:
+        """The proposal for `batch`, given the direction w along which loss is worth having, on theta_S."""
+        return self.select(problem, batch, self._score(problem, theta, w, budget))
 
     def select(self, problem: Problem, batch: Any, score: Callable[[Any], Tensor]) -> Proposal:
         """The proposal for `batch`, given task -> value of each of its samples, (B,)."""
@@ -85,11 +92,8 @@ class Greedy(Fixed):
             self.num_skipped += 1
             return None, combined.record
 
-    def _score(self, problem: Problem, batch: Any, optimizer: Optimizer, budget: Budget) -> Callable[[Any], Tensor]:
-        live = params.named(problem.learner)
-        theta = params.detach(live)
-        aligned = {name: theta[name] for name in self._g_down or {}}
-        w = self._direction(problem, batch, theta, aligned, optimizer, budget)
+    def _score(self, problem: Problem, theta: params.Params, w: params.Params, budget: Budget) -> Callable[[Any], Tensor]:
+        aligned = {name: theta[name] for name in w}
         eps = DifferenceProduct().step(aligned, w)
 
         @torch.no_grad()

@@ -50,19 +50,8 @@ class Tilt(Greedy):
         self.gate, self.tau, self.ema = gate, tau, ema
         self.derivative = derivative or ForwardMode()
 
-    def next_task(self, problem: Problem, streams: Streams, optimizer: Optimizer, budget: Budget) -> Proposal:
-        with budget.timed("data"):
-            batch = self.draw(problem, streams)
-        record: dict[str, float] = {}
-        with budget.timed("designer"):
-            if budget.steps >= self.burn_in and budget.steps % self.refresh_every == 0:
-                self._g_down, record = self._refresh(problem, streams, budget)
-            proposal = self.without_feedback(problem, batch)
-            if self._g_down is None:
-                return proposal
-            theta = params.detach(params.named(problem.learner))
-            w = self._direction(problem, batch, theta, {name: theta[name] for name in self._g_down}, optimizer, budget)
-            return with_targets(proposal, Tilted(w, self.gate, self.tau, self.num_candidates, self.derivative), record)
+    def propose(self, problem: Problem, batch: Any, theta: Params, w: Params, budget: Budget) -> Proposal:
+        return with_targets(self.without_feedback(problem, batch), Tilted(w, self.gate, self.tau, self.num_candidates, self.derivative))
 
     def _refresh(self, problem: Problem, streams: Streams, budget: Budget) -> tuple[Params | None, dict[str, float]]:
         """The moving average with a new g_down in it; a non-finite one changes nothing."""
@@ -108,17 +97,17 @@ class Softened(Fixed):
         self.targets = SoftTargets(gate, num_candidates, residual=1.0 if kind == "self_distillation" else 0.0)
 
     def next_task(self, problem: Problem, streams: Streams, optimizer: Optimizer, budget: Budget) -> Proposal:
-        return with_targets(super().next_task(problem, streams, optimizer, budget), self.targets, {})
+        return with_targets(super().next_task(problem, streams, optimizer, budget), self.targets)
 
 
-def with_targets(proposal: Proposal, targets: Targets, record: dict[str, float]) -> Proposal:
+def with_targets(proposal: Proposal, targets: Targets) -> Proposal:
     """The recipe's task with other targets."""
     if not hasattr(proposal.task, "_replace") or "targets" not in getattr(proposal.task, "_fields", ()):
         raise MetaVPTError(
             f"the recipe's task is a {type(proposal.task).__name__} without targets to choose; "
             "tilt and its controls are for next-token prediction (TargetTask)"
         )
-    return proposal._replace(task=proposal.task._replace(targets=targets), record={**proposal.record, **record})
+    return proposal._replace(task=proposal.task._replace(targets=targets))
 
 
 def _check_gate(gate: float) -> None:
