@@ -38,7 +38,7 @@ class Hypergradient:
     value         V, the drop of the feedback loss that the estimator expects, per unit of `step_size`
     grad_evals    cost in forward and backward passes through the learner, on one batch each
     diagnostics   scalars worth logging: feedback loss, norms, residuals
-    solution      the solution of an implicit solve, to start the next one from
+    solution      the solution of an implicit solve, to start the next one from; None where it is no better than none
     """
 
     by_phi: Params
@@ -180,7 +180,9 @@ class Implicit:
             "converged": float(solution.converged),
         }
         grad_evals = 1 + (num_products + 1) * self.product.num_gradients * count
-        return finite(Hypergradient(params.scale(total, -1 / count), value / count, grad_evals, diagnostics, solution.x))
+        # one that is no better than none would make the next solve start worse, and the one after that: on an indefinite H, without bound
+        useful = solution.x if solution.residual < 1 else None
+        return finite(Hypergradient(params.scale(total, -1 / count), value / count, grad_evals, diagnostics, useful))
 
 
 @dataclass(frozen=True)

@@ -169,6 +169,21 @@ def test_warm_start_saves_iterations(ridge):
     assert second.diagnostics["iterations"] <= 1 < first.diagnostics["iterations"]
 
 
+def test_a_solve_that_is_worse_than_none_starts_no_other_one(ridge):
+    """Saddles of differing batches, each solve started from the last; on a ViT the solutions grew without bound before this held."""
+    torch.manual_seed(0)
+    theta = {"w": torch.randn(40, dtype=torch.float64)}
+    phi = {"s": torch.ones((), dtype=torch.float64)}
+    estimator, start = Implicit(ConjugateGradient(5), damping=1e-2, product=ExactProduct()), None
+    for _ in range(12):
+        q = torch.linalg.qr(torch.randn(40, 40, dtype=torch.float64)).Q
+        a = q @ torch.diag(torch.linspace(-0.2, 3.0, 40, dtype=torch.float64)) @ q.T
+        inner = lambda phi, a=a: lambda theta: phi["s"] * theta["w"] @ a @ theta["w"] / 2  # noqa: E731
+        found = estimator([inner], lambda theta: theta["w"].sum(), theta, phi, start=start)
+        start = found.solution
+        assert (start is None) == (found.diagnostics["residual"] >= 1)
+
+
 @pytest.mark.parametrize("estimator", [OneStep(), Implicit(), Unrolled(2, SGD(0.1))], ids=lambda e: type(e).__name__)
 def test_estimators_change_nothing_and_keep_nothing(ridge, theta, estimator):
     before, phi_before = theta["theta"].clone(), ridge.phi["log_penalty"].clone()
