@@ -16,7 +16,7 @@ from rich.text import Text
 
 from metavpt.errors import MetaVPTError
 from metavpt.metrics import sign
-from metavpt.numerals import number
+from metavpt.numerals import number, with_error
 from metavpt.results import Result
 from metavpt.statistics import LEVEL, MAX_RANGE_SEEDS, Mean, Paired, mean_se, paired, range_coverage, smallest_p
 
@@ -252,9 +252,7 @@ def _strength(n: int) -> str:
 
 
 def _mean(mean: Mean | None) -> str:
-    if mean is None or mean.se is None:
-        return number(mean and mean.value)
-    return f"{number(mean.value)} ± {number(mean.se)}"
+    return number(None) if mean is None else with_error(mean.value, mean.se)
 
 
 def _compared(against: Paired | None) -> list[str]:

@@ -195,7 +195,7 @@ def test_markdown_tables_are_whole():
     tables = [block.splitlines() for block in text.split("\n\n") if block.startswith("|")]
     assert [lines[0].count("|") for lines in tables] == [7, 7, 9]
     assert all(line.replace("\\|", "").count("|") == lines[0].count("|") for lines in tables for line in lines)
-    assert "| one_step | 1.213 ± 0.05783 | −0.0867 | [−0.11, −0.05] | 0.25 | 3/3 |" in text
+    assert "| one_step | 1.213 ± 0.058 | −0.0867 | [−0.11, −0.05] | 0.25 | 3/3 |" in text
     assert "| one_step | 3 | 400 | 25,600 | 850 | 80.0 | 3 | 0.8 |" in text
     assert text.index(f"side effect: {MIOU}") > text.index(RMSE)
     assert "- **Warning:** side effect: one_step is worse than step 0" in text
