@@ -96,7 +96,7 @@ def compare(cfg: DictConfig) -> Path:
     else:
         folder = runfolder.create(output, parent, f"compare-{HydraConfig.get().runtime.choices['problem']}")
         (folder / "config.yaml").write_text(config)
-        runfolder.write_environment(folder, command="compare")
+        runfolder.write_environment(folder, command="compare", also=shared)
     comparison = Comparison(folder, jobs(cfg, made, folder), cfg.jobs, console)
     results = comparison.run()
     table = Table(results)

@@ -4,6 +4,7 @@ import json
 import os
 import platform
 import sys
+from collections.abc import Sequence
 from datetime import datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -46,10 +47,10 @@ def find(folder: Path | None, parent: Path, config: str) -> Path:
     raise MetaVPTError(f"resume=true: no run under {parent} has this configuration; repeat its options, or name its folder with output=")
 
 
-def write_environment(folder: Path, seed: int | None = None, command: str = "run") -> None:
-    """environment.json: versions, machine, threads and the command, as far as they may change a number."""
+def write_environment(folder: Path, seed: int | None = None, command: str = "run", also: Sequence[str] = ()) -> None:
+    """environment.json: versions, machine, threads and the command (`also`: arguments taken from it), as far as they may change a number."""
     environment = {
-        "command": " ".join(["python", "-m", f"metavpt.{command}", *sys.argv[1:]]),
+        "command": " ".join(["python", "-m", f"metavpt.{command}", *sys.argv[1:], *also]),
         "seed": seed,
         "python": platform.python_version(),
         "platform": platform.platform(),

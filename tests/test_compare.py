@@ -97,6 +97,7 @@ def test_the_table_and_the_report_are_written_and_printed(finished):
     assert "implicit" in printed
     assert (folder / "table.md").read_text().count("implicit") >= 2
     assert "one_step" in (folder / "table.csv").read_text()
+    assert "strategy.optimizer.lr=0.1" in json.loads((folder / "environment.json").read_text())["command"]
     assert (folder / "report.html").stat().st_size > 10_000
     assert (folder / "rows" / "one_step" / "seed3" / "report.html").is_file()
 
