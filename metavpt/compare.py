@@ -55,7 +55,7 @@ def rows(cfg: DictConfig) -> list[Row]:
 def compositions(cfg: DictConfig) -> dict[str, DictConfig]:
     """The configuration of each row, and of the warm start, by name."""
     command_line = [o for o in HydraConfig.get().overrides.task if o.partition("=")[0].lstrip("+") not in OWN | PLACE]
-    made = {name: _compose(command_line + overrides) for name, overrides in [(WARM_START, ["strategy=fixed"]), *rows(cfg)]}
+    made = {name: _compose(command_line, overrides) for name, overrides in [(WARM_START, ["strategy=fixed"]), *rows(cfg)]}
     for option in shared:
         if not any(_has(row, option) for row in made.values()):
             raise MetaVPTError(f"{option}: no row has this option")
@@ -140,11 +140,11 @@ def _combinations(vary: DictConfig | None) -> list[list[str]]:
     return [list(values) for values in itertools.product(*([f"{key}={value}" for value in values] for key, values in vary.items()))]
 
 
-def _compose(overrides: Sequence[str]) -> DictConfig:
-    """The configuration of one row, with what is shared by all rows that have the option."""
-    plain = compose("compare", overrides=list(overrides))
+def _compose(command_line: Sequence[str], overrides: Sequence[str]) -> DictConfig:
+    """The configuration of one row, with what is shared by all rows that have the option; its own `overrides` come last."""
+    plain = compose("compare", overrides=[*command_line, *overrides])
     applying = [option for option in shared if _has(plain, option)]
-    return compose("compare", overrides=[*overrides, *applying]) if applying else plain
+    return compose("compare", overrides=[*command_line, *applying, *overrides]) if applying else plain
 
 
 def _has(cfg: DictConfig, option: str) -> bool:

@@ -11,13 +11,13 @@ import torch
 
 from metavpt import results
 
-TOY = ["problem=toy_sources", "strategy.optimizer.lr=0.1", "strategy.burn_in=0", "jobs=2"]
+LEARNED = ["strategy.optimizer.lr=0.1", "strategy.burn_in=0"]
 ROWS = "strategies=[one_step,unrolled,implicit,{again:fixed},{still:'one_step strategy.optimizer.lr=0'}]"
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
 def command(folder, *options):
-    return [sys.executable, "-m", "metavpt.compare", *TOY, f"output={folder}", *options]
+    return [sys.executable, "-m", "metavpt.compare", "problem=toy_sources", "jobs=2", f"output={folder}", *options]
 
 
 def compare(folder, *options):
@@ -40,7 +40,7 @@ def learner(folder, row, seed):
 def finished(tmp_path_factory):
     """Five seeds of every row, and what the command printed."""
     folder = tmp_path_factory.mktemp("toy") / "comparison"
-    done = compare(folder, ROWS, "seeds=[0,1,2,3,4]")
+    done = compare(folder, ROWS, "seeds=[0,1,2,3,4]", *LEARNED)
     assert done.returncode == 0, done.stderr
     return folder, done.stdout
 
@@ -114,7 +114,7 @@ def test_resuming_a_finished_comparison_reruns_nothing_and_new_seeds_are_added(t
 
 
 def test_an_interrupted_comparison_goes_on_to_the_same_numbers(tmp_path):
-    options = ["controls=[fixed]", "strategies=[one_step]", "seeds=[0,1]", "budget.steps=400", "trainer.checkpoint_every=20"]
+    options = ["controls=[fixed]", "strategies=[one_step]", "seeds=[0,1]", "budget.steps=400", "trainer.checkpoint_every=20", *LEARNED]
     assert compare(tmp_path / "whole", *options).returncode == 0
     running = subprocess.Popen(command(tmp_path / "cut", *options), env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 120
@@ -143,7 +143,7 @@ def test_a_budget_in_seconds_ends_with_the_step_that_reaches_it(tmp_path):
 
 
 def test_a_row_that_fails_is_reported_and_the_others_go_on(tmp_path):
-    done = compare(tmp_path / "c", "controls=[]", "strategies=[{broken:'one_step strategy.estimator.num_batches=0'},fixed]", "seeds=[0]")
+    done = compare(tmp_path / "c", "controls=[]", "strategies=[{broken:'one_step +strategy.estimator.num_batches=0'},fixed]", "seeds=[0]")
     assert done.returncode == 2
     assert "num_batches=0" in done.stderr
     rows = {result.row: result for result in results.read(tmp_path / "c")}
