@@ -12,7 +12,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
-from metavpt import report, runfolder, summary
+from metavpt import dry_run, report, runfolder, summary
 from metavpt.checkpoint import Checkpoints
 from metavpt.command import reporting, run_command
 from metavpt.errors import MetaVPTError, NonFiniteError
@@ -45,6 +45,8 @@ def build(cfg: DictConfig, folder: Path, console: Console) -> Trainer:
 def run(cfg: DictConfig) -> float | None:
     """Train, print the table of step 0 against the end, write the report; the value of `cfg.objective`, None without one."""
     console = Console()
+    if cfg.trainer.get("dry_run"):
+        return describe(cfg, console)
     objective = Objective.parse(cfg.objective)
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
@@ -53,6 +55,13 @@ def run(cfg: DictConfig) -> float | None:
     console.print(summary.table(folder))
     console.print(f"report: {report.write_report(folder)}")
     return objective(metrics) if objective else None
+
+
+def describe(cfg: DictConfig, console: Console) -> None:
+    """Print what the run would take; no data and no weights are read, nothing is written."""
+    with torch.device("meta"):
+        trainer = build(dry_run.without_files(cfg), Path(cfg.runs), console)
+    console.print(dry_run.plan(trainer))
 
 
 def _train(cfg: DictConfig, folder: Path, resume: bool, objective: Objective | None, console: Console) -> dict[str, float]:

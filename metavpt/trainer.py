@@ -27,6 +27,7 @@ class Trainer:
     head_warmup_lr      peak learning rate of these steps; None: the optimizer's, which a released backbone wants low
     first_order_every   steps between two measurements of how well first-order value predicts a step; 0: none
     max_failures        steps in a row with a non-finite loss or gradient, each one skipped, after which the run stops
+    dry_run             `python -m metavpt.run` describes this run instead, see `metavpt.dry_run`; nothing trains it
     """
 
     def __init__(
@@ -48,13 +49,14 @@ class Trainer:
         checkpoint_every: int = 0,
         first_order_every: int = 0,
         max_failures: int = 10,
+        dry_run: bool = False,
     ) -> None:
         self.problem, self.strategy, self.budget, self.log, self.checkpoints = problem, strategy, budget, log, checkpoints
         self.schedule = schedule or WarmupCosine()
         self.clip_norm, self.max_failures = clip_norm, max_failures
         self.head_warmup_steps, self.head_warmup_lr = head_warmup_steps, head_warmup_lr
         self.log_every, self.probe_every, self.checkpoint_every = log_every, probe_every, checkpoint_every
-        self.first_order_every = first_order_every
+        self.first_order_every, self.dry_run = first_order_every, dry_run
         self.num_failures = 0
         self.metrics: dict[str, float] = {}  # of the last measurement
         strategy.start(problem)
@@ -71,6 +73,8 @@ class Trainer:
 
     def run(self) -> None:
         """From where the run stands to the end of the budget; step 0 is measured before anything is trained."""
+        if self.dry_run:
+            raise MetaVPTError("trainer.dry_run=true: this run is only to be described, which python -m metavpt.run does")
         if self.budget.steps == 0 and not self.metrics:
             self.measure()
         self.budget.memory.restart()
@@ -105,11 +109,12 @@ class Trainer:
             raise MetaVPTError(f"{path}: is the checkpoint of another model or configuration ({reason})") from error
 
     def measure(self) -> None:
-        """Probe metrics and figures of the learner as it is."""
+        """Probe metrics, figures and texts of the learner as it is."""
         with self.budget.timed("probe"):
             self.metrics = self.problem.evaluate()
             self.log.write("probe", self.budget.steps, metrics=self.metrics)
             self.log.save_figures(self.budget.steps, self.problem.figures())
+            self.log.save_texts(self.budget.steps, self.problem.texts())
 
     def step(self) -> None:
         """1. a task from the strategy  2. its pretraining loss  3. the learner's optimizer  4. the state that follows (EMA, centre)."""

@@ -57,12 +57,25 @@ class Trunk(nn.Module):
         self.blocks = nn.ModuleDict({str(i): block for i, block in enumerate(model.blocks) if i < num_blocks})
         self.prefix_has_position = not model.no_embed_class
 
-    def forward(self, images: Tensor, visible: Tensor | None = None, weight: Tensor | None = None) -> Hidden:
-        """Of all patches, or of `visible` ones, see `restrict`. Raises MetaVPTError for a size that the patch does not divide."""
+    def forward(
+        self,
+        images: Tensor,
+        visible: Tensor | None = None,
+        weight: Tensor | None = None,
+        hidden: Tensor | None = None,
+        mask_token: Tensor | None = None,
+    ) -> Hidden:
+        """Of all patches, or of `visible` ones, see `restrict`; with `mask_token` (D,) in the place of patches `hidden` (B, N) bool.
+
+        Raises MetaVPTError for a size that the patch does not divide.
+        """
         self._check_size(images)
         tokens = self.patch_embed(images)  # (B, h, w, D)
         grid = (tokens.shape[1], tokens.shape[2])
-        tokens = self.norm_pre(self._add_positions(tokens.flatten(1, 2), grid))
+        patches = tokens.flatten(1, 2)
+        if hidden is not None and mask_token is not None:
+            patches = torch.where(hidden[..., None], mask_token.to(patches), patches)
+        tokens = self.norm_pre(self._add_positions(patches, grid))
         rope = None if self.rope is None else self.rope.get_embed(shape=grid)
         if visible is not None:
             tokens, rope, grid = restrict(tokens, rope, grid, visible, weight)
@@ -163,14 +176,24 @@ class ProjectionHead(nn.Module):
 class Learner(nn.Module):
     """Normalised images (B, 3, H, W) -> prototype logits (B, K) of the cls token, or of the mean patch.
 
-    pool: "cls" is DINO's. "mean" trains the patches directly, which a short run for dense prediction needs.
+    pool: "cls" is DINO's. "mean" trains the patches directly, which a short run for dense prediction needs. hides: whether it has a mask
+    token (D,), zero at first, for patches that it is not to see; patch_head: a head for these, None: `head` serves both.
     """
 
-    def __init__(self, backbone: Backbone, head: nn.Module, pool: Literal["cls", "mean"] = "cls") -> None:
+    def __init__(
+        self,
+        backbone: Backbone,
+        head: nn.Module,
+        pool: Literal["cls", "mean"] = "cls",
+        hides: bool = False,
+        patch_head: nn.Module | None = None,
+    ) -> None:
         super().__init__()
         if pool not in ("cls", "mean"):
             raise MetaVPTError(f"Learner: pool must be 'cls' or 'mean', got {pool!r}")
         self.backbone, self.head, self.pool = backbone, head, pool
+        self.mask_token = nn.Parameter(torch.zeros(backbone.width)) if hides else None
+        self.patch_head = patch_head
 
     def forward(self, images: Tensor) -> Tensor:
         return self.head(self.summary(self.backbone(images)))
@@ -213,8 +236,8 @@ def create_backbone(
 ) -> Backbone:
     """The timm vision transformer `name` (or one of OWN_MODELS) as a Backbone whose tail holds the last `tail_blocks` blocks.
 
-    pretrained: weights from timm's hub. weights: a local .safetensors, .pt or .pth file with timm's keys instead; its classifier ("head."),
-    if any, is left out. frozen_blocks: so many first blocks, and the embedding before them, are never trained, which spares their
+    pretrained: weights from timm's hub. weights: a file, a folder or owner/name on the Hugging Face hub instead, in any layout that
+    `load_weights` knows. frozen_blocks: so many first blocks, and the embedding before them, are never trained, which spares their
     backward pass; 0 trains everything. Other arguments go to timm. Raises MetaVPTError for an unknown name, a model that is no plain
     ViT, a random forward pass, and weights that cannot be had or do not fit.
     """

@@ -202,3 +202,29 @@ def test_learner_reads_the_cls_token() -> None:
     images = torch.randn(2, 3, 32, 32)
     assert torch.equal(learner(images), learner.head(learner.backbone(images).cls))
     assert learner(images).shape == (2, 7)
+
+
+@pytest.mark.parametrize("name", ["vit_small_patch16_dinov3", "vit_small_patch14_reg4_dinov2", "vit_small_patch16_224"])
+def test_hidden_patches_show_the_mask_token_at_their_place(name: str) -> None:
+    """As if the patch embedding had said so itself: positions, rotary ones too, are kept; what the patch shows plays no part."""
+    backbone = tiny(name)
+    size = 3 * backbone.patch_size
+    images = torch.randn(2, 3, size, size, dtype=torch.float64)
+    hidden = torch.tensor([[True, False, False, False, True, False, False, False, True], [False] * 9])
+    token = torch.randn(32, dtype=torch.float64)
+    seen = backbone.trunk(images, hidden=hidden, mask_token=token)
+    assert torch.equal(seen.tokens[1], backbone.trunk(images).tokens[1])
+    embed = backbone.trunk.patch_embed
+
+    def embedded(x: Tensor) -> Tensor:
+        return torch.where(hidden.unflatten(1, (3, 3))[..., None], token, embed(x))
+
+    embedded.grid_size, embedded.patch_size = embed.grid_size, embed.patch_size  # type: ignore[attr-defined]
+    del backbone.trunk.patch_embed
+    backbone.trunk.patch_embed = embedded
+    torch.testing.assert_close(seen.tokens, backbone.trunk(images).tokens, atol=0, rtol=0)
+    backbone.trunk.patch_embed = embed
+    other = images.clone()
+    other[0, :, : backbone.patch_size, : backbone.patch_size] += 1.0  # a patch that is hidden
+    assert torch.equal(seen.tokens, backbone.trunk(other, hidden=hidden, mask_token=token).tokens)
+    assert not torch.equal(backbone.trunk(images).tokens, backbone.trunk(other).tokens)

@@ -1,0 +1,53 @@
+"""Labelled sets that are not there, of the size that the real ones have: for a run that is only planned."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from metavpt.data.ade20k import CLASS_NAMES
+from metavpt.data.dense import FRAMES, DenseData
+from metavpt.data.frames import Frame, RGBDFrames
+from metavpt.errors import MetaVPTError
+
+
+class AbsentFrames(RGBDFrames):
+    """The name, size, classes and splits of frames; there is none to read."""
+
+    def __init__(self, name: str, size: Sequence[int], num_classes: int, num_train: int, num_val: int) -> None:
+        self.name, self.size = name, (int(size[0]), int(size[1]))
+        self.class_names = [str(i) for i in range(num_classes)]
+        self.splits = {"train": list(range(num_train)), "val": list(range(num_train, num_train + num_val))}
+
+    def __len__(self) -> int:
+        return sum(len(split) for split in self.splits.values())
+
+    def __getitem__(self, index: int) -> Frame:
+        raise MetaVPTError(f"{self.name} is absent: its frames cannot be read")
+
+    def image(self, index: int) -> Tensor:
+        return self[index].image
+
+
+def absent_nyuv2(num_classes: int = 13, path: Any = None, rooms: Any = None, unlabelled: Any = None, **pools: Any) -> DenseData:
+    """As `nyuv2_data` at the official file; what names a file is not read."""
+    return _pools(AbsentFrames("NYUv2", (480, 640), num_classes, 795, 654), **pools)
+
+
+def absent_ade20k(
+    size: Sequence[int] = (512, 512), path: Any = None, resize: Any = None, rooms: Any = None, unlabelled: Any = None, **pools: Any
+) -> DenseData:
+    """As `ade20k_data` at ADEChallengeData2016; what names a file is not read."""
+    return _pools(AbsentFrames("ADE20K", size, len(CLASS_NAMES), 20210, 2000), depth=False, **pools)
+
+
+def _pools(frames: AbsentFrames, **pools: Any) -> DenseData:
+    with torch.device("cpu"):  # the pools are drawn, also where everything else is on the meta device
+        return DenseData(frames, unlabelled=(FRAMES,), **pools)
+
+
+ABSENT = {
+    "metavpt.data.dense.nyuv2_data": "metavpt.data.absent.absent_nyuv2",
+    "metavpt.data.dense.ade20k_data": "metavpt.data.absent.absent_ade20k",
+}
