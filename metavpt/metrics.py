@@ -3,7 +3,7 @@
 import re
 
 ERRORS = r"rmse|mse|mae|rel|log10|silog|loss|nll|ce|kl|error|perplexity|ppl|fid"
-SCORES = r"delta_?\d|miou|iou|dice|acc|accuracy|top\d|map|ndcg|mrr|recall|precision|f1|auc|auroc|pass|r2|psnr|ssim|reward"
+SCORES = r"delta_?\d|miou|iou|dice|acc|accuracy|top\d|map|ndcg|mrr|recall|precision|f1|auc|auroc|pass|r2|psnr|ssim|reward|rankme"
 LOWER_IS_BETTER = re.compile(rf"(?:^|[_@])(?:{ERRORS})(?=[_@]|$)", re.IGNORECASE)
 HIGHER_IS_BETTER = re.compile(rf"(?:^|[_@])(?:{SCORES})(?=[_@]|$)", re.IGNORECASE)
 

@@ -1,42 +1,55 @@
 """What every dense vision problem shares: the unlabelled stream, feedback from labelled frames, probes, pictures."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, cast
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.func import functional_call
+from torch.utils.data import ConcatDataset, Dataset
 
 from metavpt import params, pictures
 from metavpt.data.dense import DenseData
-from metavpt.data.loader import FrameLoader, ImageLoader
+from metavpt.data.loader import FrameLoader, ImageLoader, JointLoader
+from metavpt.errors import MetaVPTError
 from metavpt.feedback import DenseFeedback
-from metavpt.learners.vit import Backbone
+from metavpt.learners.vit import Backbone, Features
 from metavpt.params import Params
 from metavpt.probes.dense import DenseProbe
 from metavpt.probes.heads import Fit
+from metavpt.probes.side_effects import SideEffects
+from metavpt.probes.summaries import Probe
+from metavpt.probes.window import SlidingWindow
 from metavpt.problem import Problem
 from metavpt.stream import Stream
 
 NUM_PICTURES = 4
+ONE = "labelled"  # the name within of a labelled set that is alone
+TASKS = {"depth": "depth_", "segmentation": "seg_"}  # feedback -> how the probes' metrics of it begin
 
 
 class DenseProblem(Problem):
     """A ViT (`learner.backbone`) pretrained for depth and segmentation; a subclass adds the learner's head, the designer and the loss.
 
+    data, feedback    one labelled set and the maker of its feedback heads, or several of both by name. Of several, a labelled batch holds
+                      one of each, feedbacks and metrics are called `<set>/depth`, and the stream is all their images together
     feature_size      (H, W) that labelled frames are resized to before the backbone; labels keep their own size. None: no resizing
     meta_batch_size   unlabelled images of a designer update
     head_steps        fitting steps of the feedback heads before each designer update, `first_head_steps` before the first one
     probe_heads       heads by name that the probes fit; None: ridge alone
+    probe_size        (H, W) that the probes of labelled frames resize to; None: as `feature_size`
+    probe_window      (H, W) of overlapping windows that these probes see an image of `probe_size` by; None: the whole image
+    probes            by name, what else is measured of the frozen backbone: side effects, see `metavpt.probes.summaries`
     """
 
     def __init__(
         self,
         backbone: Backbone,
-        data: DenseData,
-        feedback: Callable[..., DenseFeedback],
+        data: DenseData | Mapping[str, DenseData],
+        feedback: Callable[..., DenseFeedback] | Mapping[str, Callable[..., DenseFeedback]],
         batch_size: int = 32,
         meta_batch_size: int = 16,
         feedback_batch_size: int = 16,
@@ -44,21 +57,34 @@ class DenseProblem(Problem):
         first_head_steps: int = 100,
         feature_size: Sequence[int] | None = None,
         probe_heads: Mapping[str, Fit] | None = None,
+        probe_size: Sequence[int] | None = None,
+        probe_window: Sequence[int] | None = None,
+        probes: Mapping[str, Probe] | None = None,
         num_workers: int = 0,
         seed: int = 0,
     ) -> None:
-        self.data, self.num_workers = data, num_workers
+        self.data = data if isinstance(data, DenseData) else MappingProxyType(dict(data))
+        self.num_workers = num_workers
         self.batch_size, self.meta_batch_size, self.feedback_batch_size = batch_size, meta_batch_size, feedback_batch_size
         self.head_steps, self.first_head_steps = head_steps, first_head_steps
         self.mean, self.std = (torch.tensor(values).view(3, 1, 1) for values in (backbone.mean, backbone.std))
-        self.feature_size = (int(feature_size[0]), int(feature_size[1])) if feature_size else data.frames.size
-        with torch.no_grad():
-            backbone(torch.zeros(1, 3, *self.feature_size))  # a size that the patch does not divide fails here, before any training
-        num_classes = data.frames.num_classes
-        self.feedback = feedback(backbone.width, num_classes)
-        self.feedback_weights = self.feedback.weights
-        self.head_batches = Stream(lambda s: self._labelled(data.heads, s), seed, "feedback heads")
-        self.probe = DenseProbe(lambda: self._in_order(data.train), lambda: self._in_order(data.val), num_classes, probe_heads)
+        self.feature_size, self.probe_size, window = _size(feature_size), _size(probe_size or feature_size), _size(probe_window)
+        self._windowed = SlidingWindow(lambda part: self.backbone(part).patches, window, backbone.patch_size) if window else None
+        with torch.no_grad():  # a size that the patch does not divide fails here, before any training
+            for size in {given or data.frames.size for data in self.sets.values() for given in (self.feature_size, self.probe_size)}:
+                backbone(torch.zeros(1, 3, *size))
+        self.unlabelled = _together(self.sets)
+        self.feedback = nn.ModuleDict(self._feedback_heads(feedback, backbone.width))
+        self.feedback_weights = {
+            self._called(name, task): weight for name, heads in self._feedback.items() for task, weight in heads.weights.items()
+        }
+        self.head_batches = Stream(lambda s: self._labelled("heads", s), seed, "feedback heads")
+        self.probe = {name: self._dense_probe(data, probe_heads) for name, data in self.sets.items()}
+        self.side_effects = SideEffects(probes)
+
+    @property
+    def sets(self) -> Mapping[str, DenseData]:
+        return {ONE: self.data} if isinstance(self.data, DenseData) else self.data
 
     @property
     def backbone(self) -> Backbone:
@@ -69,16 +95,16 @@ class DenseProblem(Problem):
         return next(self.learner.parameters()).device
 
     def pretrain_batches(self, seed: int) -> Iterable[Any]:
-        return ImageLoader(self.data.unlabelled, self.batch_size, seed, self.num_workers, self.device)
+        return ImageLoader(self.unlabelled, self.batch_size, seed, self.num_workers, self.device)
 
     def meta_batches(self, seed: int) -> Iterable[Any]:
-        return ImageLoader(self.data.unlabelled, self.meta_batch_size, seed, self.num_workers, self.device)
+        return ImageLoader(self.unlabelled, self.meta_batch_size, seed, self.num_workers, self.device)
 
     def feedback_batches(self, seed: int) -> Iterable[Any]:
-        return self._labelled(self.data.meta, seed)
+        return self._labelled("meta", seed)
 
     def held_out_batches(self, seed: int) -> Iterable[Any]:
-        return self._labelled(self.data.held_out, seed)
+        return self._labelled("held_out", seed)
 
     def aligned_parameters(self) -> list[str]:
         """The last blocks and the final norm: what depth and segmentation share with pretraining and lies nearest to both."""
@@ -88,58 +114,118 @@ class DenseProblem(Problem):
         return [name for name in params.named(self.learner) if not name.startswith("backbone.")]
 
     def feedback_losses(self, theta: Params, batch: Any) -> dict[str, Tensor]:
-        return self.feedback(self.patch_features(theta, batch.image), batch)
+        losses = {}
+        for name, frames in batch.items():
+            of_set = self._feedback[name](self.patch_features(theta, frames.image), frames)
+            losses |= {self._called(name, task): loss for task, loss in of_set.items()}
+        return losses
 
     def heads(self) -> list[str]:
         return ["feedback", "head_batches"]
 
     def is_steered(self, metric: str) -> bool:
-        prefixes = {"depth": "depth_", "segmentation": "seg_"}
-        return any(weight and f"/{prefixes[name]}" in metric for name, weight in self.feedback_weights.items())
+        for feedback, weight in self.feedback_weights.items():
+            name, _, task = feedback.rpartition("/")
+            if weight and metric.startswith(name) and f"/{TASKS[task]}" in metric:
+                return True
+        return False
 
     def fit_heads(self) -> None:
+        by_steps = {name: heads for name, heads in self._feedback.items() if heads.fitted_by_steps}
         num_steps = self.head_steps if self.head_batches.has_begun else self.first_head_steps
         theta = params.detach(params.named(self.learner))
-        for _ in range(num_steps):
+        for _ in range(num_steps if by_steps else 0):
             batch = next(self.head_batches)
-            with torch.no_grad():
-                features = self.patch_features(theta, batch.image)
-            self.feedback.fit(features, batch)
+            for name, heads in by_steps.items():
+                with torch.no_grad():
+                    features = self.patch_features(theta, batch[name].image)
+                heads.fit(features, batch[name])
 
     def evaluate(self) -> dict[str, float]:
-        return self.probe(self._frozen_features)
+        metrics = self.side_effects(self._describe, self.unlabelled)
+        for name, probe in self.probe.items():
+            metrics |= {self._called(name, metric): value for metric, value in probe(self._frozen_features).items()}
+        return metrics
 
     def patch_features(self, theta: Params, images: Tensor) -> Tensor:
         """Features (B,D,h,w) of images uint8 (B,3,H,W) under the learner's parameters `theta`."""
-        return functional_call(self.backbone, params.subset(theta, "backbone."), (self.normalize(images),)).patches
+        normalized = self.normalize(images, self.feature_size)
+        return functional_call(self.backbone, params.subset(theta, "backbone."), (normalized,)).patches
 
-    def normalize(self, images: Tensor) -> Tensor:
-        """uint8 (B,3,H,W) -> what the backbone reads, at `feature_size`."""
+    def normalize(self, images: Tensor, size: tuple[int, int] | None) -> Tensor:
+        """uint8 (B,3,H,W) -> what the backbone reads, at `size`; None: at their own."""
         images = images.to(next(self.learner.parameters())) / 255
-        if images.shape[-2:] != self.feature_size:
-            images = F.interpolate(images, self.feature_size, mode="bilinear", antialias=True, align_corners=False)
+        if size and images.shape[-2:] != size:
+            images = F.interpolate(images, size, mode="bilinear", antialias=True, align_corners=False)
         return (images - self.mean.to(images)) / self.std.to(images)
 
     def figures(self) -> dict[str, np.ndarray]:
-        """Depth and classes of a few validation frames, predicted beside true, by the probe's last head."""
-        frames = [self.data.frames[i] for i in self.data.val[:: max(1, len(self.data.val) // NUM_PICTURES)][:NUM_PICTURES]]
-        depths, labels = self.probe.predict(self._frozen_features, torch.stack([frame.image for frame in frames]))
-        if depths is None or labels is None:
-            return {}
-        rows = []
-        for frame, depth, label in zip(frames, depths, labels, strict=True):
-            low, high = float(frame.depth[frame.depth > 0].min()), float(frame.depth.max())
-            maps = [pictures.colour(metres, low, high) for metres in (frame.depth, depth)]
-            maps += [pictures.classes(classes, self.data.frames.num_classes) for classes in (frame.label, label)]
-            rows.append([pictures.photo(frame.image), *maps])
-        return {"predictions": pictures.grid(rows)}
+        """Depth and classes of a few validation frames, predicted beside true, by the probe's first head."""
+        return {self._called(name, "predictions").replace("/", "_"): self._predictions(name) for name in self.sets}
+
+    def _predictions(self, name: str) -> np.ndarray:
+        data = self.sets[name]
+        frames = [data.frames[i] for i in data.val[:: max(1, len(data.val) // NUM_PICTURES)][:NUM_PICTURES]]
+        predicted = self.probe[name].predict(self._frozen_features, torch.stack([frame.image for frame in frames]))
+        rows = [[pictures.photo(frame.image)] for frame in frames]
+        for i, frame in enumerate(frames):
+            if predicted.depth is not None:
+                low, high = float(frame.depth[frame.depth > 0].min()), float(frame.depth.max())
+                rows[i] += [pictures.colour(metres, low, high) for metres in (frame.depth, predicted.depth[i])]
+            if predicted.label is not None:
+                rows[i] += [pictures.classes(classes, data.frames.num_classes) for classes in (frame.label, predicted.label[i])]
+        return pictures.grid(rows)
 
     @torch.no_grad()
     def _frozen_features(self, images: Tensor) -> Tensor:
-        return self.patch_features(params.named(self.learner), images)
+        """What the probes of labelled frames read, (B,D,h,w)."""
+        images = self.normalize(images, self.probe_size)
+        return self._windowed(images) if self._windowed else self.backbone(images).patches
 
-    def _labelled(self, indices: list[int], seed: int) -> FrameLoader:
-        return FrameLoader(self.data.frames, indices, self.feedback_batch_size, seed, self.num_workers, self.device)
+    @torch.no_grad()
+    def _describe(self, images: Tensor) -> Features:
+        """What the other probes read: images at the nearest size that the patches divide."""
+        patch = self.backbone.patch_size
+        height, width = (max(1, round(side / patch)) * patch for side in images.shape[-2:])
+        return self.backbone(self.normalize(images, (height, width)))
 
-    def _in_order(self, indices: list[int]) -> Iterable[Any]:
-        return FrameLoader.in_order(self.data.frames, indices, self.feedback_batch_size, self.device)
+    @property
+    def _feedback(self) -> dict[str, DenseFeedback]:
+        return cast(dict[str, DenseFeedback], dict(self.feedback.items()))
+
+    def _feedback_heads(self, feedback: Any, width: int) -> dict[str, DenseFeedback]:
+        makers = feedback if isinstance(feedback, Mapping) else {ONE: feedback}
+        if makers.keys() != self.sets.keys():
+            raise MetaVPTError(f"feedback names {', '.join(makers)}, data names {', '.join(self.sets)}; name the same sets in both")
+        made = {name: makers[name](width, data.frames.num_classes) for name, data in self.sets.items()}
+        for name, heads in made.items():
+            if (weight := heads.weights["depth"]) and not self.sets[name].depth:
+                key, file = self._called(name, "depth_weight").replace("/", "."), self.sets[name].frames.name
+                raise MetaVPTError(f"feedback.{key}={weight}: {file} is read without depth; set it to 0")
+        return made
+
+    def _dense_probe(self, data: DenseData, heads: Mapping[str, Fit] | None) -> DenseProbe:
+        def in_order(indices: list[int]) -> Iterable[Any]:
+            return FrameLoader.in_order(data.frames, indices, self.feedback_batch_size, self.device)
+
+        return DenseProbe(lambda: in_order(data.train), lambda: in_order(data.val), data.frames.num_classes, heads, data.depth)
+
+    def _labelled(self, pool: str, seed: int) -> JointLoader:
+        options = (self.feedback_batch_size, seed, self.num_workers, self.device)
+        return JointLoader({name: FrameLoader(data.frames, getattr(data, pool), *options) for name, data in self.sets.items()})
+
+    def _called(self, name: str, what: str) -> str:
+        """`what` of the labelled set `name`, for those outside: <set>/<what> where there are several."""
+        return what if isinstance(self.data, DenseData) else f"{name}/{what}"
+
+
+def _size(size: Sequence[int] | None) -> tuple[int, int] | None:
+    return (int(size[0]), int(size[1])) if size else None
+
+
+def _together(sets: Mapping[str, DenseData]) -> Dataset[Tensor]:
+    """The unlabelled images of all sets."""
+    if len({data.stream_size for data in sets.values()}) > 1:
+        listed = ", ".join(f"{name} {data.stream_size[0]}x{data.stream_size[1]}" for name, data in sets.items())
+        raise MetaVPTError(f"the images of one stream must have one size, these are {listed}; set data.<set>.stream_size")
+    return ConcatDataset([data.unlabelled for data in sets.values()]) if len(sets) > 1 else next(iter(sets.values())).unlabelled

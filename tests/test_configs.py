@@ -11,6 +11,10 @@ CONFIGS = Path(__file__).parents[1] / "configs"
 CHOICES = sorted(f"{path.parent.name}={path.stem}" for path in CONFIGS.glob("*/*.yaml") if path.parent.name != "experiment")
 STRATEGIES = sorted(path.stem for path in (CONFIGS / "strategy").glob("*.yaml"))
 EXPERIMENTS = sorted(path.stem for path in (CONFIGS / "experiment").glob("*.yaml"))
+EXTRA = {"backbone=timm": ["backbone.name=vit_tiny_patch16_224"], "data=gsm8k": ["data.path=/path/to/data"]}
+LANGUAGE = {  # choices that only a language problem has a use for
+    "data=gsm8k", "strategy=greedy_targets", "strategy=random_tilt", "strategy=self_distillation", "strategy=smoothing", "strategy=tilt",
+}  # fmt: skip
 
 
 def composed(*overrides):
@@ -20,13 +24,16 @@ def composed(*overrides):
 
 @pytest.mark.parametrize("choice", CHOICES + [f"experiment={name}" for name in EXPERIMENTS])
 def test_every_choice_composes_and_resolves(choice):
-    extra = ["backbone.name=vit_tiny_patch16_224"] if choice == "backbone=timm" else []
-    assert OmegaConf.to_container(composed(choice, *extra), resolve=True)
+    extra = EXTRA.get(choice, [])
+    problem = ["problem=lm_gsm8k"] if choice in LANGUAGE else []
+    assert OmegaConf.to_container(composed(*problem, choice, *extra), resolve=True)
 
 
 @pytest.mark.parametrize("name", STRATEGIES)
 def test_every_strategy_can_be_built(name):
-    assert hasattr(instantiate(composed(f"strategy={name}").strategy), "next_task")
+    choice = f"strategy={name}"
+    problem = ["problem=lm_gsm8k"] if choice in LANGUAGE else []
+    assert hasattr(instantiate(composed(*problem, choice).strategy), "next_task")
 
 
 def test_the_paper_row_of_nyuv2_with_vit_b_holds_the_papers_figures():

@@ -2,12 +2,16 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from rich.console import Console
+from torch import Tensor
 from torch.utils.data import ConcatDataset, Dataset
 
+from metavpt.data.ade20k import ADE20K
+from metavpt.data.cache import CachedFrames
+from metavpt.data.frames import RGBDFrames
 from metavpt.data.images import FrameImages, open_images
 from metavpt.data.nyuv2 import open_nyuv2
 from metavpt.errors import MetaVPTError
@@ -18,11 +22,12 @@ FRAMES = "frames"  # the name, in `unlabelled`, of the images of the labelled tr
 class DenseData:
     """Pools of a labelled set, disjoint, and the unlabelled images.
 
-    path         NYUv2 (official .mat, or the zip layout); None: generated rooms, with a visible line that says so
+    depth        whether the frames' depth is fed back and probed; False where they have none
     unlabelled   where the stream comes from: "frames" (train frames without their labels), folders, zips, npz files
     stream_size  (H, W) of the streamed images; None: that of the frames
     num_train    frames that the feedback heads are fitted on, num_meta frames that g_down is taken on, both from the train split
     share        share of both that feedback has (at least one frame each); the probes' heads have all of `num_train` whatever it is
+    cache_bytes  how much of the labelled frames may stay decoded in memory, in each process that reads them
 
     The pools are drawn by `seed` and are the same for every run with it. `held_out` are train frames of neither pool (where there are none
     left, the meta frames again): what designer updates do to other frames is measured on them. `val` is the split's own and is seen by
@@ -31,27 +36,22 @@ class DenseData:
 
     def __init__(
         self,
-        path: str | None = None,
-        num_classes: int = 13,
+        frames: RGBDFrames,
+        depth: bool = True,
         unlabelled: Sequence[str] = (FRAMES,),
         stream_size: Sequence[int] | None = None,
         num_train: int = 512,
         num_meta: int = 128,
         share: float = 1.0,
         seed: int = 0,
-        rooms: Mapping[str, Any] | None = None,
+        cache_bytes: int = 1_000_000_000,
     ) -> None:
-        if path is None:
-            Console(stderr=True, soft_wrap=True).print(
-                "[bold]data:[/bold] no data.path, so this trains on generated rooms; "
-                "for NYUv2 give data.path=/path/to/nyu_depth_v2_labeled.mat"
-            )
-        self.frames = open_nyuv2(path, num_classes, rooms)
-        train = self.frames.splits["train"]
+        self.frames, self.depth = CachedFrames(frames, cache_bytes), depth
+        train = frames.splits["train"]
         if num_train < 1 or num_meta < 1 or num_train + num_meta > len(train):
             raise MetaVPTError(
                 f"data.num_train={num_train} and data.num_meta={num_meta} must be positive and fit into the {len(train)} train frames "
-                f"of {self.frames.name}"
+                f"of {frames.name}"
             )
         if not 0 < share <= 1:
             raise MetaVPTError(f"data.share={share}: the share of the labelled frames that feedback has lies in (0, 1]")
@@ -61,12 +61,45 @@ class DenseData:
         self.heads = sorted(train[i] for i in fitting[: max(1, round(share * num_train))])
         self.meta = sorted(train[i] for i in meta[: max(1, round(share * num_meta))])
         self.held_out = sorted(train[i] for i in rest or meta)
-        self.val = list(self.frames.splits["val"])
-        height, width = stream_size or self.frames.size
-        size = (int(height), int(width))
-        sources: list[Dataset] = [
+        self.val = list(frames.splits["val"])
+        height, width = stream_size or frames.size
+        self.stream_size = size = (int(height), int(width))
+        sources: list[Dataset[Tensor]] = [
             FrameImages(self.frames, train, size) if source == FRAMES else open_images(Path(source), size) for source in unlabelled
         ]
         if not sources:
             raise MetaVPTError("data.unlabelled is empty: name at least one source, 'frames' or a path")
-        self.unlabelled = sources[0] if len(sources) == 1 else ConcatDataset(sources)
+        self.unlabelled: Dataset[Tensor] = sources[0] if len(sources) == 1 else ConcatDataset(sources)
+
+
+def nyuv2_data(path: str | None = None, num_classes: int = 13, rooms: Mapping[str, Any] | None = None, **pools: Any) -> DenseData:
+    """NYUv2 at `path` (official .mat, or the zip layout), see `open_nyuv2`; the rest as in `DenseData`.
+
+    Without a path generated rooms stand in for it, with a visible line that says so.
+    """
+    if path is None:
+        _announce_rooms("NYUv2", "nyu_depth_v2_labeled.mat")
+    return DenseData(open_nyuv2(path, num_classes, rooms), **pools)
+
+
+def ade20k_data(
+    path: str | None = None,
+    size: Sequence[int] = (512, 512),
+    resize: Literal["cover", "stretch"] = "cover",
+    rooms: Mapping[str, Any] | None = None,
+    **pools: Any,
+) -> DenseData:
+    """ADE20K at `path`, see `ADE20K`; the rest as in `DenseData`.
+
+    Without a path generated rooms stand in for it, their depth unread, with a visible line that says so.
+    """
+    if path is None:
+        _announce_rooms("ADE20K", "ADEChallengeData2016")
+        return DenseData(open_nyuv2(None, rooms=rooms), depth=False, **pools)
+    return DenseData(ADE20K(path, (int(size[0]), int(size[1])), resize), depth=False, **pools)
+
+
+def _announce_rooms(name: str, file: str) -> None:
+    Console(stderr=True, soft_wrap=True).print(
+        f"[bold]data:[/bold] no data.path, so this trains on generated rooms; for {name} give data.path=/path/to/{file}"
+    )

@@ -1,6 +1,6 @@
 """Endless batches in an order that a seed sets, with a position that can be jumped to."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -99,6 +99,21 @@ class FrameLoader:
         for first in range(0, len(indices), batch_size):
             batch = collate_frames([frames[i] for i in indices[first : first + batch_size]])
             yield FrameBatch(*(field.to(device) for field in batch))
+
+
+class JointLoader:
+    """Endless batches of several sets at once, {name: FrameBatch}; `skip` as in `ImageLoader`."""
+
+    def __init__(self, loaders: Mapping[str, FrameLoader]) -> None:
+        self.loaders = loaders
+
+    def skip(self, num_batches: int) -> None:
+        for loader in self.loaders.values():
+            loader.skip(num_batches)
+
+    def __iter__(self) -> Iterator[dict[str, FrameBatch]]:
+        for batches in zip(*self.loaders.values(), strict=True):
+            yield dict(zip(self.loaders, batches, strict=True))
 
 
 class _Picked(Dataset[Frame]):

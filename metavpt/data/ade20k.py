@@ -1,0 +1,109 @@
+"""ADE20K scene parsing (SceneParse150): photographs with one of 150 classes a pixel."""
+
+import json
+from importlib.resources import files
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from rich.console import Console
+from torch import Tensor
+
+from metavpt.data.frames import IGNORE, Frame, RGBDFrames
+from metavpt.data.images import SUFFIXES, decode
+from metavpt.errors import MetaVPTError
+
+FOLDERS = {"train": "training", "val": "validation"}
+CLASS_NAMES: list[str] = json.loads((files("metavpt.data") / "ade20k_classes.json").read_text())
+MIN_SIDE = 16  # pixels; less is no photograph
+
+
+class ADE20K(RGBDFrames):
+    """ADEChallengeData2016: images/{training,validation}/*.jpg and annotations/{training,validation}/*.png of the same names.
+
+    An annotation holds 0 for what is ignored and 1..150 for the classes, which become 255 and 0..149; there is no depth. Images differ in
+    size; `resize` brings them and their labels to `size` (H,W): "cover" scales one to cover it and cuts it around the centre, "stretch"
+    keeps all of the image and not its aspect. Frames are decoded when they are read. An image without annotation, or an annotation
+    without image, is left out, with a visible line that counts them.
+    """
+
+    def __init__(self, path: str | Path, size: tuple[int, int], resize: Literal["cover", "stretch"] = "cover") -> None:
+        if resize not in ("cover", "stretch"):
+            raise MetaVPTError(f"data.resize={resize}: known are cover, stretch")
+        if min(size) < 1:
+            raise MetaVPTError(f"data.size={size[0]}x{size[1]}: both sides must be positive")
+        self.path, self.size, self.resize = Path(path), size, resize
+        self.name, self.class_names = self.path.name, CLASS_NAMES
+        self.pairs: list[tuple[Path, Path]] = []
+        self.splits = {}
+        for split, folder in FOLDERS.items():
+            found = self._find_pairs(folder)
+            self.splits[split] = list(range(len(self.pairs), len(self.pairs) + len(found)))
+            self.pairs += found
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def __getitem__(self, index: int) -> Frame:
+        file, annotation = self.pairs[index]
+        image, label = self._decode(index), read_annotation(annotation)
+        if image.shape[1:] != label.shape:
+            (height, width), (rows, columns) = image.shape[1:], label.shape
+            raise MetaVPTError(f"{annotation}: is {rows}x{columns}, but {file.name} is {height}x{width}; get both again")
+        unknown = torch.zeros(()).expand(self.size)
+        return Frame(self._fit(image, "bilinear"), unknown, self._fit(label[None], "nearest-exact")[0].long())
+
+    def image(self, index: int) -> Tensor:
+        return self._fit(self._decode(index), "bilinear")
+
+    def _find_pairs(self, folder: str) -> list[tuple[Path, Path]]:
+        images, annotations = self.path / "images" / folder, self.path / "annotations" / folder
+        for place in (images, annotations):
+            if not place.is_dir():
+                raise MetaVPTError(f"{self.path}: lacks the folder {place.relative_to(self.path)}; data.path must be ADEChallengeData2016")
+        named = {file.stem: file for file in images.iterdir() if file.suffix.lower() in SUFFIXES and not file.name.startswith(".")}
+        labels = {file.stem: file for file in annotations.iterdir() if file.suffix.lower() == ".png" and not file.name.startswith(".")}
+        for have, lack, what in ((named, labels, "images without annotation"), (labels, named, "annotations without image")):
+            if single := sorted(have.keys() - lack.keys()):
+                Console(stderr=True, soft_wrap=True).print(
+                    f"[bold]data:[/bold] {len(single)} {what} in {self.path}/*/{folder} are left out, the first is {single[0]}"
+                )
+        if not named.keys() & labels.keys():
+            raise MetaVPTError(f"{images}: holds no image with an annotation of the same name in {annotations}")
+        return [(named[stem], labels[stem]) for stem in sorted(named.keys() & labels.keys())]
+
+    def _decode(self, index: int) -> Tensor:
+        file = self.pairs[index][0]
+        image = decode(file.read_bytes(), str(file))
+        height, width = image.shape[1:]
+        if min(height, width) < MIN_SIDE:
+            raise MetaVPTError(f"{file}: is {height}x{width} pixels, below {MIN_SIDE} a side; remove it or get it again")
+        return image
+
+    def _fit(self, maps: Tensor, mode: str) -> Tensor:
+        """(C,H,W) -> uint8 (C, *size), as `resize` says."""
+        height, width = self.size
+        factors = [height / maps.shape[1], width / maps.shape[2]]
+        if self.resize == "cover":
+            factors = [max(factors)] * 2
+        scaled = [max(side, round(length * factor)) for side, length, factor in zip(self.size, maps.shape[1:], factors, strict=True)]
+        options = {"antialias": True, "align_corners": False} if mode == "bilinear" else {}
+        resized = F.interpolate(maps[None].float(), scaled, mode=mode, **options)[0]
+        top, left = (scaled[0] - height) // 2, (scaled[1] - width) // 2
+        return resized[:, top : top + height, left : left + width].round().clamp(0, 255).byte().contiguous()
+
+
+def read_annotation(file: Path) -> Tensor:
+    """Classes uint8 (H,W) in 0..149, 255 where ignored. The numbers of a palette or 16-bit PNG are taken as they stand."""
+    try:
+        array = np.asarray(Image.open(file))
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise MetaVPTError(f"{file}: not a readable image ({error}); get it again") from None
+    if array.ndim != 2:
+        raise MetaVPTError(f"{file}: holds colours; a SceneParse150 annotation holds one class number a pixel (not the full ADE20K's)")
+    if int(array.max()) > len(CLASS_NAMES) or int(array.min()) < 0:
+        raise MetaVPTError(f"{file}: has label {array.max()}; labels are 0 (ignored) and 1 to {len(CLASS_NAMES)}")
+    return torch.from_numpy(np.where(array == 0, IGNORE, array.astype(np.int64) - 1).astype(np.uint8))

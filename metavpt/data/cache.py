@@ -1,0 +1,77 @@
+"""Decoded items kept in memory, so that a set that is read over and over is decoded once."""
+
+from collections.abc import Callable
+from typing import Any, Generic, TypeVar
+
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+from torch.utils.data import Dataset
+
+from metavpt.data.frames import Frame, RGBDFrames
+
+Item = TypeVar("Item")
+
+
+class Cache(Generic[Item]):
+    """`cache(index)` is `load(index)`: kept in memory while `max_bytes` last, loaded anew each time for what comes after.
+
+    What is kept stays: a set read in random order and larger than the bound would only push itself out. Copies and other processes
+    begin with none; items are shared, never to be written to.
+    """
+
+    def __init__(self, load: Callable[[int], Item], max_bytes: int) -> None:
+        self.load, self.max_bytes = load, max_bytes
+        self._kept: dict[int, Item] = {}
+        self._free = max_bytes
+
+    def __call__(self, index: int) -> Item:
+        if index in self._kept:
+            return self._kept[index]
+        item = self.load(index)
+        num_bytes = sum(tensor.untyped_storage().nbytes() for tensor in tree_leaves(item))
+        if num_bytes <= self._free:
+            self._kept[index] = item
+            self._free -= num_bytes
+        return item
+
+    def __contains__(self, index: int) -> bool:
+        return index in self._kept
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_kept": {}, "_free": self.max_bytes}
+
+
+class CachedFrames(RGBDFrames):
+    """`frames`, of which up to `max_bytes` stay decoded; labels take one byte there."""
+
+    def __init__(self, frames: RGBDFrames, max_bytes: int) -> None:
+        self.frames, self.cache = frames, Cache(self._load, max_bytes)
+        self.name, self.size, self.class_names, self.splits = frames.name, frames.size, frames.class_names, frames.splits
+
+    def __len__(self) -> int:
+        return len(self.frames)
+
+    def __getitem__(self, index: int) -> Frame:
+        frame = self.cache(index)
+        return frame._replace(label=frame.label.long())
+
+    def image(self, index: int) -> Tensor:
+        """Depth and label are not decoded for it, so an image alone is not kept."""
+        return self.cache(index).image if index in self.cache else self.frames.image(index)
+
+    def _load(self, index: int) -> Frame:
+        frame = self.frames[index]
+        return frame._replace(label=frame.label.byte())
+
+
+class CachedImages(Dataset[Tensor]):
+    """`images`, of which up to `max_bytes` stay decoded."""
+
+    def __init__(self, images: Dataset[Tensor], max_bytes: int) -> None:
+        self.images, self.cache = images, Cache(images.__getitem__, max_bytes)
+
+    def __len__(self) -> int:
+        return len(self.images)  # type: ignore[arg-type]
+
+    def __getitem__(self, index: int) -> Tensor:
+        return self.cache(index)

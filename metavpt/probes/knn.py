@@ -1,0 +1,53 @@
+"""Weighted nearest neighbours on frozen features."""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from metavpt.errors import MetaVPTError
+from metavpt.probes.features import FeatureSet
+from metavpt.probes.heads import DenseTask
+
+CHUNK = 256  # queries at a time: all similarities at once may not fit
+
+
+@dataclass(frozen=True)
+class KNN:
+    """The k training images of highest cosine vote for their class with weight exp(cosine / temperature).
+
+    The protocol of DINO (arXiv 2104.14294, section 4.1) after Wu et al. (arXiv 1805.01978, section 3.4).
+    """
+
+    k: int = 20
+    temperature: float = 0.07
+
+    def __post_init__(self) -> None:
+        if self.k < 1 or self.temperature <= 0:
+            raise MetaVPTError(f"KNN: k={self.k} must be at least 1 and temperature={self.temperature} positive")
+
+    def fit(self, task: DenseTask, train: FeatureSet) -> "Neighbours":
+        """features (N, D, 1, 1), label (N, 1, 1)."""
+        if len(train.features) < self.k:
+            raise MetaVPTError(f"KNN: k={self.k} is more than the {len(train.features)} training images; lower it")
+        return Neighbours(self, F.normalize(train.features.flatten(1).float(), dim=1), train.label.flatten().long(), task.num_outputs)
+
+
+@dataclass(frozen=True)
+class Neighbours:
+    """(M, D, 1, 1) -> votes (M, C, 1, 1); features (N, D) of length 1, label (N,)."""
+
+    knn: KNN
+    features: Tensor
+    label: Tensor
+    num_classes: int
+
+    def __call__(self, queries: Tensor) -> Tensor:
+        votes = [self._votes(F.normalize(chunk.flatten(1).float(), dim=1)) for chunk in queries.split(CHUNK)]
+        return torch.cat(votes)[:, :, None, None]
+
+    def _votes(self, queries: Tensor) -> Tensor:
+        cosine, index = (queries @ self.features.T).topk(self.knn.k, dim=1)
+        weight = ((cosine - 1) / self.knn.temperature).exp()  # cosine - 1: no overflow at a small temperature, the same order
+        return torch.zeros(len(queries), self.num_classes, device=queries.device).scatter_add_(1, self.label[index], weight)

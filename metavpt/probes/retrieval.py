@@ -1,0 +1,94 @@
+"""Instance retrieval on Revisited Oxford and Paris: the photographs of a landmark nearest to a query first."""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from metavpt.data.images import decode
+from metavpt.data.revisited import Query, open_revisited
+from metavpt.errors import MetaVPTError
+from metavpt.probes.summaries import Describe, summarise
+
+LEVELS = {  # level -> kinds that count as right, kinds that are left out (arXiv 1803.11285, section 3.3)
+    "easy": (("easy",), ("junk", "hard")),
+    "medium": (("easy", "hard"), ("junk",)),
+    "hard": (("hard",), ("junk", "easy")),
+}
+
+
+def average_precision(ranking: np.ndarray, right: np.ndarray, junk: np.ndarray) -> float:
+    """Area under precision and recall by trapezoids, as the official code; rows `junk` are taken out of the ranking first.
+
+    ranking: all rows, nearest first. right: at least one row; one that the ranking lacks counts as never found.
+    """
+    kept = ranking[~np.isin(ranking, junk)]
+    rank = np.flatnonzero(np.isin(kept, right))
+    found = np.arange(len(rank))
+    before = np.where(rank == 0, 1.0, found / np.maximum(rank, 1))
+    after = (found + 1) / (rank + 1)
+    return float((before + after).sum() / 2 / len(right))
+
+
+def mean_average_precision(rankings: Sequence[np.ndarray], queries: Sequence[Query]) -> dict[str, float]:
+    """map_easy, map_medium, map_hard: means over the queries that have a right image at that level; a level without any has no entry."""
+    metrics = {}
+    for level, (kinds, left_out) in LEVELS.items():
+        values = []
+        for ranking, query in zip(rankings, queries, strict=True):
+            right, junk = (np.concatenate([getattr(query, kind) for kind in group]) for group in (kinds, left_out))
+            if len(right):
+                values.append(average_precision(ranking, right, junk))
+        if values:
+            metrics[f"map_{level}"] = float(np.mean(values))
+    return metrics
+
+
+class RetrievalProbe:
+    """`{"roxford5k/map_easy": 0.53, ...}`: images ranked by the cosine of their mean patches to the query's, no learning.
+
+    path   a folder in the official layout, see `open_revisited`
+    size   pixels of the longer side; the aspect is kept up to the nearest size that the patches divide
+    """
+
+    def __init__(self, path: str, size: int = 224) -> None:
+        if size < 1:
+            raise MetaVPTError(f"RetrievalProbe: size={size} must be positive")
+        self.truth, self.size = open_revisited(Path(path)), size
+
+    def __call__(self, describe: Describe, images: Dataset[Tensor]) -> dict[str, float]:
+        listed = F.normalize(summarise(describe, self._listed()), dim=1)
+        queries = F.normalize(summarise(describe, self._queries()), dim=1)
+        rankings = list((queries @ listed.T).argsort(dim=1, descending=True, stable=True).cpu().numpy())
+        return {f"{self.truth.name}/{name}": value for name, value in mean_average_precision(rankings, self.truth.queries).items()}
+
+    def _listed(self) -> Iterator[Tensor]:
+        return (self._scaled(self._read(name)) for name in self.truth.images)
+
+    def _queries(self) -> Iterator[Tensor]:
+        """Cut to the box of the landmark."""
+        for query in self.truth.queries:
+            image = self._read(query.name)
+            if query.box is not None:
+                x1, y1, x2, y2 = (max(0, round(value)) for value in query.box)
+                image = image[:, y1:y2, x1:x2]
+                if not image.numel():
+                    raise MetaVPTError(f"{self.truth.folder}: query {query.name} has the empty box {query.box}")
+            yield self._scaled(image)
+
+    def _read(self, name: str) -> Tensor:
+        file = self.truth.folder / f"{name}.jpg"
+        if not file.is_file():
+            raise MetaVPTError(f"{file}: is in the ground truth but not there; get all images")
+        return decode(file.read_bytes(), str(file))
+
+    def _scaled(self, image: Tensor) -> Tensor:
+        """(1, 3, H, W)"""
+        factor = self.size / max(image.shape[1:])
+        size = [max(1, round(side * factor)) for side in image.shape[1:]]
+        resized = F.interpolate(image[None].float(), size, mode="bilinear", antialias=True, align_corners=False)
+        return resized.round().clamp(0, 255).to(torch.uint8)

@@ -1,0 +1,34 @@
+"""Probes of what the feedback is not about, all of one learner."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from metavpt.errors import MetaVPTError
+from metavpt.probes.summaries import Describe, Probe
+
+
+class SideEffects:
+    """The metrics of all `probes` together. Their names are their own, so two probes must not measure the same."""
+
+    def __init__(self, probes: Mapping[str, Probe] | None = None) -> None:
+        self.probes = dict(probes or {})
+
+    def __call__(self, describe: Describe, images: Dataset[Tensor]) -> dict[str, float]:
+        metrics: dict[str, float] = {}
+        for name, probe in self.probes.items():
+            measured = probe(describe, images)
+            if twice := sorted(metrics.keys() & measured.keys()):
+                raise MetaVPTError(f"problem.probes.{name}: {twice[0]} is measured by another probe too; give its head another name")
+            metrics |= measured
+        return metrics
+
+    def state_dict(self) -> dict[str, Any]:
+        """What probes remember from one measurement to the next."""
+        return {name: probe.state_dict() for name, probe in self.probes.items() if hasattr(probe, "state_dict")}  # type: ignore[attr-defined]
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        for name, value in state.items():
+            self.probes[name].load_state_dict(value)  # type: ignore[attr-defined]

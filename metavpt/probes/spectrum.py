@@ -1,0 +1,62 @@
+"""Whether features collapse, and how far they have moved: effective rank, and similarity to those of step 0."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from metavpt.errors import MetaVPTError
+from metavpt.probes.summaries import Describe, Pool, check_pool, stack, summarise
+
+
+def rankme(features: Tensor) -> float:
+    """exp(-sum_k p_k log p_k), p_k = sigma_k / sum sigma + 1e-7, of features (N, D): from 1 to about min(N, D).
+
+    RankMe (arXiv 2210.02885, equations 1 and 2); the features are not centred.
+    """
+    sigma = torch.linalg.svdvals(features.double())
+    p = sigma / sigma.sum() + 1e-7
+    return float((-(p * p.log()).sum()).exp())
+
+
+def linear_cka(x: Tensor, y: Tensor) -> float:
+    """|Y^T X|^2 / (|X^T X| |Y^T Y|), Frobenius norms, of centred features (N, D) and (N, E) of the same images: 1 up to rotation and scale.
+
+    Linear centred kernel alignment (arXiv 1905.00414, section 3). NaN where either does not vary.
+    """
+    x, y = (z.double() - z.double().mean(dim=0) for z in (x, y))
+    return float((y.T @ x).square().sum() / ((x.T @ x).norm() * (y.T @ y).norm()))
+
+
+class Spectrum:
+    """`{"rank/rankme": 71.2, "cka/step0": 0.93}` of the features of some of the learner's own unlabelled images.
+
+    num_images   spread evenly over them; the rank is at most this number, so take more than the width of the features
+    pool         "mean" of the patches, or the "cls" token
+
+    The features that cka compares with are those of the first measurement: before any training, a warm start's included. They are part
+    of a checkpoint.
+    """
+
+    def __init__(self, num_images: int = 512, pool: Pool = "mean", batch_size: int = 64) -> None:
+        check_pool(pool)
+        if num_images < 2:
+            raise MetaVPTError(f"Spectrum: num_images={num_images} must be at least 2")
+        self.num_images, self.batch_size = num_images, batch_size
+        self.pool: Pool = pool
+        self.first: Tensor | None = None
+
+    def __call__(self, describe: Describe, images: Dataset[Tensor]) -> dict[str, float]:
+        total: int = len(images)  # type: ignore[arg-type]
+        count = min(self.num_images, total)
+        features = summarise(describe, stack(images, [i * total // count for i in range(count)], self.batch_size), self.pool).cpu()
+        if self.first is None:
+            self.first = features
+        return {"rank/rankme": rankme(features), "cka/step0": linear_cka(features, self.first)}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"first": self.first}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.first = state["first"]
