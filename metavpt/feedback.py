@@ -8,8 +8,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from metavpt.errors import MetaVPTError
-
-IGNORE = 255
+from metavpt.probes.depth import DepthTask, clip, valid_pixels
+from metavpt.probes.features import IGNORE, FeatureSet
+from metavpt.probes.heads import LinearHead, Ridge
+from metavpt.probes.segmentation import SegmentationTask
 
 
 class LabelledFrames(Protocol):
@@ -30,14 +32,11 @@ class DenseFeedback(nn.Module):
     section 3: heads first, then g_down on separate batches).
     """
 
+    fitted_by_steps = True
+
     def __init__(self, width: int, num_classes: int, depth_weight: float = 1.0, segmentation_weight: float = 1.0, lr: float = 1e-2) -> None:
         super().__init__()
-        if min(depth_weight, segmentation_weight) < 0 or depth_weight + segmentation_weight == 0:
-            raise MetaVPTError(
-                f"feedback.depth_weight={depth_weight}, feedback.segmentation_weight={segmentation_weight}: "
-                "neither may be negative and one must be positive"
-            )
-        self.weights = {"depth": depth_weight, "segmentation": segmentation_weight}
+        self.weights = _weights(depth_weight, segmentation_weight)
         self.norm = nn.BatchNorm2d(width, affine=False)
         self.depth = nn.Conv2d(width, 1, kernel_size=1)
         self.segmentation = nn.Conv2d(width, num_classes, kernel_size=1)
@@ -76,6 +75,77 @@ class DenseFeedback(nn.Module):
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
         self.optimizer.load_state_dict(state)
+
+
+class RidgeFeedback(nn.Module):
+    """L_down = depth_weight * squared error (m^2, valid pixels) + segmentation_weight * squared error to one-hot classes (Brier score),
+    of ridge heads that were fitted to other frames: what features are worth **after** a head has been refitted to them.
+
+    The frames of a labelled batch are cut into `num_folds` parts; each is scored with the heads that `Ridge`, as the probes have it, fits
+    to the others in closed form. Both the scored features and, through the solve of the normal equations, the fitted ones carry the
+    gradient: g_down is the total derivative. It asks for nothing that a refit absorbs: where `penalty` is small, an invertible linear map
+    of the features changes neither the predictions nor the loss. A head held fixed would ask for it.
+
+    There is no state: `forward` of features (B,D,h,w) with their labels is all, and a pure function of them. It solves in float64.
+    """
+
+    fitted_by_steps = False
+
+    def __init__(
+        self,
+        width: int,
+        num_classes: int,
+        depth_weight: float = 1.0,
+        segmentation_weight: float = 1.0,
+        penalty: float = 1e-3,
+        num_folds: int = 2,
+    ) -> None:
+        super().__init__()
+        if num_folds < 2:
+            raise MetaVPTError(f"feedback.num_folds={num_folds}: heads are scored on frames that they were not fitted to; at least 2")
+        self.weights = _weights(depth_weight, segmentation_weight)
+        self.ridge, self.num_folds = Ridge(penalty), num_folds
+        tasks: dict[str, DepthTask | SegmentationTask] = {"depth": DepthTask(), "segmentation": SegmentationTask(num_classes)}
+        self.tasks = {name: tasks[name] for name, weight in self.weights.items() if weight}
+
+    def forward(self, features: Tensor, frames: LabelledFrames) -> dict[str, Tensor]:
+        if len(features) < self.num_folds:
+            raise MetaVPTError(
+                f"feedback.num_folds={self.num_folds}: a labelled batch of {len(features)} frames is too small; raise "
+                "problem.feedback_batch_size"
+            )
+        frame = torch.arange(len(features), device=features.device)
+        every = FeatureSet(features, frames.depth, frames.label)
+        errors = {name: ([], []) for name in self.tasks}
+        for part in frame.tensor_split(self.num_folds):
+            rest = frame[(frame < part[0]) | (frame > part[-1])]
+            for name, task in self.tasks.items():
+                head = self.ridge.fit(task, every.take(rest))
+                for total, value in zip(errors[name], _squares(task, head, every.take(part)), strict=True):
+                    total.append(value)
+        return {name: torch.stack(squares).sum() / torch.stack(counts).sum().clamp_min(1) for name, (squares, counts) in errors.items()}
+
+
+def _squares(task: DepthTask | SegmentationTask, head: LinearHead, frames: FeatureSet) -> tuple[Tensor, Tensor]:
+    """The sum of squared errors over the pixels that have a truth, and their number."""
+    output = head(frames.features)
+    if isinstance(task, DepthTask):
+        counted = valid_pixels(frames.depth)
+        squares = (output[:, 0] - clip(frames.depth.where(counted, 0.0))).square()
+    else:
+        label = frames.label.long()
+        counted = label != IGNORE
+        own = output.gather(1, label.where(counted, 0)[:, None])[:, 0]
+        squares = output.square().sum(dim=1) - 2 * own + 1  # |output - onehot|^2
+    return (squares * counted).sum(), counted.sum()
+
+
+def _weights(depth: float, segmentation: float) -> dict[str, float]:
+    if min(depth, segmentation) < 0 or depth + segmentation == 0:
+        raise MetaVPTError(
+            f"feedback.depth_weight={depth}, feedback.segmentation_weight={segmentation}: neither may be negative and one must be positive"
+        )
+    return {"depth": depth, "segmentation": segmentation}
 
 
 def upsample(maps: Tensor, size: torch.Size | tuple[int, int]) -> Tensor:

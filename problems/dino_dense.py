@@ -1,7 +1,8 @@
 """DINO pretraining with feedback from dense labels: `problem=dino_nyuv2`."""
 
-from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
+from typing import Any, Literal, cast
 
 import numpy as np
 import torch
@@ -11,22 +12,32 @@ from torch.func import functional_call
 from metavpt import params
 from metavpt.curvature import ComposedLoss
 from metavpt.designers.designer import Designer
-from metavpt.designers.prototypes import reshape
+from metavpt.designers.mixer import mix_terms
+from metavpt.designers.prototypes import reshape, reshape_patches
 from metavpt.designers.selection import weigh
 from metavpt.designers.views import MultiCrop, Views, pick_views
 from metavpt.errors import MetaVPTError
 from metavpt.learners.teacher import Teacher, cosine_momentum
-from metavpt.learners.vit import Backbone, Learner, ProjectionHead
-from metavpt.objectives.dino import center_update, centered_probs, dino_loss, sinkhorn_probs
+from metavpt.learners.vit import Backbone, Features, Learner, ProjectionHead
+from metavpt.objectives.dino import center_update, centered_probs, sinkhorn_probs
+from metavpt.objectives.distillation import active_terms, hidden_of, pack, term_losses, unpack
 from metavpt.params import Params
 
 from .dense import DenseProblem
 
+CENTERS = {"dino": "center", "ibot": "patch_center"}
+DINO = MappingProxyType({"dino": 1.0})
+
 
 class DinoDense(DenseProblem):
     """Student and EMA teacher agree on the prototypes of an image across crops (DINO); the designer decides what the crops
-    show, how much each image counts, or what the teacher answers.
+    show, how much each image counts, what the teacher answers, or how much each term counts.
 
+    terms            weights of the terms of the loss, see `objectives.distillation`; one of weight 0 costs nothing. dino is that of the
+                     first line; ibot, koleo and gram make it DINOv2's and DINOv3's. The student sees the global crops with patches hidden
+                     where ibot has a weight
+    patch_head       head of ibot's patches: "shared" with the image's (iBOT), or "own" (DINOv2, DINOv3)
+    gram_anchor      whose patches gram holds on to: the "teacher"'s, or those of the backbone as it was at first, "frozen"
     targets          "sinkhorn" (DINOv2, DINOv3; stateless) or "centering" (DINO; costs one more teacher pass a step)
     teacher_credit   whether the designer is credited for what the teacher sees of its views as well; the learner never is
     """
@@ -43,6 +54,9 @@ class DinoDense(DenseProblem):
         num_prototypes: int = 8192,
         head_hidden: int = 2048,
         head_bottleneck: int = 256,
+        terms: Mapping[str, float] = DINO,
+        patch_head: Literal["shared", "own"] = "shared",
+        gram_anchor: Literal["teacher", "frozen"] = "teacher",
         targets: Literal["sinkhorn", "centering"] = "sinkhorn",
         student_temperature: float = 0.1,
         teacher_temperature: float = 0.04,
@@ -50,14 +64,23 @@ class DinoDense(DenseProblem):
         teacher_credit: bool = False,
         **dense: Any,
     ) -> None:
-        if targets not in ("sinkhorn", "centering"):
-            raise MetaVPTError(f"problem.targets={targets}: known are sinkhorn, centering")
-        self.learner = Learner(backbone, ProjectionHead(backbone.width, num_prototypes, head_hidden, head_bottleneck), pool)
+        _one_of(targets, "targets", "sinkhorn", "centering")
+        _one_of(patch_head, "patch_head", "shared", "own")
+        _one_of(gram_anchor, "gram_anchor", "teacher", "frozen")
+        self.terms, self.num_prototypes = active_terms(terms), num_prototypes
+        hides, own = "ibot" in self.terms, "ibot" in self.terms and patch_head == "own"
+        sizes = (backbone.width, num_prototypes, head_hidden, head_bottleneck)
+        self.learner = Learner(backbone, ProjectionHead(*sizes), pool, hides, ProjectionHead(*sizes) if own else None)
+        self.patch_head = "patch_head" if own else "head"
         self.teacher = Teacher(self.learner)
-        self.designer = designer(recipe(mean=backbone.mean, std=backbone.std))
+        self.anchor = Teacher(backbone) if "gram" in self.terms and gram_anchor == "frozen" else None
+        hiding = {"patch_size": backbone.patch_size} if hides else {}
+        self.designer = designer(recipe(mean=backbone.mean, std=backbone.std, **hiding))
         self.targets, self.teacher_credit, self.teacher_momentum = targets, teacher_credit, teacher_momentum
         self.student_temperature, self.teacher_temperature = student_temperature, teacher_temperature
-        self.center = torch.nn.ParameterDict({"center": torch.nn.Parameter(torch.zeros(num_prototypes), requires_grad=False)})
+        names = ["center"] + ["patch_center"] * hides
+        zeros = {name: torch.nn.Parameter(torch.zeros(num_prototypes), requires_grad=False) for name in names}
+        self.center = torch.nn.ParameterDict(zeros)
         super().__init__(backbone, **dense)
 
     def recipe(self, batch: Any) -> Views:
@@ -71,28 +94,17 @@ class DinoDense(DenseProblem):
 
     def pretrain_tail(self, theta: Params, task: Views) -> Callable[[Params], Tensor]:
         per_image = self.per_sample_tail(theta, task)
-        return ComposedLoss(per_image.outputs, lambda logits: per_image.criterion(logits).mean())
+        return ComposedLoss(per_image.outputs, lambda outputs: per_image.criterion(outputs).mean())
 
     def per_sample_tail(self, theta: Params, task: Views) -> ComposedLoss:
-        """The trunk and the teacher run once; the function returned runs the tail and the head."""
-        backbone, head = self.backbone, self.learner.head
-        targets = reshape(self._targets(task), task)
-        crops = [flat for flat in (task.global_crops.flatten(0, 1), task.local_crops.flatten(0, 1)) if len(flat)]
-        hidden = [functional_call(backbone.trunk, params.subset(theta, "backbone.trunk."), (crop,)) for crop in crops]
-        batch_size = task.global_crops.shape[1]
+        """The trunk and the teacher run once; the function returned runs the tail and the heads."""
+        student, goals, shapes = self._student(theta, task), self._goals(task), self._shapes(task)
 
-        def student_logits(theta_s: Params) -> Tensor:
-            """(V,B,K), the global views first."""
-            own = {**theta, **theta_s}
-            tail_parameters, head_parameters = params.subset(own, "backbone.tail."), params.subset(own, "head.")
-            features = [functional_call(backbone.tail, tail_parameters, (h,)) for h in hidden]
-            logits = [functional_call(head, head_parameters, (self.learner.summary(f),)) for f in features]
-            return torch.cat([group.unflatten(0, (-1, batch_size)) for group in logits])
+        def per_image(packed: Tensor) -> Tensor:
+            losses = term_losses(unpack(packed, shapes), goals, task.hidden, self.student_temperature)
+            return weigh(mix_terms(losses, self.terms.values(), task.mix), task.weights)
 
-        def per_image(logits: Tensor) -> Tensor:
-            return weigh(dino_loss(list(logits), targets, self.student_temperature, "none"), task.weights)
-
-        return ComposedLoss(student_logits, per_image)
+        return ComposedLoss(lambda theta_s: pack(student(theta_s)), per_image)
 
     def candidates(self, batch: Any, num_candidates: int) -> list[Views]:
         return self.designer.random_tasks(batch, num_candidates)
@@ -102,7 +114,10 @@ class DinoDense(DenseProblem):
 
     def after_step(self, task: Views, progress: float) -> None:
         if self.targets == "centering":
-            self.center["center"].data = center_update(self.center["center"], self._teacher_logits(task))
+            for term, logits in self._teacher_logits(self._teacher_features(task), task).items():
+                if len(logits):  # no patch may be hidden
+                    center = self.center[CENTERS[term]]
+                    center.data = center_update(center, logits)
         self.teacher.update(self.learner, cosine_momentum(progress, 1.0, self.teacher_momentum))
 
     @torch.no_grad()
@@ -110,13 +125,81 @@ class DinoDense(DenseProblem):
         batch = next(iter(self.meta_batches(seed=0)))
         return {**self.designer.figures(batch, self.designer(batch)), **super().figures()}
 
-    def _targets(self, task: Views) -> Tensor:
-        with torch.set_grad_enabled(self.teacher_credit and torch.is_grad_enabled()):
-            logits = self._teacher_logits(task)
-            if self.targets == "sinkhorn":
-                return sinkhorn_probs(logits, self.teacher_temperature)
-            return centered_probs(logits, self.center["center"], self.teacher_temperature)
+    def _student(self, theta: Params, task: Views) -> Callable[[Params], dict[str, Tensor]]:
+        """theta_S -> for each term what the student makes of the views."""
+        backbone, summary, batch_size = self.backbone, self.learner.summary, task.global_crops.shape[1]
+        trunk = params.subset(theta, "backbone.trunk.")
+        hiding = {"hidden": hidden_of(task.hidden).flatten(0, 1), "mask_token": theta["mask_token"]} if "ibot" in self.terms else {}
+        states = [functional_call(backbone.trunk, trunk, (task.global_crops.flatten(0, 1),), hiding)]
+        if "dino" in self.terms and len(task.local_crops):
+            states.append(functional_call(backbone.trunk, trunk, (task.local_crops.flatten(0, 1),)))
 
-    def _teacher_logits(self, task: Views) -> Tensor:
-        """(2,B,K)"""
-        return self.teacher(task.global_crops.flatten(0, 1)).unflatten(0, task.global_crops.shape[:2])
+        def outputs(theta_s: Params) -> dict[str, Tensor]:
+            own = {**theta, **theta_s}
+            tail = params.subset(own, "backbone.tail.")
+            features = [functional_call(backbone.tail, tail, (state,)) for state in states]
+
+            def logits(head: str, x: Tensor) -> Tensor:
+                return functional_call(getattr(self.learner, head), params.subset(own, f"{head}."), (x,))
+
+            made = {
+                "dino": lambda: torch.cat([logits("head", summary(f)).unflatten(0, (-1, batch_size)) for f in features]),
+                "ibot": lambda: logits(self.patch_head, _patches(features[0])[hidden_of(task.hidden)]),
+                "koleo": lambda: summary(features[0]).unflatten(0, (2, batch_size)),
+                "gram": lambda: _patches(features[0]),
+            }
+            return {term: made[term]() for term in self.terms}
+
+        return outputs
+
+    def _shapes(self, task: Views) -> dict[str, tuple[int, ...]]:
+        """Of what the student makes, by term."""
+        (num_globals, batch_size), size = task.global_crops.shape[:2], task.global_crops.shape[-2:]
+        num_patches, width = size.numel() // self.backbone.patch_size**2, self.backbone.width
+        num_hidden = 0 if task.hidden is None else int(task.hidden.sum())
+        shapes = {
+            "dino": (num_globals + len(task.local_crops), batch_size, self.num_prototypes),
+            "ibot": (num_hidden, self.num_prototypes),
+            "koleo": (num_globals, batch_size, width),
+            "gram": (num_globals, batch_size, num_patches, width),
+        }
+        return {term: shapes[term] for term in self.terms}
+
+    def _goals(self, task: Views) -> dict[str, Tensor]:
+        """What the student is to answer, by term, as the designer wants it."""
+        goals = {}
+        with torch.set_grad_enabled(self.teacher_credit and torch.is_grad_enabled()):
+            features = self._teacher_features(task)
+            for term, logits in self._teacher_logits(features, task).items():
+                goals[term] = self._probs(logits, self.center[CENTERS[term]])
+            if "gram" in self.terms:
+                goals["gram"] = _patches(self.anchor(task.global_crops.flatten(0, 1)) if self.anchor else features)
+        shaped = {"dino": reshape, "ibot": reshape_patches}
+        return {term: shaped[term](goal, task) if term in shaped else goal for term, goal in goals.items()}
+
+    def _teacher_features(self, task: Views) -> Features:
+        return cast(Learner, self.teacher.learner).backbone(task.global_crops.flatten(0, 1))
+
+    def _teacher_logits(self, features: Features, task: Views) -> dict[str, Tensor]:
+        """dino (2,B,K), ibot (M,K), where they have a weight."""
+        teacher, made = cast(Learner, self.teacher.learner), {}
+        if "dino" in self.terms:
+            made["dino"] = teacher.head(teacher.summary(features)).unflatten(0, task.global_crops.shape[:2])
+        if "ibot" in self.terms:
+            made["ibot"] = getattr(teacher, self.patch_head)(_patches(features)[hidden_of(task.hidden)])
+        return made
+
+    def _probs(self, logits: Tensor, center: Tensor) -> Tensor:
+        if self.targets == "sinkhorn":
+            return sinkhorn_probs(logits, self.teacher_temperature)
+        return centered_probs(logits, center, self.teacher_temperature)
+
+
+def _patches(features: Features) -> Tensor:
+    """Of the two global crops, (2,B,N,D)."""
+    return features.patches.flatten(2).transpose(1, 2).unflatten(0, (2, -1))
+
+
+def _one_of(value: str, key: str, *known: str) -> None:
+    if value not in known:
+        raise MetaVPTError(f"problem.{key}={value}: known are {', '.join(known)}")

@@ -27,7 +27,11 @@ class ImageEncoder(nn.Module):
         self.layers = nn.Sequential(*layers)
 
     def forward(self, images: Tensor) -> Tensor:
-        return self.layers(F.adaptive_avg_pool2d(images, self.size)).mean(dim=(2, 3))
+        return self.places(images).mean(dim=(2, 3))
+
+    def places(self, images: Tensor) -> Tensor:
+        """(B, 3, H, W) -> features of the places of the thumbnail, (B, width, s, s)."""
+        return self.layers(F.adaptive_avg_pool2d(images, self.size))
 
 
 def zero_linear(num_inputs: int, num_outputs: int, bias: bool = True) -> nn.Linear:

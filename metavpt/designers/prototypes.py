@@ -1,5 +1,7 @@
 """A target designer for self-distillation: what the student should answer, beside what the teacher answers."""
 
+import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -20,6 +22,9 @@ class PrototypeDesigner(Designer):
     scores = max_score * tanh(<query(crop), key_k> / sqrt(rank)), gate = max_gate * tanh(network(crop)), which is exactly 0 at first. Scores
     start at random: were they 0 as well, neither would have a gradient. support: how many of the teacher's most probable prototypes may
     change. gate_weight: weight of the mean squared gate, the trust region.
+
+    patches: the same once more for each patch, with queries, keys and a gate of their own on the encoder's features of its place; for an
+    objective with a patch term (iBOT). The task then holds as many scores as the teacher has patch logits.
     """
 
     def __init__(
@@ -32,6 +37,7 @@ class PrototypeDesigner(Designer):
         max_gate: float = 0.5,
         max_score: float = 2.0,
         gate_weight: float = 0.01,
+        patches: bool = False,
     ) -> None:
         super().__init__(recipe)
         if not 0 < max_gate <= 1:
@@ -43,29 +49,75 @@ class PrototypeDesigner(Designer):
         self.query = nn.Linear(encoder.width, rank)
         self.keys = nn.Parameter(torch.randn(num_prototypes, rank))
         self.gate = zero_linear(encoder.width, 1)
+        self.patches = PatchScorer(encoder.width, num_prototypes, rank) if patches else None
 
     def refine(self, views: Views, batch: Any) -> Views:
-        features = self.encoder(views.global_crops.flatten(0, 1)).unflatten(0, views.global_crops.shape[:2])
-        scores = self.max_score * (F.linear(self.query(features), self.keys) / self.keys.shape[1] ** 0.5).tanh()
-        return views._replace(scores=scores, gates=self.max_gate * self.gate(features)[..., 0].tanh(), support=self.support)
+        crops = views.global_crops.flatten(0, 1)
+        places = self.encoder.places(crops)
+        features = places.mean(dim=(2, 3)).unflatten(0, views.global_crops.shape[:2])
+        views = self._with(views, _scores(self.query(features), self.keys), self.gate(features)[..., 0].tanh())
+        if self.patches is None:
+            return views
+        grid = self._grid(views)
+        patches = F.interpolate(places, grid, mode="bilinear").flatten(2).transpose(1, 2).unflatten(0, views.global_crops.shape[:2])
+        return self._with_patches(views, *self.patches(patches))
 
     def randomize(self, views: Views, batch: Any, rng: Generator) -> Views:
         """Scores and gates uniform within their bounds."""
-        shape = (*views.global_crops.shape[:2], len(self.keys) + 1)
-        *scores, gates = (2 * torch.rand(shape, generator=rng) - 1).to(views.global_crops).split([len(self.keys), 1], dim=-1)
-        return views._replace(scores=self.max_score * scores[0], gates=self.max_gate * gates[..., 0], support=self.support)
+        shape = views.global_crops.shape[:2]
+        views = self._with(views, *self._uniform(views, shape, rng))
+        if self.patches is None:
+            return views
+        return self._with_patches(views, *self._uniform(views, (*shape, math.prod(self._grid(views))), rng))
 
     def regularizer(self, task: Views) -> Tensor:
-        """gate_weight * mean gate^2."""
-        return self.gate_weight * _gates(task).square().mean()
+        """gate_weight * mean gate^2, of the crops and, once more, of the patches."""
+        squares = _gates(task).square().mean()
+        return self.gate_weight * (squares if task.patch_gates is None else squares + task.patch_gates.square().mean())
 
     def figures(self, batch: Any, task: Views) -> dict[str, np.ndarray]:
         """The distribution of the gates, and of the scores."""
         gates = _gates(task)
-        pairs = {"gate": (torch.zeros_like(gates), gates)}
-        if task.scores is not None:
-            pairs["score"] = (gates.new_empty(0), task.scores)
-        return {"prototypes": histograms({"": pairs})}
+        parts = {"gate": gates, "score": task.scores, "patch gate": task.patch_gates, "patch score": task.patch_scores}
+        none = gates.new_empty(0)
+        return {
+            "prototypes": histograms(
+                {"": {name: (none if "score" in name else torch.zeros_like(x), x) for name, x in parts.items() if x is not None}}
+            )
+        }
+
+    def _with(self, views: Views, scores: Tensor, gates: Tensor) -> Views:
+        return views._replace(scores=self.max_score * scores, gates=self.max_gate * gates, support=self.support)
+
+    def _with_patches(self, views: Views, scores: Tensor, gates: Tensor) -> Views:
+        return views._replace(patch_scores=self.max_score * scores, patch_gates=self.max_gate * gates)
+
+    def _uniform(self, views: Views, shape: Sequence[int], rng: Generator) -> tuple[Tensor, Tensor]:
+        """Numbers in [-1, 1] for scores (*shape, K) and gates (*shape)."""
+        scores, gates = (
+            (2 * torch.rand(*shape, len(self.keys) + 1, generator=rng) - 1).to(views.global_crops).split([len(self.keys), 1], -1)
+        )
+        return scores, gates[..., 0]
+
+    def _grid(self, views: Views) -> tuple[int, int]:
+        """(h, w) of the patches of a global crop."""
+        if self.recipe.patch_size is None:
+            raise MetaVPTError("PrototypeDesigner: designer.patches needs an objective with a patch term; give problem.terms.ibot a weight")
+        height, width = views.global_crops.shape[-2:]
+        return height // self.recipe.patch_size, width // self.recipe.patch_size
+
+
+class PatchScorer(nn.Module):
+    """Features (..., width) of patches -> scores (..., K) and gates (...), both in [-1, 1]; the gates are exactly 0 at first."""
+
+    def __init__(self, width: int, num_prototypes: int, rank: int) -> None:
+        super().__init__()
+        self.query = nn.Linear(width, rank)
+        self.keys = nn.Parameter(torch.randn(num_prototypes, rank))
+        self.gate = zero_linear(width, 1)
+
+    def forward(self, features: Tensor) -> tuple[Tensor, Tensor]:
+        return _scores(self.query(features), self.keys), self.gate(features)[..., 0].tanh()
 
 
 def reshape(probs: Tensor, task: Views) -> Tensor:
@@ -76,19 +128,35 @@ def reshape(probs: Tensor, task: Views) -> Tensor:
     """
     if task.scores is None or task.gates is None or task.support is None:
         return probs
-    if task.scores.shape != probs.shape:
+    return _reshape(probs, task.scores, task.gates, task.support)
+
+
+def reshape_patches(probs: Tensor, task: Views) -> Tensor:
+    """The same for the probabilities (M, K) of the patches that `task.hidden` marks, in their order."""
+    if task.patch_scores is None or task.patch_gates is None or task.support is None or task.hidden is None:
+        return probs
+    return _reshape(probs, task.patch_scores[task.hidden], task.patch_gates[task.hidden], task.support)
+
+
+def _reshape(probs: Tensor, all_scores: Tensor, gates: Tensor, support: int) -> Tensor:
+    """probs, all_scores (..., K), gates (...)."""
+    if all_scores.shape != probs.shape:
         raise MetaVPTError(
-            f"PrototypeDesigner: scores {tuple(task.scores.shape)} do not fit the teacher's {tuple(probs.shape)}; "
+            f"PrototypeDesigner: scores {tuple(all_scores.shape)} do not fit the teacher's {tuple(probs.shape)}; "
             "designer.num_prototypes must be the problem's"
         )
-    top, index = probs.topk(task.support, dim=-1)
-    gates, scores = (x.to(probs.dtype) for x in (task.gates[..., None], task.scores.gather(-1, index)))
+    top, index = probs.topk(support, dim=-1)
+    gates, scores = (x.to(probs.dtype) for x in (gates[..., None], all_scores.gather(-1, index)))
     # A gate that could only open would stay shut for ever wherever the scores it starts with are worth less than nothing. With the sign
     # passed on to the scores, q is to first order the same function on both sides of 0.
     sign = torch.where(gates < 0, -1.0, 1.0)
     logits = top.clamp_min(torch.finfo(top.dtype).tiny).log() + sign * scores
     moved = top.sum(dim=-1, keepdim=True) * logits.softmax(dim=-1)
     return probs.scatter_add(-1, index, sign * gates * (moved - top))
+
+
+def _scores(query: Tensor, keys: Tensor) -> Tensor:
+    return (F.linear(query, keys) / keys.shape[1] ** 0.5).tanh()
 
 
 def _gates(task: Views) -> Tensor:

@@ -17,6 +17,8 @@ from kornia.enhance import (
 from kornia.filters import gaussian_blur2d
 from torch import Generator, Tensor, nn
 
+from metavpt.data.loader import mix
+from metavpt.designers.hiding import hidden_patches
 from metavpt.errors import MetaVPTError
 
 Range = tuple[float, float]
@@ -43,6 +45,10 @@ class Views(NamedTuple):
     scores: Tensor | None = None  # (2, B, K), what `prototypes.reshape` adds to the log of the teacher's probabilities
     gates: Tensor | None = None  # (2, B) in [-1, 1], and how much of that it takes over
     support: int | None = None  # on how many of the most probable prototypes
+    patch_scores: Tensor | None = None  # (2, B, N, K), and (2, B, N): the same for each patch of the global crops
+    patch_gates: Tensor | None = None
+    hidden: Tensor | None = None  # (2, B, N) bool, the patches of the global crops that the student does not see
+    mix: Tensor | None = None  # (T, B), weights of the terms of the objective, see `mixer`
 
 
 class Knobs(NamedTuple):
@@ -63,6 +69,7 @@ class Knobs(NamedTuple):
     solarized: Tensor  # rows
     gray_amount: Tensor | None = None  # (N,) in [0, 1]
     solarize_amount: Tensor | None = None  # (N,) in [0, 1]
+    hidden: Tensor | None = None  # (N, patches) bool, of the global views
 
 
 def pick_views(tasks: Sequence[Views], which: Tensor, sample: Tensor) -> Views:
@@ -86,6 +93,9 @@ class MultiCrop(nn.Module):
     mean, std: the backbone's normalisation. Sides in pixels; scales are shares of the image's area; `jitter` is the strength of brightness,
     contrast, saturation (factors 1 +- s) and hue (turns +- s). `blur_sigma` in pixels. `blur` and `solarize` are the probabilities for
     global view 1, global view 2, local views. No antialiasing: bilinear, so images far larger than the crops should be shrunk before.
+
+    patch_size: with it, blocks of patches of the global views are hidden from the student (iBOT's masks, see `hidden_patches`): of a view
+    with probability `hidden_prob`, then a share in `hidden_share`. The crops are the same with it and without.
     """
 
     def __init__(
@@ -104,6 +114,9 @@ class MultiCrop(nn.Module):
         blur_sigma: Range = (0.1, 2.0),
         blur: tuple[float, float, float] = (1.0, 0.1, 0.5),
         solarize: tuple[float, float, float] = (0.0, 0.2, 0.0),
+        patch_size: int | None = None,
+        hidden_share: Range = (0.1, 0.5),
+        hidden_prob: float = 0.5,
     ) -> None:
         super().__init__()
         for name, (low, high) in {"global_scale": global_scale, "local_scale": local_scale}.items():
@@ -111,11 +124,14 @@ class MultiCrop(nn.Module):
                 raise MetaVPTError(f"MultiCrop: {name} must satisfy 0 < low <= high <= 1, got ({low}, {high})")
         if min(global_size, local_size) < 1 or num_local < 0:
             raise MetaVPTError(f"MultiCrop: sizes must be positive, got {global_size=}, {local_size=}, {num_local=}")
+        if patch_size is not None and (global_size % patch_size or not 0 <= hidden_share[0] <= hidden_share[1] < 1):
+            raise MetaVPTError(f"MultiCrop: {global_size=} must divide into patches of {patch_size}, {hidden_share=} lie in [0, 1)")
         self.mean, self.std = tuple(mean), tuple(std)
         self.global_size, self.local_size, self.num_local = global_size, local_size, num_local
         self.global_scale, self.local_scale, self.flip = global_scale, local_scale, flip
         self.jitter, self.jitter_prob, self.grayscale = jitter, jitter_prob, grayscale
         self.blur_sigma, self.blur, self.solarize = blur_sigma, blur, solarize
+        self.patch_size, self.hidden_share, self.hidden_prob = patch_size, hidden_share, hidden_prob
 
     def forward(self, images: Tensor, seed: int) -> Views:
         """images (B, 3, H, W): uint8, or float in [0, 1]. Raises MetaVPTError for anything else."""
@@ -125,13 +141,15 @@ class MultiCrop(nn.Module):
     def draw(self, images: Tensor, seed: int) -> list[Knobs]:
         """The knobs of global view 1, of global view 2, and of the local views where there are any. Of `images` only the shape counts."""
         rng = Generator().manual_seed(seed)
-        return [self._draw(images, kind, rng) for kind in range(3 if self.num_local else 2)]
+        knobs = [self._draw(images, kind, rng) for kind in range(3 if self.num_local else 2)]
+        return [of_kind._replace(hidden=self._hide(images, mix(seed, kind))) for kind, of_kind in enumerate(knobs[:2])] + knobs[2:]
 
     def render(self, images: Tensor, knobs: Sequence[Knobs]) -> Views:
         """The views of float images (B, 3, H, W) that `knobs` describe, differentiable in the images and in every float knob."""
         first, second, *local = (self._render(images, of_kind, kind) for kind, of_kind in enumerate(knobs))
         none = images.new_zeros(0, len(images), 3, self.local_size, self.local_size)
-        return Views(torch.cat([first, second]), local[0] if local else none)
+        hidden = [of_kind.hidden for of_kind in knobs[:2] if of_kind.hidden is not None]
+        return Views(torch.cat([first, second]), local[0] if local else none, hidden=torch.stack(hidden) if hidden else None)
 
     def normalize(self, images: Tensor) -> Tensor:
         mean, std = (images.new_tensor(value).view(3, 1, 1) for value in (self.mean, self.std))
@@ -154,6 +172,12 @@ class MultiCrop(nn.Module):
         solarized = _choose(num_rows, self.solarize[kind], rng)
         jittered, gray, blurred, solarized = (rows.to(images.device) for rows in (jittered, gray, blurred, solarized))
         return Knobs(sides, position, mirror, jittered, order, factors.to(images), gray, blurred, sigma, solarized)
+
+    def _hide(self, images: Tensor, seed: int) -> Tensor | None:
+        if self.patch_size is None:
+            return None
+        side = self.global_size // self.patch_size
+        return hidden_patches(len(images), (side, side), self.hidden_share, self.hidden_prob, seed).to(images.device)
 
     def _render(self, images: Tensor, knobs: Knobs, kind: int) -> Tensor:
         """(V, B, 3, size, size)"""

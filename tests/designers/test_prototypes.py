@@ -9,7 +9,7 @@ from torch.func import functional_call
 
 from metavpt import params
 from metavpt.designers.encoder import ImageEncoder
-from metavpt.designers.prototypes import PrototypeDesigner, reshape
+from metavpt.designers.prototypes import PrototypeDesigner, reshape, reshape_patches
 from metavpt.designers.views import MultiCrop, Views
 from metavpt.errors import MetaVPTError
 
@@ -22,12 +22,20 @@ def batch(size: int = 3) -> Any:
 
 def designer(open_gates: bool = False, **changes: Any) -> PrototypeDesigner:
     torch.manual_seed(0)
-    recipe = MultiCrop((0.5, 0.5, 0.5), (0.25, 0.25, 0.25), global_size=16, local_size=8, num_local=1)
+    hiding = {"patch_size": 4, "hidden_prob": 1.0, "hidden_share": (0.3, 0.5)} if changes.get("patches") else {}
+    recipe = MultiCrop((0.5, 0.5, 0.5), (0.25, 0.25, 0.25), global_size=16, local_size=8, num_local=1, **hiding)
     arguments: dict[str, Any] = {"num_prototypes": K, "rank": 4, "support": 5}
     made = PrototypeDesigner(recipe, ImageEncoder(width=8, depth=2, size=8), **(arguments | changes)).double()
     if open_gates:
         nn.init.normal_(made.gate.weight, std=3.0)
+        if made.patches is not None:
+            nn.init.normal_(made.patches.gate.weight, std=3.0)
     return made
+
+
+def patch_teacher(task: Views) -> Tensor:
+    """(M, K)"""
+    return torch.randn(int(task.hidden.sum()), K, dtype=torch.float64, generator=Generator().manual_seed(8)).mul(2).softmax(-1)
 
 
 def teacher(dtype: torch.dtype = torch.float64) -> Tensor:
@@ -145,3 +153,60 @@ def test_what_makes_no_sense_is_refused() -> None:
         designer().regularizer(designer().recipe_task(batch()))
     with pytest.raises(MetaVPTError, match="num_prototypes"):
         reshape(teacher()[..., :7], designer()(batch()))
+
+
+def test_a_new_designer_leaves_the_patches_of_the_teacher_as_they_are_bit_for_bit() -> None:
+    made = designer(patches=True)
+    task = made(batch())
+    assert task.patch_scores.shape == (2, 3, 16, K)
+    assert (task.patch_gates == 0).all()
+    assert torch.equal(reshape_patches(patch_teacher(task), task), patch_teacher(task))
+    assert torch.equal(reshape_patches(patch_teacher(task), made.recipe_task(batch())), patch_teacher(task))
+    assert made.regularizer(task).item() == 0
+
+
+def test_hidden_patches_follow_the_formula_each_with_its_own_scores_and_gate() -> None:
+    made = designer(open_gates=True, patches=True)
+    task = made(batch())
+    p = patch_teacher(task)
+    q = reshape_patches(p, task)
+    places = task.hidden.nonzero().tolist()
+    assert len(places) == len(p) > 3
+    for m, (g, b, n) in enumerate(places):
+        expected = naive(p[m].tolist(), task.patch_scores[g, b, n].tolist(), task.patch_gates[g, b, n].item(), 5)
+        torch.testing.assert_close(q[m], torch.tensor(expected, dtype=torch.float64), atol=1e-12, rtol=0)
+    assert task.patch_gates.std() > 1e-3
+    squares = task.gates.square().mean() + task.patch_gates.square().mean()
+    torch.testing.assert_close(made.regularizer(task), 0.01 * squares)
+    assert made.figures(batch(), task)["prototypes"].dtype == "uint8"
+
+
+def test_every_parameter_of_patch_targets_is_reached_and_the_gradient_is_that_of_differences() -> None:
+    made = designer(open_gates=True, patches=True)
+    phi = params.clone(params.named(made))
+    weight = torch.randn(K, dtype=torch.float64, generator=Generator().manual_seed(5))
+
+    def total(at: params.Params) -> Tensor:
+        task = functional_call(made, at, batch())
+        return (reshape(teacher(), task) * weight).sum() + (reshape_patches(patch_teacher(task), task) * weight).sum()
+
+    live = params.leaves(phi)
+    grads = dict(zip(live, torch.autograd.grad(total(live), list(live.values())), strict=True))
+    assert all(grad.abs().sum() > 0 for grad in grads.values())
+    direction = {name: torch.randn(p.shape, dtype=p.dtype, generator=Generator().manual_seed(1)) for name, p in phi.items()}
+    slope = (total(params.add(phi, direction, 1e-6)) - total(params.add(phi, direction, -1e-6))) / 2e-6
+    torch.testing.assert_close(params.dot(grads, direction), slope, atol=0, rtol=1e-6)
+
+
+def test_random_patch_targets_stay_within_bounds() -> None:
+    first, second = designer(patches=True, max_gate=0.3).random_tasks(batch(), 2)
+    assert first.patch_scores.shape == (2, 3, 16, K)
+    assert 0.2 < first.patch_gates.abs().max() <= 0.3
+    assert not torch.equal(first.patch_scores, second.patch_scores)
+
+
+def test_patch_targets_without_hidden_patches_are_refused() -> None:
+    made = designer(patches=True)
+    made.recipe.patch_size = None
+    with pytest.raises(MetaVPTError, match=r"problem.terms.ibot"):
+        made(batch())

@@ -1,0 +1,46 @@
+"""Blocks of patches that a student does not see: the masks of iBOT (arXiv 2111.07832), drawn as in BEiT (arXiv 2106.08254)."""
+
+import math
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from metavpt.data.loader import mix
+
+ASPECT = 0.3  # height / width of a block, log-uniform in [0.3, 1 / 0.3]
+NUM_ATTEMPTS = 10  # in a row without a block that fits, then the mask stays as it is
+
+
+def hidden_patches(num_images: int, grid: tuple[int, int], share: tuple[float, float], prob: float, seed: int) -> Tensor:
+    """(B, N) bool, patches row by row: an image hides nothing, or with probability `prob` a share uniform in `share`, rounded down.
+
+    Each image has a seed of its own, so what it hides does not hang on the rest of the batch.
+    """
+    masks = np.zeros((num_images, *grid), dtype=bool)
+    for k, mask in enumerate(masks):
+        rng = np.random.default_rng(mix(seed, k))
+        if rng.random() < prob:
+            mask[...] = blockwise_mask(grid, int(rng.uniform(*share) * mask.size), rng)
+    return torch.from_numpy(masks).flatten(1)
+
+
+def blockwise_mask(grid: tuple[int, int], num_hidden: int, rng: np.random.Generator) -> np.ndarray:
+    """Bool (h, w), True in at most `num_hidden` patches, and in fewer only where no further block was found to fit (BEiT, algorithm 1).
+
+    Random blocks, one over another, of at least (min(h, w) // 3)^2 patches (BEiT's 16 of 14 x 14), or of what is still to be hidden.
+    """
+    mask, failures = np.zeros(grid, dtype=bool), 0
+    while (missing := num_hidden - int(mask.sum())) > 0 and failures < NUM_ATTEMPTS:
+        area = rng.uniform(min((min(grid) // 3) ** 2, missing), missing)
+        ratio = math.exp(rng.uniform(math.log(ASPECT), -math.log(ASPECT)))
+        height, width = max(1, round(math.sqrt(area * ratio))), max(1, round(math.sqrt(area / ratio)))
+        failures += 1
+        if height > grid[0] or width > grid[1]:
+            continue
+        top, left = rng.integers(grid[0] - height + 1), rng.integers(grid[1] - width + 1)
+        block = mask[top : top + height, left : left + width]
+        if 0 < block.size - block.sum() <= missing:
+            block[...] = True
+            failures = 0
+    return mask

@@ -1,0 +1,79 @@
+"""Self-distillation of several terms, as DINOv2 (arXiv 2304.07193) and DINOv3 (arXiv 2508.10104) add them up.
+
+    dino   the prototypes of an image are the same from crop to crop
+    ibot   the prototypes of patches that the student did not see
+    koleo  the images of a batch lie apart
+    gram   patches are as alike as an anchor finds them
+
+Each has one output of the student and, but for koleo, one goal; dicts hold them by the term's name. koleo's derivative jumps where another
+image becomes the nearest one: a `DifferenceProduct` whose step crosses such a place is wrong there, an `ExactProduct` is not.
+
+Letters: V views, the first 2 of them global, B batch, N patches of a global view, M hidden patches of all global views, K prototypes, D
+width, T terms.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from metavpt.errors import MetaVPTError
+from metavpt.objectives.dino import dino_loss
+from metavpt.objectives.gram import gram_loss
+from metavpt.objectives.ibot import ibot_loss
+from metavpt.objectives.koleo import koleo_loss
+
+TERMS = ("dino", "ibot", "koleo", "gram")
+
+
+def active_terms(terms: Mapping[str, float]) -> dict[str, float]:
+    """The terms that weigh something, in the order of TERMS. Raises MetaVPTError for other names and for weights that are no recipe."""
+    unknown = [name for name in terms if name not in TERMS]
+    if unknown:
+        raise MetaVPTError(f"problem.terms names {unknown[0]!r}; known are {', '.join(TERMS)}")
+    if not all(0 <= weight < math.inf for weight in terms.values()) or not any(terms.values()):
+        raise MetaVPTError(f"problem.terms={dict(terms)}: no weight may be negative and one must be positive")
+    return {name: float(terms[name]) for name in TERMS if terms.get(name)}
+
+
+def term_losses(outputs: Mapping[str, Tensor], goals: Mapping[str, Tensor], hidden: Tensor | None, temperature: float = 0.1) -> Tensor:
+    """Each term of each image, (T, B), in the order of `outputs`.
+
+    outputs  dino: logits (V, B, K); ibot: logits (M, K); koleo: features (2, B, D); gram: features (2, B, N, D)
+    goals    dino: probabilities (2, B, K); ibot: probabilities (M, K); gram: features (2, B, N, D'). hidden: (2, B, N) bool
+    """
+    return torch.stack([_term(name, output, goals, hidden, temperature) for name, output in outputs.items()])
+
+
+def _term(name: str, output: Tensor, goals: Mapping[str, Tensor], hidden: Tensor | None, temperature: float) -> Tensor:
+    if name == "dino":
+        return dino_loss(list(output), goals["dino"], temperature, "none")
+    if name == "ibot":
+        return hidden_patch_loss(output, goals["ibot"], hidden_of(hidden), temperature)
+    if name == "koleo":
+        return torch.stack([koleo_loss(view, reduction="none") for view in output]).mean(dim=0)
+    return gram_loss(output.flatten(0, 1), goals["gram"].flatten(0, 1), "none").unflatten(0, output.shape[:2]).mean(dim=0)
+
+
+def hidden_patch_loss(logits: Tensor, probs: Tensor, hidden: Tensor, temperature: float) -> Tensor:
+    """`ibot_loss` of each image, (B,), meaned over its 2 views, from the hidden patches alone: logits and probs (M, K) in their order."""
+    per_patch = ibot_loss(logits[:, None], probs[:, None], torch.ones_like(logits[:, :1]), temperature, "none")
+    placed = per_patch.new_zeros(hidden.shape).masked_scatter(hidden, per_patch)
+    return (placed.sum(dim=2) / hidden.sum(dim=2).clamp_min(1)).mean(dim=0)
+
+
+def hidden_of(hidden: Tensor | None) -> Tensor:
+    if hidden is None:
+        raise MetaVPTError("problem.terms.ibot: the views hide no patch; the recipe must be a MultiCrop, which does with a patch_size")
+    return hidden
+
+
+def pack(outputs: Mapping[str, Tensor]) -> Tensor:
+    """All in one vector, for a `ComposedLoss`; `unpack` is the inverse."""
+    return torch.cat([output.flatten() for output in outputs.values()])
+
+
+def unpack(packed: Tensor, shapes: Mapping[str, Sequence[int]]) -> dict[str, Tensor]:
+    parts = packed.split([math.prod(shape) for shape in shapes.values()])
+    return {name: part.view(*shape) for (name, shape), part in zip(shapes.items(), parts, strict=True)}
