@@ -14,6 +14,7 @@ from metavpt import params
 from metavpt.errors import MetaVPTError
 from metavpt.feedback import weighted_sum
 from metavpt.params import Params
+from metavpt.texts import Texts
 
 
 class Problem(ABC):
@@ -124,6 +125,10 @@ class Problem(ABC):
     def figures(self) -> dict[str, np.ndarray]:
         """Pictures for the report by name, uint8 arrays (H, W, 3)."""
         return {}
+
+    def texts(self) -> Texts:
+        """Answers, and tokens with their targets, for the report."""
+        return Texts([], [])
 
     def num_samples(self, batch: Any) -> int:
         """Samples in an unlabelled batch. Default: the first dimension of its first tensor."""

@@ -48,7 +48,7 @@ def find(folder: Path | None, parent: Path, config: str) -> Path:
 
 
 def write_environment(folder: Path, seed: int | None = None, command: str = "run", also: Sequence[str] = ()) -> None:
-    """environment.json: versions, machine, threads and the command (`also`: arguments taken from it), as far as they may change a number."""
+    """environment.json: versions, machine, threads, and the command with the arguments `also` that were taken out of it."""
     environment = {
         "command": " ".join(["python", "-m", f"metavpt.{command}", *sys.argv[1:], *also]),
         "seed": seed,

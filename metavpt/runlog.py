@@ -15,6 +15,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from metavpt.budget import Budget
 from metavpt.errors import MetaVPTError
+from metavpt.texts import Texts
 from metavpt.trackers import Tracker
 
 
@@ -68,6 +69,13 @@ class RunLog:
             Image.fromarray(pixels).save(path)
         for name, pixels in figures.items():
             self._track(lambda tracker, name=name, pixels=pixels: tracker.figure(name, step, pixels))
+
+    def save_texts(self, step: int, texts: Texts) -> None:
+        """texts/step<NNNNNN>.json, where there are any."""
+        if any(texts):
+            path = self.folder / "texts" / f"step{step:06d}.json"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps(texts._asdict(), ensure_ascii=False), encoding="utf-8")
 
     def close(self) -> None:
         """Let the trackers finish what they hold back; nothing is tracked after it."""

@@ -11,6 +11,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from metavpt.metrics import sign
 from metavpt.numerals import breakable, duration, hundredths, number, with_error
 from metavpt.report.svg import NUM_COLOURS, hue, turn
+from metavpt.report.texts import visible
 
 
 def write(path: Path, template: str, **values: Any) -> Path:
@@ -19,7 +20,7 @@ def write(path: Path, template: str, **values: Any) -> Path:
         loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     environment.filters |= {
-        function.__name__: function for function in (breakable, duration, hue, hundredths, number, sign, turn, with_error)
+        function.__name__: function for function in (breakable, duration, hue, hundredths, number, sign, turn, visible, with_error)
     }
     environment.globals["num_colours"] = NUM_COLOURS
     folder = path.parent

@@ -14,6 +14,7 @@ from metavpt.report.curves import curve
 from metavpt.report.first_order import PREDICTIONS, first_order_chart, first_orders
 from metavpt.report.gallery import gallery
 from metavpt.report.logs import COUNTERS, Record, is_number, read_log, series_of, spent, times, warnings
+from metavpt.report.texts import read_texts
 
 
 class SummaryRow(NamedTuple):
@@ -51,7 +52,7 @@ def summary_rows(records: list[Record]) -> list[SummaryRow]:
 
 
 def write_report(run_folder: Path) -> Path:
-    """`run_folder`/report.html: one file without scripts or links, made of metrics.jsonl, figures/, config.yaml and environment.json.
+    """`run_folder`/report.html: one file without scripts or links, made of metrics.jsonl, figures/, texts/ and what describes the run.
 
     Raises MetaVPTError where the folder has no log or the log no record.
     """
@@ -68,6 +69,7 @@ def write_report(run_folder: Path) -> Path:
         rows=summary_rows(records),
         curves=list(_curves(records)),
         first_orders=[(PREDICTIONS[one.name], one.fit, first_order_chart(one, one.name)) for one in first_orders(records)],
+        texts=read_texts(run_folder / "texts"),
         pictures=gallery(run_folder / "figures"),
         times=_shares(times(records)),
         warnings=warnings({"": records}),

@@ -1,0 +1,83 @@
+"""Word problems answered: likelihood of the reference, and how often what the model writes ends in the right number."""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from math import comb
+from statistics import fmean
+
+from metavpt.data.gsm8k import WordProblem
+from metavpt.data.tokens import TokenBatch
+from metavpt.errors import MetaVPTError
+from metavpt.learners.lm import LanguageModel
+from metavpt.probes.extraction import flexible, is_equal, strict
+from metavpt.probes.generation import Generator
+from metavpt.probes.perplexity import mean_nll
+from metavpt.texts import Answer
+
+EXTRACTIONS: dict[str, Callable[[str], str | None]] = {"strict": strict, "flexible": flexible}
+NUM_SHOWN = 6
+
+
+class AnswerProbe:
+    """NLL and Pass@1 on `problems`; `batches()` is one pass over the same with their answers.
+
+        nll                            mean over answer tokens, in nats
+        pass@1_strict, pass@1_flexible   greedy; the number after `####`, or the last number of the text
+        sampled_pass@k_strict, ..._flexible   for each k in `ks`, of `num_samples` samples at `temperature`; 0 samples: none
+
+    `answers` holds the first greedy answers of the last call.
+    """
+
+    def __init__(
+        self,
+        problems: Sequence[WordProblem],
+        batches: Callable[[], Iterable[TokenBatch]],
+        generator: Generator,
+        num_samples: int = 0,
+        ks: Sequence[int] = (1, 4, 16),
+        temperature: float = 0.7,
+        seed: int = 0,
+    ) -> None:
+        if num_samples and (temperature <= 0 or not 1 <= min(ks, default=0) <= max(ks, default=0) <= num_samples):
+            raise MetaVPTError(
+                f"answers: ks={list(ks)} must lie in 1 to num_samples={num_samples}, and temperature={temperature} be positive"
+            )
+        self.problems, self.batches, self.generator = list(problems), batches, generator
+        self.num_samples, self.ks, self.temperature, self.seed = num_samples, tuple(ks), temperature, seed
+        self.answers: list[Answer] = []
+
+    def __call__(self, learner: LanguageModel) -> dict[str, float]:
+        metrics = {"nll": mean_nll(learner, self.batches())}
+        prompts = [self.generator.encoder.prompt(problem.question) for problem in self.problems]
+        texts = self.generator(learner, prompts)
+        for name in EXTRACTIONS:
+            metrics[f"pass@1_{name}"] = fmean(self._right(texts, name))
+        self.answers = list(self._shown(texts))
+        if self.num_samples:
+            repeated = [prompt for prompt in prompts for _ in range(self.num_samples)]
+            metrics |= self._sampled(self.generator(learner, repeated, self.temperature, self.seed))
+        return metrics
+
+    def _sampled(self, texts: Sequence[str]) -> dict[str, float]:
+        """Texts: `num_samples` of each problem, one problem after the other."""
+        n, metrics = self.num_samples, {}
+        for name in EXTRACTIONS:
+            right = self._right(texts, name)
+            counts = [sum(right[start : start + n]) for start in range(0, len(right), n)]
+            for k in self.ks:
+                metrics[f"sampled_pass@{k}_{name}"] = fmean(pass_at_k(n, c, k) for c in counts)
+        return metrics
+
+    def _right(self, texts: Sequence[str], extraction: str) -> list[bool]:
+        extract, repeats = EXTRACTIONS[extraction], len(texts) // len(self.problems)
+        return [is_equal(extract(text), self.problems[k // repeats].answer) for k, text in enumerate(texts)]
+
+    def _shown(self, texts: Sequence[str]) -> Iterator[Answer]:
+        for problem, text in zip(self.problems[:NUM_SHOWN], texts, strict=False):
+            yield Answer(problem.question, problem.document.answer, text.strip(), is_equal(flexible(text), problem.answer))
+
+
+def pass_at_k(n: int, c: int, k: int) -> float:
+    """1 - C(n - c, k) / C(n, k): the chance that k of n samples, c of them right, hold a right one (Chen et al., arXiv 2107.03374)."""
+    if not 0 <= c <= n or not 1 <= k <= n:
+        raise MetaVPTError(f"pass@k: k={k} must lie in 1 to n={n}, and c={c} in 0 to n")
+    return 1 - comb(n - c, k) / comb(n, k)

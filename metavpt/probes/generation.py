@@ -1,0 +1,79 @@
+"""Continuations of prompts by a language model."""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig
+
+from metavpt.data.tokens import Encoder
+from metavpt.errors import MetaVPTError
+from metavpt.learners.lm import LanguageModel
+
+
+class Generator:
+    """Prompts -> texts: batches padded on the left, with a key-value cache, until EOS, a text in `stop` or `max_new_tokens`.
+
+    temperature   0: greedy. Otherwise samples of the full softmax, whatever settings the model was released with
+    """
+
+    def __init__(self, encoder: Encoder, max_new_tokens: int = 256, batch_size: int = 64, stop: Sequence[str] = ("Question:",)) -> None:
+        if max_new_tokens < 1 or batch_size < 1:
+            raise MetaVPTError(f"generation: max_new_tokens={max_new_tokens} and batch_size={batch_size} must be positive")
+        self.encoder, self.max_new_tokens, self.batch_size, self.stop = encoder, max_new_tokens, batch_size, list(stop)
+
+    def __call__(self, learner: LanguageModel, prompts: Sequence[str], temperature: float = 0.0, seed: int = 0) -> list[str]:
+        """The continuation of each prompt, in order, without the text that stopped it. Global random numbers stay where they are."""
+        device = next(learner.parameters()).device
+        tokens = self._tokens(learner, prompts)
+        order = sorted(range(len(tokens)), key=lambda k: len(tokens[k]))  # alike in length: little padding
+        texts = [""] * len(tokens)
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            torch.manual_seed(seed)
+            for start in range(0, len(order), self.batch_size):
+                which = order[start : start + self.batch_size]
+                for k, text in zip(which, self._continue(learner, [tokens[k] for k in which], temperature, device), strict=True):
+                    texts[k] = text
+        return texts
+
+    def _tokens(self, learner: LanguageModel, prompts: Sequence[str]) -> list[list[int]]:
+        """The prompts as `Encoder` tokenises them in front of an answer."""
+        encoded = self.encoder.tokenizer(list(prompts), split_special_tokens=True, return_attention_mask=False, verbose=False)
+        tokens = [ids[:-1] if ids[-1:] == [self.encoder.eos] else ids for ids in encoded["input_ids"]]  # type: ignore[union-attr]
+        longest = max(map(len, tokens))
+        if longest + self.max_new_tokens > learner.max_length:
+            raise MetaVPTError(
+                f"generation: a prompt of {longest} tokens and max_new_tokens={self.max_new_tokens} do not fit into the context of "
+                f"{learner.max_length}; lower max_new_tokens, or leave long questions out"
+            )
+        return tokens
+
+    @torch.no_grad()
+    def _continue(self, learner: LanguageModel, prompts: list[list[int]], temperature: float, device: torch.device) -> Iterator[str]:
+        tokens, mask = left_padded(prompts, self.encoder.pad)
+        model, tokenizer = learner.transformers_model, self.encoder.tokenizer
+        released, model.generation_config = model.generation_config, self._config(temperature)  # its gaps would be filled from there
+        try:
+            options: dict[str, Any] = {"stop_strings": self.stop, "tokenizer": tokenizer} if self.stop else {}
+            out = model.generate(tokens.to(device), attention_mask=mask.to(device), **options)
+        finally:
+            model.generation_config = released
+        for text in tokenizer.batch_decode(out[:, tokens.shape[1] :], skip_special_tokens=True):
+            for stop in self.stop:
+                text = text.partition(stop)[0]
+            yield text
+
+    def _config(self, temperature: float) -> GenerationConfig:
+        sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature else {"do_sample": False}
+        return GenerationConfig(
+            max_new_tokens=self.max_new_tokens, pad_token_id=self.encoder.pad, eos_token_id=self.encoder.eos, use_cache=True, **sampling
+        )
+
+
+def left_padded(prompts: Sequence[Sequence[int]], pad: int) -> tuple[Tensor, Tensor]:
+    """Tokens and attention mask, int64 (B,T): every prompt ends in the last column."""
+    length = max(map(len, prompts))
+    tokens = torch.tensor([[pad] * (length - len(prompt)) + list(prompt) for prompt in prompts])
+    mask = torch.tensor([[0] * (length - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+    return tokens, mask

@@ -1,0 +1,40 @@
+"""Tokens of a batch with the targets that were chosen for them."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from metavpt import params
+from metavpt.data.tokens import PADDING
+from metavpt.learners.lm import LanguageModel
+from metavpt.objectives.target_task import TargetTask, predicted_tokens, target_tail
+from metavpt.texts import Candidate, Token
+
+NUM_CANDIDATES = 6
+
+
+@torch.no_grad()
+def passages(learner: LanguageModel, tokenizer: Any, task: TargetTask, num_rows: int = 3) -> list[list[Token]]:
+    """The first rows of the task's batch; targets are those that its rule makes for the learner as it is."""
+    tail = target_tail(learner, params.detach(params.named(learner)), task)
+    predicted = predicted_tokens(task.batch)
+    number = predicted.flatten().cumsum(0).view_as(predicted) - 1  # of a predicted token among all of them
+    shares, order = tail.targets.sort(dim=1, descending=True)
+    candidates = tail.candidates.gather(1, order)[:, :NUM_CANDIDATES]
+    gates = 1 - tail.targets[:, 0]
+
+    def row(b: int) -> Iterator[Token]:
+        for t, token in enumerate(task.batch.tokens[b].tolist()):
+            if task.batch.documents[b, t] == PADDING:
+                return
+            if not predicted[b, t]:
+                yield Token(tokenizer.decode([token]))
+                continue
+            n = int(number[b, t])
+            best = zip(candidates[n].tolist(), shares[n].tolist(), strict=False)
+            yield Token(
+                tokenizer.decode([token]), float(gates[n]), [Candidate(tokenizer.decode([c]), round(q, 4)) for c, q in best if q > 0]
+            )
+
+    return [list(row(b)) for b in range(min(num_rows, len(task.batch.tokens)))]

@@ -1,0 +1,33 @@
+"""Negative log-likelihood and perplexity of held-out text."""
+
+import math
+from collections.abc import Callable, Iterable
+
+import torch
+
+from metavpt import params
+from metavpt.data.tokens import TokenBatch
+from metavpt.learners.lm import LanguageModel
+from metavpt.objectives.target_task import OneHot, TargetTask, predicted_tokens, target_loss
+
+
+@torch.no_grad()
+def mean_nll(learner: LanguageModel, batches: Iterable[TokenBatch]) -> float:
+    """-log p of a target token in nats, the mean over all of them."""
+    theta = params.named(learner)
+    total, count = 0.0, 0
+    for batch in batches:
+        num_tokens = int(predicted_tokens(batch).sum())
+        total += num_tokens * float(target_loss(learner, theta, TargetTask(batch, OneHot())))
+        count += num_tokens
+    return total / count
+
+
+class PerplexityProbe:
+    """{"perplexity": exp(mean NLL of a token)} on one pass over `batches`; of questions with answers, the answers' tokens count."""
+
+    def __init__(self, batches: Callable[[], Iterable[TokenBatch]]) -> None:
+        self.batches = batches
+
+    def __call__(self, learner: LanguageModel) -> dict[str, float]:
+        return {"perplexity": math.exp(mean_nll(learner, self.batches()))}

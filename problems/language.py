@@ -1,0 +1,118 @@
+"""What every language problem shares: the packed stream, feedback from examples, probes, text for the report."""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from metavpt.data.language import LanguageData, join, rows_of
+from metavpt.data.tokens import PADDING, Corpus, ExampleLoader, TokenBatch
+from metavpt.errors import MetaVPTError
+from metavpt.learners.lm import LanguageModel
+from metavpt.learners.tokenized import TokenizedModel
+from metavpt.objectives.target_task import OneHot, TargetTask, target_loss
+from metavpt.params import Params
+from metavpt.probes.answers import AnswerProbe
+from metavpt.probes.generation import Generator
+from metavpt.probes.passages import passages
+from metavpt.probes.perplexity import PerplexityProbe
+from metavpt.problem import Problem
+from metavpt.texts import Texts
+
+
+class LanguageProblem(Problem):
+    """A causal language model reads a stream of text for the sake of held-out answers; a subclass adds the designer and the loss.
+
+    length                tokens of a row of the stream, and at most of an example
+    batch_size            rows of a step; `meta_batch_size` those of a designer update
+    feedback_batch_size   examples of each domain that g_down is taken on
+    feedback_weights      by domain of `data.feedback`; None: 1 for each
+    generator, answers    how the test problems are answered and scored
+    probe_batch_size      examples at a time where nothing is trained
+    """
+
+    learner: LanguageModel
+
+    def __init__(
+        self,
+        learner: Callable[[Iterable[str]], TokenizedModel],
+        data: LanguageData,
+        generator: Callable[..., Generator] = Generator,
+        answers: Callable[..., AnswerProbe] = AnswerProbe,
+        length: int = 512,
+        batch_size: int = 16,
+        meta_batch_size: int = 8,
+        feedback_batch_size: int = 16,
+        feedback_weights: Mapping[str, float] | None = None,
+        probe_batch_size: int = 32,
+    ) -> None:
+        self.learner, tokenizer = learner(data.texts())
+        if length > self.learner.max_length:
+            raise MetaVPTError(f"problem.length={length} is longer than the model's context of {self.learner.max_length} tokens")
+        self.data = data.encode(tokenizer, length)
+        self.batch_size, self.meta_batch_size, self.feedback_batch_size = batch_size, meta_batch_size, feedback_batch_size
+        self.probe_batch_size = probe_batch_size
+        self.feedback_weights = dict(feedback_weights or dict.fromkeys(self.data.feedback, 1.0))
+        answered = partial(answers, generator=generator(self.data.encoder))
+        self.answers = {name: answered(found, self._in_order(self.data.test[name])) for name, found in self.data.problems.items()}
+        self.perplexities = {name: PerplexityProbe(self._in_order(corpus)) for name, corpus in self.data.general.items()}
+        self.last_task: TargetTask | None = None
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.learner.parameters()).device
+
+    def pretrain_batches(self, seed: int) -> Iterable[Any]:
+        return self.data.packed(self.batch_size, seed, self.device)
+
+    def meta_batches(self, seed: int) -> Iterable[Any]:
+        return self.data.packed_by_domain(self.meta_batch_size, seed, self.device)
+
+    def feedback_batches(self, seed: int) -> Iterable[Any]:
+        return self.data.examples(self.data.feedback, self.feedback_batch_size, seed, self.device)
+
+    def held_out_batches(self, seed: int) -> Iterable[Any]:
+        return self.data.examples(self.data.held_out, self.feedback_batch_size, seed, self.device)
+
+    def by_domain(self, batch: TokenBatch) -> dict[str, TokenBatch]:
+        rows = {name: batch.domain == self.data.domains.index(name) for name in self.feedback_weights if name in self.data.domains}
+        return {name: rows_of(batch, which) for name, which in rows.items() if which.any()}
+
+    def aligned_parameters(self) -> list[str]:
+        return self.learner.aligned_parameters()
+
+    def feedback_losses(self, theta: Params, batch: Mapping[str, TokenBatch]) -> dict[str, Tensor]:
+        """NLL of an answer token, by domain."""
+        return {name: target_loss(self.learner, theta, TargetTask(examples, OneHot())) for name, examples in batch.items()}
+
+    def pick(self, tasks: Sequence[TargetTask], which: Tensor, sample: Tensor) -> TargetTask:
+        """Rows of several batches as one, with the targets of the first."""
+        picked = [rows_of(tasks[k].batch, n[None]) for k, n in zip(which.tolist(), sample, strict=True)]
+        return TargetTask(join(picked), tasks[0].targets)
+
+    def num_samples(self, batch: TokenBatch) -> int:
+        """Tokens, without padding."""
+        return int((batch.documents != PADDING).sum())
+
+    def is_steered(self, metric: str) -> bool:
+        """Answers to word problems are; the perplexity of general text is a side effect."""
+        return metric.partition("/")[0] in self.answers
+
+    def after_step(self, task: TargetTask, progress: float) -> None:
+        self.last_task = task
+
+    def evaluate(self) -> dict[str, float]:
+        probes = {**self.answers, **self.perplexities}
+        return {f"{name}/{metric}": value for name, probe in probes.items() for metric, value in probe(self.learner).items()}
+
+    def texts(self) -> Texts:
+        """The last task's targets, where there was a choice, and the answers of the last `evaluate`."""
+        task, tokenizer = self.last_task, self.data.encoder.tokenizer
+        shown = passages(self.learner, tokenizer, task) if task is not None and task.targets.num_candidates > 1 else []
+        return Texts(shown, [answer for probe in self.answers.values() for answer in probe.answers])
+
+    def _in_order(self, corpus: Corpus) -> Callable[[], Iterable[TokenBatch]]:
+        size = min(self.probe_batch_size, len(corpus))
+        return lambda: ExampleLoader(corpus, size, 0, self.data.encoder.pad, device=self.device).in_order()

@@ -1,0 +1,43 @@
+"""Next-token pretraining on designed soft targets, with feedback from answered word problems: `problem=lm_gsm8k`."""
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+
+from metavpt.data.tokens import TokenBatch
+from metavpt.designers.targets import TargetDesigner, designer_body
+from metavpt.objectives.target_task import TargetTask, target_loss, target_loss_per_sample, target_tail
+from metavpt.params import Params
+
+from .language import LanguageProblem
+
+
+class LMGSM8K(LanguageProblem):
+    """Cross-entropy to soft targets on the true token and the learner's own best guesses; the designer says how soft and which."""
+
+    designer: TargetDesigner
+
+    def __init__(self, designer: Callable[[int], TargetDesigner], **language: Any) -> None:
+        super().__init__(**language)
+        self.designer = designer(self.learner.vocab_size)
+
+    def recipe(self, batch: TokenBatch) -> TargetTask:
+        return self.designer.recipe_task(batch)
+
+    def regularizer(self, task: TargetTask) -> Tensor:
+        return self.designer.regularizer(task)
+
+    def pretrain_loss(self, theta: Params, task: TargetTask) -> Tensor:
+        return target_loss(self.learner, theta, task)
+
+    def pretrain_tail(self, theta: Params, task: TargetTask) -> Callable[[Params], Tensor]:
+        return target_tail(self.learner, theta, task)
+
+    def per_sample_tail(self, theta: Params, task: TargetTask) -> Callable[[Params], Tensor]:
+        return target_loss_per_sample(self.learner, theta, task)
+
+
+def target_designer(vocab_size: int, width: int = 256, num_layers: int = 6, num_heads: int = 4, **targets: Any) -> TargetDesigner:
+    """A `TargetDesigner` (options `targets`) with a body of its own."""
+    return TargetDesigner(designer_body(vocab_size, width, num_layers, num_heads), **targets)

@@ -1,0 +1,280 @@
+"""The language problem at its smallest: a Llama of a few thousand parameters on generated sums, with every kind of strategy."""
+
+import copy
+import json
+
+import pytest
+import torch
+from hydra import compose, initialize_config_module
+from hydra.utils import instantiate
+
+from metavpt import Budget, Checkpoints, Dot, ExactProduct, Fixed, Learned, OneStep, RunLog, Trainer, params
+from metavpt.checks.modes import Float64
+from metavpt.combination import DomainMatched
+from metavpt.errors import MetaVPTError
+from metavpt.linear_product import LinearProduct
+from metavpt.objectives.target_task import Tilted
+from metavpt.products import DifferenceProduct
+from metavpt.strategies import inner_loss
+
+SUMS = "{min_terms: 2, max_terms: 2, min_digits: 1, max_digits: 1}"
+SMALL = [
+    "problem=lm_gsm8k", "learner.vocab_size=270", "learner.tail_layers=1", "learner.hidden_size=16", "learner.intermediate_size=24",
+    "learner.num_hidden_layers=2", "learner.num_attention_heads=2", "designer.width=8", "designer.num_layers=1", "designer.num_heads=2",
+    "designer.num_candidates=6", f"data.stream.sums.documents.kinds.chain_sum={SUMS}",
+    f"+data.stream.stories.documents.kinds.chain_sum={SUMS}", "~data.stream.stories.documents.kinds.gsm_symbolic",
+    "data.feedback.math.limit=10", "data.test.answers.limit=4", "data.general.stories.limit=3",
+    "data.num_feedback=6", "data.num_held_out=4", "data.num_test=4", "data.num_general=3", "problem.generator.max_new_tokens=4",
+    "problem.length=64", "problem.batch_size=2", "problem.meta_batch_size=2", "problem.feedback_batch_size=3",
+]  # fmt: skip
+TWO_DOMAINS = [
+    "+data.stream.stories.domain=other",
+    "+data.feedback.other=${data.feedback.math}",
+]
+
+
+@pytest.fixture(scope="module")
+def make(tmp_path_factory):
+    """make(*overrides, seed=0) -> a fresh problem."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("METAVPT_CACHE", str(tmp_path_factory.mktemp("tokenizers")))
+
+        def fresh(*overrides, seed=0):
+            torch.manual_seed(seed)
+            return instantiate(composed(*overrides).problem, _convert_="all")
+
+        yield fresh
+
+
+def composed(*overrides):
+    with initialize_config_module("metavpt.configs", version_base="1.3"):
+        return compose("run", [*SMALL, *overrides])
+
+
+def train(folder, problem, strategy, steps=4, resume=False):
+    checkpoints = Checkpoints(folder / "checkpoints")
+    trainer = Trainer(problem, strategy, Budget(steps=steps), RunLog(folder), checkpoints, log_every=1, checkpoint_every=1)
+    if resume:
+        trainer.resume()
+    trainer.run()
+    return trainer
+
+
+def weights(problem):
+    parts = {name: getattr(problem, name).state_dict() for name in ("learner", "designer")}
+    return {f"{part}.{name}": value.clone() for part, state in parts.items() for name, value in state.items()}
+
+
+def assert_identical(a, b):
+    assert a.keys() == b.keys()
+    assert [name for name in a if not torch.equal(a[name], b[name])] == []
+
+
+def in_float64(problem):
+    """The problem in float64, its designer away from the identity at which it starts."""
+    problem.learner.double()
+    problem.designer.double()
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for p in problem.designer.parameters():
+            p.add_(0.1 * torch.randn_like(p))
+        problem.designer.gate.bias.fill_(0.5)
+    return problem
+
+
+def test_the_linear_product_is_the_exact_one_and_finite_differences_in_phi(make):
+    """The hypergradient of the real step, in float64, without a backward pass through the learner."""
+    problem = in_float64(make())
+    batch, labelled = next(iter(problem.meta_batches(1))), next(iter(problem.feedback_batches(2)))
+    theta = params.detach(params.named(problem.learner))
+    aligned = {name: theta[name] for name in problem.aligned_parameters()}
+    phi = params.detach(params.named(problem.designer))
+    inner = inner_loss(problem, theta, batch)
+
+    def outer(theta_s):
+        return problem.feedback_loss({**theta, **theta_s}, labelled)
+
+    products = (ExactProduct(), LinearProduct(absolute=False), LinearProduct(), DifferenceProduct())
+    with Float64():  # transformers normalises in float32
+        exact, relative, absolute, difference = (OneStep(Dot(), product)([inner], outer, aligned, phi) for product in products)
+    for estimate, tolerance in ((relative, 1e-9), (absolute, 1e-9), (difference, 1e-6)):
+        assert float(params.norm(params.add(estimate.by_phi, exact.by_phi, alpha=-1.0)) / params.norm(exact.by_phi)) < tolerance
+    assert absolute.value == pytest.approx(exact.value, rel=1e-9)
+    direction, step = params.zip_with(torch.randn_like, phi), 1e-6
+    with Float64():
+        moved = (params.add(phi, direction, alpha=s) for s in (step, -step))
+        ahead, behind = (OneStep(Dot(), ExactProduct())([inner], outer, aligned, there).value for there in moved)
+    assert (ahead - behind) / (2 * step) == pytest.approx(-float(params.dot(exact.by_phi, direction)), rel=1e-6)
+
+
+def test_losses_are_pure(make):
+    problem = make()
+    batch, labelled = next(iter(problem.pretrain_batches(0))), next(iter(problem.feedback_batches(0)))
+    theta, task = params.named(problem.learner), problem.designer(batch)
+    before, state = weights(problem), torch.get_rng_state()
+    values = [torch.stack([problem.pretrain_loss(theta, task), problem.feedback_loss(theta, labelled)]) for _ in range(2)]
+    assert torch.equal(*values)
+    assert_identical(before, weights(problem))
+    assert torch.equal(state, torch.get_rng_state())
+
+
+def test_the_tail_is_the_loss_and_the_mean_over_its_samples_tokens(make):
+    problem = in_float64(make())
+    theta = params.detach(params.named(problem.learner))
+    batch = next(iter(problem.pretrain_batches(0)))
+    aligned = {name: theta[name] for name in problem.aligned_parameters()}
+    for task in (problem.designer(batch), problem.recipe(batch)):
+        whole = problem.pretrain_loss(theta, task)
+        torch.testing.assert_close(problem.pretrain_tail(theta, task)(aligned), whole)
+        counts = batch.loss_mask.sum(dim=1)
+        torch.testing.assert_close((problem.per_sample_tail(theta, task)(aligned) * counts).sum() / counts.sum(), whole)
+
+
+def test_learned_with_designer_lr_0_is_fixed_bit_for_bit(make, tmp_path):
+    fixed, learned = make(), make()
+    train(tmp_path / "fixed", fixed, Fixed())
+    train(tmp_path / "learned", learned, Learned(OneStep(), lambda p: torch.optim.Adam(p, lr=0.0), meta_every=2))
+    assert_identical(weights(fixed), weights(learned))
+
+
+def test_feedback_reaches_the_learner_through_the_designer_alone(make, tmp_path):
+    """With the designer's learning rate at 0, other feedback leaves the learner bit-identical; with tilt it does not."""
+    other = "+data.feedback.math.seed=5"
+    for name, strategy, equal in (
+        ("learned", lambda: Learned(OneStep(), lambda p: torch.optim.Adam(p, lr=0.0), meta_every=1), True),
+        ("tilt", lambda: instantiate(composed("strategy=tilt").strategy), False),
+    ):
+        learners = []
+        for k, overrides in enumerate(((), (other,))):
+            problem = make(*overrides)
+            train(tmp_path / f"{name}{k}", problem, strategy(), steps=2)
+            learners.append(params.clone(params.named(problem.learner)))
+        assert all(torch.equal(learners[0][n], learners[1][n]) for n in learners[0]) is equal
+
+
+STRATEGIES = [
+    "fixed", "one_step", "one_step_linear", "unrolled", "implicit", "direct", "random_feedback", "random_feedback_linear", "tilt",
+    "random_tilt", "greedy_targets", "self_distillation", "smoothing", "greedy_selection", "adversarial",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_every_strategy_runs_and_resumes_exactly(make, tmp_path, name):
+    def strategy():
+        cfg = composed(f"strategy={name}").strategy
+        for key in ("meta_every", "refresh_every"):
+            if key in cfg:
+                cfg[key] = 2
+        if "burn_in" in cfg:
+            cfg.burn_in = 0
+        return instantiate(cfg, _convert_="all")
+
+    whole = make()
+    train(tmp_path, whole, strategy())
+    log = measured(tmp_path)
+    sorted((tmp_path / "checkpoints").glob("*.pt"))[-1].unlink()  # as if killed after step 3
+    resumed = make()
+    train(tmp_path, resumed, strategy(), resume=True)
+    assert_identical(weights(whole), weights(resumed))
+    assert measured(tmp_path) == log
+
+
+def measured(folder):
+    clock = {"seconds", "samples_per_s"}
+    return [{k: v for k, v in json.loads(line).items() if k not in clock} for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_domains_have_feedback_of_their_own(make, tmp_path):
+    problem = make(*TWO_DOMAINS)
+    assert dict(problem.feedback_weights) == {"math": 1.0, "other": 1.0}
+    batch, labelled = next(iter(problem.meta_batches(0))), next(iter(problem.feedback_batches(0)))
+    parts = problem.by_domain(batch)
+    assert {name: (part.domain.unique().tolist(), len(part.tokens)) for name, part in parts.items()} == {
+        "math": ([0], 1), "other": ([1], 1),
+    }  # fmt: skip
+    theta = params.detach(params.named(problem.learner))
+    losses = problem.feedback_losses(theta, labelled)
+    assert problem.feedback_loss(theta, labelled) == pytest.approx(float(losses["math"] + losses["other"]))
+    strategy = Learned(OneStep(Dot(), LinearProduct(absolute=False)), None, meta_every=1, combination=DomainMatched())
+    train(tmp_path, problem, strategy, steps=2)
+
+
+def test_samples_are_tokens_without_padding(make):
+    problem = make()
+    batch = next(iter(problem.pretrain_batches(0)))
+    assert problem.num_samples(batch) == sum(len(row[row >= 0]) for row in batch.documents)
+    assert problem.num_samples(batch) < batch.tokens.numel()
+
+
+def test_picked_rows_come_from_the_batches_that_are_named(make):
+    problem = make()
+    stream = iter(problem.pretrain_batches(0))
+    tasks = [problem.recipe(next(stream)) for _ in range(3)]
+    which, sample = torch.tensor([2, 0]), torch.tensor([1, 0])
+    picked = problem.pick(tasks, which, sample)
+    for field in ("tokens", "positions", "documents", "loss_mask", "domain"):
+        for k in range(2):
+            assert torch.equal(getattr(picked.batch, field)[k], getattr(tasks[which[k]].batch, field)[sample[k]])
+
+
+def test_evaluation_counts_answers_as_steered_and_perplexity_as_a_side_effect(make):
+    problem = make("problem.answers.num_samples=2", "problem.answers.ks=[2]")
+    names = {f"{metric}_{kind}" for metric in ("pass@1", "sampled_pass@2") for kind in ("strict", "flexible")}
+    metrics = problem.evaluate()
+    assert metrics.keys() == {f"answers/{name}" for name in (*names, "nll")} | {"stories/perplexity"}
+    assert [name for name in metrics if not problem.is_steered(name)] == ["stories/perplexity"]
+    assert problem.evaluate() == metrics
+    assert metrics["stories/perplexity"] == pytest.approx(270, rel=0.5)  # of random weights: about the size of the vocabulary
+
+
+def test_texts_show_answers_and_the_targets_of_the_last_task(make):
+    problem = make()
+    problem.evaluate()
+    batch = next(iter(problem.pretrain_batches(0)))
+    problem.after_step(problem.recipe(batch), 0.0)
+    assert problem.texts().passages == []  # nothing was chosen
+    assert [answer.question for answer in problem.texts().answers] == [p.question for p in problem.data.problems["answers"]]
+    theta = params.detach(params.named(problem.learner))
+    w = {name: torch.ones_like(theta[name]) for name in problem.aligned_parameters()}
+    task = problem.recipe(batch)._replace(targets=Tilted(w, gate=0.4, tau=0.5, num_candidates=6))
+    problem.after_step(task, 0.5)
+    passage = problem.texts().passages[0]
+    text = problem.data.encoder.tokenizer.decode(batch.tokens[0][batch.documents[0] >= 0].tolist())
+    assert "".join(token.text for token in passage) == text
+    targets = problem.pretrain_tail(theta, task).targets
+    chosen = [token for token in passage if token.gate is not None]
+    assert len(chosen) == int(batch.loss_mask[0].sum())
+    for token, q in zip(chosen, targets, strict=False):
+        assert token.gate == pytest.approx(1 - float(q[0]))
+        assert token.candidates[0].share == pytest.approx(float(q.max()), abs=1e-4)
+
+
+BAD = {
+    "candidates": (["designer.num_candidates=1000"], r"num_candidates=1000: choose from 2 to \d+, the size of the vocabulary"),
+    "context": (["problem.length=1000"], "problem.length=1000 is longer than the model's context of 512"),
+    "feedback": (["data.num_feedback=100"], r"data\.feedback\.math: has 10 documents"),
+}
+
+
+@pytest.mark.parametrize(("overrides", "message"), BAD.values(), ids=BAD)
+def test_bad_input_is_one_clear_error(make, overrides, message):
+    with pytest.raises(Exception, match=message) as error:
+        make(*overrides)
+    assert isinstance(error.value.__cause__, MetaVPTError)
+
+
+def test_more_candidates_than_tokens_are_an_error_for_tilt_too(make, tmp_path):
+    strategy = instantiate(composed("strategy=tilt", "strategy.num_candidates=1000").strategy)
+    with pytest.raises(MetaVPTError, match="num_candidates=1000: choose from 1 to"):
+        train(tmp_path, make(), strategy)
+
+
+def test_a_copy_of_the_problem_trains_alike(make, tmp_path):
+    """What `metavpt.check` and comparisons rely on: nothing of a problem hides in a place that is not copied."""
+    problem = make()
+    state = copy.deepcopy(problem.state_dict())
+    train(tmp_path / "a", problem, Fixed(), steps=2)
+    other = make(seed=3)
+    other.load_state_dict(state)
+    train(tmp_path / "b", other, Fixed(), steps=2)
+    assert_identical(weights(problem), weights(other))
