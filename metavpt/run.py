@@ -20,7 +20,7 @@ from metavpt.runlog import RunLog
 from metavpt.sweep import Objective
 from metavpt.trainer import Trainer
 
-NOT_CONFIGURATION = ("resume", "output", "objective", "tracker")  # does not change what a run comes to
+NOT_CONFIGURATION = ("resume", "output", "minimise", "tracker")  # does not change what a run comes to
 
 
 def build(cfg: DictConfig, folder: Path, console: Console) -> Trainer:
@@ -43,11 +43,11 @@ def build(cfg: DictConfig, folder: Path, console: Console) -> Trainer:
 
 
 def run(cfg: DictConfig) -> float | None:
-    """Train, print the table of step 0 against the end, write the report; the value of `cfg.objective`, None without one."""
+    """Train, print the table of step 0 against the end, write the report; the value of `cfg.minimise`, None without one."""
     console = Console()
     if cfg.trainer.get("dry_run"):
         return describe(cfg, console)
-    objective = Objective.parse(cfg.objective)
+    objective = Objective.parse(cfg.minimise)
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
     folder, resume = _folder(cfg)
@@ -94,8 +94,8 @@ def _folder(cfg: DictConfig) -> tuple[Path, bool]:
     if hydra_cfg.mode is RunMode.MULTIRUN:
         if output:
             raise MetaVPTError(f"output={output}: the runs of a sweep cannot share a folder; name that of the sweep with hydra.sweep.dir=")
-        if not cfg.objective and not hydra_cfg.sweeper._target_.endswith(".BasicSweeper"):
-            raise MetaVPTError("objective=null: this sweeper minimises a metric; name it, as in objective=ridge/depth_rmse")
+        if not cfg.minimise and not hydra_cfg.sweeper._target_.endswith(".BasicSweeper"):
+            raise MetaVPTError("minimise=null: this sweeper minimises a metric; name it, as in minimise=ridge/depth_rmse")
         output = Path(hydra_cfg.runtime.output_dir)
         resume = resume and (output / "config.yaml").is_file()  # the jobs that an interrupted sweep never reached begin
     config = OmegaConf.to_yaml(OmegaConf.masked_copy(cfg, [str(key) for key in cfg if key not in NOT_CONFIGURATION]), resolve=True)

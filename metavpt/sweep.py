@@ -22,7 +22,7 @@ from metavpt.metrics import sign
 from metavpt.numerals import number
 from metavpt.report import read_log, series_of
 
-NOT_WHAT_RAN = {"runs", "output", "resume", "objective", "tracker", "device"}  # where a run stood and who watched it
+NOT_WHAT_RAN = {"runs", "output", "resume", "minimise", "tracker", "device"}  # where a run stood and who watched it
 
 Row = dict[str, str | float | None]
 
@@ -42,12 +42,12 @@ class Objective:
         objective = cls(text.removeprefix("-"), -1 if text.startswith("-") else 1)
         if sign(objective.metric) == objective.factor:
             right = objective.metric if objective.factor < 0 else f"-{text}"
-            raise MetaVPTError(f"objective={text}: a sweep minimises, so this would look for the worst run; write objective={right}")
+            raise MetaVPTError(f"minimise={text} would look for the worst run; write minimise={right}")
         return objective
 
     def __call__(self, metrics: Mapping[str, float]) -> float:
         if self.metric not in metrics:
-            raise MetaVPTError(f"objective={self.metric}: no such metric; known: {', '.join(metrics)}")
+            raise MetaVPTError(f"minimise={self.metric}: no such metric; known: {', '.join(metrics)}")
         return self.factor * metrics[self.metric]
 
 

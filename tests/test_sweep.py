@@ -49,7 +49,7 @@ def end(folder):
 
 
 def test_three_jobs_make_a_sorted_table_the_best_of_them_is_run_again_and_the_sweep_goes_on(tmp_path):
-    made, rows = sweep(tmp_path, "trainer.optimizer.lr=1e-3,1e-2,1e38", "objective=useful_mse")
+    made, rows = sweep(tmp_path, "trainer.optimizer.lr=1e-3,1e-2,1e38", "minimise=useful_mse")
     assert [(row["job"], row["trainer.optimizer.lr"]) for row in rows] == [("1", "0.01"), ("0", "0.001"), ("2", "1e+38")]
     ends = [end(made / row["job"])["useful_mse"] for row in rows[:2]]
     assert [float(row["objective"]) for row in rows[:2]] == [float(row["useful_mse"]) for row in rows[:2]] == ends == sorted(ends)
@@ -63,7 +63,7 @@ def test_three_jobs_make_a_sorted_table_the_best_of_them_is_run_again_and_the_sw
     assert again.returncode == 0, again.stderr
     assert end(tmp_path / "again") == end(made / "1")
     assert (tmp_path / "again" / "config.yaml").read_text() == (made / "1" / "config.yaml").read_text()
-    options = ["trainer.optimizer.lr=1e-3,1e-2,1e38,1e-4", "objective=useful_mse", f"hydra.sweep.dir={made}", "resume=true"]
+    options = ["trainer.optimizer.lr=1e-3,1e-2,1e38,1e-4", "minimise=useful_mse", f"hydra.sweep.dir={made}", "resume=true"]
     _, longer = sweep(tmp_path, *options)  # a sweep that was cut short goes on
     assert [row["job"] for row in longer] == ["1", "0", "3", "2"]
     assert longer[:2] == rows[:2]
@@ -74,7 +74,7 @@ def test_optuna_minimises_the_objective_over_a_log_range_two_jobs_at_a_time(tmp_
     pytest.importorskip("hydra_plugins.hydra_optuna_sweeper")
     pytest.importorskip("hydra_plugins.hydra_joblib_launcher")
     options = ["hydra/sweeper=optuna", "hydra.sweeper.n_trials=3", "hydra.sweeper.n_jobs=2", "hydra/launcher=local", "threads=1"]
-    made, rows = sweep(tmp_path, *options, "trainer.optimizer.lr=tag(log,interval(1e-4,1e-1))", "objective=useful_mse")
+    made, rows = sweep(tmp_path, *options, "trainer.optimizer.lr=tag(log,interval(1e-4,1e-1))", "minimise=useful_mse")
     assert sorted(row["job"] for row in rows) == ["0", "1", "2"]
     values = [float(row["objective"]) for row in rows]
     assert values == sorted(values)
@@ -87,14 +87,14 @@ def test_optuna_minimises_the_objective_over_a_log_range_two_jobs_at_a_time(tmp_
 
 
 def test_an_unknown_objective_is_one_line_before_any_training(tmp_path):
-    done = run(tmp_path, "-m", *PROBLEM, "seed=0,1", "objective=useful")
+    done = run(tmp_path, "-m", *PROBLEM, "seed=0,1", "minimise=useful")
     assert done.returncode == 2
-    assert done.stderr == "error objective=useful: no such metric; known: useful_mse\n"
+    assert done.stderr == "error minimise=useful: no such metric; known: useful_mse\n"
     assert not list(tmp_path.rglob("metrics.jsonl"))
 
 
 @pytest.mark.parametrize(
-    ("text", "words"), [("ridge/seg_miou", "objective=-ridge/seg_miou"), ("-ridge/depth_rmse", "objective=ridge/depth_rmse")]
+    ("text", "words"), [("ridge/seg_miou", "minimise=-ridge/seg_miou"), ("-ridge/depth_rmse", "minimise=ridge/depth_rmse")]
 )
 def test_an_objective_with_the_wrong_sign_is_told_the_right_one(text, words):
     with pytest.raises(MetaVPTError, match=f"write {words}$"):
@@ -111,7 +111,7 @@ def test_a_minus_makes_the_largest_metric_the_smallest_objective():
 def test_the_best_configuration_says_what_a_file_can_say():
     overrides = [
         "problem=dino_nyuv2", "experiment=paper_nyuv2_vitb", "+extra/group=one", "data.unlabelled=[frames,/a b]", "++new.key=null",
-        "backbone.name='a: b'", "~designer.blur_sigma", "runs=elsewhere", "objective=x",
+        "backbone.name='a: b'", "~designer.blur_sigma", "runs=elsewhere", "minimise=x",
     ]  # fmt: skip
     text = experiment(Job(4, overrides, ["problem", "experiment", "extra/group"], 0.5))
     assert text.startswith("# @package _global_\n")
@@ -140,7 +140,7 @@ PAPER = {
 
 def test_the_ranges_of_the_paper_sweep_hold_the_papers_rows():
     params = yaml.safe_load((ROOT / "configs" / "hydra" / "sweeper" / "paper.yaml").read_text())["params"]
-    assert params.keys() - {"objective"} == PAPER.keys()
+    assert params.keys() - {"minimise"} == PAPER.keys()
     for key, values in PAPER.items():
         (override,) = OverridesParser.create().parse_overrides([f"{key}={params[key]}"])
         swept = override.value()
