@@ -129,7 +129,9 @@ def warm_start(job: Job) -> None:
         trainer.measure()
     else:
         trainer.run()
-    checkpoint.write(job.folder / STATE, {"problem": trainer.problem.state_dict(), "metrics": trainer.metrics})
+    untouched = {"designer", *trainer.problem.heads()}  # by the recipe; a row may have others
+    state = {name: value for name, value in trainer.problem.state_dict().items() if name not in untouched}
+    checkpoint.write(job.folder / STATE, {"problem": state, "metrics": trainer.metrics})
 
 
 def train(job: Job, warm: Path) -> Result:

@@ -171,6 +171,16 @@ def test_a_shared_warm_start_is_trained_once_and_begins_every_row(tmp_path):
     assert probes[-1]["metrics"]["error"] < probes[0]["metrics"]["error"]
 
 
+def test_rows_with_designers_of_their_own_begin_at_the_same_warm_start(tmp_path):
+    rows = "strategies=[one_step,{three: 'one_step problem.num_sources=3'}]"  # weights of three sources: another shape of phi
+    done = compare(tmp_path / "c", "controls=[]", rows, "seeds=[0]", "budget.steps=10", "warm_start=5")
+    assert done.returncode == 0, done.stderr
+    one, other = results.read(tmp_path / "c")
+    assert one.step0 == other.step0
+    assert not one.error
+    assert not other.error
+
+
 BAD = {
     "unknown strategy": (["strategies=[one_stepp]"], ["one_stepp", "one_step", "greedy"]),
     "seeds twice": (["seeds=[0,1,0]"], ["seeds", "once"]),
