@@ -13,19 +13,22 @@ from metavpt import params
 from metavpt.curvature import ComposedLoss
 from metavpt.designers.designer import Designer
 from metavpt.designers.mixer import mix_terms
-from metavpt.designers.prototypes import reshape, reshape_patches
+from metavpt.designers.prototypes import reshape, reshape_patches, tilted
 from metavpt.designers.selection import weigh
 from metavpt.designers.views import MultiCrop, Views, pick_views
 from metavpt.errors import MetaVPTError
 from metavpt.learners.teacher import Teacher, cosine_momentum
 from metavpt.learners.vit import Backbone, Features, Learner, ProjectionHead
+from metavpt.linear_product import DirectionalDerivative
 from metavpt.objectives.dino import center_update, centered_probs, sinkhorn_probs
 from metavpt.objectives.distillation import active_terms, hidden_of, pack, term_losses, unpack
+from metavpt.objectives.goal_loss import GoalLoss, goal_loss
 from metavpt.params import Params
 
 from .dense import DenseProblem
 
 CENTERS = {"dino": "center", "ibot": "patch_center"}
+ANSWERS = ("scores", "gates", "patch_scores", "patch_gates")  # the parts of a task that only say what the teacher answers
 DINO = MappingProxyType({"dino": 1.0})
 
 
@@ -92,19 +95,28 @@ class DinoDense(DenseProblem):
     def pretrain_loss(self, theta: Params, task: Views) -> Tensor:
         return self.pretrain_tail(theta, task)({})
 
-    def pretrain_tail(self, theta: Params, task: Views) -> Callable[[Params], Tensor]:
-        per_image = self.per_sample_tail(theta, task)
-        return ComposedLoss(per_image.outputs, lambda outputs: per_image.criterion(outputs).mean())
+    def pretrain_tail(self, theta: Params, task: Views) -> ComposedLoss:
+        """A `GoalLoss` where a designer may change what the teacher answers, and nothing else."""
+        outputs, criterion, goals = self._distillation(theta, task)
+        others = (part for name, part in task._asdict().items() if name not in ANSWERS)
+        if not len(goals) or any(isinstance(part, Tensor) and part.requires_grad for part in others):
+            return ComposedLoss(outputs, lambda packed: criterion(packed, goals).mean())
+        return goal_loss(outputs, lambda packed, goals: criterion(packed, goals).mean(), goals)
 
     def per_sample_tail(self, theta: Params, task: Views) -> ComposedLoss:
-        """The trunk and the teacher run once; the function returned runs the tail and the heads."""
-        student, goals, shapes = self._student(theta, task), self._goals(task), self._shapes(task)
+        outputs, criterion, goals = self._distillation(theta, task)
+        return ComposedLoss(outputs, lambda packed: criterion(packed, goals))
 
-        def per_image(packed: Tensor) -> Tensor:
-            losses = term_losses(unpack(packed, shapes), goals, task.hidden, self.student_temperature)
-            return weigh(mix_terms(losses, self.terms.values(), task.mix), task.weights)
-
-        return ComposedLoss(lambda theta_s: pack(student(theta_s)), per_image)
+    def tilt(
+        self, theta: Params, task: Views, w: Params, gate: float, tau: float, num_candidates: int, derivative: DirectionalDerivative
+    ) -> Views:
+        """The teacher's probabilities tilted towards the prototypes of highest first-order value, see `prototypes.tilted`."""
+        loss = self.pretrain_tail(theta, task)
+        if not isinstance(loss, GoalLoss):
+            raise MetaVPTError(f"strategy=tilt: no term of problem.terms={self.terms} has a target to tilt; give dino or ibot a weight")
+        slopes = loss.slopes({name: theta[name] for name in w}, w, derivative)
+        shapes = self._goal_shapes(task)
+        return tilted(task, unpack(-slopes[:-1], shapes), unpack(loss.targets[:-1], shapes), gate, tau, num_candidates)
 
     def candidates(self, batch: Any, num_candidates: int) -> list[Views]:
         return self.designer.random_tasks(batch, num_candidates)
@@ -124,6 +136,17 @@ class DinoDense(DenseProblem):
     def figures(self) -> dict[str, np.ndarray]:
         batch = next(iter(self.meta_batches(seed=0)))
         return {**self.designer.figures(batch, self.designer(batch)), **super().figures()}
+
+    def _distillation(self, theta: Params, task: Views) -> tuple[Callable[[Params], Tensor], Callable[[Tensor, Tensor], Tensor], Tensor]:
+        """theta_S -> the student's outputs; these and the goals -> the loss of each image, (B,); the goals. Trunk and teacher run once."""
+        student, goals, anchor = self._student(theta, task), *self._goals(task)
+        shapes, goal_shapes = self._shapes(task), self._goal_shapes(task)
+
+        def per_image(outputs: Tensor, goals: Tensor) -> Tensor:
+            losses = term_losses(unpack(outputs, shapes), {**unpack(goals, goal_shapes), **anchor}, task.hidden, self.student_temperature)
+            return weigh(mix_terms(losses, self.terms.values(), task.mix), task.weights)
+
+        return lambda theta_s: pack(student(theta_s)), per_image, pack(goals) if goals else task.global_crops.new_empty(0)
 
     def _student(self, theta: Params, task: Views) -> Callable[[Params], dict[str, Tensor]]:
         """theta_S -> for each term what the student makes of the views."""
@@ -165,17 +188,22 @@ class DinoDense(DenseProblem):
         }
         return {term: shapes[term] for term in self.terms}
 
-    def _goals(self, task: Views) -> dict[str, Tensor]:
-        """What the student is to answer, by term, as the designer wants it."""
-        goals = {}
+    def _goal_shapes(self, task: Views) -> dict[str, tuple[int, ...]]:
+        """Of what the teacher answers, by term."""
+        shapes = self._shapes(task)
+        return {term: (2, *shapes[term][1:]) if term == "dino" else shapes[term] for term in shapes if term in CENTERS}
+
+    def _goals(self, task: Views) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """What the student is to answer, by term, as the designer wants it; and what gram anchors it to."""
         with torch.set_grad_enabled(self.teacher_credit and torch.is_grad_enabled()):
             features = self._teacher_features(task)
-            for term, logits in self._teacher_logits(features, task).items():
-                goals[term] = self._probs(logits, self.center[CENTERS[term]])
+            logits = self._teacher_logits(features, task)
+            probs = {term: self._probs(of_term, self.center[CENTERS[term]]) for term, of_term in logits.items()}
+            anchor = {}
             if "gram" in self.terms:
-                goals["gram"] = _patches(self.anchor(task.global_crops.flatten(0, 1)) if self.anchor else features)
-        shaped = {"dino": reshape, "ibot": reshape_patches}
-        return {term: shaped[term](goal, task) if term in shaped else goal for term, goal in goals.items()}
+                anchor = {"gram": _patches(self.anchor(task.global_crops.flatten(0, 1)) if self.anchor else features)}
+        reshaped = {"dino": reshape, "ibot": reshape_patches}
+        return {term: reshaped[term](goal, task) for term, goal in probs.items()}, anchor
 
     def _teacher_features(self, task: Views) -> Features:
         return cast(Learner, self.teacher.learner).backbone(task.global_crops.flatten(0, 1))

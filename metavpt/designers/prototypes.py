@@ -1,7 +1,7 @@
 """A target designer for self-distillation: what the student should answer, beside what the teacher answers."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,6 +14,9 @@ from metavpt.designers.encoder import ImageEncoder, zero_linear
 from metavpt.designers.histograms import histograms
 from metavpt.designers.views import MultiCrop, Views
 from metavpt.errors import MetaVPTError
+from metavpt.objectives.spread import spread
+
+GREEDY_TAU = 1e-4  # log p is no less than -88 in float32: beside scores divided by this it does not count
 
 
 class PrototypeDesigner(Designer):
@@ -136,6 +139,35 @@ def reshape_patches(probs: Tensor, task: Views) -> Tensor:
     if task.patch_scores is None or task.patch_gates is None or task.support is None or task.hidden is None:
         return probs
     return _reshape(probs, task.patch_scores[task.hidden], task.patch_gates[task.hidden], task.support)
+
+
+def tilted(task: Views, values: Mapping[str, Tensor], probs: Mapping[str, Tensor], gate: float, tau: float, num_candidates: int) -> Views:
+    """`task` with every gate at `gate` and, for scores, values / tau: the best targets in closed form (method.md, section 6).
+
+    q = (1 - gate) p + gate softmax(log p + A / tau) on the `num_candidates` most probable prototypes maximises <q, A> within a trust
+    region: A / tau has mean square 1 / tau^2 about its mean under p, so that the mean KL is about 1 / (2 tau^2) before the gate; tau 0 is
+    the greedy limit, all on the best candidate.
+
+    values, probs  the value A of each prototype and the teacher's probabilities by term: dino (2, B, K), ibot (M, K) for `task.hidden`
+    """
+    scores = {term: _scaled(values[term], probs[term], tau, num_candidates) for term in values}
+    task = task._replace(support=num_candidates)
+    if "dino" in scores:
+        task = task._replace(scores=scores["dino"], gates=torch.full_like(scores["dino"][..., 0], gate))
+    if "ibot" in scores and task.hidden is not None:
+        placed = scores["ibot"].new_zeros(*task.hidden.shape, scores["ibot"].shape[-1])
+        placed[task.hidden] = scores["ibot"]
+        task = task._replace(patch_scores=placed, patch_gates=torch.full_like(placed[..., 0], gate))
+    return task
+
+
+def _scaled(values: Tensor, probs: Tensor, tau: float, num_candidates: int) -> Tensor:
+    if num_candidates > probs.shape[-1]:
+        raise MetaVPTError(f"strategy.num_candidates={num_candidates} is more than the {probs.shape[-1]} prototypes")
+    top, index = probs.topk(num_candidates, dim=-1)
+    tiny = torch.finfo(values.dtype).tiny
+    scale = spread(values.gather(-1, index), top.clamp_min(tiny).log())
+    return values / (max(tau, GREEDY_TAU) * scale).clamp_min(tiny)
 
 
 def _reshape(probs: Tensor, all_scores: Tensor, gates: Tensor, support: int) -> Tensor:

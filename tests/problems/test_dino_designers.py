@@ -7,7 +7,9 @@ from hydra.utils import instantiate
 
 from metavpt import Budget, Cosine, DifferenceProduct, Dot, ExactProduct, Fixed, Learned, OneStep, RunLog, Trainer, params
 from metavpt.controls import Uniform
+from metavpt.errors import MetaVPTError
 from metavpt.greedy import Greedy, GreedySelection
+from metavpt.linear_product import ForwardMode, LinearProduct
 from metavpt.strategies import inner_loss
 
 SMALL = [
@@ -205,3 +207,76 @@ def test_figures(make, name):
     figures = problem.figures()
     assert set(figures) == FIGURES[name] | {"predictions"}
     assert all(picture.dtype == "uint8" and picture.ndim == 3 for picture in figures.values())
+
+
+@pytest.mark.parametrize("name", ["prototypes", "patch_prototypes"])
+@pytest.mark.parametrize("terms", [{}, {"koleo": 0.1, "gram": 1.0}], ids=["answers_alone", "other_terms"])
+def test_the_linear_product_is_the_exact_one_without_a_backward_pass_through_the_learner(make, name, terms):
+    problem = in_float64(make(name, *(f"problem.terms.{term}={weight}" for term, weight in terms.items())))
+    theta, aligned, batch = scene(problem)
+    phi = params.leaves(params.named(problem.designer))
+    generator = torch.Generator().manual_seed(3)
+    w = params.zip_with(lambda p: torch.randn(p.shape, generator=generator, dtype=p.dtype), aligned)
+    loss = inner_loss(problem, theta, batch)(phi)
+    exact, linear = (product(loss, params.leaves(aligned), w, (phi,), retain_graph=True) for product in (ExactProduct(), LinearProduct()))
+    assert relative(linear.by[0], exact.by[0]) < 1e-12
+    assert float(linear.value) == pytest.approx(float(exact.value), rel=1e-10)
+
+
+def test_the_linear_product_refuses_a_designer_of_views(make):
+    problem = make("policy")
+    theta, aligned, batch = scene(problem, double=False)
+    phi = params.leaves(params.named(problem.designer))
+    with pytest.raises(MetaVPTError, match="linear in its targets"):
+        LinearProduct()(inner_loss(problem, theta, batch)(phi), aligned, aligned, (phi,))
+
+
+@pytest.mark.parametrize("name", ["prototypes", "patch_prototypes"])
+def test_tilted_targets_are_the_best_ones_within_their_trust_region(make, name):
+    """Value by finite differences of the cross-entropies themselves; for a wide tau the mean KL is 1 / (2 tau^2)."""
+    problem = in_float64(make(name, "problem.targets=sinkhorn"))
+    theta, aligned, batch = scene(problem)
+    generator = torch.Generator().manual_seed(3)
+    w = params.zip_with(lambda p: torch.randn(p.shape, generator=generator, dtype=p.dtype), aligned)
+    task, tau, eps = problem.recipe(batch), 50.0, 1e-5
+    given = problem.tilt(theta, task, w, gate=1.0, tau=tau, num_candidates=32, derivative=ForwardMode())
+    base, _ = problem._goals(task)
+    reached, _ = problem._goals(given)
+    for term, p in base.items():
+        q = reached[term]
+        assert torch.allclose(q.sum(-1), torch.ones_like(q.sum(-1)), atol=1e-12)
+        assert float((q * (q / p).log()).sum(-1).mean()) * 2 * tau**2 == pytest.approx(1.0, rel=0.05)
+
+    def log_probs(theta_s):
+        logits = problem._student(theta, task)(theta_s)["dino"]
+        return (logits / problem.student_temperature).log_softmax(-1)
+
+    slope = (log_probs(params.add(aligned, w, alpha=eps)) - log_probs(params.add(aligned, w, alpha=-eps))) / (2 * eps)
+    views = torch.arange(len(slope))
+    value = torch.stack([slope[views != g].sum(0) for g in range(2)])  # A up to a factor: what raising log p along w is worth
+    wanted = (reached["dino"] / base["dino"]).log()
+    wanted, value = (x - (base["dino"] * x).sum(-1, keepdim=True) for x in (wanted, value))
+    assert torch.corrcoef(torch.stack([wanted.flatten(), value.flatten()]))[0, 1] > 1 - 1e-6
+
+
+def test_a_tilt_of_no_temperature_gives_all_to_the_best_candidate(make):
+    problem = in_float64(make("prototypes", "problem.targets=sinkhorn"))
+    theta, aligned, batch = scene(problem)
+    task = problem.recipe(batch)
+    given = problem.tilt(theta, task, aligned, gate=1.0, tau=0.0, num_candidates=8, derivative=ForwardMode())
+    base, reached = problem._goals(task)[0]["dino"], problem._goals(given)[0]["dino"]
+    top, index = base.topk(8)
+    best = index.gather(-1, given.scores.gather(-1, index).argmax(-1, keepdim=True))
+    assert torch.allclose(reached.gather(-1, best)[..., 0], top.sum(-1))
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [({"num_candidates": 33}, "num_candidates=33 is more than the 32"), ({"num_candidates": 8}, "no term")],
+)
+def test_a_tilt_that_cannot_be(make, options, words):
+    none = ["problem.terms={dino: 0, gram: 1}"] if words == "no term" else []
+    problem = make("prototypes", *none)
+    theta, aligned, batch = scene(problem, double=False)
+    with pytest.raises(MetaVPTError, match=words):
+        problem.tilt(theta, problem.recipe(batch), aligned, gate=0.5, tau=1.0, derivative=ForwardMode(), **options)
