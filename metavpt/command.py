@@ -21,6 +21,8 @@ PLUGINS = {  # choices that come with a package of their own -> the extra that i
     "hydra/launcher/submitit_slurm": "slurm",
 }
 
+USER_ERRORS = (MetaVPTError, HydraException, OmegaConfBaseException)
+
 
 def run_command(main: Callable[[], None]) -> None:
     """Run `main`, a hydra entry point, with its own errors reported as `reporting` does."""
@@ -36,12 +38,18 @@ def reporting() -> Iterator[None]:
         yield
     except KeyboardInterrupt:
         sys.exit(130)
-    except (MetaVPTError, HydraException, OmegaConfBaseException) as error:
+    except USER_ERRORS as error:
         cause = _user_error(error)
         if cause is None:
             raise
         Console(stderr=True, soft_wrap=True).print(f"[bold red]error[/bold red] {escape(cause)}", highlight=False)
         sys.exit(2)
+
+
+def reason(error: BaseException) -> str:
+    """One line of why something failed: as `reporting` has it for bad input, the kind of error and its message for anything else."""
+    cause = _user_error(error) if isinstance(error, USER_ERRORS) else None
+    return " ".join((cause or f"{type(error).__name__}: {error}").split())
 
 
 def _user_error(error: BaseException) -> str | None:

@@ -13,9 +13,11 @@ from pathlib import Path
 from typing import Any, cast
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from metavpt import checkpoint, report, results
+from metavpt.command import reason
 from metavpt.errors import MetaVPTError
 from metavpt.results import Result
 from metavpt.trainer import Trainer
@@ -97,11 +99,11 @@ class Comparison:
         if exitcode == 0:
             return
         output = (job.folder / OUTPUT).read_text().splitlines()
-        reason = output[-1] if exitcode == 1 and output else f"its process ended with status {exitcode}"
+        why = output[-1] if exitcode == 1 and output else f"its process ended with status {exitcode}"
         if job.warm is None:
-            raise MetaVPTError(f"{job.title}: {reason}")
-        self.console.print(f"[yellow]{job.title} failed: {reason}[/yellow]")
-        results.append(self.folder, Result(job.row, job.seed, error=reason))
+            raise MetaVPTError(f"{job.title}: {why}")
+        self.console.print(f"[yellow]{job.title} failed: {escape(why)}[/yellow]")
+        results.append(self.folder, Result(job.row, job.seed, error=why))
 
 
 def work(job: Job, folder: Path) -> None:
@@ -117,8 +119,7 @@ def work(job: Job, folder: Path) -> None:
             else:
                 results.append(folder, train(job, job.warm))
         except BaseException as error:
-            reason = str(error) if isinstance(error, MetaVPTError) else f"{type(error).__name__}: {error}"
-            output.write(f"{traceback.format_exc()}\n{' '.join(reason.split())}\n")
+            output.write(f"{traceback.format_exc()}\n{reason(error)}\n")
             sys.exit(1)
 
 

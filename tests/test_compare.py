@@ -181,6 +181,14 @@ def test_rows_with_designers_of_their_own_begin_at_the_same_warm_start(tmp_path)
     assert not other.error
 
 
+def test_a_row_that_cannot_be_built_says_why_in_one_line_and_the_others_go_on(tmp_path):
+    rows = "strategies=[{never: 'one_step strategy.meta_every=0'}]"
+    done = compare(tmp_path / "c", "controls=[fixed]", rows, "seeds=[0]", "budget.steps=5")
+    errors = {result.row: result.error for result in results.read(tmp_path / "c")}
+    assert errors == {"fixed": None, "never": "strategy: meta_every=0 must be at least 1 and burn_in=40 at least 0"}
+    assert "never failed on seed 0" in " ".join(done.stdout.split())
+
+
 BAD = {
     "unknown strategy": (["strategies=[one_stepp]"], ["one_stepp", "one_step", "greedy"]),
     "seeds twice": (["seeds=[0,1,0]"], ["seeds", "once"]),
