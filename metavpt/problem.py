@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from metavpt import params
 from metavpt.errors import MetaVPTError
 from metavpt.feedback import weighted_sum
+from metavpt.linear_product import DirectionalDerivative
 from metavpt.params import Params
 from metavpt.texts import Texts
 
@@ -99,6 +100,12 @@ class Problem(ABC):
     def pick(self, tasks: Sequence[Any], which: Tensor, sample: Tensor) -> Any:
         """The task whose k-th sample is sample[k] of tasks[which[k]]; both (n,) int64. Default: every tensor has the samples first."""
         return tree_map(lambda *parts: torch.stack(parts)[which.to(parts[0].device), sample.to(parts[0].device)], *tasks)
+
+    def tilt(
+        self, theta: Params, task: Any, w: Params, gate: float, tau: float, num_candidates: int, derivative: DirectionalDerivative
+    ) -> Any:
+        """`task` with the share `gate` of its targets tilted towards those of highest value along w. For `Tilt`, which says how far."""
+        raise MetaVPTError(f"{type(self).__name__} has no tilt, which strategies that tilt targets need; define it")
 
     def regularizer(self, task: Any) -> Tensor | None:
         """R(phi), added to the designer's loss through the task that it made. Default: none."""

@@ -1,6 +1,6 @@
-"""Targets chosen without a designer: the closed-form best ones for the feedback, and softened ones that know nothing of it."""
+"""Targets chosen without a designer: those that are best for the feedback within a trust region, in closed form."""
 
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,18 +13,19 @@ from metavpt.directions import Direction
 from metavpt.errors import MetaVPTError
 from metavpt.greedy import Greedy
 from metavpt.linear_product import DirectionalDerivative, ForwardMode
-from metavpt.objectives.target_task import SoftTargets, Targets, Tilted
 from metavpt.params import Params
 from metavpt.problem import Problem
-from metavpt.strategies import Fixed, Proposal
+from metavpt.strategies import Proposal
 from metavpt.stream import Streams
 
 
 class Tilt(Greedy):
-    """The recipe's targets tilted towards the candidates of highest first-order value; see `Tilted`. Nothing is learned.
+    """The recipe's targets tilted towards the candidates of highest first-order value; nothing is learned.
 
-    gate       alpha: the share that is taken from the true token
-    tau        how far: the mean KL divergence from the learner's own prediction is about 1 / (2 tau^2). 0: greedy, the best candidate alone
+    For next tokens see `target_task.Tilted`, for the teacher's prototypes `prototypes.tilted`.
+
+    gate       alpha: the share that is taken from the recipe's target
+    tau        how far: the mean KL divergence from what is tilted is about 1 / (2 tau^2). 0: the best candidate alone, greedy
     ema        decay of the moving average of g_down, which is refreshed every `meta_every` steps
     direction  from g_down to w, `Dot` by default
 
@@ -44,14 +45,15 @@ class Tilt(Greedy):
         combination: Combination | None = None,
     ) -> None:
         super().__init__(num_candidates, direction, meta_every, burn_in, combination)
-        _check_gate(gate)
+        check_gate(gate)
         if tau < 0 or not 0 <= ema < 1:
             raise MetaVPTError(f"strategy: tau={tau} must not be negative and ema={ema} in [0, 1)")
         self.gate, self.tau, self.ema = gate, tau, ema
         self.derivative = derivative or ForwardMode()
 
     def propose(self, problem: Problem, batch: Any, theta: Params, w: Params, budget: Budget) -> Proposal:
-        return with_targets(self.without_feedback(problem, batch), Tilted(w, self.gate, self.tau, self.num_candidates, self.derivative))
+        plain = self.without_feedback(problem, batch)
+        return plain._replace(task=problem.tilt(theta, plain.task, w, self.gate, self.tau, self.num_candidates, self.derivative))
 
     def _refresh(self, problem: Problem, streams: Streams, budget: Budget) -> tuple[Params | None, dict[str, float]]:
         """The moving average with a new g_down in it; a non-finite one changes nothing."""
@@ -85,31 +87,6 @@ class RandomTilt(Tilt):
         self.generator.set_state(state["generator"])
 
 
-class Softened(Fixed):
-    """Targets with the share `gate` of the learner's own top-K prediction, or uniform on it: as soft as steered ones, without feedback."""
-
-    def __init__(
-        self, kind: Literal["self_distillation", "smoothing"] = "self_distillation", gate: float = 0.5, num_candidates: int = 64
-    ) -> None:
-        if kind not in ("self_distillation", "smoothing"):
-            raise MetaVPTError(f"strategy.kind={kind}: known are self_distillation, smoothing")
-        _check_gate(gate)
-        self.targets = SoftTargets(gate, num_candidates, residual=1.0 if kind == "self_distillation" else 0.0)
-
-    def next_task(self, problem: Problem, streams: Streams, optimizer: Optimizer, budget: Budget) -> Proposal:
-        return with_targets(super().next_task(problem, streams, optimizer, budget), self.targets)
-
-
-def with_targets(proposal: Proposal, targets: Targets) -> Proposal:
-    """The recipe's task with other targets."""
-    if not hasattr(proposal.task, "_replace") or "targets" not in getattr(proposal.task, "_fields", ()):
-        raise MetaVPTError(
-            f"the recipe's task is a {type(proposal.task).__name__} without targets to choose; "
-            "tilt and its controls are for next-token prediction (TargetTask)"
-        )
-    return proposal._replace(task=proposal.task._replace(targets=targets))
-
-
-def _check_gate(gate: float) -> None:
+def check_gate(gate: float) -> None:
     if not 0 <= gate <= 1:
         raise MetaVPTError(f"strategy.gate={gate} must be in [0, 1]")

@@ -7,7 +7,8 @@ from torch import Tensor
 
 from metavpt.data.tokens import TokenBatch
 from metavpt.designers.targets import TargetDesigner, designer_body
-from metavpt.objectives.target_task import TargetTask, target_loss, target_loss_per_sample, target_tail
+from metavpt.linear_product import DirectionalDerivative
+from metavpt.objectives.target_task import TargetTask, Tilted, target_loss, target_loss_per_sample, target_tail
 from metavpt.params import Params
 
 from .language import LanguageProblem
@@ -33,6 +34,11 @@ class LMGSM8K(LanguageProblem):
 
     def pretrain_tail(self, theta: Params, task: TargetTask) -> Callable[[Params], Tensor]:
         return target_tail(self.learner, theta, task)
+
+    def tilt(
+        self, theta: Params, task: TargetTask, w: Params, gate: float, tau: float, num_candidates: int, derivative: DirectionalDerivative
+    ) -> TargetTask:
+        return task._replace(targets=Tilted(w, gate, tau, num_candidates, derivative))
 
     def per_sample_tail(self, theta: Params, task: TargetTask) -> Callable[[Params], Tensor]:
         return target_loss_per_sample(self.learner, theta, task)

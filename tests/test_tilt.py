@@ -9,8 +9,9 @@ from metavpt.errors import MetaVPTError
 from metavpt.hypergradient import downstream
 from metavpt.linear_product import CentralDifference, ForwardMode, LinearProduct
 from metavpt.objectives.target_task import OneHot, Prediction, Tilted
+from metavpt.softened import Softened
 from metavpt.stream import Stream, Streams
-from metavpt.tilt import RandomTilt, Softened, Tilt
+from metavpt.tilt import RandomTilt, Tilt
 
 
 def trainer_of(folder, strategy):
@@ -161,3 +162,5 @@ def test_bad_arguments_are_named():
         Softened(kind="hard")
     with pytest.raises(MetaVPTError, match="without targets to choose"):
         tasks(Softened(), 1, Channels())
+    with pytest.raises(MetaVPTError, match="Channels has no tilt"):
+        tasks(Tilt(), 1, Channels())

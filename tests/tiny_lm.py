@@ -11,7 +11,7 @@ from metavpt.data.tokens import TokenBatch
 from metavpt.designers.targets import TargetDesigner, designer_body
 from metavpt.learners.lm import LanguageModel
 from metavpt.learners.pretrained_lm import random_language_model
-from metavpt.objectives.target_task import OneHot, TargetTask, target_loss, target_tail
+from metavpt.objectives.target_task import OneHot, TargetTask, Tilted, target_loss, target_tail
 from metavpt.params import Params
 from metavpt.problem import Problem
 
@@ -86,6 +86,9 @@ class TinyLanguage(Problem):
 
     def pretrain_tail(self, theta: Params, task: TargetTask) -> Callable[[Params], Tensor]:
         return target_tail(self.learner, theta, task)
+
+    def tilt(self, theta: Params, task: TargetTask, w: Params, *how: Any) -> TargetTask:
+        return task._replace(targets=Tilted(w, *how))
 
     def feedback_loss(self, theta: Params, batch: TokenBatch) -> Tensor:
         return target_loss(self.learner, theta, TargetTask(batch, OneHot()))

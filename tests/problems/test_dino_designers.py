@@ -11,6 +11,7 @@ from metavpt.errors import MetaVPTError
 from metavpt.greedy import Greedy, GreedySelection
 from metavpt.linear_product import ForwardMode, LinearProduct
 from metavpt.strategies import inner_loss
+from metavpt.tilt import Tilt
 
 SMALL = [
     "problem=dino_nyuv2", "backbone.tail_blocks=1", "backbone.embed_dim=24", "backbone.depth=2", "backbone.num_heads=2",
@@ -280,3 +281,14 @@ def test_a_tilt_that_cannot_be(make, options, words):
     theta, aligned, batch = scene(problem, double=False)
     with pytest.raises(MetaVPTError, match=words):
         problem.tilt(theta, problem.recipe(batch), aligned, gate=0.5, tau=1.0, derivative=ForwardMode(), **options)
+
+
+def test_the_tilt_is_a_strategy_of_the_main_problem_with_no_designer(make, tmp_path):
+    """A gate of 0 is the recipe bit for bit; an open one leads elsewhere."""
+    runs = {}
+    for name, strategy in {"fixed": Fixed(), "shut": Tilt(gate=0.0, num_candidates=8), "open": Tilt(gate=1.0, num_candidates=8)}.items():
+        problem = make("prototypes", "problem.targets=sinkhorn")
+        train(problem, strategy, tmp_path / name, 2)
+        runs[name] = params.detach(params.named(problem.learner))
+    assert all(torch.equal(runs["fixed"][name], p) for name, p in runs["shut"].items())
+    assert relative(runs["open"], runs["fixed"]) > 0
