@@ -1,22 +1,27 @@
 # make demo   install what is needed and run the main job on the built-in sample
+# make demo-language   next-token prediction with designed targets beside its controls, on generated arithmetic
 # make toy    a whole comparison, with reports, on a toy whose answer is known
 # make test   install what is needed and run the tests
 # make check  lint and types
 # make peers  the libraries to compare with: Betty, learn2learn; needs a C compiler
-# make bench  the cost of a designer update, beside its peers; wants a quiet machine
+# make bench  the cost of a designer update, beside its peers, and of steered language training; wants a quiet machine
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 PACKAGE := $(VENV)/.package
 DEV := $(VENV)/.dev
+LANGUAGE := $(VENV)/.language
 # Two torch processes that share two cores with two threads each run many times slower than with one each.
 TEST_WORKERS ?= 2
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: demo toy test check peers bench clean
+.PHONY: demo demo-language toy test check peers bench clean
 
 demo: $(PACKAGE)
 	$(BIN)/python -m metavpt.run problem=dino_nyuv2
+
+demo-language: $(LANGUAGE)
+	$(BIN)/python -m metavpt.compare problem=lm_gsm8k "seeds=[0]" warm_start=400 budget.steps=500 strategy.optimizer.lr=3e-3 strategy.gate=0.1 jobs=2
 
 toy: $(PACKAGE)
 	$(BIN)/python -m metavpt.compare problem=toy_sources "strategies=[one_step,unrolled,implicit]" "seeds=[0,1,2,3,4]" \
@@ -39,6 +44,7 @@ peers: $(DEV)
 
 bench: peers
 	$(BIN)/python benchmarks/designer_update.py --threads 2
+	$(BIN)/python benchmarks/language.py --threads 2
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache
@@ -47,6 +53,10 @@ $(PACKAGE): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit("metavpt needs Python 3.11 or newer, this is " + sys.version.split()[0]) if sys.version_info < (3, 11) else None'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable .
+	touch $@
+
+$(LANGUAGE): $(PACKAGE)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[language]'
 	touch $@
 
 $(DEV): $(PACKAGE)

@@ -140,7 +140,7 @@ def train(job: Job, warm: Path) -> Result:
     trainer = _begin(job)
     state = checkpoint.read(warm / STATE)
     if trainer.budget.steps == 0:
-        _copy_figures(warm / "figures", job.folder / "figures")
+        _copy_last_step(warm, job.folder)
         trainer.start_from(state["problem"], state["metrics"])
     trainer.run()
     trainer.log.close()
@@ -179,12 +179,14 @@ def _end_with_parent() -> None:
         os._exit(1)
 
 
-def _copy_figures(source: Path, target: Path) -> None:
-    """The last step of each figure of the warm start, as step 0 of the row."""
-    newest = {path.stem.rpartition("-step")[0]: path for path in sorted(source.glob("*-step*.png"))}
-    for name, path in newest.items():
-        target.mkdir(exist_ok=True)
-        shutil.copyfile(path, target / f"{name}-step000000.png")
+def _copy_last_step(warm: Path, row: Path) -> None:
+    """Figures and texts of the warm start's last step, as step 0 of the row."""
+    for pattern in ("figures/*-step*.png", "texts/step*.json"):
+        newest = {path.stem.rpartition("step")[0]: path for path in sorted(warm.glob(pattern))}
+        for name, path in newest.items():
+            copy = row / path.parent.name / f"{name}step000000{path.suffix}"
+            copy.parent.mkdir(exist_ok=True)
+            shutil.copyfile(path, copy)
 
 
 def _titles(running: dict[int, tuple[Job, Any]]) -> str:

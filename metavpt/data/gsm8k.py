@@ -62,4 +62,4 @@ def _number(row: Mapping[str, Any], name: str) -> str:
     text = str(row[name]).strip().lstrip("$").replace(",", "").removesuffix(".")
     if not NUMBER.fullmatch(text):
         raise BadRowError(f"the final answer {row[name]!r} in field {name!r} is no number")
-    return re.sub(r"\.0*$", "", text)
+    return re.sub(r"(?<=\d)\.0*$", "", text)

@@ -75,6 +75,9 @@ class LanguageData:
             raise MetaVPTError(f"data.path={path}: no such folder; name the one that holds gsm8k, mathtext and generaltext")
         if not stream or not feedback or not test:
             raise MetaVPTError("data: stream, feedback and test must each name a source")
+        twice = set(test) & set(general or {})
+        if twice:
+            raise MetaVPTError(f"data.general.{min(twice)}: data.test has this name, and metrics go by it; choose another")
         is_generated = all(source.is_generated for source in stream.values())
         if is_generated:
             _say("generated arithmetic; for GSM8K and real text give data=gsm8k data.path=/path/to/folder", left_out=False)

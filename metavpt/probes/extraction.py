@@ -15,7 +15,7 @@ FLEXIBLE = re.compile(NUMERAL)
 
 
 def strict(text: str) -> str | None:
-    """The number after the first `####`, as GSM8K writes it."""
+    """The number after the first `####` that has one, as GSM8K writes it."""
     found = STRICT.search(text)
     return found[1] if found else None
 

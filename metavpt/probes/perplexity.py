@@ -10,6 +10,8 @@ from metavpt.data.tokens import TokenBatch
 from metavpt.learners.lm import LanguageModel
 from metavpt.objectives.target_task import OneHot, TargetTask, predicted_tokens, target_loss
 
+MAX_NLL = 709.0  # nats: what float64 can raise e to
+
 
 @torch.no_grad()
 def mean_nll(learner: LanguageModel, batches: Iterable[TokenBatch]) -> float:
@@ -30,4 +32,5 @@ class PerplexityProbe:
         self.batches = batches
 
     def __call__(self, learner: LanguageModel) -> dict[str, float]:
-        return {"perplexity": math.exp(mean_nll(learner, self.batches()))}
+        nll = mean_nll(learner, self.batches())
+        return {"perplexity": math.exp(nll) if nll < MAX_NLL else math.inf}  # math.exp raises where the result overflows

@@ -37,7 +37,8 @@ def test_layouts_without_steps_have_the_answer_alone(row: dict[str, Any], questi
 
 
 @pytest.mark.parametrize(
-    ("final", "answer"), [("1,600", "1600"), ("$5.50", "5.50"), ("-7", "-7"), ("10.00", "10"), ("12.", "12"), ("100", "100"), (".5", ".5")]
+    ("final", "answer"),
+    [("1,600", "1600"), ("$5.50", "5.50"), ("-7", "-7"), ("10.00", "10"), ("12.", "12"), ("100", "100"), (".5", ".5"), (".0", ".0")],
 )
 def test_final_answers(final: str, answer: str):
     assert word_problem({"question": "?", "answer": f"so\n#### {final}"}, "here").answer == answer

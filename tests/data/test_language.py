@@ -118,6 +118,7 @@ BAD = {
     "no folder": (lambda f: LanguageData({}, {}, {}, path=str(f / "nowhere")), "data.path=.*nowhere: no such folder"),
     "no test": (lambda f: LanguageData({"a": Source(sums("stream"))}, {"math": sums("feedback", 9)}, {}), "must each name a source"),
     "small pool": (lambda f: generated(num_feedback=9), r"data\.feedback\.math: has 12 documents, fewer than .*= 13"),
+    "one name twice": (lambda f: generated(general={"answers": sums("test", 6)}), r"data\.general\.answers: data\.test has this name"),
     "small test": (lambda f: generated(num_test=7), r"data\.test\.answers: has 6 documents, fewer than data\.num_test = 7"),
 }  # fmt: skip
 

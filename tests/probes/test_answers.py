@@ -70,6 +70,15 @@ def test_the_probe_scores_greedy_and_sampled_answers() -> None:
     assert mean_nll(learner, batches[:1]) != pytest.approx(nll)
 
 
+def test_the_perplexity_of_a_learner_that_went_astray_is_infinite() -> None:
+    learner = tiny_lm(tie_word_embeddings=False)
+    with torch.no_grad():
+        learner.transformers_model.lm_head.weight.mul_(1e6)
+    batches = [packed([[7], [5]])]
+    assert mean_nll(learner, batches) > 1000
+    assert PerplexityProbe(lambda: batches)(learner) == {"perplexity": math.inf}
+
+
 def test_every_metric_says_which_way_is_good() -> None:
     assert [sign(f"answers/{name}") for name in ("nll", "pass@1_strict", "pass@1_flexible", "sampled_pass@16_strict")] == [-1, 1, 1, 1]
     assert sign("wikitext/perplexity") == -1
