@@ -16,14 +16,19 @@ FLEXIBLE = re.compile(NUMERAL)
 
 def strict(text: str) -> str | None:
     """The number after the first `####` that has one, as GSM8K writes it."""
-    found = STRICT.search(text)
+    found = STRICT.search(_plain(text))
     return found[1] if found else None
 
 
 def flexible(text: str) -> str | None:
     """The last number of the text."""
-    found = FLEXIBLE.findall(text)
+    found = FLEXIBLE.findall(_plain(text))
     return found[-1] if found else None
+
+
+def _plain(text: str) -> str:
+    """The minus of typesetters (U+2212) as a hyphen."""
+    return text.replace("\u2212", "-")
 
 
 @lru_cache(maxsize=65_536)
