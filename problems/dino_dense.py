@@ -17,8 +17,9 @@ from metavpt.designers.prototypes import reshape, reshape_patches, tilted
 from metavpt.designers.selection import weigh
 from metavpt.designers.views import MultiCrop, Views, pick_views
 from metavpt.errors import MetaVPTError
+from metavpt.learners.projection import Learner, ProjectionHead
 from metavpt.learners.teacher import Teacher, cosine_momentum
-from metavpt.learners.vit import Backbone, Features, Learner, ProjectionHead
+from metavpt.learners.vit import Backbone, Features
 from metavpt.linear_product import DirectionalDerivative
 from metavpt.objectives.dino import center_update, centered_probs, sinkhorn_probs
 from metavpt.objectives.distillation import active_terms, hidden_of, pack, term_losses, unpack

@@ -19,8 +19,9 @@ from metavpt import run
 from metavpt.checkpoint import Checkpoints
 from metavpt.errors import MetaVPTError
 from metavpt.export import TIMM_NAMES, export
+from metavpt.learners.projection import Learner, ProjectionHead
 from metavpt.learners.teacher import Teacher
-from metavpt.learners.vit import OWN_MODELS, Backbone, Learner, ProjectionHead, create_backbone
+from metavpt.learners.vit import OWN_MODELS, Backbone, create_backbone
 
 DINOV2: dict[str, Any] = {"name": "vit_small_patch14_dinov2", "embed_dim": 32, "depth": 2, "num_heads": 4, "img_size": 28}
 OWN: dict[str, Any] = {"name": "vit_tiny_dinov3", "embed_dim": 32, "depth": 2, "num_heads": 2, "init_values": 1.0}

@@ -7,9 +7,8 @@ import torch
 from torch import Generator, Tensor, nn
 
 from metavpt.designers.choice import choose, gumbel
-from metavpt.designers.crop import RandomCrop
+from metavpt.designers.crop import RandomCrop, Range
 from metavpt.designers.patches import MaskedImages, PatchDesigner, generator
-from metavpt.designers.views import Range
 from metavpt.errors import MetaVPTError
 from metavpt.learners.subset import gather_patches
 

@@ -1,12 +1,17 @@
-"""The augmentation of masked pretraining: one random crop, the whole recipe of MAE (arXiv 2111.06377) and I-JEPA (arXiv 2301.08243)."""
+"""Random crops, and the augmentation that is nothing else: the recipe of MAE (arXiv 2111.06377) and I-JEPA (arXiv 2301.08243)."""
 
+import math
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
-from metavpt.designers.views import Range, random_crop
 from metavpt.errors import MetaVPTError
+
+Range = tuple[float, float]
+
+ASPECT_RATIO = (3 / 4, 4 / 3)  # width / height of a crop, log-uniform, as everywhere since Inception
 
 
 class RandomCrop(nn.Module):
@@ -30,3 +35,41 @@ class RandomCrop(nn.Module):
         crops = random_crop(images, self.size, self.scale, self.flip, Generator().manual_seed(seed))
         mean, std = (crops.new_tensor(value).view(3, 1, 1) for value in (self.mean, self.std))
         return (crops - mean) / std
+
+
+def random_crop(images: Tensor, size: int, scale: Range, flip: float, rng: Generator) -> Tensor:
+    """One random resized crop of each image, flipped with probability `flip`: (B, 3, H, W) -> (B, 3, size, size), bilinear."""
+    drawn = draw_crop(len(images), images.shape[-2:], scale, flip, rng)
+    return crop(images, size, *(knob.to(images) for knob in drawn))
+
+
+def draw_crop(batch_size: int, image_size: Sequence[int], scale: Range, flip: float, rng: Generator) -> tuple[Tensor, Tensor, Tensor]:
+    """Sides (B, 2), position (B, 2) and mirror (B,) of random crops, see `Knobs`.
+
+    Area uniform in `scale`, aspect ratio log-uniform in [3/4, 4/3]; of ten draws the first that fits is taken, else the last is cut to fit.
+    """
+    height, width = image_size
+    area = uniform((batch_size, 10), scale, rng) * (height * width)
+    ratio = uniform((batch_size, 10), (math.log(ASPECT_RATIO[0]), math.log(ASPECT_RATIO[1])), rng).exp()
+    crop_w, crop_h = (area * ratio).sqrt() / width, (area / ratio).sqrt() / height  # shares of the image's sides
+    fits = (crop_w <= 1) & (crop_h <= 1)
+    fits[:, -1] = True
+    chosen = fits.byte().argmax(dim=1, keepdim=True)  # argmax gives the first
+    sides = torch.cat([crop_w.gather(1, chosen), crop_h.gather(1, chosen)], dim=1).clamp(max=1)
+    position = uniform((batch_size, 2), (-1.0, 1.0), rng)
+    mirror = 1 - 2 * (torch.rand(batch_size, generator=rng) < flip).float()
+    return sides, position, mirror
+
+
+def crop(images: Tensor, size: int, sides: Tensor, position: Tensor, mirror: Tensor) -> Tensor:
+    """The crops that `draw_crop` describes: (B, 3, H, W) -> (B, 3, size, size), bilinear, differentiable in sides and position."""
+    centers = (1 - sides) * position  # in grid_sample's coordinates the image is [-1, 1]
+    zeros = torch.zeros_like(mirror)
+    rows = [torch.stack([sides[:, 0] * mirror, zeros, centers[:, 0]], 1), torch.stack([zeros, sides[:, 1], centers[:, 1]], 1)]
+    grid = F.affine_grid(torch.stack(rows, dim=1), [len(images), 3, size, size], align_corners=False)
+    return F.grid_sample(images, grid, padding_mode="border", align_corners=False)
+
+
+def uniform(shape: int | tuple[int, ...], bounds: Range, rng: Generator) -> Tensor:
+    low, high = bounds
+    return low + (high - low) * torch.rand(shape, generator=rng)

@@ -9,10 +9,11 @@ import torch
 from torch import Generator, Tensor, nn
 
 from metavpt.designers.clamp import clamp_to_unit
+from metavpt.designers.crop import ASPECT_RATIO, Range
 from metavpt.designers.designer import Designer
 from metavpt.designers.encoder import ImageEncoder, zero_linear
 from metavpt.designers.histograms import histograms
-from metavpt.designers.views import ASPECT_RATIO, Knobs, MultiCrop, Range, Views, jitter_range, to_float
+from metavpt.designers.views import Knobs, MultiCrop, Views, jitter_range, to_float
 from metavpt.errors import MetaVPTError
 
 COLOURS = ("brightness", "contrast", "saturation", "hue")

@@ -5,7 +5,6 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from kornia.color import rgb_to_grayscale
 from kornia.enhance import (
     adjust_brightness_accumulative,
@@ -18,12 +17,10 @@ from kornia.filters import gaussian_blur2d
 from torch import Generator, Tensor, nn
 
 from metavpt.data.loader import mix
+from metavpt.designers.crop import Range, crop, draw_crop, uniform
 from metavpt.designers.hiding import hidden_patches
 from metavpt.errors import MetaVPTError
 
-Range = tuple[float, float]
-
-ASPECT_RATIO = (3 / 4, 4 / 3)  # width / height of a crop, log-uniform, as everywhere since Inception
 _ADJUSTMENTS: tuple[Callable[[Tensor, Tensor], Tensor], ...] = (
     adjust_brightness_accumulative,
     adjust_contrast_with_mean_subtraction,
@@ -168,7 +165,7 @@ class MultiCrop(nn.Module):
         order, factors = self._draw_jitter(len(jittered), rng)
         gray = _choose(num_rows, self.grayscale, rng)
         blurred = _choose(num_rows, self.blur[kind], rng)
-        sigma = _uniform(len(blurred), self.blur_sigma, rng).to(images)
+        sigma = uniform(len(blurred), self.blur_sigma, rng).to(images)
         solarized = _choose(num_rows, self.solarize[kind], rng)
         jittered, gray, blurred, solarized = (rows.to(images.device) for rows in (jittered, gray, blurred, solarized))
         return Knobs(sides, position, mirror, jittered, order, factors.to(images), gray, blurred, sigma, solarized)
@@ -195,7 +192,7 @@ class MultiCrop(nn.Module):
         order = torch.randperm(4, generator=rng).tolist() if num_rows else [0, 1, 2, 3]
         factors = torch.empty(4, num_rows)
         for i in order:
-            factors[i] = _uniform(num_rows, jitter_range(i, self.jitter[i]), rng)
+            factors[i] = uniform(num_rows, jitter_range(i, self.jitter[i]), rng)
         return order, factors
 
     def _jitter(self, views: Tensor, order: Sequence[int], factors: Tensor) -> Tensor:
@@ -203,10 +200,6 @@ class MultiCrop(nn.Module):
             if self.jitter[i]:
                 views = _ADJUSTMENTS[i](views, factors[i])
         return views
-
-    def _color_jitter(self, views: Tensor, rng: Generator) -> Tensor:
-        order, factors = self._draw_jitter(len(views), rng)
-        return self._jitter(views, order, factors.to(views))
 
     def _gaussian_blur(self, views: Tensor, sigma: Tensor) -> Tensor:
         radius = min(math.ceil(3 * self.blur_sigma[1]), views.shape[-1] - 1)  # reflection reaches no further than the view
@@ -218,39 +211,6 @@ def jitter_range(adjustment: int, strength: float) -> Range:
     if adjustment == 3:
         return -2 * math.pi * strength, 2 * math.pi * strength
     return max(0.0, 1.0 - strength), 1.0 + strength
-
-
-def random_crop(images: Tensor, size: int, scale: Range, flip: float, rng: Generator) -> Tensor:
-    """One random resized crop of each image, flipped with probability `flip`: (B, 3, H, W) -> (B, 3, size, size), bilinear."""
-    drawn = draw_crop(len(images), images.shape[-2:], scale, flip, rng)
-    return crop(images, size, *(knob.to(images) for knob in drawn))
-
-
-def draw_crop(batch_size: int, image_size: Sequence[int], scale: Range, flip: float, rng: Generator) -> tuple[Tensor, Tensor, Tensor]:
-    """Sides (B, 2), position (B, 2) and mirror (B,) of random crops, see `Knobs`.
-
-    Area uniform in `scale`, aspect ratio log-uniform in [3/4, 4/3]; of ten draws the first that fits is taken, else the last is cut to fit.
-    """
-    height, width = image_size
-    area = _uniform((batch_size, 10), scale, rng) * (height * width)
-    ratio = _uniform((batch_size, 10), (math.log(ASPECT_RATIO[0]), math.log(ASPECT_RATIO[1])), rng).exp()
-    crop_w, crop_h = (area * ratio).sqrt() / width, (area / ratio).sqrt() / height  # shares of the image's sides
-    fits = (crop_w <= 1) & (crop_h <= 1)
-    fits[:, -1] = True
-    chosen = fits.byte().argmax(dim=1, keepdim=True)  # argmax gives the first
-    sides = torch.cat([crop_w.gather(1, chosen), crop_h.gather(1, chosen)], dim=1).clamp(max=1)
-    position = _uniform((batch_size, 2), (-1.0, 1.0), rng)
-    mirror = 1 - 2 * (torch.rand(batch_size, generator=rng) < flip).float()
-    return sides, position, mirror
-
-
-def crop(images: Tensor, size: int, sides: Tensor, position: Tensor, mirror: Tensor) -> Tensor:
-    """The crops that `draw_crop` describes: (B, 3, H, W) -> (B, 3, size, size), bilinear, differentiable in sides and position."""
-    centers = (1 - sides) * position  # in grid_sample's coordinates the image is [-1, 1]
-    zeros = torch.zeros_like(mirror)
-    rows = [torch.stack([sides[:, 0] * mirror, zeros, centers[:, 0]], 1), torch.stack([zeros, sides[:, 1], centers[:, 1]], 1)]
-    grid = F.affine_grid(torch.stack(rows, dim=1), [len(images), 3, size, size], align_corners=False)
-    return F.grid_sample(images, grid, padding_mode="border", align_corners=False)
 
 
 def _choose(num_rows: int, prob: float, rng: Generator) -> Tensor:
@@ -285,11 +245,6 @@ def _grayscale(views: Tensor) -> Tensor:
 
 def _solarize(views: Tensor) -> Tensor:
     return solarize(views, 0.5)
-
-
-def _uniform(shape: int | tuple[int, ...], bounds: Range, rng: Generator) -> Tensor:
-    low, high = bounds
-    return low + (high - low) * torch.rand(shape, generator=rng)
 
 
 def to_float(images: Tensor) -> Tensor:

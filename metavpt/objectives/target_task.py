@@ -26,6 +26,7 @@ from metavpt.objectives.next_token import (
     score,
     token_losses,
 )
+from metavpt.objectives.spread import spread
 from metavpt.params import Params
 
 
@@ -191,13 +192,6 @@ def mixed(gate: Tensor | float, r: Tensor) -> Tensor:
     onehot = torch.zeros_like(r)
     onehot[:, 0] = 1.0
     return (1.0 - gate) * onehot + gate * r
-
-
-def spread(values: Tensor, log_probs: Tensor) -> Tensor:
-    """The root of the mean over tokens of the variance of `values` (N, K) under softmax(log_probs), a scalar."""
-    base = log_probs.softmax(dim=1)
-    centred = values - (base * values).sum(dim=1, keepdim=True)
-    return (base * centred.square()).sum(dim=1).mean().sqrt()
 
 
 def target_loss(learner: LanguageModel, theta: Params, task: TargetTask) -> Tensor:

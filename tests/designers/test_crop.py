@@ -1,8 +1,7 @@
 import pytest
 import torch
 
-from metavpt.designers.crop import RandomCrop
-from metavpt.designers.views import random_crop
+from metavpt.designers.crop import RandomCrop, random_crop
 from metavpt.errors import MetaVPTError
 
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)

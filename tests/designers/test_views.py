@@ -6,7 +6,8 @@ import torch
 from kornia.enhance import adjust_hue
 from torch import Generator, Tensor
 
-from metavpt.designers.views import MultiCrop, random_crop
+from metavpt.designers.crop import random_crop
+from metavpt.designers.views import MultiCrop
 from metavpt.errors import MetaVPTError
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -117,12 +118,13 @@ def test_each_transform_has_its_probability() -> None:
 def test_jitter_of_hue_turns_by_a_share_of_the_circle() -> None:
     x = images(3, 6, 6)
     transform = recipe(jitter=(0.0, 0.0, 0.0, 0.1))
-    turned = transform._color_jitter(x, Generator().manual_seed(0))
+    order, factors = transform._draw_jitter(len(x), Generator().manual_seed(0))
+    turned = transform._jitter(x, order, factors.to(x))
     angles = torch.linspace(-0.1, 0.1, 2001, dtype=torch.float64) * 2 * math.pi
     for before, after in zip(x, turned, strict=True):
         distance = (adjust_hue(before.expand(2001, -1, -1, -1), angles) - after).abs().amax((1, 2, 3))
         assert distance.min() < 2e-3
-    assert torch.equal(recipe(jitter=(0.0, 0.0, 0.0, 0.0))._color_jitter(x, Generator().manual_seed(0)), x)
+    assert torch.equal(recipe(jitter=(0.0, 0.0, 0.0, 0.0))._jitter(x, order, factors.to(x)), x)
 
 
 def test_blur_on_crops_smaller_than_its_kernel() -> None:

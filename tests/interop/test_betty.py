@@ -31,7 +31,7 @@ def relative_error(found: params.Params, expected: params.Params) -> float:
     return float(params.norm(params.add(found, expected, alpha=-1)) / params.norm(expected))
 
 
-def same(theirs, ours, rtol: float) -> None:
+def assert_same(theirs, ours, rtol: float) -> None:
     torch.testing.assert_close(theirs.by_phi, ours.by_phi, rtol=rtol, atol=1e-12)
     assert theirs.value == pytest.approx(ours.value, rel=rtol)
 
@@ -39,21 +39,21 @@ def same(theirs, ours, rtol: float) -> None:
 @pytest.mark.parametrize("product", [ExactProduct(), DifferenceProduct()], ids=lambda product: type(product).__name__)
 def test_darts_is_one_step(ridge, theta, product):
     arguments = [ridge.inner], ridge.outer, theta, ridge.phi
-    same(betty.Darts()(*arguments), OneStep(product=product)(*arguments), rtol=1e-9)
+    assert_same(betty.Darts()(*arguments), OneStep(product=product)(*arguments), rtol=1e-9)
 
 
 @pytest.mark.parametrize("num_iterations", [0, 1, 5, 20])
 def test_neumann_is_ours_with_one_term_more(ridge, theta, num_iterations):
     arguments = [ridge.inner], ridge.outer, theta, ridge.phi
     ours = Implicit(Neumann(num_iterations + 1, step_size=0.3), product=ExactProduct())(*arguments)
-    same(betty.Neumann(neumann_iterations=num_iterations, neumann_alpha=0.3)(*arguments), ours, rtol=1e-12)
+    assert_same(betty.Neumann(neumann_iterations=num_iterations, neumann_alpha=0.3)(*arguments), ours, rtol=1e-12)
 
 
 @pytest.mark.parametrize("cg_alpha", [1.0, 0.1])
 def test_one_cg_iteration_is_ours(ridge, theta, cg_alpha):
     arguments = [ridge.inner], ridge.outer, theta, ridge.phi
     ours = Implicit(ConjugateGradient(1, 1e-14), product=ExactProduct())(*arguments)
-    same(betty.ConjugateGradient(cg_iterations=1, cg_alpha=cg_alpha)(*arguments), ours, rtol=1e-12)
+    assert_same(betty.ConjugateGradient(cg_iterations=1, cg_alpha=cg_alpha)(*arguments), ours, rtol=1e-12)
 
 
 @pytest.mark.parametrize(

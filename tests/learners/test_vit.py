@@ -12,7 +12,8 @@ from torch.func import functional_call
 from metavpt import params
 from metavpt.errors import MetaVPTError
 from metavpt.learners import vit
-from metavpt.learners.vit import Backbone, Hidden, Learner, ProjectionHead, create_backbone, timm_state_dict
+from metavpt.learners.projection import Learner, ProjectionHead
+from metavpt.learners.vit import Backbone, Hidden, create_backbone, timm_state_dict
 
 # name, native size, another size that the patch divides
 FAMILIES = {
