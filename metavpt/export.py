@@ -1,57 +1,33 @@
-"""python -m metavpt.export run=<run folder> to=<new folder> [part=student|teacher] [format=timm|transformers|both]: a run's backbone."""
+"""python -m metavpt.export run=<run folder> to=<new folder> [part=student|teacher] [format=...]: what a run trained, for others."""
 
 import os
 import tempfile
 from pathlib import Path
-from typing import Any, Literal, cast
 
 import hydra
-import timm
-import torch
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
-from timm.models import save_for_hf
-from torch import Tensor
 
-from metavpt import checkpoint, params
-from metavpt.checkpoint import Checkpoints
+from metavpt.backbone_export import Part, export_backbone
 from metavpt.command import run_command
 from metavpt.errors import MetaVPTError
-from metavpt.interop.huggingface import save_transformers
-from metavpt.learners.vit import OWN_MODELS, Backbone, create_backbone, timm_state_dict
-from metavpt.model_card import Usage, model_card
-
-Part = Literal["student", "teacher"]
-# The attribute of the problem that holds it, and what may stand before the backbone's names in there.
-PARTS = {"student": ("learner", ("backbone.",)), "teacher": ("teacher", ("learner.backbone.", "learner."))}
-FORMATS = {"timm": ("timm",), "transformers": ("transformers",), "both": ("timm", "transformers")}
-TIMM_NAMES = {"vit_tiny_dinov3": "vit_small_patch16_dinov3"}  # the architecture in timm of which a model of our own is another size
-NOT_TIMM = ("_target_", "name", "tail_blocks", "pretrained", "weights", "frozen_blocks")
-TOLERANCE = 1e-4  # of the largest feature: other kernels round differently, another model is far off
+from metavpt.model_card import Description, model_card
 
 
 def export(run: Path, to: Path, part: Part = "student", format: str = "both") -> Path:
-    """The backbone of the newest checkpoint of `run` in the new folder `to`: <format>/ for each format, and README.md, a model card.
+    """The learner of the newest checkpoint of `run` in the new folder `to`: <format>/ for each format, and README.md, a model card.
 
-    Each format is read back by its own library and its features compared before anything appears at `to`; then all of it does.
+    A backbone is written for timm and transformers, a language model for transformers, with its tokenizer. Each is read back and
+    compared before anything appears at `to`; then all of it does.
     """
-    if format not in FORMATS:
-        raise MetaVPTError(f"format={format}: known are {', '.join(FORMATS)}")
     if to.exists():
         raise MetaVPTError(f"to={to}: is there already; name a new folder")
     config = _config(run)
-    backbone = load_backbone(run, config, part)
     to.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=to.parent, prefix=f".{to.name}-") as scratch:
         made = Path(scratch) / to.name
-        usages = []
-        for library in FORMATS[format]:
-            place = made / library
-            place.mkdir(parents=True)
-            usages.append(
-                _save_timm(backbone, config, made / library) if library == "timm" else _save_transformers(backbone, made / library)
-            )
-        (made / "README.md").write_text(model_card(run, config, part, usages))
+        description = _write(run, config, made, part, format)
+        (made / "README.md").write_text(model_card(run, config, description))
         try:
             os.rename(made, to)
         except OSError as error:  # someone else made it meanwhile
@@ -59,26 +35,12 @@ def export(run: Path, to: Path, part: Part = "student", format: str = "both") ->
     return to
 
 
-def load_backbone(run: Path, config: DictConfig, part: Part) -> Backbone:
-    """The student's or the teacher's backbone in the newest checkpoint of `run`."""
-    path = Checkpoints(run / "checkpoints").newest()
-    problem = checkpoint.read(path).get("problem", {})
-    if part not in PARTS:
-        raise MetaVPTError(f"part={part}: known are {', '.join(PARTS)}")
-    module, prefixes = PARTS[part]
-    if module not in problem:
-        raise MetaVPTError(f"part={part}: the run has no {part}, its checkpoint holds {', '.join(problem) or 'nothing'}")
-    found = (params.subset(problem[module], prefix) for prefix in prefixes)
-    state = next((state for state in found if any(key.startswith("trunk.") for key in state)), None)
-    if state is None:
-        raise MetaVPTError(f"part={part}: the {module} in {path} has no vision transformer as its backbone")
-    options = {**_options(config), "pretrained": False, "weights": None, "frozen_blocks": 0}
-    backbone = create_backbone(**options).eval()
-    try:
-        backbone.load_state_dict(state)
-    except RuntimeError as error:
-        raise MetaVPTError(f"{path} does not fit the backbone in {run / 'config.yaml'}: {' '.join(str(error).split())[:200]}") from error
-    return backbone
+def _write(run: Path, config: DictConfig, folder: Path, part: Part, format: str) -> Description:
+    if config.get("learner"):
+        from metavpt.language_export import export_language_model  # needs the extra `language`, as the run did
+
+        return export_language_model(run, config, folder, part, format)
+    return export_backbone(run, config, folder, part, format)
 
 
 def _config(run: Path) -> DictConfig:
@@ -86,51 +48,9 @@ def _config(run: Path) -> DictConfig:
     if not file.is_file():
         raise MetaVPTError(f"run={run}: holds no run (config.yaml is missing)")
     config = OmegaConf.load(file)
-    if not isinstance(config, DictConfig) or "name" not in (config.get("backbone") or {}):
-        raise MetaVPTError(f"{file}: names no backbone of create_backbone, the only learner that can be exported")
+    if not isinstance(config, DictConfig) or not (config.get("learner") or "name" in (config.get("backbone") or {})):
+        raise MetaVPTError(f"{file}: names neither a backbone of create_backbone nor a language model; no other learner can be exported")
     return config
-
-
-def _options(config: DictConfig) -> dict[str, Any]:
-    options: Any = OmegaConf.to_container(config.backbone)
-    return {key: value for key, value in options.items() if key != "_target_"}
-
-
-def _save_timm(backbone: Backbone, config: DictConfig, folder: Path) -> Usage:
-    """config.json and model.safetensors, for `local-dir:<folder>` as for `checkpoint_path=<folder>/model.safetensors`."""
-    name = str(config.backbone.name)
-    arguments: dict[str, Any] = {key: value for key, value in _options(config).items() if key not in NOT_TIMM}
-    if name in OWN_MODELS:
-        patches, block = backbone.trunk.patch_embed, cast(Any, next(iter(backbone.tail.blocks.values())))
-        arguments = {"img_size": patches.img_size[0], "patch_size": backbone.patch_size, "embed_dim": backbone.width}
-        arguments |= {"depth": backbone.num_blocks, "num_heads": block.attn.num_heads}
-    arguments |= {"dynamic_img_size": True, "global_pool": "token" if backbone.tail.has_cls else "avg"}
-    model = timm.create_model(TIMM_NAMES.get(name, name), num_classes=0, **arguments)
-    model.load_state_dict(timm_state_dict(backbone))
-    ours = {"pretrained_cfg": {"tag": "metavpt"}}  # not the release that timm knows the architecture by
-    save_for_hf(model, str(folder), model_config=ours, model_args=arguments, safe_serialization=True)
-    read: Any = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
-    _compare(backbone, read.forward_features, "timm")
-    return Usage("timm", 'timm.create_model("local-dir:timm", pretrained=True)')
-
-
-def _save_transformers(backbone: Backbone, folder: Path) -> Usage:
-    model = save_transformers(backbone, folder)
-    _compare(backbone, lambda images: model(images).last_hidden_state, "transformers")
-    options = ", add_pooling_layer=False" if type(model).__name__ == "ViTModel" else ""
-    return Usage("transformers", f'transformers.{type(model).__name__}.from_pretrained("transformers"{options})')
-
-
-@torch.no_grad()
-def _compare(backbone: Backbone, tokens: Any, library: str) -> None:
-    """Raises MetaVPTError where `tokens`, images -> (B, P + N, D), are not the backbone's."""
-    images = torch.rand(1, 3, *backbone.trunk.patch_embed.img_size, generator=torch.Generator().manual_seed(0))
-    expected, found = backbone(images).patches.flatten(2).transpose(1, 2), tokens(images)
-    difference: Tensor = (found[:, -expected.shape[1] :] - expected).abs().max() / expected.abs().max()
-    if not difference <= TOLERANCE:
-        raise MetaVPTError(
-            f"{library} gives other features than the run's backbone (relative difference {float(difference):.1e}); nothing was exported"
-        )
 
 
 @hydra.main(version_base="1.3", config_path="pkg://metavpt.configs", config_name="export")

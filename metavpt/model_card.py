@@ -4,7 +4,6 @@ import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import timm
 from omegaconf import DictConfig, OmegaConf
 
 from metavpt.numerals import number
@@ -12,9 +11,9 @@ from metavpt.report import read_log, summary_rows
 
 CARD = """\
 ---
-tags: [feature-extraction, self-supervised, metavpt]
+tags: [{tag}, self-supervised, metavpt]
 ---
-# {name}, continued by metavpt ({part})
+# {name}
 
 {about}
 
@@ -24,7 +23,7 @@ tags: [feature-extraction, self-supervised, metavpt]
 
 ## Metrics
 
-Frozen features of the student at step {first} (before any training here) and at step {last}.{side}
+At step {first} (before any training here) and at step {last}. {measured}
 
 {metrics}
 
@@ -59,7 +58,19 @@ class Usage(NamedTuple):
     expression: str
 
 
-def model_card(run: Path, config: DictConfig, part: str, usages: list[Usage]) -> str:
+class Description(NamedTuple):
+    """What the kind of model alone can say of itself: the title, a tag of the hub, sentences, and lines on what it was trained on."""
+
+    name: str
+    tag: str
+    about: str
+    measured: str
+    data: list[str]
+    licence: str
+    usages: list[Usage]
+
+
+def model_card(run: Path, config: DictConfig, of: Description) -> str:
     """Markdown, made of what `run` wrote: config.yaml, metrics.jsonl, environment.json."""
     file = run / "environment.json"
     environment: dict[str, Any] = json.loads(file.read_text()) if file.is_file() else {}
@@ -68,65 +79,32 @@ def model_card(run: Path, config: DictConfig, part: str, usages: list[Usage]) ->
     lines = ["| metric | before | after | change |", "|---|---|---|---|"]
     lines += [f"| {row.name} | {number(row.first)} | {number(row.last)} | {number(row.change, sign=True)} |" for row in rows]
     training: Any = OmegaConf.masked_copy(config, [key for key in SECTIONS if key in config])
-    side = " The teacher, the student's moving average, was not measured." if part == "teacher" else ""
     return CARD.format(
-        name=config.backbone.name,
-        part=part,
-        about=_about(config),
-        usages="\n".join(f"model = {usage.expression}  # {usage.library}" for usage in usages),
+        name=of.name,
+        tag=of.tag,
+        about=of.about,
+        usages="\n".join(f"model = {usage.expression}  # {usage.library}" for usage in of.usages),
         first=min((row.first_step for row in rows), default=0),
         last=last,
-        side=side,
+        measured=of.measured,
         metrics="\n".join(lines),
-        training=_training(config, last),
+        training=_training(config, of.data, last),
         command=environment.get("command", "unknown"),
         config=OmegaConf.to_yaml(training).strip(),
         versions="\n".join(f"- {name}: {value}" for name, value in environment.items() if name not in NOT_VERSIONS),
-        licence=_licence(config),
+        licence=f"{of.licence} The data named above have licences of their own. metavpt itself is under the MIT licence.",
     )
 
 
-def _about(config: DictConfig) -> str:
-    backbone = config.backbone
-    source = "random weights"
-    if backbone.get("weights"):
-        source = f"the weights of `{backbone.weights}`"
-    elif backbone.get("pretrained"):
-        source = f"timm's released weights `{backbone.name}`"
-    return (
-        f"The vision transformer `{backbone.name}` from {source}, trained on with `{_class(config.problem)}` on unlabelled images, "
-        f"its tasks made by `{_class(config.strategy)}`."
-    )
-
-
-def _training(config: DictConfig, last: int) -> str:
-    data: Any = config.get("data") or {}
-    sets = {"": data} if "_target_" in data else data
-    lines = [f"- data{f' {name}' if name else ''}: {_source(of)}" for name, of in sets.items()]
+def _training(config: DictConfig, data: list[str], last: int) -> str:
+    lines = [f"- data: {line}" for line in data]
     lines.append(f"- strategy: `{config.strategy._target_}`")
     if estimator := config.strategy.get("estimator"):
-        lines.append(f"- estimator: `{_class(estimator)}`")
+        lines.append(f"- estimator: `{class_name(estimator)}`")
     limits = ", ".join(f"{value} {unit}" for unit, value in config.budget.items() if value is not None and unit != "_target_")
     return "\n".join([*lines, f"- budget: {limits}; {last} steps taken", f"- seed: {config.seed}"])
 
 
-def _source(data: Any) -> str:
-    unlabelled = ", ".join(str(name) for name in data.get("unlabelled") or [])
-    return f"{data.get('path') or 'generated rooms'}, unlabelled images from {unlabelled or 'the same'}"
-
-
-def _class(node: Any) -> str:
+def class_name(node: Any) -> str:
+    """Of a configuration node, what `_target_` names."""
     return str(node._target_).rpartition(".")[2]
-
-
-def _licence(config: DictConfig) -> str:
-    backbone = config.backbone
-    if backbone.get("weights"):
-        start = f"These weights derive from `{backbone.weights}`; the licence of that file holds for them too."
-    elif backbone.get("pretrained"):
-        known = timm.get_pretrained_cfg(backbone.name)
-        licence = (known and known.license) or "see its page"
-        start = f"These weights derive from `{backbone.name}`, whose licence holds for them too: {licence}."
-    else:
-        start = "These weights were trained from random ones, so no released weights restrict them."
-    return f"{start} The data named above have licences of their own. metavpt itself is under the MIT licence."

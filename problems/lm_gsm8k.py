@@ -7,6 +7,7 @@ from torch import Tensor
 
 from metavpt.data.tokens import TokenBatch
 from metavpt.designers.targets import TargetDesigner, designer_body
+from metavpt.designers.token_weights import TokenWeights
 from metavpt.linear_product import DirectionalDerivative
 from metavpt.objectives.target_task import TargetTask, Tilted, target_loss, target_loss_per_sample, target_tail
 from metavpt.params import Params
@@ -15,16 +16,24 @@ from .language import LanguageProblem
 
 
 class LMGSM8K(LanguageProblem):
-    """Cross-entropy to soft targets on the true token and the learner's own best guesses; the designer says how soft and which."""
+    """Cross-entropy to soft targets on the true token and the learner's own best guesses; the designer says how soft and which.
 
-    designer: TargetDesigner
+    With `TokenWeights` for a designer: to the true token, some tokens counting more than others.
+    """
 
-    def __init__(self, designer: Callable[[int], TargetDesigner], **language: Any) -> None:
+    designer: TargetDesigner | TokenWeights
+
+    def __init__(self, designer: Callable[[int], TargetDesigner | TokenWeights], **language: Any) -> None:
         super().__init__(**language)
         self.designer = designer(self.learner.vocab_size)
 
     def recipe(self, batch: TokenBatch) -> TargetTask:
         return self.designer.recipe_task(batch)
+
+    def candidates(self, batch: TokenBatch, num_candidates: int) -> list[TargetTask]:
+        if not isinstance(self.designer, TokenWeights):
+            return super().candidates(batch, num_candidates)
+        return self.designer.random_tasks(batch, num_candidates)
 
     def regularizer(self, task: TargetTask) -> Tensor:
         return self.designer.regularizer(task)
@@ -47,3 +56,8 @@ class LMGSM8K(LanguageProblem):
 def target_designer(vocab_size: int, width: int = 256, num_layers: int = 6, num_heads: int = 4, **targets: Any) -> TargetDesigner:
     """A `TargetDesigner` (options `targets`) with a body of its own."""
     return TargetDesigner(designer_body(vocab_size, width, num_layers, num_heads), **targets)
+
+
+def token_weights(vocab_size: int, width: int = 64, num_layers: int = 2, num_heads: int = 4, **weights: Any) -> TokenWeights:
+    """A `TokenWeights` (options `weights`) with a body of its own."""
+    return TokenWeights(designer_body(vocab_size, width, num_layers, num_heads), **weights)

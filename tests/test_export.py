@@ -14,11 +14,12 @@ from rich.console import Console
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from metavpt import backbone_export, run
 from metavpt import export as exporting
-from metavpt import run
+from metavpt.backbone_export import TIMM_NAMES, Part
 from metavpt.checkpoint import Checkpoints
 from metavpt.errors import MetaVPTError
-from metavpt.export import TIMM_NAMES, export
+from metavpt.export import export
 from metavpt.learners.projection import Learner, ProjectionHead
 from metavpt.learners.teacher import Teacher
 from metavpt.learners.vit import OWN_MODELS, Backbone, create_backbone
@@ -65,7 +66,7 @@ def assert_tokens_are(tokens: Tensor, backbone: Backbone, images: Tensor) -> Non
 @pytest.mark.parametrize("finished", [DINOV2, OWN], indirect=True, ids=["dinov2", "own"])
 @pytest.mark.parametrize("part", ["student", "teacher"])
 @torch.no_grad()
-def test_each_library_gives_the_features_of_the_part(finished: Any, part: exporting.Part, tmp_path: Path) -> None:
+def test_each_library_gives_the_features_of_the_part(finished: Any, part: Part, tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers")
     folder, parts = finished
     to = export(folder, tmp_path / "out" / "weights", part)
@@ -97,7 +98,7 @@ def test_a_run_from_its_own_trainer(tmp_path: Path) -> None:
     trainer.save()
     (folder / "config.yaml").write_text(OmegaConf.to_yaml(cfg, resolve=True))
     problem: Any = trainer.problem
-    parts: dict[exporting.Part, Any] = {"student": problem.learner, "teacher": problem.teacher.learner}
+    parts: dict[Part, Any] = {"student": problem.learner, "teacher": problem.teacher.learner}
     for part, module in parts.items():
         to = export(folder, tmp_path / part, part, "timm")
         weights = load_file(to / "timm" / "model.safetensors")
@@ -156,8 +157,8 @@ def test_an_export_that_reads_back_otherwise_is_refused(finished: Any, tmp_path:
         state = original(backbone)
         return state | {"norm.weight": state["norm.weight"] * 1.01}
 
-    original = exporting.timm_state_dict
-    monkeypatch.setattr(exporting, "timm_state_dict", other_weights)
+    original = backbone_export.timm_state_dict
+    monkeypatch.setattr(backbone_export, "timm_state_dict", other_weights)
     with pytest.raises(MetaVPTError, match=r"timm gives other features .*nothing was exported"):
         export(finished[0], tmp_path / "weights", format="timm")
     assert not (tmp_path / "weights").exists()
@@ -177,7 +178,7 @@ def test_what_cannot_be_exported(finished: Any, tmp_path: Path) -> None:
     with pytest.raises(MetaVPTError, match="part=teacher: the run has no teacher, its checkpoint holds learner"):
         export(folder, to, "teacher", "timm")
     (folder / "config.yaml").write_text("backbone: null\n")
-    with pytest.raises(MetaVPTError, match="names no backbone"):
+    with pytest.raises(MetaVPTError, match="names neither a backbone"):
         export(folder, to)
     assert not to.exists()
 

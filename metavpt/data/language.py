@@ -49,7 +49,7 @@ class LanguageData:
                  no pool, to measure on them what the pool predicts
     test         word problems by name, the first `num_test` of each
     general      documents by name, the first `num_general` of each: text that feedback is not about
-    on_error     as in `Encoder`, for the stream alone: what happens to a document whose prompt leaves no room for its answer
+    on_error     as in `Encoder`, for all but the test problems: what happens to a document whose prompt leaves no room for its answer
     benchmarks   texts by name -> `Benchmarks`: documents read into the stream that nearly equal a question of feedback or test are left
                  out. None: none are
     report       a folder for the list of these documents, a file for each source that is held in memory
@@ -99,13 +99,16 @@ class LanguageData:
 
     def encode(self, tokenizer: Any, length: int) -> "TokenData":
         """The same in tokens, at most `length` of them in a row. Longer examples of feedback and test are cut, other documents split."""
-        split, cut = Encoder(tokenizer, length, on_error=self.on_error), Encoder(tokenizer, length, long="cut")
+        split, cut = (Encoder(tokenizer, length, long, self.on_error) for long in ("split", "cut"))
+        whole = Encoder(tokenizer, length, "cut")  # scores on fewer test problems than asked for would pass for scores on all
         components = [
             Component(self._drawable(name, source, split), source.weight, source.domain, source.max_epochs)
             for name, source in self.stream.items()
         ]
-        parts = ((self.feedback, cut), (self.held_out, cut), (self.test, cut), (self.general, split))
+        parts = ((self.feedback, cut), (self.held_out, cut), (self.test, whole), (self.general, split))
         corpora = [{name: Corpus(encoder(map(document_of, items)), name) for name, items in part.items()} for part, encoder in parts]
+        if cut.skipped:
+            _say(f"feedback: {len(cut.skipped)} examples have a prompt that fills the {length} tokens of a row")
         return TokenData(split, components, *corpora, problems=self.test)
 
     def _drawable(self, name: str, source: Source, encoder: Encoder) -> Drawable:

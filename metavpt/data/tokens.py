@@ -113,7 +113,9 @@ class Encoder:
         if num_prompt >= self.length:
             reason = f"the prompt has {num_prompt} tokens, which leaves no room for an answer in {self.length}"
             if self.on_error == "raise":
-                raise MetaVPTError(f"{where or 'document'}: {reason}; raise the length, or set on_error=skip to leave such documents out")
+                raise MetaVPTError(
+                    f"{where or 'document'}: {reason}; raise the length, or leave it out (on_error=skip, if it is no test problem)"
+                )
             self.skipped[where] = reason
         elif len(tokens) <= self.length:
             yield whole

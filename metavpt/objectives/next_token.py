@@ -86,12 +86,14 @@ class NextTokenLoss:
     """theta -> mean_t -sum_c q_t(c) log p_t(c; theta), a `LinearLoss`: candidates and q are fixed, and q alone holds a graph to phi.
 
     states: theta -> (N, D). unembedding: W (V, D), which does not depend on theta. candidates, targets: (N, K).
+    sums_to_one: whether phi leaves sum_c q_t(c) at 1 for every token.
     """
 
     states: Callable[[Params], Tensor]
     unembedding: Tensor
     candidates: Tensor
     targets: Tensor
+    sums_to_one: bool = True
 
     def __call__(self, theta: Params) -> Tensor:
         return soft_cross_entropy(self.states(theta), self.unembedding, self.candidates, self.targets)
@@ -100,11 +102,12 @@ class NextTokenLoss:
     def slopes(self, theta: Params, w: Params, derivative: DirectionalDerivative, absolute: bool = True) -> Tensor:
         """-d log p_t(c)[w] / N, (N, K). Logits are linear in the states h, so only dh is derived: d log p(c) = dh . (W_c - sum_v p(v) W_v).
 
-        The sum is the same for all candidates; with `absolute` False the true token's W stands in its place, and no logits are made.
+        The sum is the same for all candidates of a token. Where targets sum to 1 it cannot change by phi: then, with `absolute` False, the
+        true token's W stands in its place, and no logits are made.
         """
         moved = derivative(self.states, theta, w)
         logits = candidate_scores(moved, self.unembedding, self.candidates)
-        mean = self._mean_slope(theta, moved) if absolute else logits[:, :1]
+        mean = self._mean_slope(theta, moved) if absolute or not self.sums_to_one else logits[:, :1]
         return (mean - logits) / len(moved)
 
     def _mean_slope(self, theta: Params, moved: Tensor) -> Tensor:

@@ -1,7 +1,8 @@
 """The task of next-token prediction with targets to choose: tokens, and how each one's target is made of what the learner predicts.
 
 A target is q_t = (1 - alpha_t) onehot(true) + alpha_t r_t on C_t = {true token} + the K - 1 others that the learner finds most probable.
-Kinds of targets differ in alpha and r alone. The learner's log-probabilities enter detached: q may hold a graph to phi, never to theta.
+Kinds of targets differ in alpha and r alone, but for `Weighted`, which scales the one-hot target of each token. The learner's
+log-probabilities enter detached: q may hold a graph to phi, never to theta.
 """
 
 from collections.abc import Callable
@@ -89,6 +90,9 @@ class Targets(Protocol):
     @property
     def requires_grad(self) -> bool: ...
 
+    @property
+    def sums_to_one(self) -> bool: ...
+
     def rule(self, prediction: Prediction) -> Rule: ...
 
 
@@ -103,9 +107,27 @@ class OneHot:
 
     num_candidates = 1
     requires_grad = False
+    sums_to_one = True
 
     def rule(self, prediction: Prediction) -> Rule:
         return lambda log_probs, candidates, rows: torch.ones_like(log_probs)
+
+
+@dataclass(frozen=True)
+class Weighted:
+    """The true token, counted `weights` (B, T) times: plain next-token prediction that cares more about some tokens than about others."""
+
+    weights: Tensor
+    num_candidates = 1
+    sums_to_one = False
+
+    @property
+    def requires_grad(self) -> bool:
+        return self.weights.requires_grad
+
+    def rule(self, prediction: Prediction) -> Rule:
+        weights = self.weights[prediction.predicted][:, None]
+        return lambda log_probs, candidates, rows: weights[rows].to(log_probs.dtype)
 
 
 @dataclass(frozen=True)
@@ -124,6 +146,7 @@ class SoftTargets:
     vectors: Tensor | None = None
     table: Tensor | None = None
     excess: Tensor | None = None
+    sums_to_one = True
 
     @property
     def requires_grad(self) -> bool:
@@ -159,6 +182,7 @@ class Tilted:
     num_candidates: int = 64
     derivative: DirectionalDerivative = field(default_factory=ForwardMode)
     requires_grad = False
+    sums_to_one = True
 
     def __post_init__(self) -> None:
         if self.tau < 0:
@@ -210,7 +234,7 @@ def target_tail(learner: LanguageModel, theta: Params, task: TargetTask) -> Next
     """theta_S -> `target_loss`, with the trunk run once. Candidates and the learner's part of the targets are those at theta."""
     prediction = Prediction.of(learner, theta, task.batch)
     scores, targets = _targets(task.targets, prediction)
-    return NextTokenLoss(prediction.at, prediction.unembedding, scores.candidates, targets)
+    return NextTokenLoss(prediction.at, prediction.unembedding, scores.candidates, targets, task.targets.sums_to_one)
 
 
 def target_loss_per_sample(learner: LanguageModel, theta: Params, task: TargetTask) -> Callable[[Params], Tensor]:

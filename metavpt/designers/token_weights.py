@@ -1,0 +1,59 @@
+"""Token selection: how much each token of the stream, or each row, counts in the next-token loss."""
+
+from typing import Literal
+
+import torch
+from torch import Generator, Tensor, nn
+
+from metavpt.data.tokens import TokenBatch
+from metavpt.designers.selection import balanced
+from metavpt.errors import MetaVPTError
+from metavpt.learners.lm import LanguageModel
+from metavpt.objectives.target_task import OneHot, TargetTask, Weighted, predicted_tokens
+
+
+class TokenWeights(nn.Module):
+    """Weights of the N tokens to predict: N * softmax(z), mean 1; all exactly 1 at first, which is plain next-token prediction.
+
+    A causal transformer reads the tokens, up to and with the one to be predicted, and gives z; `per="row"` takes the mean of z over the
+    tokens to predict of each row, so that rows are selected and not tokens.
+
+    body: see `designer_body`. kl_weight: weight of the divergence from all alike, see `regularizer`.
+    """
+
+    def __init__(self, body: LanguageModel, per: Literal["token", "row"] = "token", kl_weight: float = 0.1) -> None:
+        super().__init__()
+        if per not in ("token", "row"):
+            raise MetaVPTError(f"TokenWeights: per={per}: known are token, row")
+        self.body, self.per, self.kl_weight = body, per, kl_weight
+        self.head = nn.Linear(body.width, 1, bias=False)  # a bias would cancel in the softmax
+        nn.init.zeros_(self.head.weight)
+
+    def forward(self, batch: TokenBatch) -> TargetTask:
+        return self._weighted(batch, self.head(self.body(batch)).squeeze(2))
+
+    def recipe_task(self, batch: TokenBatch) -> TargetTask:
+        """Plain next-token prediction; nothing runs."""
+        return TargetTask(batch, OneHot())
+
+    def random_tasks(self, batch: TokenBatch, num_tasks: int) -> list[TargetTask]:
+        """Weights from standard normal logits, drawn by the batch's seed."""
+        rng = Generator().manual_seed(batch.seed ^ 0x77656967)
+        shape = batch.tokens.shape if self.per == "token" else (len(batch.tokens), 1)
+        draws = (torch.randn(shape, generator=rng).to(batch.tokens.device) for _ in range(num_tasks))
+        return [self._weighted(batch, logits.expand(batch.tokens.shape)) for logits in draws]
+
+    def regularizer(self, task: TargetTask) -> Tensor:
+        """kl_weight * KL(weights / N || uniform) = kl_weight * mean w log w, between 0 and kl_weight * log N."""
+        if not isinstance(task.targets, Weighted):
+            raise MetaVPTError("TokenWeights.regularizer: the task has no weights; it must come from the designer, not from recipe_task")
+        weights = task.targets.weights[predicted_tokens(task.batch)]
+        return self.kl_weight * (weights * weights.clamp_min(torch.finfo(weights.dtype).tiny).log()).mean()
+
+    def _weighted(self, batch: TokenBatch, logits: Tensor) -> TargetTask:
+        predicted = predicted_tokens(batch)
+        if self.per == "row":
+            mean = (logits * predicted).sum(dim=1) / predicted.sum(dim=1).clamp_min(1)
+            logits = mean[:, None].expand_as(logits)
+        weights = torch.zeros_like(logits).masked_scatter(predicted, balanced(logits[predicted]))
+        return TargetTask(batch, Weighted(weights))
