@@ -8,21 +8,12 @@ import torch
 from hydra import compose, initialize_config_module
 from omegaconf import OmegaConf
 from rich.console import Console
+from small_language import SMALL
 from tiny_lm import packed
 
 from metavpt import MetaVPTError, run
 from metavpt.export import export
 
-SUMS = "{min_terms: 2, max_terms: 2, min_digits: 1, max_digits: 1}"
-SMALL = [
-    "problem=lm_gsm8k", "learner.vocab_size=270", "learner.tail_layers=1", "learner.hidden_size=16", "learner.intermediate_size=24",
-    "learner.num_hidden_layers=2", "learner.num_attention_heads=2", "designer.width=8", "designer.num_layers=1", "designer.num_heads=2",
-    "designer.num_candidates=6", f"data.stream.sums.documents.kinds.chain_sum={SUMS}",
-    f"+data.stream.stories.documents.kinds.chain_sum={SUMS}", "~data.stream.stories.documents.kinds.gsm_symbolic",
-    "data.feedback.math.limit=10", "data.test.answers.limit=4", "data.general.stories.limit=3", "data.num_feedback=6",
-    "data.num_held_out=4", "data.num_test=4", "data.num_general=3", "problem.length=64", "problem.batch_size=2", "strategy=fixed",
-    "device=cpu",
-]  # fmt: skip
 LORA = "learner.lora={_target_: metavpt.learners.pretrained_lm.LoRA, rank: 2}"
 TASK = """\
 task: sums
@@ -41,7 +32,7 @@ def finished(folder: Path, monkeypatch: pytest.MonkeyPatch, *options: str) -> An
     """A run of no steps in `folder`; its learner, moved away from where it began."""
     monkeypatch.setenv("METAVPT_CACHE", str(folder.parent / "cache"))
     with initialize_config_module("metavpt.configs", version_base="1.3"):
-        cfg = compose("run", [*SMALL, *options])
+        cfg = compose("run", [*SMALL, "strategy=fixed", "device=cpu", *options])
     trainer = run.build(cfg, folder, Console(quiet=True))
     problem: Any = trainer.problem
     with torch.no_grad():

@@ -47,6 +47,7 @@ class MAMLUnroll:
     ) -> Hypergradient:
         phi = params.leaves(phi)
         with sdpa_kernel(SDPBackend.MATH), torch.enable_grad():
+            # allow_unused is for theta: what the loss does not reach stays as it is. That phi is reached, `differentiate` checks.
             maml = peer("learn2learn").algorithms.MAML(Holder(theta), lr=self.lr, allow_unused=True)
             adapted = maml.clone()
             for inner in inner_losses:

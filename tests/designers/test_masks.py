@@ -3,6 +3,7 @@ from typing import Any
 
 import pytest
 import torch
+from differences import assert_gradient_is_that_of_differences
 from torch import Generator, Tensor, nn
 from torch.func import functional_call
 
@@ -65,13 +66,7 @@ def test_gradient_equals_finite_differences(network: str, on: str) -> None:
         task = functional_call(made, at, batch())
         return task.global_crops.sum() + task.local_crops.sum() + made.regularizer(task)
 
-    live = params.leaves(phi)
-    grads = dict(zip(live, torch.autograd.grad(total(live), list(live.values())), strict=True))
-    generator = Generator().manual_seed(1)
-    for _ in range(3):
-        direction = {name: torch.randn(p.shape, dtype=p.dtype, generator=generator) for name, p in phi.items()}
-        slope = (total(params.add(phi, direction, 1e-6)) - total(params.add(phi, direction, -1e-6))) / 2e-6
-        torch.testing.assert_close(params.dot(grads, direction), slope, atol=1e-6, rtol=1e-6)
+    assert_gradient_is_that_of_differences(total, phi, atol=1e-6, num_directions=3)
 
 
 def test_masked_views_follow_the_formula() -> None:

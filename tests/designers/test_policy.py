@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from differences import assert_gradient_is_that_of_differences
 from scipy.stats import ks_2samp
 from torch import Generator, Tensor
 from torch.func import functional_call
@@ -192,13 +193,7 @@ def test_gradient_equals_finite_differences(instance_wise: bool) -> None:
         task = functional_call(made, at, batch())
         return (weight * task.global_crops).sum() + task.local_crops.square().sum() + made.regularizer(task)
 
-    live = params.leaves(phi)
-    grads = dict(zip(live, torch.autograd.grad(total(live), list(live.values())), strict=True))
-    generator = Generator().manual_seed(1)
-    for _ in range(3):
-        direction = {name: torch.randn(p.shape, dtype=p.dtype, generator=generator) for name, p in phi.items()}
-        slope = (total(params.add(phi, direction, 1e-7)) - total(params.add(phi, direction, -1e-7))) / 2e-7
-        torch.testing.assert_close(params.dot(grads, direction), slope, atol=0, rtol=1e-5)
+    assert_gradient_is_that_of_differences(total, phi, step=1e-7, rtol=1e-5, num_directions=3)
 
 
 def test_settings_are_read_off_each_image_alone() -> None:

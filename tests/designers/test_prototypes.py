@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 import torch
+from differences import assert_gradient_is_that_of_differences
 from torch import Generator, Tensor, nn
 from torch.func import functional_call
 
@@ -113,12 +114,7 @@ def test_every_parameter_is_reached_and_the_gradient_is_that_of_differences() ->
         task = functional_call(made, at, batch())
         return (reshape(teacher(), task) * weight).sum() + made.regularizer(task)
 
-    live = params.leaves(phi)
-    grads = dict(zip(live, torch.autograd.grad(total(live), list(live.values())), strict=True))
-    assert all(grad.abs().sum() > 0 for grad in grads.values())
-    direction = {name: torch.randn(p.shape, dtype=p.dtype, generator=Generator().manual_seed(1)) for name, p in phi.items()}
-    slope = (total(params.add(phi, direction, 1e-6)) - total(params.add(phi, direction, -1e-6))) / 2e-6
-    torch.testing.assert_close(params.dot(grads, direction), slope, atol=0, rtol=1e-6)
+    assert_gradient_is_that_of_differences(total, phi)
 
 
 def test_gates_and_scores_stay_within_bounds() -> None:
@@ -190,12 +186,7 @@ def test_every_parameter_of_patch_targets_is_reached_and_the_gradient_is_that_of
         task = functional_call(made, at, batch())
         return (reshape(teacher(), task) * weight).sum() + (reshape_patches(patch_teacher(task), task) * weight).sum()
 
-    live = params.leaves(phi)
-    grads = dict(zip(live, torch.autograd.grad(total(live), list(live.values())), strict=True))
-    assert all(grad.abs().sum() > 0 for grad in grads.values())
-    direction = {name: torch.randn(p.shape, dtype=p.dtype, generator=Generator().manual_seed(1)) for name, p in phi.items()}
-    slope = (total(params.add(phi, direction, 1e-6)) - total(params.add(phi, direction, -1e-6))) / 2e-6
-    torch.testing.assert_close(params.dot(grads, direction), slope, atol=0, rtol=1e-6)
+    assert_gradient_is_that_of_differences(total, phi)
 
 
 def test_random_patch_targets_stay_within_bounds() -> None:

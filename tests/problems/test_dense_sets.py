@@ -10,8 +10,9 @@ from hydra import compose, initialize_config_module
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
+from training import adam, train
 
-from metavpt import Budget, Checkpoints, Learned, OneStep, RunLog, Trainer, params
+from metavpt import Learned, OneStep, params
 from metavpt.metrics import sign
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -107,23 +108,18 @@ def test_sets_and_feedbacks_must_have_the_same_names(make):
         make("dino_dense", "~feedback.ade20k")
 
 
-def train(problem, folder, steps, resume=False):
-    strategy = Learned(OneStep(), lambda p: torch.optim.Adam(p, lr=1e-2), meta_every=1)
-    trainer = Trainer(problem, strategy, Budget(steps=steps), RunLog(folder), Checkpoints(folder / "checkpoints"), checkpoint_every=1)
-    if resume:
-        trainer.resume()
-    trainer.run()
-    return trainer
+def strategy():
+    return Learned(OneStep(), adam, meta_every=1)
 
 
 def test_two_sets_train_and_resume_exactly_with_what_probes_remember(make, tmp_path):
     """cka/step0 goes on from the features of step 0, not from those of the checkpoint."""
     probes = {"spectrum": shipped("spectrum", num_images=12)}
     whole = make("dino_dense", probes=probes)
-    ended = train(whole, tmp_path / "whole", 3)
-    train(make("dino_dense", probes=probes), tmp_path / "parts", 3)
+    ended = train(tmp_path / "whole", whole, strategy(), steps=3)
+    train(tmp_path / "parts", make("dino_dense", probes=probes), strategy(), steps=3)
     sorted((tmp_path / "parts" / "checkpoints").glob("*.pt"))[-1].unlink()  # as if killed after step 2
-    resumed = train(make("dino_dense", probes=probes), tmp_path / "parts", 3, resume=True)
+    resumed = train(tmp_path / "parts", make("dino_dense", probes=probes), strategy(), steps=3, resume=True)
     assert resumed.metrics == ended.metrics
     assert 0 < resumed.metrics["cka/step0"] < 1 - 1e-6
     assert all(torch.equal(p, q) for p, q in zip(whole.learner.parameters(), resumed.problem.learner.parameters(), strict=True))

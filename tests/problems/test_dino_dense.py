@@ -5,12 +5,13 @@ import json
 
 import pytest
 import torch
+from differences import relative
 from hydra import compose, initialize_config_module
 from hydra.utils import instantiate
+from small_dino import SMALL, UNET
+from training import adam, assert_identical, train, weights
 
 from metavpt import (
-    Budget,
-    Checkpoints,
     Cosine,
     DifferenceProduct,
     Dot,
@@ -19,8 +20,6 @@ from metavpt import (
     Implicit,
     Learned,
     OneStep,
-    RunLog,
-    Trainer,
     Unrolled,
     params,
 )
@@ -28,16 +27,8 @@ from metavpt.controls import Adversarial, Direct, Hardest, RandomFeedback, Unifo
 from metavpt.greedy import Greedy, GreedySelection
 from metavpt.strategies import inner_loss
 
-SMALL = [
-    "problem=dino_nyuv2", "backbone.tail_blocks=1", "backbone.embed_dim=24", "backbone.depth=2", "backbone.num_heads=2",
-    "recipe.global_size=16", "recipe.local_size=8", "recipe.num_local=2",
-    "data.rooms={num_frames: 40, size: [32, 48], seed: 0, folder: null}",
-    "data.num_train=16", "data.num_meta=8", "problem.feature_size=[16, 24]",
-    "problem.num_prototypes=32", "problem.head_hidden=16", "problem.head_bottleneck=8", "problem.batch_size=4",
-    "problem.meta_batch_size=4", "problem.feedback_batch_size=4", "problem.head_steps=1", "problem.first_head_steps=2",
-]  # fmt: skip
 NETWORKS = {
-    "unet": ["designer=unet", "designer.network.base=4", "designer.network.depth=1"],
+    "unet": UNET,
     "dit": ["designer=dit", "designer.network.patch_size=4", "designer.network.width=8", "designer.network.depth=1"],
 }
 
@@ -55,29 +46,6 @@ def make(tmp_path_factory):
         return instantiate(cfg.problem, _convert_="all")
 
     return fresh
-
-
-def adam(parameters, lr=1e-2):
-    return torch.optim.Adam(parameters, lr=lr)
-
-
-def train(folder, problem, strategy, steps=6, resume=False, seed=0):
-    checkpoints = Checkpoints(folder / "checkpoints")
-    trainer = Trainer(problem, strategy, Budget(steps=steps), RunLog(folder), checkpoints, seed=seed, log_every=1, checkpoint_every=1)
-    if resume:
-        trainer.resume()
-    trainer.run()
-    return trainer
-
-
-def weights(problem):
-    parts = {name: getattr(problem, name).state_dict() for name in ("learner", "teacher", "designer")}
-    return {f"{part}.{name}": value for part, state in parts.items() for name, value in state.items()}
-
-
-def assert_identical(a, b):
-    assert a.keys() == b.keys()
-    assert [name for name in a if not torch.equal(a[name], b[name])] == []
 
 
 def measured(folder):
@@ -133,10 +101,6 @@ def test_exact_and_difference_products_are_finite_differences_in_phi(make, netwo
         assert (ahead - behind) / (2 * step) != pytest.approx(slope, rel=1e-6)
 
 
-def relative(a, b):
-    return float(params.norm(params.add(a, b, alpha=-1.0)) / params.norm(b))
-
-
 def test_cosine_exact_equals_difference_in_float64(make):
     problem = in_float64(make())
     batch = next(iter(problem.meta_batches(1)))
@@ -157,8 +121,8 @@ def test_cosine_exact_equals_difference_in_float64(make):
 def test_learned_with_designer_lr_0_is_fixed_bit_for_bit(make, tmp_path, estimator):
     """The designer starts as the recipe, so the whole run is the same, masks or no masks."""
     fixed, learned = make(), make()
-    train(tmp_path / "fixed", fixed, Fixed())
-    train(tmp_path / "learned", learned, Learned(estimator, lambda p: adam(p, lr=0.0), meta_every=2))
+    train(tmp_path / "fixed", fixed, Fixed(), steps=6)
+    train(tmp_path / "learned", learned, Learned(estimator, lambda p: adam(p, lr=0.0), meta_every=2), steps=6)
     assert_identical(weights(fixed), weights(learned))
 
 

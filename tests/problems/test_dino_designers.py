@@ -2,10 +2,13 @@
 
 import pytest
 import torch
+from differences import assert_products_are_differences, relative
 from hydra import compose, initialize_config_module
 from hydra.utils import instantiate
+from small_dino import ENCODER, SMALL
+from training import adam, train
 
-from metavpt import Budget, Cosine, DifferenceProduct, Dot, ExactProduct, Fixed, Learned, OneStep, RunLog, Trainer, params
+from metavpt import Cosine, ExactProduct, Fixed, Learned, OneStep, params
 from metavpt.controls import Uniform
 from metavpt.errors import MetaVPTError
 from metavpt.greedy import Greedy, GreedySelection
@@ -13,15 +16,6 @@ from metavpt.linear_product import ForwardMode, LinearProduct
 from metavpt.strategies import inner_loss
 from metavpt.tilt import Tilt
 
-SMALL = [
-    "problem=dino_nyuv2", "backbone.tail_blocks=1", "backbone.embed_dim=24", "backbone.depth=2", "backbone.num_heads=2",
-    "recipe.global_size=16", "recipe.local_size=8", "recipe.num_local=2",
-    "data.rooms={num_frames: 40, size: [32, 48], seed: 0, folder: null}",
-    "data.num_train=16", "data.num_meta=8", "problem.feature_size=[16, 24]",
-    "problem.num_prototypes=32", "problem.head_hidden=16", "problem.head_bottleneck=8", "problem.batch_size=4",
-    "problem.meta_batch_size=4", "problem.feedback_batch_size=4", "problem.head_steps=1", "problem.first_head_steps=2",
-]  # fmt: skip
-ENCODER = ["designer.encoder.width=8", "designer.encoder.depth=2", "designer.encoder.size=8"]
 PATCHES = ["objective=dinov2", "+backbone.patch_size=4", "recipe.hidden_prob=1.0", "recipe.hidden_share=[0.3,0.5]"]
 DESIGNERS = {
     "policy": ["designer=policy", *ENCODER],
@@ -82,16 +76,6 @@ def scene(problem, double=True):
     return theta, aligned, batch._replace(images=batch.images.double() / 255) if double else batch
 
 
-def train(problem, strategy, folder, num_steps):
-    trainer = Trainer(problem, strategy, Budget(steps=num_steps), RunLog(folder))
-    for _ in range(num_steps):
-        trainer.step()
-
-
-def relative(a, b):
-    return float(params.norm(params.add(a, b, alpha=-1.0)) / params.norm(b))
-
-
 @all_designers
 def test_exact_and_difference_products_are_finite_differences_in_phi(make, name):
     """The teacher's part is credited: finite differences in phi see it as well."""
@@ -99,20 +83,11 @@ def test_exact_and_difference_products_are_finite_differences_in_phi(make, name)
     theta, aligned, batch = scene(problem)
     labelled = next(iter(problem.feedback_batches(2)))
     phi = params.detach(params.named(problem.designer))
-    inner = inner_loss(problem, theta, batch)
 
     def outer(theta_s):
         return problem.feedback_loss({**theta, **theta_s}, labelled)
 
-    exact = OneStep(Dot(), ExactProduct())([inner], outer, aligned, phi)
-    difference = OneStep(Dot(), DifferenceProduct())([inner], outer, aligned, phi)
-    assert relative(difference.by_phi, exact.by_phi) < 1e-6
-    assert [key for key, grad in exact.by_phi.items() if not grad.any()] == []
-    step, generator = 1e-6, torch.Generator().manual_seed(3)
-    direction = params.zip_with(lambda p: torch.randn(p.shape, generator=generator, dtype=p.dtype), phi)
-    estimator = OneStep(Dot(), ExactProduct())
-    ahead, behind = (estimator([inner], outer, aligned, params.add(phi, direction, alpha=s)).value for s in (step, -step))
-    assert (ahead - behind) / (2 * step) == pytest.approx(-float(params.dot(exact.by_phi, direction)), rel=1e-6)
+    assert_products_are_differences(inner_loss(problem, theta, batch), outer, aligned, phi)
 
 
 @all_designers
@@ -132,7 +107,7 @@ def test_learned_with_designer_lr_0_is_fixed_bit_for_bit(make, tmp_path, name):
     problems = make(name), make(name)
     frozen = Learned(OneStep(Cosine()), lambda parameters: torch.optim.Adam(parameters, lr=0.0), meta_every=2)
     for problem, strategy, folder in zip(problems, (Fixed(), frozen), ("fixed", "learned"), strict=True):
-        train(problem, strategy, tmp_path / folder, 3)
+        train(tmp_path / folder, problem, strategy, steps=3)
     fixed, learned = ({**problem.learner.state_dict(), **problem.teacher.state_dict()} for problem in problems)
     assert [key for key in fixed if not torch.equal(fixed[key], learned[key])] == []
 
@@ -141,7 +116,7 @@ def test_learned_with_designer_lr_0_is_fixed_bit_for_bit(make, tmp_path, name):
 def test_a_learned_designer_leaves_the_recipe(make, tmp_path, name):
     problem = make(name)
     before = params.clone(params.named(problem.designer))
-    train(problem, Learned(OneStep(Cosine()), lambda p: torch.optim.Adam(p, lr=1e-2), meta_every=1), tmp_path, 3)
+    train(tmp_path, problem, Learned(OneStep(Cosine()), adam, meta_every=1), steps=3)
     after = params.named(problem.designer)
     assert params.is_finite(after)
     assert all(not torch.equal(before[key], after[key]) for key in before if not key.endswith("bias"))
@@ -151,7 +126,7 @@ def test_a_learned_designer_leaves_the_recipe(make, tmp_path, name):
 @all_designers
 def test_controls_draw_from_the_designers_space(make, tmp_path, name, strategy):
     problem = make(name)
-    train(problem, strategy(), tmp_path, 2)
+    train(tmp_path, problem, strategy(), steps=2)
     assert params.is_finite(params.named(problem.learner))
 
 
@@ -288,7 +263,7 @@ def test_the_tilt_is_a_strategy_of_the_main_problem_with_no_designer(make, tmp_p
     runs = {}
     for name, strategy in {"fixed": Fixed(), "shut": Tilt(gate=0.0, num_candidates=8), "open": Tilt(gate=1.0, num_candidates=8)}.items():
         problem = make("prototypes", "problem.targets=sinkhorn")
-        train(problem, strategy, tmp_path / name, 2)
+        train(tmp_path / name, problem, strategy, steps=2)
         runs[name] = params.detach(params.named(problem.learner))
     assert all(torch.equal(runs["fixed"][name], p) for name, p in runs["shut"].items())
     assert relative(runs["open"], runs["fixed"]) > 0

@@ -4,15 +4,15 @@ import copy
 
 import pytest
 import torch
+from differences import assert_products_are_differences
 from hydra import compose, initialize_config_module
 from hydra.utils import instantiate
+from small_dino import ENCODER, SMALL, UNET
 
 from metavpt import (
     Budget,
     Checkpoints,
     Cosine,
-    DifferenceProduct,
-    Dot,
     ExactProduct,
     Fixed,
     Learned,
@@ -29,17 +29,7 @@ from metavpt.objectives.ibot import ibot_loss
 from metavpt.objectives.koleo import koleo_loss
 from metavpt.strategies import inner_loss
 
-SMALL = [
-    "problem=dino_nyuv2", "backbone.tail_blocks=1", "backbone.embed_dim=24", "backbone.depth=2", "backbone.num_heads=2",
-    "+backbone.patch_size=4", "recipe.global_size=16", "recipe.local_size=8", "recipe.num_local=2",
-    "recipe.hidden_prob=0.8", "recipe.hidden_share=[0.2,0.5]",
-    "data.rooms={num_frames: 40, size: [32, 48], seed: 0, folder: null}",
-    "data.num_train=16", "data.num_meta=8", "problem.feature_size=[16, 24]",
-    "problem.num_prototypes=32", "problem.head_hidden=16", "problem.head_bottleneck=8", "problem.batch_size=4",
-    "problem.meta_batch_size=4", "problem.feedback_batch_size=4", "problem.head_steps=1", "problem.first_head_steps=2",
-]  # fmt: skip
-ENCODER = ["designer.encoder.width=8", "designer.encoder.depth=2", "designer.encoder.size=8"]
-UNET = ["designer=unet", "designer.network.base=4", "designer.network.depth=1"]
+PATCHES = ["+backbone.patch_size=4", "recipe.hidden_prob=0.8", "recipe.hidden_share=[0.2,0.5]"]
 OBJECTIVES = {
     "dino": ["objective=dino"],
     "ibot": ["objective=dino", "problem.terms.dino=0", "problem.terms.ibot=2.0", "problem.targets=sinkhorn"],
@@ -62,7 +52,7 @@ def make(tmp_path_factory):
     def fresh(name, *overrides):
         designer = [] if any(override.startswith("designer=") for override in overrides) else UNET
         with initialize_config_module("metavpt.configs", version_base="1.3"):
-            cfg = compose("run", [*SMALL, *designer, *OBJECTIVES[name], f"data.rooms.folder={folder}", *overrides])
+            cfg = compose("run", [*SMALL, *PATCHES, *designer, *OBJECTIVES[name], f"data.rooms.folder={folder}", *overrides])
         torch.manual_seed(0)
         problem = instantiate(cfg.problem, _convert_="all")
         disturb(problem.learner, 0.05)
@@ -96,10 +86,6 @@ def scene(problem, double=True):
     aligned = {name: theta[name] for name in problem.aligned_parameters()}
     batch = next(iter(problem.meta_batches(1)))
     return theta, aligned, batch._replace(images=batch.images.double() / 255) if double else batch
-
-
-def relative(a, b):
-    return float(params.norm(params.add(a, b, alpha=-1.0)) / params.norm(b))
 
 
 def by_modules(problem, task):
@@ -161,18 +147,6 @@ def test_exact_and_difference_products_are_finite_differences_in_phi(make, name)
         return problem.feedback_loss({**theta, **theta_s}, labelled)
 
     assert_products_are_differences(inner, outer, aligned, phi)
-
-
-def assert_products_are_differences(inner, outer, aligned, phi):
-    exact = OneStep(Dot(), ExactProduct())([inner], outer, aligned, phi)
-    difference = OneStep(Dot(), DifferenceProduct())([inner], outer, aligned, phi)
-    assert relative(difference.by_phi, exact.by_phi) < 1e-6
-    assert [key for key, grad in exact.by_phi.items() if not grad.any()] == []
-    step, generator = 1e-6, torch.Generator().manual_seed(3)
-    direction = params.zip_with(lambda p: torch.randn(p.shape, generator=generator, dtype=p.dtype), phi)
-    estimator = OneStep(Dot(), ExactProduct())
-    ahead, behind = (estimator([inner], outer, aligned, params.add(phi, direction, alpha=s)).value for s in (step, -step))
-    assert (ahead - behind) / (2 * step) == pytest.approx(-float(params.dot(exact.by_phi, direction)), rel=1e-6)
 
 
 @all_objectives

@@ -7,8 +7,10 @@ import pytest
 import torch
 from hydra import compose, initialize_config_module
 from hydra.utils import instantiate
+from small_language import SMALL
+from training import adam, assert_identical, train, weights
 
-from metavpt import Budget, Checkpoints, Dot, ExactProduct, Fixed, Learned, OneStep, RunLog, Trainer, params
+from metavpt import Dot, ExactProduct, Fixed, Learned, OneStep, params
 from metavpt.checks.modes import Float64
 from metavpt.combination import DomainMatched
 from metavpt.errors import MetaVPTError
@@ -17,16 +19,6 @@ from metavpt.objectives.target_task import Tilted
 from metavpt.products import DifferenceProduct
 from metavpt.strategies import inner_loss
 
-SUMS = "{min_terms: 2, max_terms: 2, min_digits: 1, max_digits: 1}"
-SMALL = [
-    "problem=lm_gsm8k", "learner.vocab_size=270", "learner.tail_layers=1", "learner.hidden_size=16", "learner.intermediate_size=24",
-    "learner.num_hidden_layers=2", "learner.num_attention_heads=2", "designer.width=8", "designer.num_layers=1", "designer.num_heads=2",
-    "designer.num_candidates=6", f"data.stream.sums.documents.kinds.chain_sum={SUMS}",
-    f"+data.stream.stories.documents.kinds.chain_sum={SUMS}", "~data.stream.stories.documents.kinds.gsm_symbolic",
-    "data.feedback.math.limit=10", "data.test.answers.limit=4", "data.general.stories.limit=3",
-    "data.num_feedback=6", "data.num_held_out=4", "data.num_test=4", "data.num_general=3", "problem.generator.max_new_tokens=4",
-    "problem.length=64", "problem.batch_size=2", "problem.meta_batch_size=2", "problem.feedback_batch_size=3",
-]  # fmt: skip
 TWO_DOMAINS = [
     "+data.stream.stories.domain=other",
     "+data.feedback.other=${data.feedback.math}",
@@ -49,25 +41,6 @@ def make(tmp_path_factory):
 def composed(*overrides):
     with initialize_config_module("metavpt.configs", version_base="1.3"):
         return compose("run", [*SMALL, *overrides])
-
-
-def train(folder, problem, strategy, steps=4, resume=False):
-    checkpoints = Checkpoints(folder / "checkpoints")
-    trainer = Trainer(problem, strategy, Budget(steps=steps), RunLog(folder), checkpoints, log_every=1, checkpoint_every=1)
-    if resume:
-        trainer.resume()
-    trainer.run()
-    return trainer
-
-
-def weights(problem):
-    parts = {name: getattr(problem, name).state_dict() for name in ("learner", "designer")}
-    return {f"{part}.{name}": value.clone() for part, state in parts.items() for name, value in state.items()}
-
-
-def assert_identical(a, b):
-    assert a.keys() == b.keys()
-    assert [name for name in a if not torch.equal(a[name], b[name])] == []
 
 
 def in_float64(problem):
@@ -132,8 +105,8 @@ def test_the_tail_is_the_loss_and_the_mean_over_its_samples_tokens(make):
 
 def test_learned_with_designer_lr_0_is_fixed_bit_for_bit(make, tmp_path):
     fixed, learned = make(), make()
-    train(tmp_path / "fixed", fixed, Fixed())
-    train(tmp_path / "learned", learned, Learned(OneStep(), lambda p: torch.optim.Adam(p, lr=0.0), meta_every=2))
+    train(tmp_path / "fixed", fixed, Fixed(), steps=4)
+    train(tmp_path / "learned", learned, Learned(OneStep(), lambda p: adam(p, lr=0.0), meta_every=2), steps=4)
     assert_identical(weights(fixed), weights(learned))
 
 
@@ -170,11 +143,11 @@ def test_every_strategy_runs_and_resumes_exactly(make, tmp_path, name):
         return instantiate(cfg, _convert_="all")
 
     whole = make()
-    train(tmp_path, whole, strategy())
+    train(tmp_path, whole, strategy(), steps=4)
     log = measured(tmp_path)
     sorted((tmp_path / "checkpoints").glob("*.pt"))[-1].unlink()  # as if killed after step 3
     resumed = make()
-    train(tmp_path, resumed, strategy(), resume=True)
+    train(tmp_path, resumed, strategy(), steps=4, resume=True)
     assert_identical(weights(whole), weights(resumed))
     assert measured(tmp_path) == log
 
@@ -266,7 +239,7 @@ def test_bad_input_is_one_clear_error(make, overrides, message):
 def test_more_candidates_than_tokens_are_an_error_for_tilt_too(make, tmp_path):
     strategy = instantiate(composed("strategy=tilt", "strategy.num_candidates=1000").strategy)
     with pytest.raises(MetaVPTError, match="num_candidates=1000: choose from 1 to"):
-        train(tmp_path, make(), strategy)
+        train(tmp_path, make(), strategy, steps=4)
 
 
 def test_a_copy_of_the_problem_trains_alike(make, tmp_path):

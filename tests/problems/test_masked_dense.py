@@ -4,12 +4,12 @@ import copy
 
 import pytest
 import torch
+from differences import relative
 from hydra import compose, initialize_config_module
 from hydra.utils import instantiate
+from training import adam, assert_identical, train, weights
 
 from metavpt import (
-    Budget,
-    Checkpoints,
     Cosine,
     DifferenceProduct,
     Dot,
@@ -19,8 +19,6 @@ from metavpt import (
     Learned,
     MetaVPTError,
     OneStep,
-    RunLog,
-    Trainer,
     Unrolled,
     params,
 )
@@ -56,33 +54,6 @@ def make(tmp_path_factory):
         return instantiate(cfg.problem, _convert_="all")
 
     return fresh
-
-
-def adam(parameters, lr=1e-2):
-    return torch.optim.Adam(parameters, lr=lr)
-
-
-def train(folder, problem, strategy, steps, resume=False):
-    checkpoints = Checkpoints(folder / "checkpoints")
-    trainer = Trainer(problem, strategy, Budget(steps=steps), RunLog(folder), checkpoints, log_every=1, checkpoint_every=1)
-    if resume:
-        trainer.resume()
-    trainer.run()
-    return trainer
-
-
-def weights(problem):
-    parts = {name: getattr(problem, name).state_dict() for name in ("learner", "teacher", "designer") if hasattr(problem, name)}
-    return {f"{part}.{name}": value for part, state in parts.items() for name, value in state.items()}
-
-
-def assert_identical(a, b):
-    assert a.keys() == b.keys()
-    assert [name for name in a if not torch.equal(a[name], b[name])] == []
-
-
-def relative(a, b):
-    return float(params.norm(params.add(a, b, alpha=-1.0)) / params.norm(b))
 
 
 class Doubled(torch.nn.Module):
