@@ -17,11 +17,15 @@ class Candidate(NamedTuple):
 
 
 class Token(NamedTuple):
-    """`gate` is the share of its target that other tokens have, None where it is no target; `candidates` hold the largest shares."""
+    """`gate` is the share of its target that other tokens have, None where it is no target; `candidates` hold the largest shares.
+
+    `weight` is how much it counts in the loss, 1 on average, where that was chosen.
+    """
 
     text: str
     gate: float | None = None
     candidates: list[Candidate] = []  # noqa: RUF012 - never written to
+    weight: float | None = None
 
 
 class Texts(NamedTuple):
@@ -34,7 +38,7 @@ class Texts(NamedTuple):
     def parse(cls, state: Mapping[str, Any]) -> "Texts":
         """From what JSON made of `_asdict()`: lists for tuples."""
         passages = [
-            [Token(text, gate, [Candidate(*candidate) for candidate in candidates]) for text, gate, candidates in passage]
+            [Token(text, gate, [Candidate(*candidate) for candidate in candidates], *rest) for text, gate, candidates, *rest in passage]
             for passage in state["passages"]
         ]
         return cls(passages, [Answer(*answer) for answer in state["answers"]])

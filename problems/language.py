@@ -110,7 +110,7 @@ class LanguageProblem(Problem):
     def texts(self) -> Texts:
         """The last task's targets, where there was a choice, and the answers of the last `evaluate`."""
         task, tokenizer = self.last_task, self.data.encoder.tokenizer
-        shown = passages(self.learner, tokenizer, task) if task is not None and task.targets.num_candidates > 1 else []
+        shown = passages(self.learner, tokenizer, task) if task is not None and not isinstance(task.targets, OneHot) else []
         return Texts(shown, [answer for probe in self.answers.values() for answer in probe.answers])
 
     def _in_order(self, corpus: Corpus) -> Callable[[], Iterable[TokenBatch]]:

@@ -1,4 +1,4 @@
-"""Tokens of a batch with the targets that were chosen for them."""
+"""Tokens of a batch with the targets, or the weights, that were chosen for them."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -22,7 +22,8 @@ def passages(learner: LanguageModel, tokenizer: Any, task: TargetTask, num_rows:
     number = predicted.flatten().cumsum(0).view_as(predicted) - 1  # of a predicted token among all of them
     shares, order = tail.targets.sort(dim=1, descending=True)
     candidates = tail.candidates.gather(1, order)[:, :NUM_CANDIDATES]
-    gates = 1 - tail.targets[:, 0]
+    weights = None if task.targets.sums_to_one else tail.targets[:, 0].tolist()
+    gates = (1 - tail.targets[:, 0]).tolist()
 
     def row(b: int) -> Iterator[Token]:
         for t, token in enumerate(task.batch.tokens[b].tolist()):
@@ -31,10 +32,11 @@ def passages(learner: LanguageModel, tokenizer: Any, task: TargetTask, num_rows:
             if not predicted[b, t]:
                 yield Token(tokenizer.decode([token]))
                 continue
-            n = int(number[b, t])
+            n, text = int(number[b, t]), tokenizer.decode([token])
+            if weights is not None:
+                yield Token(text, 0.0, weight=round(weights[n], 4))
+                continue
             best = zip(candidates[n].tolist(), shares[n].tolist(), strict=False)
-            yield Token(
-                tokenizer.decode([token]), float(gates[n]), [Candidate(tokenizer.decode([c]), round(q, 4)) for c, q in best if q > 0]
-            )
+            yield Token(text, gates[n], [Candidate(tokenizer.decode([c]), round(q, 4)) for c, q in best if q > 0])
 
     return [list(row(b)) for b in range(min(num_rows, len(task.batch.tokens)))]

@@ -22,6 +22,11 @@ class TextPage(NamedTuple):
     passages: list[list[Token]]
     step: int | None
 
+    @property
+    def weighted(self) -> bool:
+        """Whether tokens differ in how much they count, and not in their targets."""
+        return any(token.weight is not None for passage in self.passages for token in passage)
+
 
 def read_texts(folder: Path) -> TextPage:
     """texts/step<N>.json of a run; a file that a killed run left half written is passed over."""

@@ -7,18 +7,21 @@ import pytest
 import torch
 from hydra import compose, initialize_config_module
 from hydra.utils import instantiate
-from small_language import SMALL
+from small_language import SMALL, TARGETS
 from training import adam, assert_identical, train, weights
 
-from metavpt import Dot, ExactProduct, Fixed, Learned, OneStep, params
+from metavpt import Cosine, Dot, ExactProduct, Fixed, Learned, OneStep, params
 from metavpt.checks.modes import Float64
 from metavpt.combination import DomainMatched
+from metavpt.controls import Uniform
 from metavpt.errors import MetaVPTError
+from metavpt.greedy import Greedy
 from metavpt.linear_product import LinearProduct
 from metavpt.objectives.target_task import Tilted
 from metavpt.products import DifferenceProduct
 from metavpt.strategies import inner_loss
 
+WEIGHTS = ["designer=token_weights"]
 TWO_DOMAINS = [
     "+data.stream.stories.domain=other",
     "+data.feedback.other=${data.feedback.math}",
@@ -40,7 +43,8 @@ def make(tmp_path_factory):
 
 def composed(*overrides):
     with initialize_config_module("metavpt.configs", version_base="1.3"):
-        return compose("run", [*SMALL, *overrides])
+        designer = [] if "designer=token_weights" in overrides else TARGETS
+        return compose("run", [*SMALL, *designer, *overrides])
 
 
 def in_float64(problem):
@@ -220,6 +224,27 @@ def test_texts_show_answers_and_the_targets_of_the_last_task(make):
     for token, q in zip(chosen, targets, strict=False):
         assert token.gate == pytest.approx(1 - float(q[0]))
         assert token.candidates[0].share == pytest.approx(float(q.max()), abs=1e-4)
+
+
+def test_texts_show_the_weights_of_the_last_task(make):
+    problem = make(*WEIGHTS)
+    with torch.no_grad():
+        torch.nn.init.normal_(problem.designer.head.weight, generator=torch.Generator().manual_seed(0))
+        task = problem.designer(next(iter(problem.pretrain_batches(0))))
+    problem.after_step(task, 0.5)
+    chosen = [token for token in problem.texts().passages[0] if token.gate is not None]
+    weights = task.targets.weights[0][task.batch.loss_mask[0]]
+    assert [token.weight for token in chosen] == pytest.approx(weights.tolist(), abs=1e-4)
+    assert not any(token.candidates for token in chosen)
+
+
+@pytest.mark.parametrize("strategy", [Uniform, lambda: Greedy(2, refresh_every=1), lambda: Learned(OneStep(Cosine()), adam, meta_every=1)])
+def test_strategies_choose_weights_of_tokens(make, tmp_path, strategy):
+    problem = make(*WEIGHTS)
+    train(tmp_path, problem, strategy(), steps=3)
+    weights = problem.last_task.targets.weights[problem.last_task.batch.loss_mask]
+    assert float(weights.mean()) == pytest.approx(1.0, abs=1e-5)
+    assert float(weights.std()) > 0
 
 
 BAD = {

@@ -48,6 +48,20 @@ def test_the_page_shows_answers_before_and_after_and_the_last_targets(tmp_path: 
     assert "script" not in page.tags
 
 
+def test_the_page_shows_how_much_each_token_counts(tmp_path: Path) -> None:
+    log = RunLog(tmp_path)
+    log.write("probe", 0, metrics={"answers/nll": 1.0})
+    passage = [Token("Question:"), Token(" 7", 0.0, weight=1.5), Token(HOSTILE, 0.0, weight=9.0)]
+    log.save_texts(40, Texts([passage], []))
+    assert read_texts(tmp_path / "texts").passages == [passage]
+    html = report.write_report(tmp_path).read_text()
+    page = Page(html)
+    for text in ("How much each token counted", "counts 1.50 times", "counts 9.00 times", HOSTILE):
+        assert text in page.text, text
+    assert "trained to predict" not in page.text
+    assert [value for name, value in page.attributes if name == "style" and "gate" in str(value)] == ["--gate: 0.500", "--gate: 1.000"]
+
+
 def test_the_page_needs_no_network_and_runs_nothing(tmp_path: Path) -> None:
     written(tmp_path)
     log = RunLog(tmp_path)
