@@ -82,15 +82,25 @@ class Rows(ABC, Generic[Item]):
 
     on_error   "raise": the first row that cannot be read is an error that names its file and line; "skip": it is left out, and
                `skipped` tells which rows were and why
-    limit      at most so many items
+    start      items that are passed over, so that one file can serve two purposes
+    limit      at most so many items after them
     """
 
-    def __init__(self, name: str, convert: Callable[[Mapping[str, Any], str], Item], on_error: str = "raise", limit: int | None = None):
+    def __init__(
+        self,
+        name: str,
+        convert: Callable[[Mapping[str, Any], str], Item],
+        on_error: str = "raise",
+        limit: int | None = None,
+        start: int = 0,
+    ) -> None:
         if on_error not in ("raise", "skip"):
             raise MetaVPTError(f"{name}: on_error={on_error!r} must be 'raise' or 'skip'")
         if limit is not None and limit < 1:
             raise MetaVPTError(f"{name}: limit={limit} must be 1 or more; leave it out to read everything")
-        self.name, self.convert, self.on_error, self.limit = name, convert, on_error, limit
+        if start < 0:
+            raise MetaVPTError(f"{name}: start={start} must not be negative")
+        self.name, self.convert, self.on_error, self.limit, self.start = name, convert, on_error, limit, start
         self.skipped: dict[str, str] = {}
 
     def __iter__(self) -> Iterator[Item]:
@@ -103,12 +113,15 @@ class Rows(ABC, Generic[Item]):
                     raise MetaVPTError(f"{where}: {reason}; repair the row, or set on_error=skip to leave such rows out") from None
                 self.skipped[where] = str(reason)
                 continue
-            yield item
             count += 1
-            if count == self.limit:
+            if count <= self.start:
+                continue
+            yield item
+            if self.limit is not None and count == self.start + self.limit:
                 return
-        if count == 0:
-            raise MetaVPTError(f"{self.name}: the stream is empty ({len(self.skipped)} rows were skipped); name a source with rows")
+        if count <= self.start:
+            left_out = f"{len(self.skipped)} rows were skipped" + (f", {count} come before start={self.start}" if self.start else "")
+            raise MetaVPTError(f"{self.name}: the stream is empty ({left_out}); name a source with rows")
 
     @abstractmethod
     def _raw_rows(self) -> Iterator[tuple[str, Any]]:

@@ -128,6 +128,12 @@ def test_empty_streams_and_options(tmp_path: Path):
         open_documents(path, limit=0)
     good = write_rows(tmp_path / "good.jsonl", *({"text": str(k)} for k in range(9)))
     assert len(list(open_documents(good, limit=4))) == 4
+    everything = list(open_documents(good))
+    assert list(open_documents(good, start=1, limit=2)) == everything[1:3]
+    with pytest.raises(MetaVPTError, match=rf"the stream is empty \(0 rows were skipped, {len(everything)} come before start=100\)"):
+        list(open_documents(good, start=100))
+    with pytest.raises(MetaVPTError, match="start=-1 must not be negative"):
+        open_documents(good, start=-1)
 
 
 def test_units_of_plain_text(tmp_path: Path):
