@@ -1,10 +1,10 @@
 """What a run may spend and what it has spent, in steps, samples, gradient evaluations and seconds."""
 
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
+from metavpt.clock import Clock, phase
 from metavpt.errors import MetaVPTError
 from metavpt.memory import PeakMemory
 
@@ -36,9 +36,13 @@ class Budget:
         self.steps = 0
         self.samples = 0
         self.grad_evals = 0
-        self.times: dict[str, float] = {}
+        self.clock = Clock()
         self.memory = PeakMemory()
-        self._clocks: list[list] = []
+
+    @property
+    def times(self) -> dict[str, float]:
+        """Seconds by purpose."""
+        return self.clock.seconds
 
     @property
     def seconds(self) -> float:
@@ -67,23 +71,8 @@ class Budget:
     @contextmanager
     def timed(self, purpose: str) -> Iterator[None]:
         """Count the seconds inside towards `purpose`; "probe" is kept apart from the time and the memory of training."""
-        now = time.perf_counter()
-        if self._clocks:
-            self._stop(now)
-        self._clocks.append([purpose, now])
-        try:
-            with self.memory.paused() if purpose in UNCOUNTED else nullcontext():
-                yield
-        finally:
-            now = time.perf_counter()
-            self._stop(now)
-            self._clocks.pop()
-            if self._clocks:
-                self._clocks[-1][1] = now
-
-    def _stop(self, now: float) -> None:
-        purpose, since = self._clocks[-1]
-        self.times[purpose] = self.times.get(purpose, 0.0) + now - since
+        with self.clock.timed(purpose), phase(purpose), self.memory.paused() if purpose in UNCOUNTED else nullcontext():
+            yield
 
     def state_dict(self) -> dict[str, Any]:
         counters = {"steps": self.steps, "samples": self.samples, "grad_evals": self.grad_evals}
@@ -91,4 +80,4 @@ class Budget:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.steps, self.samples, self.grad_evals = state["steps"], state["samples"], state["grad_evals"]
-        self.times, self.memory.earlier = dict(state["times"]), state["peak_memory"]
+        self.clock.seconds, self.memory.earlier = dict(state["times"]), state["peak_memory"]

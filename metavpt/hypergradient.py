@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from metavpt import params
+from metavpt.clock import phase
 from metavpt.curvature import Curvature, Hessian
 from metavpt.directions import Direction, Dot
 from metavpt.errors import MetaVPTError, NonFiniteError
@@ -163,7 +164,8 @@ class Implicit:
             products = [self.curvature(loss, theta, v, self.product) for loss in fixed]
             return params.scale(_sum(products), 1 / len(products))
 
-        solution = self.solve(hessian_product, g_down, damping=self.damping, x0=start)
+        with phase("solve"):
+            solution = self.solve(hessian_product, g_down, damping=self.damping, x0=start)
         total, value = params.zeros_like(phi), 0.0
         for inner in inner_losses:
             with torch.enable_grad():
@@ -176,6 +178,7 @@ class Implicit:
             "g_down_norm": float(params.norm(g_down)),
             "residual": solution.residual,
             "iterations": float(solution.num_iterations),
+            "curvature_products": float(num_products),
             "min_curvature": solution.min_curvature,
             "converged": float(solution.converged),
         }
@@ -268,6 +271,7 @@ class Unrolled:
         return update.rule, update.state
 
 
+@phase("g_down")
 def downstream(outer_loss: OuterLoss, theta: Params) -> tuple[float, Params]:
     """The feedback loss and its gradient g_down, detached; a non-finite one raises `NonFiniteError`."""
     loss, g_down = value_and_gradient(outer_loss, theta)

@@ -10,12 +10,14 @@ from torch.optim import Optimizer
 
 from metavpt import params
 from metavpt.budget import Budget
+from metavpt.clock import phase
 from metavpt.combination import Combination, Feedback, Pair, WeightedSum
 from metavpt.errors import MetaVPTError, NonFiniteError
 from metavpt.hypergradient import Estimator, Hypergradient, InnerLoss, OneStep, OuterLoss
 from metavpt.optimizers import from_torch
 from metavpt.params import Params
 from metavpt.problem import Problem
+from metavpt.products import Loss
 from metavpt.stream import Streams
 
 
@@ -130,6 +132,7 @@ class Learned:
         self._solutions = {name: estimate.solution for name, estimate in estimates.items()}
         return combined.mean(estimates), unlabelled[0]
 
+    @phase("product")
     def _estimate(self, name: str, pair: Pair, feedback: Feedback, optimizer: Optimizer) -> Hypergradient:
         problem, aligned = feedback.problem, feedback.aligned
         live = params.named(problem.learner)
@@ -146,6 +149,7 @@ class Learned:
         """What the estimator differentiates in place of `true`, theta_S -> feedback loss, at theta_S = `aligned`: for controls."""
         return true
 
+    @phase("phi")
     def _descend(self, problem: Problem, hypergradient: Hypergradient, batch: Any) -> float:
         phi = params.named(problem.designer)
         self.optimizer.zero_grad(set_to_none=True)
@@ -168,12 +172,19 @@ class Learned:
 
 def inner_loss(problem: Problem, theta: Params, batch: Any) -> InnerLoss:
     """phi -> (theta_S -> pretraining loss of the task that the designer with parameters phi makes of `batch`)."""
-    return lambda phi: problem.pretrain_tail(theta, functional_call(problem.designer, phi, (batch,)))
+
+    def at_phi(phi: Params) -> Loss:
+        with phase("task"):
+            task = functional_call(problem.designer, phi, (batch,))
+        return problem.pretrain_tail(theta, task)
+
+    return at_phi
 
 
 def feedback_on(problem: Problem, labelled: Any) -> Feedback:
     """The feedback of a labelled batch at the learner's theta, once the heads are fitted."""
-    problem.fit_heads()
+    with phase("heads"):
+        problem.fit_heads()
     theta = params.detach(params.named(problem.learner))
     return Feedback(problem, theta, {name: theta[name] for name in aligned_names(problem, theta)}, labelled)
 

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
+from metavpt.clock import phase
 from metavpt.errors import MetaVPTError
 
 
@@ -19,6 +20,7 @@ class Stream:
         self.position = 0
         self._batches: Iterator[Any] | None = None
 
+    @phase("data")
     def __next__(self) -> Any:
         if self._batches is None:
             self._batches = self._begin()

@@ -9,6 +9,7 @@ from torch.optim import Optimizer
 from metavpt import params
 from metavpt.budget import Budget
 from metavpt.checkpoint import Checkpoints
+from metavpt.clock import phase
 from metavpt.errors import MetaVPTError, NonFiniteError
 from metavpt.probes.first_order import Before, FirstOrderProbe
 from metavpt.problem import Problem
@@ -122,18 +123,22 @@ class Trainer:
         proposal = self.strategy.next_task(self.problem, self.streams, self.optimizer, self.budget)
         with self.budget.timed("learner"):
             theta = params.named(self.problem.learner)
-            loss = self.problem.pretrain_loss(theta, proposal.task)
-            if proposal.labelled_loss is not None:  # the control `direct` alone
-                loss = loss + proposal.labelled_loss(theta)
+            with phase("forward"):
+                loss = self.problem.pretrain_loss(theta, proposal.task)
+                if proposal.labelled_loss is not None:  # the control `direct` alone
+                    loss = loss + proposal.labelled_loss(theta)
             self.optimizer.zero_grad(set_to_none=True)
-            loss.backward()
+            with phase("backward"):
+                loss.backward()
             loss = loss.detach()
             grad_norm = torch.nn.utils.clip_grad_norm_(theta.values(), self.clip_norm)
             if torch.isfinite(grad_norm) and torch.isfinite(loss):
                 before = self._before_step()
-                self.optimizer.step()
+                with phase("optimizer"):
+                    self.optimizer.step()
                 self._after_step(before)
-                self.problem.after_step(proposal.task, self.budget.progress)
+                with phase("ema"):
+                    self.problem.after_step(proposal.task, self.budget.progress)
                 self.num_failures = 0
             else:
                 self._skip(float(loss), float(grad_norm))

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.func import functional_call
 
 from metavpt import params
+from metavpt.clock import phase
 from metavpt.curvature import ComposedLoss
 from metavpt.designers.designer import Designer
 from metavpt.designers.mixer import mix_terms
@@ -196,7 +197,7 @@ class DinoDense(DenseProblem):
 
     def _goals(self, task: Views) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """What the student is to answer, by term, as the designer wants it; and what gram anchors it to."""
-        with torch.set_grad_enabled(self.teacher_credit and torch.is_grad_enabled()):
+        with phase("teacher"), torch.set_grad_enabled(self.teacher_credit and torch.is_grad_enabled()):
             features = self._teacher_features(task)
             logits = self._teacher_logits(features, task)
             probs = {term: self._probs(of_term, self.center[CENTERS[term]]) for term, of_term in logits.items()}

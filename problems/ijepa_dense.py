@@ -5,6 +5,7 @@ from typing import Any, Literal
 
 from torch import Tensor
 
+from metavpt.clock import phase
 from metavpt.designers.patches import MaskedImages
 from metavpt.learners.predictor import Predictor
 from metavpt.learners.teacher import Teacher
@@ -34,6 +35,7 @@ class IJEPADense(MaskedDense):
         self.distance: Literal["l2", "smooth_l1"] = distance
         self.teacher_momentum = teacher_momentum
 
+    @phase("teacher")
     def patch_targets(self, images: Tensor) -> Tensor:
         return normalized_features(self.teacher(images).patches)
 

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
+from metavpt.clock import phase
 from metavpt.errors import MetaVPTError
 
 Range = tuple[float, float]
@@ -27,6 +28,7 @@ class RandomCrop(nn.Module):
             raise MetaVPTError(f"RandomCrop: needs size >= 1, 0 < scale <= 1 in order and flip in [0, 1], got {size=}, {scale=}, {flip=}")
         self.mean, self.std, self.size, self.scale, self.flip = tuple(mean), tuple(std), size, (scale[0], scale[1]), flip
 
+    @phase("augment")
     def forward(self, images: Tensor, seed: int) -> Tensor:
         """images (B, 3, H, W): uint8, or float in [0, 1]. Raises MetaVPTError for anything else."""
         if images.ndim != 4 or images.shape[1] != 3 or not (images.dtype == torch.uint8 or images.is_floating_point()):

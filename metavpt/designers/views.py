@@ -16,6 +16,7 @@ from kornia.enhance import (
 from kornia.filters import gaussian_blur2d
 from torch import Generator, Tensor, nn
 
+from metavpt.clock import phase
 from metavpt.data.loader import mix
 from metavpt.designers.crop import Range, crop, draw_crop, uniform
 from metavpt.designers.hiding import hidden_patches
@@ -130,6 +131,7 @@ class MultiCrop(nn.Module):
         self.blur_sigma, self.blur, self.solarize = blur_sigma, blur, solarize
         self.patch_size, self.hidden_share, self.hidden_prob = patch_size, hidden_share, hidden_prob
 
+    @phase("augment")
     def forward(self, images: Tensor, seed: int) -> Views:
         """images (B, 3, H, W): uint8, or float in [0, 1]. Raises MetaVPTError for anything else."""
         images = to_float(images)

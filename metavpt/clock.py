@@ -1,0 +1,71 @@
+"""Where the time of a step goes: code names its phase, and a clock keeps the seconds where one listens."""
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ContextDecorator, contextmanager
+
+_listening: list["Clock"] = []
+
+
+class Clock:
+    """Seconds by phase. A phase inside another one stops the outer clock, so that seconds add up to the time that went by.
+
+    now       seconds from any origin; a measurement on a GPU has it wait for the device first
+    by_path   phases are called by where they lie, `designer/product/teacher`; otherwise by their own name alone
+    """
+
+    def __init__(self, now: Callable[[], float] = time.perf_counter, by_path: bool = False) -> None:
+        self.now, self.by_path = now, by_path
+        self.seconds: dict[str, float] = {}
+        self._open: list[str] = []
+        self._since = 0.0
+
+    @contextmanager
+    def timed(self, name: str) -> Iterator[None]:
+        self.start(name)
+        try:
+            yield
+        finally:
+            self.stop()
+
+    def start(self, name: str) -> None:
+        now = self.now()
+        self._count(now)
+        self._open.append(f"{self._open[-1]}/{name}" if self.by_path and self._open else name)
+        self._since = now
+
+    def stop(self) -> None:
+        """End the innermost phase."""
+        now = self.now()
+        self._count(now)
+        self._open.pop()
+        self._since = now
+
+    @contextmanager
+    def listen(self, name: str) -> Iterator[None]:
+        """All in here is the phase `name`, but for what says by `phase` that it is another."""
+        _listening.append(self)
+        try:
+            with self.timed(name):
+                yield
+        finally:
+            _listening.pop()
+
+    def _count(self, now: float) -> None:
+        if self._open:
+            self.seconds[self._open[-1]] = self.seconds.get(self._open[-1], 0.0) + now - self._since
+
+
+class phase(ContextDecorator):
+    """`with phase("teacher"):` or `@phase("teacher")`: what runs in it counts towards that phase, if a clock listens."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def __enter__(self) -> None:
+        if _listening:
+            _listening[-1].start(self.name)
+
+    def __exit__(self, *error: object) -> None:
+        if _listening:
+            _listening[-1].stop()
