@@ -47,7 +47,7 @@ def of_product(product: Product, by_phi: bool = True, by_theta: bool = False) ->
         passes = {(1, 0): {"tail": 3}, (0, 1): {"tail": 2, "tail_back": 2}, (1, 1): {"tail": 1, "tail_back": 2}}
     elif isinstance(product, ExactProduct):
         # The gradient, forward and backward, and back through both.
-        passes = {(1, 0): {"tail": 1, "tail_back": 2}, (0, 1): {"tail": 2, "tail_back": 2}, (1, 1): {"tail": 1, "tail_back": 3}}
+        passes = {(1, 0): {"tail": 1, "tail_back": 2}, (0, 1): {"tail": 1, "tail_back": 4}, (1, 1): {"tail": 1, "tail_back": 4}}
     else:
         return None
     return {**passes[by_phi, by_theta], **({"phi_back": 1} if by_phi else {})}
