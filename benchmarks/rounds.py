@@ -28,7 +28,10 @@ MIB = 2**20
 
 
 class Row(NamedTuple):
-    """What to time: `prepare` builds it. Every `cycle` calls make one round of what repeats, and seconds are those of a call on average."""
+    """What to time: `prepare` builds it. Every `cycle` calls make one round of what repeats, and seconds are those of a call on average.
+
+    If what it builds has `figures()`, these numbers join those measured, once time and memory are taken.
+    """
 
     title: str
     prepare: Callable[[], Callable[[], Any]]
@@ -134,7 +137,8 @@ def measure(row: Row, threads: int) -> dict[str, Any]:
         if torch.cuda.is_initialized():
             torch.cuda.synchronize()
         seconds.append((time.perf_counter() - began) / row.cycle)
-    return {"seconds": statistics.median(seconds), "peak_mib": peak_bytes() / MIB, "mib_before": before, "calls": seconds}
+    taken = {"seconds": statistics.median(seconds), "peak_mib": peak_bytes() / MIB, "mib_before": before, "calls": seconds}
+    return {**taken, **(call.figures() if hasattr(call, "figures") else {})}
 
 
 def peak_bytes() -> int:
@@ -150,7 +154,8 @@ def summary(runs: list[dict[str, Any]]) -> dict[str, Any]:
         return {"error": errors[0], "runs": runs}
     values = {key: [run[key] for run in runs] for key in ("seconds", "peak_mib")}
     spread = {key: [min(numbers), max(numbers)] for key, numbers in values.items()}
-    return {**{key: statistics.median(numbers) for key, numbers in values.items()}, "spread": spread, "runs": runs}
+    numbers = {key for key, value in runs[0].items() if isinstance(value, (int, float))}
+    return {**{key: statistics.median(run[key] for run in runs) for key in sorted(numbers)}, "spread": spread, "runs": runs}
 
 
 def machine(environment: dict[str, Any]) -> str:

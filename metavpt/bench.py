@@ -34,7 +34,7 @@ def bench(cfg: DictConfig) -> None:
     steps = breakdown.num_steps(cfg.measure.steps, trainer.strategy)
     measured = breakdown.measure(trainer, cfg.measure.warmup, steps, now, cfg.measure.flops)
     card = torch.cuda.get_device_name() if torch.cuda.is_initialized() else None
-    found = breakdown.report(measured, breakdown.floor(trainer, measured, now), card)
+    found = breakdown.report(measured, breakdown.floor(trainer, now), card)
     (folder / "step.json").write_text(json.dumps(found, indent=1) + "\n")
     console.print(breakdown.table(measured))
     for line in breakdown.lines(found):

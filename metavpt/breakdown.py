@@ -74,7 +74,6 @@ class Measured:
     seconds: list[dict[str, float]] = field(default_factory=list)  # by path, of each step
     peak_bytes: dict[str, int] = field(default_factory=dict)
     flops: dict[str, int] = field(default_factory=dict)
-    curvature_products: float = 0.0  # of a linear solve
     samples: int = 0  # of a step
 
     @property
@@ -123,9 +122,6 @@ def measure(trainer: Trainer, warmup: int, steps: int, now: Callable[[], float],
         with clock.listen(STEP):
             counted = flops.count(trainer.step)
         measured.flops.setdefault(_kind(clock), counted)
-    if trainer.log.path.exists():
-        counted = [record["curvature_products"] for record in trainer.log.records() if "curvature_products" in record]
-        measured.curvature_products = statistics.mean(counted) if counted else 0.0
     return measured
 
 
@@ -142,9 +138,11 @@ class Floor(NamedTuple):
     each: dict[str, float]
 
 
-def floor(trainer: Trainer, measured: Measured, now: Callable[[], float]) -> Floor | None:
-    """None for a strategy or an estimator whose passes nobody has counted."""
-    counts = passes.of_step(trainer.strategy, measured.curvature_products)
+def floor(trainer: Trainer, now: Callable[[], float]) -> Floor | None:
+    """None for a strategy or an estimator whose passes nobody has counted. Linear solves count as they went in the steps so far."""
+    records = trainer.log.records() if trainer.log.path.exists() else []
+    products = [record["curvature_products"] for record in records if "curvature_products" in record]
+    counts = passes.of_step(trainer.strategy, statistics.mean(products) if products else 0.0)
     if counts is None:
         return None
     stopwatch = passes.Stopwatch(trainer.problem, trainer.strategy, trainer.streams, now)

@@ -123,3 +123,10 @@ def _finite(values: Sequence[float]) -> np.ndarray:
     if not len(array) or not np.isfinite(array).all():
         raise MetaVPTError(f"statistics over seeds need finite values, one at least, not {list(values)}; leave out the seeds that failed")
     return array
+
+
+def power_law(sizes: Sequence[float], values: Sequence[float]) -> float:
+    """The exponent b of values ~ a sizes^b, by least squares on logarithms. MetaVPTError for one size alone or a value <= 0."""
+    if len(set(sizes)) < 2 or min(*sizes, *values) <= 0:
+        raise MetaVPTError(f"power_law: needs two sizes at least and positive numbers, got {list(sizes)} and {list(values)}")
+    return float(np.polyfit(np.log(sizes), np.log(values), 1)[0])

@@ -61,7 +61,7 @@ def test_a_report_names_the_floor_and_its_ratio(tmp_path):
     run = trainer(tmp_path, Learned(OneStep(), meta_every=2))
     now = breakdown.synchronized
     measured = breakdown.measure(run, 2, 4, now)
-    floor = breakdown.floor(run, measured, now)
+    floor = breakdown.floor(run, now)
     assert floor is not None
     assert floor.seconds == pytest.approx(sum(count * floor.each[name] for name, count in floor.passes.items()))
     found = breakdown.report(measured, floor, "NVIDIA H100 80GB HBM3")

@@ -9,7 +9,7 @@ import pytest
 from scipy import stats
 
 from metavpt.errors import MetaVPTError
-from metavpt.statistics import MAX_RANGE_SEEDS, mean_se, paired, pearson, range_coverage, smallest_p
+from metavpt.statistics import MAX_RANGE_SEEDS, mean_se, paired, pearson, power_law, range_coverage, smallest_p
 
 
 def simulated(n: int, num: int, seed: int, mean: float = 0.0) -> list[np.ndarray]:
@@ -168,3 +168,16 @@ def test_pearson_where_it_is_not_defined(x, y, expected):
 def test_pearson_needs_pairs():
     with pytest.raises(MetaVPTError, match="pairs"):
         pearson([1.0], [])
+
+
+def test_a_power_law_is_found_again():
+    sizes = [2, 4, 8, 16]
+    assert power_law(sizes, [3 * size**1.5 for size in sizes]) == pytest.approx(1.5)
+    assert power_law(sizes, [7.0] * 4) == pytest.approx(0.0, abs=1e-12)
+    assert power_law([1, 2, 4], [1.0, 2.0, 16.0]) == pytest.approx(2.0)  # by hand: logs 0, 1, 4 on 0, 1, 2
+
+
+@pytest.mark.parametrize(("sizes", "values"), [([2, 2], [1.0, 2.0]), ([1, 2], [0.0, 1.0]), ([-1, 2], [1.0, 1.0])])
+def test_no_power_law_without_two_positive_sizes(sizes, values):
+    with pytest.raises(MetaVPTError, match="power_law"):
+        power_law(sizes, values)
