@@ -13,7 +13,7 @@ from rich.console import Console
 from torch import Tensor
 
 from metavpt.data.frames import IGNORE, Frame, RGBDFrames
-from metavpt.data.images import SUFFIXES, decode
+from metavpt.data.photo import SUFFIXES, decode
 from metavpt.errors import MetaVPTError
 
 FOLDERS = {"train": "training", "val": "validation"}

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from metavpt.data.images import SUFFIXES, FolderImages, NpzImages
+from metavpt.data.images import FolderImages, NpzImages
+from metavpt.data.photo import SUFFIXES
 from metavpt.errors import MetaVPTError
 
 

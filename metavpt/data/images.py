@@ -1,6 +1,5 @@
 """Unlabelled images from a folder, a zip, an npz, or labelled frames without their labels."""
 
-import io
 import os
 import zipfile
 import zlib
@@ -9,37 +8,40 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from metavpt.data import shards
 from metavpt.data.frames import RGBDFrames
+from metavpt.data.photo import SUFFIXES, decode, fit, is_image
 from metavpt.errors import MetaVPTError
-
-SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp"}
 
 
 def open_images(path: Path, size: tuple[int, int]) -> Dataset[Tensor]:
-    """Images uint8 (3, *size) of a folder (any depth), a zip or an npz; a folder that holds just one zip or npz stands for it.
+    """Images uint8 (3, *size) of a folder (any depth), a zip, an npz or tar shards; a folder that holds just one zip or npz stands for it,
+    and one with shards for all of them. A path in .tar may be a pattern, see `shards.find_shards`.
 
     They are shrunk or enlarged to cover `size` and cut to it around the centre.
     """
+    if path.suffix == ".tar":
+        return shards.Shards(shards.find_shards(str(path)), size)
     if not path.exists():
-        raise MetaVPTError(f"data.unlabelled: {path} does not exist; name a folder, zip or npz of images, or 'frames'")
+        raise MetaVPTError(f"data.unlabelled: {path} does not exist; name a folder, zip, npz or tar shards of images, or 'frames'")
     if path.is_file():
         if path.suffix == ".npz":
             return NpzImages(path, size)
         if zipfile.is_zipfile(path):
             return ZipImages(path, size)
         raise MetaVPTError(f"{path}: neither a folder nor a readable zip or npz of images")
-    files = sorted(file for file in path.rglob("*") if _is_image(file.name))
+    files = sorted(file for file in path.rglob("*") if is_image(file.name))
     if files:
         return FolderImages(files, size)
+    if tars := sorted(path.glob("*.tar")):
+        return shards.Shards(tars, size)
     archives = sorted(file for file in path.iterdir() if file.suffix in (".npz", ".zip"))
     if len(archives) == 1:
         return open_images(archives[0], size)
-    raise MetaVPTError(f"{path}: holds no image ({', '.join(sorted(SUFFIXES))}) and not exactly one zip or npz")
+    raise MetaVPTError(f"{path}: holds no image ({', '.join(sorted(SUFFIXES))}), no tar and not exactly one zip or npz")
 
 
 class FolderImages(Dataset[Tensor]):
@@ -58,7 +60,7 @@ class ZipImages(Dataset[Tensor]):
 
     def __init__(self, path: Path, size: tuple[int, int]) -> None:
         self.archive, self.size = Archive(path), size
-        self.members = sorted(name for name in self.archive.names if _is_image(Path(name).name))
+        self.members = sorted(name for name in self.archive.names if is_image(Path(name).name))
         if not self.members:
             raise MetaVPTError(f"{path}: the zip holds no image ({', '.join(sorted(SUFFIXES))})")
 
@@ -140,32 +142,3 @@ class Archive:
 
     def __getstate__(self) -> dict:
         return {**self.__dict__, "_handle": None}
-
-
-def _is_image(name: str) -> bool:
-    """By its ending; hidden files (macOS writes `._photo.jpg` beside photo.jpg) are none."""
-    return Path(name).suffix.lower() in SUFFIXES and not name.startswith(".")
-
-
-def decode(data: bytes, source: str) -> Tensor:
-    """An encoded image as RGB uint8 (3,H,W); grey, palette and 16-bit images are converted."""
-    try:
-        image = Image.open(io.BytesIO(data))
-        if image.mode.startswith("I"):  # 16 bits: PIL's own conversion to RGB would clip, not scale
-            image = Image.fromarray((np.asarray(image).astype(np.float64) / 257).round().clip(0, 255).astype(np.uint8))
-        array = np.array(image.convert("RGB"))
-    except (UnidentifiedImageError, OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise MetaVPTError(f"{source}: not a readable image ({error}); remove or replace it") from None
-    return torch.from_numpy(array).permute(2, 0, 1)
-
-
-def fit(image: Tensor, size: tuple[int, int]) -> Tensor:
-    """uint8 (3,H,W) -> (3, *size): scaled to cover `size`, antialiased, and cut to it around the centre."""
-    height, width = image.shape[-2:]
-    if (height, width) == size:
-        return image.contiguous()
-    factor = max(size[0] / height, size[1] / width)
-    scaled = (max(size[0], round(height * factor)), max(size[1], round(width * factor)))
-    resized = F.interpolate(image[None].float(), scaled, mode="bilinear", antialias=True, align_corners=False)[0]
-    top, left = (scaled[0] - size[0]) // 2, (scaled[1] - size[1]) // 2
-    return resized[:, top : top + size[0], left : left + size[1]].round().clamp(0, 255).to(torch.uint8).contiguous()

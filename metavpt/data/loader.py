@@ -10,6 +10,8 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from metavpt.data.frames import Frame, RGBDFrames
 from metavpt.errors import MetaVPTError
 
+WINDOW = 16  # files
+
 
 class Batch(NamedTuple):
     """Unlabelled images uint8 (B,3,H,W), and the seed of all randomness in what is made of them."""
@@ -27,14 +29,23 @@ class FrameBatch(NamedTuple):
 
 
 class EndlessBatches(Sampler[list[int]]):
-    """Batches out of range(num_items) for ever: epoch e is the permutation seeded by (seed, e); batches run on across epochs."""
+    """Batches out of range(num_items) for ever: epoch e is the permutation seeded by (seed, e); batches run on across epochs.
 
-    def __init__(self, num_items: int, batch_size: int, seed: int, first: int = 0) -> None:
-        self.num_items, self.batch_size, self.seed, self.first = num_items, batch_size, seed, first
+    `part` (k, n): of each batch the k-th n-th alone. `groups`: how many items, one after the other, lie in each file; these are then drawn
+    from `WINDOW` files at a time, in a random order of the files, so that reading stays within few of them.
+    """
+
+    def __init__(
+        self, num_items: int, batch_size: int, seed: int, first: int = 0, part: tuple[int, int] = (0, 1), groups: Sequence[int] = ()
+    ) -> None:
+        self.num_items, self.batch_size, self.seed, self.first, self.part = num_items, batch_size, seed, first, part
+        self.groups = groups
 
     def __iter__(self) -> Iterator[list[int]]:
         epoch, at = divmod(self.first * self.batch_size, self.num_items)
         order = self._order(epoch)
+        k, n = self.part
+        own = slice(k * self.batch_size // n, (k + 1) * self.batch_size // n)
         while True:
             batch: list[int] = []
             while len(batch) < self.batch_size:
@@ -43,10 +54,16 @@ class EndlessBatches(Sampler[list[int]]):
                     order = self._order(epoch)
                 taken = order[at : at + self.batch_size - len(batch)]
                 batch, at = batch + taken, at + len(taken)
-            yield batch
+            yield batch[own]
 
     def _order(self, epoch: int) -> list[int]:
-        return torch.randperm(self.num_items, generator=torch.Generator().manual_seed(mix(self.seed, epoch))).tolist()
+        rng = torch.Generator().manual_seed(mix(self.seed, epoch))
+        if len(self.groups) <= WINDOW:
+            return torch.randperm(self.num_items, generator=rng).tolist()
+        files = torch.arange(self.num_items).split(list(self.groups))
+        windows = torch.randperm(len(files), generator=rng).split(WINDOW)
+        drawn = [torch.cat([files[k] for k in window.tolist()]) for window in windows]
+        return torch.cat([items[torch.randperm(len(items), generator=rng)] for items in drawn]).tolist()
 
 
 class ImageLoader:
@@ -57,13 +74,19 @@ class ImageLoader:
     ) -> None:
         _check_size(len(images), batch_size, "problem.batch_size", "images")  # type: ignore[arg-type]
         self.images, self.batch_size, self.seed, self.num_workers, self.device = images, batch_size, seed, num_workers, device
-        self.first = 0
+        self.first, self.part = 0, (0, 1)
 
     def skip(self, num_batches: int) -> None:
         self.first = num_batches
 
+    def share(self, rank: int, size: int) -> None:
+        """Give and decode the rank's own rows of each batch alone."""
+        _check_share(self.batch_size, size, "problem.batch_size or problem.meta_batch_size")
+        self.part = (rank, size)
+
     def __iter__(self) -> Iterator[Batch]:
-        sampler = EndlessBatches(len(self.images), self.batch_size, self.seed, self.first)  # type: ignore[arg-type]
+        groups, count = getattr(self.images, "groups", ()), len(self.images)  # type: ignore[arg-type]
+        sampler = EndlessBatches(count, self.batch_size, self.seed, self.first, self.part, groups)
         for k, images in enumerate(_load(self.images, sampler, self.num_workers, torch.stack), start=self.first):
             yield Batch(images.to(self.device, non_blocking=True), mix(self.seed, k))
 
@@ -83,13 +106,17 @@ class FrameLoader:
         _check_size(len(indices), batch_size, "problem.feedback_batch_size", "labelled frames of its pool")
         self.frames, self.indices, self.batch_size, self.seed = frames, indices, batch_size, seed
         self.num_workers, self.device = num_workers, device
-        self.first = 0
+        self.first, self.part = 0, (0, 1)
 
     def skip(self, num_batches: int) -> None:
         self.first = num_batches
 
+    def share(self, rank: int, size: int) -> None:
+        _check_share(self.batch_size, size, "problem.feedback_batch_size")
+        self.part = (rank, size)
+
     def __iter__(self) -> Iterator[FrameBatch]:
-        sampler = EndlessBatches(len(self.indices), self.batch_size, self.seed, self.first)
+        sampler = EndlessBatches(len(self.indices), self.batch_size, self.seed, self.first, self.part)
         for batch in _load(_Picked(self.frames, self.indices), sampler, self.num_workers, collate_frames):
             yield FrameBatch(*(field.to(self.device, non_blocking=True) for field in batch))
 
@@ -110,6 +137,10 @@ class JointLoader:
     def skip(self, num_batches: int) -> None:
         for loader in self.loaders.values():
             loader.skip(num_batches)
+
+    def share(self, rank: int, size: int) -> None:
+        for loader in self.loaders.values():
+            loader.share(rank, size)
 
     def __iter__(self) -> Iterator[dict[str, FrameBatch]]:
         for batches in zip(*self.loaders.values(), strict=True):
@@ -156,3 +187,8 @@ def _load(dataset: Dataset[Any], sampler: EndlessBatches, num_workers: int, coll
 def _check_size(num_items: int, batch_size: int, key: str, what: str) -> None:
     if not 1 <= batch_size <= num_items:
         raise MetaVPTError(f"{key}={batch_size} must be at least 1 and at most the {num_items} {what}")
+
+
+def _check_share(batch_size: int, num_processes: int, key: str) -> None:
+    if batch_size % num_processes:
+        raise MetaVPTError(f"{key}={batch_size}: {num_processes} processes cannot share it alike; choose a multiple of {num_processes}")

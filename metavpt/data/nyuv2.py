@@ -15,7 +15,8 @@ from PIL import Image
 from torch import Tensor
 
 from metavpt.data.frames import IGNORE, Frame, RGBDFrames, make_frame
-from metavpt.data.images import Archive, decode
+from metavpt.data.images import Archive
+from metavpt.data.photo import decode
 from metavpt.data.rooms import CLASS_NAMES as ROOM_CLASSES
 from metavpt.data.rooms import rooms_file
 from metavpt.errors import MetaVPTError

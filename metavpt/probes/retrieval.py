@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from metavpt.data.images import decode
+from metavpt.data.photo import decode
 from metavpt.data.revisited import Query, open_revisited
 from metavpt.errors import MetaVPTError
 from metavpt.probes.summaries import Describe, summarise

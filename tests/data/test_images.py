@@ -7,8 +7,9 @@ import pytest
 import torch
 from PIL import Image
 
-from metavpt.data.images import FrameImages, decode, fit, open_images
+from metavpt.data.images import FrameImages, open_images
 from metavpt.data.nyuv2 import open_nyuv2
+from metavpt.data.photo import decode, fit
 from metavpt.errors import MetaVPTError
 
 SIZE = (16, 20)

@@ -1,0 +1,129 @@
+"""Unlabelled images in tar shards, as webdataset writes them, read in place: nothing is extracted.
+
+The contents of each shard are looked up once, after which every image is one read away. So the order of a stream, its exact resumption
+and its sharing among processes are those of any other set of images; a sequential reader has a shuffle buffer that no checkpoint holds.
+"""
+
+import glob
+import hashlib
+import itertools
+import os
+import re
+import tarfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from rich.console import Console
+from rich.progress import track
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from metavpt.data.photo import decode, fit, is_image
+from metavpt.errors import MetaVPTError
+
+
+def find_shards(pattern: str) -> list[Path]:
+    """The files of `train-{000..099}.tar` (numbers keep their zeros), `{a,b}.tar` and `*.tar`, sorted where a star stands for them."""
+    found: list[str] = []
+    for name in expand(pattern):
+        files = sorted(glob.glob(name)) if glob.has_magic(name) else [name] * os.path.isfile(name)
+        if not files:
+            raise MetaVPTError(f"data.unlabelled: there is no shard {name}; name files, as in train-{{000..099}}.tar or *.tar")
+        found += files
+    return [Path(name) for name in found]
+
+
+def expand(pattern: str) -> list[str]:
+    """The names that the braces of `pattern` stand for, in their order."""
+    options: list[list[str]] = []
+    for text, braces in re.findall(r"([^{]*)(?:\{([^{}]*)\})?", pattern):
+        options.append([text])
+        if ".." in braces:
+            first, last = braces.split("..")
+            options.append([f"{k:0{len(first)}d}" for k in range(int(first), int(last) + 1)])
+        elif braces:
+            options.append(braces.split(","))
+    return ["".join(parts) for parts in itertools.product(*options)]
+
+
+class Shards(Dataset[Tensor]):
+    """Images uint8 (3, *size) of uncompressed tar files; members that are no images are passed over.
+
+    An image that cannot be read is replaced by the next one of its shard, with a visible line. `groups`: images in each shard.
+    """
+
+    def __init__(self, paths: Sequence[Path], size: tuple[int, int]) -> None:
+        self.paths, self.size = list(paths), size
+        quiet = len(self.paths) < 10
+        contents = [
+            _contents(path) for path in track(self.paths, "reading shards", console=Console(stderr=True), transient=True, disable=quiet)
+        ]
+        self.groups = [len(members) for members in contents]
+        self.members = np.concatenate(contents)  # (N, 2): where the data begins, how long it is
+        self.ends = np.cumsum(self.groups)
+        self.unreadable: set[int] = set()  # that this process came upon
+
+    def __len__(self) -> int:
+        return len(self.members)
+
+    def __getitem__(self, index: int) -> Tensor:
+        shard = int(np.searchsorted(self.ends, index, side="right"))
+        last, count = int(self.ends[shard]), self.groups[shard]
+        for k in range(count):
+            member = last - count + (index - (last - count) + k) % count
+            try:
+                return fit(decode(self._read(shard, member), self.paths[shard].name), self.size)
+            except MetaVPTError as error:
+                self._report(shard, member, error)
+        raise MetaVPTError(f"{self.paths[shard]}: none of its {count} images can be read; get the shard again")
+
+    def _read(self, shard: int, member: int) -> bytes:
+        """Opened for each read: a handle is shared with no worker, and a thousand shards leave none open."""
+        start, length = map(int, self.members[member])
+        try:
+            with self.paths[shard].open("rb") as file:
+                file.seek(start)
+                return file.read(length)
+        except OSError as error:
+            raise MetaVPTError(f"{self.paths[shard]}: cannot be read ({error})") from None
+
+    def _report(self, shard: int, member: int, error: MetaVPTError) -> None:
+        if member not in self.unreadable:
+            self.unreadable.add(member)
+            place = member - int(self.ends[shard]) + self.groups[shard]
+            Console(stderr=True, soft_wrap=True).print(
+                f"[bold]data:[/bold] {self.paths[shard]}: image {place} is left out for the next one: {error}", highlight=False
+            )
+
+
+def _contents(path: Path) -> np.ndarray:
+    """Where the images of a shard lie, int64 (n, 2): from the cache if the file has not changed since."""
+    status = path.stat()
+    folder = Path(os.environ.get("METAVPT_CACHE") or Path.home() / ".cache" / "metavpt") / "shards"
+    known = hashlib.sha256(f"{path.resolve()} {status.st_size} {status.st_mtime_ns}".encode()).hexdigest()[:32]
+    file = folder / f"{known}.npy"
+    if file.is_file():
+        return np.load(file)
+    contents = _scan(path, status.st_size)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        own = folder / f"{known}-{os.getpid()}.npy"
+        np.save(own, contents)
+        own.replace(file)
+    except OSError:
+        pass  # without a cache the shard is looked through at every start
+    return contents
+
+
+def _scan(path: Path, num_bytes: int) -> np.ndarray:
+    try:
+        with tarfile.open(path, "r:") as tar:
+            members = [(m.offset_data, m.size) for m in tar if m.isfile() and is_image(Path(m.name).name)]
+    except (tarfile.TarError, OSError) as error:
+        raise MetaVPTError(f"{path}: not a readable, uncompressed tar ({error}); get it again, or unpack .tar.gz to .tar") from None
+    if not members:
+        raise MetaVPTError(f"{path}: the shard holds no image")
+    if sum(members[-1]) > num_bytes:
+        raise MetaVPTError(f"{path}: the shard is cut short; get it again")
+    return np.array(members, dtype=np.int64)
