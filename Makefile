@@ -4,7 +4,7 @@
 # make test   install what is needed and run the tests
 # make check  lint and types
 # make peers  the libraries to compare with: Betty, learn2learn; needs a C compiler
-# make bench  the cost of a designer update, beside its peers, and of steered language training; wants a quiet machine
+# make bench  what steering costs: a designer update beside its peers and by size, whole training beside the floor, reading; wants a quiet machine
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -45,6 +45,9 @@ peers: $(DEV)
 bench: peers
 	$(BIN)/python benchmarks/designer_update.py --threads 2
 	$(BIN)/python benchmarks/language.py --threads 2
+	$(BIN)/python benchmarks/steady.py --threads 2
+	$(BIN)/python benchmarks/scaling.py --threads 2
+	$(BIN)/python benchmarks/decode.py --threads 2
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache

@@ -39,15 +39,15 @@ def score(num_candidates: int) -> Callable[[], None]:
 
 
 AXES = {
-    "batch": Axis("batch of the update and of its feedback, one_step", (4, 8, 16, 32), lambda n: update(tiny(n))),
+    "batch": Axis("batch of the update and of its feedback, one_step", (4, 8, 16), lambda n: update(tiny(n))),
     "depth": Axis(f"blocks, the last {TAIL} of them S, one_step", (6, 12, 24), lambda n: update(tiny(BATCH, depth=n))),
-    "tail": Axis(f"blocks of S, of {DEPTH}, one_step", (1, 2, 4, 8), lambda n: update(tiny(BATCH, tail_blocks=n))),
-    "num_steps": Axis("num_steps of unrolled", (1, 2, 4, 8), lambda n: update(tiny(BATCH), num_steps=n)),
+    "tail": Axis(f"blocks of S, of {DEPTH}, one_step", (1, 2, 4), lambda n: update(tiny(BATCH, tail_blocks=n))),
+    "num_steps": Axis("num_steps of unrolled", (1, 2, 4), lambda n: update(tiny(BATCH), num_steps=n)),
     "candidates": Axis("K, candidates of greedy", (2, 4, 8), score),
     "feedbacks": Axis("feedbacks, two for each labelled set, one_step", (2, 4, 8), lambda n: update(tiny(BATCH, num_sets=n // 2))),
 }
 ROWS = {
-    f"{name}/{value}": Row(f"{axis.title}: {value}", lambda axis=axis, value=value: axis.prepare(value), least=2, most=3)
+    f"{name}/{value}": Row(f"{axis.title}: {value}", lambda axis=axis, value=value: axis.prepare(value), least=2, most=2)
     for name, axis in AXES.items()
     for value in axis.values
 }

@@ -196,7 +196,7 @@ def rows_of(name: str, setting: Setting) -> dict[str, Row]:
         "implicit": ("implicit(CG 5) every 8", lambda: Learned(Implicit(ConjugateGradient(5, 1e-12), damping=1e-2), meta_every=8)),
         "greedy": ("greedy, the best rows of 4 batches", lambda: GreedySelection(4)) if text else ("greedy(4)", lambda: Greedy(4)),
     }
-    steps = {"cycle": CYCLE, "least": 1, "most": 2 if setting.device == "cpu" else 5}
+    steps = {"cycle": CYCLE, "least": 1, "most": 1 if setting.device == "cpu" else 5}
     hand = HandWrittenLM if text else HandWrittenDINO
     rows = {"hand": Row("hand-written loop", lambda: hand(setting), **steps)}
     for kind, (title, make) in strategies.items():

@@ -43,7 +43,7 @@ class DinoDense(DenseProblem):
                      where ibot has a weight
     patch_head       head of ibot's patches: "shared" with the image's (iBOT), or "own" (DINOv2, DINOv3)
     gram_anchor      whose patches gram holds on to: the "teacher"'s, or those of the backbone as it was at first, "frozen"
-    targets          "sinkhorn" (DINOv2, DINOv3; stateless) or "centering" (DINO; costs one more teacher pass a step)
+    targets          "sinkhorn" (DINOv2, DINOv3; stateless) or "centering" (DINO)
     teacher_credit   whether the designer is credited for what the teacher sees of its views as well; the learner never is
     """
 
@@ -86,6 +86,7 @@ class DinoDense(DenseProblem):
         names = ["center"] + ["patch_center"] * hides
         zeros = {name: torch.nn.Parameter(torch.zeros(num_prototypes), requires_grad=False) for name in names}
         self.center = torch.nn.ParameterDict(zeros)
+        self._answered: tuple[Views | None, dict[str, Tensor]] = None, {}
         super().__init__(backbone, **dense)
 
     def recipe(self, batch: Any) -> Views:
@@ -128,10 +129,14 @@ class DinoDense(DenseProblem):
 
     def after_step(self, task: Views, progress: float) -> None:
         if self.targets == "centering":
-            for term, logits in self._teacher_logits(self._teacher_features(task), task).items():
+            answered, logits_by_term = self._answered
+            if answered is not task:
+                logits_by_term = self._teacher_logits(self._teacher_features(task), task)
+            for term, logits in logits_by_term.items():
                 if len(logits):  # no patch may be hidden
                     center = self.center[CENTERS[term]]
                     center.data = center_update(center, logits)
+        self._answered = None, {}
         self.teacher.update(self.learner, cosine_momentum(progress, 1.0, self.teacher_momentum))
 
     @torch.no_grad()
@@ -200,6 +205,9 @@ class DinoDense(DenseProblem):
         with phase("teacher"), torch.set_grad_enabled(self.teacher_credit and torch.is_grad_enabled()):
             features = self._teacher_features(task)
             logits = self._teacher_logits(features, task)
+            # What the centre will be moved by, once the step on this task is taken: the teacher is not to be asked twice.
+            if not any(isinstance(part, Tensor) and part.requires_grad for part in task):
+                self._answered = task, logits
             probs = {term: self._probs(of_term, self.center[CENTERS[term]]) for term, of_term in logits.items()}
             anchor = {}
             if "gram" in self.terms:

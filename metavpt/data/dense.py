@@ -23,7 +23,7 @@ class DenseData:
     """Pools of a labelled set, disjoint, and the unlabelled images.
 
     depth        whether the frames' depth is fed back and probed; False where they have none
-    unlabelled   where the stream comes from: "frames" (train frames without their labels), folders, zips, npz files
+    unlabelled   where the stream comes from: "frames" (train frames without their labels), folders, zips, npz files, tar shards
     stream_size  (H, W) of the streamed images; None: that of the frames
     num_train    frames that the feedback heads are fitted on, num_meta frames that g_down is taken on, both from the train split
     share        share of both that feedback has (at least one frame each); the probes' heads have all of `num_train` whatever it is

@@ -25,6 +25,7 @@ from metavpt import (
 )
 from metavpt.controls import Adversarial, Direct, Hardest, RandomFeedback, Uniform
 from metavpt.greedy import Greedy, GreedySelection
+from metavpt.objectives.dino import center_update
 from metavpt.strategies import inner_loss
 
 NETWORKS = {
@@ -199,6 +200,21 @@ def test_every_strategy_runs_resumes_exactly_and_is_charged(make, tmp_path, stra
     train(tmp_path / "parts", resumed, strategy(), steps=4, resume=True)
     assert_identical(weights(whole), weights(resumed))
     assert measured(tmp_path / "whole") == measured(tmp_path / "parts")
+
+
+def test_a_step_with_centering_asks_the_teacher_once_and_the_centre_moves_by_its_answers_to_that_task(make):
+    problem = make("problem.targets=centering")
+    first, second = (problem.recipe(batch) for _, batch in zip(range(2), problem.pretrain_batches(0), strict=False))
+    teacher, asked = problem.teacher.learner, []
+    teacher.backbone.register_forward_hook(lambda *arguments: asked.append(None))
+    for task in (first, second):  # of the second nobody has asked yet
+        problem.pretrain_loss(params.named(problem.learner), first).backward()
+        with torch.no_grad():
+            expected = center_update(problem.center["center"], teacher(task.global_crops.flatten(0, 1)))
+        asked.clear()
+        problem.after_step(task, 0.0)
+        assert len(asked) == (task is second)
+        torch.testing.assert_close(problem.center["center"].data, expected)
 
 
 def test_centering_resumes_exactly(make, tmp_path):
