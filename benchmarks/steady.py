@@ -122,6 +122,7 @@ class Training:
                 self.flops = flops.count(self.trainer.step)
             self.trainer.budget.steps = 0  # the next step is the first again
             compiled(self.trainer.problem)
+            torch.cuda.reset_peak_memory_stats()  # the counted step was not compiled
 
     def __call__(self) -> None:
         with self.setting.around():
