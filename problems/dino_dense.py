@@ -1,6 +1,7 @@
 """DINO pretraining with feedback from dense labels: `problem=dino_nyuv2`."""
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, Literal, cast
 
@@ -32,6 +33,14 @@ from .dense import DenseProblem
 CENTERS = {"dino": "center", "ibot": "patch_center"}
 ANSWERS = ("scores", "gates", "patch_scores", "patch_gates")  # the parts of a task that only say what the teacher answers
 DINO = MappingProxyType({"dino": 1.0})
+
+
+@dataclass(frozen=True)
+class Answers:
+    """The teacher's logits of a task, by term. No state: without them it would be asked again, and answer the same."""
+
+    task: Views | None
+    logits: dict[str, Tensor]
 
 
 class DinoDense(DenseProblem):
@@ -86,7 +95,7 @@ class DinoDense(DenseProblem):
         names = ["center"] + ["patch_center"] * hides
         zeros = {name: torch.nn.Parameter(torch.zeros(num_prototypes), requires_grad=False) for name in names}
         self.center = torch.nn.ParameterDict(zeros)
-        self._answered: tuple[Views | None, dict[str, Tensor]] = None, {}
+        self._answered = Answers(None, {})
         super().__init__(backbone, **dense)
 
     def recipe(self, batch: Any) -> Views:
@@ -129,14 +138,13 @@ class DinoDense(DenseProblem):
 
     def after_step(self, task: Views, progress: float) -> None:
         if self.targets == "centering":
-            answered, logits_by_term = self._answered
-            if answered is not task:
-                logits_by_term = self._teacher_logits(self._teacher_features(task), task)
-            for term, logits in logits_by_term.items():
+            known = self._answered.task is task
+            answers = self._answered.logits if known else self._teacher_logits(self._teacher_features(task), task)
+            for term, logits in answers.items():
                 if len(logits):  # no patch may be hidden
                     center = self.center[CENTERS[term]]
                     center.data = center_update(center, logits)
-        self._answered = None, {}
+        self._answered = Answers(None, {})
         self.teacher.update(self.learner, cosine_momentum(progress, 1.0, self.teacher_momentum))
 
     @torch.no_grad()
@@ -207,7 +215,7 @@ class DinoDense(DenseProblem):
             logits = self._teacher_logits(features, task)
             # What the centre will be moved by, once the step on this task is taken: the teacher is not to be asked twice.
             if not any(isinstance(part, Tensor) and part.requires_grad for part in task):
-                self._answered = task, logits
+                self._answered = Answers(task, logits)
             probs = {term: self._probs(of_term, self.center[CENTERS[term]]) for term, of_term in logits.items()}
             anchor = {}
             if "gram" in self.terms:

@@ -105,8 +105,8 @@ def test_bad_sources(tmp_path: Path):
 
     assert "data.unlabelled" in message(tmp_path / "gone")
     assert "holds no image" in message(tmp_path)
-    (tmp_path / "text.tar").write_text("text")
-    assert "text.tar: neither a folder nor a readable zip" in message(tmp_path / "text.tar")
+    (tmp_path / "text.dat").write_text("text")
+    assert "text.dat: neither a folder nor a readable zip" in message(tmp_path / "text.dat")
     with zipfile.ZipFile(tmp_path / "empty.zip", "w") as archive:
         archive.writestr("readme.txt", b"")
     assert "empty.zip: the zip holds no image" in message(tmp_path / "empty.zip")
