@@ -12,6 +12,7 @@ Every estimator is a sum of one product, d<w, dL_pre/dtheta>/dphi, with a detach
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import reduce
 from typing import Protocol
 
 import torch
@@ -22,7 +23,7 @@ from metavpt.clock import phase
 from metavpt.curvature import Curvature, Hessian
 from metavpt.directions import Direction, Dot
 from metavpt.errors import MetaVPTError, NonFiniteError
-from metavpt.linear_solve import ConjugateGradient, LinearSolver
+from metavpt.linear_solve import ConjugateGradient, LinearSolver, Solution
 from metavpt.optimizers import Rule, State, Update, vjp
 from metavpt.params import Params
 from metavpt.products import DifferenceProduct, Loss, Product, value_and_gradient
@@ -153,19 +154,7 @@ class Implicit:
     ) -> Hypergradient:
         theta, phi = params.leaves(theta), params.leaves(phi)
         feedback_loss, g_down = downstream(outer_loss, theta)
-        with torch.no_grad():
-            fixed = [inner(phi) for inner in inner_losses]  # H does not differentiate the task: its trunk runs once, without a graph
-
-        num_products = 0
-
-        def hessian_product(v: Params) -> Params:
-            nonlocal num_products
-            num_products += 1
-            products = [self.curvature(loss, theta, v, self.product) for loss in fixed]
-            return params.scale(_sum(products), 1 / len(products))
-
-        with phase("solve"):
-            solution = self.solve(hessian_product, g_down, damping=self.damping, x0=start)
+        solution, num_products = self._solve(inner_losses, g_down, theta, phi, start)
         total, value = params.zeros_like(phi), 0.0
         for inner in inner_losses:
             with torch.enable_grad():
@@ -186,6 +175,23 @@ class Implicit:
         # one that is no better than none would make the next solve start worse, and the one after that: on an indefinite H, without bound
         useful = solution.x if solution.residual < 1 else None
         return finite(Hypergradient(params.scale(total, -1 / count), value / count, grad_evals, diagnostics, useful))
+
+    def _solve(
+        self, inner_losses: Sequence[InnerLoss], g_down: Params, theta: Params, phi: Params, start: Params | None
+    ) -> tuple[Solution, int]:
+        """(H + damping I) w = g_down, and how many products with the mean H of the batches it took."""
+        with torch.no_grad():
+            fixed = [inner(phi) for inner in inner_losses]  # H does not differentiate the task: its trunk runs once, without a graph
+        num_products = 0
+
+        def hessian_product(v: Params) -> Params:
+            nonlocal num_products
+            num_products += 1
+            products = [self.curvature(loss, theta, v, self.product) for loss in fixed]
+            return params.scale(reduce(params.add, products), 1 / len(products))
+
+        with phase("solve"):
+            return self.solve(hessian_product, g_down, damping=self.damping, x0=start), num_products
 
 
 @dataclass(frozen=True)
@@ -285,13 +291,6 @@ def finite(hypergradient: Hypergradient) -> Hypergradient:
     if not params.is_finite(hypergradient.by_phi):
         raise NonFiniteError("the hypergradient is not finite")
     return hypergradient
-
-
-def _sum(terms: Sequence[Params]) -> Params:
-    total = terms[0]
-    for term in terms[1:]:
-        total = params.add(total, term)
-    return total
 
 
 def _positive(owner: str, **values: float) -> None:

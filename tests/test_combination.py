@@ -1,20 +1,13 @@
 """Rules of combination on two quadratic feedbacks whose gradients, conflicts and hypergradients are known, in float64."""
 
 import copy
-import sys
-from functools import partial
-from pathlib import Path
 from typing import ClassVar
 
 import pytest
 import torch
-from hydra import compose, initialize_config_module
-from hydra.utils import instantiate
-from scipy.optimize import nnls
-from torch import nn
+from pulled import CONFLICT, THREE, Pulled, Summed, gradient, hypergradient, rule, trainer
 
 from metavpt import (
-    Budget,
     ConjugateGradient,
     Cosine,
     Dot,
@@ -24,17 +17,12 @@ from metavpt import (
     MetaVPTError,
     OneStep,
     Problem,
-    RunLog,
-    Trainer,
     Unrolled,
     params,
 )
-from metavpt.combination import WEIGHTINGS, DomainMatched, Feedback, TorchJD, WeightedSum
-from metavpt.controls import Direct, RandomFeedback
-from metavpt.greedy import Greedy, GreedySelection
-from metavpt.hypergradient import downstream
+from metavpt.combination import WEIGHTINGS, DomainMatched, TorchJD, WeightedSum
 from metavpt.optimizers import SGD
-from metavpt.strategies import feedback_on, inner_loss
+from metavpt.strategies import inner_loss
 
 ESTIMATORS = {
     "one_step": OneStep(Dot(), ExactProduct()),
@@ -44,115 +32,8 @@ ESTIMATORS = {
 }
 
 
-class Weights(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.logits = nn.Parameter(torch.linspace(-1, 1, 4, dtype=torch.float64))
-
-    def forward(self, batch):
-        return batch, self.logits.softmax(0)
-
-
-class Point(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.p = nn.Parameter(torch.tensor([0.3, -1.0, 2.0, 0.7], dtype=torch.float64))
-
-
-class Pulled(Problem):
-    """A point in R^4, pretrained towards samples of several domains; feedback j is |theta - goal_j|^2 / 2, at first with gradient g_j."""
-
-    def __init__(self, gradients, weights=None):
-        self.learner, self.designer = Point(), Weights()
-        self.gradients = {name: torch.tensor(g, dtype=torch.float64) for name, g in gradients.items()}
-        self.goals = {name: self.learner.p.detach() - g for name, g in self.gradients.items()}
-        self.feedback_weights = weights or dict.fromkeys(gradients, 1.0)
-
-    def pretrain_batches(self, seed):
-        g = torch.Generator().manual_seed(seed)
-        while True:
-            x = torch.randn(8, 4, generator=g, dtype=torch.float64)
-            yield torch.cat([x, torch.arange(8)[:, None] % len(self.goals)], 1)  # the last column names the domain
-
-    def feedback_batches(self, seed):
-        while True:
-            yield torch.zeros(1)
-
-    def by_domain(self, batch):
-        return {name: batch[batch[:, 4] == j] for j, name in enumerate(self.goals)}
-
-    def pretrain_loss(self, theta, task):
-        x, weights = task
-        return (weights * (theta["p"] - x[:, :4] - x[:, 4:]) ** 2).sum(1).mean()
-
-    def per_sample_tail(self, theta, task):
-        x, weights = task
-        return lambda theta_s: (weights * ({**theta, **theta_s}["p"] - x[:, :4]) ** 2).sum(1)
-
-    def candidates(self, batch, num_candidates):
-        return [(batch, torch.full((8, 4), 0.1 * (k + 1), dtype=torch.float64)) for k in range(num_candidates)]
-
-    def recipe(self, batch):
-        return self.candidates(batch, 1)[0]
-
-    def feedback_losses(self, theta, batch):
-        return {name: ((theta["p"] - goal) ** 2).sum() / 2 for name, goal in self.goals.items()}
-
-    def evaluate(self):
-        return {}
-
-
-class Summed(Pulled):
-    """The same with the weighted sum written by hand."""
-
-    feedback_losses = Problem.feedback_losses
-
-    def __init__(self, gradients, weights):
-        super().__init__(gradients, {"feedback": 1.0})
-        self.by_hand = weights
-
-    def feedback_loss(self, theta, batch):
-        return sum(self.by_hand[name] * ((theta["p"] - goal) ** 2).sum() / 2 for name, goal in self.goals.items())
-
-
-CONFLICT = {"a": [3.0, 6.0, 0.0, 1.5], "b": [-1.0, -0.5, 1.0, 0.0]}
-THREE = {"a": [3.0, 6.0, 0.0, 1.5], "b": [-1.0, -0.5, 1.0, 0.0], "c": [0.3, -2.0, 0.1, 1.0]}
-
-
 def scaled(scale):
     return {name: [scale * value for value in g] for name, g in CONFLICT.items()}
-
-
-def gradient(combination, problem):
-    """d(outer loss)/d theta by a rule with a single outer loss, and the answer of the rule."""
-    feedback = feedback_on(problem, torch.zeros(1))
-    combined = combination(feedback)
-    return downstream(combined.outer_loss, feedback.aligned)[1]["p"], combined
-
-
-def hypergradient(problem, estimator, combination=None):
-    """The designer's gradient as `Learned` finds it, from the first batches of seeded streams, and what was charged."""
-    strategy = Learned(estimator, lambda p: torch.optim.SGD(p, lr=1.0), combination=combination, max_norm=1e9)
-    loop = trainer(problem, strategy)
-    return strategy.hypergradient(problem, loop.streams, loop.optimizer, loop.budget)[0]
-
-
-def trainer(problem, strategy, folder=Path("unused"), steps=4):
-    return Trainer(problem, strategy, Budget(steps=steps), RunLog(folder), optimizer=lambda g: torch.optim.SGD(g, lr=0.1))
-
-
-class ScipyProjector:
-    """min_v v'Gv over v >= u as the least squares |L'(u + x)| over x >= 0 with G = LL': what torchjd asks of a projector."""
-
-    def __call__(self, U, G):
-        factor = torch.linalg.cholesky(G + 1e-12 * torch.eye(len(G), dtype=G.dtype)).T.numpy()
-        return torch.stack([u + torch.from_numpy(nnls(factor, -factor @ u.numpy())[0]) for u in U.reshape(-1, len(G))]).reshape(U.shape)
-
-
-def rule(name, **options):
-    """`TorchJD(name)`; the quadratic programs are solved by scipy where quadprog is not installed."""
-    pytest.importorskip("torchjd")
-    return TorchJD(name, {"projector": ScipyProjector(), **options} if name in ("UPGrad", "DualProj") else options)
 
 
 @pytest.mark.parametrize("estimator", ESTIMATORS.values(), ids=ESTIMATORS)
@@ -341,122 +222,3 @@ def test_a_problem_without_by_domain_says_so():
 
     with pytest.raises(MetaVPTError, match=r"Whole has no by_domain, which strategy.combination=DomainMatched needs"):
         hypergradient(Whole(CONFLICT), OneStep(), DomainMatched())
-
-
-@pytest.mark.parametrize("make", [partial(Greedy, 2), partial(GreedySelection, 2)], ids=["greedy", "selection"])
-def test_greedy_values_along_the_combined_gradient_and_is_charged(tmp_path, make):
-    pytest.importorskip("torchjd")
-    problem = Pulled(CONFLICT)
-    strategy = make(combination=TorchJD("MGDA"))
-    loop = trainer(problem, strategy, tmp_path)
-    proposal = strategy.next_task(problem, loop.streams, loop.optimizer, loop.budget)
-    expected, combined = gradient(TorchJD("MGDA"), problem)
-    assert torch.equal(strategy.state_dict()["g_down"]["p"], expected)
-    assert loop.budget.grad_evals == 2 + 1 + 2
-    assert combined.record.items() <= proposal.record.items()
-    loop.budget.charge(steps=1)
-    assert "weight/a" not in strategy.next_task(problem, loop.streams, loop.optimizer, loop.budget).record
-
-
-def test_random_feedback_has_the_norm_of_the_combined_gradient(tmp_path):
-    pytest.importorskip("torchjd")
-    problem, strategy = Pulled(CONFLICT), RandomFeedback(OneStep(), combination=TorchJD("MGDA"))
-    loop = trainer(problem, strategy, tmp_path)
-    found = strategy.hypergradient(problem, loop.streams, loop.optimizer, loop.budget)[0]
-    assert found.diagnostics["g_down_norm"] == pytest.approx(float(gradient(TorchJD("MGDA"), problem)[0].norm()), rel=1e-12)
-    assert found.grad_evals == 2 + 2
-
-
-def test_direct_trains_the_learner_on_the_combined_loss(tmp_path):
-    pytest.importorskip("torchjd")
-    problem, strategy = Pulled(CONFLICT), Direct(2.0, combination=TorchJD("MGDA"))
-    loop = trainer(problem, strategy, tmp_path)
-    proposal = strategy.next_task(problem, loop.streams, loop.optimizer, loop.budget)
-    theta = params.named(problem.learner)
-    (found,) = torch.autograd.grad(proposal.labelled_loss(theta), list(theta.values()))
-    torch.testing.assert_close(found, 2 * gradient(TorchJD("MGDA"), problem)[0], rtol=1e-15, atol=0)
-    assert loop.budget.grad_evals == 3
-    assert "conflict/a-b" in proposal.record
-
-
-@pytest.mark.parametrize("make", [Greedy, GreedySelection, Direct])
-def test_strategies_without_a_designer_refuse_to_pair_batches(make):
-    with pytest.raises(MetaVPTError, match="DomainMatched pairs unlabelled batches"):
-        make(combination=DomainMatched())
-
-
-def test_a_feedback_that_is_not_finite_is_skipped_and_counted(tmp_path):
-    pytest.importorskip("torchjd")
-    problem = Pulled({**CONFLICT, "b": [float("nan")] * 4})
-    strategy = Learned(OneStep(), lambda p: torch.optim.SGD(p, lr=1.0), meta_every=2, combination=TorchJD("MGDA"))
-    before = problem.designer.logits.detach().clone()
-    trainer(problem, strategy, tmp_path).run()
-    assert strategy.num_skipped == 2
-    assert torch.equal(problem.designer.logits, before)
-
-
-def test_weights_and_conflict_stand_in_the_log_of_a_run(tmp_path):
-    pytest.importorskip("torchjd")
-    loop = trainer(Pulled(CONFLICT), Learned(OneStep(), meta_every=2, combination=TorchJD("MGDA")), tmp_path)
-    loop.run()
-    records = [record for record in loop.log.records() if record["kind"] == "designer"]
-    assert len(records) == 2
-    for record in records:
-        assert record["weight/a"] + record["weight/b"] == pytest.approx(1, abs=1e-12)
-        assert -1 <= record["conflict/a-b"] <= 1
-    assert loop.budget.grad_evals == 4 + 2 * (2 + 1 + OneStep().product.num_gradients)
-
-
-def test_a_feedback_that_theta_s_does_not_reach_is_named():
-    pytest.importorskip("torchjd")
-    problem = Pulled(CONFLICT)
-    reached = problem.feedback_losses
-    problem.feedback_losses = lambda theta, batch: {**reached(theta, batch), "b": torch.zeros(())}
-    with pytest.raises(MetaVPTError, match="b depends on none of aligned_parameters"):
-        TorchJD("MGDA")(feedback_on(problem, torch.zeros(1)))
-
-
-@pytest.mark.parametrize(
-    ("arguments", "words"),
-    [
-        (("MGAD",), r"combination.weighting=MGAD: known are AlignedMTL, .*MGDA"),
-        (("MGDA", {"epsilon": -1.0}), r"combination.options of MGDA: epsilon must be positive"),
-        (("MGDA", {"eps": 1.0}), r"combination.options of MGDA: .*'eps'"),
-    ],
-)
-def test_bad_options_are_named(arguments, words):
-    pytest.importorskip("torchjd")
-    with pytest.raises(MetaVPTError, match=words):
-        TorchJD(*arguments)
-
-
-def test_torchjd_missing_is_an_error_that_names_the_extra(monkeypatch):
-    monkeypatch.setitem(sys.modules, "torchjd.aggregation", None)
-    with pytest.raises(MetaVPTError, match=r"torchjd cannot be imported .* pip install 'metavpt\[torchjd\]'"):
-        TorchJD("MGDA")
-
-
-def test_a_missing_solver_is_an_error_that_says_how_to_get_it(monkeypatch):
-    mixins = pytest.importorskip("torchjd._mixins")
-    monkeypatch.setattr(mixins, "find_spec", lambda name: None)
-    with pytest.raises(MetaVPTError, match=r"combination.weighting=UPGrad: .*'quadprog'.* pip install"):
-        TorchJD("UPGrad")
-
-
-def test_weights_that_are_all_zero_are_refused():
-    with pytest.raises(MetaVPTError, match="every weight is 0"):
-        Feedback(Pulled(CONFLICT, {"a": 0.0, "b": 0.0}), {}, {}, None).weights  # noqa: B018
-
-
-@pytest.mark.parametrize("strategy", ["one_step", "unrolled", "implicit", "random_feedback", "greedy", "greedy_selection", "direct"])
-@pytest.mark.parametrize(("choice", "kind"), [("weighted_sum", WeightedSum), ("mgda", TorchJD), ("domain_matched", DomainMatched)])
-def test_combinations_are_a_choice_of_the_command_line(strategy, choice, kind):
-    if kind is TorchJD:
-        pytest.importorskip("torchjd")
-    with initialize_config_module("metavpt.configs", version_base="1.3"):
-        cfg = compose("run", [f"strategy={strategy}", f"strategy/combination={choice}"])
-    if kind is DomainMatched and strategy in ("greedy", "greedy_selection", "direct"):
-        with pytest.raises(Exception, match="pairs unlabelled batches"):
-            instantiate(cfg.strategy)
-    else:
-        assert type(instantiate(cfg.strategy).combination) is kind
