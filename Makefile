@@ -4,18 +4,22 @@
 # make test   install what is needed and run the tests
 # make check  lint and types
 # make peers  the libraries to compare with: Betty, learn2learn; needs a C compiler
+# make docs   build the documentation into build/site, strictly and without network
+# make coverage   the tests, with lines and branches of metavpt/ that they reach
+# make mutants    do the tests notice when the code of hypergradients is changed? long
 # make bench  what steering costs: a designer update beside its peers and by size, whole training beside the floor, reading; wants a quiet machine
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 PACKAGE := $(VENV)/.package
 DEV := $(VENV)/.dev
+DOCS := $(VENV)/.docs
 LANGUAGE := $(VENV)/.language
 # Two torch processes that share two cores with two threads each run many times slower than with one each.
 TEST_WORKERS ?= 2
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: demo demo-language toy test check peers bench clean
+.PHONY: demo demo-language toy test check docs coverage mutants peers bench clean
 
 demo: $(PACKAGE)
 	$(BIN)/python -m metavpt.run problem=dino_nyuv2
@@ -34,6 +38,15 @@ check: $(DEV)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
+
+docs: $(DOCS)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+
+coverage: $(DEV)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile --cov=metavpt --cov-branch --cov-report=term-missing:skip-covered
+
+mutants: $(DEV)
+	OMP_NUM_THREADS=1 $(BIN)/python -m mutmut run
 
 # betty-ml's metadata refuses Python 3.11, on which its code runs. learn2learn's sdist carries generated C that no longer compiles: with
 # build_ext among its arguments its setup.py runs Cython afresh. Neither may change what the tests ran on, hence --no-deps.
@@ -60,6 +73,10 @@ $(PACKAGE): pyproject.toml constraints.txt
 
 $(LANGUAGE): $(PACKAGE)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[language]'
+	touch $@
+
+$(DOCS): $(PACKAGE)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[docs]'
 	touch $@
 
 $(DEV): $(PACKAGE)
