@@ -5,6 +5,7 @@ import zipfile
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -140,5 +141,5 @@ class Archive:
                 raise MetaVPTError(f"{self.path}: not a readable zip ({error}); get the file again") from None
         return self._handle
 
-    def __getstate__(self) -> dict:
+    def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_handle": None}

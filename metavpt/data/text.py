@@ -138,7 +138,7 @@ class JsonLines(Rows[Item]):
         super().__init__(str(path), convert, **options)
         self.path = Path(path)
 
-    def _raw_rows(self) -> Iterator[tuple[str, bytes | dict]]:
+    def _raw_rows(self) -> Iterator[tuple[str, bytes | dict[str, Any]]]:
         if self.path.suffix == ".json":
             rows = _json(b"".join(_lines(self.path)), f"{self.path}: ")
             if not isinstance(rows, list):
@@ -203,7 +203,7 @@ class HubDataset(Rows[Item]):
         known = convert if isinstance(convert, Format) else PLAIN
         self.config, self.split, self.streaming = config or known.config, split or known.split, streaming
 
-    def _raw_rows(self) -> Iterator[tuple[str, dict]]:
+    def _raw_rows(self) -> Iterator[tuple[str, dict[str, Any]]]:
         try:
             for number, row in enumerate(self._load(), 1):
                 yield f"{self.name}, row {number}", row
