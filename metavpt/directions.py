@@ -121,5 +121,5 @@ class Clipped:
 
     def __call__(self, g_down: Params, g_pre: Params | None, update: Update | None = None) -> Aim:
         w, value = self.of(g_down, g_pre, update)
-        factor = (self.max_norm / params.norm(w).clamp_min(self.max_norm)).clamp_max(1.0)
+        factor = self.max_norm / params.norm(w).clamp_min(self.max_norm)
         return Aim(params.scale(w, factor), None if value is None else value * factor)

@@ -21,6 +21,8 @@ from metavpt.params import Params
 
 Loss = Callable[[Params], Tensor]
 
+UNUSED = "appears to not have been used"  # autograd's words for a tensor that nothing depends on
+
 
 class Derivative(NamedTuple):
     """`by[i]` is d<w, dL/dtheta>/d wrt[i]; `value` is <w, dL/dtheta>, a detached scalar."""
@@ -107,7 +109,7 @@ def differentiate(value: Tensor, wrt: Sequence[Params], *, create_graph: bool = 
     try:
         gradients = torch.autograd.grad(value, inputs, create_graph=create_graph, retain_graph=retain_graph or create_graph)
     except RuntimeError as error:
-        if "appears to not have been used" not in str(error):
+        if UNUSED not in str(error):
             raise
         missing = [name for name, p in zip(names, inputs, strict=True) if not _reaches(value, p)]
         raise UnreachedParameterError(_unreached(missing)) from None
@@ -127,10 +129,11 @@ def value_and_gradient(loss: Loss, theta: Params, *, retain_graph: bool = False)
 
 
 def _reaches(value: Tensor, p: Tensor) -> bool:
+    """Whether there is a path from p to `value`. That its buffers have been freed by now is another error than that there is none."""
     try:
         torch.autograd.grad(value, p, retain_graph=True)
-    except RuntimeError:
-        return False
+    except RuntimeError as error:
+        return UNUSED not in str(error)
     return True
 
 

@@ -64,6 +64,23 @@ def test_a_loss_without_any_graph_names_what_it_misses():
         differentiate(torch.tensor(1.0), ({"phi_a": torch.zeros(1, requires_grad=True)},))
 
 
+@pytest.mark.parametrize(
+    ("num_idle", "named"), [(1, "idle0"), (4, "idle0, idle1, idle2, idle3"), (6, "idle0, idle1, idle2, idle3 and 2 more")]
+)
+def test_the_error_names_what_is_unreached_alone_and_says_what_to_do(num_idle: int, named: str) -> None:
+    """Reached parameters stand on either side, on a graph whose buffers the first attempt has freed."""
+    reached = {name: torch.ones(2, requires_grad=True) for name in ("first", "last")}
+    idle = {f"idle{i}": torch.zeros(1, requires_grad=True) for i in range(num_idle)}
+    wrt = {"first": reached["first"], **idle, "last": reached["last"]}
+    value = ((reached["first"] * reached["last"]).exp() ** 2).sum()
+    with pytest.raises(UnreachedParameterError) as raised:
+        differentiate(value, (wrt,))
+    assert str(raised.value) == (
+        f"the pretraining loss does not depend on {named}: its hypergradient would be a silent zero. "
+        "Use the parameter in the task, drop it from the designer, or look for a no_grad or detach on the way to the loss"
+    )
+
+
 def test_exact_product_goes_through_attention_that_is_fused_outside():
     """Fused attention has no second derivative; the product switches it off for itself alone."""
     g = torch.Generator().manual_seed(0)
