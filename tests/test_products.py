@@ -4,7 +4,7 @@ from ridge import Ridge
 
 from metavpt import params
 from metavpt.errors import MetaVPTError, UnreachedParameterError
-from metavpt.products import DifferenceProduct, ExactProduct, differentiate, value_and_gradient
+from metavpt.products import DifferenceProduct, ExactProduct, default_relative_step, differentiate, value_and_gradient
 
 PRODUCTS = [ExactProduct(), DifferenceProduct()]
 
@@ -108,3 +108,30 @@ def test_value_and_gradient_is_zero_where_a_parameter_plays_no_part():
 def test_value_and_gradient_of_a_constant_is_zero():
     _, gradient = value_and_gradient(lambda theta: torch.tensor(1.0), {"a": torch.ones(2)})
     assert gradient["a"].tolist() == [0.0, 0.0]
+
+
+@pytest.mark.parametrize("product", PRODUCTS, ids=["exact", "difference"])
+def test_the_graph_to_phi_is_kept_when_asked_for_and_freed_otherwise(product):
+    phi, theta = ({name: torch.tensor([0.3, 0.7], dtype=torch.float64, requires_grad=True)} for name in ("phi", "theta"))
+    trunk = phi["phi"].exp()  # autograd keeps its result for the way back
+
+    def take(retain_graph):
+        return product(
+            lambda t: (trunk * t["theta"] ** 2).sum(), theta, {"theta": torch.ones(2).double()}, (phi,), retain_graph=retain_graph
+        )
+
+    (kept,), _ = take(True)
+    torch.testing.assert_close(kept["phi"], (2 * trunk * theta["theta"]).detach(), rtol=1e-9, atol=0)  # of sum_i exp(phi_i) 2 theta_i
+    assert torch.equal(take(False).by[0]["phi"], kept["phi"])
+    with pytest.raises(RuntimeError, match="second time"):
+        take(False)
+
+
+def test_the_default_step_is_that_of_the_dtype_in_which_the_loss_is_computed():
+    single, double = torch.zeros(1), torch.zeros(1, dtype=torch.float64)
+    assert default_relative_step(double) == pytest.approx(2.0 ** (-52 / 3) / 5, rel=1e-12)
+    assert default_relative_step(single) == pytest.approx(2.0 ** (-23 / 3) / 5, rel=1e-12)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert default_relative_step(single) == pytest.approx(2.0 ** (-7 / 3) / 5, rel=1e-12)
+        assert default_relative_step(double) == pytest.approx(2.0 ** (-52 / 3) / 5, rel=1e-12)
+    assert DifferenceProduct(0.5).relative_step == 0.5
