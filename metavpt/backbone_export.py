@@ -9,12 +9,12 @@ from omegaconf import DictConfig, OmegaConf
 from timm.models import save_for_hf
 from torch import Tensor
 
-from metavpt import checkpoint, params
-from metavpt.checkpoint import Checkpoints
+from metavpt import params
 from metavpt.errors import MetaVPTError
 from metavpt.interop.huggingface import save_transformers
 from metavpt.learners.vit import OWN_MODELS, Backbone, create_backbone, timm_state_dict
 from metavpt.model_card import Description, Usage, class_name
+from metavpt.runfolder import newest_state
 
 Part = Literal["student", "teacher"]
 # The attribute of the problem that holds it, and what may stand before the backbone's names in there.
@@ -49,8 +49,7 @@ def export_backbone(run: Path, config: DictConfig, folder: Path, part: Part, for
 
 def load_backbone(run: Path, config: DictConfig, part: Part) -> Backbone:
     """The student's or the teacher's backbone in the newest checkpoint of `run`."""
-    path = Checkpoints(run / "checkpoints").newest()
-    problem = checkpoint.read(path).get("problem", {})
+    problem, path = newest_state(run)
     if part not in PARTS:
         raise MetaVPTError(f"part={part}: known are {', '.join(PARTS)}")
     module, prefixes = PARTS[part]

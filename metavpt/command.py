@@ -38,7 +38,7 @@ def reporting() -> Iterator[None]:
         yield
     except KeyboardInterrupt:
         sys.exit(130)
-    except USER_ERRORS as error:
+    except (*USER_ERRORS, RuntimeError) as error:
         cause = _user_error(error)
         if cause is None:
             raise
@@ -54,6 +54,8 @@ def reason(error: BaseException) -> str:
 
 def _user_error(error: BaseException) -> str | None:
     """The line to print; None for an error inside a constructor that is no fault of the configuration."""
+    if isinstance(error, RuntimeError):
+        return dead_worker(str(error))
     chain = [error]
     while chain[-1].__cause__ or chain[-1].__context__:
         chain.append(chain[-1].__cause__ or chain[-1].__context__)  # type: ignore[arg-type]
@@ -69,6 +71,12 @@ def _user_error(error: BaseException) -> str | None:
         lines = [line for link in reversed(chain) for line in str(link).splitlines()]  # the innermost first: it names what is wrong
         return next((line for line in lines if any(words in line for words in blamed)), None)
     return str(error).splitlines()[0]
+
+
+def dead_worker(message: str) -> str | None:
+    """The line for a RuntimeError that torch raises, in the middle of whatever runs, when a loading process has died; None for others."""
+    worker = re.search(r"DataLoader worker \(pid.*?\) (?:is killed by signal: [^.]*|exited unexpectedly[^.]*)", message)
+    return f"{worker[0]}: out of memory, or a fault in what reads the data; try problem.num_workers=0" if worker else None
 
 
 def _missing_config(message: str) -> str:

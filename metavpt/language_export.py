@@ -8,12 +8,11 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from metavpt import checkpoint
-from metavpt.checkpoint import Checkpoints
 from metavpt.data.tokens import TokenBatch
 from metavpt.errors import MetaVPTError
 from metavpt.learners.lm import LanguageModel
 from metavpt.model_card import Description, Usage, class_name
+from metavpt.runfolder import newest_state
 
 TOLERANCE = 1e-4  # of the largest logit: adapters are merged, which rounds
 LENGTH = 16  # tokens that are compared
@@ -28,8 +27,7 @@ def export_language_model(run: Path, config: DictConfig, folder: Path, part: str
         raise MetaVPTError(f"part={part}: a language model has no teacher; part=student is what was trained")
     if format not in ("both", "transformers"):
         raise MetaVPTError(f"format={format}: a language model is exported for transformers; leave format out")
-    path = Checkpoints(run / "checkpoints").newest()
-    state = checkpoint.read(path).get("problem", {})
+    state, path = newest_state(run)
     problem = instantiate(config.problem, _convert_="all")
     try:
         problem.learner.load_state_dict(state.get("learner", {}))

@@ -144,6 +144,10 @@ class Problem(ABC):
             raise MetaVPTError(f"{type(self).__name__}.num_samples: the batch holds no tensor; override num_samples to count its samples")
         return len(tensor)
 
+    def counters(self) -> dict[str, float]:
+        """Totals for the log that grow beside the steps: images passed over. Default: none."""
+        return {}
+
     def to(self, device: torch.device | str) -> None:
         """Move every module to `device`."""
         for value in vars(self).values():

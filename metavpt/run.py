@@ -1,8 +1,11 @@
 """python -m metavpt.run problem=dino_nyuv2 [strategy=...] [seed=0] [resume=true]: one run, from step 0 to its report; with -m a sweep."""
 
 import math
+import shlex
 import shutil
+import sys
 from pathlib import Path
+from signal import Signals
 
 import hydra
 import torch
@@ -11,12 +14,15 @@ from hydra.types import RunMode
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
+from rich.markup import escape
 
 from metavpt import dry_run, report, runfolder, summary
-from metavpt.checkpoint import Checkpoints
-from metavpt.command import reporting, run_command
+from metavpt.checkpoint import Checkpoints, seed_generators
+from metavpt.command import dead_worker, reporting, run_command
+from metavpt.disk import writing
 from metavpt.errors import MetaVPTError, NonFiniteError
 from metavpt.runlog import RunLog
+from metavpt.stop import Stopped, StopRequest
 from metavpt.sweep import Objective
 from metavpt.trainer import Trainer
 
@@ -24,9 +30,9 @@ NOT_CONFIGURATION = ("resume", "output", "minimise", "tracker")  # does not chan
 
 
 def build(cfg: DictConfig, folder: Path, console: Console) -> Trainer:
-    """The trainer that `cfg` describes, with its log and checkpoints in `folder`; weights are drawn from `cfg.seed`."""
+    """The trainer that `cfg` describes, with its log and checkpoints in `folder`; all that is random comes from `cfg.seed`."""
     log = RunLog(folder, console, {name: instantiate(tracker) for name, tracker in (cfg.get("tracker") or {}).items()})
-    torch.manual_seed(cfg.seed)
+    seed_generators(cfg.seed)
     problem = instantiate(cfg.problem, _convert_="all")
     problem.to(cfg.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     trainer = instantiate(
@@ -51,7 +57,13 @@ def run(cfg: DictConfig) -> float | None:
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
     folder, resume = _folder(cfg)
-    metrics = _train(cfg, folder, resume, objective, console)
+    stop = StopRequest()
+    try:
+        with stop.listening():
+            metrics = _train(cfg, folder, resume, objective, console, stop)
+    except Stopped as stopped:
+        console.print(_how_it_goes_on(folder, stopped.signal), soft_wrap=True, highlight=False)
+        sys.exit(stopped.status)
     console.print(summary.table(folder))
     console.print(f"report: {report.write_report(folder)}")
     return objective(metrics) if objective else None
@@ -64,11 +76,14 @@ def describe(cfg: DictConfig, console: Console) -> None:
     console.print(dry_run.plan(trainer))
 
 
-def _train(cfg: DictConfig, folder: Path, resume: bool, objective: Objective | None, console: Console) -> dict[str, float]:
+def _train(
+    cfg: DictConfig, folder: Path, resume: bool, objective: Objective | None, console: Console, stop: StopRequest
+) -> dict[str, float]:
     """The metrics at the end. A run that fails before its first step leaves nothing behind."""
     trainer: Trainer | None = None
     try:
         trainer = build(cfg, folder, console)
+        trainer.stop = stop
         if trainer.checkpoints and trainer.checkpoints.paths():
             trainer.resume()
         else:
@@ -78,6 +93,10 @@ def _train(cfg: DictConfig, folder: Path, resume: bool, objective: Objective | N
             objective(trainer.metrics)  # a name that no probe has is known before the training, not after it
         trainer.run()
         return trainer.metrics
+    except RuntimeError as error:
+        if stop.signal is None or not dead_worker(str(error)):
+            raise
+        raise Stopped(stop.signal) from error  # the signal went to the loading processes too, and they did not wait
     except BaseException:
         if not resume and (trainer is None or not trainer.budget.steps):
             shutil.rmtree(folder)
@@ -85,6 +104,18 @@ def _train(cfg: DictConfig, folder: Path, resume: bool, objective: Objective | N
     finally:
         if trainer is not None:
             trainer.log.close()
+
+
+def _how_it_goes_on(folder: Path, signal: Signals) -> str:
+    """The line that a run ends with which was asked to stop."""
+    saved = Checkpoints(folder / "checkpoints").paths()
+    if not saved:
+        return f"stopped by {signal.name} before the first checkpoint: nothing was trained"
+    multirun = HydraConfig.get().mode is RunMode.MULTIRUN
+    place = f"hydra.sweep.dir={folder.parent}" if multirun else f"output={folder}"
+    options = [option for option in sys.argv[1:] if not option.startswith(("resume=", place.partition("=")[0] + "="))]
+    command = shlex.join(["python", "-m", "metavpt.run", *options, place, "resume=true"])
+    return f"stopped by {signal.name}, saved in {saved[-1]}; go on with\n{escape(command)}"
 
 
 def _folder(cfg: DictConfig) -> tuple[Path, bool]:
@@ -103,8 +134,9 @@ def _folder(cfg: DictConfig) -> tuple[Path, bool]:
         return runfolder.find(output, Path(cfg.runs), config), True
     name = f"{hydra_cfg.runtime.choices['problem']}-{hydra_cfg.runtime.choices['strategy']}-seed{cfg.seed}"
     folder = runfolder.create(output, Path(cfg.runs), name)
-    (folder / "config.yaml").write_text(config)
-    runfolder.write_environment(folder, cfg.seed)
+    with writing(folder):
+        (folder / "config.yaml").write_text(config)
+        runfolder.write_environment(folder, cfg.seed)
     return folder, False
 
 

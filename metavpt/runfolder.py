@@ -8,9 +8,13 @@ from collections.abc import Sequence
 from datetime import datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 import torch
+from rich.console import Console
+from rich.markup import escape
 
+from metavpt.checkpoint import Checkpoints
 from metavpt.errors import MetaVPTError
 
 PACKAGES = ("metavpt", "torch", "torchvision", "timm", "kornia", "hydra-core", "numpy")
@@ -45,6 +49,14 @@ def find(folder: Path | None, parent: Path, config: str) -> Path:
             reason = "was made by another configuration" if file.is_file() else "holds no run (config.yaml is missing)"
             raise MetaVPTError(f"resume=true output={folder}: the folder {reason}; repeat the options of that run")
     raise MetaVPTError(f"resume=true: no run under {parent} has this configuration; repeat its options, or name its folder with output=")
+
+
+def newest_state(run: Path) -> tuple[dict[str, Any], Path]:
+    """What the newest checkpoint of `run` that can be read holds of the problem, and its file. What is passed over is said on stderr."""
+    state, path, unreadable = Checkpoints(run / "checkpoints").newest()
+    for line in unreadable:
+        Console(stderr=True, soft_wrap=True).print(f"[yellow]{escape(line)}; {path.name} is taken[/yellow]")
+    return state.get("problem", {}), path
 
 
 def write_environment(folder: Path, seed: int | None = None, command: str = "run", also: Sequence[str] = ()) -> None:

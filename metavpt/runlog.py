@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from metavpt.budget import Budget
+from metavpt.disk import writing
 from metavpt.errors import MetaVPTError
 from metavpt.texts import Texts
 from metavpt.trackers import Tracker
@@ -45,7 +46,7 @@ class RunLog:
 
     def write(self, kind: str, step: int, **values: Any) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
-        with self.path.open("a") as file:
+        with writing(self.path), self.path.open("a") as file:
             file.write(json.dumps({"kind": kind, "step": step, **{name: _jsonable(value) for name, value in values.items()}}) + "\n")
         self._shown.update({name: values[name] for name in ("loss", "value") if name in values})
         self._step = step
@@ -65,8 +66,9 @@ class RunLog:
         """One PNG each: figures/<name>-step<NNNNNN>.png."""
         for name, pixels in figures.items():
             path = self.folder / "figures" / f"{name}-step{step:06d}.png"
-            path.parent.mkdir(exist_ok=True)
-            Image.fromarray(pixels).save(path)
+            with writing(path):
+                path.parent.mkdir(exist_ok=True)
+                Image.fromarray(pixels).save(path)
         for name, pixels in figures.items():
             self._track(lambda tracker, name=name, pixels=pixels: tracker.figure(name, step, pixels))
 
@@ -74,8 +76,9 @@ class RunLog:
         """texts/step<NNNNNN>.json, where there are any."""
         if any(texts):
             path = self.folder / "texts" / f"step{step:06d}.json"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(json.dumps(texts._asdict(), ensure_ascii=False), encoding="utf-8")
+            with writing(path):
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_text(json.dumps(texts._asdict(), ensure_ascii=False), encoding="utf-8")
 
     def close(self) -> None:
         """Let the trackers finish what they hold back; nothing is tracked after it."""

@@ -5,17 +5,20 @@ from typing import Any, NamedTuple
 
 from metavpt.clock import phase
 from metavpt.errors import MetaVPTError
+from metavpt.time_limit import time_limit
+
+TIMEOUT = 600.0  # seconds
 
 
 class Stream:
     """The batches of `source(seed)`, then of `source(seed + 1)` and so on, for ever.
 
     `state_dict` is the position alone. Loading it begins the source again and skips: through the iterable's own `skip(n)` where it has one
-    (no decoding), by drawing and dropping batches otherwise.
+    (no decoding), by drawing and dropping batches otherwise. A batch that is not there after `timeout` seconds is an error; 0: no limit.
     """
 
-    def __init__(self, source: Callable[[int], Iterable[Any]], seed: int, name: str = "stream") -> None:
-        self.source, self.seed, self.name = source, seed, name
+    def __init__(self, source: Callable[[int], Iterable[Any]], seed: int, name: str = "stream", timeout: float = TIMEOUT) -> None:
+        self.source, self.seed, self.name, self.timeout = source, seed, name, timeout
         self.epoch = 0
         self.position = 0
         self._batches: Iterator[Any] | None = None
@@ -25,7 +28,7 @@ class Stream:
         if self._batches is None:
             self._batches = self._begin()
         try:
-            batch = next(self._batches)
+            batch = self._draw(self._batches)
         except StopIteration:
             if self.position == 0:
                 raise MetaVPTError(f"{self.name}: the source is empty, it gave no batch at all") from None
@@ -46,8 +49,13 @@ class Stream:
             return iter(batches)
         iterator = iter(batches)
         for _ in range(self.position):
-            next(iterator)
+            self._draw(iterator)
         return iterator
+
+    def _draw(self, batches: Iterator[Any]) -> Any:
+        hung = f"{self.name}: no batch came within {self.timeout:g} s; look at the disk that the data is on, or raise trainer.data_timeout"
+        with time_limit(self.timeout, hung):
+            return next(batches)
 
     def state_dict(self) -> dict[str, int]:
         return {"epoch": self.epoch, "position": self.position}

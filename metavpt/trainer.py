@@ -15,19 +15,22 @@ from metavpt.probes.first_order import Before, FirstOrderProbe
 from metavpt.problem import Problem
 from metavpt.runlog import RunLog
 from metavpt.schedule import WarmupCosine
+from metavpt.stop import Stopped, StopRequest
 from metavpt.strategies import Strategy
-from metavpt.stream import Stream, Streams
+from metavpt.stream import TIMEOUT, Stream, Streams
 
 
 class Trainer:
     """Pretrains `problem.learner` on the tasks of `strategy` until the budget is spent.
 
     The learner's parameters and their `.grad` are written in `step` alone, and there only by the pretraining loss of a detached task.
+    While `stop` listens, SIGTERM and Ctrl-C end `run` by `Stopped` after the step in progress and a checkpoint of it.
 
     head_warmup_steps   first steps that train `problem.warm_up_parameters()` only: fresh SSL heads on a released backbone
     head_warmup_lr      peak learning rate of these steps; None: the optimizer's, which a released backbone wants low
     first_order_every   steps between two measurements of how well first-order value predicts a step; 0: none
     max_failures        steps in a row with a non-finite loss or gradient, each one skipped, after which the run stops
+    data_timeout        seconds that a batch may take to come, after which the run stops; 0: no limit
     dry_run             `python -m metavpt.run` describes this run instead, see `metavpt.dry_run`; nothing trains it
     """
 
@@ -50,6 +53,7 @@ class Trainer:
         checkpoint_every: int = 0,
         first_order_every: int = 0,
         max_failures: int = 10,
+        data_timeout: float = TIMEOUT,
         dry_run: bool = False,
     ) -> None:
         self.problem, self.strategy, self.budget, self.log, self.checkpoints = problem, strategy, budget, log, checkpoints
@@ -59,6 +63,7 @@ class Trainer:
         self.log_every, self.probe_every, self.checkpoint_every = log_every, probe_every, checkpoint_every
         self.first_order_every, self.dry_run = first_order_every, dry_run
         self.num_failures = 0
+        self.stop = StopRequest()
         self.metrics: dict[str, float] = {}  # of the last measurement
         strategy.start(problem)
         groups = self._parameter_groups(weight_decay)
@@ -66,9 +71,9 @@ class Trainer:
         self.peak_lr = [group["lr"] for group in self.optimizer.param_groups]
         first = 1_000_000 * seed  # a stream takes one more seed for every pass over its source: room for 300,000 passes
         self.streams = Streams(
-            pretrain=Stream(problem.pretrain_batches, first, "pretrain_batches"),
-            meta=Stream(problem.meta_batches, first + 300_000, "meta_batches"),
-            feedback=Stream(problem.feedback_batches, first + 600_000, "feedback_batches"),
+            pretrain=Stream(problem.pretrain_batches, first, "pretrain_batches", data_timeout),
+            meta=Stream(problem.meta_batches, first + 300_000, "meta_batches", data_timeout),
+            feedback=Stream(problem.feedback_batches, first + 600_000, "feedback_batches", data_timeout),
         )
         self.first_order = FirstOrderProbe(problem, first + 800_000)
 
@@ -76,20 +81,30 @@ class Trainer:
         """From where the run stands to the end of the budget; step 0 is measured before anything is trained."""
         if self.dry_run:
             raise MetaVPTError("trainer.dry_run=true: this run is only to be described, which python -m metavpt.run does")
+        if self.budget.exhausted:
+            return  # resumed at its very end, which is measured and saved
         if self.budget.steps == 0 and not self.metrics:
             self.measure()
         self.budget.memory.restart()
-        with self.log.progress(self.budget):
+        with self.log.progress(self.budget), self.stop.deferred():
             while not self.budget.exhausted:
                 self.step()
                 if self.budget.steps == 1:
                     self.budget.check_first_step()
-                if self.probe_every and self.budget.steps % self.probe_every == 0 and not self.budget.exhausted:
-                    self.measure()
-                if self.checkpoint_every and self.budget.steps % self.checkpoint_every == 0:
-                    self.save()
-        self.measure()
-        self.save()
+                if not self.budget.exhausted:
+                    self._between_steps()
+            self.measure()
+            self.save()
+
+    def _between_steps(self) -> None:
+        """Measure, save, and end where the run is asked to."""
+        step, stopping = self.budget.steps, self.stop.signal
+        if self.probe_every and step % self.probe_every == 0:
+            self.measure()
+        if stopping or (self.checkpoint_every and step % self.checkpoint_every == 0):
+            self.save()
+        if stopping:
+            raise Stopped(stopping)
 
     def start_from(self, problem_state: dict[str, Any], metrics: dict[str, float]) -> None:
         """Begin where another run ended: its learner and what belongs to it, and `metrics` as step 0."""
@@ -98,16 +113,17 @@ class Trainer:
         self.metrics = metrics
 
     def resume(self) -> None:
-        """Go on from the newest checkpoint."""
+        """Go on from the newest checkpoint that can be read."""
         if self.checkpoints is None:
             raise MetaVPTError("Trainer.resume: the trainer was made without checkpoints")
-        path = self.checkpoints.newest()
-        state = self.checkpoints.load(path)
+        state, path, unreadable = self.checkpoints.load()
         try:
             self.load_state_dict(state)
-        except (RuntimeError, KeyError, ValueError, AttributeError) as error:
+        except (RuntimeError, KeyError, ValueError, AttributeError, TypeError) as error:
             reason = " ".join(str(error).split())[:200]
             raise MetaVPTError(f"{path}: is the checkpoint of another model or configuration ({reason})") from error
+        for line in unreadable:
+            self.log.warn(self.budget.steps, f"{line}; this run goes on from {path.name}")
 
     def measure(self) -> None:
         """Probe metrics, figures and texts of the learner as it is."""
@@ -206,6 +222,7 @@ class Trainer:
             grad_evals=budget.grad_evals,
             seconds=budget.seconds,
             samples_per_s=budget.samples / max(budget.seconds, 1e-9),
+            **self.problem.counters(),
         )
         self.log.write("time", budget.steps, seconds=dict(budget.times))
 
@@ -219,6 +236,7 @@ class Trainer:
             "first_order": self.first_order.state_dict(),
             "log": self.log.state_dict(),
             "num_failures": self.num_failures,
+            "metrics": self.metrics,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -230,4 +248,4 @@ class Trainer:
         self.budget.load_state_dict(state["budget"])
         self.first_order.load_state_dict(state["first_order"])
         self.log.load_state_dict(state["log"])
-        self.num_failures = state["num_failures"]
+        self.num_failures, self.metrics = state["num_failures"], state["metrics"]

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import MappingProxyType
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import numpy as np
 import torch
@@ -14,6 +14,7 @@ from torch.utils.data import ConcatDataset, Dataset
 from metavpt import params, pictures
 from metavpt.data.dense import DenseData
 from metavpt.data.loader import FrameLoader, ImageLoader, JointLoader
+from metavpt.data.unreadable import Readable, Skips
 from metavpt.errors import MetaVPTError
 from metavpt.feedback import DenseFeedback
 from metavpt.learners.vit import Backbone, Features
@@ -42,6 +43,7 @@ class DenseProblem(Problem):
     probe_heads       heads by name that the probes fit; None: ridge alone
     probe_size        (H, W) that the probes of labelled frames resize to; None: as `feature_size`
     probe_window      (H, W) of overlapping windows that these probes see an image of `probe_size` by; None: the whole image
+    on_error          "skip": an unlabelled image that cannot be read is passed over, named and counted; "raise": it ends the run
     probes            by name, what else is measured of the frozen backbone: side effects, see `metavpt.probes.summaries`
     """
 
@@ -61,8 +63,11 @@ class DenseProblem(Problem):
         probe_window: Sequence[int] | None = None,
         probes: Mapping[str, Probe] | None = None,
         num_workers: int = 0,
+        on_error: Literal["raise", "skip"] = "raise",
         seed: int = 0,
     ) -> None:
+        if on_error not in ("raise", "skip"):
+            raise MetaVPTError(f"problem.on_error={on_error}: known are raise, skip")
         self.data = data if isinstance(data, DenseData) else MappingProxyType(dict(data))
         self.num_workers = num_workers
         self.batch_size, self.meta_batch_size, self.feedback_batch_size = batch_size, meta_batch_size, feedback_batch_size
@@ -73,7 +78,8 @@ class DenseProblem(Problem):
         with torch.no_grad():  # a size that the patch does not divide fails here, before any training
             for size in {given or data.frames.size for data in self.sets.values() for given in (self.feature_size, self.probe_size)}:
                 backbone(torch.zeros(1, 3, *size))
-        self.unlabelled = _together(self.sets)
+        self.skips = Skips()
+        self.unlabelled = _together(self.sets) if on_error == "raise" else Readable(_together(self.sets), self.skips)
         self.feedback = nn.ModuleDict(self._feedback_heads(feedback, backbone.width))
         self.feedback_weights = {
             self._called(name, task): weight for name, heads in self._feedback.items() for task, weight in heads.weights.items()
@@ -158,6 +164,9 @@ class DenseProblem(Problem):
         if size and images.shape[-2:] != size:
             images = F.interpolate(images, size, mode="bilinear", antialias=True, align_corners=False)
         return (images - self.mean.to(images)) / self.std.to(images)
+
+    def counters(self) -> dict[str, float]:
+        return {"skipped_images": self.skips.total} if self.skips.total else {}
 
     def figures(self) -> dict[str, np.ndarray]:
         """Depth and classes of a few validation frames, predicted beside true, by the probe's first head."""

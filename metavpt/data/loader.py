@@ -1,6 +1,6 @@
 """Endless batches in an order that a seed sets, with a position that can be jumped to."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -170,18 +170,40 @@ def mix(seed: int, k: int) -> int:
     return (z ^ (z >> 31)) >> 2
 
 
-def _load(dataset: Dataset[Any], sampler: EndlessBatches, num_workers: int, collate: Any) -> Iterator[Any]:
-    generator = torch.Generator().manual_seed(mix(sampler.seed, -1))  # seeds the workers; the global generator stays where it is
-    return iter(
-        DataLoader(
-            dataset,
-            batch_sampler=sampler,
-            num_workers=num_workers,
-            collate_fn=collate,
-            generator=generator,
-            pin_memory=torch.cuda.is_available(),
-        )
+class _Failure(NamedTuple):
+    message: str
+
+
+class _Batches(Dataset[Any]):
+    """A batch in one call. What is wrong with the data comes back as a value: of an error a worker would send a page of traceback."""
+
+    def __init__(self, dataset: Dataset[Any], collate: Callable[[list[Any]], Any]) -> None:
+        self.dataset, self.collate = dataset, collate
+
+    def __getitems__(self, indices: list[int]) -> Any:
+        try:
+            return self.collate([self.dataset[k] for k in indices])
+        except MetaVPTError as error:
+            return _Failure(str(error))
+
+
+def _load(dataset: Dataset[Any], sampler: EndlessBatches, num_workers: int, collate: Callable[[Any], Any]) -> Iterator[Any]:
+    loader = DataLoader(
+        _Batches(dataset, collate),
+        batch_sampler=sampler,
+        num_workers=num_workers,
+        collate_fn=_as_it_is,
+        generator=torch.Generator().manual_seed(mix(sampler.seed, -1)),  # seeds the workers; the global generator stays where it is
+        pin_memory=torch.cuda.is_available(),
     )
+    for batch in loader:
+        if isinstance(batch, _Failure):
+            raise MetaVPTError(batch.message)
+        yield batch
+
+
+def _as_it_is(batch: Any) -> Any:
+    return batch
 
 
 def _check_size(num_items: int, batch_size: int, key: str, what: str) -> None:

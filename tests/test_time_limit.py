@@ -1,0 +1,38 @@
+import signal
+import time
+
+import pytest
+
+from metavpt.errors import MetaVPTError
+from metavpt.stream import Stream
+from metavpt.time_limit import time_limit
+
+
+def test_what_hangs_is_an_error_and_the_alarm_is_given_back():
+    handler = signal.getsignal(signal.SIGALRM)
+    with pytest.raises(MetaVPTError, match="too long"), time_limit(0.05, "too long"):
+        time.sleep(5)
+    assert signal.getsignal(signal.SIGALRM) is handler
+    assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
+
+
+def test_what_is_in_time_is_left_alone():
+    with time_limit(0.05, "too long"):
+        pass
+    time.sleep(0.1)
+
+
+def test_zero_is_no_limit():
+    with time_limit(0, "too long"):
+        assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
+
+
+def test_a_stream_whose_source_hangs_says_which():
+    def source(seed):
+        yield 1
+        time.sleep(5)
+
+    stream = Stream(source, 0, "meta_batches", timeout=0.05)
+    assert next(stream) == 1
+    with pytest.raises(MetaVPTError, match=r"meta_batches: no batch came within 0\.05 s.*trainer\.data_timeout"):
+        next(stream)
