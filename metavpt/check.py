@@ -13,6 +13,7 @@ from rich.table import Table
 
 from metavpt.checks import Finding, check
 from metavpt.command import run_command
+from metavpt.targets import asked_for, check_targets
 
 COLOURS = {"ok": "green", "warning": "yellow", "failed": "bold red"}
 
@@ -44,6 +45,7 @@ def main(cfg: DictConfig) -> None:
         torch.set_num_threads(cfg.threads)
     torch.manual_seed(cfg.seed)
     console = Console()
+    check_targets(cfg, asked_for())
     problem = instantiate(cfg.problem)
     problem.to(cfg.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     estimator = getattr(instantiate(cfg.strategy), "estimator", None)

@@ -24,12 +24,13 @@ from metavpt.comparison import Comparison, Job
 from metavpt.errors import MetaVPTError
 from metavpt.report.rows import run_folder
 from metavpt.table import Table
+from metavpt.targets import asked_for, check_targets
 from metavpt.trainer import Trainer
 
 WARM_START = "warm start"
 OWN = {"strategies", "controls", "vary", "seeds", "match", "warm_start", "jobs"}  # what a single run does not have
 GROWS = {"strategies", "controls", "vary", "seeds", "jobs", "strategy", "seed"}  # what may differ when a comparison goes on
-PLACE = {"resume", "output", "runs"}
+PLACE = {"resume", "output", "runs", "allow_targets"}
 
 Row = tuple[str, list[str]]  # a name and the overrides that make it
 
@@ -56,6 +57,8 @@ def compositions(cfg: DictConfig) -> dict[str, DictConfig]:
     """The configuration of each row, and of the warm start, by name."""
     command_line = [o for o in HydraConfig.get().overrides.task if o.partition("=")[0].lstrip("+") not in OWN | PLACE]
     made = {name: _compose(command_line, overrides) for name, overrides in [(WARM_START, ["strategy=fixed"]), *rows(cfg)]}
+    for row in made.values():
+        check_targets(row, asked_for())
     for option in shared:
         if not any(_has(row, option) for row in made.values()):
             raise MetaVPTError(f"{option}: no row has this option")

@@ -1,10 +1,25 @@
-"""Writing what a full disk must not turn into a page of traceback."""
+"""Damaged files and full disks, each in one clear line."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from metavpt.errors import MetaVPTError
+
+
+@contextmanager
+def reading(fault: str, remedy: str = "get the file again") -> Iterator[None]:
+    """Raises MetaVPTError `<fault> (<reason>); <remedy>` for whatever goes wrong inside the block, which is for decoders alone.
+
+    Of every error, not of a list of them: a damaged file fails in as many ways as its format has fields.
+    """
+    try:
+        yield
+    except MetaVPTError:
+        raise
+    except Exception as error:
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise MetaVPTError(f"{fault} ({reason}); {remedy}") from None
 
 
 @contextmanager

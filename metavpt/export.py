@@ -2,19 +2,22 @@
 
 import os
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import hydra
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from rich.console import Console
 
 from metavpt.backbone_export import Part, export_backbone
 from metavpt.command import run_command
 from metavpt.errors import MetaVPTError
 from metavpt.model_card import Description, model_card
+from metavpt.runfolder import read_config
+from metavpt.targets import asked_for, check_targets
 
 
-def export(run: Path, to: Path, part: Part = "student", format: str = "both") -> Path:
+def export(run: Path, to: Path, part: Part = "student", format: str = "both", allow_targets: Sequence[str] = ()) -> Path:
     """The learner of the newest checkpoint of `run` in the new folder `to`: <format>/ for each format, and README.md, a model card.
 
     A backbone is written for timm and transformers, a language model for transformers, with its tokenizer. Each is read back and
@@ -23,6 +26,7 @@ def export(run: Path, to: Path, part: Part = "student", format: str = "both") ->
     if to.exists():
         raise MetaVPTError(f"to={to}: is there already; name a new folder")
     config = _config(run)
+    check_targets(config, allow_targets)  # a language model's problem is built again
     to.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=to.parent, prefix=f".{to.name}-") as scratch:
         made = Path(scratch) / to.name
@@ -44,18 +48,17 @@ def _write(run: Path, config: DictConfig, folder: Path, part: Part, format: str)
 
 
 def _config(run: Path) -> DictConfig:
-    file = run / "config.yaml"
-    if not file.is_file():
-        raise MetaVPTError(f"run={run}: holds no run (config.yaml is missing)")
-    config = OmegaConf.load(file)
-    if not isinstance(config, DictConfig) or not (config.get("learner") or "name" in (config.get("backbone") or {})):
-        raise MetaVPTError(f"{file}: names neither a backbone of create_backbone nor a language model; no other learner can be exported")
+    config = read_config(run)
+    if not (config.get("learner") or "name" in (config.get("backbone") or {})):
+        raise MetaVPTError(
+            f"{run / 'config.yaml'}: names neither a backbone of create_backbone nor a language model; no other learner can be exported"
+        )
     return config
 
 
 @hydra.main(version_base="1.3", config_path="pkg://metavpt.configs", config_name="export")
 def main(cfg: DictConfig) -> None:
-    folder = export(Path(cfg.run), Path(cfg.to), cfg.part, cfg.format)
+    folder = export(Path(cfg.run), Path(cfg.to), cfg.part, cfg.format, asked_for())
     Console(soft_wrap=True).print(f"exported: {folder}")
 
 

@@ -90,7 +90,7 @@ class Greedy(Fixed):
             return downstream(combined.outer_loss, feedback.aligned)[1], combined.record
         except NonFiniteError:
             self.num_skipped += 1
-            return None, combined.record
+            return None, {**combined.record, "skipped_updates": float(self.num_skipped)}
 
     def _score(self, problem: Problem, theta: params.Params, w: params.Params, budget: Budget) -> Callable[[Any], Tensor]:
         aligned = {name: theta[name] for name in w}

@@ -16,7 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from rich.markup import escape
 
-from metavpt import dry_run, report, runfolder, summary
+from metavpt import dry_run, failure, report, runfolder, summary
 from metavpt.checkpoint import Checkpoints, seed_generators
 from metavpt.command import dead_worker, reporting, run_command
 from metavpt.disk import writing
@@ -24,9 +24,10 @@ from metavpt.errors import MetaVPTError, NonFiniteError
 from metavpt.runlog import RunLog
 from metavpt.stop import Stopped, StopRequest
 from metavpt.sweep import Objective
+from metavpt.targets import asked_for, check_targets
 from metavpt.trainer import Trainer
 
-NOT_CONFIGURATION = ("resume", "output", "minimise", "tracker")  # does not change what a run comes to
+NOT_CONFIGURATION = ("resume", "output", "minimise", "tracker", "allow_targets")  # does not change what a run comes to
 
 
 def build(cfg: DictConfig, folder: Path, console: Console) -> Trainer:
@@ -51,6 +52,7 @@ def build(cfg: DictConfig, folder: Path, console: Console) -> Trainer:
 def run(cfg: DictConfig) -> float | None:
     """Train, print the table of step 0 against the end, write the report; the value of `cfg.minimise`, None without one."""
     console = Console()
+    check_targets(cfg, asked_for())
     if cfg.trainer.get("dry_run"):
         return describe(cfg, console)
     objective = Objective.parse(cfg.minimise)
@@ -98,7 +100,7 @@ def _train(
             raise
         raise Stopped(stop.signal) from error  # the signal went to the loading processes too, and they did not wait
     except BaseException:
-        if not resume and (trainer is None or not trainer.budget.steps):
+        if not resume and (trainer is None or not trainer.budget.steps) and not (folder / failure.FILE).exists():
             shutil.rmtree(folder)
         raise
     finally:

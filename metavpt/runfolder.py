@@ -11,10 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from rich.markup import escape
 
 from metavpt.checkpoint import Checkpoints
+from metavpt.disk import reading
 from metavpt.errors import MetaVPTError
 
 PACKAGES = ("metavpt", "torch", "torchvision", "timm", "kornia", "hydra-core", "numpy")
@@ -57,6 +59,19 @@ def newest_state(run: Path) -> tuple[dict[str, Any], Path]:
     for line in unreadable:
         Console(stderr=True, soft_wrap=True).print(f"[yellow]{escape(line)}; {path.name} is taken[/yellow]")
     return state.get("problem", {}), path
+
+
+def read_config(folder: Path) -> DictConfig:
+    """What config.yaml of a run says, whoever wrote it: see `metavpt.targets` before anything of it is called."""
+    file = folder / "config.yaml"
+    if not file.is_file():
+        raise MetaVPTError(f"run={folder}: holds no run (config.yaml is missing)")
+    with reading(f"{file}: not a readable configuration", "restore the file that the run wrote"):
+        config = OmegaConf.load(file)
+        if not isinstance(config, DictConfig):
+            raise MetaVPTError(f"{file}: not a configuration of a run, which is a mapping")
+        OmegaConf.resolve(config)
+        return config
 
 
 def write_environment(folder: Path, seed: int | None = None, command: str = "run", also: Sequence[str] = ()) -> None:

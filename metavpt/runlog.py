@@ -112,10 +112,11 @@ class RunLog:
         self._bar.update(self._bar.task_ids[0], completed=budget.progress, description="  ".join(parts))
 
     def state_dict(self) -> dict[str, int]:
-        return {"bytes": self.path.stat().st_size}
+        return {"bytes": self.path.stat().st_size if self.path.exists() else 0}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        os.truncate(self.path, min(state["bytes"], self.path.stat().st_size))
+        if self.path.exists():
+            os.truncate(self.path, min(state["bytes"], self.path.stat().st_size))
 
 
 def _jsonable(value: Any) -> Any:

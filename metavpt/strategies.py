@@ -33,6 +33,11 @@ class Proposal(NamedTuple):
     record: dict[str, float]
     labelled_loss: Callable[[Params], Tensor] | None = None
 
+    def loss(self, problem: Problem, theta: Params) -> Tensor:
+        """What the learner takes a step on."""
+        loss = problem.pretrain_loss(theta, self.task)
+        return loss if self.labelled_loss is None else loss + self.labelled_loss(theta)
+
 
 class Strategy(Protocol):
     """`start` once, then `next_task` for every step of the learner. Whatever it spends beside the step itself it charges to the budget."""
@@ -101,7 +106,7 @@ class Learned:
 
     def next_task(self, problem: Problem, streams: Streams, optimizer: Optimizer, budget: Budget) -> Proposal:
         record: dict[str, float] = {}
-        if budget.steps >= self.burn_in and budget.steps % self.meta_every == 0:
+        if self.updates_at(budget.steps):
             with budget.timed("designer"):
                 record = self.update_designer(problem, streams, optimizer, budget)
         with budget.timed("data"):
@@ -109,14 +114,22 @@ class Learned:
         with budget.timed("task"), torch.no_grad():
             return Proposal(problem.designer(batch), problem.num_samples(batch), record)
 
+    def updates_at(self, step: int) -> bool:
+        """Whether the designer is updated before this step."""
+        return step >= self.burn_in and step % self.meta_every == 0
+
     def update_designer(self, problem: Problem, streams: Streams, optimizer: Optimizer, budget: Budget) -> dict[str, float]:
         """One step of phi: heads, g_down on labelled batches, the product on unlabelled ones, the regularizer, the designer's optimizer."""
         try:
-            hypergradient, batch = self.hypergradient(problem, streams, optimizer, budget)
+            return self.attempt_update(problem, streams, optimizer, budget)
         except NonFiniteError:
             self.num_skipped += 1
             self._solutions = {}
             return {"skipped_updates": float(self.num_skipped)}
+
+    def attempt_update(self, problem: Problem, streams: Streams, optimizer: Optimizer, budget: Budget) -> dict[str, float]:
+        """The same; raises NonFiniteError, with phi as it was, where a loss or gradient on the way is not finite."""
+        hypergradient, batch = self.hypergradient(problem, streams, optimizer, budget)
         budget.charge(grad_evals=hypergradient.grad_evals)
         regularizer = self._descend(problem, hypergradient, batch)
         return {"value": hypergradient.value, "regularizer": regularizer, **hypergradient.diagnostics}
@@ -158,7 +171,9 @@ class Learned:
             regularizer.backward()
         for name, p in phi.items():
             p.grad = hypergradient.by_phi[name] if p.grad is None else p.grad + hypergradient.by_phi[name]
-        torch.nn.utils.clip_grad_norm_(phi.values(), self.max_norm)
+        norm = torch.nn.utils.clip_grad_norm_(phi.values(), self.max_norm)
+        if not torch.isfinite(norm):  # the hypergradient is finite: it is the regularizer, through what the designer made
+            raise NonFiniteError(f"the gradient of the designer's regularizer is not finite (norm {float(norm):.3g})")
         self.optimizer.step()
         return 0.0 if regularizer is None else float(regularizer.detach())
 

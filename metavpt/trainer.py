@@ -6,11 +6,13 @@ from typing import Any
 import torch
 from torch.optim import Optimizer
 
-from metavpt import params
+from metavpt import params, trees
+from metavpt.bottleneck import untouched
 from metavpt.budget import Budget
 from metavpt.checkpoint import Checkpoints
 from metavpt.clock import phase
-from metavpt.errors import MetaVPTError, NonFiniteError
+from metavpt.errors import MetaVPTError
+from metavpt.failure import Failures
 from metavpt.probes.first_order import Before, FirstOrderProbe
 from metavpt.problem import Problem
 from metavpt.runlog import RunLog
@@ -29,7 +31,7 @@ class Trainer:
     head_warmup_steps   first steps that train `problem.warm_up_parameters()` only: fresh SSL heads on a released backbone
     head_warmup_lr      peak learning rate of these steps; None: the optimizer's, which a released backbone wants low
     first_order_every   steps between two measurements of how well first-order value predicts a step; 0: none
-    max_failures        steps in a row with a non-finite loss or gradient, each one skipped, after which the run stops
+    max_failures        learner's steps, or designer updates, in a row that were skipped as not finite, after which the run stops
     data_timeout        seconds that a batch may take to come, after which the run stops; 0: no limit
     dry_run             `python -m metavpt.run` describes this run instead, see `metavpt.dry_run`; nothing trains it
     """
@@ -58,11 +60,11 @@ class Trainer:
     ) -> None:
         self.problem, self.strategy, self.budget, self.log, self.checkpoints = problem, strategy, budget, log, checkpoints
         self.schedule = schedule or WarmupCosine()
-        self.clip_norm, self.max_failures = clip_norm, max_failures
+        self.clip_norm = clip_norm
         self.head_warmup_steps, self.head_warmup_lr = head_warmup_steps, head_warmup_lr
         self.log_every, self.probe_every, self.checkpoint_every = log_every, probe_every, checkpoint_every
         self.first_order_every, self.dry_run = first_order_every, dry_run
-        self.num_failures = 0
+        self.failures = Failures(max_failures, log.folder)
         self.stop = StopRequest()
         self.metrics: dict[str, float] = {}  # of the last measurement
         strategy.start(problem)
@@ -136,14 +138,15 @@ class Trainer:
     def step(self) -> None:
         """1. a task from the strategy  2. its pretraining loss  3. the learner's optimizer  4. the state that follows (EMA, centre)."""
         self._schedule()  # first: strategies read the learning rate that the coming step will have
-        proposal = self.strategy.next_task(self.problem, self.streams, self.optimizer, self.budget)
+        self.failures.prepare(self.state_dict)
+        self.optimizer.zero_grad(set_to_none=True)
+        with untouched(self.problem.learner, f"{type(self.strategy).__name__}.next_task"):
+            proposal = self.strategy.next_task(self.problem, self.streams, self.optimizer, self.budget)
+        self.failures.count_update(proposal.record, proposal.task)
         with self.budget.timed("learner"):
             theta = params.named(self.problem.learner)
             with phase("forward"):
-                loss = self.problem.pretrain_loss(theta, proposal.task)
-                if proposal.labelled_loss is not None:  # the control `direct` alone
-                    loss = loss + proposal.labelled_loss(theta)
-            self.optimizer.zero_grad(set_to_none=True)
+                loss = proposal.loss(self.problem, theta)
             with phase("backward"):
                 loss.backward()
             loss = loss.detach()
@@ -155,9 +158,9 @@ class Trainer:
                 self._after_step(before)
                 with phase("ema"):
                     self.problem.after_step(proposal.task, self.budget.progress)
-                self.num_failures = 0
+                self.failures.steps = 0
             else:
-                self._skip(float(loss), float(grad_norm))
+                self._skip(proposal.task, loss, grad_norm)
         self.budget.charge(steps=1, samples=proposal.num_samples, grad_evals=1)
         if proposal.record:
             self.log.write("designer", self.budget.steps, **proposal.record)
@@ -190,14 +193,10 @@ class Trainer:
                 peak_lr = (self.head_warmup_lr or peak_lr) if group["warm"] else 0.0
             group["lr"] = peak_lr * factor
 
-    def _skip(self, loss: float, grad_norm: float) -> None:
-        self.num_failures += 1
-        self.log.warn(self.budget.steps, f"step skipped: loss {loss:.4g}, gradient norm {grad_norm:.4g}")
-        if self.num_failures >= self.max_failures:
-            raise NonFiniteError(
-                f"the pretraining loss or its gradient was not finite for {self.num_failures} steps in a row; "
-                "lower the learning rate (trainer.optimizer.lr) or look at the data"
-            )
+    def _skip(self, task: Any, loss: torch.Tensor, grad_norm: torch.Tensor) -> None:
+        what = "" if trees.is_finite(task) else ", and the designer's task is not finite either"
+        self.log.warn(self.budget.steps, f"step skipped: loss {float(loss):.4g}, gradient norm {float(grad_norm):.4g}{what}")
+        self.failures.count_step(task, loss, grad_norm)
 
     def _before_step(self) -> Before | None:
         if not self.first_order_every or (self.budget.steps + 1) % self.first_order_every:
@@ -235,7 +234,7 @@ class Trainer:
             "budget": self.budget.state_dict(),
             "first_order": self.first_order.state_dict(),
             "log": self.log.state_dict(),
-            "num_failures": self.num_failures,
+            "failures": self.failures.state_dict(),
             "metrics": self.metrics,
         }
 
@@ -248,4 +247,5 @@ class Trainer:
         self.budget.load_state_dict(state["budget"])
         self.first_order.load_state_dict(state["first_order"])
         self.log.load_state_dict(state["log"])
-        self.num_failures, self.metrics = state["num_failures"], state["metrics"]
+        self.failures.load_state_dict(state["failures"])
+        self.metrics = state["metrics"]

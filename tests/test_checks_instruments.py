@@ -6,9 +6,10 @@ import pytest
 import torch
 from channels import Channels
 
-from metavpt.checks.copies import leaves, map_tensors, twin
+from metavpt.checks.copies import twin
 from metavpt.checks.cost import measure
 from metavpt.checks.modes import Float64, Uncut
+from metavpt.trees import leaves, map_tensors
 
 
 def test_twins_share_what_attributes_share_and_leave_out_what_cannot_be_copied():

@@ -11,9 +11,9 @@ import signal
 import time
 from collections import Counter
 
+import command_process
 import pytest
 import torch
-from command_process import start
 
 from metavpt.checkpoint import Checkpoints
 from metavpt.report import read_log
@@ -31,11 +31,7 @@ STATUS = {  # where the command was listening already, and where it was still st
 
 
 def finish(folder, *options, **limits):
-    """Status and output of the command, run to its end."""
-    process = start(folder, *OPTIONS, *options, **limits)
-    process.join(120)
-    assert process.exitcode is not None, "the run hangs"
-    return process.exitcode, (folder / "output.txt").read_text()
+    return command_process.finish(folder, *OPTIONS, *options, **limits)
 
 
 def outcome(run):
@@ -91,7 +87,7 @@ class Victim:
         if not (self.run / "config.yaml").is_file() or not (self.run / "config.yaml").read_text():
             shutil.rmtree(self.run, ignore_errors=True)  # killed before there was a run
         resume = ["resume=true"] if self.run.exists() else []
-        return start(self.folder, *OPTIONS, *resume, **limits)
+        return command_process.start(self.folder, *OPTIONS, *resume, **limits)
 
     def kill(self, number, delay=None):
         """Send the signal after `delay` seconds; None: while a checkpoint is being written."""

@@ -35,7 +35,7 @@ def start(folder, *options, **popen):
     environment = {
         **os.environ,
         "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": str(EXAMPLES),
+        "PYTHONPATH": os.pathsep.join([str(EXAMPLES), *filter(None, [os.environ.get("PYTHONPATH")])]),
         "METAVPT_CACHE": str(folder / "cache"),
         "HF_HUB_OFFLINE": "1",
     }

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten_with_path
 
-from metavpt import params
+from metavpt import params, trees
 from metavpt.checks import copies
 from metavpt.checks.finding import Finding, listed
 from metavpt.checks.scene import Scene
@@ -46,10 +46,10 @@ def purity(scene: Scene) -> list[Finding]:
 def _twice(name: str, problem: Problem, evaluate: Callable[[], Any]) -> Finding:
     before = snapshot(problem)
     with torch.enable_grad():
-        values = [[_detached(leaf) for leaf in copies.leaves(evaluate())] for _ in range(2)]
+        values = [[_detached(leaf) for leaf in trees.leaves(evaluate())] for _ in range(2)]
     after = snapshot(problem)
-    moved = [key for key in before.keys() | after.keys() if not copies.same(before.get(key), after.get(key))]
-    differ = len(values[0]) != len(values[1]) or not all(copies.same(a, b) for a, b in zip(*values, strict=True))
+    moved = [key for key in before.keys() | after.keys() if not trees.same(before.get(key), after.get(key))]
+    differ = len(values[0]) != len(values[1]) or not all(trees.same(a, b) for a, b in zip(*values, strict=True))
     finite = all(bool(torch.isfinite(leaf).all()) for leaf in values[0] if isinstance(leaf, Tensor) and leaf.is_floating_point())
     what = "task" if name == "designer_purity" else "loss"
     if moved or differ:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.func import functional_call
 
-from metavpt import params
+from metavpt import params, trees
 from metavpt.checks import copies, modes
 from metavpt.hypergradient import Estimator, Hypergradient, InnerLoss, OneStep
 from metavpt.linear_product import DirectionalDerivative, LinearLoss
@@ -55,7 +55,7 @@ class Scene:
         twin = copies.to_double(self.problem)
         theta = params.detach(params.named(twin.learner))
         phi = params.zip_with(Tensor.double, self.phi)
-        unlabelled, labelled = (copies.map_tensors(_widen, batches) for batches in (self.unlabelled, self.labelled))
+        unlabelled, labelled = (trees.map_tensors(_widen, batches) for batches in (self.unlabelled, self.labelled))
         return Scene(twin, theta, phi, unlabelled, labelled, modes.Float64)
 
     def under(self, around: Callable[[], AbstractContextManager[Any]]) -> "Scene":
