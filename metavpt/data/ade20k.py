@@ -8,12 +8,13 @@ from typing import Literal
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from rich.console import Console
 from torch import Tensor
 
 from metavpt.data.frames import IGNORE, Frame, RGBDFrames
-from metavpt.data.photo import SUFFIXES, decode
+from metavpt.data.overlap import Encoded, encoded_file
+from metavpt.data.photo import SUFFIXES, decode, open_image
+from metavpt.disk import reading
 from metavpt.errors import MetaVPTError
 
 FOLDERS = {"train": "training", "val": "validation"}
@@ -59,6 +60,9 @@ class ADE20K(RGBDFrames):
     def image(self, index: int) -> Tensor:
         return self._fit(self._decode(index), "bilinear")
 
+    def encoded(self, index: int) -> Encoded:
+        return encoded_file(self.pairs[index][0])
+
     def _find_pairs(self, folder: str) -> list[tuple[Path, Path]]:
         images, annotations = self.path / "images" / folder, self.path / "annotations" / folder
         for place in (images, annotations):
@@ -98,11 +102,9 @@ class ADE20K(RGBDFrames):
 
 def read_annotation(file: Path) -> Tensor:
     """Classes uint8 (H,W) in 0..149, 255 where ignored. The numbers of a palette or 16-bit PNG are taken as they stand."""
-    try:
-        array = np.asarray(Image.open(file))
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise MetaVPTError(f"{file}: not a readable image ({error}); get it again") from None
-    if array.ndim != 2:
+    with reading(f"{file}: not a readable image", "get it again"):
+        array = np.asarray(open_image(file))
+    if array.ndim != 2 or array.dtype.kind not in "biu":
         raise MetaVPTError(f"{file}: holds colours; a SceneParse150 annotation holds one class number a pixel (not the full ADE20K's)")
     if int(array.max()) > len(CLASS_NAMES) or int(array.min()) < 0:
         raise MetaVPTError(f"{file}: has label {array.max()}; labels are 0 (ignored) and 1 to {len(CLASS_NAMES)}")

@@ -11,6 +11,7 @@ from torch.utils.data import Dataset
 
 from metavpt.data.images import FolderImages, NpzImages
 from metavpt.data.photo import SUFFIXES
+from metavpt.disk import reading
 from metavpt.errors import MetaVPTError
 
 
@@ -53,7 +54,8 @@ def _open_folder(path: Path, size: tuple[int, int]) -> ClassifiedSet:
     train = [(file, name) for name in classes for file in _images_below(path / "train" / name)]
     listing = path / "val" / "val_annotations.txt"
     if listing.is_file():
-        rows = [line.split("\t") for line in listing.read_text().splitlines() if line.strip()]
+        with reading(f"{listing}: not a readable text"):
+            rows = [line.split("\t") for line in listing.read_text(encoding="utf-8").splitlines() if line.strip()]
         if any(len(row) < 2 for row in rows):
             raise MetaVPTError(f"{listing}: each line must hold the name of a file, a tab and its class")
         val = [(path / "val" / "images" / file, name) for file, name, *_ in rows]
@@ -79,7 +81,7 @@ def _images_below(folder: Path) -> list[Path]:
 def _open_npz(path: Path, size: tuple[int, int]) -> ClassifiedSet:
     images = NpzImages(path, size)
     total = len(images.arrays.get("images", images.arrays.get("offsets", [0])[1:]))
-    with np.load(path, allow_pickle=False) as file:
+    with reading(f"{path}: not a readable npz"), np.load(path, allow_pickle=False) as file:
         if not {"label", "split"} <= set(file.files):
             raise MetaVPTError(f"{path}: needs arrays `label` and `split` beside the images, one number an image")
         labels, split = file["label"], file["split"]

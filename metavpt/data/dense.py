@@ -14,6 +14,7 @@ from metavpt.data.cache import CachedFrames
 from metavpt.data.frames import RGBDFrames
 from metavpt.data.images import FrameImages, open_images
 from metavpt.data.nyuv2 import open_nyuv2
+from metavpt.data.overlap import overlap
 from metavpt.errors import MetaVPTError
 
 FRAMES = "frames"  # the name, in `unlabelled`, of the images of the labelled train frames
@@ -62,6 +63,8 @@ class DenseData:
         self.meta = sorted(train[i] for i in meta[: max(1, round(share * num_meta))])
         self.held_out = sorted(train[i] for i in rest or meta)
         self.val = list(frames.splits["val"])
+        if leaked := set(train) & set(self.val):
+            raise MetaVPTError(f"{frames.name}: frame {min(leaked)} and {len(leaked) - 1} more are in the train and in the val split")
         height, width = stream_size or frames.size
         self.stream_size = size = (int(height), int(width))
         sources: list[Dataset[Tensor]] = [
@@ -70,6 +73,11 @@ class DenseData:
         if not sources:
             raise MetaVPTError("data.unlabelled is empty: name at least one source, 'frames' or a path")
         self.unlabelled: Dataset[Tensor] = sources[0] if len(sources) == 1 else ConcatDataset(sources)
+        if shown := overlap(self.unlabelled, frames, self.val):
+            _say(
+                f"{len(shown)} of the {len(self.unlabelled)} unlabelled images are images of the evaluation as well, "  # type: ignore[arg-type]
+                f"the first is {shown[0]}: the learner trains on what it is measured on, without its labels"
+            )
 
 
 def nyuv2_data(path: str | None = None, num_classes: int = 13, rooms: Mapping[str, Any] | None = None, **pools: Any) -> DenseData:
@@ -100,6 +108,8 @@ def ade20k_data(
 
 
 def _announce_rooms(name: str, file: str) -> None:
-    Console(stderr=True, soft_wrap=True).print(
-        f"[bold]data:[/bold] no data.path, so this trains on generated rooms; for {name} give data.path=/path/to/{file}"
-    )
+    _say(f"no data.path, so this trains on generated rooms; for {name} give data.path=/path/to/{file}")
+
+
+def _say(what: str) -> None:
+    Console(stderr=True, soft_wrap=True).print(f"[bold]data:[/bold] {what}")

@@ -2,7 +2,6 @@
 
 import os
 import zipfile
-import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,8 +13,12 @@ from torch.utils.data import Dataset
 
 from metavpt.data import shards
 from metavpt.data.frames import RGBDFrames
+from metavpt.data.overlap import Encoded, encoded_file
 from metavpt.data.photo import SUFFIXES, decode, fit, is_image
+from metavpt.disk import reading
 from metavpt.errors import MetaVPTError
+
+MAX_MEMBER = 2**28  # bytes that an encoded image may take
 
 
 def open_images(path: Path, size: tuple[int, int]) -> Dataset[Tensor]:
@@ -53,7 +56,10 @@ class FolderImages(Dataset[Tensor]):
         return len(self.files)
 
     def __getitem__(self, index: int) -> Tensor:
-        return fit(decode(self.files[index].read_bytes(), str(self.files[index])), self.size)
+        return fit(decode(_read(self.files[index]), str(self.files[index])), self.size)
+
+    def encoded(self, index: int) -> Encoded:
+        return encoded_file(self.files[index])
 
 
 class ZipImages(Dataset[Tensor]):
@@ -72,24 +78,28 @@ class ZipImages(Dataset[Tensor]):
         member = self.members[index]
         return fit(decode(self.archive.read(member), f"{self.archive.path}: {member}"), self.size)
 
+    def encoded(self, index: int) -> Encoded:
+        return self.archive.encoded(self.members[index])
+
 
 class NpzImages(Dataset[Tensor]):
     """Either `images` uint8 (N,H,W,3), or `jpeg` bytes joined with `offsets` (N+1); a `split`, where there is one, is 0 for training."""
 
     def __init__(self, path: Path, size: tuple[int, int]) -> None:
         self.path, self.size = path, size
-        try:
-            with np.load(path, allow_pickle=False) as file:
-                self.arrays = {name: file[name] for name in ("images", "jpeg", "offsets", "split") if name in file.files}
-        except (OSError, ValueError, TypeError, AttributeError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-            raise MetaVPTError(f"{path}: not a readable npz ({error}); get the file again") from None
+        with reading(f"{path}: not a readable npz"), np.load(path, allow_pickle=False) as file:
+            self.arrays = {name: file[name] for name in ("images", "jpeg", "offsets", "split") if name in file.files}
         if "images" not in self.arrays and not {"jpeg", "offsets"} <= self.arrays.keys():
             raise MetaVPTError(f"{path}: needs an array `images` (N,H,W,3), or `jpeg` with `offsets`")
         images = self.arrays.get("images")
         if images is not None and (images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3):
             raise MetaVPTError(f"{path}: images is {images.dtype} {images.shape}; it must be uint8 (N,H,W,3)")
-        total = len(self.arrays["images"]) if "images" in self.arrays else len(self.arrays["offsets"]) - 1
+        if images is None:
+            _check_joined(path, self.arrays["jpeg"], self.arrays["offsets"])
+        total = len(images) if images is not None else len(self.arrays["offsets"]) - 1
         split = self.arrays.get("split", np.zeros(total))
+        if split.shape != (total,):
+            raise MetaVPTError(f"{path}: split is {split.shape}; it must hold one number for each of the {total} images")
         self.indices = np.flatnonzero(split == 0)
 
     def __len__(self) -> int:
@@ -126,20 +136,40 @@ class Archive:
         self.names = set(self._open().namelist())
 
     def read(self, member: str) -> bytes:
-        try:
+        with reading(f"{self.path}: {member} cannot be read"):
+            if member not in self.names:
+                raise MetaVPTError(f"{self.path}: the zip lacks {member}; get the whole file again")
+            size = self._open().getinfo(member).file_size
+            if size > MAX_MEMBER:
+                raise MetaVPTError(f"{self.path}: {member} unpacks to {size / 2**20:.0f} MiB, which is no image; get the file again")
             return self._open().read(member)
-        except KeyError:
-            raise MetaVPTError(f"{self.path}: the zip lacks {member}; get the whole file again") from None
-        except (zipfile.BadZipFile, zlib.error, OSError, EOFError) as error:
-            raise MetaVPTError(f"{self.path}: {member} cannot be read ({error}); get the file again") from None
+
+    def encoded(self, member: str) -> Encoded:
+        """By the table of contents alone."""
+        entry = self._open().getinfo(member)
+        return Encoded(f"{self.path}: {member}", entry.file_size, lambda: entry.CRC)
 
     def _open(self) -> zipfile.ZipFile:
         if self._handle is None or self._process != os.getpid():  # a fork shares the position in the file with its parent
-            try:
+            with reading(f"{self.path}: not a readable zip"):
                 self._handle, self._process = zipfile.ZipFile(self.path), os.getpid()
-            except (zipfile.BadZipFile, OSError) as error:
-                raise MetaVPTError(f"{self.path}: not a readable zip ({error}); get the file again") from None
         return self._handle
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_handle": None}
+
+
+def _read(file: Path) -> bytes:
+    try:
+        return file.read_bytes()
+    except OSError as error:
+        raise MetaVPTError(f"{file}: cannot be read ({error.strerror}); remove or replace it") from None
+
+
+def _check_joined(path: Path, jpeg: np.ndarray, offsets: np.ndarray) -> None:
+    """Encoded images one after the other, and where each begins."""
+    whole = offsets.ndim == 1 and offsets.dtype.kind in "iu" and len(offsets) > 0
+    if not whole or jpeg.dtype != np.uint8 or jpeg.ndim != 1:
+        raise MetaVPTError(f"{path}: jpeg must be uint8 (bytes,) and offsets whole numbers (N+1,)")
+    if (offsets[1:] < offsets[:-1]).any() or int(offsets[0]) < 0 or int(offsets[-1]) > len(jpeg):
+        raise MetaVPTError(f"{path}: offsets must rise from 0 to at most the {len(jpeg)} bytes of jpeg")

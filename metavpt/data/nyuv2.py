@@ -11,14 +11,15 @@ from typing import Any, cast
 import h5py
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from metavpt.data.frames import IGNORE, Frame, RGBDFrames, make_frame
 from metavpt.data.images import Archive
-from metavpt.data.photo import decode
+from metavpt.data.overlap import Encoded
+from metavpt.data.photo import decode, open_image
 from metavpt.data.rooms import CLASS_NAMES as ROOM_CLASSES
 from metavpt.data.rooms import rooms_file
+from metavpt.disk import reading
 from metavpt.errors import MetaVPTError
 
 ZIP_NAME, MAT_NAME = "nyuv2_labeled_240x320.zip", "nyu_depth_v2_labeled.mat"
@@ -61,7 +62,13 @@ class NYUv2Mat(RGBDFrames):
         self.path, self.name = path, path.name
         self._file: h5py.File | None = None
         self._process = 0
-        file = self._open()
+        with reading(f"{path}: its HDF5 structure cannot be read", "the file is damaged, get it again"):
+            self._read_layout(self._open(), num_classes)
+        self.close()
+
+    def _read_layout(self, file: h5py.File, num_classes: int) -> None:
+        """What all frames share."""
+        path = self.path
         for dataset in ("images", "depths", "labels", "names"):
             if not isinstance(file.get(dataset), h5py.Dataset):
                 raise MetaVPTError(f"{path}: lacks the dataset {dataset!r}; it is not {MAT_NAME}, or not all of it")
@@ -75,7 +82,6 @@ class NYUv2Mat(RGBDFrames):
                 raise MetaVPTError(f"{path}: {dataset} is {self._array(dataset).shape}, not {(self.num_frames, width, height)} like images")
         self.class_names, self._classes = class_table(self._read_names(file), num_classes)
         self.splits = self._read_splits(file)
-        self.close()
 
     def __len__(self) -> int:
         return self.num_frames
@@ -96,10 +102,8 @@ class NYUv2Mat(RGBDFrames):
             self._file = None
 
     def _read(self, dataset: str, index: int) -> np.ndarray:
-        try:
+        with reading(f"{self.path}: frame {index} cannot be read", "the file is damaged, get it again"):
             return self._array(dataset)[index]
-        except OSError as error:
-            raise MetaVPTError(f"{self.path}: frame {index} cannot be read ({error}); the file is damaged, get it again") from None
 
     def _array(self, name: str) -> h5py.Dataset:
         return cast(h5py.Dataset, self._open()[name])
@@ -108,23 +112,20 @@ class NYUv2Mat(RGBDFrames):
         if self._process != os.getpid():  # a fork shares the position in the file with its parent
             self.close()
         if self._file is None:
-            try:
+            with reading(f"{self.path}: not a MATLAB 7.3 (HDF5) file, or cut off", "download it again"):
                 self._file, self._process = h5py.File(self.path, "r"), os.getpid()
-            except OSError as error:
-                raise MetaVPTError(f"{self.path}: not a MATLAB 7.3 (HDF5) file, or cut off ({error}); download it again") from None
         return self._file
 
     def _read_names(self, file: h5py.File) -> list[str]:
         """MATLAB's cell array: references to the character codes of each name."""
-        try:
+        with reading(f"{self.path}: names is not a cell array of strings"):
             references = np.asarray(file["names"]).ravel()
             return ["".join(map(chr, np.asarray(file[reference]).ravel())) for reference in references]
-        except (OSError, TypeError, ValueError, KeyError) as error:
-            raise MetaVPTError(f"{self.path}: names is not a cell array of strings ({error})") from None
 
     def _read_splits(self, file: h5py.File) -> dict[str, list[int]]:
         if "trainNdxs" in file and "testNdxs" in file:
-            train, val = ((np.asarray(file[name]).astype(int).ravel() - 1).tolist() for name in ("trainNdxs", "testNdxs"))
+            with reading(f"{self.path}: trainNdxs and testNdxs hold no rows"):
+                train, val = ((np.asarray(file[name]).astype(int).ravel() - 1).tolist() for name in ("trainNdxs", "testNdxs"))
         elif self.num_frames == NUM_OFFICIAL_FRAMES:
             train = official_train_rows()
             val = sorted(set(range(NUM_OFFICIAL_FRAMES)) - set(train))
@@ -175,6 +176,9 @@ class NYUv2Zip(RGBDFrames):
         depth = (codes.astype(np.float32) + 0.5) * METRES_PER_CODE
         return make_frame(image, depth, self._classes[label], f"{self.path}: row {row:04d}")
 
+    def encoded(self, index: int) -> Encoded:
+        return self.archive.encoded(f"rgb/{self.rows[index]:04d}.jpg")
+
     def image(self, index: int) -> Tensor:
         row = self.rows[index]
         image = decode(self.archive.read(f"rgb/{row:04d}.jpg"), f"{self.path}: rgb/{row:04d}.jpg")
@@ -187,11 +191,9 @@ class NYUv2Zip(RGBDFrames):
 
     def _map(self, kind: str, row: int) -> np.ndarray:
         member = f"{kind}/{row:04d}.png"
-        try:
-            array = np.asarray(Image.open(io.BytesIO(self.archive.read(member))))
-        except (OSError, ValueError, SyntaxError) as error:
-            raise MetaVPTError(f"{self.path}: {member} is not a readable image ({error})") from None
-        if array.ndim != 2:
+        with reading(f"{self.path}: {member} is not a readable image"):
+            array = np.asarray(open_image(io.BytesIO(self.archive.read(member))))
+        if array.ndim != 2 or array.dtype.kind not in "biu":
             raise MetaVPTError(f"{self.path}: {member} has {array.ndim} dimensions; it must hold one value a pixel")
         return array
 

@@ -1,17 +1,20 @@
 """A photograph: from the bytes of a file to pixels of the size that is wanted."""
 
 import io
+import warnings
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 
-from metavpt.errors import MetaVPTError
+from metavpt.disk import reading
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp"}
+MAX_PIXELS = 100_000_000
 
 
 def is_image(name: str) -> bool:
@@ -21,14 +24,22 @@ def is_image(name: str) -> bool:
 
 def decode(data: bytes, source: str) -> Tensor:
     """An encoded image as RGB uint8 (3,H,W); grey, palette and 16-bit images are converted."""
-    try:
-        image = Image.open(io.BytesIO(data))
+    with reading(f"{source}: not a readable image", "remove or replace it"):
+        image = open_image(io.BytesIO(data))
         if image.mode.startswith("I"):  # 16 bits: PIL's own conversion to RGB would clip, not scale
             image = Image.fromarray((np.asarray(image).astype(np.float64) / 257).round().clip(0, 255).astype(np.uint8))
         array = np.array(image.convert("RGB"))
-    except (UnidentifiedImageError, OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise MetaVPTError(f"{source}: not a readable image ({error}); remove or replace it") from None
     return torch.from_numpy(array).permute(2, 0, 1)
+
+
+def open_image(file: Any) -> Image.Image:
+    """PIL's image, not decoded yet. Raises ValueError for more than `MAX_PIXELS`: a few bytes can ask for any amount of memory."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        image = Image.open(file)
+    if image.width * image.height > MAX_PIXELS:
+        raise ValueError(f"{image.width}x{image.height} pixels are more than {MAX_PIXELS}")
+    return image
 
 
 def fit(image: Tensor, size: tuple[int, int]) -> Tensor:

@@ -269,10 +269,10 @@ def _utf8(raw: bytes) -> str:
 def _json(raw: bytes, prefix: str = "") -> Any:
     try:
         return json.loads(_utf8(raw))
-    except (json.JSONDecodeError, RecursionError) as error:
-        reason = f"broken JSON ({error})"
     except BadRowError as error:
         reason = str(error)
+    except (ValueError, RecursionError) as error:  # broken, a number of thousands of digits, nested without end
+        reason = f"broken JSON ({error})"
     if prefix:
         raise MetaVPTError(f"{prefix}{reason}; repair the file")
     raise BadRowError(reason)

@@ -3,12 +3,12 @@
 import hashlib
 import os
 import shutil
-import struct
 from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from metavpt.disk import reading
 from metavpt.errors import MetaVPTError
 
 EOS, PAD = "<|endoftext|>", "<|pad|>"
@@ -24,19 +24,8 @@ def load_tokenizer(name: str | Path) -> Any:
         source = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
         if not path.is_file():
             raise MetaVPTError(f"{name}: no such file; check the path")
-    try:
+    with reading(f"{name}: no tokenizer can be read from it", "check the name, or get the files again"):
         tokenizer = transformers.AutoTokenizer.from_pretrained(**source)
-    except (
-        OSError,
-        ValueError,
-        KeyError,
-        IndexError,
-        RuntimeError,
-        ImportError,
-        struct.error,
-    ) as error:  # what a truncated GGUF raises varies
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise MetaVPTError(f"{name}: no tokenizer can be read from it ({reason}); check the name, or get the files again") from None
     if not tokenizer.is_fast:
         raise MetaVPTError(f"{name}: its tokenizer gives no offsets, which tell prompt from answer; use a model with a fast tokenizer")
     if tokenizer.eos_token_id is None:

@@ -14,6 +14,7 @@ from timm.models import eva, vision_transformer
 from timm.models.eva import Eva
 from torch import Tensor
 
+from metavpt.disk import reading
 from metavpt.errors import MetaVPTError
 from metavpt.learners.layouts import layout_of
 from metavpt.params import Params, subset
@@ -67,7 +68,8 @@ def _check_fit(state: Params, own: Params, source: Path, name: str) -> None:
 def _check_config(folder: Path, model: Any, name: str) -> None:
     """What the shapes of the weights do not show."""
     file = folder / "config.json"
-    config = json.loads(file.read_text()) if file.is_file() else {}
+    with reading(f"{file}: not a readable configuration"):
+        config = dict(json.loads(file.read_text())) if file.is_file() else {}
     own = {"num_attention_heads": model.blocks[0].attn.num_heads, "rope_theta": getattr(getattr(model, "rope", None), "temperature", None)}
     for key, ours in own.items():
         if ours is not None and config.get(key, ours) != ours:
@@ -135,9 +137,17 @@ def _read_folder(folder: Path) -> Any:
         if (folder / name).is_file():
             return _read_file(folder / name)
         if index.is_file():
-            shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-            return {key: value for shard in shards for key, value in _read_file(folder / shard).items()}
+            with reading(f"{index}: not a readable index of weights"):
+                shards = sorted({folder / Path(shard).name for shard in json.loads(index.read_text())["weight_map"].values()})
+            return {key: value for shard in shards for key, value in _state(shard).items()}
     raise MetaVPTError(f"{folder}: the folder holds neither model.safetensors nor pytorch_model.bin")
+
+
+def _state(shard: Path) -> dict[str, Any]:
+    state = _read_file(shard)
+    if not isinstance(state, dict):
+        raise MetaVPTError(f"{shard}: is no state dict (name -> tensor)")
+    return state
 
 
 def _read_file(file: Path) -> Any:
@@ -150,7 +160,7 @@ def _read_file(file: Path) -> Any:
             return load_file(file)
         with torch.serialization.safe_globals([argparse.Namespace]):  # MAE's releases hold their options beside the weights
             return torch.load(file, map_location="cpu", weights_only=True)
-    except (SafetensorError, RuntimeError, OSError, EOFError, ValueError) as error:
+    except (SafetensorError, RuntimeError, OSError, EOFError, ValueError, KeyError, MemoryError) as error:
         raise MetaVPTError(f"{file}: cannot be read as weights: {error}") from error
     except Exception as error:  # pickle.UnpicklingError and its kin: a file that holds more than tensors
         raise MetaVPTError(f"{file}: holds more than tensors, which weights_only refuses; save a plain state dict") from error
