@@ -16,6 +16,7 @@ from metavpt.feedback import weighted_sum
 from metavpt.linear_product import DirectionalDerivative
 from metavpt.params import Params
 from metavpt.texts import Texts
+from metavpt.watch import Sign
 
 
 class Problem(ABC):
@@ -143,6 +144,10 @@ class Problem(ABC):
         if tensor is None:
             raise MetaVPTError(f"{type(self).__name__}.num_samples: the batch holds no tensor; override num_samples to count its samples")
         return len(tensor)
+
+    def vital_signs(self) -> dict[str, Sign]:
+        """Numbers that tell a collapse, cheap enough for every probe. Default: none."""
+        return {}
 
     def counters(self) -> dict[str, float]:
         """Totals for the log that grow beside the steps: images passed over. Default: none."""

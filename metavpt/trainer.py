@@ -20,6 +20,7 @@ from metavpt.schedule import WarmupCosine
 from metavpt.stop import Stopped, StopRequest
 from metavpt.strategies import Strategy
 from metavpt.stream import TIMEOUT, Stream, Streams
+from metavpt.watch import Watch
 
 
 class Trainer:
@@ -65,6 +66,7 @@ class Trainer:
         self.log_every, self.probe_every, self.checkpoint_every = log_every, probe_every, checkpoint_every
         self.first_order_every, self.dry_run = first_order_every, dry_run
         self.failures = Failures(max_failures, log.folder)
+        self.watch = Watch()
         self.stop = StopRequest()
         self.metrics: dict[str, float] = {}  # of the last measurement
         strategy.start(problem)
@@ -128,12 +130,16 @@ class Trainer:
             self.log.warn(self.budget.steps, f"{line}; this run goes on from {path.name}")
 
     def measure(self) -> None:
-        """Probe metrics, figures and texts of the learner as it is."""
+        """Probe metrics, figures and texts of the learner as it is; a warning where it collapses."""
         with self.budget.timed("probe"):
             self.metrics = self.problem.evaluate()
             self.log.write("probe", self.budget.steps, metrics=self.metrics)
             self.log.save_figures(self.budget.steps, self.problem.figures())
             self.log.save_texts(self.budget.steps, self.problem.texts())
+            if signs := self.problem.vital_signs():
+                self.log.write("watch", self.budget.steps, **{name: sign.value for name, sign in signs.items()})
+            for line in self.watch(signs):
+                self.log.warn(self.budget.steps, line)
 
     def step(self) -> None:
         """1. a task from the strategy  2. its pretraining loss  3. the learner's optimizer  4. the state that follows (EMA, centre)."""
@@ -236,6 +242,7 @@ class Trainer:
             "log": self.log.state_dict(),
             "failures": self.failures.state_dict(),
             "metrics": self.metrics,
+            "watch": self.watch.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -249,3 +256,4 @@ class Trainer:
         self.log.load_state_dict(state["log"])
         self.failures.load_state_dict(state["failures"])
         self.metrics = state["metrics"]
+        self.watch.load_state_dict(state["watch"])

@@ -22,12 +22,15 @@ from metavpt.params import Params
 from metavpt.probes.dense import DenseProbe
 from metavpt.probes.heads import Fit
 from metavpt.probes.side_effects import SideEffects
-from metavpt.probes.summaries import Probe
+from metavpt.probes.spectrum import rankme
+from metavpt.probes.summaries import Probe, summarise
 from metavpt.probes.window import SlidingWindow
 from metavpt.problem import Problem
 from metavpt.stream import Stream
+from metavpt.watch import Sign, rank_sign
 
 NUM_PICTURES = 4
+NUM_WATCHED = 64  # images that tell a collapse
 ONE = "labelled"  # the name within of a labelled set that is alone
 TASKS = {"depth": "depth_", "segmentation": "seg_"}  # feedback -> how the probes' metrics of it begin
 
@@ -165,6 +168,10 @@ class DenseProblem(Problem):
             images = F.interpolate(images, size, mode="bilinear", antialias=True, align_corners=False)
         return (images - self.mean.to(images)) / self.std.to(images)
 
+    def vital_signs(self) -> dict[str, Sign]:
+        features = summarise(self._describe, [self._watched()]).double()
+        return {"feature_rank": rank_sign(rankme(features - features.mean(dim=0)))}
+
     def counters(self) -> dict[str, float]:
         return {"skipped_images": self.skips.total} if self.skips.total else {}
 
@@ -184,6 +191,12 @@ class DenseProblem(Problem):
             if predicted.label is not None:
                 rows[i] += [pictures.classes(classes, data.frames.num_classes) for classes in (frame.label, predicted.label[i])]
         return pictures.grid(rows)
+
+    def _watched(self) -> Tensor:
+        """A few of the unlabelled images, uint8 (B,3,H,W): the same ones each time."""
+        total: int = len(self.unlabelled)  # type: ignore[arg-type]
+        count = min(NUM_WATCHED, total)
+        return torch.stack([self.unlabelled[i * total // count] for i in range(count)]).to(self.device)
 
     @torch.no_grad()
     def _frozen_features(self, images: Tensor) -> Tensor:

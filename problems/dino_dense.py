@@ -13,6 +13,7 @@ from torch.func import functional_call
 from metavpt import params
 from metavpt.clock import phase
 from metavpt.curvature import ComposedLoss
+from metavpt.data.loader import Batch
 from metavpt.designers.designer import Designer
 from metavpt.designers.mixer import mix_terms
 from metavpt.designers.prototypes import reshape, reshape_patches, tilted
@@ -27,6 +28,7 @@ from metavpt.objectives.dino import center_update, centered_probs, sinkhorn_prob
 from metavpt.objectives.distillation import active_terms, hidden_of, pack, term_losses, unpack
 from metavpt.objectives.goal_loss import GoalLoss, goal_loss
 from metavpt.params import Params
+from metavpt.watch import Sign, mask_signs, outcome_signs
 
 from .dense import DenseProblem
 
@@ -146,6 +148,15 @@ class DinoDense(DenseProblem):
                     center.data = center_update(center, logits)
         self._answered = Answers(None, {})
         self.teacher.update(self.learner, cosine_momentum(progress, 1.0, self.teacher_momentum))
+
+    @torch.no_grad()
+    def vital_signs(self) -> dict[str, Sign]:
+        task = self.designer(Batch(self._watched(), seed=0))
+        signs = {**super().vital_signs(), **mask_signs([task.masks, task.local_masks])}
+        if "dino" in self.terms:
+            logits = self._teacher_logits(self._teacher_features(task), task)["dino"].flatten(0, 1)
+            signs |= outcome_signs(centered_probs(logits, self.center["center"], self.teacher_temperature))
+        return signs
 
     @torch.no_grad()
     def figures(self) -> dict[str, np.ndarray]:

@@ -3,14 +3,16 @@
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from metavpt.data.tokens import TokenBatch
 from metavpt.designers.targets import TargetDesigner, designer_body
 from metavpt.designers.token_weights import TokenWeights
 from metavpt.linear_product import DirectionalDerivative
-from metavpt.objectives.target_task import TargetTask, Tilted, target_loss, target_loss_per_sample, target_tail
+from metavpt.objectives.target_task import SoftTargets, TargetTask, Tilted, target_loss, target_loss_per_sample, target_tail
 from metavpt.params import Params
+from metavpt.watch import Sign, gate_signs
 
 from .language import LanguageProblem
 
@@ -43,6 +45,13 @@ class LMGSM8K(LanguageProblem):
 
     def pretrain_tail(self, theta: Params, task: TargetTask) -> Callable[[Params], Tensor]:
         return target_tail(self.learner, theta, task)
+
+    def vital_signs(self) -> dict[str, Sign]:
+        """Of the last task: nothing is run for them."""
+        targets = self.last_task.targets if self.last_task else None
+        if not isinstance(targets, SoftTargets) or not isinstance(self.designer, TargetDesigner):
+            return {}
+        return gate_signs(torch.as_tensor(targets.gate), self.designer.max_gate)
 
     def tilt(
         self, theta: Params, task: TargetTask, w: Params, gate: float, tau: float, num_candidates: int, derivative: DirectionalDerivative
