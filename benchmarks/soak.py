@@ -3,7 +3,8 @@
     python benchmarks/soak.py --seconds 7200 [--workers 1]
 
 Trains DINO on generated rooms with designer updates, probes, first-order measurements and checkpoints, samples the process every --every
-seconds, and fits a line to each figure over the steps after the first fifth, in which caches fill. Writes benchmarks/results/soak.json.
+seconds, and fits a line to each figure over the steps after the first fifth, in which caches fill and loaders start.
+Writes benchmarks/results/soak.json.
 """
 
 import argparse
@@ -34,7 +35,7 @@ LIMIT = 1.0  # MB of memory in 1,000 steps
 
 
 class Sample(NamedTuple):
-    """The process after `step` steps: resident memory in MB with that of its children, and how many of each else."""
+    """The process after `step` steps: memory in MB with that of its children, and how many of each else."""
 
     step: int
     memory: float
@@ -46,7 +47,7 @@ class Sample(NamedTuple):
 def sample(step: int) -> Sample:
     """Of this process, from /proc."""
     children = [int(pid) for task in Path("/proc/self/task").iterdir() for pid in (task / "children").read_text().split()]
-    memory = sum(map(_resident, [os.getpid(), *children]))
+    memory = sum(map(_memory, [os.getpid(), *children]))
     return Sample(step, memory, len(os.listdir("/proc/self/fd")), len(os.listdir("/proc/self/task")), len(children))
 
 
@@ -77,13 +78,13 @@ def soak(trainer: Trainer, every: float, console: Console) -> list[Sample]:
     return samples
 
 
-def _resident(pid: int) -> float:
-    """MB; 0 for a process that has just ended."""
+def _memory(pid: int) -> float:
+    """The proportional set size in MB, in which a page that forked processes share is counted once among them; 0 where one has ended."""
     try:
-        pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
+        lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
     except OSError:
         return 0.0
-    return pages * os.sysconf("SC_PAGE_SIZE") / 1e6
+    return next((int(line.split()[1]) * 1024 / 1e6 for line in lines if line.startswith("Pss:")), 0.0)
 
 
 def main() -> None:
