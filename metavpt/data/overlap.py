@@ -26,7 +26,7 @@ def overlap(stream: Any, evaluation: Any, indices: Iterable[int]) -> list[str]:
     Both tell their images by a method `encoded(index) -> Encoded`; of a set without one (arrays, HDF5) nothing can be said, and nothing is.
     A file is read only where its length is that of an image of the evaluation. The same photograph encoded anew is not found.
     """
-    parts = stream.datasets if isinstance(stream, ConcatDataset) else [stream]
+    parts: list[Any] = list(stream.datasets) if isinstance(stream, ConcatDataset) else [stream]
     known: dict[int, list[Encoded]] = {}
     for index in indices if hasattr(evaluation, "encoded") else ():
         image = evaluation.encoded(index)
