@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
+from metavpt import ranks
 from metavpt.clock import Clock, phase
 from metavpt.errors import MetaVPTError
 from metavpt.memory import PeakMemory
@@ -62,6 +63,11 @@ class Budget:
         for unit, limit in self.limits.items():
             if (spent := getattr(self, unit)) > limit:
                 raise MetaVPTError(f"budget.{unit}={limit}: no step fits, the first one took {spent:.4g} {unit}")
+
+    def agree(self) -> None:
+        """Every process goes by the clock of the first, where a limit is in seconds: else they would not end with the same step."""
+        if "seconds" in self.limits:
+            self.clock.seconds = ranks.first(self.times)
 
     def charge(self, *, steps: int = 0, samples: int = 0, grad_evals: int = 0) -> None:
         self.steps += steps

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from metavpt import params
+from metavpt import params, ranks
 from metavpt.errors import MetaVPTError
 from metavpt.feedback import weighted
 from metavpt.hypergradient import Hypergradient, OuterLoss
@@ -44,13 +44,13 @@ class Feedback:
 
     def loss(self, theta_s: Params) -> Tensor:
         """The feedback loss as the problem has it."""
-        return self.problem.feedback_loss({**self.theta, **theta_s}, self.labelled)
+        return ranks.averaged(lambda own: self.problem.feedback_loss({**self.theta, **own}, self.labelled))(theta_s)
 
     def terms(self, weights: Mapping[str, float], theta_s: Params) -> dict[str, Tensor]:
         """weight * L_j for each name in `weights`."""
-        losses = self.problem.feedback_losses({**self.theta, **theta_s}, self.labelled)
+        losses = self.problem.feedback_losses({**self.theta, **ranks.enter(theta_s)}, self.labelled)
         weighted(losses, self.problem.feedback_weights)  # names that do not match are an error
-        return {name: weight * losses[name] for name, weight in weights.items()}
+        return {name: weight * ranks.leave(losses[name]) for name, weight in weights.items()}
 
     def gradients(self) -> dict[str, Params]:
         """d(w_j L_j)/d theta_S by name, detached: one forward pass, a backward pass each."""

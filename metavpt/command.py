@@ -17,6 +17,7 @@ from metavpt.errors import MetaVPTError
 PLUGINS = {  # choices that come with a package of their own -> the extra that installs it
     "hydra/sweeper/optuna": "optuna",
     "hydra/launcher/joblib": "joblib",
+    "hydra/launcher/ray": "ray",
     "hydra/launcher/submitit_local": "slurm",
     "hydra/launcher/submitit_slurm": "slurm",
 }

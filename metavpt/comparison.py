@@ -167,7 +167,7 @@ def _begin(job: Job) -> Trainer:
     if trainer.checkpoints and trainer.checkpoints.paths():
         trainer.resume()
     else:
-        trainer.log.path.unlink(missing_ok=True)
+        trainer.log.discard()
     return trainer
 
 

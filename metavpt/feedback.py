@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from metavpt import ranks
 from metavpt.errors import MetaVPTError
 from metavpt.probes.depth import DepthTask, clip, valid_pixels
 from metavpt.probes.features import IGNORE, FeatureSet
@@ -63,10 +64,10 @@ class DenseFeedback(nn.Module):
         if self.weights["depth"]:
             metres = F.softplus(upsample(self.depth(normalized), size)[:, 0])
             valid = frames.depth > 0
-            losses["depth"] = ((metres - frames.depth).abs() * valid).sum() / valid.sum().clamp_min(1)
+            losses["depth"] = ((metres - frames.depth).abs() * valid).sum() / ranks.mean_count(valid.sum())
         if self.weights["segmentation"]:
             logits = upsample(self.segmentation(normalized), size)
-            labelled = (frames.label != IGNORE).sum().clamp_min(1)
+            labelled = ranks.mean_count((frames.label != IGNORE).sum())
             losses["segmentation"] = F.cross_entropy(logits, frames.label, ignore_index=IGNORE, reduction="sum") / labelled
         return losses
 

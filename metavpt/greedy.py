@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from metavpt import params
+from metavpt import params, ranks
 from metavpt.budget import Budget
 from metavpt.combination import Combination, unpaired
 from metavpt.directions import Direction, Dot
@@ -113,7 +113,7 @@ class Greedy(Fixed):
             with torch.no_grad():
                 loss = problem.pretrain_tail(theta, problem.recipe(self._reference_batch(batch)))
             budget.charge(grad_evals=1)
-            g_pre = value_and_gradient(loss, aligned)[1]
+            g_pre = value_and_gradient(ranks.averaged(loss), aligned)[1]
         live = params.named(problem.learner)
         update = from_torch(optimizer, {name: live[name] for name in aligned}) if self.direction.needs_update else None
         return self.direction(g_down, g_pre, update).w

@@ -9,8 +9,12 @@ Params = dict[str, Tensor]
 
 
 def named(module: nn.Module) -> Params:
-    """The trainable parameters of `module` by name: the live tensors, not copies."""
-    return {name: p for name, p in module.named_parameters() if p.requires_grad}
+    """The trainable parameters of `module` by name: the live tensors, not copies.
+
+    Those that are sharded over processes (DTensors, see `metavpt.sharding`) are left out: their modules use them, no loss is a function
+    of them.
+    """
+    return {name: p for name, p in module.named_parameters() if p.requires_grad and not hasattr(p, "device_mesh")}
 
 
 def leaves(params: Params) -> Params:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from metavpt import params
+from metavpt import params, ranks
 from metavpt.errors import MetaVPTError
 from metavpt.feedback import weighted_sum
 from metavpt.linear_product import DirectionalDerivative
@@ -125,7 +125,19 @@ class Problem(ABC):
 
     def warm_up_parameters(self) -> Sequence[str]:
         """Names trained during the trainer's head warm-up, the rest frozen: a fresh SSL head on a released backbone. Default: all."""
-        return list(params.named(self.learner))
+        return [name for name, p in self.learner.named_parameters() if p.requires_grad]
+
+    def parts(self, task: Any, num_parts: int) -> list[Any]:
+        """A task in `num_parts` equal ones, for trainer.accumulate. Default: what is as long as the first tensor has the samples first."""
+        return [ranks.cut(task, k, num_parts) for k in range(num_parts)]
+
+    def trunks(self) -> Sequence[nn.Module]:
+        """Modules that parallel=fsdp shards over the processes: run by their forward alone, no aligned parameter inside. Default: none."""
+        return []
+
+    def whole_parameters(self) -> Sequence[str]:
+        """Names, within a trunk, of parameters that losses also read outside its forward, so that they stay whole. Default: none."""
+        return []
 
     def after_step(self, task: Any, progress: float) -> None:  # noqa: B027
         """State that moves with the learner's step: EMA teacher, centre. `progress` in [0, 1] is the share of the budget spent."""

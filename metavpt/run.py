@@ -1,6 +1,7 @@
 """python -m metavpt.run problem=dino_nyuv2 [strategy=...] [seed=0] [resume=true]: one run, from step 0 to its report; with -m a sweep."""
 
 import math
+import os
 import shlex
 import shutil
 import sys
@@ -12,30 +13,39 @@ import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from hydra.utils import instantiate
+from lightning_fabric import Fabric
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from rich.markup import escape
 
-from metavpt import dry_run, failure, report, runfolder, summary
+from metavpt import dry_run, failure, ranks, report, runfolder, summary
 from metavpt.checkpoint import Checkpoints, seed_generators
 from metavpt.command import dead_worker, reporting, run_command
 from metavpt.disk import writing
 from metavpt.errors import MetaVPTError, NonFiniteError
-from metavpt.runlog import RunLog
+from metavpt.fabric import make_fabric
+from metavpt.runlog import RunLog, UnwrittenLog
 from metavpt.stop import Stopped, StopRequest
 from metavpt.sweep import Objective
 from metavpt.targets import asked_for, check_targets
 from metavpt.trainer import Trainer
 
-NOT_CONFIGURATION = ("resume", "output", "minimise", "tracker", "allow_targets")  # does not change what a run comes to
+# does not change what a run comes to
+NOT_CONFIGURATION = ("resume", "output", "minimise", "tracker", "allow_targets", "devices", "nodes", "parallel")
 
 
-def build(cfg: DictConfig, folder: Path, console: Console) -> Trainer:
-    """The trainer that `cfg` describes, with its log and checkpoints in `folder`; all that is random comes from `cfg.seed`."""
-    log = RunLog(folder, console, {name: instantiate(tracker) for name, tracker in (cfg.get("tracker") or {}).items()})
+def build(cfg: DictConfig, folder: Path, console: Console, fabric: Fabric | None = None) -> Trainer:
+    """The trainer that `cfg` describes, with its log and checkpoints in `folder`; all that is random comes from `cfg.seed`.
+
+    `fabric` None: one process.
+    """
+    fabric = fabric or make_fabric(cfg.device, cfg.precision)
+    log: RunLog = UnwrittenLog(folder)
+    if ranks.rank() == 0:
+        log = RunLog(folder, console, {name: instantiate(tracker) for name, tracker in (cfg.get("tracker") or {}).items()})
     seed_generators(cfg.seed)
     problem = instantiate(cfg.problem, _convert_="all")
-    problem.to(cfg.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    problem.to("meta" if cfg.device == "meta" else fabric.device)
     trainer = instantiate(
         cfg.trainer,
         problem=problem,
@@ -44,6 +54,7 @@ def build(cfg: DictConfig, folder: Path, console: Console) -> Trainer:
         log=log,
         checkpoints=Checkpoints(folder / "checkpoints"),
         seed=cfg.seed,
+        fabric=fabric,
     )
     log.start_trackers(OmegaConf.to_container(cfg, resolve=True))  # type: ignore[arg-type]
     return trainer
@@ -58,16 +69,19 @@ def run(cfg: DictConfig) -> float | None:
     objective = Objective.parse(cfg.minimise)
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
-    folder, resume = _folder(cfg)
+    fabric = make_fabric(cfg.device, cfg.precision, cfg.devices, cfg.nodes, cfg.parallel)
+    folder, resume = ranks.first(_folder(cfg) if ranks.rank() == 0 else None)
     stop = StopRequest()
     try:
         with stop.listening():
-            metrics = _train(cfg, folder, resume, objective, console, stop)
+            metrics = _train(cfg, folder, resume, objective, console, fabric, stop)
     except Stopped as stopped:
-        console.print(_how_it_goes_on(folder, stopped.signal), soft_wrap=True, highlight=False)
+        if ranks.rank() == 0:
+            console.print(_how_it_goes_on(folder, stopped.signal), soft_wrap=True, highlight=False)
         sys.exit(stopped.status)
-    console.print(summary.table(folder))
-    console.print(f"report: {report.write_report(folder)}")
+    if ranks.rank() == 0:
+        console.print(summary.table(folder))
+        console.print(f"report: {report.write_report(folder)}")
     return objective(metrics) if objective else None
 
 
@@ -79,17 +93,17 @@ def describe(cfg: DictConfig, console: Console) -> None:
 
 
 def _train(
-    cfg: DictConfig, folder: Path, resume: bool, objective: Objective | None, console: Console, stop: StopRequest
+    cfg: DictConfig, folder: Path, resume: bool, objective: Objective | None, console: Console, fabric: Fabric, stop: StopRequest
 ) -> dict[str, float]:
     """The metrics at the end. A run that fails before its first step leaves nothing behind."""
     trainer: Trainer | None = None
     try:
-        trainer = build(cfg, folder, console)
+        trainer = build(cfg, folder, console, fabric)
         trainer.stop = stop
         if trainer.checkpoints and trainer.checkpoints.paths():
             trainer.resume()
         else:
-            trainer.log.path.unlink(missing_ok=True)  # of an attempt that reached no checkpoint
+            trainer.log.discard()  # of an attempt that reached no checkpoint
             trainer.measure()
         if objective and trainer.metrics:
             objective(trainer.metrics)  # a name that no probe has is known before the training, not after it
@@ -100,7 +114,8 @@ def _train(
             raise
         raise Stopped(stop.signal) from error  # the signal went to the loading processes too, and they did not wait
     except BaseException:
-        if not resume and (trainer is None or not trainer.budget.steps) and not (folder / failure.FILE).exists():
+        nothing = not resume and (trainer is None or not trainer.budget.steps) and not (folder / failure.FILE).exists()
+        if ranks.rank() == 0 and nothing:
             shutil.rmtree(folder)
         raise
     finally:
@@ -123,7 +138,7 @@ def _how_it_goes_on(folder: Path, signal: Signals) -> str:
 def _folder(cfg: DictConfig) -> tuple[Path, bool]:
     """The folder of the run, and whether one is continued there. A job of a sweep has its own in the sweep's."""
     hydra_cfg = HydraConfig.get()
-    output, resume = Path(cfg.output) if cfg.output else None, cfg.resume
+    output, resume = Path(cfg.output) if cfg.output else None, cfg.resume or _is_restarted()
     if hydra_cfg.mode is RunMode.MULTIRUN:
         if output:
             raise MetaVPTError(f"output={output}: the runs of a sweep cannot share a folder; name that of the sweep with hydra.sweep.dir=")
@@ -140,6 +155,11 @@ def _folder(cfg: DictConfig) -> tuple[Path, bool]:
         (folder / "config.yaml").write_text(config)
         runfolder.write_environment(folder, cfg.seed)
     return folder, False
+
+
+def _is_restarted() -> bool:
+    """Whether torchrun has started the processes anew, after one of them failed (--max-restarts)."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
 
 
 @hydra.main(version_base="1.3", config_path="pkg://metavpt.configs", config_name="run")

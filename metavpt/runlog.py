@@ -80,6 +80,10 @@ class RunLog:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 path.write_text(json.dumps(texts._asdict(), ensure_ascii=False), encoding="utf-8")
 
+    def discard(self) -> None:
+        """Forget what was written."""
+        self.path.unlink(missing_ok=True)
+
     def close(self) -> None:
         """Let the trackers finish what they hold back; nothing is tracked after it."""
         self._track(lambda tracker: tracker.close())
@@ -117,6 +121,28 @@ class RunLog:
     def load_state_dict(self, state: dict[str, int]) -> None:
         if self.path.exists():
             os.truncate(self.path, min(state["bytes"], self.path.stat().st_size))
+
+
+class UnwrittenLog(RunLog):
+    """Writes nothing: that of every process but the first."""
+
+    def write(self, kind: str, step: int, **values: Any) -> None:
+        pass
+
+    def save_figures(self, step: int, figures: dict[str, np.ndarray]) -> None:
+        pass
+
+    def save_texts(self, step: int, texts: Texts) -> None:
+        pass
+
+    def discard(self) -> None:
+        pass
+
+    def state_dict(self) -> dict[str, int]:
+        return {}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        pass
 
 
 def _jsonable(value: Any) -> Any:

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.func import functional_call
 from torch.optim import Optimizer
 
-from metavpt import params
+from metavpt import params, ranks
 from metavpt.budget import Budget
 from metavpt.clock import phase
 from metavpt.combination import Combination, Feedback, Pair, WeightedSum
@@ -166,7 +166,7 @@ class Learned:
     def _descend(self, problem: Problem, hypergradient: Hypergradient, batch: Any) -> float:
         phi = params.named(problem.designer)
         self.optimizer.zero_grad(set_to_none=True)
-        regularizer = problem.regularizer(problem.designer(batch))
+        regularizer = problem.regularizer(functional_call(problem.designer, ranks.enter(phi), (batch,)))
         if regularizer is not None:
             regularizer.backward()
         for name, p in phi.items():
@@ -175,7 +175,7 @@ class Learned:
         if not torch.isfinite(norm):  # the hypergradient is finite: it is the regularizer, through what the designer made
             raise NonFiniteError(f"the gradient of the designer's regularizer is not finite (norm {float(norm):.3g})")
         self.optimizer.step()
-        return 0.0 if regularizer is None else float(regularizer.detach())
+        return 0.0 if regularizer is None else float(ranks.leave(regularizer.detach()))
 
     def state_dict(self) -> dict[str, Any]:
         return {"optimizer": self.optimizer.state_dict(), "num_skipped": self.num_skipped, "solutions": self._solutions}
@@ -190,8 +190,8 @@ def inner_loss(problem: Problem, theta: Params, batch: Any) -> InnerLoss:
 
     def at_phi(phi: Params) -> Loss:
         with phase("task"):
-            task = functional_call(problem.designer, phi, (batch,))
-        return problem.pretrain_tail(theta, task)
+            task = functional_call(problem.designer, ranks.enter(phi), (batch,))
+        return ranks.averaged(problem.pretrain_tail(theta, task))
 
     return at_phi
 

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
+from metavpt import ranks
 from metavpt.clock import phase
 from metavpt.errors import MetaVPTError
 from metavpt.time_limit import time_limit
@@ -15,6 +16,9 @@ class Stream:
 
     `state_dict` is the position alone. Loading it begins the source again and skips: through the iterable's own `skip(n)` where it has one
     (no decoding), by drawing and dropping batches otherwise. A batch that is not there after `timeout` seconds is an error; 0: no limit.
+
+    Of several processes each gets its own rows of the same batches, see `metavpt.ranks`: again through the iterable's own
+    `share(rank, size)` where it has one, by cutting whole batches otherwise. The position does not depend on how many there are.
     """
 
     def __init__(self, source: Callable[[int], Iterable[Any]], seed: int, name: str = "stream", timeout: float = TIMEOUT) -> None:
@@ -22,6 +26,7 @@ class Stream:
         self.epoch = 0
         self.position = 0
         self._batches: Iterator[Any] | None = None
+        self._is_shared = False
 
     @phase("data")
     def __next__(self) -> Any:
@@ -36,7 +41,7 @@ class Stream:
             self._batches = self._begin()
             return next(self)
         self.position += 1
-        return batch
+        return batch if self._is_shared else ranks.own(batch)
 
     @property
     def has_begun(self) -> bool:
@@ -44,6 +49,9 @@ class Stream:
 
     def _begin(self) -> Iterator[Any]:
         batches = self.source(self.seed + self.epoch)
+        self._is_shared = hasattr(batches, "share")
+        if self._is_shared:
+            batches.share(ranks.rank(), ranks.size())  # type: ignore[attr-defined]
         if self.position and hasattr(batches, "skip"):
             batches.skip(self.position)  # type: ignore[attr-defined]
             return iter(batches)

@@ -22,7 +22,8 @@ from metavpt.metrics import sign
 from metavpt.numerals import number
 from metavpt.report import read_log, series_of
 
-NOT_WHAT_RAN = {"runs", "output", "resume", "minimise", "tracker", "device"}  # where a run stood and who watched it
+# where a run stood and who watched it
+NOT_WHAT_RAN = {"runs", "output", "resume", "minimise", "tracker", "device", "devices", "nodes", "parallel"}
 
 Row = dict[str, str | float | None]
 

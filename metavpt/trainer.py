@@ -1,24 +1,31 @@
 """The loop, readable top to bottom: ask the strategy for a task, take one ordinary pretraining step on it, count, measure, save."""
 
 from collections.abc import Callable
+from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import torch
+from lightning_fabric import Fabric
+from lightning_fabric.plugins import Precision
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
-from metavpt import params, trees
+from metavpt import ranks, sharding, trees
 from metavpt.bottleneck import untouched
 from metavpt.budget import Budget
 from metavpt.checkpoint import Checkpoints
 from metavpt.clock import phase
 from metavpt.errors import MetaVPTError
+from metavpt.execution import compile_blocks, recompute_blocks
+from metavpt.fabric import PretrainLoss
 from metavpt.failure import Failures
 from metavpt.probes.first_order import Before, FirstOrderProbe
 from metavpt.problem import Problem
 from metavpt.runlog import RunLog
 from metavpt.schedule import WarmupCosine
 from metavpt.stop import Stopped, StopRequest
-from metavpt.strategies import Strategy
+from metavpt.strategies import Proposal, Strategy
 from metavpt.stream import TIMEOUT, Stream, Streams
 from metavpt.watch import Watch
 
@@ -32,6 +39,11 @@ class Trainer:
     head_warmup_steps   first steps that train `problem.warm_up_parameters()` only: fresh SSL heads on a released backbone
     head_warmup_lr      peak learning rate of these steps; None: the optimizer's, which a released backbone wants low
     first_order_every   steps between two measurements of how well first-order value predicts a step; 0: none
+    accumulate          parts that a batch is taken in, one after the other: activations of a part, the gradient of the whole. What a loss
+                        does across samples (Sinkhorn, KoLeo) it does within a part
+    recompute           activations of blocks on the way back, instead of keeping them
+    compile             the blocks, for the learner's step alone, by this backend of torch.compile (inductor); None: not
+    fabric              device, precision and processes, launched; None: one process, in float32
     max_failures        learner's steps, or designer updates, in a row that were skipped as not finite, after which the run stops
     data_timeout        seconds that a batch may take to come, after which the run stops; 0: no limit
     dry_run             `python -m metavpt.run` describes this run instead, see `metavpt.dry_run`; nothing trains it
@@ -58,6 +70,10 @@ class Trainer:
         max_failures: int = 10,
         data_timeout: float = TIMEOUT,
         dry_run: bool = False,
+        accumulate: int = 1,
+        recompute: bool = False,
+        compile: str | None = None,
+        fabric: Fabric | None = None,
     ) -> None:
         self.problem, self.strategy, self.budget, self.log, self.checkpoints = problem, strategy, budget, log, checkpoints
         self.schedule = schedule or WarmupCosine()
@@ -68,7 +84,17 @@ class Trainer:
         self.failures = Failures(max_failures, log.folder)
         self.watch = Watch()
         self.stop = StopRequest()
+        self.fabric = fabric or Fabric(accelerator="cpu", devices=1)
         self.metrics: dict[str, float] = {}  # of the last measurement
+        if accumulate < 1:
+            raise MetaVPTError(f"trainer.accumulate={accumulate} must be at least 1")
+        self.accumulate = accumulate
+        if recompute:
+            recompute_blocks(problem.learner)
+        if compile:
+            compile_blocks(problem.learner, compile)
+        self.stance = partial(torch.compiler.set_stance, "force_eager") if compile else nullcontext
+        self.loss = self.fabric.strategy.setup_module(PretrainLoss(problem))  # first: sharding makes other parameters of them
         strategy.start(problem)
         groups = self._parameter_groups(weight_decay)
         self.optimizer = optimizer(groups) if optimizer else torch.optim.AdamW(groups, lr=1e-4)
@@ -146,43 +172,64 @@ class Trainer:
         self._schedule()  # first: strategies read the learning rate that the coming step will have
         self.failures.prepare(self.state_dict)
         self.optimizer.zero_grad(set_to_none=True)
-        with untouched(self.problem.learner, f"{type(self.strategy).__name__}.next_task"):
+        # the stance: derivatives of derivatives, which compiled blocks do not have
+        with self.stance(), untouched(self.problem.learner, f"{type(self.strategy).__name__}.next_task"):
             proposal = self.strategy.next_task(self.problem, self.streams, self.optimizer, self.budget)
         self.failures.count_update(proposal.record, proposal.task)
         with self.budget.timed("learner"):
-            theta = params.named(self.problem.learner)
-            with phase("forward"):
-                loss = proposal.loss(self.problem, theta)
-            with phase("backward"):
-                loss.backward()
-            loss = loss.detach()
-            grad_norm = torch.nn.utils.clip_grad_norm_(theta.values(), self.clip_norm)
+            loss = ranks.leave(self._backward(proposal))
+            self.precision.unscale_gradients(self.optimizer)
+            grad_norm = sharding.clip_grad_norm(self.problem.learner.parameters(), self.clip_norm)
             if torch.isfinite(grad_norm) and torch.isfinite(loss):
                 before = self._before_step()
                 with phase("optimizer"):
-                    self.optimizer.step()
+                    self.fabric.strategy.optimizer_step(self.optimizer)
                 self._after_step(before)
                 with phase("ema"):
                     self.problem.after_step(proposal.task, self.budget.progress)
                 self.failures.steps = 0
             else:
                 self._skip(proposal.task, loss, grad_norm)
-        self.budget.charge(steps=1, samples=proposal.num_samples, grad_evals=1)
+        self.budget.charge(steps=1, samples=ranks.total(proposal.num_samples), grad_evals=1)
+        self.budget.agree()
         if proposal.record:
             self.log.write("designer", self.budget.steps, **proposal.record)
         if self.budget.steps % self.log_every == 0 or self.budget.exhausted:
             self._log_train(float(loss), float(grad_norm))
         self.log.advance(self.budget)
 
+    def _backward(self, proposal: Proposal) -> torch.Tensor:
+        """Leave the gradient in .grad, the mean over ranks and over the parts of the task; the mean loss of the parts of this rank."""
+        parts = self.problem.parts(proposal.task, self.accumulate) if self.accumulate > 1 else [proposal.task]
+        total = torch.zeros((), device=self.fabric.device)
+        for k, task in enumerate(parts, start=1):
+            distributed = self.loss if isinstance(self.loss, DistributedDataParallel) else None
+            with distributed.no_sync() if distributed and k < len(parts) else nullcontext():
+                with phase("forward"), self.fabric.autocast():
+                    loss = self.loss(task, proposal.labelled_loss) / len(parts)
+                with phase("backward"):
+                    self.fabric.backward(loss)
+            total = total + loss.detach()
+        return total
+
     def save(self) -> None:
+        """One file, the same whatever the number of processes; the first of them writes it."""
         if self.checkpoints:
-            self.checkpoints.save(self.budget.steps, self.state_dict())
+            state = self.state_dict()
+            if ranks.rank() == 0:
+                self.checkpoints.save(self.budget.steps, state)
+
+    @property
+    def precision(self) -> Precision:
+        return self.fabric.strategy.precision
 
     def _parameter_groups(self, weight_decay: float) -> list[dict[str, Any]]:
         """Matrices decay, vectors (biases, norms) do not; what head warm-up freezes stands in groups of its own."""
         warm = set(self.problem.warm_up_parameters())
         groups: dict[tuple[bool, bool], list[torch.Tensor]] = {}
-        for name, p in params.named(self.problem.learner).items():
+        for name, p in self.problem.learner.named_parameters():
+            if not p.requires_grad:
+                continue
             groups.setdefault((p.ndim >= 2, name in warm), []).append(p)
         if not groups:
             raise MetaVPTError(f"{type(self.problem).__name__}.learner has no trainable parameter")
@@ -202,6 +249,8 @@ class Trainer:
     def _skip(self, task: Any, loss: torch.Tensor, grad_norm: torch.Tensor) -> None:
         what = "" if trees.is_finite(task) else ", and the designer's task is not finite either"
         self.log.warn(self.budget.steps, f"step skipped: loss {float(loss):.4g}, gradient norm {float(grad_norm):.4g}{what}")
+        if scaler := getattr(self.precision, "scaler", None):
+            scaler.update()  # float16: the loss was scaled too far
         self.failures.count_step(task, loss, grad_norm)
 
     def _before_step(self) -> Before | None:
@@ -233,8 +282,9 @@ class Trainer:
 
     def state_dict(self) -> dict[str, Any]:
         return {
-            "problem": self.problem.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
+            "problem": sharding.gathered(self.problem.state_dict()),
+            "optimizer": sharding.gathered(self.optimizer.state_dict()),
+            "precision": self.precision.state_dict(),
             "strategy": self.strategy.state_dict(),
             "streams": {name: stream.state_dict() for name, stream in self.streams._asdict().items()},
             "budget": self.budget.state_dict(),
@@ -246,8 +296,10 @@ class Trainer:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.problem.load_state_dict(state["problem"])
+        self.problem.load_state_dict(sharding.scattered(state["problem"], self.problem.state_dict()))
         self.optimizer.load_state_dict(state["optimizer"])
+        sharding.scatter_moments(self.optimizer)
+        self.precision.load_state_dict(state.get("precision", {}))
         self.strategy.load_state_dict(state["strategy"])
         for name, stream in self.streams._asdict().items():
             stream.load_state_dict(state["streams"][name])

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils.data import ConcatDataset, Dataset
 
-from metavpt import params, pictures
+from metavpt import params, pictures, ranks
 from metavpt.data.dense import DenseData
 from metavpt.data.loader import FrameLoader, ImageLoader, JointLoader
 from metavpt.data.unreadable import Readable, Skips
@@ -122,6 +122,11 @@ class DenseProblem(Problem):
     def warm_up_parameters(self) -> list[str]:
         return [name for name in params.named(self.learner) if not name.startswith("backbone.")]
 
+    def trunks(self) -> list[nn.Module]:
+        """The student's and, where there is one, the teacher's."""
+        backbones = [module for module in (self.learner, getattr(self, "teacher", None)) if module is not None]
+        return [found.trunk for module in backbones for found in module.modules() if isinstance(found, Backbone)]
+
     def feedback_losses(self, theta: Params, batch: Any) -> dict[str, Tensor]:
         losses = {}
         for name, frames in batch.items():
@@ -148,7 +153,7 @@ class DenseProblem(Problem):
             for name, heads in by_steps.items():
                 with torch.no_grad():
                     features = self.patch_features(theta, batch[name].image)
-                heads.fit(features, batch[name])
+                heads.fit(ranks.gather(features), ranks.gather(batch[name]))  # alike on every process
 
     def evaluate(self) -> dict[str, float]:
         metrics = self.side_effects(self._describe, self.unlabelled)

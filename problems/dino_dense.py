@@ -138,6 +138,10 @@ class DinoDense(DenseProblem):
     def pick(self, tasks: Sequence[Views], which: Tensor, sample: Tensor) -> Views:
         return pick_views(tasks, which, sample)
 
+    def parts(self, task: Views, num_parts: int) -> list[Views]:
+        samples = torch.arange(task.global_crops.shape[1], device=task.global_crops.device).chunk(num_parts)
+        return [pick_views([task], torch.zeros_like(own), own) for own in samples]
+
     def after_step(self, task: Views, progress: float) -> None:
         if self.targets == "centering":
             known = self._answered.task is task

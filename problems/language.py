@@ -1,18 +1,19 @@
 """What every language problem shares: the packed stream, feedback from examples, probes, text for the report."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from metavpt.data.language import LanguageData, join, rows_of
 from metavpt.data.tokens import PADDING, Corpus, ExampleLoader, TokenBatch
 from metavpt.errors import MetaVPTError
 from metavpt.learners.lm import LanguageModel
 from metavpt.learners.tokenized import TokenizedModel
-from metavpt.objectives.target_task import OneHot, TargetTask, target_loss
+from metavpt.objectives.target_task import OneHot, SoftTargets, TargetTask, target_loss
 from metavpt.params import Params
 from metavpt.probes.answers import AnswerProbe
 from metavpt.probes.generation import Generator
@@ -83,6 +84,13 @@ class LanguageProblem(Problem):
     def aligned_parameters(self) -> list[str]:
         return self.learner.aligned_parameters()
 
+    def trunks(self) -> list[nn.Module]:
+        return [self.learner.trunk]
+
+    def whole_parameters(self) -> list[str]:
+        """The embedding, where it is the unembedding too."""
+        return ["embed_tokens.weight"] if self.learner.tied else []
+
     def feedback_losses(self, theta: Params, batch: Mapping[str, TokenBatch]) -> dict[str, Tensor]:
         """NLL of an answer token, by domain."""
         return {name: target_loss(self.learner, theta, TargetTask(examples, OneHot())) for name, examples in batch.items()}
@@ -91,6 +99,10 @@ class LanguageProblem(Problem):
         """Rows of several batches as one, with the targets of the first."""
         picked = [rows_of(tasks[k].batch, n[None]) for k, n in zip(which.tolist(), sample, strict=True)]
         return TargetTask(join(picked), tasks[0].targets)
+
+    def parts(self, task: TargetTask, num_parts: int) -> list[TargetTask]:
+        rows = torch.arange(len(task.batch.tokens), device=task.batch.tokens.device).chunk(num_parts)
+        return [TargetTask(rows_of(task.batch, own), _targets_of(task.targets, own)) for own in rows]
 
     def num_samples(self, batch: TokenBatch) -> int:
         """Tokens, without padding."""
@@ -116,3 +128,11 @@ class LanguageProblem(Problem):
     def _in_order(self, corpus: Corpus) -> Callable[[], Iterable[TokenBatch]]:
         size = min(self.probe_batch_size, len(corpus))
         return lambda: ExampleLoader(corpus, size, 0, self.data.encoder.pad, device=self.device).in_order()
+
+
+def _targets_of(targets: Any, rows: Tensor) -> Any:
+    """The targets of some rows of their batch."""
+    if not isinstance(targets, SoftTargets):
+        return targets
+    by_row = {name: part for name in ("gate", "vectors", "excess") if isinstance(part := getattr(targets, name), Tensor)}
+    return replace(targets, **{name: part[rows] for name, part in by_row.items()})

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Generator, Tensor, nn
 
+from metavpt import ranks
 from metavpt.designers.choice import choose, gumbel
 from metavpt.designers.crop import RandomCrop, Range
 from metavpt.designers.patches import MaskedImages, PatchDesigner, generator
@@ -56,7 +57,7 @@ class BlockMasks(PatchDesigner):
         candidates = random_blocks(self.grid, target_size, (len(images), self.num_candidates), rng).to(images.device)
         context = random_blocks(self.grid, context_size, (len(images),), rng).to(images.device)
         noise = gumbel((len(images), self.num_candidates), rng).to(logits)
-        order = torch.rand(logits.shape, generator=rng).to(logits)
+        order = ranks.drawn(lambda shape: torch.rand(shape, generator=rng), logits.shape).to(logits)
 
         block_logits = gather_patches(logits, candidates).mean(dim=2)  # (B, C)
         choice = choose(block_logits, noise, self.num_targets, self.estimator)
@@ -76,7 +77,10 @@ def block_size(grid: tuple[int, int], scale: Range, aspect: Range, rng: Generato
 
 def random_blocks(grid: tuple[int, int], size: tuple[int, int], shape: tuple[int, ...], rng: Generator) -> Tensor:
     """Blocks of `size` = (h, w) at uniform places: the indices of their patches, (*shape, h w)."""
-    top, left = (torch.randint(side - block + 1, shape, generator=rng) for side, block in zip(grid, size, strict=True))
+    top, left = (
+        ranks.drawn(lambda shape, ends=side - block + 1: torch.randint(ends, shape, generator=rng), shape)
+        for side, block in zip(grid, size, strict=True)
+    )
     rows = top[..., None] + torch.arange(size[0])  # (*shape, h)
     columns = left[..., None] + torch.arange(size[1])
     return (rows[..., :, None] * grid[1] + columns[..., None, :]).flatten(-2)

@@ -5,6 +5,8 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Generator, Tensor
 
+from metavpt import ranks
+
 Estimator = Literal["relaxed", "straight_through", "score"]
 ESTIMATORS = ("relaxed", "straight_through", "score")
 
@@ -57,7 +59,7 @@ def expected_mean(losses: Tensor, log_prob: Tensor) -> Tensor:
 
 def gumbel(shape: tuple[int, ...], rng: Generator) -> Tensor:
     """Standard Gumbel noise, drawn on the CPU so that a seed gives the same numbers on every device."""
-    return -torch.empty(shape).exponential_(generator=rng).log()
+    return ranks.drawn(lambda shape: -torch.empty(shape).exponential_(generator=rng).log(), shape)
 
 
 def _relative(logits: Tensor) -> Tensor:

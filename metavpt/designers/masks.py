@@ -11,7 +11,7 @@ from timm.layers.pos_embed_sincos import build_sincos2d_pos_embed
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
-from metavpt import pictures
+from metavpt import pictures, ranks
 from metavpt.designers.clamp import clamp_to_unit
 from metavpt.designers.designer import Designer
 from metavpt.designers.views import MultiCrop, Views
@@ -78,7 +78,7 @@ class MaskDesigner(Designer):
         if task.masks is None or task.excess is None:
             raise MetaVPTError("MaskDesigner.regularizer: the task has no masks; it must come from the designer, not from recipe_task")
         masks = [mu for mu in (task.masks, task.local_masks) if mu is not None]
-        kept = torch.cat([mu.mean(dim=(2, 3, 4)) for mu in masks]).mean()
+        kept = ranks.mean(torch.cat([mu.mean(dim=(2, 3, 4)) for mu in masks]).mean())
         variation = torch.cat([total_variation(mu) for mu in masks]).mean()
         return self.sparsity_weight * (kept - self.keep).square() + self.tv_weight * variation + self.excess_weight * task.excess.mean()
 
@@ -114,7 +114,11 @@ class MaskDesigner(Designer):
 def random_masks(crops: Tensor, keep: float, rng: torch.Generator, cells: int = 4) -> Tensor:
     """Masks (V, B, 1, H, W) of 0 and 1 for crops (V, B, 3, H, W): noise on `cells` x `cells`, enlarged; its top share `keep` is kept."""
     num_views, batch_size, _, height, width = crops.shape
-    noise = torch.randn(num_views * batch_size, 1, cells, cells, generator=rng).to(crops)
+    noise = (
+        ranks.drawn(lambda shape: torch.randn(shape, generator=rng), (num_views, batch_size, 1, cells, cells), dim=1)
+        .flatten(0, 1)
+        .to(crops)
+    )
     smooth = F.interpolate(noise, size=(height, width), mode="bicubic", align_corners=False).flatten(1)
     num_kept = round(keep * smooth.shape[1])
     masks = torch.zeros_like(smooth).scatter_(1, smooth.topk(num_kept, dim=1).indices, 1.0)

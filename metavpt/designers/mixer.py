@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from torch import Generator, Tensor, nn
 
+from metavpt import ranks
 from metavpt.designers.designer import Designer
 from metavpt.designers.encoder import ImageEncoder, zero_linear
 from metavpt.designers.histograms import histograms
@@ -40,7 +41,8 @@ class MixDesigner(Designer):
 
     def randomize(self, views: Views, batch: Any, rng: Generator) -> Views:
         """The same views with weights from standard normal l, for each image its own."""
-        logits = torch.randn(len(self.terms), len(batch.images), generator=rng).to(views.global_crops)
+        shape = len(self.terms), len(batch.images)
+        logits = ranks.drawn(lambda shape: torch.randn(shape, generator=rng), shape, dim=1).to(views.global_crops)
         return views._replace(mix=self._mix(logits))
 
     def regularizer(self, task: Views) -> Tensor:

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Generator, Tensor, nn
 
+from metavpt import ranks
 from metavpt.designers.clamp import clamp_to_unit
 from metavpt.designers.crop import ASPECT_RATIO, Range
 from metavpt.designers.designer import Designer
@@ -71,7 +72,8 @@ class PolicyDesigner(Designer):
     def randomize(self, views: Views, batch: Any, rng: Generator) -> Views:
         """Settings uniform in [-reach, reach], for each view of each image; the draws that they move are the recipe's."""
         images = to_float(batch.images)
-        uniform = torch.rand(self.num_views, len(images), NUM_SETTINGS, generator=rng).to(images)
+        shape = self.num_views, len(images), NUM_SETTINGS
+        uniform = ranks.drawn(lambda shape: torch.rand(shape, generator=rng), shape, dim=1).to(images)
         return self._act(images, batch.seed, self.reach * (2 * uniform - 1))
 
     def regularizer(self, task: Views) -> Tensor:

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
+from metavpt import ranks
 from metavpt.designers.designer import Designer
 from metavpt.designers.encoder import ImageEncoder, zero_linear
 from metavpt.designers.histograms import histograms
@@ -98,7 +99,9 @@ class PrototypeDesigner(Designer):
     def _uniform(self, views: Views, shape: Sequence[int], rng: Generator) -> tuple[Tensor, Tensor]:
         """Numbers in [-1, 1] for scores (*shape, K) and gates (*shape)."""
         scores, gates = (
-            (2 * torch.rand(*shape, len(self.keys) + 1, generator=rng) - 1).to(views.global_crops).split([len(self.keys), 1], -1)
+            (2 * ranks.drawn(lambda shape: torch.rand(shape, generator=rng), (*shape, len(self.keys) + 1), dim=1) - 1)
+            .to(views.global_crops)
+            .split([len(self.keys), 1], -1)
         )
         return scores, gates[..., 0]
 

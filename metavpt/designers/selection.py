@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Generator, Tensor
 
-from metavpt import pictures
+from metavpt import pictures, ranks
 from metavpt.designers.designer import Designer
 from metavpt.designers.encoder import ImageEncoder, zero_linear
 from metavpt.designers.views import MultiCrop, Views, to_float
@@ -34,7 +34,7 @@ class SelectionDesigner(Designer):
 
     def randomize(self, views: Views, batch: Any, rng: Generator) -> Views:
         """The same views with weights from standard normal logits."""
-        logits = torch.randn(len(batch.images), generator=rng).to(views.global_crops)
+        logits = ranks.drawn(lambda shape: torch.randn(shape, generator=rng), (len(batch.images),)).to(views.global_crops)
         return views._replace(weights=balanced(logits / self.temperature))
 
     def regularizer(self, task: Views) -> Tensor:
@@ -54,9 +54,9 @@ class SelectionDesigner(Designer):
 
 
 def balanced(logits: Tensor) -> Tensor:
-    """B * softmax(logits), (B,), computed so that equal logits give exactly 1."""
-    odds = (logits - logits.detach().max()).exp()
-    return odds / odds.mean()
+    """B * softmax(logits), (B,), over the whole batch, computed so that equal logits give exactly 1."""
+    odds = (logits - ranks.leave(logits.detach().max())).exp()
+    return odds / ranks.mean(odds.mean())
 
 
 def weigh(losses: Tensor, weights: Tensor | None) -> Tensor:

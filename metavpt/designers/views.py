@@ -15,7 +15,9 @@ from kornia.enhance import (
 )
 from kornia.filters import gaussian_blur2d
 from torch import Generator, Tensor, nn
+from torch.utils._pytree import tree_map_only
 
+from metavpt import ranks
 from metavpt.clock import phase
 from metavpt.data.loader import mix
 from metavpt.designers.crop import Range, crop, draw_crop, uniform
@@ -65,9 +67,28 @@ class Knobs(NamedTuple):
     blurred: Tensor  # (S,) rows
     sigma: Tensor  # (S,) in pixels
     solarized: Tensor  # rows
+    batch_size: int  # B
     gray_amount: Tensor | None = None  # (N,) in [0, 1]
     solarize_amount: Tensor | None = None  # (N,) in [0, 1]
     hidden: Tensor | None = None  # (N, patches) bool, of the global views
+
+    def to(self, images: Tensor) -> "Knobs":
+        """On the device of `images`, numbers in their dtype."""
+        return tree_map_only(Tensor, lambda knob: knob.to(images) if knob.is_floating_point() else knob.to(images.device), self)
+
+    def of_rank(self) -> "Knobs":
+        """What is done to the images of this process, of knobs drawn for the whole batch."""
+        if ranks.size() == 1:
+            return self
+        views = torch.arange(len(self.sides)).view(-1, self.batch_size)[:, ranks.rows(self.batch_size)]
+        own = views.flatten()
+        place = torch.full((len(self.sides),), -1).index_copy(0, own, torch.arange(len(own)))
+        jittered, gray, blurred, solarized = (place[rows] for rows in (self.jittered, self.gray, self.blurred, self.solarized))
+        return Knobs(
+            self.sides[own], self.position[own], self.mirror[own], jittered[jittered >= 0], self.order, self.factors[:, jittered >= 0],
+            gray[gray >= 0], blurred[blurred >= 0], self.sigma[blurred >= 0], solarized[solarized >= 0], views.shape[1],
+            hidden=None if self.hidden is None else self.hidden[own],
+        )  # fmt: skip
 
 
 def pick_views(tasks: Sequence[Views], which: Tensor, sample: Tensor) -> Views:
@@ -140,8 +161,10 @@ class MultiCrop(nn.Module):
     def draw(self, images: Tensor, seed: int) -> list[Knobs]:
         """The knobs of global view 1, of global view 2, and of the local views where there are any. Of `images` only the shape counts."""
         rng = Generator().manual_seed(seed)
-        knobs = [self._draw(images, kind, rng) for kind in range(3 if self.num_local else 2)]
-        return [of_kind._replace(hidden=self._hide(images, mix(seed, kind))) for kind, of_kind in enumerate(knobs[:2])] + knobs[2:]
+        whole = len(images) * ranks.size()
+        knobs = [self._draw(whole, images.shape[-2:], kind, rng) for kind in range(3 if self.num_local else 2)]
+        first, second = (of_kind._replace(hidden=self._hide(whole, mix(seed, kind))) for kind, of_kind in enumerate(knobs[:2]))
+        return [of_kind.of_rank().to(images) for of_kind in (first, second, *knobs[2:])]
 
     def render(self, images: Tensor, knobs: Sequence[Knobs]) -> Views:
         """The views of float images (B, 3, H, W) that `knobs` describe, differentiable in the images and in every float knob."""
@@ -158,25 +181,24 @@ class MultiCrop(nn.Module):
         mean, std = (views.new_tensor(value).view(3, 1, 1) for value in (self.mean, self.std))
         return views * std + mean
 
-    def _draw(self, images: Tensor, kind: int, rng: Generator) -> Knobs:
+    def _draw(self, batch_size: int, image_size: Sequence[int], kind: int, rng: Generator) -> Knobs:
         num_views, scale = (self.num_local, self.local_scale) if kind == 2 else (1, self.global_scale)
-        crops = [draw_crop(len(images), images.shape[-2:], scale, self.flip, rng) for _ in range(num_views)]
-        sides, position, mirror = (torch.cat(parts).to(images) for parts in zip(*crops, strict=True))
+        crops = [draw_crop(batch_size, image_size, scale, self.flip, rng) for _ in range(num_views)]
+        sides, position, mirror = (torch.cat(parts) for parts in zip(*crops, strict=True))
         num_rows = len(sides)
         jittered = _choose(num_rows, self.jitter_prob, rng)
         order, factors = self._draw_jitter(len(jittered), rng)
         gray = _choose(num_rows, self.grayscale, rng)
         blurred = _choose(num_rows, self.blur[kind], rng)
-        sigma = uniform(len(blurred), self.blur_sigma, rng).to(images)
+        sigma = uniform(len(blurred), self.blur_sigma, rng)
         solarized = _choose(num_rows, self.solarize[kind], rng)
-        jittered, gray, blurred, solarized = (rows.to(images.device) for rows in (jittered, gray, blurred, solarized))
-        return Knobs(sides, position, mirror, jittered, order, factors.to(images), gray, blurred, sigma, solarized)
+        return Knobs(sides, position, mirror, jittered, order, factors, gray, blurred, sigma, solarized, batch_size)
 
-    def _hide(self, images: Tensor, seed: int) -> Tensor | None:
+    def _hide(self, batch_size: int, seed: int) -> Tensor | None:
         if self.patch_size is None:
             return None
         side = self.global_size // self.patch_size
-        return hidden_patches(len(images), (side, side), self.hidden_share, self.hidden_prob, seed).to(images.device)
+        return hidden_patches(batch_size, (side, side), self.hidden_share, self.hidden_prob, seed)
 
     def _render(self, images: Tensor, knobs: Knobs, kind: int) -> Tensor:
         """(V, B, 3, size, size)"""

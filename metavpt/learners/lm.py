@@ -12,6 +12,7 @@ from transformers import LlamaForCausalLM, PreTrainedModel, Qwen2ForCausalLM, Qw
 from metavpt import params
 from metavpt.data.tokens import PADDING, TokenBatch
 from metavpt.errors import MetaVPTError
+from metavpt.learners.recompute import recomputed
 from metavpt.params import Params
 
 SUPPORTED = (LlamaForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM)
@@ -31,6 +32,8 @@ class Hidden(NamedTuple):
 class Trunk(nn.Module):
     """Tokens -> Hidden: the embedding and the first layers, under transformers' own names and indices."""
 
+    recompute = False  # activations, on the way back
+
     def __init__(self, model: nn.Module, num_layers: int) -> None:
         super().__init__()
         self.embed_tokens: Any = model.embed_tokens
@@ -40,7 +43,7 @@ class Trunk(nn.Module):
     def forward(self, batch: TokenBatch) -> Hidden:
         embedded = self.embed_tokens(batch.tokens)
         hidden = Hidden(embedded, self.rotary_emb(embedded, batch.positions), document_mask(batch.documents))
-        return hidden._replace(states=_run(self.layers, hidden))
+        return hidden._replace(states=_run(self.layers, hidden, self.recompute))
 
 
 class Tail(nn.Module):
@@ -48,6 +51,8 @@ class Tail(nn.Module):
 
     Hidden is a tuple, which `functional_call` would unpack: call it as `functional_call(tail, theta, (hidden,))`.
     """
+
+    recompute = False
 
     def __init__(self, model: nn.Module, num_layers: int) -> None:
         super().__init__()
@@ -57,17 +62,17 @@ class Tail(nn.Module):
         self.norm: Any = model.norm
 
     def forward(self, hidden: Hidden) -> Tensor:
-        return self.norm(_run(self.layers, hidden))
+        return self.norm(_run(self.layers, hidden, self.recompute))
 
 
 def _layers(model: Any) -> nn.ModuleList:
     return model.layers
 
 
-def _run(layers: nn.ModuleDict, hidden: Hidden) -> Tensor:
-    states = hidden.states
+def _run(layers: nn.ModuleDict, hidden: Hidden, recompute: bool) -> Tensor:
+    states, context = hidden.states, {"attention_mask": hidden.mask, "position_embeddings": hidden.rope}
     for layer in layers.values():
-        states = layer(states, attention_mask=hidden.mask, position_embeddings=hidden.rope)
+        states = recomputed(layer, states, **context) if recompute else layer(states, **context)
     return states
 
 

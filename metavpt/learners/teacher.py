@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from metavpt.errors import MetaVPTError
 
@@ -33,9 +34,15 @@ class Teacher(nn.Module):
         own, other = dict(self.learner.named_parameters()), dict(student.named_parameters())
         if own.keys() != other.keys():
             raise MetaVPTError(f"the teacher follows another model: {sorted(own.keys() ^ other.keys())[0]} is in only one of the two")
-        torch._foreach_lerp_(list(own.values()), [other[name] for name in own], 1.0 - momentum)  # pyright: ignore[reportPrivateImportUsage]
+        mine, theirs = [held(p) for p in own.values()], [held(other[name]) for name in own]
+        torch._foreach_lerp_(mine, theirs, 1.0 - momentum)  # pyright: ignore[reportPrivateImportUsage]
         for mine, theirs in zip(self.learner.buffers(), student.buffers(), strict=True):
             mine.copy_(theirs)
+
+
+def held(p: torch.Tensor) -> torch.Tensor:
+    """What this process holds of a parameter: all of it, or its shard where teacher and student are sharded alike."""
+    return p.to_local() if isinstance(p, DTensor) else p
 
 
 def cosine_momentum(step: float, num_steps: float, start: float = 0.996, end: float = 1.0) -> float:

@@ -18,6 +18,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from metavpt.errors import MetaVPTError
+from metavpt.learners.recompute import recomputed
 from metavpt.learners.subset import restrict
 from metavpt.learners.weights import load_weights
 from metavpt.params import Params, subset
@@ -43,6 +44,8 @@ class Trunk(nn.Module):
 
     Parameters and blocks keep the names and indices of the timm model, whose modules it takes over.
     """
+
+    recompute = False  # activations, on the way back
 
     def __init__(self, model: VisionTransformer | Eva, num_blocks: int) -> None:
         super().__init__()
@@ -78,7 +81,7 @@ class Trunk(nn.Module):
         rope = None if self.rope is None else self.rope.get_embed(shape=grid)
         if visible is not None:
             tokens, rope, grid = restrict(tokens, rope, grid, visible, weight)
-        return Hidden(_run(self.blocks, tokens, rope), rope, grid)
+        return Hidden(_run(self.blocks, tokens, rope, self.recompute), rope, grid)
 
     def _add_positions(self, patches: Tensor, grid: tuple[int, int]) -> Tensor:
         prefix = [token.expand(len(patches), -1, -1) for token in (self.cls_token, self.reg_token) if token is not None]
@@ -107,6 +110,8 @@ class Tail(nn.Module):
     Hidden is a tuple, which `functional_call` would unpack: call it as `functional_call(tail, theta, (hidden,))`.
     """
 
+    recompute = False
+
     def __init__(self, model: VisionTransformer | Eva, num_blocks: int) -> None:
         super().__init__()
         first = len(model.blocks) - num_blocks
@@ -115,16 +120,17 @@ class Tail(nn.Module):
         self.has_cls = model.cls_token is not None
 
     def forward(self, hidden: Hidden) -> Features:
-        tokens = self.norm(_run(self.blocks, hidden.tokens, hidden.rope))
+        tokens = self.norm(_run(self.blocks, hidden.tokens, hidden.rope, self.recompute))
         num_patches = math.prod(hidden.grid)
         patches = tokens[:, -num_patches:]
         cls = tokens[:, 0] if self.has_cls else patches.mean(dim=1)
         return Features(cls, patches.transpose(1, 2).unflatten(2, hidden.grid))
 
 
-def _run(blocks: nn.ModuleDict, tokens: Tensor, rope: Tensor | None) -> Tensor:
+def _run(blocks: nn.ModuleDict, tokens: Tensor, rope: Tensor | None, recompute: bool) -> Tensor:
+    options = {} if rope is None else {"rope": rope}
     for block in blocks.values():
-        tokens = block(tokens) if rope is None else block(tokens, rope=rope)
+        tokens = recomputed(block, tokens, **options) if recompute else block(tokens, **options)
     return tokens
 
 

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from metavpt import ranks
 from metavpt.errors import MetaVPTError
 
 
@@ -41,11 +42,12 @@ def centered_probs(logits: Tensor, center: Tensor, temperature: float) -> Tensor
 def sinkhorn_probs(logits: Tensor, temperature: float, num_iters: int = 3) -> Tensor:
     """The teacher's targets with prototypes used equally: Sinkhorn-Knopp on exp(logits / temperature) (SwAV, arXiv 2006.09882; DINOv2).
 
-    (..., K) -> (..., K); all leading dimensions count as samples. Each row sums to 1; each prototype's total tends to samples / K.
+    (..., K) -> (..., K); all leading dimensions count as samples, those of other processes too. Each row sums to 1; each
+    prototype's total tends to samples / K.
     """
     log_q = _at_least_float32(logits).flatten(0, -2) / temperature  # in logs: exp of sharp logits overflows
     for _ in range(num_iters):
-        log_q = log_q - log_q.logsumexp(dim=0, keepdim=True)
+        log_q = log_q - ranks.logsumexp(log_q)
         log_q = log_q - log_q.logsumexp(dim=1, keepdim=True)
     return log_q.exp().view(logits.shape)
 
@@ -53,7 +55,7 @@ def sinkhorn_probs(logits: Tensor, temperature: float, num_iters: int = 3) -> Te
 def center_update(center: Tensor, teacher_logits: Tensor, momentum: float = 0.9) -> Tensor:
     """momentum * center + (1 - momentum) * mean of the logits (..., K) over all samples (DINO, equation 4): the new centre, (K,)."""
     batch_mean = _at_least_float32(teacher_logits.detach()).flatten(0, -2).mean(dim=0)
-    return torch.lerp(batch_mean.to(center.dtype), center, momentum)
+    return torch.lerp(ranks.leave(batch_mean).to(center.dtype), center, momentum)
 
 
 def _at_least_float32(logits: Tensor) -> Tensor:

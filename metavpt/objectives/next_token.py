@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from metavpt import ranks
 from metavpt.errors import MetaVPTError
 from metavpt.linear_product import DirectionalDerivative
 from metavpt.params import Params
@@ -96,7 +97,7 @@ class NextTokenLoss:
     sums_to_one: bool = True
 
     def __call__(self, theta: Params) -> Tensor:
-        return soft_cross_entropy(self.states(theta), self.unembedding, self.candidates, self.targets)
+        return ranks.weighed(soft_cross_entropy(self.states(theta), self.unembedding, self.candidates, self.targets), len(self.targets))
 
     @torch.no_grad()
     def slopes(self, theta: Params, w: Params, derivative: DirectionalDerivative, absolute: bool = True) -> Tensor:
@@ -108,7 +109,7 @@ class NextTokenLoss:
         moved = derivative(self.states, theta, w)
         logits = candidate_scores(moved, self.unembedding, self.candidates)
         mean = self._mean_slope(theta, moved) if absolute or not self.sums_to_one else logits[:, :1]
-        return (mean - logits) / len(moved)
+        return ranks.weighed((mean - logits) / len(moved), len(moved))
 
     def _mean_slope(self, theta: Params, moved: Tensor) -> Tensor:
         """sum_v p_t(v) dh_t . W_v, (N, 1)."""

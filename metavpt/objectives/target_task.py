@@ -12,7 +12,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from metavpt import params
+from metavpt import params, ranks
 from metavpt.data.tokens import TokenBatch
 from metavpt.errors import MetaVPTError
 from metavpt.learners.lm import Hidden, LanguageModel
@@ -227,7 +227,8 @@ def target_loss(learner: LanguageModel, theta: Params, task: TargetTask) -> Tens
         return target_tail(learner, theta, task)({})
     prediction = Prediction.of(learner, theta, task.batch)
     arguments = _checked(task.targets, prediction)
-    return next_token_loss(prediction.states, prediction.unembedding, prediction.tokens, *arguments)
+    loss = next_token_loss(prediction.states, prediction.unembedding, prediction.tokens, *arguments)
+    return ranks.weighed(loss, len(prediction.tokens))
 
 
 def target_tail(learner: LanguageModel, theta: Params, task: TargetTask) -> NextTokenLoss:

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.optim import Optimizer
 
-from metavpt import params
+from metavpt import params, ranks
 from metavpt.hypergradient import downstream
 from metavpt.params import Params
 from metavpt.problem import Problem
@@ -53,7 +53,7 @@ class FirstOrderProbe:
         labelled, held_out = next(self.feedback), next(self.held_out)
         with self._own_heads():
             self.problem.fit_heads()
-            loss, g_down = downstream(lambda t: self.problem.feedback_loss(t, labelled), theta)
+            loss, g_down = downstream(ranks.averaged(lambda t: self.problem.feedback_loss(t, labelled)), theta)
             held_out_loss = self._loss(theta, held_out)
         lr = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
         aligned = aligned_names(self.problem, theta)
@@ -78,7 +78,7 @@ class FirstOrderProbe:
 
     @torch.no_grad()
     def _loss(self, theta: Params, batch: Any) -> float:
-        return float(self.problem.feedback_loss(theta, batch))
+        return float(ranks.leave(self.problem.feedback_loss(theta, batch)))
 
     @contextmanager
     def _own_heads(self) -> Iterator[None]:

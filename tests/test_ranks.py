@@ -1,0 +1,102 @@
+"""Two processes that share every batch are one process that has it all: one torchrun, many runs (see two_ranks)."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import two_ranks
+
+from metavpt import MetaVPTError, ranks
+from metavpt.fabric import make_fabric
+
+TOLERANCE = {"small": 1e-10, "dino": 1e-8}  # float64, and only the order of sums differs; dino takes differences, which magnify it
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """What two processes found, by torchrun with one restart allowed, in files."""
+    folder = tmp_path_factory.mktemp("two_ranks")
+    two_ranks.dino(folder)  # generates the rooms that the processes read
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=1"]
+    source = Path(two_ranks.__file__)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(source.parent), *sys.path])}
+    done = subprocess.run([*torchrun, str(source), str(folder)], env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return folder
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """alone(problem, estimator) -> what one process finds, once for both ways to be parallel."""
+    folder, found = tmp_path_factory.mktemp("alone"), {}
+
+    def run(problem, estimator):
+        if (problem, estimator) not in found:
+            found[problem, estimator] = two_ranks.run(folder / f"{problem}-{estimator}", problem, estimator)
+        return found[problem, estimator]
+
+    return run
+
+
+def largest_difference(a, b):
+    """Over all tensors of two structures that are otherwise the same, relative to the largest entry of each."""
+    if isinstance(a, dict):
+        assert a.keys() == b.keys()
+        return max((largest_difference(a[name], b[name]) for name in a), default=0.0)
+    if isinstance(a, list | tuple):
+        assert len(a) == len(b)
+        return max((largest_difference(x, y) for x, y in zip(a, b, strict=True)), default=0.0)
+    if isinstance(a, torch.Tensor) and a.is_floating_point():
+        return float((a - b).abs().max() / a.abs().max().clamp_min(1e-3)) if a.numel() else 0.0
+    return 0.0
+
+
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+@pytest.mark.parametrize("estimator", two_ranks.ESTIMATORS)
+@pytest.mark.parametrize("problem", two_ranks.PROBLEMS)
+def test_two_processes_equal_one_with_the_same_batch(folder, alone, problem, estimator, parallel):
+    """Losses, hypergradients, and after the last step learner, designer, teacher and feedback heads."""
+    two, one = torch.load(folder / f"{problem}-{estimator}-{parallel}.pt"), alone(problem, estimator)
+    assert two["samples"] == one["samples"]
+    assert len(one["hypergradients"]) == two_ranks.STEPS // 2
+    assert all(float(g.abs().max()) > 0 for by_phi in one["hypergradients"] for g in by_phi.values() if g.ndim < 4)
+    for part in ("loss", "hypergradients", "problem"):
+        assert largest_difference(one[part], two[part]) < TOLERANCE[problem], part
+
+
+def test_a_run_whose_process_was_killed_goes_on_to_the_same_end(folder, alone):
+    killed, whole = torch.load(folder / "killed.pt"), alone("small", "one_step")
+    assert killed["samples"] == whole["samples"]
+    assert len(killed["hypergradients"]) < len(whole["hypergradients"])  # it did begin again from a checkpoint
+    assert largest_difference(whole["loss"], killed["loss"]) < TOLERANCE["small"]
+    assert largest_difference(whole["problem"], killed["problem"]) < TOLERANCE["small"]
+
+
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_one_process_goes_on_from_a_checkpoint_of_two(folder, alone, tmp_path, parallel):
+    trainer = two_ranks.trainer_of(tmp_path / "one", "small", "one_step")
+    trainer.log.write("begun", 0)
+    trainer.load_state_dict(trainer.checkpoints.load(folder / f"small-one_step-{parallel}" / "checkpoints" / "step-00000002.pt"))
+    trainer.run()
+    whole = alone("small", "one_step")
+    assert largest_difference(whole["problem"], trainer.problem.state_dict()) < TOLERANCE["small"]
+
+
+def test_with_one_process_everything_is_what_it_was():
+    x = torch.randn(3)
+    assert ranks.leave(x) is x
+    assert ranks.mean(x) is x
+    assert ranks.own(x) is x
+    assert ranks.total(3) == 3
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [({"precision": "half"}, "precision=half"), ({"devices": 2, "parallel": "tensor"}, "parallel=tensor"), ({"devices": 0}, "devices=0")],
+)
+def test_bad_options_are_named(options, words):
+    with pytest.raises(MetaVPTError, match=words):
+        make_fabric("cpu", **options)
