@@ -1,10 +1,74 @@
-"""How the blocks of a learner run: compiled, or with activations that are made again."""
+"""How the learner's own step runs: where, in which precision, on how many processes, in how many parts, through which blocks."""
 
 from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
 
-from torch import nn
+import torch
+from lightning_fabric import Fabric
+from lightning_fabric.plugins import Precision
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
 
+from metavpt import ranks, sharding
+from metavpt.clock import phase
 from metavpt.errors import MetaVPTError
+from metavpt.fabric import PretrainLoss
+from metavpt.problem import Problem
+from metavpt.strategies import Proposal
+
+
+class Execution:
+    """The loss of a task, its gradient and the optimizer's step, as `fabric` has them. Options as in `Trainer`.
+
+    Sharding makes other parameters of the learner's: whoever holds on to them comes after this.
+    """
+
+    def __init__(self, problem: Problem, fabric: Fabric | None, accumulate: int, recompute: bool, compile: str | None) -> None:
+        if accumulate < 1:
+            raise MetaVPTError(f"trainer.accumulate={accumulate} must be at least 1")
+        self.problem, self.accumulate, self.is_compiled = problem, accumulate, compile is not None
+        self.fabric = fabric or Fabric(accelerator="cpu", devices=1)
+        if recompute:
+            recompute_blocks(problem.learner)
+        if compile:
+            compile_blocks(problem.learner, compile)
+        self.loss = self.fabric.strategy.setup_module(PretrainLoss(problem))
+
+    @property
+    def precision(self) -> Precision:
+        return self.fabric.strategy.precision
+
+    def eager(self) -> AbstractContextManager[None]:
+        """Compiled blocks run eagerly inside: they have no derivatives of derivatives."""
+        return torch.compiler.set_stance("force_eager") if self.is_compiled else nullcontext()
+
+    def backward(self, proposal: Proposal) -> Tensor:
+        """Leave the gradient in .grad, the mean over ranks and over the parts of the task; the mean loss."""
+        parts = self.problem.parts(proposal.task, self.accumulate) if self.accumulate > 1 else [proposal.task]
+        total = torch.zeros((), device=self.fabric.device)
+        for k, task in enumerate(parts, start=1):
+            distributed = self.loss if isinstance(self.loss, DistributedDataParallel) else None
+            with distributed.no_sync() if distributed and k < len(parts) else nullcontext():
+                with phase("forward"), self.fabric.autocast():
+                    loss = self.loss(proposal._replace(task=task)) / len(parts)
+                with phase("backward"):
+                    self.fabric.backward(loss)
+            total = total + loss.detach()
+        return ranks.leave(total)
+
+    def clip_gradients(self, optimizer: Optimizer, max_norm: float) -> Tensor:
+        """The norm of the gradient before it was clipped, over all that the ranks hold."""
+        self.precision.unscale_gradients(optimizer)
+        return sharding.clip_grad_norm(self.problem.learner.parameters(), max_norm)
+
+    def take_step(self, optimizer: Optimizer) -> None:
+        self.fabric.strategy.optimizer_step(optimizer)
+
+    def skip_step(self) -> None:
+        """In float16 the loss was scaled too far."""
+        if scaler := getattr(self.precision, "scaler", None):
+            scaler.update()
 
 
 def compile_blocks(learner: nn.Module, backend: str) -> None:

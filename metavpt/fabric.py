@@ -1,7 +1,6 @@
 """Device, precision and processes of a run: Lightning Fabric, which is not given the loop."""
 
 import os
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -18,6 +17,7 @@ from metavpt import params, ranks, sharding
 from metavpt.errors import MetaVPTError
 from metavpt.params import Params
 from metavpt.problem import Problem
+from metavpt.strategies import Proposal
 
 PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")
 BACKENDS = {"cuda": "cpu:gloo,cuda:nccl", "cpu": "gloo"}  # gloo too: counts, clocks and paths are agreed on without the GPU
@@ -74,9 +74,8 @@ class PretrainLoss(nn.Module):
         super().__init__()
         self.learner, self.problem, self.is_sharded = problem.learner, problem, False
 
-    def forward(self, task: Any, labelled_loss: Callable[[Params], Tensor] | None) -> Tensor:
+    def forward(self, proposal: Proposal) -> Tensor:
         def loss(theta: Params) -> Tensor:
-            value = self.problem.pretrain_loss(theta, task)
-            return value if labelled_loss is None else value + labelled_loss(theta)  # the control `direct` alone
+            return proposal.loss(self.problem, theta)
 
         return (ranks.averaged(loss) if self.is_sharded else loss)(params.named(self.learner))

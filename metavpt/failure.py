@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from metavpt import checkpoint, trees
+from metavpt import checkpoint, ranks, trees
 from metavpt.errors import NonFiniteError
 
 FILE = "failure.pt"  # in the folder of the run
@@ -55,7 +55,7 @@ class Failures:
             )
 
     def _end(self, message: str, task: Any, **values: float) -> None:
-        if self._before is not None:
+        if self._before is not None and ranks.rank() == 0:
             kept = [tensor.detach().cpu().clone() for tensor in trees.tensors(task)]
             self.folder.mkdir(parents=True, exist_ok=True)
             checkpoint.write(self.folder / FILE, {**self._before, "task": kept, "values": values})

@@ -133,6 +133,15 @@ def first(value: Any) -> Any:
     return held[0]
 
 
+def any_of(value: Any) -> Any:
+    """`value`, or where it is None what the first rank has that has one."""
+    if size() == 1:
+        return value
+    held: list[Any] = [None] * size()
+    dist.all_gather_object(held, value)
+    return next((found for found in held if found is not None), None)
+
+
 @dataclass(frozen=True)
 class _Averaged:
     loss: Any

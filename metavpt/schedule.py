@@ -1,9 +1,13 @@
-"""The learning rate over a run."""
+"""The learning rate over a run, and what it is the learning rate of."""
 
 import math
 from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
 
 from metavpt.errors import MetaVPTError
+from metavpt.problem import Problem
 
 
 @dataclass(frozen=True)
@@ -24,3 +28,17 @@ class WarmupCosine:
         """`step` counts from 0, `progress` in [0, 1]."""
         warmup = min(1.0, (step + 1) / self.warmup_steps) if self.warmup_steps else 1.0
         return warmup * (self.final + (1 - self.final) * (1 + math.cos(math.pi * progress)) / 2)
+
+
+def parameter_groups(problem: Problem, weight_decay: float) -> list[dict[str, Any]]:
+    """Of the learner: matrices decay, vectors (biases, norms) do not; what head warm-up freezes stands in groups of its own."""
+    warm = set(problem.warm_up_parameters())
+    groups: dict[tuple[bool, bool], list[Tensor]] = {}
+    for name, p in problem.learner.named_parameters():
+        if p.requires_grad:
+            groups.setdefault((p.ndim >= 2, name in warm), []).append(p)
+    if not groups:
+        raise MetaVPTError(f"{type(problem).__name__}.learner has no trainable parameter")
+    return [
+        {"params": group, "weight_decay": weight_decay if decays else 0.0, "warm": is_warm} for (decays, is_warm), group in groups.items()
+    ]

@@ -1,14 +1,10 @@
 """The loop, readable top to bottom: ask the strategy for a task, take one ordinary pretraining step on it, count, measure, save."""
 
 from collections.abc import Callable
-from contextlib import nullcontext
-from functools import partial
 from typing import Any
 
 import torch
 from lightning_fabric import Fabric
-from lightning_fabric.plugins import Precision
-from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from metavpt import ranks, sharding, trees
@@ -17,15 +13,14 @@ from metavpt.budget import Budget
 from metavpt.checkpoint import Checkpoints
 from metavpt.clock import phase
 from metavpt.errors import MetaVPTError
-from metavpt.execution import compile_blocks, recompute_blocks
-from metavpt.fabric import PretrainLoss
+from metavpt.execution import Execution
 from metavpt.failure import Failures
 from metavpt.probes.first_order import Before, FirstOrderProbe
 from metavpt.problem import Problem
 from metavpt.runlog import RunLog
-from metavpt.schedule import WarmupCosine
+from metavpt.schedule import WarmupCosine, parameter_groups
 from metavpt.stop import Stopped, StopRequest
-from metavpt.strategies import Proposal, Strategy
+from metavpt.strategies import Strategy
 from metavpt.stream import TIMEOUT, Stream, Streams
 from metavpt.watch import Watch
 
@@ -77,33 +72,26 @@ class Trainer:
     ) -> None:
         self.problem, self.strategy, self.budget, self.log, self.checkpoints = problem, strategy, budget, log, checkpoints
         self.schedule = schedule or WarmupCosine()
-        self.clip_norm = clip_norm
         self.head_warmup_steps, self.head_warmup_lr = head_warmup_steps, head_warmup_lr
         self.log_every, self.probe_every, self.checkpoint_every = log_every, probe_every, checkpoint_every
-        self.first_order_every, self.dry_run = first_order_every, dry_run
+        self.first_order_every, self.dry_run, self.clip_norm = first_order_every, dry_run, clip_norm
         self.failures = Failures(max_failures, log.folder)
-        self.watch = Watch()
-        self.stop = StopRequest()
-        self.fabric = fabric or Fabric(accelerator="cpu", devices=1)
+        self.watch, self.stop = Watch(), StopRequest()
         self.metrics: dict[str, float] = {}  # of the last measurement
-        if accumulate < 1:
-            raise MetaVPTError(f"trainer.accumulate={accumulate} must be at least 1")
-        self.accumulate = accumulate
-        if recompute:
-            recompute_blocks(problem.learner)
-        if compile:
-            compile_blocks(problem.learner, compile)
-        self.stance = partial(torch.compiler.set_stance, "force_eager") if compile else nullcontext
-        self.loss = self.fabric.strategy.setup_module(PretrainLoss(problem))  # first: sharding makes other parameters of them
+        self.execution = Execution(problem, fabric, accumulate, recompute, compile)  # first: sharding makes other parameters of them
         strategy.start(problem)
-        groups = self._parameter_groups(weight_decay)
+        groups = parameter_groups(problem, weight_decay)
         self.optimizer = optimizer(groups) if optimizer else torch.optim.AdamW(groups, lr=1e-4)
         self.peak_lr = [group["lr"] for group in self.optimizer.param_groups]
-        first = 1_000_000 * seed  # a stream takes one more seed for every pass over its source: room for 300,000 passes
+        self._draw_from(1_000_000 * seed, data_timeout)  # a stream takes one more seed for every pass: room for 300,000 passes
+
+    def _draw_from(self, first: int, timeout: float) -> None:
+        """The streams and the first-order probe, with seeds from `first` on."""
+        problem = self.problem
         self.streams = Streams(
-            pretrain=Stream(problem.pretrain_batches, first, "pretrain_batches", data_timeout),
-            meta=Stream(problem.meta_batches, first + 300_000, "meta_batches", data_timeout),
-            feedback=Stream(problem.feedback_batches, first + 600_000, "feedback_batches", data_timeout),
+            pretrain=Stream(problem.pretrain_batches, first, "pretrain_batches", timeout),
+            meta=Stream(problem.meta_batches, first + 300_000, "meta_batches", timeout),
+            feedback=Stream(problem.feedback_batches, first + 600_000, "feedback_batches", timeout),
         )
         self.first_order = FirstOrderProbe(problem, first + 800_000)
 
@@ -128,7 +116,7 @@ class Trainer:
 
     def _between_steps(self) -> None:
         """Measure, save, and end where the run is asked to."""
-        step, stopping = self.budget.steps, self.stop.signal
+        step, stopping = self.budget.steps, ranks.any_of(self.stop.signal)
         if self.probe_every and step % self.probe_every == 0:
             self.measure()
         if stopping or (self.checkpoint_every and step % self.checkpoint_every == 0):
@@ -172,18 +160,16 @@ class Trainer:
         self._schedule()  # first: strategies read the learning rate that the coming step will have
         self.failures.prepare(self.state_dict)
         self.optimizer.zero_grad(set_to_none=True)
-        # the stance: derivatives of derivatives, which compiled blocks do not have
-        with self.stance(), untouched(self.problem.learner, f"{type(self.strategy).__name__}.next_task"):
+        with self.execution.eager(), untouched(self.problem.learner, f"{type(self.strategy).__name__}.next_task"):
             proposal = self.strategy.next_task(self.problem, self.streams, self.optimizer, self.budget)
         self.failures.count_update(proposal.record, proposal.task)
         with self.budget.timed("learner"):
-            loss = ranks.leave(self._backward(proposal))
-            self.precision.unscale_gradients(self.optimizer)
-            grad_norm = sharding.clip_grad_norm(self.problem.learner.parameters(), self.clip_norm)
+            loss = self.execution.backward(proposal)
+            grad_norm = self.execution.clip_gradients(self.optimizer, self.clip_norm)
             if torch.isfinite(grad_norm) and torch.isfinite(loss):
                 before = self._before_step()
                 with phase("optimizer"):
-                    self.fabric.strategy.optimizer_step(self.optimizer)
+                    self.execution.take_step(self.optimizer)
                 self._after_step(before)
                 with phase("ema"):
                     self.problem.after_step(proposal.task, self.budget.progress)
@@ -198,45 +184,12 @@ class Trainer:
             self._log_train(float(loss), float(grad_norm))
         self.log.advance(self.budget)
 
-    def _backward(self, proposal: Proposal) -> torch.Tensor:
-        """Leave the gradient in .grad, the mean over ranks and over the parts of the task; the mean loss of the parts of this rank."""
-        parts = self.problem.parts(proposal.task, self.accumulate) if self.accumulate > 1 else [proposal.task]
-        total = torch.zeros((), device=self.fabric.device)
-        for k, task in enumerate(parts, start=1):
-            distributed = self.loss if isinstance(self.loss, DistributedDataParallel) else None
-            with distributed.no_sync() if distributed and k < len(parts) else nullcontext():
-                with phase("forward"), self.fabric.autocast():
-                    loss = self.loss(task, proposal.labelled_loss) / len(parts)
-                with phase("backward"):
-                    self.fabric.backward(loss)
-            total = total + loss.detach()
-        return total
-
     def save(self) -> None:
         """One file, the same whatever the number of processes; the first of them writes it."""
         if self.checkpoints:
             state = self.state_dict()
             if ranks.rank() == 0:
                 self.checkpoints.save(self.budget.steps, state)
-
-    @property
-    def precision(self) -> Precision:
-        return self.fabric.strategy.precision
-
-    def _parameter_groups(self, weight_decay: float) -> list[dict[str, Any]]:
-        """Matrices decay, vectors (biases, norms) do not; what head warm-up freezes stands in groups of its own."""
-        warm = set(self.problem.warm_up_parameters())
-        groups: dict[tuple[bool, bool], list[torch.Tensor]] = {}
-        for name, p in self.problem.learner.named_parameters():
-            if not p.requires_grad:
-                continue
-            groups.setdefault((p.ndim >= 2, name in warm), []).append(p)
-        if not groups:
-            raise MetaVPTError(f"{type(self.problem).__name__}.learner has no trainable parameter")
-        return [
-            {"params": group, "weight_decay": weight_decay if decays else 0.0, "warm": is_warm}
-            for (decays, is_warm), group in groups.items()
-        ]
 
     def _schedule(self) -> None:
         factor = self.schedule(self.budget.steps, self.budget.progress)
@@ -249,8 +202,7 @@ class Trainer:
     def _skip(self, task: Any, loss: torch.Tensor, grad_norm: torch.Tensor) -> None:
         what = "" if trees.is_finite(task) else ", and the designer's task is not finite either"
         self.log.warn(self.budget.steps, f"step skipped: loss {float(loss):.4g}, gradient norm {float(grad_norm):.4g}{what}")
-        if scaler := getattr(self.precision, "scaler", None):
-            scaler.update()  # float16: the loss was scaled too far
+        self.execution.skip_step()
         self.failures.count_step(task, loss, grad_norm)
 
     def _before_step(self) -> Before | None:
@@ -284,7 +236,7 @@ class Trainer:
         return {
             "problem": sharding.gathered(self.problem.state_dict()),
             "optimizer": sharding.gathered(self.optimizer.state_dict()),
-            "precision": self.precision.state_dict(),
+            "precision": self.execution.precision.state_dict(),
             "strategy": self.strategy.state_dict(),
             "streams": {name: stream.state_dict() for name, stream in self.streams._asdict().items()},
             "budget": self.budget.state_dict(),
@@ -299,7 +251,7 @@ class Trainer:
         self.problem.load_state_dict(sharding.scattered(state["problem"], self.problem.state_dict()))
         self.optimizer.load_state_dict(state["optimizer"])
         sharding.scatter_moments(self.optimizer)
-        self.precision.load_state_dict(state.get("precision", {}))
+        self.execution.precision.load_state_dict(state["precision"])
         self.strategy.load_state_dict(state["strategy"])
         for name, stream in self.streams._asdict().items():
             stream.load_state_dict(state["streams"][name])

@@ -13,7 +13,7 @@ from metavpt.data.tokens import PADDING, Corpus, ExampleLoader, TokenBatch
 from metavpt.errors import MetaVPTError
 from metavpt.learners.lm import LanguageModel
 from metavpt.learners.tokenized import TokenizedModel
-from metavpt.objectives.target_task import OneHot, SoftTargets, TargetTask, target_loss
+from metavpt.objectives.target_task import OneHot, TargetTask, target_loss
 from metavpt.params import Params
 from metavpt.probes.answers import AnswerProbe
 from metavpt.probes.generation import Generator
@@ -132,7 +132,5 @@ class LanguageProblem(Problem):
 
 def _targets_of(targets: Any, rows: Tensor) -> Any:
     """The targets of some rows of their batch."""
-    if not isinstance(targets, SoftTargets):
-        return targets
-    by_row = {name: part for name in ("gate", "vectors", "excess") if isinstance(part := getattr(targets, name), Tensor)}
-    return replace(targets, **{name: part[rows] for name, part in by_row.items()})
+    by_row = {name: part for name in ("gate", "vectors", "excess", "weights") if isinstance(part := getattr(targets, name, None), Tensor)}
+    return replace(targets, **{name: part[rows] for name, part in by_row.items()}) if by_row else targets

@@ -1,6 +1,7 @@
 """Two processes that share every batch are one process that has it all: one torchrun, many runs (see two_ranks)."""
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -61,7 +62,7 @@ def test_two_processes_equal_one_with_the_same_batch(folder, alone, problem, est
     """Losses, hypergradients, and after the last step learner, designer, teacher and feedback heads."""
     two, one = torch.load(folder / f"{problem}-{estimator}-{parallel}.pt"), alone(problem, estimator)
     assert two["samples"] == one["samples"]
-    assert len(one["hypergradients"]) == two_ranks.STEPS // 2
+    assert len(one["hypergradients"]) == 2
     assert all(float(g.abs().max()) > 0 for by_phi in one["hypergradients"] for g in by_phi.values() if g.ndim < 4)
     for part in ("loss", "hypergradients", "problem"):
         assert largest_difference(one[part], two[part]) < TOLERANCE[problem], part
@@ -79,7 +80,9 @@ def test_a_run_whose_process_was_killed_goes_on_to_the_same_end(folder, alone):
 def test_one_process_goes_on_from_a_checkpoint_of_two(folder, alone, tmp_path, parallel):
     trainer = two_ranks.trainer_of(tmp_path / "one", "small", "one_step")
     trainer.log.write("begun", 0)
-    trainer.load_state_dict(trainer.checkpoints.load(folder / f"small-one_step-{parallel}" / "checkpoints" / "step-00000002.pt"))
+    trainer.checkpoints.folder.mkdir(parents=True)
+    shutil.copy(folder / f"small-one_step-{parallel}" / "checkpoints" / "step-00000002.pt", trainer.checkpoints.folder)
+    trainer.resume()
     trainer.run()
     whole = alone("small", "one_step")
     assert largest_difference(whole["problem"], trainer.problem.state_dict()) < TOLERANCE["small"]

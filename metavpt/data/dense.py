@@ -73,7 +73,11 @@ class DenseData:
         if not sources:
             raise MetaVPTError("data.unlabelled is empty: name at least one source, 'frames' or a path")
         self.unlabelled: Dataset[Tensor] = sources[0] if len(sources) == 1 else ConcatDataset(sources)
-        if shown := overlap(self.unlabelled, frames, self.val):
+        self._report_overlap()
+
+    def _report_overlap(self) -> None:
+        shown = overlap(self.unlabelled, self.frames.frames, self.val)
+        if shown:
             _say(
                 f"{len(shown)} of the {len(self.unlabelled)} unlabelled images are images of the evaluation as well, "  # type: ignore[arg-type]
                 f"the first is {shown[0]}: the learner trains on what it is measured on, without its labels"
