@@ -69,11 +69,13 @@ def test_every_option_of_a_command_exists(page: Path, words: list[str], monkeypa
     options = [option for option in options if "=" in option and not option.startswith("problem=...")]
     if "--config-dir" in words:
         options.append(f"hydra.searchpath=[file://{ROOT / 'examples' / 'conf'}]")
+    if "hydra/launcher=cluster_ray" in options:
+        pytest.importorskip("hydra_plugins.hydra_ray_launcher", reason="wants metavpt[ray]")
     if "-m" in words[3:]:  # a sweep: one value of each
         options = [re.sub(r"=([^\[{,]+),.*", r"=\1", option) for option in options]
     with initialize_config_module("metavpt.configs", version_base="1.3"):
         if name != "compare":
-            config = compose({"export": "export"}.get(name, "run"), options)
+            config = compose(name if name in ("bench", "export", "replay") else "run", options)
             assert OmegaConf.to_container(config, resolve=True)
             return
         # options of `strategy` hold for the rows that have them: the command takes them out before hydra sees them
