@@ -7,6 +7,7 @@ python docs/pictures.py chromium    docs/report.png besides, the top of a report
 import sys
 from collections import defaultdict
 from pathlib import Path
+from typing import NamedTuple
 
 import matplotlib
 
@@ -17,8 +18,27 @@ from matplotlib.axes import Axes
 from metavpt import results
 
 DOCS = Path(__file__).parent
-ROWS = ["fixed", "random_feedback", "uniform", "greedy", "one_step", "unrolled", "implicit"]
-LEARNED = ("one_step", "unrolled", "implicit")
+MASKS = ("fixed", "random_feedback", "uniform", "greedy", "one_step", "unrolled", "implicit")
+TARGETS = ("fixed", "random_feedback", "uniform", "self_distillation", "one_step_linear", "weights", "greedy_selection", "tilt", "greedy")
+STEERED = ("one_step", "unrolled", "implicit", "one_step_linear", "weights", "tilt")
+
+
+class Panel(NamedTuple):
+    """A comparison in docs/results and the metric of it that is drawn, with so many digits."""
+
+    folder: str
+    metric: str
+    digits: int
+    rows: tuple[str, ...]
+    title: str
+    label: str
+
+
+PANELS = (
+    Panel("toy_sources", "error", 2, MASKS, "Toy: one of four sources is useful", "error on it (5 seeds)"),
+    Panel("gsm8k_mixed", "gsm8k/nll", 2, TARGETS, "Language: a stream about other things", "NLL of GSM8K answers (5 seeds)"),
+    Panel("nyuv2_pretrained", "ridge/depth_rmse", 4, MASKS, "NYUv2, masks: no gain over fixed", "depth RMSE in m (3 seeds)"),
+)
 STYLE = {"svg.fonttype": "none", "svg.hashsalt": "metavpt", "font.family": "sans-serif", "font.size": 10, "axes.spines.top": False}
 
 
@@ -32,32 +52,32 @@ def by_row(folder: Path, metric: str) -> dict[str, list[float]]:
     return found
 
 
-def draw(axes: Axes, values: dict[str, list[float]], title: str, label: str, digits: int) -> None:
+def draw(axes: Axes, panel: Panel) -> None:
     """A dot for each seed, a bar for their mean, and the mean in words."""
-    rows = ["step 0", *ROWS]
+    values = by_row(DOCS / "results" / panel.folder, panel.metric)
+    rows = ["step 0", *panel.rows]
     right = max(max(values[row]) for row in rows)
     for y, row in enumerate(rows):
-        colour = "#c2410c" if row in LEARNED else "#5b6470"
+        colour = "#c2410c" if row in STEERED else "#5b6470"
         mean = sum(values[row]) / len(values[row])
         axes.plot(values[row], [y] * len(values[row]), "o", color=colour, alpha=0.55, markersize=5, markeredgewidth=0)
         axes.plot([mean], [y], "|", color=colour, markersize=15, markeredgewidth=2)
-        axes.annotate(f"{mean:.{digits}f}", (right, y), xytext=(8, 0), textcoords="offset points", va="center", color=colour)
+        axes.annotate(f"{mean:.{panel.digits}f}", (right, y), xytext=(8, 0), textcoords="offset points", va="center", color=colour)
     axes.set_yticks(range(len(rows)), rows)
     axes.invert_yaxis()
-    axes.set_title(title, loc="left", fontsize=11)
-    axes.set_xlabel(label)
+    axes.set_title(panel.title, loc="left", fontsize=11)
+    axes.set_xlabel(panel.label)
     axes.spines["right"].set_visible(False)
     axes.grid(axis="x", color="#e4e7eb")
     axes.set_axisbelow(True)
 
 
 def results_picture(path: Path) -> None:
-    """Where the answer is known, and on real frames."""
+    """Where the answer is known, where steering gains, and where it does not."""
     with plt.rc_context(STYLE):
-        figure, (toy, real) = plt.subplots(1, 2, figsize=(9.6, 3.6), layout="constrained", gridspec_kw={"wspace": 0.12})
-        draw(toy, by_row(DOCS / "results" / "toy_sources", "error"), "Toy: one of four sources is useful", "error on it (5 seeds)", 2)
-        real_title = "NYUv2, masks: no gain over fixed"
-        draw(real, by_row(DOCS / "results" / "nyuv2_pretrained", "ridge/depth_rmse"), real_title, "depth RMSE in m (3 seeds)", 4)
+        figure, axes = plt.subplots(1, len(PANELS), figsize=(14.4, 3.8), layout="constrained", gridspec_kw={"wspace": 0.1})
+        for ax, panel in zip(axes, PANELS, strict=True):
+            draw(ax, panel)
         figure.savefig(path, format="svg", metadata={"Date": None}, facecolor="white")
         plt.close(figure)
     path.write_text("".join(line.rstrip() + "\n" for line in path.read_text().splitlines()))

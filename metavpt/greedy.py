@@ -157,7 +157,8 @@ class GreedySelection(Greedy):
         size = scores.shape[1]
         top = scores.flatten().topk(size).indices
         kept = problem.pick(tasks, top // size, top % size)
-        return Proposal(kept, size, {"value": float(scores.flatten()[top].mean()), "pool_value": float(scores.mean())})
+        num_samples = sum(map(problem.num_samples, batch)) // len(batch)  # tokens, where rows of the pool differ, as in a batch on average
+        return Proposal(kept, num_samples, {"value": float(scores.flatten()[top].mean()), "pool_value": float(scores.mean())})
 
     def _reference_batch(self, batch: list[Any]) -> Any:
         return batch[0]

@@ -1,5 +1,7 @@
 """The arithmetic of benchmarks/soak.py."""
 
+import gc
+import mmap
 import os
 import sys
 from importlib import import_module
@@ -27,9 +29,11 @@ def test_too_few_samples_are_refused():
 
 
 def test_a_sample_sees_memory_and_files():
+    gc.collect()  # what earlier tests left must not be freed in between
     before = soak.sample(0)
     held = [os.open(os.devnull, os.O_RDONLY) for _ in range(5)]
-    block = bytearray(b"x" * 50_000_000)
+    block = mmap.mmap(-1, 50_000_000)
+    block.write(b"x" * len(block))
     after = soak.sample(1)
     for descriptor in held:
         os.close(descriptor)

@@ -22,8 +22,8 @@ from metavpt import (
     OneStep,
     Unrolled,
     params,
+    trees,
 )
-from metavpt.checks import copies
 from metavpt.checks.purity import snapshot
 from metavpt.controls import Adversarial, Direct, Hardest, RandomFeedback, Uniform
 from metavpt.greedy import Greedy, GreedySelection
@@ -212,7 +212,7 @@ def test_a_step_with_centering_asks_the_teacher_once_and_the_centre_moves_by_its
     for task in (first, second):  # of the second nobody has asked yet
         before = snapshot(problem)
         problem.pretrain_loss(params.named(problem.learner), first).backward()
-        assert all(copies.same(value, before[key]) for key, value in snapshot(problem).items())
+        assert all(trees.same(value, before[key]) for key, value in snapshot(problem).items())
         with torch.no_grad():
             expected = center_update(problem.center["center"], teacher(task.global_crops.flatten(0, 1)))
         asked.clear()
