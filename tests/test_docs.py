@@ -24,6 +24,12 @@ FENCE = re.compile(r"(?:<!-- test: (?P<mark>\w+) -->\n)?^```(?P<language>\w*)\n(
 COMMAND = re.compile(r"(?:[A-Z_]+=\S+ )*python (?:-m metavpt\.\w+|examples/\S+|docs/\S+|benchmarks/\S+)")
 BLOCKS = [(page, match["language"], match["text"], match["mark"]) for page in PAGES for match in FENCE.finditer(page.read_text())]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+LAUNCHERS = {
+    "local": "hydra_plugins.hydra_joblib_launcher",
+    "slurm": "hydra_plugins.hydra_submitit_launcher",
+    "slurm_gpus": "hydra_plugins.hydra_submitit_launcher",
+    "cluster_ray": "hydra_plugins.hydra_ray_launcher",
+}
 
 
 def lines_of(text: str) -> list[list[str]]:
@@ -69,8 +75,8 @@ def test_every_option_of_a_command_exists(page: Path, words: list[str], monkeypa
     options = [option for option in options if "=" in option and not option.startswith("problem=...")]
     if "--config-dir" in words:
         options.append(f"hydra.searchpath=[file://{ROOT / 'examples' / 'conf'}]")
-    if "hydra/launcher=cluster_ray" in options:
-        pytest.importorskip("hydra_plugins.hydra_ray_launcher", reason="wants metavpt[ray]")
+    for launcher in (option.removeprefix("hydra/launcher=") for option in options if option.startswith("hydra/launcher=")):
+        pytest.importorskip(LAUNCHERS[launcher], reason="its extra is not installed")
     if "-m" in words[3:]:  # a sweep: one value of each
         options = [re.sub(r"=([^\[{,]+),.*", r"=\1", option) for option in options]
     with initialize_config_module("metavpt.configs", version_base="1.3"):
