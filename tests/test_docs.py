@@ -42,9 +42,23 @@ SHELL = [(page, words, mark) for page, language, text, mark in BLOCKS if languag
 INLINE = [(page, span) for page in PAGES for span in re.findall(r"`([^`\n]+)`", FENCE.sub("", page.read_text()))]
 COMMANDS = [(page, words) for page, words, _ in SHELL if words[:2] == ["python", "-m"] and words[2].startswith("metavpt.")]
 COMMANDS += [(page, shlex.split(span)) for page, span in INLINE if span.startswith("python -m metavpt.") and "=" in span]
-
-
 COMMANDS = list({tuple(words): (page, words) for page, words in COMMANDS}.values())  # many stand in the README and in a page
+
+
+def bound_by(node: ast.stmt) -> set[str]:
+    """The names that a statement at the top level of a block leaves behind."""
+    if isinstance(node, ast.FunctionDef | ast.ClassDef):
+        return {node.name}
+    if isinstance(node, ast.Import | ast.ImportFrom):
+        return {(alias.asname or alias.name).partition(".")[0] for alias in node.names}
+    if isinstance(node, ast.Assign):
+        return {
+            part.id
+            for target in node.targets
+            for part in ast.walk(target)
+            if isinstance(part, ast.Name) and isinstance(part.ctx, ast.Store)
+        }
+    return set()
 
 
 def named(cases: list) -> list:
@@ -60,7 +74,10 @@ def test_there_is_something_to_test() -> None:
 @pytest.mark.parametrize(("page", "text"), named([(page, text) for page, language, text, _ in BLOCKS if language == "python"]))
 def test_python_blocks_run(page: Path, text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    exec(compile(text, str(page), "exec"), {"__name__": "__main__"})
+    names = {"__name__": "__main__"}
+    exec(compile(text, str(page), "exec"), names)  # raises what the block raises
+    assert {name for node in ast.parse(text).body for name in bound_by(node)} <= names.keys() - {"__name__"}
+    assert len(names) > 2  # beside __name__ and __builtins__: a block that binds nothing shows nothing
 
 
 @pytest.mark.parametrize(("page", "words"), named([(page, words) for page, words, mark in SHELL if mark == "run"]))

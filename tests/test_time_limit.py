@@ -17,9 +17,12 @@ def test_what_hangs_is_an_error_and_the_alarm_is_given_back():
 
 
 def test_what_is_in_time_is_left_alone():
-    with time_limit(0.05, "too long"):
-        pass
-    time.sleep(0.1)
+    handler = signal.getsignal(signal.SIGALRM)
+    with time_limit(5.0, "too long"):
+        assert 0 < signal.getitimer(signal.ITIMER_REAL)[0] <= 5.0
+        assert signal.getsignal(signal.SIGALRM) is not handler
+    assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)  # no alarm comes later
+    assert signal.getsignal(signal.SIGALRM) is handler
 
 
 def test_zero_is_no_limit():

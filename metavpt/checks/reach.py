@@ -98,7 +98,7 @@ def tail(scene: Scene) -> Finding:
 
 
 def _gradient(value: Tensor, wrt: Params, *, create_graph: bool = False, retain_graph: bool | None = None) -> dict[str, Tensor | None]:
-    """d value / d wrt, None where there is no path."""
+    """d value / d wrt, None where there is no path: the caller's finding, so `allow_unused` hides nothing here."""
     if not value.requires_grad:
         return dict.fromkeys(wrt)
     gradients = torch.autograd.grad(value, list(wrt.values()), create_graph=create_graph, retain_graph=retain_graph, allow_unused=True)
