@@ -108,6 +108,14 @@ class Problem(ABC):
         """`task` with the share `gate` of its targets tilted towards those of highest value along w. For `Tilt`, which says how far."""
         raise MetaVPTError(f"{type(self).__name__} has no tilt, which strategies that tilt targets need; define it")
 
+    def lesson(self, theta: Params, batch: Any, w: Params, derivative: DirectionalDerivative) -> dict[str, Tensor]:
+        """What value along w says of the targets of an unlabelled batch, and what `taught` needs beside it, detached. For `Amortized`."""
+        raise MetaVPTError(f"{type(self).__name__} has no lesson, which strategy=amortized needs; define it and taught")
+
+    def taught(self, lesson: dict[str, Tensor]) -> Tensor:
+        """Minus the value of the designer's targets on a lesson, with its trust region: a scalar, by phi alone; no learner runs."""
+        raise MetaVPTError(f"{type(self).__name__} has no taught, which strategy=amortized needs; define it and lesson")
+
     def regularizer(self, task: Any) -> Tensor | None:
         """R(phi), added to the designer's loss through the task that it made. Default: none."""
         return None

@@ -1,0 +1,26 @@
+"""The loss of data2vec (arXiv 2202.03555): a teacher's features of all patches, told by a student that does not see all of them.
+
+Letters: B batch, N patches, D width.
+"""
+
+from typing import Literal
+
+from torch import Tensor
+
+from metavpt.errors import MetaVPTError
+
+
+def data2vec_loss(predictions: Tensor, targets: Tensor, reduction: Literal["mean", "none"] = "mean") -> Tensor:
+    """1/(N D) sum_n |prediction_n - target_n|^2, predictions and targets (B, N, D). "mean": a scalar; "none": of each image, (B,).
+
+    Its value and its gradient by the predictions are these; it is affine in the targets, whose own square is a constant here. So it may
+    stand in a `GoalLoss`: no gradient of the learner sees the difference, and the loss itself is no objective for targets.
+    """
+    if reduction not in ("mean", "none"):
+        raise MetaVPTError(f"data2vec_loss: reduction must be 'mean' or 'none', got {reduction!r}")
+    if predictions.shape != targets.shape or predictions.ndim != 3:
+        raise MetaVPTError(
+            f"data2vec_loss: predictions and targets must both be (B, N, D), got {tuple(predictions.shape)} and {tuple(targets.shape)}"
+        )
+    squares = predictions.square() - 2 * predictions * targets + targets.detach().square()
+    return squares.mean() if reduction == "mean" else squares.mean(dim=(1, 2))

@@ -1,0 +1,136 @@
+"""data2vec with feedback from dense labels: `problem=data2vec_nyuv2`."""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from metavpt import params, pictures, ranks
+from metavpt.clock import phase
+from metavpt.curvature import ComposedLoss
+from metavpt.designers.crop import RandomCrop
+from metavpt.designers.feature_targets import FeatureTargets, FeatureTask, moved, tilted
+from metavpt.learners.teacher import Teacher
+from metavpt.learners.vit import Backbone
+from metavpt.linear_product import DirectionalDerivative
+from metavpt.objectives.data2vec import data2vec_loss
+from metavpt.objectives.goal_loss import goal_loss
+from metavpt.objectives.ijepa import normalized_features
+from metavpt.params import Params
+
+from .dense import NUM_PICTURES, DenseProblem
+
+
+class HidingLearner(nn.Module):
+    """Normalised images (B, 3, H, W) -> features (B, D, h, w) of all patches, those `hidden` (B, N) replaced by one mask token."""
+
+    def __init__(self, backbone: Backbone) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.mask_token = nn.Parameter(torch.zeros(backbone.width))
+
+    def forward(self, images: Tensor, hidden: Tensor) -> Tensor:
+        return self.backbone.tail(self.backbone.trunk(images, hidden=hidden, mask_token=self.mask_token)).patches
+
+
+class Data2VecDense(DenseProblem):
+    """A student that does not see all patches tells its EMA teacher's features of them (data2vec, without its regression head: released
+    backbones have none). The designer, or the tilt, says how these differ from what the student is to tell.
+
+    teacher_momentum   at the start; it rises linearly to 1
+    """
+
+    learner: HidingLearner
+    designer: FeatureTargets
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        recipe: Callable[..., RandomCrop],
+        designer: Callable[[RandomCrop, int, int], FeatureTargets],
+        teacher_momentum: float = 0.996,
+        **dense: Any,
+    ) -> None:
+        self.learner = HidingLearner(backbone)
+        self.teacher = Teacher(backbone)
+        self.designer = designer(recipe(mean=backbone.mean, std=backbone.std), backbone.patch_size, backbone.width)
+        self.teacher_momentum = teacher_momentum
+        super().__init__(backbone, **dense)
+
+    def recipe(self, batch: Any) -> FeatureTask:
+        return self.designer.recipe_task(batch)
+
+    def regularizer(self, task: FeatureTask) -> Tensor:
+        return self.designer.regularizer(task)
+
+    def candidates(self, batch: Any, num_candidates: int) -> list[FeatureTask]:
+        return self.designer.random_tasks(batch, num_candidates)
+
+    def pretrain_loss(self, theta: Params, task: FeatureTask) -> Tensor:
+        return self.pretrain_tail(theta, task)({})
+
+    def pretrain_tail(self, theta: Params, task: FeatureTask) -> ComposedLoss:
+        targets = self._targets(task)
+        return goal_loss(self._student(theta, task), lambda told, goals: data2vec_loss(told, goals.view_as(targets)), targets.flatten())
+
+    def per_sample_tail(self, theta: Params, task: FeatureTask) -> ComposedLoss:
+        targets = self._targets(task)
+        return ComposedLoss(self._student(theta, task), lambda told: data2vec_loss(told, targets, "none"))
+
+    def tilt(
+        self, theta: Params, task: FeatureTask, w: Params, gate: float, tau: float, num_candidates: int, derivative: DirectionalDerivative
+    ) -> FeatureTask:
+        """The value of a target is how fast the student's own feature moves its way as the learner descends along w."""
+        return tilted(task, self._values(theta, task, w, derivative), gate, tau)
+
+    def lesson(self, theta: Params, batch: Any, w: Params, derivative: DirectionalDerivative) -> dict[str, Tensor]:
+        """The teacher's features and the values of their targets, scaled to a mean square of 1; both (B, N, D)."""
+        task = self.recipe(batch)
+        values = self._values(theta, task, w, derivative)
+        scale = ranks.leave(values.square().mean()).sqrt().clamp_min(torch.finfo(values.dtype).tiny)
+        return {"features": self._teacher_features(task.images), "values": values / scale}
+
+    def taught(self, lesson: dict[str, Tensor]) -> Tensor:
+        return self.designer.loss(lesson["features"], lesson["values"])
+
+    def after_step(self, task: FeatureTask, progress: float) -> None:
+        self.teacher.update(self.backbone, self.teacher_momentum + (1.0 - self.teacher_momentum) * progress)
+
+    @torch.no_grad()
+    def figures(self) -> dict[str, np.ndarray]:
+        """An image, what the student sees of it, and the root mean square of its targets' shifts, 0 to the gate."""
+        task = self.designer(next(iter(self.meta_batches(seed=0))))
+        features, patch = self._teacher_features(task.images), self.backbone.patch_size
+        lengths = (moved(features, task) - features).square().mean(dim=-1).sqrt()
+        rows = []
+        for image, *maps in zip(task.images[:NUM_PICTURES].cpu() * self.std + self.mean, ~task.hidden.cpu(), lengths.cpu(), strict=False):
+            seen, length = (m.view(self.designer.grid).repeat_interleave(patch, 0).repeat_interleave(patch, 1) for m in maps)
+            rows.append([pictures.photo(image), pictures.photo(image * seen), pictures.colour(length, 0.0, max(self.designer.gate, 1e-3))])
+        return {"targets": pictures.grid(rows), **super().figures()}
+
+    def _student(self, theta: Params, task: FeatureTask) -> Callable[[Params], Tensor]:
+        """theta_S -> the student's normalised features (B, N, D). The trunk runs once."""
+        hiding = {"hidden": task.hidden, "mask_token": theta["mask_token"]}
+        state = functional_call(self.backbone.trunk, params.subset(theta, "backbone.trunk."), (task.images,), hiding)
+
+        def predictions(theta_s: Params) -> Tensor:
+            tail = params.subset({**theta, **theta_s}, "backbone.tail.")
+            return normalized_features(functional_call(self.backbone.tail, tail, (state,)).patches)
+
+        return predictions
+
+    def _values(self, theta: Params, task: FeatureTask, w: Params, derivative: DirectionalDerivative) -> Tensor:
+        with torch.no_grad():
+            predictions = self._student(params.detach(theta), task)
+        return -derivative(predictions, {name: theta[name] for name in w}, w)
+
+    def _targets(self, task: FeatureTask) -> Tensor:
+        return moved(self._teacher_features(task.images), task)
+
+    @phase("teacher")
+    @torch.no_grad()
+    def _teacher_features(self, images: Tensor) -> Tensor:
+        return normalized_features(self.teacher(images).patches)

@@ -1,0 +1,195 @@
+"""data2vec at its smallest: real ViT, feature targets, feedback and probes on generated rooms."""
+
+import pytest
+import torch
+from differences import relative
+from hydra import compose, initialize_config_module
+from hydra.utils import instantiate
+from torch.func import functional_call
+from training import adam, assert_identical, train, weights
+
+from metavpt import DifferenceProduct, Dot, ExactProduct, Fixed, Learned, OneStep, params
+from metavpt.amortized import Amortized
+from metavpt.controls import Direct, Uniform
+from metavpt.greedy import Greedy, GreedySelection
+from metavpt.linear_product import CentralDifference, LinearLoss, LinearProduct
+from metavpt.strategies import inner_loss
+from metavpt.tilt import RandomTilt, Tilt
+
+SMALL = [
+    "backbone.tail_blocks=1", "backbone.embed_dim=24", "backbone.depth=2", "backbone.num_heads=2", "+backbone.patch_size=4",
+    "recipe.size=16", "data.rooms={num_frames: 40, size: [32, 48], seed: 0, folder: null}", "data.num_train=16", "data.num_meta=8",
+    "designer.rank=8", "problem.feature_size=[16, 24]", "problem.batch_size=4", "problem.meta_batch_size=4",
+    "problem.feedback_batch_size=4",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def make(tmp_path_factory):
+    """make(*overrides, seed=0) -> a fresh problem."""
+    folder = tmp_path_factory.mktemp("rooms")
+
+    def fresh(*overrides, seed=0):
+        with initialize_config_module("metavpt.configs", version_base="1.3"):
+            cfg = compose("run", ["problem=data2vec_nyuv2", *SMALL, f"data.rooms.folder={folder}", *overrides])
+        torch.manual_seed(seed)
+        return instantiate(cfg.problem, _convert_="all")
+
+    return fresh
+
+
+class Doubled(torch.nn.Module):
+    def __init__(self, recipe):
+        super().__init__()
+        self.recipe = recipe
+
+    def forward(self, images, seed):
+        return self.recipe((images / 255).double(), seed)
+
+
+def in_float64(problem, write=0.3):
+    for module in (problem.learner, problem.designer, problem.teacher):
+        module.double()
+    torch.nn.init.normal_(problem.designer.write, std=write)
+    problem.designer.recipe = Doubled(problem.designer.recipe)
+    return problem
+
+
+def at(problem):
+    """theta, theta_S, an unlabelled batch and g_down."""
+    theta = params.detach(params.named(problem.learner))
+    aligned = {name: theta[name] for name in problem.aligned_parameters()}
+    batch, labelled = next(iter(problem.meta_batches(1))), next(iter(problem.feedback_batches(2)))
+    leaves = params.leaves(aligned)
+    gradient = torch.autograd.grad(problem.feedback_loss({**theta, **leaves}, labelled), list(leaves.values()))
+    return theta, aligned, batch, dict(zip(leaves, gradient, strict=True))
+
+
+def test_the_loss_is_the_students_distance_from_the_moved_features_of_the_teacher(make):
+    problem = in_float64(make())
+    task, (theta, *_) = problem.designer(next(iter(problem.meta_batches(1)))), at(problem)
+    images, learner = task.images, problem.learner
+    state = learner.backbone.trunk(images, hidden=task.hidden, mask_token=learner.mask_token)
+    told = torch.nn.functional.layer_norm(learner.backbone.tail(state).patches.flatten(2).transpose(1, 2), (24,))
+    held = torch.nn.functional.layer_norm(problem.teacher(images).patches.flatten(2).transpose(1, 2), (24,))
+    y = held @ problem.designer.read @ problem.designer.write
+    target = held + problem.designer.gate * y / (1 + y.square().mean(dim=(1, 2), keepdim=True)).sqrt()
+    expected = (told - target).square().mean(dim=(1, 2))
+    assert float(problem.pretrain_loss(theta, task)) == pytest.approx(float(expected.mean()), rel=1e-10)
+    torch.testing.assert_close(problem.per_sample_tail(theta, task)({}), expected.detach(), rtol=1e-10, atol=0)
+
+
+def test_the_student_does_not_see_what_is_hidden(make):
+    problem = make()
+    task = problem.recipe(next(iter(problem.meta_batches(1))))
+    side = problem.backbone.patch_size
+    covered = task.hidden.view(-1, 4, 4).repeat_interleave(side, 1).repeat_interleave(side, 2)[:, None]
+    noise = torch.where(covered, torch.randn_like(task.images), task.images)
+    with torch.no_grad():
+        assert covered.any()
+        assert torch.equal(problem.learner(task.images, task.hidden), problem.learner(noise, task.hidden))
+
+
+def test_linear_exact_and_difference_products_agree_and_are_finite_differences(make):
+    """In float64, to a relative 1e-6: the targets enter the learner's gradient linearly."""
+    problem = in_float64(make())
+    theta, aligned, batch, g_down = at(problem)
+    labelled = next(iter(problem.feedback_batches(2)))
+    inner, phi = inner_loss(problem, theta, batch), params.detach(params.named(problem.designer))
+    outer = lambda theta_s: problem.feedback_loss({**theta, **theta_s}, labelled)  # noqa: E731
+    by = {kind: OneStep(Dot(), kind())([inner], outer, aligned, phi) for kind in (ExactProduct, DifferenceProduct, LinearProduct)}
+    assert params.norm(by[ExactProduct].by_phi) > 0
+    assert isinstance(inner(phi), LinearLoss)
+    for kind in (DifferenceProduct, LinearProduct):
+        assert relative(by[kind].by_phi, by[ExactProduct].by_phi) < 1e-6
+    direction, step = params.zip_with(torch.randn_like, phi), 1e-5
+
+    def value(phi):
+        leaves = params.leaves(aligned)
+        g_pre = torch.autograd.grad(inner(phi)(leaves), list(leaves.values()))
+        return sum(float((g * w).sum()) for g, w in zip(g_pre, g_down.values(), strict=True))
+
+    slope = (value(params.add(phi, direction, alpha=step)) - value(params.add(phi, direction, alpha=-step))) / (2 * step)
+    assert slope == pytest.approx(-float(params.dot(by[ExactProduct].by_phi, direction)), rel=1e-6)
+
+
+def test_the_tilt_and_what_a_lesson_teaches_raise_the_value_and_a_step_of_them_lowers_the_feedback_loss(make):
+    """<g_down, g_pre> of a moved task is above the recipe's by exactly <shift, value>, and to first order a step lowers the loss by it."""
+    problem = in_float64(make("designer.gate=0.5"), write=0.0)
+    theta, aligned, batch, g_down = at(problem)
+    derivative = CentralDifference()
+    recipe = problem.recipe(batch)
+
+    def value(task):
+        leaves = params.leaves(aligned)
+        g_pre = torch.autograd.grad(problem.pretrain_tail(theta, task)(leaves), list(leaves.values()))
+        return sum(float((g * w).sum()) for g, w in zip(g_pre, g_down.values(), strict=True))
+
+    tilted = problem.tilt(theta, recipe, g_down, 0.5, 1.0, 0, derivative)
+    lesson = problem.lesson(theta, batch, g_down, derivative)
+    with torch.no_grad():
+        raw = problem._values(theta, recipe, g_down, derivative)
+    gain = 2 * float((tilted.shift * raw).mean())
+    assert value(tilted) - value(recipe) == pytest.approx(gain, rel=1e-5)
+    assert float(lesson["values"].square().mean()) == pytest.approx(1.0, rel=1e-9)
+    optimizer = torch.optim.Adam(problem.designer.parameters(), lr=1e-2)
+    for _ in range(20):
+        optimizer.zero_grad()
+        problem.taught(lesson).backward()
+        optimizer.step()
+    assert value(recipe) < value(problem.designer(batch)) < value(tilted)
+
+
+def test_taught_is_minus_the_value_of_the_designers_shift_and_its_regularizer(make):
+    problem = in_float64(make("designer.weight=0.3"))
+    theta, _, batch, g_down = at(problem)
+    lesson = problem.lesson(theta, batch, g_down, CentralDifference())
+    task = problem.designer(batch)
+    with torch.no_grad():
+        shift = functional_call(problem.teacher, {}, (task.images,)).patches.flatten(2).transpose(1, 2)
+        shift = torch.nn.functional.layer_norm(shift, (24,)) @ problem.designer.read @ problem.designer.write
+        shift = problem.designer.gate * shift / (1 + shift.square().mean(dim=(1, 2), keepdim=True)).sqrt()
+    expected = -float((shift * lesson["values"]).mean()) + float(problem.designer.regularizer(task))
+    assert float(problem.taught(lesson).detach()) == pytest.approx(expected, rel=1e-6)
+
+
+def amortized():
+    return Amortized(adam, meta_every=2, phi_steps=3, derivative=CentralDifference())
+
+
+@pytest.mark.parametrize(
+    "strategy",
+    [
+        Fixed, amortized, lambda: Tilt(meta_every=2, derivative=CentralDifference()),
+        lambda: Tilt(tau=0.0, derivative=CentralDifference()), lambda: RandomTilt(meta_every=2, derivative=CentralDifference()),
+        lambda: Learned(OneStep(product=LinearProduct(CentralDifference())), adam, meta_every=2),
+        lambda: Greedy(2, refresh_every=2), lambda: GreedySelection(2, refresh_every=2), Uniform, Direct,
+    ],
+    ids=[
+        "fixed", "amortized", "tilt", "greedy_targets", "random_tilt", "one_step_linear", "greedy", "greedy_selection", "uniform", "direct",
+    ],
+)  # fmt: skip
+def test_every_strategy_trains_and_resumes_bit_for_bit(make, tmp_path, strategy):
+    whole, resumed = make(), make()
+    train(tmp_path, whole, strategy(), steps=3)
+    sorted((tmp_path / "checkpoints").glob("*.pt"))[-1].unlink()  # as if killed after step 2
+    trainer = train(tmp_path, resumed, strategy(), steps=3, resume=True)
+    assert trainer.budget.steps == 3
+    assert_identical(weights(whole), weights(resumed))
+
+
+@pytest.mark.parametrize("strategy", [lambda p: Learned(optimizer=p, meta_every=1), lambda p: Amortized(p, meta_every=1)])
+def test_with_designer_lr_0_it_is_fixed_bit_for_bit(make, tmp_path, strategy):
+    fixed, still = make(), make()
+    train(tmp_path / "fixed", fixed, Fixed(), steps=2)
+    train(tmp_path / "still", still, strategy(lambda parameters: torch.optim.Adam(parameters, lr=0.0)), steps=2)
+    assert_identical(weights(fixed), weights(still))
+
+
+def test_the_report_has_a_picture_of_the_targets(make, tmp_path):
+    problem = make()
+    train(tmp_path, problem, Fixed(), steps=1)
+    figures = problem.figures()
+    assert set(figures) == {"targets", "predictions"}
+    assert figures["targets"].shape[1] >= 3 * 16
+    assert figures["targets"].dtype == "uint8"
