@@ -1,6 +1,6 @@
 """A target designer for regression on features: which way a student's features should differ from its teacher's.
 
-Letters: B batch, N patches, D width of the features, R rank.
+Letters: B batch, N patches, D width of the features.
 """
 
 import math
@@ -15,6 +15,8 @@ from metavpt.designers.crop import RandomCrop
 from metavpt.designers.hiding import hidden_patches
 from metavpt.errors import MetaVPTError
 
+RANDOM = 1.0  # the standard deviation of a random map's entries: of any width it shifts features by about the gate
+
 
 class FeatureTask(NamedTuple):
     """Images, what of them the student does not see, and how the teacher's features are moved before the student tells them."""
@@ -22,16 +24,15 @@ class FeatureTask(NamedTuple):
     images: Tensor  # (B, 3, H, W), normalised
     hidden: Tensor  # (B, N) bool
     shift: Tensor  # (B, N, D), added; 0 in the recipe
-    read: Tensor  # (B, D, R)
-    write: Tensor  # (B, R, D), 0 in the recipe
+    map: Tensor  # (B, D, D), see `moved`; 0 in the recipe
     gate: Tensor  # (B,)
 
 
 class FeatureTargets(nn.Module):
-    """A linear map of rank R says how the features of a patch are to be moved: x + gate * saturated(x read write), see `moved`.
+    """A linear map says how the features of a patch are to be moved: x + gate * saturated(x map), see `moved`.
 
-    The map is the designer, whatever the image: a direction of value belongs to what a patch shows, which is what the teacher's features
-    say. `write` is 0 at first, so that targets start as the teacher's, bit for bit.
+    The map is all of the designer, whatever the image: a direction of value belongs to what a patch shows, which is what the teacher's
+    features say. It is 0 at first, so that targets start as the teacher's, bit for bit.
 
     recipe     makes the images
     width      D, of the learner's features
@@ -45,70 +46,67 @@ class FeatureTargets(nn.Module):
         recipe: RandomCrop,
         patch_size: int,
         width: int,
-        rank: int = 64,
-        gate: float = 1.0,
+        gate: float = 0.5,
         hidden: tuple[float, float] = (0.3, 0.5),
         weight: float = 0.01,
     ) -> None:
         super().__init__()
         if recipe.size % patch_size:
             raise MetaVPTError(f"recipe.size={recipe.size} does not divide into patches of {patch_size}")
-        if not 1 <= rank <= width or gate < 0:
-            raise MetaVPTError(f"designer.rank={rank} must lie between 1 and the {width} features, and gate={gate} not be negative")
+        if gate < 0:
+            raise MetaVPTError(f"designer.gate={gate} must not be negative")
         if not 0 <= hidden[0] <= hidden[1] < 1:
             raise MetaVPTError(f"designer.hidden={list(hidden)} must be two shares of the patches in order, below 1")
         self.recipe, self.gate, self.hidden, self.weight = recipe, gate, (hidden[0], hidden[1]), weight
         self.grid = (recipe.size // patch_size, recipe.size // patch_size)
-        self.read = nn.Parameter(torch.randn(width, rank) / math.sqrt(width))
-        self.write = nn.Parameter(torch.zeros(rank, width))
+        self.map = nn.Parameter(torch.zeros(width, width))
 
     def forward(self, batch: Any) -> FeatureTask:
         """batch: `.images` (B, 3, H, W), see RandomCrop, and `.seed`."""
-        return self._with(self.recipe_task(batch), self.read, self.write)
+        return self._with(self.recipe_task(batch), self.map)
 
     def recipe_task(self, batch: Any) -> FeatureTask:
         """The teacher's own features, with the same patches hidden."""
         images = self.recipe(batch.images, batch.seed)
         seen = hidden_patches(len(images) * ranks.size(), self.grid, self.hidden, 1.0, mix(batch.seed, 0))
-        shift = images.new_zeros(len(images), math.prod(self.grid), len(self.read))
-        task = FeatureTask(images, ranks.own(seen).to(images.device), shift, shift, shift, images.new_full((len(images),), self.gate))
-        return self._with(task, self.read.detach(), torch.zeros_like(self.write))
+        shift = images.new_zeros(len(images), math.prod(self.grid), len(self.map))
+        task = FeatureTask(images, ranks.own(seen).to(images.device), shift, shift, images.new_full((len(images),), self.gate))
+        return self._with(task, torch.zeros_like(self.map))
 
     def random_tasks(self, batch: Any, num_tasks: int) -> list[FeatureTask]:
         """The same images with maps drawn at random, which shift features by about `gate`."""
         task, rng = self.recipe_task(batch), Generator().manual_seed(mix(batch.seed, 1))
-        return [self._with(task, *self._random_map(rng)) for _ in range(num_tasks)]
+        return [self._with(task, RANDOM * torch.randn(tuple(self.map.shape), generator=rng)) for _ in range(num_tasks)]
 
     def loss(self, features: Tensor, values: Tensor) -> Tensor:
         """-mean <shift, value> + `regularizer`, of features and values (B, N, D): what `Amortized` descends; a scalar."""
-        shift = self.gate * saturated(features @ self.read @ self.write)
-        return -(shift * values).mean() + self._size(self.read, self.write)
+        shift = self.gate * saturated(centred(features) @ self.map)
+        return -(shift * values).mean() + self._size(self.map)
 
     def regularizer(self, task: FeatureTask) -> Tensor:
-        """weight * |read write|^2 / D: the mean squared shift, before saturation, of white features of unit variance; a scalar."""
-        return self._size(task.read[0], task.write[0])
+        """weight * |map|^2 / D: the mean squared shift, before saturation, of white features of unit variance; a scalar."""
+        return self._size(task.map[0])
 
-    def _size(self, read: Tensor, write: Tensor) -> Tensor:
-        return self.weight * (read @ write).square().sum() / len(read)
+    def _size(self, map: Tensor) -> Tensor:
+        return self.weight * map.square().sum() / len(map)
 
-    def _with(self, task: FeatureTask, read: Tensor, write: Tensor) -> FeatureTask:
-        each = (len(task.images), -1, -1)
-        return task._replace(read=read.to(task.images).expand(*each), write=write.to(task.images).expand(*each))
-
-    def _random_map(self, rng: Generator) -> tuple[Tensor, Tensor]:
-        """Of white features of unit variance a shift of mean square 16: well saturated."""
-        read, write = (torch.randn(tuple(p.shape), generator=rng) for p in (self.read, self.write))
-        return read / math.sqrt(len(read)), 4 * write / math.sqrt(len(write))
+    def _with(self, task: FeatureTask, map: Tensor) -> FeatureTask:
+        return task._replace(map=map.to(task.images).expand(len(task.images), -1, -1))
 
 
 def moved(features: Tensor, task: FeatureTask) -> Tensor:
-    """features + shift + gate * saturated(features read write), all (B, N, D); unchanged bit for bit where `shift` and `write` are 0."""
-    return features + task.shift + task.gate[:, None, None] * saturated(features @ task.read @ task.write)
+    """features + shift + gate * saturated(centred(features) map), all (B, N, D); unchanged bit for bit where `shift` and `map` are 0."""
+    return features + task.shift + task.gate[:, None, None] * saturated(centred(features) @ task.map)
+
+
+def centred(features: Tensor) -> Tensor:
+    """What patches differ in: (B, N, D) minus its mean over the batch. To move all of them alike is worth nothing to any head."""
+    return features - ranks.leave(features.mean(dim=(0, 1)))
 
 
 def saturated(y: Tensor) -> Tensor:
-    """y / sqrt(1 + mean y^2), (B, N, D), the mean over an image: the root mean square of an image stays below 1."""
-    return y / (1 + y.square().mean(dim=(1, 2), keepdim=True)).sqrt()
+    """y / sqrt(1 + mean y^2), the mean over the batch: the root mean square stays below 1."""
+    return y / (1 + ranks.mean(y.square().mean())).sqrt()
 
 
 def tilted(task: FeatureTask, values: Tensor, gate: float, tau: float) -> FeatureTask:

@@ -19,7 +19,7 @@ from metavpt.tilt import RandomTilt, Tilt
 SMALL = [
     "backbone.tail_blocks=1", "backbone.embed_dim=24", "backbone.depth=2", "backbone.num_heads=2", "+backbone.patch_size=4",
     "recipe.size=16", "data.rooms={num_frames: 40, size: [32, 48], seed: 0, folder: null}", "data.num_train=16", "data.num_meta=8",
-    "designer.rank=8", "problem.feature_size=[16, 24]", "problem.batch_size=4", "problem.meta_batch_size=4",
+    "problem.feature_size=[16, 24]", "problem.batch_size=4", "problem.meta_batch_size=4",
     "problem.feedback_batch_size=4",
 ]  # fmt: skip
 
@@ -47,10 +47,10 @@ class Doubled(torch.nn.Module):
         return self.recipe((images / 255).double(), seed)
 
 
-def in_float64(problem, write=0.3):
+def in_float64(problem, std=0.3):
     for module in (problem.learner, problem.designer, problem.teacher):
         module.double()
-    torch.nn.init.normal_(problem.designer.write, std=write)
+    torch.nn.init.normal_(problem.designer.map, std=std)
     problem.designer.recipe = Doubled(problem.designer.recipe)
     return problem
 
@@ -72,8 +72,8 @@ def test_the_loss_is_the_students_distance_from_the_moved_features_of_the_teache
     state = learner.backbone.trunk(images, hidden=task.hidden, mask_token=learner.mask_token)
     told = torch.nn.functional.layer_norm(learner.backbone.tail(state).patches.flatten(2).transpose(1, 2), (24,))
     held = torch.nn.functional.layer_norm(problem.teacher(images).patches.flatten(2).transpose(1, 2), (24,))
-    y = held @ problem.designer.read @ problem.designer.write
-    target = held + problem.designer.gate * y / (1 + y.square().mean(dim=(1, 2), keepdim=True)).sqrt()
+    y = (held - held.mean(dim=(0, 1))) @ problem.designer.map
+    target = held + problem.designer.gate * y / (1 + y.square().mean()).sqrt()
     expected = (told - target).square().mean(dim=(1, 2))
     assert float(problem.pretrain_loss(theta, task)) == pytest.approx(float(expected.mean()), rel=1e-10)
     torch.testing.assert_close(problem.per_sample_tail(theta, task)({}), expected.detach(), rtol=1e-10, atol=0)
@@ -115,7 +115,7 @@ def test_linear_exact_and_difference_products_agree_and_are_finite_differences(m
 
 def test_the_tilt_and_what_a_lesson_teaches_raise_the_value_and_a_step_of_them_lowers_the_feedback_loss(make):
     """<g_down, g_pre> of a moved task is above the recipe's by exactly <shift, value>, and to first order a step lowers the loss by it."""
-    problem = in_float64(make("designer.gate=0.5"), write=0.0)
+    problem = in_float64(make("designer.gate=0.5"), std=0.0)
     theta, aligned, batch, g_down = at(problem)
     derivative = CentralDifference()
     recipe = problem.recipe(batch)
@@ -147,8 +147,9 @@ def test_taught_is_minus_the_value_of_the_designers_shift_and_its_regularizer(ma
     task = problem.designer(batch)
     with torch.no_grad():
         shift = functional_call(problem.teacher, {}, (task.images,)).patches.flatten(2).transpose(1, 2)
-        shift = torch.nn.functional.layer_norm(shift, (24,)) @ problem.designer.read @ problem.designer.write
-        shift = problem.designer.gate * shift / (1 + shift.square().mean(dim=(1, 2), keepdim=True)).sqrt()
+        shift = torch.nn.functional.layer_norm(shift, (24,))
+        shift = (shift - shift.mean(dim=(0, 1))) @ problem.designer.map
+        shift = problem.designer.gate * shift / (1 + shift.square().mean()).sqrt()
     expected = -float((shift * lesson["values"]).mean()) + float(problem.designer.regularizer(task))
     assert float(problem.taught(lesson).detach()) == pytest.approx(expected, rel=1e-6)
 
