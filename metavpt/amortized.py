@@ -80,12 +80,12 @@ class Amortized(Tilt):
         return record
 
     def state_dict(self) -> dict[str, Any]:
-        return {**super().state_dict(), "optimizer": self.optimizer.state_dict(), "lessons": self.lessons}
+        return {**super().state_dict(), "optimizer": self.optimizer.state_dict(), "lessons": ranks.gather(self.lessons)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         super().load_state_dict(state)
         self.optimizer.load_state_dict(state["optimizer"])
-        self.lessons = state["lessons"]
+        self.lessons = [ranks.own(lesson) for lesson in state["lessons"]]
 
 
 class RandomAmortized(Amortized, RandomTilt):
