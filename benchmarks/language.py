@@ -23,7 +23,7 @@ from metavpt.learners.pretrained_lm import random_language_model
 from metavpt.learners.tokenized import TokenizedModel
 from metavpt.linear_product import CentralDifference, ForwardMode, LinearProduct
 from metavpt.objectives.next_token import NextTokenLoss, score
-from metavpt.objectives.target_task import Prediction
+from metavpt.objectives.prediction import Prediction
 from metavpt.problems.lm_gsm8k import LMGSM8K, target_designer
 from metavpt.products import ExactProduct, Product
 from metavpt.strategies import Fixed, Learned, Strategy, feedback_on, inner_loss

@@ -1,33 +1,59 @@
 """Next-token pretraining on designed soft targets, with feedback from answered word problems: `problem=lm_gsm8k`."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from metavpt import params
 from metavpt.data.tokens import TokenBatch
+from metavpt.designers.states import StateDesigner
 from metavpt.designers.targets import TargetDesigner, designer_body
 from metavpt.designers.token_weights import TokenWeights
+from metavpt.errors import MetaVPTError
+from metavpt.learners.lm import LanguageModel
 from metavpt.linear_product import DirectionalDerivative
-from metavpt.objectives.target_task import SoftTargets, TargetTask, Tilted, target_loss, target_loss_per_sample, target_tail
+from metavpt.objectives.prediction import Prediction
+from metavpt.objectives.target_task import OneHot, OnRows, SoftTargets, TargetTask, Tilted, target_loss, target_loss_per_sample, target_tail
 from metavpt.params import Params
 from metavpt.watch import Sign, gate_signs
 
 from .language import LanguageProblem
+
+LMDesigner = StateDesigner | TargetDesigner | TokenWeights
 
 
 class LMGSM8K(LanguageProblem):
     """Cross-entropy to soft targets on the true token and the learner's own best guesses; the designer says how soft and which.
 
     With `TokenWeights` for a designer: to the true token, some tokens counting more than others.
+
+    steered_domains   domains of the stream whose targets may be other than the true token, by any strategy; the rows of other domains keep
+                      it, as under `fixed`. None: all
     """
 
-    designer: TargetDesigner | TokenWeights
+    designer: LMDesigner
 
-    def __init__(self, designer: Callable[[int], TargetDesigner | TokenWeights], **language: Any) -> None:
+    def __init__(
+        self, designer: Callable[[LanguageModel], LMDesigner], steered_domains: Sequence[str] | None = None, **language: Any
+    ) -> None:
         super().__init__(**language)
-        self.designer = designer(self.learner.vocab_size)
+        self.designer = designer(self.learner)
+        domains = self.data.domains
+        unknown = [name for name in steered_domains or [] if name not in domains]
+        if unknown or (steered_domains is not None and not len(steered_domains)):
+            raise MetaVPTError(f"problem.steered_domains={list(steered_domains or [])}: name domains of the stream, {', '.join(domains)}")
+        self._steered = None if steered_domains is None else torch.tensor([name in steered_domains for name in domains])
+
+    def limited(self, task: TargetTask) -> TargetTask:
+        """The task with its targets on the rows of `steered_domains` alone."""
+        rows = self.steered_rows(task.batch)
+        return task if rows is None or isinstance(task.targets, OneHot) else task._replace(targets=OnRows(task.targets, rows))
+
+    def steered_rows(self, batch: TokenBatch) -> Tensor | None:
+        """(B,) bool; None: all."""
+        return None if self._steered is None else self._steered.to(batch.domain.device)[batch.domain]
 
     def recipe(self, batch: TokenBatch) -> TargetTask:
         return self.designer.recipe_task(batch)
@@ -37,18 +63,22 @@ class LMGSM8K(LanguageProblem):
             return super().candidates(batch, num_candidates)
         return self.designer.random_tasks(batch, num_candidates)
 
-    def regularizer(self, task: TargetTask) -> Tensor:
+    def regularizer(self, task: TargetTask) -> Tensor | None:
         return self.designer.regularizer(task)
 
     def pretrain_loss(self, theta: Params, task: TargetTask) -> Tensor:
-        return target_loss(self.learner, theta, task)
+        return target_loss(self.learner, theta, self.limited(task))
 
     def pretrain_tail(self, theta: Params, task: TargetTask) -> Callable[[Params], Tensor]:
-        return target_tail(self.learner, theta, task)
+        return target_tail(self.learner, theta, self.limited(task))
+
+    def after_step(self, task: TargetTask, progress: float) -> None:
+        self.last_task = self.limited(task)
 
     def vital_signs(self) -> dict[str, Sign]:
         """Of the last task: nothing is run for them."""
         targets = self.last_task.targets if self.last_task else None
+        targets = targets.targets if isinstance(targets, OnRows) else targets
         if not isinstance(targets, SoftTargets) or not isinstance(self.designer, TargetDesigner):
             return {}
         return gate_signs(torch.as_tensor(targets.gate), self.designer.max_gate)
@@ -58,15 +88,35 @@ class LMGSM8K(LanguageProblem):
     ) -> TargetTask:
         return task._replace(targets=Tilted(w, gate, tau, num_candidates, derivative))
 
+    def lesson(self, theta: Params, batch: TokenBatch, w: Params, derivative: DirectionalDerivative) -> dict[str, Tensor]:
+        """See `StateDesigner.lesson`; of the rows that are steered."""
+        prediction = Prediction.of(self.learner, params.detach(theta), batch)
+        return self._state_designer().lesson(prediction, w, derivative, self.steered_rows(batch))
+
+    def taught(self, lesson: dict[str, Tensor]) -> Tensor:
+        return self._state_designer().loss(lesson, self.learner.unembedding({}).detach())
+
+    def _state_designer(self) -> StateDesigner:
+        if not isinstance(self.designer, StateDesigner):
+            raise MetaVPTError(
+                f"strategy=amortized: {type(self.designer).__name__} learns from no lessons; in language use designer=states"
+            )
+        return self.designer
+
     def per_sample_tail(self, theta: Params, task: TargetTask) -> Callable[[Params], Tensor]:
-        return target_loss_per_sample(self.learner, theta, task)
+        return target_loss_per_sample(self.learner, theta, self.limited(task))
 
 
-def target_designer(vocab_size: int, width: int = 256, num_layers: int = 6, num_heads: int = 4, **targets: Any) -> TargetDesigner:
+def target_designer(learner: LanguageModel, width: int = 256, num_layers: int = 6, num_heads: int = 4, **targets: Any) -> TargetDesigner:
     """A `TargetDesigner` (options `targets`) with a body of its own."""
-    return TargetDesigner(designer_body(vocab_size, width, num_layers, num_heads), **targets)
+    return TargetDesigner(designer_body(learner.vocab_size, width, num_layers, num_heads), **targets)
 
 
-def token_weights(vocab_size: int, width: int = 64, num_layers: int = 2, num_heads: int = 4, **weights: Any) -> TokenWeights:
+def state_designer(learner: LanguageModel, **targets: Any) -> StateDesigner:
+    """A `StateDesigner` (options `targets`) of the learner's width."""
+    return StateDesigner(learner.width, **targets)
+
+
+def token_weights(learner: LanguageModel, width: int = 64, num_layers: int = 2, num_heads: int = 4, **weights: Any) -> TokenWeights:
     """A `TokenWeights` (options `weights`) with a body of its own."""
-    return TokenWeights(designer_body(vocab_size, width, num_layers, num_heads), **weights)
+    return TokenWeights(designer_body(learner.vocab_size, width, num_layers, num_heads), **weights)

@@ -8,7 +8,8 @@ from metavpt.directions import AdamAware
 from metavpt.errors import MetaVPTError
 from metavpt.hypergradient import downstream
 from metavpt.linear_product import CentralDifference, ForwardMode, LinearProduct
-from metavpt.objectives.target_task import OneHot, Prediction, Tilted
+from metavpt.objectives.prediction import Prediction
+from metavpt.objectives.target_task import OneHot, Tilted
 from metavpt.softened import Softened
 from metavpt.stream import Stream, Streams
 from metavpt.tilt import RandomTilt, Tilt

@@ -9,7 +9,8 @@ from metavpt.data.tokens import TokenBatch
 from metavpt.designers.selection import balanced
 from metavpt.errors import MetaVPTError
 from metavpt.learners.lm import LanguageModel
-from metavpt.objectives.target_task import OneHot, TargetTask, Weighted, predicted_tokens
+from metavpt.objectives.prediction import predicted_tokens
+from metavpt.objectives.target_task import OneHot, TargetTask, Weighted
 
 
 class TokenWeights(nn.Module):

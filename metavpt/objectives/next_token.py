@@ -127,6 +127,8 @@ def candidate_scores(vectors: Tensor, table: Tensor, candidates: Tensor) -> Tens
 
 
 def _gathered_dot(vectors: Tensor, table: Tensor, candidates: Tensor) -> Tensor:
+    if 8 * candidates.shape[1] > len(table):  # a matrix product with the whole table is cheaper than so many gathered rows
+        return (vectors @ table.T).gather(1, candidates)
     return (F.embedding(candidates, table) @ vectors[:, :, None]).squeeze(2)
 
 

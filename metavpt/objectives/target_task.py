@@ -12,10 +12,10 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from metavpt import params, ranks
+from metavpt import ranks
 from metavpt.data.tokens import TokenBatch
 from metavpt.errors import MetaVPTError
-from metavpt.learners.lm import Hidden, LanguageModel
+from metavpt.learners.lm import LanguageModel
 from metavpt.linear_product import DirectionalDerivative, ForwardMode
 from metavpt.objectives.next_token import (
     NextTokenLoss,
@@ -24,61 +24,11 @@ from metavpt.objectives.next_token import (
     candidate_scores,
     check_num_candidates,
     next_token_loss,
-    score,
     token_losses,
 )
+from metavpt.objectives.prediction import Prediction
 from metavpt.objectives.spread import spread
 from metavpt.params import Params
-
-
-@dataclass(frozen=True)
-class Prediction:
-    """A learner on one batch at theta; its trunk has run, once.
-
-    predicted (B, T) bool marks the N tokens to predict, tokens (N,), from states (N, D) and unembedding (V, D).
-    """
-
-    learner: LanguageModel
-    theta: Params
-    hidden: Hidden
-    predicted: Tensor
-    tokens: Tensor
-    states: Tensor
-    unembedding: Tensor
-
-    @classmethod
-    def of(cls, learner: LanguageModel, theta: Params, batch: TokenBatch) -> "Prediction":
-        hidden, predicted = learner.hidden(theta, batch), predicted_tokens(batch)
-        states = before(learner.states(theta, hidden), predicted)
-        return cls(learner, theta, hidden, predicted, batch.tokens[predicted], states, learner.unembedding(theta))
-
-    def at(self, theta_s: Params) -> Tensor:
-        """The states (N, D) at theta_S = `theta_s`: the tail alone runs."""
-        outside = [name for name in theta_s if not name.startswith("tail.")]
-        if outside:
-            raise MetaVPTError(f"aligned_parameters names {outside[0]}, not in the learner's tail; raise tail_layers, or leave it out")
-        return before(self.learner.states({**self.theta, **theta_s}, self.hidden), self.predicted)
-
-    def slope(self, w: Params, derivative: DirectionalDerivative) -> Tensor:
-        """d states [w], (N, D), detached, for a direction w in theta_S."""
-        with torch.no_grad():
-            own = Prediction(
-                self.learner, params.detach(self.theta), self.hidden.detach(), self.predicted, self.tokens, self.states, self.unembedding
-            )
-        return derivative(own.at, {name: own.theta[name] for name in w}, w)
-
-
-def predicted_tokens(batch: TokenBatch) -> Tensor:
-    """(B, T) bool: asked for by `loss_mask`, and with a context; the first token of a document has none."""
-    predicted = batch.loss_mask.clone()
-    predicted[:, 0] = False
-    predicted[:, 1:] &= batch.documents[:, 1:] == batch.documents[:, :-1]
-    return predicted
-
-
-def before(states: Tensor, predicted: Tensor) -> Tensor:
-    """The states (N, D), of (B, T, D), that the predicted tokens are predicted from: each one's predecessor."""
-    return states[:, :-1][predicted[:, 1:]]
 
 
 class Targets(Protocol):
@@ -194,7 +144,7 @@ class Tilted:
         vectors, table = -prediction.slope(self.w, self.derivative), prediction.unembedding.detach()
         if self.tau == 0:
             return self._greedy(vectors, table)
-        scores = score(prediction.states.detach(), table, prediction.tokens, self.num_candidates)
+        scores = prediction.scores(self.num_candidates)
         scale = spread(candidate_scores(vectors, table, scores.candidates), scores.log_probs)
         vectors = vectors / (self.tau * scale.clamp_min(torch.finfo(scale.dtype).tiny))
 
@@ -209,6 +159,30 @@ class Tilted:
             return mixed(self.gate, torch.zeros_like(log_probs).scatter_(1, best, 1.0))
 
         return rule
+
+
+@dataclass(frozen=True)
+class OnRows:
+    """`targets` on the rows of the batch that `rows` (B,) marks, the true token alone on all others."""
+
+    targets: Targets
+    rows: Tensor
+
+    @property
+    def num_candidates(self) -> int:
+        return self.targets.num_candidates
+
+    @property
+    def requires_grad(self) -> bool:
+        return self.targets.requires_grad
+
+    @property
+    def sums_to_one(self) -> bool:
+        return self.targets.sums_to_one
+
+    def rule(self, prediction: Prediction) -> Rule:
+        marked, rule = self.rows[prediction.predicted.nonzero()[:, 0]][:, None], self.targets.rule(prediction)
+        return lambda log_probs, candidates, rows: mixed(marked[rows].to(log_probs.dtype), rule(log_probs, candidates, rows))
 
 
 def mixed(gate: Tensor | float, r: Tensor) -> Tensor:
@@ -256,7 +230,7 @@ def target_loss_per_sample(learner: LanguageModel, theta: Params, task: TargetTa
 def _targets(targets: Targets, prediction: Prediction) -> tuple[Scores, Tensor]:
     """Candidates and q (N, K) of all tokens at once."""
     num_candidates, rule = _checked(targets, prediction)
-    scores = score(prediction.states.detach(), prediction.unembedding, prediction.tokens, num_candidates)
+    scores = prediction.scores(num_candidates)
     return scores, rule(scores.log_probs, scores.candidates, slice(None))
 
 

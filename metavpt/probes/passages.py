@@ -8,7 +8,8 @@ import torch
 from metavpt import params
 from metavpt.data.tokens import PADDING
 from metavpt.learners.lm import LanguageModel
-from metavpt.objectives.target_task import TargetTask, predicted_tokens, target_tail
+from metavpt.objectives.prediction import predicted_tokens
+from metavpt.objectives.target_task import TargetTask, target_tail
 from metavpt.texts import Candidate, Token
 
 NUM_CANDIDATES = 6

@@ -8,7 +8,8 @@ import torch
 from metavpt import params
 from metavpt.data.tokens import TokenBatch
 from metavpt.learners.lm import LanguageModel
-from metavpt.objectives.target_task import OneHot, TargetTask, predicted_tokens, target_loss
+from metavpt.objectives.prediction import predicted_tokens
+from metavpt.objectives.target_task import OneHot, TargetTask, target_loss
 
 MAX_NLL = 709.0  # nats: what float64 can raise e to
 

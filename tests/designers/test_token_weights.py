@@ -9,7 +9,8 @@ from metavpt.designers.token_weights import TokenWeights
 from metavpt.errors import MetaVPTError
 from metavpt.hypergradient import OneStep
 from metavpt.linear_product import CentralDifference, LinearProduct
-from metavpt.objectives.target_task import predicted_tokens, target_loss, target_loss_per_sample
+from metavpt.objectives.prediction import predicted_tokens
+from metavpt.objectives.target_task import target_loss, target_loss_per_sample
 from metavpt.products import DifferenceProduct, ExactProduct, value_and_gradient
 from metavpt.strategies import inner_loss
 

@@ -178,3 +178,19 @@ def test_logits_of_the_whole_batch_never_exist_at_once():
     with Largest() as largest:
         dense(*inputs()[:2], *inputs()[3:])
     assert largest.entries == N * V
+
+
+@pytest.mark.parametrize("num_candidates", [3, 30])
+def test_scores_of_few_and_of_many_candidates_are_the_same_products(num_candidates):
+    """Few rows of the table are gathered, many picked out of the product with all of it; gradients too."""
+    g = torch.Generator().manual_seed(0)
+    vectors, table = torch.randn(7, 4, generator=g, dtype=torch.float64), torch.randn(40, 4, generator=g, dtype=torch.float64)
+    candidates = torch.stack([torch.randperm(40, generator=g)[:num_candidates] for _ in range(7)])
+    weights = torch.randn(7, num_candidates, generator=g, dtype=torch.float64)
+    by = []
+    for fn in (next_token.candidate_scores, lambda v, t, c: torch.einsum("nd,nkd->nk", v, t[c])):
+        leaves = vectors.clone().requires_grad_(), table.clone().requires_grad_()
+        scores = fn(*leaves, candidates)
+        by.append((scores.detach(), *torch.autograd.grad((weights * scores).sum(), leaves)))
+    for a, b in zip(*by, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-13)

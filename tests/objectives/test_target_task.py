@@ -9,17 +9,8 @@ from metavpt.checks.modes import Float64
 from metavpt.errors import MetaVPTError
 from metavpt.linear_product import CentralDifference, ForwardMode
 from metavpt.objectives.next_token import select_candidates
-from metavpt.objectives.target_task import (
-    OneHot,
-    Prediction,
-    SoftTargets,
-    TargetTask,
-    Tilted,
-    predicted_tokens,
-    target_loss,
-    target_loss_per_sample,
-    target_tail,
-)
+from metavpt.objectives.prediction import Prediction, predicted_tokens
+from metavpt.objectives.target_task import OneHot, SoftTargets, TargetTask, Tilted, target_loss, target_loss_per_sample, target_tail
 from metavpt.products import value_and_gradient
 
 K = 6

@@ -16,8 +16,9 @@ from metavpt.combination import DomainMatched
 from metavpt.controls import Uniform
 from metavpt.errors import MetaVPTError
 from metavpt.greedy import Greedy
-from metavpt.linear_product import LinearProduct
-from metavpt.objectives.target_task import Tilted
+from metavpt.linear_product import ForwardMode, LinearProduct
+from metavpt.objectives.prediction import predicted_tokens
+from metavpt.objectives.target_task import Tilted, target_tail
 from metavpt.products import DifferenceProduct
 from metavpt.strategies import inner_loss
 
@@ -44,7 +45,9 @@ def make(tmp_path_factory):
 def composed(*overrides):
     with initialize_config_module("metavpt.configs", version_base="1.3"):
         designer = [] if "designer=token_weights" in overrides else TARGETS
-        return compose("run", [*SMALL, *designer, *overrides])
+        has_no_body = "designer=states" in overrides
+        small = [option for option in SMALL if not (has_no_body and option.startswith("designer."))]
+        return compose("run", [*small, *designer, *overrides])
 
 
 def in_float64(problem):
@@ -176,6 +179,42 @@ def test_domains_have_feedback_of_their_own(make, tmp_path):
     train(tmp_path, problem, strategy, steps=2)
 
 
+STATES = ["designer=states", "strategy=amortized", "strategy.phi_steps=3", "strategy.meta_every=2"]
+
+
+@pytest.mark.parametrize("overrides", [STATES, [*STATES, *TWO_DOMAINS[:1], "problem.steered_domains=[math]"]], ids=["states", "math alone"])
+def test_the_designer_that_reads_states_runs_and_resumes_exactly(make, tmp_path, overrides):
+    def strategy():
+        return instantiate(composed(*overrides).strategy, _convert_="all")
+
+    whole, fixed, resumed = make(*overrides), make(*overrides), make(*overrides)
+    train(tmp_path, whole, strategy(), steps=4)
+    sorted((tmp_path / "checkpoints").glob("*.pt"))[-1].unlink()
+    train(tmp_path, resumed, strategy(), steps=4, resume=True)
+    assert_identical(weights(whole), weights(resumed))
+    train(tmp_path / "fixed", fixed, Fixed(), steps=4)
+    assert any(not torch.equal(p, weights(fixed)[name]) for name, p in weights(whole).items())
+
+
+@pytest.mark.parametrize("choice", ["tilt", "designer"])
+def test_domains_that_are_not_steered_keep_the_true_token(make, choice):
+    """Their rows give the gradient of plain next-token prediction, the steered ones that of the targets."""
+    problem = in_float64(make(*TWO_DOMAINS, "problem.steered_domains=[math]"))
+    batch, theta = next(iter(problem.meta_batches(0))), params.detach(params.named(problem.learner))
+    assert sorted(batch.domain.tolist()) == [0, 1]
+    w = {name: theta[name] for name in problem.aligned_parameters()}
+    task = problem.tilt(theta, problem.recipe(batch), w, 0.5, 1.0, 6, ForwardMode()) if choice == "tilt" else problem.designer(batch)
+    with torch.no_grad():
+        q = problem.pretrain_tail(theta, task).targets
+        whole = target_tail(problem.learner, theta, task).targets
+    is_math = (batch.domain == 0)[predicted_tokens(batch).nonzero()[:, 0]]
+    assert torch.equal(q[is_math], whole[is_math])
+    assert torch.equal(q[~is_math], torch.eye(q.shape[1], dtype=q.dtype)[:1].expand(int((~is_math).sum()), -1))
+    losses = [problem.per_sample_tail(theta, t)({}) for t in (task, problem.recipe(batch))]
+    torch.testing.assert_close(losses[0][batch.domain == 1], losses[1][batch.domain == 1])
+    torch.testing.assert_close(problem.pretrain_loss(theta, task), problem.pretrain_tail(theta, task)(w))
+
+
 def test_samples_are_tokens_without_padding(make):
     problem = make()
     batch = next(iter(problem.pretrain_batches(0)))
@@ -250,6 +289,7 @@ def test_strategies_choose_weights_of_tokens(make, tmp_path, strategy):
 BAD = {
     "candidates": (["designer.num_candidates=1000"], r"num_candidates=1000: choose from 2 to \d+, the size of the vocabulary"),
     "context": (["problem.length=1000"], "problem.length=1000 is longer than the model's context of 512"),
+    "domain": (["problem.steered_domains=[maths]"], r"problem.steered_domains=\['maths'\]: name domains of the stream, math"),
     "feedback": (["data.num_feedback=100"], r"data\.feedback\.math: has 10 documents"),
 }
 

@@ -1,0 +1,104 @@
+"""The designer of targets that reads the learner's own states: what the learner would predict, had a step for the feedback moved them."""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from metavpt.data.tokens import TokenBatch
+from metavpt.errors import MetaVPTError
+from metavpt.linear_product import DirectionalDerivative
+from metavpt.objectives.next_token import Rule, candidate_scores
+from metavpt.objectives.prediction import Prediction
+from metavpt.objectives.spread import spread
+from metavpt.objectives.target_task import OneHot, TargetTask, mixed
+from metavpt.params import Params
+
+
+@dataclass(frozen=True)
+class MovedStates:
+    """r_t = softmax over C_t of log p_t(c) + u_t . W_c, W the learner's unembedding: what it would predict from the state h_t + u_t.
+
+    phi holds the weights of `StateDesigner`, which makes u_t of h_t. gate: alpha.
+    """
+
+    phi: Params
+    num_candidates: int = 64
+    gate: float = 0.5
+    sums_to_one = True
+
+    @property
+    def requires_grad(self) -> bool:
+        return any(p.requires_grad for p in self.phi.values())
+
+    def rule(self, prediction: Prediction) -> Rule:
+        table, moves = prediction.unembedding.detach(), moves_of(self.phi, prediction.states.detach())
+
+        def rule(log_probs: Tensor, candidates: Tensor, rows: slice) -> Tensor:
+            return mixed(self.gate, (log_probs + candidate_scores(moves[rows], table, candidates)).softmax(dim=1))
+
+        return rule
+
+
+class StateDesigner(nn.Module):
+    """`MovedStates` by a network of one hidden layer, which costs next to nothing beside the learner. For `Amortized`.
+
+    Logits are linear in the states, so the best r within a trust region (`Tilt`) is the prediction from h_t - dh_t[w] / (tau s): of this
+    form. What the closed form derives anew for every batch is learned here as a function of h_t, and is there between updates. Moves start
+    at 0: the learner's own prediction. The gate is a number, as the tilt's: one that is learned beside r closes while r is still worth
+    nothing, and what is behind a closed gate learns no more.
+
+    width  the learner's
+    num_candidates, gate, tau  K, alpha and the trust region, as in `Tilt`; a gate of 0 is plain next-token prediction bit for bit
+    """
+
+    def __init__(self, width: int, hidden_width: int = 128, num_candidates: int = 64, gate: float = 0.5, tau: float = 1.0) -> None:
+        super().__init__()
+        if not 0 <= gate <= 1 or not tau > 0:
+            raise MetaVPTError(f"StateDesigner: gate={gate} must be in [0, 1] and tau={tau} positive")
+        self.num_candidates, self.gate, self.tau = num_candidates, gate, tau
+        self.features = nn.Linear(width, hidden_width)
+        self.moves = nn.Linear(hidden_width, width)
+        for parameter in self.moves.parameters():
+            nn.init.zeros_(parameter)
+
+    def forward(self, batch: TokenBatch) -> TargetTask:
+        phi: Params = dict(self.named_parameters())
+        if not torch.is_grad_enabled():  # handed on as they are, parameters would still ask the learner's loss for gradients
+            phi = {name: p.detach().clone() for name, p in phi.items()}  # and the task would follow later steps of phi
+        return TargetTask(batch, MovedStates(phi, self.num_candidates, self.gate))
+
+    def recipe_task(self, batch: TokenBatch) -> TargetTask:
+        """Plain next-token prediction; nothing runs."""
+        return TargetTask(batch, OneHot())
+
+    def regularizer(self, task: TargetTask) -> None:
+        """None: the trust region is part of `loss`."""
+
+    @torch.no_grad()
+    def lesson(self, prediction: Prediction, w: Params, derivative: DirectionalDerivative, rows: Tensor | None) -> dict[str, Tensor]:
+        """Of the tokens on the marked `rows` (B,): states (N, D), candidates, their log_probs and their values as in `Tilted` (N, K)."""
+        scores, row = prediction.scores(self.num_candidates), prediction.predicted.nonzero()[:, 0]
+        kept = torch.ones_like(row, dtype=torch.bool) if rows is None else rows[row]
+        values = candidate_scores(-prediction.slope(w, derivative), prediction.unembedding, scores.candidates)[kept]
+        log_probs = scores.log_probs[kept].log_softmax(dim=1)
+        values = values - (log_probs.exp() * values).sum(dim=1, keepdim=True)
+        if len(values):
+            values = values / spread(values, log_probs).clamp_min(torch.finfo(values.dtype).tiny)
+        return {"states": prediction.states[kept], "candidates": scores.candidates[kept], "log_probs": log_probs, "values": values}
+
+    def loss(self, lesson: dict[str, Tensor], table: Tensor) -> Tensor:
+        """-mean_t (<r_t, A_t> - tau KL(r_t || p_t)), least where r is the closed form; table: the unembedding. 0 for an empty lesson."""
+        phi: Params = dict(self.named_parameters())
+        if not len(lesson["states"]):
+            return torch.stack([0.0 * p.sum() for p in phi.values()]).sum()
+        moves = moves_of(phi, lesson["states"])
+        log_r = (lesson["log_probs"] + candidate_scores(moves, table, lesson["candidates"])).log_softmax(dim=1)
+        return -(log_r.exp() * (lesson["values"] - self.tau * (log_r - lesson["log_probs"]))).sum(dim=1).mean()
+
+
+def moves_of(phi: Params, states: Tensor) -> Tensor:
+    """u (N, D) of the states (N, D)."""
+    features = F.gelu(F.linear(F.rms_norm(states, states.shape[1:]), phi["features.weight"], phi["features.bias"]))
+    return F.linear(features, phi["moves.weight"], phi["moves.bias"])
