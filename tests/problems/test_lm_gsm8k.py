@@ -5,9 +5,8 @@ import json
 
 import pytest
 import torch
-from hydra import compose, initialize_config_module
 from hydra.utils import instantiate
-from small_language import SMALL, TARGETS
+from small_language import TWO_DOMAINS, composed, fresh_problems, in_float64
 from training import adam, assert_identical, train, weights
 
 from metavpt import Cosine, Dot, ExactProduct, Fixed, Learned, OneStep, params
@@ -16,50 +15,18 @@ from metavpt.combination import DomainMatched
 from metavpt.controls import Uniform
 from metavpt.errors import MetaVPTError
 from metavpt.greedy import Greedy
-from metavpt.linear_product import ForwardMode, LinearProduct
-from metavpt.objectives.prediction import predicted_tokens
-from metavpt.objectives.target_task import Tilted, target_tail
+from metavpt.linear_product import LinearProduct
+from metavpt.objectives.target_task import Tilted
 from metavpt.products import DifferenceProduct
 from metavpt.strategies import inner_loss
 
 WEIGHTS = ["designer=token_weights"]
-TWO_DOMAINS = [
-    "+data.stream.stories.domain=other",
-    "+data.feedback.other=${data.feedback.math}",
-]
 
 
 @pytest.fixture(scope="module")
 def make(tmp_path_factory):
-    """make(*overrides, seed=0) -> a fresh problem."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("METAVPT_CACHE", str(tmp_path_factory.mktemp("tokenizers")))
-
-        def fresh(*overrides, seed=0):
-            torch.manual_seed(seed)
-            return instantiate(composed(*overrides).problem, _convert_="all")
-
+    with fresh_problems(tmp_path_factory) as fresh:
         yield fresh
-
-
-def composed(*overrides):
-    with initialize_config_module("metavpt.configs", version_base="1.3"):
-        designer = [] if "designer=token_weights" in overrides else TARGETS
-        has_no_body = "designer=states" in overrides
-        small = [option for option in SMALL if not (has_no_body and option.startswith("designer."))]
-        return compose("run", [*small, *designer, *overrides])
-
-
-def in_float64(problem):
-    """The problem in float64, its designer away from the identity at which it starts."""
-    problem.learner.double()
-    problem.designer.double()
-    torch.manual_seed(1)
-    with torch.no_grad():
-        for p in problem.designer.parameters():
-            p.add_(0.1 * torch.randn_like(p))
-        problem.designer.gate.bias.fill_(0.5)
-    return problem
 
 
 def test_the_linear_product_is_the_exact_one_and_finite_differences_in_phi(make):
@@ -177,42 +144,6 @@ def test_domains_have_feedback_of_their_own(make, tmp_path):
     assert problem.feedback_loss(theta, labelled) == pytest.approx(float(losses["math"] + losses["other"]))
     strategy = Learned(OneStep(Dot(), LinearProduct(absolute=False)), None, meta_every=1, combination=DomainMatched())
     train(tmp_path, problem, strategy, steps=2)
-
-
-STATES = ["designer=states", "strategy=amortized", "strategy.phi_steps=3", "strategy.meta_every=2"]
-
-
-@pytest.mark.parametrize("overrides", [STATES, [*STATES, *TWO_DOMAINS[:1], "problem.steered_domains=[math]"]], ids=["states", "math alone"])
-def test_the_designer_that_reads_states_runs_and_resumes_exactly(make, tmp_path, overrides):
-    def strategy():
-        return instantiate(composed(*overrides).strategy, _convert_="all")
-
-    whole, fixed, resumed = make(*overrides), make(*overrides), make(*overrides)
-    train(tmp_path, whole, strategy(), steps=4)
-    sorted((tmp_path / "checkpoints").glob("*.pt"))[-1].unlink()
-    train(tmp_path, resumed, strategy(), steps=4, resume=True)
-    assert_identical(weights(whole), weights(resumed))
-    train(tmp_path / "fixed", fixed, Fixed(), steps=4)
-    assert any(not torch.equal(p, weights(fixed)[name]) for name, p in weights(whole).items())
-
-
-@pytest.mark.parametrize("choice", ["tilt", "designer"])
-def test_domains_that_are_not_steered_keep_the_true_token(make, choice):
-    """Their rows give the gradient of plain next-token prediction, the steered ones that of the targets."""
-    problem = in_float64(make(*TWO_DOMAINS, "problem.steered_domains=[math]"))
-    batch, theta = next(iter(problem.meta_batches(0))), params.detach(params.named(problem.learner))
-    assert sorted(batch.domain.tolist()) == [0, 1]
-    w = {name: theta[name] for name in problem.aligned_parameters()}
-    task = problem.tilt(theta, problem.recipe(batch), w, 0.5, 1.0, 6, ForwardMode()) if choice == "tilt" else problem.designer(batch)
-    with torch.no_grad():
-        q = problem.pretrain_tail(theta, task).targets
-        whole = target_tail(problem.learner, theta, task).targets
-    is_math = (batch.domain == 0)[predicted_tokens(batch).nonzero()[:, 0]]
-    assert torch.equal(q[is_math], whole[is_math])
-    assert torch.equal(q[~is_math], torch.eye(q.shape[1], dtype=q.dtype)[:1].expand(int((~is_math).sum()), -1))
-    losses = [problem.per_sample_tail(theta, t)({}) for t in (task, problem.recipe(batch))]
-    torch.testing.assert_close(losses[0][batch.domain == 1], losses[1][batch.domain == 1])
-    torch.testing.assert_close(problem.pretrain_loss(theta, task), problem.pretrain_tail(theta, task)(w))
 
 
 def test_samples_are_tokens_without_padding(make):
