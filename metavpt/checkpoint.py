@@ -3,19 +3,27 @@
 import os
 import random
 import re
+import shutil
 import zipfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from torch.utils._pytree import tree_flatten_with_path, tree_leaves, tree_map_only, tree_unflatten
 
+from metavpt import ranks, shards
 from metavpt.disk import writing
 from metavpt.errors import MetaVPTError
 
+STATE = "state.pt"  # in the folder of a checkpoint: all but the shards, which meta tensors stand for, and the sums of their files
+
 
 class Saved(NamedTuple):
-    """The state in a checkpoint, its file, and a line for each newer one that could not be read."""
+    """The state in a checkpoint, its path, and a line for each newer one that could not be read."""
 
     state: dict[str, Any]
     path: Path
@@ -23,44 +31,56 @@ class Saved(NamedTuple):
 
 
 class Checkpoints:
-    """The `keep` newest states of a run in `folder`, one file `step-00000123.pt` each.
+    """The `keep` newest states of a run in `folder`: a file `step-00000123.pt` each, or a folder `step-00000123` where tensors are sharded.
 
-    A file is written beside its place, flushed to the disk and then moved there, so a run killed at any moment leaves only whole ones.
-    Reading never runs code from the file (`weights_only=True`), and one that is damaged is passed over for the one before it.
+    Either is written beside its place, flushed to the disk and then moved there, so a run killed at any moment leaves only whole ones.
+    Reading never runs code from it (`weights_only=True`, safetensors), and one that is damaged is passed over for the one before it.
     """
 
     def __init__(self, folder: Path, keep: int = 2) -> None:
         self.folder, self.keep = folder, keep
 
     def save(self, step: int, state: dict[str, Any]) -> Path:
-        self.folder.mkdir(parents=True, exist_ok=True)
-        for torn in self.folder.glob("*.partial"):  # of a run that was killed while it wrote
-            torn.unlink()
-        path = self.folder / f"step-{step:08d}.pt"
-        write(path, {"step": step, "random": random_state(), **state})
-        paths = self.paths()
-        at = paths.index(path) + 1
-        for other in paths[: max(0, at - self.keep)] + paths[at:]:  # what is later could not be read: the run went on from before it
-            other.unlink()
+        """Every rank calls it: shards are written by who holds them, all else by the first rank."""
+        is_sharded = any(isinstance(leaf, DTensor) for leaf in tree_leaves(state))
+        path = self.folder / (f"step-{step:08d}" if is_sharded else f"step-{step:08d}.pt")
+        state = {"step": step, "random": random_state(), **state}
+        if ranks.rank() == 0:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            for torn in self.folder.glob("*.partial"):  # of a run that was killed while it wrote
+                _remove(torn)
+        if is_sharded:
+            _write_folder(path, state)
+        elif ranks.rank() == 0:
+            write(path, state)
+        if ranks.rank() == 0:
+            before = [other for other in self.paths() if other.stem < path.stem]
+            for other in {*self.paths()} - {path, *before[max(0, len(before) + 1 - self.keep) :]}:
+                _remove(other)  # those of later steps too: they could not be read, the run went on from before them
         return path
 
     def paths(self) -> list[Path]:
         """All checkpoints, oldest first."""
-        return sorted(path for path in self.folder.glob("step-*.pt") if re.fullmatch(r"step-\d{8}\.pt", path.name))
+        return sorted(path for path in self.folder.glob("step-*") if re.fullmatch(r"step-\d{8}(\.pt)?", path.name))
 
-    def newest(self) -> Saved:
-        """The newest checkpoint that can be read. Raises MetaVPTError, the newest one's fault, where none can."""
+    def newest(self, like: Any = None) -> Saved:
+        """The newest checkpoint that every rank can read, `like` as in `read`. Raises MetaVPTError, the newest one's fault, for none."""
         unreadable: list[str] = []
-        for path in reversed(self.paths()):
+        for path in reversed(ranks.first(self.paths())):
+            state, fault = {}, None
             try:
-                return Saved(read(path), path, unreadable)
+                state = read(path, like)
             except MetaVPTError as error:
-                unreadable.append(str(error))
+                fault = str(error)
+            fault = ranks.any_of(fault)
+            if fault is None:
+                return Saved(state, path, unreadable)
+            unreadable.append(fault)
         raise MetaVPTError(unreadable[0] if unreadable else f"{self.folder}: no checkpoint here to resume from")
 
-    def load(self) -> Saved:
+    def load(self, like: Any = None) -> Saved:
         """The same; also sets the random number generators as they were."""
-        saved = self.newest()
+        saved = self.newest(like)
         if "random" not in saved.state:
             raise MetaVPTError(f"{saved.path}: not a checkpoint of a metavpt run")
         set_random_state(saved.state.pop("random"))
@@ -83,6 +103,38 @@ def write(path: Path, state: dict[str, Any]) -> None:
         raise
 
 
+def _write_folder(path: Path, state: dict[str, Any]) -> None:
+    """`state` in the folder `path`, whole or not at all, by all ranks together. Raises MetaVPTError on each where one has no room."""
+    partial, fault = path.with_suffix(".partial"), None
+    sharded = {_name(keys): leaf for keys, leaf in tree_flatten_with_path(state)[0] if isinstance(leaf, DTensor)}
+    outline = tree_map_only(DTensor, lambda tensor: torch.empty(tensor.shape, dtype=tensor.dtype, device="meta"), state)
+    try:
+        with writing(path):
+            sums = shards.write(partial, sharded)
+        if ranks.rank() == 0:
+            write(partial / STATE, {"sums": sums, "state": outline})
+            with writing(path):
+                if path.exists():
+                    _remove(path)  # it could not be read: the run went on from before it
+                os.rename(partial, path)
+                _sync_folder(path.parent)
+    except MetaVPTError as error:
+        fault = str(error)
+    fault = ranks.any_of(fault)
+    if fault is not None:
+        if ranks.rank() == 0:
+            shutil.rmtree(partial, ignore_errors=True)
+        raise MetaVPTError(fault)
+
+
+def _remove(path: Path) -> None:
+    """A folder loses its name first, so that half of it is never taken for a checkpoint."""
+    if path.is_dir():
+        shutil.rmtree(path if path.suffix == ".partial" else path.rename(path.with_suffix(".old.partial")))
+    else:
+        path.unlink()
+
+
 def _save(state: dict[str, Any], file: Any) -> None:
     """torch.save, with the OSError that its writer hides behind a RuntimeError of its own."""
     try:
@@ -102,18 +154,49 @@ def _sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def read(path: Path) -> dict[str, Any]:
-    """The checkpoint in `path` on the CPU; data only, no code. A file that has changed since it was written is refused."""
+def read(path: Path, like: Any = None) -> dict[str, Any]:
+    """The checkpoint in `path` on the CPU; data only, no code. A file that has changed since it was written is refused.
+
+    like   a structure as that of the state, where only parts of it matter: shards are read into shards where it has them, in the layout of
+           today's ranks, and into whole tensors elsewhere. A tensor stands for all below it, as a parameter for its moments
+    """
     try:
-        _check_sums(path)
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        state = _read_folder(path, like) if path.is_dir() else _read_file(path)
     except FileNotFoundError:
         raise MetaVPTError(f"{path}: no such checkpoint") from None
     except Exception as error:
-        raise MetaVPTError(f"{path}: not a readable checkpoint ({type(error).__name__}); delete it to resume from an earlier one") from None
+        reason = str(error) if isinstance(error, MetaVPTError) else type(error).__name__
+        raise MetaVPTError(f"{path}: not a readable checkpoint ({reason}); delete it to resume from an earlier one") from None
     if not isinstance(state, dict):
         raise MetaVPTError(f"{path}: not a checkpoint of a metavpt run")
     return state
+
+
+def _read_file(path: Path) -> Any:
+    _check_sums(path)
+    return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def _read_folder(path: Path, like: Any) -> Any:
+    outline = _read_file(path / STATE)
+    leaves, structure = tree_flatten_with_path(outline["state"])
+    into = {_name(keys): _place(leaf, like, keys) for keys, leaf in leaves if isinstance(leaf, Tensor) and leaf.is_meta}
+    shards.read(path, outline["sums"], into)
+    return tree_unflatten([into.get(_name(keys), leaf) for keys, leaf in leaves], structure)
+
+
+def _place(outline: Tensor, like: Any, keys: tuple[Any, ...]) -> Tensor:
+    """An empty tensor for the one of `outline`, sharded as its counterpart in `like` is."""
+    for key in keys:
+        if isinstance(like, Mapping):
+            like = like.get(getattr(key, "key", None))
+    if isinstance(like, DTensor) and like.shape == outline.shape:
+        return torch.empty_like(like, dtype=outline.dtype, requires_grad=False)
+    return torch.empty_like(outline, device="cpu")
+
+
+def _name(keys: tuple[Any, ...]) -> str:
+    return "/".join(str(getattr(key, "key", getattr(key, "idx", key))) for key in keys)
 
 
 def _check_sums(path: Path) -> None:

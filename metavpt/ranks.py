@@ -133,13 +133,18 @@ def first(value: Any) -> Any:
     return held[0]
 
 
-def any_of(value: Any) -> Any:
-    """`value`, or where it is None what the first rank has that has one."""
+def every(value: Any) -> list[Any]:
+    """What each rank has for it, in their order."""
     if size() == 1:
-        return value
+        return [value]
     held: list[Any] = [None] * size()
     dist.all_gather_object(held, value)
-    return next((found for found in held if found is not None), None)
+    return held
+
+
+def any_of(value: Any) -> Any:
+    """What the first rank has that has other than None."""
+    return next((found for found in every(value) if found is not None), None)
 
 
 @dataclass(frozen=True)

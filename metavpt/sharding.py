@@ -76,19 +76,15 @@ def gathered(state: Any) -> Any:
 
 
 def scattered(state: Any, like: Any) -> Any:
-    """The inverse of `gathered`, on every rank: whole tensors become shards where `like` has them."""
-    if isinstance(like, DTensor):
+    """The inverse of `gathered`, on every rank: whole tensors become shards where `like` has them.
+
+    A tensor in `like` stands for all below it that has its shape, as a parameter for its moments.
+    """
+    if isinstance(state, Mapping):
+        return {name: scattered(value, like.get(name) if isinstance(like, Mapping) else like) for name, value in state.items()}
+    if isinstance(like, DTensor) and isinstance(state, Tensor) and not isinstance(state, DTensor) and state.shape == like.shape:
         return distribute_tensor(state.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
-    if isinstance(state, Mapping) and isinstance(like, Mapping):
-        return {name: scattered(value, like.get(name)) for name, value in state.items()}
     return state
-
-
-def scatter_moments(optimizer: torch.optim.Optimizer) -> None:
-    """Shard what the optimizer, just loaded from whole tensors, keeps of sharded parameters."""
-    for p, state in optimizer.state.items():
-        if isinstance(p, DTensor):
-            state.update({name: scattered(value, p) for name, value in state.items() if value.shape == p.shape})
 
 
 def _whole(tensor: Tensor) -> Tensor:

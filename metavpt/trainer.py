@@ -134,7 +134,7 @@ class Trainer:
         """Go on from the newest checkpoint that can be read."""
         if self.checkpoints is None:
             raise MetaVPTError("Trainer.resume: the trainer was made without checkpoints")
-        state, path, unreadable = self.checkpoints.load()
+        state, path, unreadable = self.checkpoints.load(self._layout())
         try:
             self.load_state_dict(state)
         except (RuntimeError, KeyError, ValueError, AttributeError, TypeError) as error:
@@ -158,7 +158,7 @@ class Trainer:
     def step(self) -> None:
         """1. a task from the strategy  2. its pretraining loss  3. the learner's optimizer  4. the state that follows (EMA, centre)."""
         self._schedule()  # first: strategies read the learning rate that the coming step will have
-        self.failures.prepare(self.state_dict)
+        self.failures.prepare(lambda: sharding.gathered(self.state_dict()))
         self.optimizer.zero_grad(set_to_none=True)
         with self.execution.eager(), untouched(self.problem.learner, f"{type(self.strategy).__name__}.next_task"):
             proposal = self.strategy.next_task(self.problem, self.streams, self.optimizer, self.budget)
@@ -185,11 +185,8 @@ class Trainer:
         self.log.advance(self.budget)
 
     def save(self) -> None:
-        """One file, the same whatever the number of processes; the first of them writes it."""
         if self.checkpoints:
-            state = self.state_dict()
-            if ranks.rank() == 0:
-                self.checkpoints.save(self.budget.steps, state)
+            self.checkpoints.save(self.budget.steps, self.state_dict())
 
     def _schedule(self) -> None:
         factor = self.schedule(self.budget.steps, self.budget.progress)
@@ -234,8 +231,8 @@ class Trainer:
 
     def state_dict(self) -> dict[str, Any]:
         return {
-            "problem": sharding.gathered(self.problem.state_dict()),
-            "optimizer": sharding.gathered(self.optimizer.state_dict()),
+            "problem": self.problem.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
             "precision": self.execution.precision.state_dict(),
             "strategy": self.strategy.state_dict(),
             "streams": {name: stream.state_dict() for name, stream in self.streams._asdict().items()},
@@ -248,9 +245,9 @@ class Trainer:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.problem.load_state_dict(sharding.scattered(state["problem"], self.problem.state_dict()))
+        state = sharding.scattered(state, self._layout())
+        self.problem.load_state_dict(state["problem"])
         self.optimizer.load_state_dict(state["optimizer"])
-        sharding.scatter_moments(self.optimizer)
         self.execution.precision.load_state_dict(state["precision"])
         self.strategy.load_state_dict(state["strategy"])
         for name, stream in self.streams._asdict().items():
@@ -261,3 +258,8 @@ class Trainer:
         self.failures.load_state_dict(state["failures"])
         self.metrics = state["metrics"]
         self.watch.load_state_dict(state["watch"])
+
+    def _layout(self) -> dict[str, Any]:
+        """Which parts of `state_dict` are sharded, and how: the optimizer, before its first step, by its parameters."""
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        return {"problem": self.problem.state_dict(), "optimizer": {"state": dict(enumerate(parameters))}}

@@ -1,7 +1,6 @@
 """Two processes that share every batch are one process that has it all: one torchrun, many runs (see two_ranks)."""
 
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +9,7 @@ import pytest
 import torch
 import two_ranks
 
-from metavpt import MetaVPTError, ranks
+from metavpt import MetaVPTError, checkpoint, ranks
 from metavpt.fabric import make_fabric
 
 TOLERANCE = {"small": 1e-10, "dino": 1e-8}  # float64, and only the order of sums differs; dino takes differences, which magnify it
@@ -21,6 +20,7 @@ def folder(tmp_path_factory):
     """What two processes found, by torchrun with one restart allowed, in files."""
     folder = tmp_path_factory.mktemp("two_ranks")
     two_ranks.dino(folder)  # generates the rooms that the processes read
+    two_ranks.run(folder / "one", "small", "one_step")  # for them to go on from
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=1"]
     source = Path(two_ranks.__file__)
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(source.parent), *sys.path])}
@@ -78,14 +78,31 @@ def test_a_run_whose_process_was_killed_goes_on_to_the_same_end(folder, alone):
 
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
 def test_one_process_goes_on_from_a_checkpoint_of_two(folder, alone, tmp_path, parallel):
-    trainer = two_ranks.trainer_of(tmp_path / "one", "small", "one_step")
-    trainer.log.write("begun", 0)
-    trainer.checkpoints.folder.mkdir(parents=True)
-    shutil.copy(folder / f"small-one_step-{parallel}" / "checkpoints" / "step-00000002.pt", trainer.checkpoints.folder)
-    trainer.resume()
-    trainer.run()
-    whole = alone("small", "one_step")
-    assert largest_difference(whole["problem"], trainer.problem.state_dict()) < TOLERANCE["small"]
+    two_ranks.checkpoint_of(folder / f"small-one_step-{parallel}", 2, tmp_path / "one")
+    found, whole = two_ranks.run(tmp_path / "one", "small", "one_step"), alone("small", "one_step")
+    assert largest_difference(whole["loss"], found["loss"]) < TOLERANCE["small"]
+    assert largest_difference(whole["problem"], found["problem"]) < TOLERANCE["small"]
+
+
+@pytest.mark.parametrize("run", ["ddp-from_one", "fsdp-from_one", "ddp-from_fsdp"])
+def test_two_processes_go_on_from_a_checkpoint_of_others(folder, alone, run):
+    """From a file of one process, whole or into shards, and from a folder of shards into whole tensors."""
+    found, whole = torch.load(folder / f"small-one_step-{run}.pt"), alone("small", "one_step")
+    assert len(found["hypergradients"]) < len(whole["hypergradients"])  # it did go on
+    assert largest_difference(whole["loss"], found["loss"]) < TOLERANCE["small"]
+    assert largest_difference(whole["problem"], found["problem"]) < TOLERANCE["small"]
+
+
+def test_a_sharded_learner_is_saved_in_shards_and_a_whole_one_in_a_file(folder):
+    names = {
+        parallel: {path.name for path in (folder / f"small-one_step-{parallel}" / "checkpoints").iterdir()} for parallel in ("ddp", "fsdp")
+    }
+    assert names == {"ddp": {f"step-{k:08d}.pt" for k in range(1, 5)}, "fsdp": {f"step-{k:08d}" for k in range(1, 5)}}
+    saved = folder / "small-one_step-fsdp" / "checkpoints" / "step-00000004"
+    whole = checkpoint.read(folder / "small-one_step-ddp" / "checkpoints" / "step-00000004.pt")
+    assert len(list(saved.glob("*.safetensors"))) == 2
+    assert largest_difference(whole["problem"], checkpoint.read(saved)["problem"]) < TOLERANCE["small"]
+    assert largest_difference(whole["optimizer"]["state"], checkpoint.read(saved)["optimizer"]["state"]) < TOLERANCE["small"]
 
 
 def test_with_one_process_everything_is_what_it_was():

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import sys
 from pathlib import Path
@@ -50,13 +51,15 @@ DINO = [
 class Trunk(nn.Module):
     def __init__(self):
         super().__init__()
-        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(6, 6), nn.Tanh()) for _ in range(2))
+        # of seven rows two processes hold unlike shares, and of one row the second holds nothing
+        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(k, 13 - k), nn.Tanh()) for k in (6, 7))
         self.scale = nn.Parameter(torch.ones(6))
+        self.gain = nn.Parameter(torch.ones(1))
 
     def forward(self, x):
         for block in self.blocks:
             x = block(x)
-        return x * self.scale
+        return x * self.scale * self.gain
 
 
 class Weights(nn.Module):
@@ -176,6 +179,17 @@ def outcome(folder, trainer):
     }
 
 
+def checkpoint_of(run, step, folder):
+    """A copy of a run's checkpoint of that step, alone in a folder to go on from, by the first process."""
+    if ranks.rank() == 0:
+        (folder / "checkpoints").mkdir(parents=True)
+        (path,) = (run / "checkpoints").glob(f"step-{step:08d}*")
+        (shutil.copytree if path.is_dir() else shutil.copy)(path, folder / "checkpoints" / path.name)
+        (folder / "metrics.jsonl").write_bytes((run / "metrics.jsonl").read_bytes())
+    ranks.first(None)
+    return folder
+
+
 def run(folder, problem, estimator, fabric=None, dies_at=None):
     trainer = trainer_of(folder, problem, estimator, fabric)
     trainer.strategy.dies_at = dies_at
@@ -186,16 +200,25 @@ def run(folder, problem, estimator, fabric=None, dies_at=None):
 
 
 def main(folder):
-    """Every problem, estimator and way to be parallel; then a run whose second process dies, which torchrun starts again."""
+    """Every problem, estimator and way to be parallel, and what goes on from a checkpoint of others; then a run whose second process dies,
+    which torchrun starts again."""
     restarted = int(os.environ["TORCHELASTIC_RESTART_COUNT"]) > 0
-    for parallel in ("ddp", "fsdp"):
-        fabric = make_fabric("cpu", parallel=parallel)
-        for name in [f"{problem}-{estimator}" for problem in PROBLEMS for estimator in ESTIMATORS] if not restarted else []:
-            found = run(folder / f"{name}-{parallel}", *name.split("-"), fabric)
-            if ranks.rank() == 0:
-                torch.save(found, folder / f"{name}-{parallel}.pt")
+    fabrics = {parallel: make_fabric("cpu", parallel=parallel) for parallel in ("ddp", "fsdp")}
+    runs = [(f"{problem}-{estimator}-{parallel}", None) for problem in PROBLEMS for estimator in ESTIMATORS for parallel in fabrics]
+    runs += [
+        ("small-one_step-ddp-from_one", "one"),
+        ("small-one_step-fsdp-from_one", "one"),
+        ("small-one_step-ddp-from_fsdp", "small-one_step-fsdp"),
+    ]
+    for name, origin in runs if not restarted else []:
+        problem, estimator, parallel, *_ = name.split("-")
+        if origin:
+            checkpoint_of(folder / origin, 2, folder / name)
+        found = run(folder / name, problem, estimator, fabrics[parallel])
+        if ranks.rank() == 0:
+            torch.save(found, folder / f"{name}.pt")
     dies_at = 2 if ranks.rank() == 1 and not restarted else None
-    found = run(folder / "killed", "small", "one_step", fabric, dies_at)
+    found = run(folder / "killed", "small", "one_step", fabrics["fsdp"], dies_at)
     if ranks.rank() == 0:
         torch.save(found, folder / "killed.pt")
 
