@@ -87,7 +87,8 @@ class RidgeFeedback(nn.Module):
     gradient: g_down is the total derivative. It asks for nothing that a refit absorbs: where `penalty` is small, an invertible linear map
     of the features changes neither the predictions nor the loss. A head held fixed would ask for it.
 
-    There is no state: `forward` of features (B,D,h,w) with their labels is all, and a pure function of them. It solves in float64.
+    There is no state: `forward` of features (B,D,h,w) with their labels is all, and a pure function of them. It solves in float64. The
+    folds are those of the whole batch: each of several processes solves all of them, on the features of all.
     """
 
     fitted_by_steps = False
@@ -110,13 +111,14 @@ class RidgeFeedback(nn.Module):
         self.tasks = {name: tasks[name] for name, weight in self.weights.items() if weight}
 
     def forward(self, features: Tensor, frames: LabelledFrames) -> dict[str, Tensor]:
+        features, depth, label = ranks.joined(features), ranks.gather(frames.depth), ranks.gather(frames.label)
         if len(features) < self.num_folds:
             raise MetaVPTError(
                 f"feedback.num_folds={self.num_folds}: a labelled batch of {len(features)} frames is too small; raise "
                 "problem.feedback_batch_size"
             )
         frame = torch.arange(len(features), device=features.device)
-        every = FeatureSet(features, frames.depth, frames.label)
+        every = FeatureSet(features, depth, label)
         errors = {name: ([], []) for name in self.tasks}
         for part in frame.tensor_split(self.num_folds):
             rest = frame[(frame < part[0]) | (frame > part[-1])]

@@ -11,9 +11,11 @@ same bits. DistributedDataParallel does no such thing for gradients of gradients
 torch.distributed, everything here returns what it is given.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from functools import partial
+from itertools import islice
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -25,6 +27,9 @@ from metavpt.errors import MetaVPTError
 from metavpt.linear_product import DirectionalDerivative, LinearLoss
 from metavpt.params import Params
 from metavpt.products import Loss
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 
 def rank() -> int:
@@ -105,6 +110,29 @@ def gather(x: Any) -> Any:
     return tree_map_only(Tensor, lambda tensor: torch.cat(_all_gather(tensor.detach())), x)
 
 
+def joined(x: Tensor) -> Tensor:
+    """`gather` of one tensor, with a graph: for a loss of the whole batch that no mean of the ranks' losses is."""
+    return x if size() == 1 else mean(torch.cat([size() * x if k == rank() else torch.zeros_like(x) for k in range(size())]))
+
+
+def share_out(compute: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
+    """compute(item) for each item, in order: one rank computes it, and all are given it. Every rank calls it with the same items.
+
+    All ranks compute as often, since under FSDP2 they gather weights together. Of items with an index, a rank reads its own alone.
+    """
+    if size() == 1:
+        yield from map(compute, items)
+        return
+    indexed: Any = items if hasattr(items, "__getitem__") else None
+    read = (partial(indexed.__getitem__, k) for k in range(len(indexed))) if indexed is not None else (partial(_same, x) for x in items)
+    while group := list(islice(read, size())):
+        yield from every(compute(group[min(rank(), len(group) - 1)]()))[: len(group)]
+
+
+def _same(x: Any) -> Any:
+    return x
+
+
 def logsumexp(x: Tensor) -> Tensor:
     """log sum exp over dim 0 and over the ranks, keeping the dimension; x (..., K) -> (1, K)."""
     local = x.logsumexp(dim=0, keepdim=True)
@@ -134,12 +162,23 @@ def first(value: Any) -> Any:
 
 
 def every(value: Any) -> list[Any]:
-    """What each rank has for it, in their order."""
+    """What each rank has for it, in their order: plain data, and as many tensors on each, of any shape."""
     if size() == 1:
         return [value]
     held: list[Any] = [None] * size()
-    dist.all_gather_object(held, value)
-    return held
+    dist.all_gather_object(held, tree_map_only(Tensor, lambda tensor: tensor.to("meta"), value))
+    found: list[list[Tensor]] = [[] for _ in held]
+    for tensor, *shapes in zip(_tensors(value), *map(_tensors, held), strict=True):
+        flat = tensor.new_zeros(max(shape.numel() for shape in shapes))
+        flat[: tensor.numel()] = tensor.detach().flatten()
+        for own, part, shape in zip(found, _all_gather(flat), shapes, strict=True):
+            own.append(part[: shape.numel()].view(shape.shape))
+    rest = iter([tensor for own in found for tensor in own])
+    return tree_map_only(Tensor, lambda _: next(rest), held)
+
+
+def _tensors(x: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(x) if isinstance(leaf, Tensor)]
 
 
 def any_of(value: Any) -> Any:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import two_ranks
+import two_ranks_shared
 
 from metavpt import MetaVPTError, checkpoint, ranks
 from metavpt.fabric import make_fabric
@@ -103,6 +104,42 @@ def test_a_sharded_learner_is_saved_in_shards_and_a_whole_one_in_a_file(folder):
     assert len(list(saved.glob("*.safetensors"))) == 2
     assert largest_difference(whole["problem"], checkpoint.read(saved)["problem"]) < TOLERANCE["small"]
     assert largest_difference(whole["optimizer"]["state"], checkpoint.read(saved)["optimizer"]["state"]) < TOLERANCE["small"]
+
+
+@pytest.fixture(scope="module")
+def shared(folder):
+    """What two processes, and what one, find of all that ranks share beside the training step."""
+    return torch.load(folder / "shared.pt"), two_ranks_shared.numbers()
+
+
+@pytest.mark.parametrize("part", ["ridge", "token_shares", "tilt_scale"])
+def test_losses_of_the_whole_batch_and_their_derivatives_are_those_of_one_process(shared, part):
+    """Ridge heads of the other fold, the balance of token weights, the scale of a tilt: value, gradient, Hessian product (float64)."""
+    two, one = (found[part] for found in shared)
+    assert all(float(x.abs().max()) > 1e-2 for x in one)
+    assert largest_difference(one, two) < 1e-12
+
+
+def test_images_are_shared_out_to_be_summarised(shared):
+    (two, read), (one, _) = (found["summaries"] for found in shared)
+    assert torch.equal(one, two)
+    assert read == [[0, 2, 4], [1, 3, 4]]  # the last one twice: under FSDP all ranks must compute as often
+
+
+def test_texts_are_shared_out_to_be_read_and_written(shared):
+    """The mean of batches that two processes cannot share alike, and samples, which hang on no neighbour."""
+    (two, texts), (one, expected) = (found["language"] for found in shared)
+    assert two == pytest.approx(one, rel=1e-12)
+    assert texts == expected
+    assert len(set(texts)) == 5
+
+
+def test_labelled_frames_are_shared_out_to_be_probed(shared, folder):
+    """float32, in which heads predict: features that were sent lie otherwise in memory, which changes how convolutions round."""
+    two = shared[0]["dense"]
+    one = two_ranks_shared.dense(two_ranks.trainer_of(folder / "probed-alone", "dino", "one_step"))
+    assert two["ddp"] == pytest.approx(one, rel=1e-6)
+    assert two["fsdp"] == pytest.approx(one, rel=1e-6)
 
 
 def test_with_one_process_everything_is_what_it_was():

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import torch
+import two_ranks_shared
 from hydra import compose, initialize_config_module
 from hydra.utils import instantiate
 from torch import nn
@@ -217,6 +218,12 @@ def main(folder):
         found = run(folder / name, problem, estimator, fabrics[parallel])
         if ranks.rank() == 0:
             torch.save(found, folder / f"{name}.pt")
+    if not restarted:
+        shared = two_ranks_shared.numbers()
+        trainers = {name: trainer_of(folder / f"probed-{name}", "dino", "one_step", fabric) for name, fabric in fabrics.items()}
+        shared["dense"] = {name: two_ranks_shared.dense(trainer) for name, trainer in trainers.items()}
+        if ranks.rank() == 0:
+            torch.save(shared, folder / "shared.pt")
     dies_at = 2 if ranks.rank() == 1 and not restarted else None
     found = run(folder / "killed", "small", "one_step", fabrics["fsdp"], dies_at)
     if ranks.rank() == 0:

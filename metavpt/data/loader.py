@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from metavpt.data.frames import Frame, RGBDFrames
+from metavpt.data.lazy import Lazy, runs
 from metavpt.errors import MetaVPTError
 
 WINDOW = 16  # files
@@ -121,11 +122,15 @@ class FrameLoader:
             yield FrameBatch(*(field.to(self.device, non_blocking=True) for field in batch))
 
     @staticmethod
-    def in_order(frames: RGBDFrames, indices: Sequence[int], batch_size: int, device: torch.device | str = "cpu") -> Iterator[FrameBatch]:
+    def in_order(
+        frames: RGBDFrames, indices: Sequence[int], batch_size: int, device: torch.device | str = "cpu"
+    ) -> Lazy[Sequence[int], FrameBatch]:
         """One pass over `indices`; the last batch may be smaller."""
-        for first in range(0, len(indices), batch_size):
-            batch = collate_frames([frames[i] for i in indices[first : first + batch_size]])
-            yield FrameBatch(*(field.to(device) for field in batch))
+
+        def batch(which: Sequence[int]) -> FrameBatch:
+            return FrameBatch(*(field.to(device) for field in collate_frames([frames[i] for i in which])))
+
+        return Lazy(batch, runs(indices, batch_size))
 
 
 class JointLoader:

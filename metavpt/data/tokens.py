@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
+from metavpt.data.lazy import Lazy, runs
 from metavpt.data.loader import EndlessBatches, mix
 from metavpt.data.text import Document
 from metavpt.errors import MetaVPTError
@@ -186,10 +187,10 @@ class ExampleLoader:
         for k, indices in enumerate(EndlessBatches(len(self.corpus), self.batch_size, self.seed, self.first), start=self.first):
             yield self._batch(indices, mix(self.seed, k))
 
-    def in_order(self) -> Iterator[TokenBatch]:
+    def in_order(self) -> Lazy[tuple[int, Sequence[int]], TokenBatch]:
         """One pass; the last batch may be smaller."""
-        for k, first in enumerate(range(0, len(self.corpus), self.batch_size)):
-            yield self._batch(range(first, min(first + self.batch_size, len(self.corpus))), mix(self.seed, k))
+        numbered = list(enumerate(runs(range(len(self.corpus)), self.batch_size)))
+        return Lazy(lambda batch: self._batch(batch[1], mix(self.seed, batch[0])), numbered)
 
     def _batch(self, indices: Sequence[int], seed: int) -> TokenBatch:
         documents = [self.corpus[k] for k in indices]

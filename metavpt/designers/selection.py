@@ -54,9 +54,9 @@ class SelectionDesigner(Designer):
 
 
 def balanced(logits: Tensor) -> Tensor:
-    """B * softmax(logits), (B,), over the whole batch, computed so that equal logits give exactly 1."""
+    """B * softmax(logits), (B,), over the whole batch, of which ranks may hold unlike numbers, so that equal logits give exactly 1."""
     odds = (logits - ranks.leave(logits.detach().max())).exp()
-    return odds / ranks.mean(odds.mean())
+    return odds / ranks.mean(ranks.weighed(odds.mean(), len(odds)))
 
 
 def weigh(losses: Tensor, weights: Tensor | None) -> Tensor:

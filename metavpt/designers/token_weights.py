@@ -5,6 +5,7 @@ from typing import Literal
 import torch
 from torch import Generator, Tensor, nn
 
+from metavpt import ranks
 from metavpt.data.tokens import TokenBatch
 from metavpt.designers.selection import balanced
 from metavpt.errors import MetaVPTError
@@ -41,15 +42,16 @@ class TokenWeights(nn.Module):
         """Weights from standard normal logits, drawn by the batch's seed."""
         rng = Generator().manual_seed(batch.seed ^ 0x77656967)
         shape = batch.tokens.shape if self.per == "token" else (len(batch.tokens), 1)
-        draws = (torch.randn(shape, generator=rng).to(batch.tokens.device) for _ in range(num_tasks))
-        return [self._weighted(batch, logits.expand(batch.tokens.shape)) for logits in draws]
+        draws = (ranks.drawn(lambda whole: torch.randn(whole, generator=rng), shape) for _ in range(num_tasks))
+        return [self._weighted(batch, logits.to(batch.tokens.device).expand(batch.tokens.shape)) for logits in draws]
 
     def regularizer(self, task: TargetTask) -> Tensor:
         """kl_weight * KL(weights / N || uniform) = kl_weight * mean w log w, between 0 and kl_weight * log N."""
         if not isinstance(task.targets, Weighted):
             raise MetaVPTError("TokenWeights.regularizer: the task has no weights; it must come from the designer, not from recipe_task")
         weights = task.targets.weights[predicted_tokens(task.batch)]
-        return self.kl_weight * (weights * weights.clamp_min(torch.finfo(weights.dtype).tiny).log()).mean()
+        divergence = (weights * weights.clamp_min(torch.finfo(weights.dtype).tiny).log()).mean()
+        return self.kl_weight * ranks.weighed(divergence, len(weights))
 
     def _weighted(self, batch: TokenBatch, logits: Tensor) -> TargetTask:
         predicted = predicted_tokens(batch)

@@ -2,9 +2,12 @@
 
 from torch import Tensor
 
+from metavpt import ranks
+
 
 def spread(values: Tensor, log_probs: Tensor) -> Tensor:
-    """The root of the mean over tokens of the variance of `values` (..., K) under softmax(log_probs), a scalar."""
+    """The root of the mean over the tokens of the whole batch of the variance of `values` (..., K) under softmax(log_probs), a scalar."""
     base = log_probs.softmax(dim=-1)
     centred = values - (base * values).sum(dim=-1, keepdim=True)
-    return (base * centred.square()).sum(dim=-1).mean().sqrt()
+    variance = (base * centred.square()).sum(dim=-1)
+    return ranks.leave(ranks.weighed(variance.mean(), variance.numel())).sqrt()

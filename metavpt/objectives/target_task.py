@@ -199,10 +199,14 @@ def target_loss(learner: LanguageModel, theta: Params, task: TargetTask) -> Tens
     """
     if task.targets.requires_grad and torch.is_grad_enabled():
         return target_tail(learner, theta, task)({})
+    return ranks.weighed(*own_target_loss(learner, theta, task))
+
+
+def own_target_loss(learner: LanguageModel, theta: Params, task: TargetTask) -> tuple[Tensor, int]:
+    """The same for the tokens of this rank, whatever others have, and their number."""
     prediction = Prediction.of(learner, theta, task.batch)
     arguments = _checked(task.targets, prediction)
-    loss = next_token_loss(prediction.states, prediction.unembedding, prediction.tokens, *arguments)
-    return ranks.weighed(loss, len(prediction.tokens))
+    return next_token_loss(prediction.states, prediction.unembedding, prediction.tokens, *arguments), len(prediction.tokens)
 
 
 def target_tail(learner: LanguageModel, theta: Params, task: TargetTask) -> NextTokenLoss:

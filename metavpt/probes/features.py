@@ -9,6 +9,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from metavpt import ranks
 from metavpt.errors import MetaVPTError, NonFiniteError
 
 IGNORE = 255  # the label of pixels that are neither learned from nor counted
@@ -52,19 +53,22 @@ class FeatureSet(NamedTuple):
 
 @torch.no_grad()
 def extract(features: Features, batches: Iterable[LabelledBatch], device: torch.device | str | None = None) -> FeatureSet:
-    """`features` of every image beside its labels, kept on `device` (None: where the features are computed).
+    """`features` of every image beside its labels, kept on `device` (None: where the features are computed); ranks share out the batches.
 
     Raises MetaVPTError for no batch, images of several sizes or labels beyond 0..255; NonFiniteError for NaN or infinite features.
     """
-    parts = []
-    for batch in batches:
+
+    def read(batch: LabelledBatch) -> FeatureSet:
         grid = features(batch.image)
-        if not torch.isfinite(grid).all():
-            raise NonFiniteError("probe: the features of the learner are not finite; look at the losses before this step")
         if batch.label.numel() and not 0 <= int(batch.label.min()) <= int(batch.label.max()) <= IGNORE:
             raise MetaVPTError(f"probe: labels must lie in 0..{IGNORE}; ignored pixels are {IGNORE}")
-        grid = grid.to(device)
-        parts.append(FeatureSet(grid, batch.depth.to(grid.device, torch.float32), batch.label.to(grid.device, torch.uint8)))
+        return FeatureSet(grid, batch.depth.to(grid.device, torch.float32), batch.label.to(grid.device, torch.uint8))
+
+    parts = []
+    for part in ranks.share_out(read, batches):
+        if not torch.isfinite(part.features).all():
+            raise NonFiniteError("probe: the features of the learner are not finite; look at the losses before this step")
+        parts.append(FeatureSet(*(field.to(device) for field in part)))
     if not parts:
         raise MetaVPTError("probe: there is no labelled batch to read")
     if len({(part.features.shape[1:], part.depth.shape[1:], part.label.shape[1:]) for part in parts}) > 1:

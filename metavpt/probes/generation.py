@@ -7,6 +7,9 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig
 
+from metavpt import ranks
+from metavpt.data.lazy import runs
+from metavpt.data.loader import mix
 from metavpt.data.tokens import Encoder
 from metavpt.errors import MetaVPTError
 from metavpt.learners.lm import LanguageModel
@@ -24,18 +27,22 @@ class Generator:
         self.encoder, self.max_new_tokens, self.batch_size, self.stop = encoder, max_new_tokens, batch_size, list(stop)
 
     def __call__(self, learner: LanguageModel, prompts: Sequence[str], temperature: float = 0.0, seed: int = 0) -> list[str]:
-        """The continuation of each prompt, in order, without the text that stopped it. Global random numbers stay where they are."""
+        """The continuation of each prompt, in order, without the text that stopped it; ranks share out the batches.
+
+        Global random numbers stay where they are. A batch's own hang on `seed` and its place alone.
+        """
         device = next(learner.parameters()).device
         tokens = self._tokens(learner, prompts)
         order = sorted(range(len(tokens)), key=lambda k: len(tokens[k]))  # alike in length: little padding
-        texts = [""] * len(tokens)
+
+        def write(batch: tuple[int, Sequence[int]]) -> list[str]:
+            number, which = batch
+            torch.manual_seed(mix(seed, number))
+            return list(self._continue(learner, [tokens[k] for k in which], temperature, device))
+
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-            torch.manual_seed(seed)
-            for start in range(0, len(order), self.batch_size):
-                which = order[start : start + self.batch_size]
-                for k, text in zip(which, self._continue(learner, [tokens[k] for k in which], temperature, device), strict=True):
-                    texts[k] = text
-        return texts
+            written = [text for texts in ranks.share_out(write, list(enumerate(runs(order, self.batch_size)))) for text in texts]
+        return [text for _, text in sorted(zip(order, written, strict=True))]
 
     def _tokens(self, learner: LanguageModel, prompts: Sequence[str]) -> list[list[int]]:
         """The prompts as `Encoder` tokenises them in front of an answer."""
@@ -56,7 +63,8 @@ class Generator:
         released, model.generation_config = model.generation_config, self._config(temperature)  # its gaps would be filled from there
         try:
             options: dict[str, Any] = {"stop_strings": self.stop, "tokenizer": tokenizer} if self.stop else {}
-            out = model.generate(tokens.to(device), attention_mask=mask.to(device), **options)
+            # of several ranks none may stop before the others: a sharded model gathers its weights at every token
+            out = model.generate(tokens.to(device), attention_mask=mask.to(device), synced_gpus=ranks.size() > 1, **options)
         finally:
             model.generation_config = released
         for text in tokenizer.batch_decode(out[:, tokens.shape[1] :], skip_special_tokens=True):

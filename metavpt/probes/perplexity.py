@@ -5,11 +5,10 @@ from collections.abc import Callable, Iterable
 
 import torch
 
-from metavpt import params
+from metavpt import params, ranks
 from metavpt.data.tokens import TokenBatch
 from metavpt.learners.lm import LanguageModel
-from metavpt.objectives.prediction import predicted_tokens
-from metavpt.objectives.target_task import OneHot, TargetTask, target_loss
+from metavpt.objectives.target_task import OneHot, TargetTask, own_target_loss
 
 MAX_NLL = 709.0  # nats: what float64 can raise e to
 
@@ -18,12 +17,13 @@ MAX_NLL = 709.0  # nats: what float64 can raise e to
 def mean_nll(learner: LanguageModel, batches: Iterable[TokenBatch]) -> float:
     """-log p of a target token in nats, the mean over all of them."""
     theta = params.named(learner)
-    total, count = 0.0, 0
-    for batch in batches:
-        num_tokens = int(predicted_tokens(batch).sum())
-        total += num_tokens * float(target_loss(learner, theta, TargetTask(batch, OneHot())))
-        count += num_tokens
-    return total / count
+
+    def nll(batch: TokenBatch) -> tuple[float, int]:
+        loss, num_tokens = own_target_loss(learner, theta, TargetTask(batch, OneHot()))
+        return num_tokens * float(loss), num_tokens
+
+    totals, counts = zip(*ranks.share_out(nll, batches), strict=True)
+    return sum(totals) / sum(counts)
 
 
 class PerplexityProbe:

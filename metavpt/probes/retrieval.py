@@ -1,6 +1,6 @@
 """Instance retrieval on Revisited Oxford and Paris: the photographs of a landmark nearest to a query first."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from metavpt.data.lazy import Lazy
 from metavpt.data.photo import decode
 from metavpt.data.revisited import Query, open_revisited
 from metavpt.errors import MetaVPTError
@@ -66,19 +67,21 @@ class RetrievalProbe:
         rankings = list((queries @ listed.T).argsort(dim=1, descending=True, stable=True).cpu().numpy())
         return {f"{self.truth.name}/{name}": value for name, value in mean_average_precision(rankings, self.truth.queries).items()}
 
-    def _listed(self) -> Iterator[Tensor]:
-        return (self._scaled(self._read(name)) for name in self.truth.images)
+    def _listed(self) -> Iterable[Tensor]:
+        return Lazy(lambda name: self._scaled(self._read(name)), self.truth.images)
 
-    def _queries(self) -> Iterator[Tensor]:
-        """Cut to the box of the landmark."""
-        for query in self.truth.queries:
-            image = self._read(query.name)
-            if query.box is not None:
-                x1, y1, x2, y2 = (max(0, round(value)) for value in query.box)
-                image = image[:, y1:y2, x1:x2]
-                if not image.numel():
-                    raise MetaVPTError(f"{self.truth.folder}: query {query.name} has the empty box {query.box}")
-            yield self._scaled(image)
+    def _queries(self) -> Iterable[Tensor]:
+        return Lazy(lambda query: self._scaled(self._landmark(query)), self.truth.queries)
+
+    def _landmark(self, query: Query) -> Tensor:
+        """The image cut to the box of the landmark."""
+        image = self._read(query.name)
+        if query.box is not None:
+            x1, y1, x2, y2 = (max(0, round(value)) for value in query.box)
+            image = image[:, y1:y2, x1:x2]
+            if not image.numel():
+                raise MetaVPTError(f"{self.truth.folder}: query {query.name} has the empty box {query.box}")
+        return image
 
     def _read(self, name: str) -> Tensor:
         file = self.truth.folder / f"{name}.jpg"

@@ -7,6 +7,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from metavpt import ranks
+from metavpt.data.lazy import Lazy, runs
 from metavpt.errors import MetaVPTError, NonFiniteError
 from metavpt.learners.vit import Features
 
@@ -29,12 +31,13 @@ def check_pool(pool: str) -> None:
 
 @torch.no_grad()
 def summarise(describe: Describe, batches: Iterable[Tensor], pool: Pool = "mean") -> Tensor:
-    """(N, D) float32: the mean patch, or the cls token, of every image of `batches`. Raises NonFiniteError for NaN or infinite ones."""
-    parts = []
-    for images in batches:
+    """(N, D) float32: the mean patch, or the cls token, of every image of `batches`, which ranks share out. Raises NonFiniteError."""
+
+    def summary(images: Tensor) -> Tensor:
         features = describe(images)
-        parts.append((features.cls if pool == "cls" else features.patches.mean(dim=(2, 3))).float())
-    summaries = torch.cat(parts)
+        return (features.cls if pool == "cls" else features.patches.mean(dim=(2, 3))).float()
+
+    summaries = torch.cat(list(ranks.share_out(summary, batches)))
     if not torch.isfinite(summaries).all():
         raise NonFiniteError("probe: the features of the learner are not finite; look at the losses before this step")
     return summaries
@@ -42,5 +45,4 @@ def summarise(describe: Describe, batches: Iterable[Tensor], pool: Pool = "mean"
 
 def stack(images: Dataset[Tensor], indices: list[int], batch_size: int) -> Iterable[Tensor]:
     """The images at `indices`, uint8 (B, 3, H, W) at a time."""
-    for first in range(0, len(indices), batch_size):
-        yield torch.stack([images[i] for i in indices[first : first + batch_size]])
+    return Lazy(lambda which: torch.stack([images[i] for i in which]), runs(indices, batch_size))
