@@ -1,5 +1,6 @@
 """Two processes that share every batch are one process that has it all: one torchrun, many runs (see two_ranks)."""
 
+import json
 import os
 import subprocess
 import sys
@@ -79,19 +80,28 @@ def test_a_run_whose_process_was_killed_goes_on_to_the_same_end(folder, alone):
 
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
 def test_one_process_goes_on_from_a_checkpoint_of_two(folder, alone, tmp_path, parallel):
-    two_ranks.checkpoint_of(folder / f"small-one_step-{parallel}", 2, tmp_path / "one")
+    two_ranks.checkpoints_of(folder / f"small-one_step-{parallel}", [2], tmp_path / "one")
     found, whole = two_ranks.run(tmp_path / "one", "small", "one_step"), alone("small", "one_step")
     assert largest_difference(whole["loss"], found["loss"]) < TOLERANCE["small"]
     assert largest_difference(whole["problem"], found["problem"]) < TOLERANCE["small"]
 
 
-@pytest.mark.parametrize("run", ["ddp-from_one", "fsdp-from_one", "ddp-from_fsdp"])
-def test_two_processes_go_on_from_a_checkpoint_of_others(folder, alone, run):
-    """From a file of one process, whole or into shards, and from a folder of shards into whole tensors."""
+@pytest.mark.parametrize("run", ["ddp-from_one", "fsdp-from_one", "ddp-from_fsdp", "fsdp-from_damaged"])
+def test_two_processes_go_on_from_checkpoints_of_others(folder, alone, run):
+    """From a file of one process, whole or into shards; from a folder of shards into whole tensors; from one before a damaged one."""
     found, whole = torch.load(folder / f"small-one_step-{run}.pt"), alone("small", "one_step")
     assert len(found["hypergradients"]) < len(whole["hypergradients"])  # it did go on
     assert largest_difference(whole["loss"], found["loss"]) < TOLERANCE["small"]
     assert largest_difference(whole["problem"], found["problem"]) < TOLERANCE["small"]
+
+
+def test_what_one_process_cannot_read_no_other_goes_on_from(folder):
+    """The damage is in the file that the second process looks at; the first one says so and goes on from the step before."""
+    lines = [json.loads(line) for line in (folder / "small-one_step-fsdp-from_damaged" / "metrics.jsonl").read_text().splitlines()]
+    (warning,) = [line["message"] for line in lines if line["kind"] == "warning"]
+    assert "step-00000003: not a readable checkpoint" in warning
+    assert "shard-00002" in warning
+    assert warning.endswith("goes on from step-00000002")
 
 
 def test_a_sharded_learner_is_saved_in_shards_and_a_whole_one_in_a_file(folder):

@@ -180,12 +180,18 @@ def outcome(folder, trainer):
     }
 
 
-def checkpoint_of(run, step, folder):
-    """A copy of a run's checkpoint of that step, alone in a folder to go on from, by the first process."""
+def checkpoints_of(run, steps, folder, damaged=None):
+    """Copies of a run's checkpoints of these steps, alone in a folder to go on from, by the first process; a bit of one flipped."""
     if ranks.rank() == 0:
         (folder / "checkpoints").mkdir(parents=True)
-        (path,) = (run / "checkpoints").glob(f"step-{step:08d}*")
-        (shutil.copytree if path.is_dir() else shutil.copy)(path, folder / "checkpoints" / path.name)
+        for step in steps:
+            (path,) = (run / "checkpoints").glob(f"step-{step:08d}*")
+            (shutil.copytree if path.is_dir() else shutil.copy)(path, folder / "checkpoints" / path.name)
+        if damaged:
+            (shard,) = (folder / "checkpoints").glob(damaged)
+            data = bytearray(shard.read_bytes())
+            data[-1] ^= 1
+            shard.write_bytes(data)
         (folder / "metrics.jsonl").write_bytes((run / "metrics.jsonl").read_bytes())
     ranks.first(None)
     return folder
@@ -205,16 +211,18 @@ def main(folder):
     which torchrun starts again."""
     restarted = int(os.environ["TORCHELASTIC_RESTART_COUNT"]) > 0
     fabrics = {parallel: make_fabric("cpu", parallel=parallel) for parallel in ("ddp", "fsdp")}
-    runs = [(f"{problem}-{estimator}-{parallel}", None) for problem in PROBLEMS for estimator in ESTIMATORS for parallel in fabrics]
-    runs += [
-        ("small-one_step-ddp-from_one", "one"),
-        ("small-one_step-fsdp-from_one", "one"),
-        ("small-one_step-ddp-from_fsdp", "small-one_step-fsdp"),
-    ]
-    for name, origin in runs if not restarted else []:
+    runs = [f"{problem}-{estimator}-{parallel}" for problem in PROBLEMS for estimator in ESTIMATORS for parallel in fabrics]
+    goes_on = {
+        "small-one_step-ddp-from_one": ("one", [2], None),
+        "small-one_step-fsdp-from_one": ("one", [2], None),
+        "small-one_step-ddp-from_fsdp": ("small-one_step-fsdp", [2], None),
+        "small-one_step-fsdp-from_damaged": ("small-one_step-fsdp", [2, 3], "step-00000003/shard-00002*"),
+    }
+    for name in [*runs, *goes_on] if not restarted else []:
         problem, estimator, parallel, *_ = name.split("-")
-        if origin:
-            checkpoint_of(folder / origin, 2, folder / name)
+        if name in goes_on:
+            origin, steps, damaged = goes_on[name]
+            checkpoints_of(folder / origin, steps, folder / name, damaged)
         found = run(folder / name, problem, estimator, fabrics[parallel])
         if ranks.rank() == 0:
             torch.save(found, folder / f"{name}.pt")

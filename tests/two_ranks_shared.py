@@ -57,7 +57,7 @@ def tilt_scale():
     rng = torch.Generator().manual_seed(0)
     values, log_probs = torch.randn(2, 4, 6, generator=rng, dtype=torch.float64)
     mine = slice(None) if ranks.size() == 1 else (slice(0, 3), slice(3, 4))[ranks.rank()]
-    return spread(values[mine], log_probs[mine])
+    return [spread(values[mine], log_probs[mine])]
 
 
 def language():
