@@ -63,7 +63,8 @@ class Amortized(Tilt):
     @phase("phi")
     def _learn(self, problem: Problem, lesson: dict[str, Tensor]) -> dict[str, float]:
         """Newest first; the record is of the first step, which has not seen the newest lesson."""
-        if not all(torch.isfinite(part).all() for part in lesson.values() if part.is_floating_point()):
+        finite = all(torch.isfinite(part).all() for part in lesson.values() if part.is_floating_point())
+        if ranks.any_of(None if finite else True):
             self.num_skipped += 1
             return {"skipped_updates": float(self.num_skipped)}
         self.lessons = [lesson, *self.lessons][: self.replay]
@@ -80,12 +81,14 @@ class Amortized(Tilt):
         return record
 
     def state_dict(self) -> dict[str, Any]:
-        return {**super().state_dict(), "optimizer": self.optimizer.state_dict(), "lessons": ranks.gather(self.lessons)}
+        return {**super().state_dict(), "optimizer": self.optimizer.state_dict(), "lessons": ranks.every(self.lessons)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         super().load_state_dict(state)
         self.optimizer.load_state_dict(state["optimizer"])
-        self.lessons = [ranks.own(lesson) for lesson in state["lessons"]]
+        held: list[list[dict[str, Tensor]]] = state["lessons"]  # of every rank
+        whole = [{name: torch.cat([lesson[name] for lesson in lessons]) for name in lessons[0]} for lessons in zip(*held, strict=True)]
+        self.lessons = held[ranks.rank()] if len(held) == ranks.size() else whole
 
 
 class RandomAmortized(Amortized, RandomTilt):
