@@ -82,7 +82,7 @@ class Part:
                 print(f"round {number}/{arguments.rounds}  {name}  {runs[name][-1]}", flush=True)
             report = {"environment": self.environment(number, arguments.threads), "rows": {name: summary(runs[name]) for name in runs}}
             if not arguments.print:  # a run cut short keeps its whole rounds
-                self.write(report)
+                publish(self.name, report, self.section(report))
         if arguments.print:
             print("\n".join(self.section(report)))
 
@@ -94,32 +94,38 @@ class Part:
         return json.loads(done.stdout.splitlines()[-1])
 
     def environment(self, rounds: int, threads: int) -> dict[str, Any]:
-        cpuinfo = Path("/proc/cpuinfo")
-        models = [line.split(":")[1].strip() for line in cpuinfo.open() if "model name" in line] if cpuinfo.exists() else []
         return {
             "command": " ".join(["python", f"benchmarks/{self.name}.py", *sys.argv[1:]]),
             "date": time.strftime("%Y-%m-%d"),
             "rounds": rounds,
             "threads": threads,
             "cpus": len(os.sched_getaffinity(0)),
-            "cpu": next(iter(models), platform.processor()),
+            "cpu": cpu_name(),
             "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
             "python": platform.python_version(),
             "versions": {package: _version(package) for package in self.packages},
             "setting": dict(self.setting),
         }
 
-    def write(self, report: dict[str, Any]) -> None:
-        results = ROOT / "benchmarks" / "results" / f"{self.name}.json"
-        results.parent.mkdir(parents=True, exist_ok=True)
-        results.write_text(json.dumps(report, indent=1) + "\n")
-        begin, end = f"<!-- {self.name}: begin -->", f"<!-- {self.name}: end -->"
-        text = DOCUMENT.read_text() if DOCUMENT.exists() else "# Benchmarks\n"
-        if begin not in text:
-            text += f"\n{begin}\n{end}\n"
-        head, rest = text.split(begin)
-        section = "\n".join(self.section(report))
-        DOCUMENT.write_text(f"{head}{begin}\n{section}\n{end}{rest.split(end)[1]}")
+
+def publish(name: str, report: dict[str, Any], section: Sequence[str]) -> None:
+    """The report in benchmarks/results/<name>.json, and its section in the place of the one before in docs/benchmarks.md."""
+    results = ROOT / "benchmarks" / "results" / f"{name}.json"
+    results.parent.mkdir(parents=True, exist_ok=True)
+    results.write_text(json.dumps(report, indent=1) + "\n")
+    begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
+    text = DOCUMENT.read_text() if DOCUMENT.exists() else "# Benchmarks\n"
+    if begin not in text:
+        text += f"\n{begin}\n{end}\n"
+    head, rest = text.split(begin)
+    lines = "\n".join(section)
+    DOCUMENT.write_text(f"{head}{begin}\n{lines}\n{end}{rest.split(end)[1]}")
+
+
+def cpu_name() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    models = [line.split(":")[1].strip() for line in cpuinfo.open() if "model name" in line] if cpuinfo.exists() else []
+    return next(iter(models), platform.processor())
 
 
 def measure(row: Row, threads: int) -> dict[str, Any]:

@@ -1,24 +1,26 @@
 """Whether a long run stays as small as it began: memory, open files, threads and child processes of steered training.
 
-    python benchmarks/soak.py --seconds 7200 [--workers 1]
+    python benchmarks/soak.py --seconds 7200 [--workers 2]
 
 Trains DINO on generated rooms with designer updates, probes, first-order measurements and checkpoints, samples the process every --every
 seconds, and fits a line to each figure over the steps after the first fifth, in which caches fill and loaders start.
-Writes benchmarks/results/soak.json.
+Writes benchmarks/results/soak.json and its section of docs/benchmarks.md, anew at every tenth sample: a run cut short keeps what it saw.
 """
 
 import argparse
-import json
 import os
+import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from hydra import compose, initialize_config_module
 from rich.console import Console
+from rounds import cpu_name, publish
 
 from metavpt.run import build
 from metavpt.trainer import Trainer
@@ -31,7 +33,8 @@ OPTIONS = [
     "data.num_train=100", "data.num_meta=40", "budget.steps=null",
 ]  # fmt: skip
 WARM_UP = 0.2  # the share of the samples that caches, allocators and lazy imports may grow in
-LIMIT = 1.0  # MB of memory in 1,000 steps
+LIMITS = {"memory": 1.0, "files": 0.1, "threads": 0.1, "children": 0.1}  # in 1,000 steps: MB, and how many
+TITLES = {"memory": "memory with its loading processes, MB", "files": "open files", "threads": "threads", "children": "child processes"}
 
 
 class Sample(NamedTuple):
@@ -61,8 +64,8 @@ def slopes(samples: list[Sample]) -> dict[str, float]:
     return {name: float(np.polyfit(steps, [getattr(one, name) for one in settled], 1)[0]) for name in names}
 
 
-def soak(trainer: Trainer, every: float, console: Console) -> list[Sample]:
-    """Run the trainer to the end of its budget, with a sample now and then, taken between two steps."""
+def soak(trainer: Trainer, every: float, seen: Callable[[list[Sample]], None]) -> None:
+    """Run the trainer to the end of its budget, with a sample every `every` seconds, taken between two steps and shown to `seen`."""
     samples: list[Sample] = []
     step, due = trainer.step, [time.monotonic()]
 
@@ -70,12 +73,34 @@ def soak(trainer: Trainer, every: float, console: Console) -> list[Sample]:
         step()
         if time.monotonic() >= due[0]:
             samples.append(sample(trainer.budget.steps))
-            console.print(samples[-1])
+            seen(samples)
             due[0] = time.monotonic() + every
 
     trainer.step = watched  # type: ignore[method-assign]
     trainer.run()
-    return samples
+
+
+def section(report: dict[str, Any]) -> list[str]:
+    """The figures at the beginning and at the end of what the line is fitted to, and what they grow by."""
+    samples = [Sample(*one) for one in report["samples"]]
+    first, last = samples[int(WARM_UP * len(samples))], samples[-1]
+    lines = [
+        "## Soak: does a long run stay as small as it began?",
+        "",
+        f"DINO on generated rooms with a designer update every 4 steps, probes, first-order measurements, a checkpoint every 50 steps and "
+        f"{report['workers']} loading processes a stream: {last.step:,} steps in {report['seconds']:,.0f} seconds, {len(samples)} samples. "
+        f"The slope is that of the least-squares line after the first fifth of the samples, at step {first.step:,}.",
+        "",
+        f"{report['cpu']}, {report['threads']} thread, torch {report['torch']}; {report['date']}: `{report['command']}`.",
+        "",
+        "| | after the first fifth | at the end | in 1,000 steps | limit | |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    for name, slope in report["per_1000_steps"].items():
+        begun, ended = getattr(first, name), getattr(last, name)
+        verdict = "met" if slope < LIMITS[name] else "**not met**"
+        lines.append(f"| {TITLES[name]} | {begun:,.0f} | {ended:,.0f} | {round(slope, 3) + 0.0:+.3f} | {LIMITS[name]:g} | {verdict} |")
+    return lines
 
 
 def _memory(pid: int) -> float:
@@ -96,20 +121,23 @@ def main() -> None:
     parser.add_argument("--print", action="store_true", help="write nothing")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    console = Console()
+    console, began = Console(), time.monotonic()
+    report: dict[str, Any] = {
+        "command": " ".join(["python", "benchmarks/soak.py", *sys.argv[1:]]), "date": time.strftime("%Y-%m-%d"), "cpu": cpu_name(),
+        "torch": torch.__version__, "threads": options.threads, "workers": options.workers, "options": OPTIONS,
+    }  # fmt: skip
+
+    def seen(samples: list[Sample]) -> None:
+        console.print(samples[-1])
+        if len(samples) % 10 == 0:
+            report.update(seconds=time.monotonic() - began, per_1000_steps=slopes(samples), samples=samples)
+            console.print({name: round(slope, 4) for name, slope in report["per_1000_steps"].items()})
+            if not options.print:
+                publish("soak", report, section(report))
+
     with tempfile.TemporaryDirectory() as folder, initialize_config_module("metavpt.configs", version_base="1.3"):
         limits = [f"budget.seconds={options.seconds}", f"problem.num_workers={options.workers}", f"data.rooms.folder={folder}"]
-        trainer = build(compose("run", [*OPTIONS, *limits]), Path(folder) / "run", Console(quiet=True))
-        samples = soak(trainer, options.every, console)
-    grown = slopes(samples)
-    console.print({name: round(slope, 4) for name, slope in grown.items()}, f"in 1,000 of {trainer.budget.steps} steps")
-    if not options.print:
-        result = {
-            "options": OPTIONS, "workers": options.workers, "torch": torch.__version__, "steps": trainer.budget.steps,
-            "seconds": trainer.budget.seconds, "per_1000_steps": grown, "is_flat": grown["memory"] < LIMIT, "samples": samples,
-        }  # fmt: skip
-        file = Path(__file__).parent / "results" / "soak.json"
-        file.write_text(json.dumps(result, indent=1) + "\n")
+        soak(build(compose("run", [*OPTIONS, *limits]), Path(folder) / "run", Console(quiet=True)), options.every, seen)
 
 
 if __name__ == "__main__":

@@ -23,6 +23,15 @@ def test_slopes_are_those_after_the_warm_up():
     assert slopes["threads"] == pytest.approx(0.0, abs=1e-9)
 
 
+def test_the_section_says_what_is_not_met():
+    samples = [soak.Sample(k, 400 + 1.5 * k / 1000, 10, 3, 6) for k in range(0, 10_000, 100)]
+    report = {"samples": samples, "seconds": 90.0, "per_1000_steps": soak.slopes(samples)}
+    facts = {"workers": 2, "threads": 1, "cpu": "a CPU", "torch": "2", "date": "today", "command": "python benchmarks/soak.py"}
+    lines = soak.section(report | facts)
+    assert "| memory with its loading processes, MB | 403 | 415 | +1.500 | 1 | **not met** |" in lines
+    assert "| child processes | 6 | 6 | +0.000 | 0.1 | met |" in lines
+
+
 def test_too_few_samples_are_refused():
     with pytest.raises(ValueError, match="too few samples"):
         soak.slopes([soak.Sample(1, 1.0, 1, 1, 0)] * 3)
