@@ -6,11 +6,13 @@ import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from traceback import walk_tb
 
 from hydra.errors import ConfigCompositionException, HydraException, InstantiationException, MissingConfigException
 from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 from rich.markup import escape
+from yaml import YAMLError
 
 from metavpt.errors import MetaVPTError
 
@@ -22,7 +24,7 @@ PLUGINS = {  # choices that come with a package of their own -> the extra that i
     "hydra/launcher/submitit_slurm": "slurm",
 }
 
-USER_ERRORS = (MetaVPTError, HydraException, OmegaConfBaseException)
+USER_ERRORS = (MetaVPTError, HydraException, OmegaConfBaseException, YAMLError, UnicodeDecodeError)
 
 
 def run_command(main: Callable[[], None]) -> None:
@@ -57,6 +59,8 @@ def _user_error(error: BaseException) -> str | None:
     """The line to print; None for an error inside a constructor that is no fault of the configuration."""
     if isinstance(error, RuntimeError):
         return dead_worker(str(error))
+    if isinstance(error, UnicodeDecodeError):
+        return _not_text(error)
     chain = [error]
     while chain[-1].__cause__ or chain[-1].__context__:
         chain.append(chain[-1].__cause__ or chain[-1].__context__)  # type: ignore[arg-type]
@@ -72,6 +76,14 @@ def _user_error(error: BaseException) -> str | None:
         lines = [line for link in reversed(chain) for line in str(link).splitlines()]  # the innermost first: it names what is wrong
         return next((line for line in lines if any(words in line for words in blamed)), None)
     return str(error).splitlines()[0]
+
+
+def _not_text(error: UnicodeDecodeError) -> str | None:
+    """The line for a configuration file that hydra could not decode, which its error does not name; None for any other text."""
+    for frame, _ in walk_tb(error.__traceback__):
+        if frame.f_code.co_filename.endswith("file_config_source.py"):
+            return f"{frame.f_locals.get('full_path')}: not text in UTF-8 ({error.reason} at byte {error.start}); repair the file"
+    return None
 
 
 def dead_worker(message: str) -> str | None:

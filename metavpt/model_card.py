@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 from omegaconf import DictConfig, OmegaConf
 
+from metavpt.disk import reading
 from metavpt.numerals import number
 from metavpt.report import read_log, summary_rows
 
@@ -73,7 +74,8 @@ class Description(NamedTuple):
 def model_card(run: Path, config: DictConfig, of: Description) -> str:
     """Markdown, made of what `run` wrote: config.yaml, metrics.jsonl, environment.json."""
     file = run / "environment.json"
-    environment: dict[str, Any] = json.loads(file.read_text()) if file.is_file() else {}
+    with reading(f"{file}: cannot be read", "delete it: the card then names no versions"):
+        environment = dict[str, Any](json.loads(file.read_text()) if file.is_file() else {})
     rows = summary_rows(read_log(run / "metrics.jsonl"))
     last = max((row.last_step for row in rows), default=0)
     lines = ["| metric | before | after | change |", "|---|---|---|---|"]

@@ -48,7 +48,7 @@ def read(folder: Path) -> list[Result]:
     path = folder / FILE
     if not path.is_file():
         return []
-    lines = path.read_text().splitlines()
+    lines = path.read_text(errors="replace").splitlines()
     found: dict[tuple[str, int], Result] = {}
     for number, line in enumerate(lines, start=1):
         try:

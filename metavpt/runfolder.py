@@ -45,7 +45,7 @@ def find(folder: Path | None, parent: Path, config: str) -> Path:
     candidates = [folder] if folder is not None else sorted(parent.glob("*/"), key=lambda path: path.stat().st_mtime, reverse=True)
     for path in candidates:
         file = path / "config.yaml"
-        if file.is_file() and file.read_text() == config:
+        if file.is_file() and file.read_bytes() == config.encode():
             return path
         if folder is not None:
             reason = "was made by another configuration" if file.is_file() else "holds no run (config.yaml is missing)"

@@ -225,10 +225,8 @@ def official_train_rows() -> list[int]:
 
 def _read_split_rows(path: Path) -> dict[str, list[int]]:
     """The rows, from 0, of "train" and "val"."""
-    try:
+    with reading(f"{path}: must list the rows of 'train' and 'val'", "write it anew"):
         splits = {split: [int(row) for row in json.loads(path.read_text())[split]] for split in ("train", "val")}
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise MetaVPTError(f"{path}: must list the rows of 'train' and 'val' ({error!r})") from None
     if not splits["train"] or not splits["val"] or set(splits["train"]) & set(splits["val"]):
         raise MetaVPTError(f"{path}: 'train' and 'val' must both hold rows, and share none")
     return splits

@@ -3,18 +3,20 @@
 import io
 import warnings
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from metavpt.disk import reading
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp"}
 MAX_PIXELS = 100_000_000
+PIXELS_PER_BYTE = 1000  # of the file, at most, beyond the first FREE_PIXELS: one colour alone comes to 340 as a PNG
+FREE_PIXELS = 2**22
+STRIP = 2**18  # pixels that are converted at a time: Pillow holds 4 bytes each already, and all at once would take thrice as much again
 
 
 def is_image(name: str) -> bool:
@@ -26,19 +28,31 @@ def decode(data: bytes, source: str) -> Tensor:
     """An encoded image as RGB uint8 (3,H,W); grey, palette and 16-bit images are converted."""
     with reading(f"{source}: not a readable image", "remove or replace it"):
         image = open_image(io.BytesIO(data))
-        if image.mode.startswith("I"):  # 16 bits: PIL's own conversion to RGB would clip, not scale
-            image = Image.fromarray((np.asarray(image).astype(np.float64) / 257).round().clip(0, 255).astype(np.uint8))
-        array = np.array(image.convert("RGB"))
+        array = np.empty((image.height, image.width, 3), np.uint8)
+        rows = max(1, STRIP // image.width)
+        for top in range(0, image.height, rows):
+            array[top : top + rows] = np.asarray(_rgb(image.crop((0, top, image.width, min(top + rows, image.height)))))
     return torch.from_numpy(array).permute(2, 0, 1)
 
 
-def open_image(file: Any) -> Image.Image:
-    """PIL's image, not decoded yet. Raises ValueError for more than `MAX_PIXELS`: a few bytes can ask for any amount of memory."""
+def _rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I"):  # 16 bits: PIL's own conversion to RGB would clip, not scale
+        image = Image.fromarray(((np.asarray(image).clip(0, 65535).astype(np.int32) + 128) // 257).astype(np.uint8))
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def open_image(file: Path | io.BytesIO) -> Image.Image:
+    """PIL's image, not decoded yet. Raises ValueError for more pixels than a photo of so many bytes has: a few can ask for any memory."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-        image = Image.open(file)
-    if image.width * image.height > MAX_PIXELS:
-        raise ValueError(f"{image.width}x{image.height} pixels are more than {MAX_PIXELS}")
+        try:
+            image = Image.open(file)
+        except UnidentifiedImageError:  # its message gives the address of `file`
+            raise ValueError("of no known format") from None
+    num_bytes = file.stat().st_size if isinstance(file, Path) else file.getbuffer().nbytes
+    most = min(MAX_PIXELS, max(FREE_PIXELS, PIXELS_PER_BYTE * num_bytes))
+    if image.width * image.height > most:
+        raise ValueError(f"{image.width}x{image.height} pixels are more than the {most} that its {num_bytes} bytes may hold")
     return image
 
 

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from metavpt.disk import reading
 from metavpt.errors import MetaVPTError
 
 SAFE = {  # what the protocols of pickle need to rebuild bytes, arrays and numbers
@@ -40,11 +41,9 @@ def open_revisited(path: Path) -> Revisited:
         raise MetaVPTError(f"{path}: must be a folder with exactly one gnd_<name>.pkl and a folder jpg beside it; it has {len(found)}")
     file = found[0]
     truth = read_plain_pickle(file)
-    try:
+    with reading(f"{file}: is no ground truth with imlist, qimlist and gnd of bbx, easy, hard, junk"):
         images, names, gnd = [str(name) for name in truth["imlist"]], [str(name) for name in truth["qimlist"]], truth["gnd"]
         queries = [_query(name, entry, len(images)) for name, entry in zip(names, gnd, strict=True)]
-    except (KeyError, TypeError, ValueError, OverflowError) as error:
-        raise MetaVPTError(f"{file}: is no ground truth with imlist, qimlist and gnd of bbx, easy, hard, junk ({error!r})") from None
     if not images or not queries:
         raise MetaVPTError(f"{file}: lists no image or no query")
     return Revisited(file.stem.removeprefix("gnd_"), path / "jpg", images, queries)
@@ -63,11 +62,8 @@ def _query(name: str, entry: dict[str, Any], num_images: int) -> Query:
 
 def read_plain_pickle(file: Path) -> Any:
     """Lists, dicts, numbers, strings and numpy arrays. A pickle may run anything when read, so one that asks for more is refused."""
-    try:
-        with file.open("rb") as opened:
-            return _PlainUnpickler(opened, encoding="latin1").load()
-    except Exception as error:  # a damaged pickle fails in as many ways as it has instructions
-        raise MetaVPTError(f"{file}: cannot be read as a pickle of lists, dicts and arrays ({error})") from None
+    with reading(f"{file}: cannot be read as a pickle of lists, dicts and arrays"), file.open("rb") as opened:
+        return _PlainUnpickler(opened, encoding="latin1").load()
 
 
 class _PlainUnpickler(pickle.Unpickler):

@@ -11,6 +11,7 @@ import os
 import re
 import tarfile
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from metavpt.data.photo import decode, fit, is_image
+from metavpt.disk import reading
 from metavpt.errors import MetaVPTError
 
 
@@ -40,7 +42,9 @@ def expand(pattern: str) -> list[str]:
     for text, braces in re.findall(r"([^{]*)(?:\{([^{}]*)\})?", pattern):
         options.append([text])
         if ".." in braces:
-            first, last = braces.split("..")
+            first, _, last = braces.partition("..")
+            if not (first.isdecimal() and last.isdecimal()):
+                raise MetaVPTError(f"data.unlabelled: {{{braces}}} in {pattern} must be two numbers, as in {{000..099}}")
             options.append([f"{k:0{len(first)}d}" for k in range(int(first), int(last) + 1)])
         elif braces:
             options.append(braces.split(","))
@@ -103,7 +107,7 @@ def _contents(path: Path) -> np.ndarray:
     folder = Path(os.environ.get("METAVPT_CACHE") or Path.home() / ".cache" / "metavpt") / "shards"
     known = hashlib.sha256(f"{path.resolve()} {status.st_size} {status.st_mtime_ns}".encode()).hexdigest()[:32]
     file = folder / f"{known}.npy"
-    if file.is_file():
+    with suppress(OSError, ValueError, EOFError):  # absent, or cut short by a power cut
         return np.load(file)
     contents = _scan(path, status.st_size)
     try:
@@ -117,13 +121,10 @@ def _contents(path: Path) -> np.ndarray:
 
 
 def _scan(path: Path, num_bytes: int) -> np.ndarray:
-    try:
-        with tarfile.open(path, "r:") as tar:
-            members = [(m.offset_data, m.size) for m in tar if m.isfile() and is_image(Path(m.name).name)]
-    except (tarfile.TarError, OSError) as error:
-        raise MetaVPTError(f"{path}: not a readable, uncompressed tar ({error}); get it again, or unpack .tar.gz to .tar") from None
+    with reading(f"{path}: not a readable, uncompressed tar", "get it again, or unpack .tar.gz to .tar"), tarfile.open(path, "r:") as tar:
+        members = [(m.offset_data, m.size) for m in tar if m.isfile() and is_image(Path(m.name).name)]
     if not members:
         raise MetaVPTError(f"{path}: the shard holds no image")
-    if sum(members[-1]) > num_bytes:
+    if any(not 0 <= start <= start + length <= num_bytes for start, length in members):
         raise MetaVPTError(f"{path}: the shard is cut short; get it again")
     return np.array(members, dtype=np.int64)

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Generic, NamedTuple, TypeVar
 
+from metavpt.disk import reading
 from metavpt.errors import MetaVPTError
 
 Item = TypeVar("Item")
@@ -140,7 +141,7 @@ class JsonLines(Rows[Item]):
 
     def _raw_rows(self) -> Iterator[tuple[str, bytes | dict[str, Any]]]:
         if self.path.suffix == ".json":
-            rows = _json(b"".join(_lines(self.path)), f"{self.path}: ")
+            rows = _json(_whole(self.path), f"{self.path}: ")
             if not isinstance(rows, list):
                 raise MetaVPTError(f"{self.path}: not an array of objects; name a file of JSON lines .jsonl")
             yield from ((f"{self.path}, row {k}", row) for k, row in enumerate(rows, 1))
@@ -204,12 +205,9 @@ class HubDataset(Rows[Item]):
         self.config, self.split, self.streaming = config or known.config, split or known.split, streaming
 
     def _raw_rows(self) -> Iterator[tuple[str, dict[str, Any]]]:
-        try:
+        with reading(f"{self.name}: the data set cannot be read", "check its name, config and split"):  # also in the middle
             for number, row in enumerate(self._load(), 1):
                 yield f"{self.name}, row {number}", row
-        except (OSError, ValueError, KeyError, RuntimeError) as error:  # what `datasets` and its readers raise, also in the middle
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise MetaVPTError(f"{self.name}: the data set cannot be read ({reason}); check its name, config and split") from None
 
     def _load(self) -> Any:
         try:
@@ -259,6 +257,15 @@ def _lines(path: Path) -> Iterator[bytes]:
         raise MetaVPTError(f"{path}: cannot be read ({error.strerror}); check the path") from None
 
 
+def _whole(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except OSError as error:
+        raise MetaVPTError(f"{path}: cannot be read ({error.strerror}); check the path") from None
+    except UnicodeDecodeError as error:
+        raise MetaVPTError(f"{path}: invalid UTF-8 (byte {error.start}); repair the file") from None
+
+
 def _utf8(raw: bytes) -> str:
     try:
         return raw.decode("utf-8")
@@ -266,9 +273,9 @@ def _utf8(raw: bytes) -> str:
         raise BadRowError(f"invalid UTF-8 (byte {error.start})") from None
 
 
-def _json(raw: bytes, prefix: str = "") -> Any:
+def _json(raw: bytes | str, prefix: str = "") -> Any:
     try:
-        return json.loads(_utf8(raw))
+        return json.loads(raw if isinstance(raw, str) else _utf8(raw))
     except BadRowError as error:
         reason = str(error)
     except (ValueError, RecursionError) as error:  # broken, a number of thousands of digits, nested without end

@@ -25,7 +25,7 @@ def load_tokenizer(name: str | Path) -> Any:
         if not path.is_file():
             raise MetaVPTError(f"{name}: no such file; check the path")
     with reading(f"{name}: no tokenizer can be read from it", "check the name, or get the files again"):
-        tokenizer = transformers.AutoTokenizer.from_pretrained(**source)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(**source, trust_remote_code=False)  # None would ask, and wait
     if not tokenizer.is_fast:
         raise MetaVPTError(f"{name}: its tokenizer gives no offsets, which tell prompt from answer; use a model with a fast tokenizer")
     if tokenizer.eos_token_id is None:

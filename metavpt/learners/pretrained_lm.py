@@ -54,7 +54,9 @@ def pretrained_language_model(
         source, gguf_file = path.parent, path.name
     disable_progress_bar()
     try:
-        model = AutoModelForCausalLM.from_pretrained(str(source), gguf_file=gguf_file, dtype=dtype, attn_implementation="sdpa")
+        model = AutoModelForCausalLM.from_pretrained(
+            str(source), gguf_file=gguf_file, dtype=dtype, attn_implementation="sdpa", trust_remote_code=False
+        )
     except Exception as error:  # a download and two file formats, each with errors of its own
         file = Path(source) / gguf_file if gguf_file else source
         raise MetaVPTError(f"{file}: cannot be loaded as a language model ({type(error).__name__}: {_first_line(error)})") from error

@@ -1,6 +1,7 @@
 """What a run logged, read back from its metrics.jsonl."""
 
 import json
+import math
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -32,7 +33,7 @@ def read_log(path: Path) -> list[Record]:
     for number, line in enumerate(lines, start=1):
         try:
             record = json.loads(line)
-        except json.JSONDecodeError:
+        except (ValueError, RecursionError):  # broken, a number of thousands of digits, nested without end
             record = None
         if isinstance(record, dict):
             records.append(record)
@@ -45,9 +46,9 @@ def series_of(records: list[Record], kind: str) -> Series:
     """Every number of the records of `kind` by name and step; where a step was logged twice the later record holds."""
     series: Series = {}
     for record in records:
-        if record.get("kind") != kind or not is_number(record.get("step")):
+        values = record.get("metrics") if kind == "probe" else record
+        if record.get("kind") != kind or not _is_step(record.get("step")) or not isinstance(values, dict):
             continue
-        values = record.get("metrics", {}) if kind == "probe" else record
         for name, value in values.items():
             if is_number(value) and name != "step":
                 series.setdefault(name, {})[int(record["step"])] = float(value)
@@ -63,7 +64,7 @@ def samples_at(records: list[Record], steps: Iterable[int]) -> np.ndarray:
 
 def spent(records: list[Record]) -> dict[str, float]:
     """Steps of the last record that has one, and the totals of the last train record."""
-    steps = float(max((r["step"] for r in records if is_number(r.get("step"))), default=0))
+    steps = float(max((r["step"] for r in records if _is_step(r.get("step"))), default=0))
     last = next((record for record in reversed(records) if record.get("kind") == "train"), {})
     return {"steps": steps} | {name: float(last[name]) for name in COUNTERS if is_number(last.get(name))}
 
@@ -90,7 +91,12 @@ def warnings(records_by_place: dict[str, list[Record]]) -> Warnings:
 
 
 def is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    """Of what JSON can hold: no truth value, and no integer beyond every float."""
+    return isinstance(value, float) or (isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**1023)
+
+
+def _is_step(value: Any) -> bool:
+    return is_number(value) and math.isfinite(value)
 
 
 def _place(place: str, steps: list[Any]) -> str:

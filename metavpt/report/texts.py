@@ -47,5 +47,5 @@ def visible(text: str) -> str:
 def _read(path: Path) -> Texts | None:
     try:
         return Texts.parse(json.loads(path.read_text(encoding="utf-8")))
-    except (ValueError, TypeError, KeyError):
+    except Exception:  # half written, or by someone else
         return None

@@ -1,0 +1,128 @@
+"""Files with damage in them: what a reader may make of one, how long it may take over it, and how much memory.
+
+METAVPT_FUZZ=400 pytest -k damaged tests      10,000 files and more; the default is few, and always the same ones
+"""
+
+import ctypes
+import gc
+import os
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from metavpt.errors import MetaVPTError
+from metavpt.time_limit import time_limit
+
+NUM_EXAMPLES = int(os.environ.get("METAVPT_FUZZ", "15"))
+SECONDS = 20  # what reading one file of a few kB may take at most
+MIB = 2**20
+SPARE = 64 * MIB  # beside twice what a file holds: libraries loaded late, buffers, images that claim somewhat more than they hold
+STATUS, RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+
+
+class Reader(NamedTuple):
+    """The file's name; the bytes of a valid one, and what lies beside it, in a folder; how it is read; how many times slower than most."""
+
+    file: str
+    make: Callable[[Path], bytes]
+    read: Callable[[Path], Any]
+    slower: int = 1
+
+
+place = st.floats(0, 1, exclude_max=True)
+Change = tuple[str, float, float, bytes]
+changes = st.lists(
+    st.tuples(st.sampled_from(["flip", "set", "cut", "drop", "insert", "splice"]), place, place, st.binary(min_size=1, max_size=8)),
+    min_size=1,
+    max_size=4,
+)
+
+
+def damage(data: bytes, change: list[Change]) -> bytes:
+    for kind, first, second, junk in change:
+        at, to = sorted((int(first * len(data)), int(second * len(data))))
+        data = {
+            "flip": lambda: data[:at] + bytes([data[at] ^ (1 << junk[0] % 8)]) + data[at + 1 :] if data else data,  # noqa: B023
+            "set": lambda: data[:at] + junk + data[at + len(junk) :],  # noqa: B023
+            "cut": lambda: data[:to],  # noqa: B023
+            "drop": lambda: data[:at] + data[min(to, at + 64) :],  # noqa: B023
+            "insert": lambda: data[:at] + junk + data[at:],  # noqa: B023
+            "splice": lambda: data[:at] + data[to:] + data[at:to],  # noqa: B023
+        }[kind]()
+    return data
+
+
+def complaint(read: Callable[[Path], Any], path: Path) -> str:
+    """The error that the user sees, none where the file could be read."""
+    try:
+        with time_limit(SECONDS, "HANGS"):
+            read(path)
+    except MetaVPTError as error:
+        return str(error)
+    return ""
+
+
+def survives(reader: Reader, folder: Path) -> None:
+    """Every damaged file is read, or is a MetaVPTError that names it, in time and within `SPARE`."""
+    path = folder / "file" / reader.file
+    path.parent.mkdir()
+    whole = reader.make(path.parent)
+    path.write_bytes(whole)
+    reader.read(path)  # the whole file is valid, so whatever fails below fails by the damage
+
+    @given(change=changes)
+    @settings(
+        max_examples=max(2, NUM_EXAMPLES // reader.slower),
+        deadline=None,
+        derandomize=NUM_EXAMPLES < 100,
+        database=None,
+        suppress_health_check=list(HealthCheck),
+    )
+    def fuzz(change: list[Change]) -> None:
+        path.write_bytes(damage(whole, change))
+        messages: list[str] = []
+        grown = growth(lambda: messages.append(complaint(reader.read, path)))
+        assert "HANGS" not in messages[0]
+        assert not messages[0] or path.name in messages[0] or str(path.parent) in messages[0] or "_target_" in messages[0]
+        assert grown < SPARE, f"{grown / MIB:.0f} MiB"
+
+    fuzz()
+
+
+def growth(call: Callable[[], Any], *, trim: bool = False) -> int:
+    """Bytes by which the resident memory rises at most while `call` runs; 0 where the system cannot tell.
+
+    trim: give back first what earlier calls have freed, which the next would use again unseen.
+    """
+    if not RESET.exists():
+        call()
+        return 0
+    if trim:
+        gc.collect()
+        ctypes.CDLL(None).malloc_trim(0)
+    RESET.write_text("5")  # the peak becomes what is resident now
+    before = _status("VmRSS")
+    call()
+    return _status("VmHWM") - before
+
+
+def held(item: Any) -> int:
+    """Bytes that what was read takes by itself."""
+    if isinstance(item, Tensor):
+        return item.nbytes
+    if isinstance(item, np.ndarray):
+        return item.nbytes
+    inside = item.values() if isinstance(item, dict) else item if isinstance(item, (list, tuple)) else ()
+    return sys.getsizeof(item) + sum(map(held, inside)) + (sum(map(held, item)) if isinstance(item, dict) else 0)
+
+
+def _status(key: str) -> int:
+    found = re.search(rf"{key}:\s+(\d+) kB", STATUS.read_text())
+    return int(found[1]) * 1024 if found else 0
