@@ -4,6 +4,7 @@ V = <g_down, g_pre> is the drop of the feedback loss per unit of learning rate, 
 A direction returns the detached w with dV/dphi = d<w, g_pre>/dphi, so that every variant of the value costs the same one product.
 """
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
@@ -80,11 +81,10 @@ class AdamAware:
         return Aim(*first_order_value(update, g_pre, g_down))
 
 
-@dataclass(frozen=True)
-class Normalized:
-    """The direction `of`, scaled to unit length: only where to go, not how far. V is scaled alike."""
+class Rescaled(ABC):
+    """The direction `of` at another length; V is scaled alike."""
 
-    of: Direction = field(default_factory=Dot)
+    of: Direction
 
     @property
     def needs_g_pre(self) -> bool:
@@ -94,15 +94,29 @@ class Normalized:
     def needs_update(self) -> bool:
         return self.of.needs_update
 
+    @abstractmethod
+    def factor(self, length: Tensor) -> Tensor:
+        """What a w of that length is multiplied by."""
+
     def __call__(self, g_down: Params, g_pre: Params | None, update: Update | None = None) -> Aim:
         w, value = self.of(g_down, g_pre, update)
-        factor = 1 / params.norm(w).clamp_min(torch.finfo(next(iter(w.values())).dtype).tiny)
+        factor = self.factor(params.norm(w))
         return Aim(params.scale(w, factor), None if value is None else value * factor)
 
 
 @dataclass(frozen=True)
-class Clipped:
-    """The direction `of`, shortened to `max_norm` where it is longer. V is scaled alike."""
+class Normalized(Rescaled):
+    """The direction `of`, scaled to unit length: only where to go, not how far."""
+
+    of: Direction = field(default_factory=Dot)
+
+    def factor(self, length: Tensor) -> Tensor:
+        return 1 / length.clamp_min(torch.finfo(length.dtype).tiny)
+
+
+@dataclass(frozen=True)
+class Clipped(Rescaled):
+    """The direction `of`, shortened to `max_norm` where it is longer."""
 
     max_norm: float
     of: Direction = field(default_factory=Dot)
@@ -111,15 +125,5 @@ class Clipped:
         if not self.max_norm > 0:
             raise MetaVPTError(f"max_norm={self.max_norm}: must be positive")
 
-    @property
-    def needs_g_pre(self) -> bool:
-        return self.of.needs_g_pre
-
-    @property
-    def needs_update(self) -> bool:
-        return self.of.needs_update
-
-    def __call__(self, g_down: Params, g_pre: Params | None, update: Update | None = None) -> Aim:
-        w, value = self.of(g_down, g_pre, update)
-        factor = self.max_norm / params.norm(w).clamp_min(self.max_norm)
-        return Aim(params.scale(w, factor), None if value is None else value * factor)
+    def factor(self, length: Tensor) -> Tensor:
+        return self.max_norm / length.clamp_min(self.max_norm)

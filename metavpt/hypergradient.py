@@ -24,10 +24,10 @@ from metavpt.curvature import Curvature, Hessian
 from metavpt.directions import Direction, Dot
 from metavpt.errors import MetaVPTError, NonFiniteError
 from metavpt.linear_solve import ConjugateGradient, LinearSolver, Solution
-from metavpt.optimizers import Rule, State, Update, vjp
+from metavpt.optimizers import Update, vjp
 from metavpt.params import Params
 from metavpt.products import DifferenceProduct, Loss, Product, value_and_gradient
-from metavpt.trajectory import Trajectory
+from metavpt.trajectory import Trajectory, Unroll
 
 InnerLoss = Callable[[Params], Loss]
 OuterLoss = Callable[[Params], Tensor]
@@ -195,13 +195,11 @@ class Implicit:
 
 
 @dataclass(frozen=True)
-class Unrolled:
+class Unrolled(Unroll):
     """dL_down(theta_K(phi))/dphi through K = `num_steps` steps of the learner's optimizer, one unlabelled batch each.
 
     The discrete adjoint, replayed backwards one step at a time: with (theta', moments') = U(theta, moments, g) and cotangents of the
     left side, w is U's pullback to g, and d<w, g_k>/d(theta, phi) carries it through the gradient. Exact for SGD, Adam and AdamW.
-
-    optimizer     the rule to unroll, from fresh moments; by default the learner's real one as it stands (`update`)
 
     offload       whether what is kept of the steps waits in the CPU's memory
     kept_graphs   of how many last steps the graph to phi is kept rather than made again on the way back: time for memory
@@ -210,24 +208,14 @@ class Unrolled:
     those in between are replayed elementwise.
     """
 
-    num_steps: int = 4
-    optimizer: Rule | None = None
     product: Product = field(default_factory=DifferenceProduct)
     offload: bool = False
     kept_graphs: int = 1
 
     def __post_init__(self) -> None:
-        _positive("Unrolled", num_steps=self.num_steps)
+        super().__post_init__()
         if self.kept_graphs < 0:
             raise MetaVPTError(f"Unrolled: kept_graphs={self.kept_graphs} must not be negative")
-
-    @property
-    def num_batches(self) -> int:
-        return self.num_steps
-
-    @property
-    def needs_update(self) -> bool:
-        return self.optimizer is None
 
     def __call__(
         self,
@@ -242,7 +230,7 @@ class Unrolled:
         phi = params.leaves(phi)
         if len(inner_losses) != self.num_steps:
             raise MetaVPTError(f"Unrolled: num_steps={self.num_steps} takes as many inner losses, not {len(inner_losses)}")
-        rule, state = self._optimizer(theta, update)
+        rule, _, state = self.begin(theta, update)
         before = float(outer_loss(params.detach(theta)).detach())
         trajectory = Trajectory(rule, params.detach(theta), state, math.isqrt(self.num_steps), self.offload)
         kept: list[Loss] = []
@@ -268,13 +256,6 @@ class Unrolled:
                 ct_theta, ct_moments = params.add(pulled.theta, by_theta[0]), pulled.moments
         grad_evals = 1 + self.num_steps * (1 + self.product.num_gradients)
         return finite(Hypergradient(total, before - feedback_loss, grad_evals, diagnostics))
-
-    def _optimizer(self, theta: Params, update: Update | None) -> tuple[Rule, State]:
-        if self.optimizer is not None:
-            return self.optimizer, self.optimizer.init(params.detach(theta))
-        if update is None:
-            raise MetaVPTError("Unrolled: needs an optimizer to unroll: set `optimizer`, or pass the learner's as `update`")
-        return update.rule, update.state
 
 
 @phase("g_down")

@@ -1,11 +1,45 @@
 """The steps of an unrolled optimizer, kept so that they can be walked backwards."""
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 
-from metavpt.optimizers import Rule, State
+from metavpt import params
+from metavpt.errors import MetaVPTError
+from metavpt.optimizers import Rule, State, Update
 from metavpt.params import Params
+
+
+@dataclass(frozen=True)
+class Unroll:
+    """K = `num_steps` steps of an optimizer, one unlabelled batch each.
+
+    optimizer   the rule to unroll, from fresh moments; by default the learner's real one as it stands (`update`)
+    """
+
+    num_steps: int = 4
+    optimizer: Rule | None = None
+
+    def __post_init__(self) -> None:
+        if self.num_steps < 1:
+            raise MetaVPTError(f"{type(self).__name__}: num_steps={self.num_steps} must be at least 1")
+
+    @property
+    def num_batches(self) -> int:
+        return self.num_steps
+
+    @property
+    def needs_update(self) -> bool:
+        return self.optimizer is None
+
+    def begin(self, theta: Params, update: Update | None) -> Update:
+        """The optimizer, with its state, that takes the first step at theta."""
+        if self.optimizer is not None:
+            return Update(self.optimizer, theta, self.optimizer.init(params.detach(theta)))
+        if update is None:
+            raise MetaVPTError(f"{type(self).__name__}: needs an optimizer to unroll: set `optimizer`, or pass the learner's as `update`")
+        return update
 
 
 class Trajectory:

@@ -14,31 +14,15 @@ from metavpt.hypergradient import Hypergradient, InnerLoss, OuterLoss
 from metavpt.interop import backpropagated, peer
 from metavpt.optimizers import SGD, Adam, PerParameter, Rule, Update
 from metavpt.params import Params
+from metavpt.trajectory import Unroll
 
 
 @dataclass(frozen=True)
-class TorchOptUnroll:
+class TorchOptUnroll(Unroll):
     """dL_down(theta_K(phi))/dphi, the number that `Unrolled` gives, through the graph of all K = `num_steps` steps: memory grows with K.
-
-    optimizer   the rule to unroll, from fresh moments; by default the learner's real one as it stands (`update`)
 
     TorchOpt's Adam differentiates sqrt(0) where an entry has never had a gradient: that ends in a NonFiniteError.
     """
-
-    num_steps: int = 4
-    optimizer: Rule | None = None
-
-    def __post_init__(self) -> None:
-        if self.num_steps < 1:
-            raise MetaVPTError(f"TorchOptUnroll: num_steps={self.num_steps} must be at least 1")
-
-    @property
-    def num_batches(self) -> int:
-        return self.num_steps
-
-    @property
-    def needs_update(self) -> bool:
-        return self.optimizer is None
 
     def __call__(
         self,
@@ -50,10 +34,7 @@ class TorchOptUnroll:
         update: Update | None = None,
         start: Params | None = None,
     ) -> Hypergradient:
-        if self.optimizer is not None:
-            update = Update(self.optimizer, theta, self.optimizer.init(params.detach(theta)))
-        if update is None:
-            raise MetaVPTError("TorchOptUnroll: needs an optimizer to unroll: set `optimizer`, or pass the learner's as `update`")
+        update = self.begin(theta, update)
         phi = params.leaves(phi)
         steppers = {name: _Stepper(update, name) for name in theta}
         with sdpa_kernel(SDPBackend.MATH), torch.enable_grad():

@@ -14,6 +14,10 @@ from transformers.utils.logging import disable_progress_bar
 from metavpt.errors import MetaVPTError
 from metavpt.learners.lm import LanguageModel
 
+LAYER_BYTES = 270  # of a file, which the names and shapes of a layer's nine tensors take at least
+SIZES = (
+    "num_hidden_layers", "hidden_size", "num_attention_heads", "num_key_value_heads", "intermediate_size", "head_dim", "vocab_size",
+)  # fmt: skip
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
@@ -53,14 +57,35 @@ def pretrained_language_model(
             raise MetaVPTError(f"{path}: no such GGUF file")
         source, gguf_file = path.parent, path.name
     disable_progress_bar()
+    file = Path(source) / gguf_file if gguf_file else Path(source)
+    options: dict[str, Any] = {"gguf_file": gguf_file, "trust_remote_code": False}  # None would ask on the terminal, and wait
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            str(source), gguf_file=gguf_file, dtype=dtype, attn_implementation="sdpa", trust_remote_code=False
-        )
+        config = AutoConfig.from_pretrained(str(source), **options)
+        _check_size(config, file)
+        options |= {"config": config, "dtype": dtype, "attn_implementation": "sdpa", "output_loading_info": True}
+        model, info = AutoModelForCausalLM.from_pretrained(str(source), **options)
+        if missing := sorted(info["missing_keys"]):  # transformers says so on the terminal, and draws them at random
+            raise MetaVPTError(
+                f"{file}: has no weights for {', '.join(missing[:3])}, {len(missing)} in all, which its configuration asks for"
+            )
+    except MetaVPTError:
+        raise
     except Exception as error:  # a download and two file formats, each with errors of its own
-        file = Path(source) / gguf_file if gguf_file else source
         raise MetaVPTError(f"{file}: cannot be loaded as a language model ({type(error).__name__}: {_first_line(error)})") from error
     return LanguageModel(_adapted(_plain(model) if gguf_file else model, lora), tail_layers)
+
+
+def _check_size(config: Any, file: Path) -> None:
+    """Raises MetaVPTError where a local file or folder is too small for its configuration, which would be built layer by layer first."""
+    files = [file] if file.is_file() else [path for path in file.glob("*") if path.suffix in (".safetensors", ".bin")]
+    num_bytes = sum(path.stat().st_size for path in files)
+    layers, width, heads, key_heads, middle, head_dim, vocabulary = (int(getattr(config, name, None) or 0) for name in SIZES)
+    block = width * (3 * middle + 2 * (head_dim or width // max(heads, 1)) * (heads + key_heads))
+    least = vocabulary * width + layers * block
+    if files and least / 8 + LAYER_BYTES * layers > num_bytes:
+        raise MetaVPTError(
+            f"{file}: its configuration asks for {layers} layers and {least} parameters or more, which its {num_bytes} bytes cannot hold"
+        )
 
 
 def random_language_model(model_type: str = "llama", tail_layers: int = 2, lora: LoRA | None = None, **config: Any) -> LanguageModel:

@@ -57,6 +57,8 @@ def test_patterns():
     assert expand("a-{08..11}.tar") == ["a-08.tar", "a-09.tar", "a-10.tar", "a-11.tar"]
     assert expand("{x,y}-{0..1}.tar") == ["x-0.tar", "x-1.tar", "y-0.tar", "y-1.tar"]
     assert expand("plain.tar") == ["plain.tar"]
+    with pytest.raises(MetaVPTError, match=r"\{a\.\.c\} in x-\{a\.\.c\}\.tar must be two numbers"):
+        expand("x-{a..c}.tar")
 
 
 def test_every_way_of_naming_shards(folder):
@@ -146,6 +148,27 @@ def test_contents_are_kept_until_the_shard_changes(tmp_path):
     assert kept.stat().st_mtime_ns == before
     write_shard(shard, [1, 2, 3, 4, 5, 6, 7, 8])
     assert len(Shards([shard], (8, 8))) == 8
+
+
+def test_a_damaged_list_of_contents_is_made_anew(tmp_path):
+    write_shard(tmp_path / "a.tar", [1, 2])
+    Shards([tmp_path / "a.tar"], (8, 8))
+    (kept,) = (tmp_path / "cache" / "shards").iterdir()
+    kept.write_bytes(kept.read_bytes()[:20])
+    assert len(Shards([tmp_path / "a.tar"], (8, 8))) == 2
+
+
+def test_a_member_that_claims_more_than_the_shard_is_refused(tmp_path):
+    """A sparse member has another size in its header than in the file; read at once it would take that much memory."""
+    with tarfile.open(tmp_path / "a.tar", "w", format=tarfile.GNU_FORMAT) as tar:
+        tar.addfile(tarfile.TarInfo("1.png"))
+    data = bytearray((tmp_path / "a.tar").read_bytes())
+    data[156:157], data[386:398], data[483:495] = b"S", b"%011o\0" % 0, b"%011o\0" % 2**32
+    data[148:156] = b" " * 8
+    data[148:156] = b"%06o\0 " % sum(data[:512])
+    (tmp_path / "a.tar").write_bytes(data)
+    with pytest.raises(MetaVPTError, match=r"a\.tar: the shard is cut short"):
+        open_images(tmp_path / "a.tar", (8, 8))
 
 
 def test_workers_read_the_same_and_none_stays_behind(folder):

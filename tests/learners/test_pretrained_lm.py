@@ -1,3 +1,5 @@
+import re
+
 import pytest
 import torch
 from tiny_gguf import write_gguf
@@ -45,6 +47,23 @@ def test_a_truncated_gguf_file_is_one_clear_error(tmp_path):
         file.write_bytes(whole[:size])
         with pytest.raises(MetaVPTError, match=r"tiny.gguf: cannot be loaded"):
             pretrained_language_model(file)
+
+
+def test_layers_without_weights_are_refused_not_drawn_at_random(tmp_path):
+    tiny_lm().save(tmp_path)
+    config = tmp_path / "config.json"
+    config.write_text(config.read_text().replace('"num_hidden_layers": 3', '"num_hidden_layers": 4'))
+    with pytest.raises(MetaVPTError, match=r"has no weights for model\.layers\.3\.\S+, .* 9 in all"):
+        pretrained_language_model(tmp_path)
+
+
+@pytest.mark.parametrize("key", ["num_hidden_layers", "vocab_size", "intermediate_size", "num_key_value_heads"])
+def test_a_configuration_beyond_the_size_of_its_file_is_refused_before_it_is_built(tmp_path, key):
+    tiny_lm().save(tmp_path)
+    config = tmp_path / "config.json"
+    config.write_text(re.sub(rf'"{key}": \d+', f'"{key}": 1000000000', config.read_text()))
+    with pytest.raises(MetaVPTError, match=r"which its \d+ bytes cannot hold"):
+        pretrained_language_model(tmp_path)
 
 
 def test_what_is_not_there_is_named(tmp_path):
