@@ -63,7 +63,8 @@ def pretrained_language_model(
         config = AutoConfig.from_pretrained(str(source), **options)
         _check_size(config, file)
         options |= {"config": config, "dtype": dtype, "attn_implementation": "sdpa", "output_loading_info": True}
-        model, info = AutoModelForCausalLM.from_pretrained(str(source), **options)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(str(source), **options)
+        model, info = loaded
         if missing := sorted(info["missing_keys"]):  # transformers says so on the terminal, and draws them at random
             raise MetaVPTError(
                 f"{file}: has no weights for {', '.join(missing[:3])}, {len(missing)} in all, which its configuration asks for"
