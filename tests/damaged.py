@@ -21,7 +21,7 @@ from metavpt.errors import MetaVPTError
 from metavpt.time_limit import time_limit
 
 NUM_EXAMPLES = int(os.environ.get("METAVPT_FUZZ", "15"))
-SECONDS = 20  # what reading one file of a few kB may take at most
+SECONDS = 60  # what reading one file of a few kB may take at most, on a machine that is busy with other things
 MIB = 2**20
 SPARE = 64 * MIB  # beside twice what a file holds: libraries loaded late, buffers, images that claim somewhat more than they hold
 KEYS = ("_target_", "tail_layers", "attention_dropout")  # named instead of the file, where that can be read and says what cannot be
