@@ -29,7 +29,7 @@ def test_no_function_is_long() -> None:
 
 
 def bodies(path: Path) -> Iterator[list[tuple[int, str]]]:
-    """The numbered lines of each function without blank ones and comments; nor its signature, which a protocol repeats in all who keep it."""
+    """The numbered lines of each function without blank ones and comments; nor its signature, which repeats that of its protocol."""
     text = path.read_text()
     lines = [line.split("  # ")[0].strip() for line in text.splitlines()]
     for node in ast.walk(ast.parse(text)):

@@ -149,3 +149,35 @@ def test_real_images(shared_data: Path):
     assert (len(tiny), len(imagenet)) == (10000, 1000)  # type: ignore[arg-type]
     assert torch.stack([tiny[k] for k in range(0, 10000, 200)]).shape == (50, 3, 64, 64)
     assert imagenet[999].shape == (3, 96, 128)
+
+
+@pytest.mark.parametrize(
+    ("arrays", "words"),
+    [
+        ({"pictures": np.zeros(3)}, "needs an array `images`"),
+        ({"images": np.zeros((2, 4, 4), np.uint8)}, r"images is uint8 \(2, 4, 4\)"),
+        ({"images": np.zeros((2, 4, 4, 3), np.float32)}, "images is float32"),
+        ({"images": np.zeros((2, 4, 4, 3), np.uint8), "split": np.zeros(3)}, r"split is \(3,\).*the 2 images"),
+        ({"jpeg": np.zeros(9, np.uint8), "offsets": np.array([0.0, 9.0])}, "offsets whole numbers"),
+        ({"jpeg": np.zeros(9, np.uint8), "offsets": np.array([0, 5, 4])}, "must rise from 0 to at most the 9 bytes"),
+        ({"jpeg": np.zeros(9, np.uint8), "offsets": np.array([0, 10])}, "must rise from 0 to at most the 9 bytes"),
+    ],
+)
+def test_arrays_that_hold_no_images_are_named(tmp_path: Path, arrays: dict[str, np.ndarray], words: str):
+    np.savez(tmp_path / "a.npz", **arrays)
+    with pytest.raises(MetaVPTError, match=rf"a\.npz: .*{words}"):
+        open_images(tmp_path / "a.npz", SIZE)
+
+
+def test_an_image_that_went_away_is_named(tmp_path: Path):
+    picture().save(tmp_path / "a.png")
+    images = open_images(tmp_path, SIZE)
+    (tmp_path / "a.png").unlink()
+    with pytest.raises(MetaVPTError, match=r"a\.png: cannot be read \(No such file"):
+        images[0]
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+        archive.writestr("a.png", encoded(picture()))
+    zipped = open_images(tmp_path / "a.zip", SIZE)
+    zipped.members.append("b.png")  # type: ignore[attr-defined]
+    with pytest.raises(MetaVPTError, match=r"a\.zip: the zip lacks b\.png"):
+        zipped[1]

@@ -65,6 +65,12 @@ def test_bad_names(tmp_path: Path, tokenizer: Any):
         load_tokenizer(tmp_path / "no_eos")
 
 
+def test_without_transformers_the_extra_is_named(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(MetaVPTError, match=r"pip install 'metavpt\[language\]'"):
+        load_tokenizer("anything")
+
+
 @pytest.mark.parametrize("num_bytes", [0, 10, 10_000])
 def test_a_truncated_gguf(num_bytes: int, tmp_path: Path):
     pytest.importorskip("gguf")
