@@ -78,6 +78,24 @@ def test_neumann_that_neither_grows_nor_shrinks_has_converged_and_one_that_ends_
     assert matrix.calls == 1
 
 
+def test_neumann_has_not_converged_if_a_term_outgrew_the_one_before_however_small_it_still_is() -> None:
+    """A part that halves hides one that grows by a half: the norms of the terms fall for six and then rise, far below that of b."""
+    values = torch.tensor([0.5] * 29 + [2.5], dtype=torch.float64)
+    b = torch.tensor([0.0] * 28 + [1.0, 1e-3], dtype=torch.float64)
+    assert Neumann(7)(Matrix(torch.diag(values)), split(b)).converged
+    later = Neumann(9)(Matrix(torch.diag(values)), split(b))
+    assert not later.converged
+    assert later.residual < 0.03
+
+
+def test_neumann_ends_where_the_square_of_a_term_underflows() -> None:
+    matrix = Matrix((1 - 1e-6) * EYE)
+    found = Neumann(60)(matrix, split(vector()))
+    assert found.converged
+    assert 26 <= matrix.calls <= 28  # a millionth each, down to 1e-162
+    torch.testing.assert_close(join(found.x), vector() / (1 - 1e-6), rtol=1e-12, atol=0)
+
+
 @pytest.mark.parametrize("step_size", [0.5, 1.5])
 def test_neumann_meets_the_curvature_of_an_eigenvector(step_size: float) -> None:
     a = spd(100)
@@ -90,7 +108,7 @@ def test_neumann_meets_the_curvature_of_an_eigenvector(step_size: float) -> None
 def test_neumann_that_overflows_says_how_many_terms_it_summed() -> None:
     a, b = 200 * spd(100), split(vector())
     found = Neumann(1000, 0.05)(Matrix(a), b)
-    assert found.residual == math.inf
+    assert (found.residual, found.converged) == (math.inf, False)
     assert 155 < found.num_iterations < 170  # nine times larger each, up to a square of 1e308
     torch.testing.assert_close(found.x, Neumann(found.num_iterations, 0.05)(Matrix(a), b).x, rtol=0, atol=0)
 
@@ -109,6 +127,24 @@ def test_nystrom_takes_curvature_below_zero_for_flat() -> None:
     torch.testing.assert_close(join(found.x), expected, rtol=1e-9, atol=1e-9)
     assert found.min_curvature == pytest.approx(-0.9, abs=1e-12)
     assert not found.converged
+
+
+@pytest.mark.parametrize(("curvature", "converged"), [(-0.125, True), (-0.25, False), (-0.375, False)])
+def test_nystrom_has_converged_when_it_is_better_than_nothing(curvature: float, converged: bool) -> None:
+    """All curvature is below zero and taken for flat, so x = b / damping and b - (A + damping I) x = -A b / damping."""
+    b = 0 * vector()
+    b[3] = 1.0
+    found = Nystrom(30)(Matrix(curvature * EYE), split(b), 0.25)
+    assert found.residual == pytest.approx(-curvature / 0.25, abs=1e-15)
+    assert found.converged is converged
+
+
+@pytest.mark.parametrize("scale", [1e-12, 1e12])
+def test_what_nystrom_takes_for_rounding_goes_by_the_scale_of_the_matrix(scale: float) -> None:
+    a = scale * symmetric(torch.cat([torch.linspace(1, 3, 5), torch.zeros(25)]))
+    found = Nystrom(8)(Matrix(a), split(vector()), 0.01 * scale)
+    expected = torch.linalg.solve(a + 0.01 * scale * EYE, vector())
+    torch.testing.assert_close(join(found.x), expected, rtol=1e-8, atol=1e-8 / scale)
 
 
 def test_nystrom_draws_another_sketch_by_another_seed() -> None:
