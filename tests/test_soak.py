@@ -41,10 +41,10 @@ def test_a_sample_sees_memory_and_files():
     gc.collect()  # what earlier tests left must not be freed in between
     before = soak.sample(0)
     held = [os.open(os.devnull, os.O_RDONLY) for _ in range(5)]
-    block = mmap.mmap(-1, 50_000_000)
+    block = mmap.mmap(-1, 200_000_000)
     block.write(b"x" * len(block))
     after = soak.sample(1)
     for descriptor in held:
         os.close(descriptor)
     assert after.files - before.files == 5
-    assert after.memory - before.memory > 0.8 * len(block) / 1e6
+    assert after.memory - before.memory > 0.6 * len(block) / 1e6  # a machine short of memory takes back what earlier tests left
