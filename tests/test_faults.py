@@ -180,9 +180,10 @@ def test_a_damaged_newest_checkpoint_is_passed_over_and_said(tmp_path, whole):
 
 
 @pytest.mark.parametrize("share", [0.05, 0.5, 0.98])
-def test_a_disk_that_fills_leaves_what_was_saved_and_one_clear_line(tmp_path, whole, share, monkeypatch):
+def test_a_disk_that_fills_leaves_what_was_saved_and_one_clear_line(tmp_path, whole, share):
     """Full at this share of a checkpoint: in the log or near the file's beginning, in its middle, in its very end."""
-    monkeypatch.delenv("COVERAGE_PROCESS_CONFIG", raising=False)  # whose own file would not fit either
+    if "COVERAGE_PROCESS_CONFIG" in os.environ:
+        pytest.skip("what make coverage writes would not fit on that disk either")
     victim = Victim(tmp_path, whole[0])
     victim.stop_midway(signal.SIGTERM)
     checkpoints = Checkpoints(victim.run / "checkpoints")

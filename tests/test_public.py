@@ -1,12 +1,12 @@
-"""What `import pytest
-
-import metavpt` gives: every name that it lists, documented, and fast."""
+"""What `import metavpt` gives: every name that it lists, documented, and fast."""
 
 import inspect
 import re
 import subprocess
 import sys
 from pathlib import Path
+
+import pytest
 
 import metavpt
 
