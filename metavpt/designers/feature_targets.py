@@ -46,7 +46,7 @@ class FeatureTargets(nn.Module):
         recipe: RandomCrop,
         patch_size: int,
         width: int,
-        gate: float = 0.5,
+        gate: float = 1.0,
         hidden: tuple[float, float] = (0.3, 0.5),
         weight: float = 0.01,
     ) -> None:
