@@ -17,19 +17,22 @@ from rounds import Part, Row, Target, cells, machine, verdicts
 from metavpt import params
 from metavpt.budget import Budget
 from metavpt.data.tokens import TokenBatch
+from metavpt.designers.states import StateDesigner
+from metavpt.designers.targets import TargetDesigner
 from metavpt.errors import MetaVPTError
 from metavpt.hypergradient import OneStep, downstream
+from metavpt.learners.lm import LanguageModel
 from metavpt.learners.pretrained_lm import random_language_model
 from metavpt.learners.tokenized import TokenizedModel
 from metavpt.linear_product import CentralDifference, ForwardMode, LinearProduct
 from metavpt.objectives.next_token import NextTokenLoss, score
 from metavpt.objectives.prediction import Prediction
-from metavpt.problems.lm_gsm8k import LMGSM8K, target_designer
+from metavpt.problems.lm_gsm8k import LMGSM8K, state_designer, target_designer
 from metavpt.products import ExactProduct, Product
 from metavpt.strategies import Fixed, Learned, Strategy, feedback_on, inner_loss
 from metavpt.stream import Streams
 
-META_EVERY, NUM_CANDIDATES, DOCUMENTS = 8, 64, 2
+META_EVERY, DOCUMENTS = 8, 2
 
 
 class Size(NamedTuple):
@@ -43,7 +46,8 @@ class Size(NamedTuple):
     heads: tuple[int, int]  # of queries, of keys and values
     batch_size: int
     length: int
-    designer: tuple[int, int, int] = (128, 2, 4)  # width, layers, heads
+    designer: tuple[int, int, int] | None = (128, 2, 4)  # width, layers, heads of designer=targets; None: designer=states
+    num_candidates: int = 64
     device: str = "cpu"
     dtype: torch.dtype = torch.float32
 
@@ -57,7 +61,7 @@ SIZES = {
     "tiny": Size("0.2 M, CPU", 256, 64, 160, 3, (2, 2), 4, 32),
     "5m": Size("5 M, CPU", 4096, 192, 512, 10, (3, 3), 4, 256),
     "20m": Size("20 M, CPU", 4096, 384, 1024, 12, (6, 6), 4, 256),
-    "135m": Size("135 M, GPU, bf16", 49152, 576, 1536, 30, (9, 3), 16, 512, (256, 6, 4), "cuda", torch.bfloat16),
+    "135m": Size("135 M, GPU, bf16", 49152, 576, 1536, 30, (9, 3), 16, 512, (256, 6, 4), 64, "cuda", torch.bfloat16),
 }
 SHAPES = [
     f"{s.title}: {s.num_layers} layers, width {s.width}, vocabulary {s.vocab_size}, batch {s.batch_size} x {s.length}"
@@ -65,8 +69,8 @@ SHAPES = [
 ]
 SETTING = {
     "learner": f"Llama with random weights and tied embeddings, deep and thin as SmolLM2: {'; '.join(SHAPES[1:])}",
-    "v": f"V: meta_every {META_EVERY}, S = last 2 layers and final norm, K = {NUM_CANDIDATES}, meta batch and feedback a quarter of a "
-    "batch each; designer 2 layers of width 128 (GPU: 6 of 256)",
+    "v": f"V: meta_every {META_EVERY}, S = last 2 layers and final norm, K = {SIZES['20m'].num_candidates}, meta batch and feedback "
+    "a quarter of a batch each; designer 2 layers of width 128 (GPU: 6 of 256)",
     "tokens": f"Random tokens, {DOCUMENTS} documents a row, all predicted but their first",
 }
 
@@ -77,10 +81,9 @@ class Language(LMGSM8K):
     def __init__(self, size: Size) -> None:
         if size.device == "cuda" and not torch.cuda.is_available():
             raise MetaVPTError("there is no GPU here")
-        width, num_layers, num_heads = size.designer
-        data = SimpleNamespace(problems={}, general={}, feedback={"answers": None}, encoder=None)
+        data = SimpleNamespace(problems={}, general={}, feedback={"answers": None}, encoder=None, domains=[])
         super().__init__(
-            lambda vocab_size: target_designer(vocab_size, width, num_layers, num_heads, num_candidates=NUM_CANDIDATES),
+            lambda learner: _designer(learner, size),
             learner=lambda texts: TokenizedModel(_learner(size), None),
             data=SimpleNamespace(texts=lambda: (), encode=lambda tokenizer, length: data),
             generator=lambda encoder: None,
@@ -89,9 +92,18 @@ class Language(LMGSM8K):
         )
         self.learner.to(size.device, size.dtype)
         self.designer.to(size.device)
-        with torch.no_grad():  # open gates and scores that differ, as after some training; at its start the designer is the recipe
-            self.designer.vectors.weight.normal_(std=0.02)
-            self.designer.gate.bias.fill_(0.5)
+
+
+def _designer(learner: LanguageModel, size: Size) -> StateDesigner | TargetDesigner:
+    """With open gates and scores that differ, as after some training; at its start `TargetDesigner` is the recipe."""
+    if size.designer is None:
+        designer = state_designer(learner, num_candidates=size.num_candidates)
+        torch.nn.init.normal_(designer.moves.weight, std=0.02)
+        return designer
+    designer = target_designer(learner, *size.designer, num_candidates=size.num_candidates)
+    torch.nn.init.normal_(designer.vectors.weight, std=0.02)
+    torch.nn.init.constant_(designer.gate.bias, 0.5)
+    return designer
 
 
 def _learner(size: Size) -> Any:
@@ -166,7 +178,7 @@ def linear_update(size: Size) -> Callable[[], None]:
     designer, feedback = bench.problem.designer, feedback_on(bench.problem, next(bench.streams.feedback))
     w, phi = downstream(feedback.loss, feedback.aligned)[1], params.named(designer)
     prediction = Prediction.of(bench.problem.learner, feedback.theta, bench.batch)
-    scores = score(prediction.states, prediction.unembedding, prediction.tokens, NUM_CANDIDATES)
+    scores = score(prediction.states, prediction.unembedding, prediction.tokens, size.num_candidates)
 
     def call() -> None:
         rule = designer(bench.batch).targets.rule(prediction)

@@ -26,6 +26,8 @@ Rule = Callable[[Tensor, Tensor, slice], Tensor]
 def select_candidates(log_probs: Tensor, tokens: Tensor, num_candidates: int) -> Tensor:
     """{true token} and the K - 1 others that are most probable: (N, V), (N,) -> (N, K), the true one first."""
     check_num_candidates(num_candidates, log_probs.shape[1])
+    if num_candidates == 1:  # plain next-token prediction searches for none
+        return tokens[:, None]
     true, top = tokens[:, None], log_probs.topk(num_candidates, dim=1).indices
     others = torch.where(top == true, top[:, -1:], top)  # without a copy of log_probs to strike the true token out of
     return torch.cat([true, others[:, :-1]], dim=1)
