@@ -204,8 +204,8 @@ def rows_of(name: str, setting: Setting) -> dict[str, Row]:
     for kind, (title, make) in strategies.items():
         rows[kind] = Row(title, lambda make=make: Training(setting, make()), **steps)
     if isinstance(setting.of, Size):  # the designer that costs least, with few candidates to find and to score
-        light = setting._replace(of=setting.of._replace(designer=None, num_candidates=8))
-        rows["states"] = Row("one_step, meta every 8, designer=states, K = 8", lambda: Training(light, strategies["one_step_8"][1]()), **steps)
+        light, (title, make) = setting._replace(of=setting.of._replace(designer=None, num_candidates=8)), strategies["one_step_8"]
+        rows["states"] = Row(f"{title}, designer=states, K = 8", lambda: Training(light, make()), **steps)
     return {f"{name}/{kind}": row._replace(title=f"{setting.of.title}: {row.title}") for kind, row in rows.items()}
 
 
