@@ -15,8 +15,6 @@ from metavpt.designers.crop import RandomCrop
 from metavpt.designers.hiding import hidden_patches
 from metavpt.errors import MetaVPTError
 
-RANDOM = 1.0  # the standard deviation of a random map's entries: of any width it shifts features by about the gate
-
 
 class FeatureTask(NamedTuple):
     """Images, what of them the student does not see, and how the teacher's features are moved before the student tells them."""
@@ -74,9 +72,9 @@ class FeatureTargets(nn.Module):
         return self._with(task, torch.zeros_like(self.map))
 
     def random_tasks(self, batch: Any, num_tasks: int) -> list[FeatureTask]:
-        """The same images with maps drawn at random, which shift features by about `gate`."""
+        """The same images with maps of standard normal entries, which shift features of any width by about `gate`."""
         task, rng = self.recipe_task(batch), Generator().manual_seed(mix(batch.seed, 1))
-        return [self._with(task, RANDOM * torch.randn(tuple(self.map.shape), generator=rng)) for _ in range(num_tasks)]
+        return [self._with(task, torch.randn(tuple(self.map.shape), generator=rng)) for _ in range(num_tasks)]
 
     def loss(self, features: Tensor, values: Tensor) -> Tensor:
         """-mean <shift, value> + `regularizer`, of features and values (B, N, D): what `Amortized` descends; a scalar."""
