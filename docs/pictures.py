@@ -37,7 +37,7 @@ class Panel(NamedTuple):
 
 PANELS = (
     Panel("toy_sources", "error", 2, MASKS, "Toy: one of four sources is useful", "error on it (5 seeds)"),
-    Panel("gsm8k_retention", "gsm8k/nll", 2, TARGETS, "Language: a stream about other things", "NLL of GSM8K answers (3 seeds)"),
+    Panel("gsm8k_retention", "gsm8k/nll", 2, TARGETS, "Language: a stream about other things", "NLL of GSM8K answers (5 seeds)"),
     Panel("nyuv2_features", "ridge/depth_rmse", 3, FEATURES, "NYUv2, features as targets", "depth RMSE in m (4 seeds)"),
 )
 STYLE = {"svg.fonttype": "none", "svg.hashsalt": "metavpt", "font.family": "sans-serif", "font.size": 10, "axes.spines.top": False}
