@@ -110,7 +110,7 @@ class OneStep:
         for inner in inner_losses:
             with torch.enable_grad():
                 loss = inner(phi)
-            g_pre = value_and_gradient(loss, theta, retain_graph=True)[1] if self.direction.needs_g_pre else None
+            g_pre = value_and_gradient(loss, theta)[1] if self.direction.needs_g_pre else None
             w, value = self.direction(g_down, g_pre, update)
             (by_phi,), inner_product = self.product(loss, theta, w, (phi,))
             total = params.add(total, by_phi)
@@ -238,7 +238,7 @@ class Unrolled(Unroll):
             keep = k > self.num_steps - self.kept_graphs
             with torch.set_grad_enabled(keep):
                 loss = inner(phi)
-            trajectory.advance(value_and_gradient(loss, trajectory.theta, retain_graph=keep)[1])
+            trajectory.advance(value_and_gradient(loss, trajectory.theta)[1])
             kept += [loss] * keep
         feedback_loss, ct_theta = downstream(outer_loss, trajectory.theta)
         diagnostics = {"feedback_loss": before, "g_down_norm": float(params.norm(ct_theta))}

@@ -117,14 +117,17 @@ def differentiate(value: Tensor, wrt: Sequence[Params], *, create_graph: bool = 
     return tuple({name: next(flat) for name in group} for group in wrt)
 
 
-def value_and_gradient(loss: Loss, theta: Params, *, retain_graph: bool = False) -> tuple[Tensor, Params]:
-    """L and dL/dtheta, detached; zero for a parameter that plays no part in `loss` (a projection head in a downstream loss)."""
+def value_and_gradient(loss: Loss, theta: Params) -> tuple[Tensor, Params]:
+    """L and dL/dtheta, detached; zero for a parameter that plays no part in `loss` (a projection head in a downstream loss).
+
+    The graph to phi that `loss` holds outlives it: what is freed lies between theta and the value, and each call makes that anew.
+    """
     theta = params.leaves(theta)
     with torch.enable_grad():
         value = loss(theta)
     if not value.requires_grad:
         return value, params.zeros_like(theta)
-    gradients = torch.autograd.grad(value, list(theta.values()), retain_graph=retain_graph, materialize_grads=True)
+    gradients = torch.autograd.grad(value, list(theta.values()), materialize_grads=True)
     return value.detach(), dict(zip(theta, gradients, strict=True))
 
 

@@ -25,11 +25,8 @@ def compiled(problem: Problem, estimator: Estimator | None = None) -> Finding:
     if not found:
         return Finding("compile", "ok", "neither the learner nor a loss is compiled")
     measured = f"compiled by torch.compile: {listed(found)}"
-    advice = "an exact product raises there or is a silent zero: use DifferenceProduct with the Dot direction, or do not compile"
-    differences = isinstance(getattr(estimator, "product", None), DifferenceProduct)
-    # a direction that reads g_pre differentiates the graph once more than compiled buffers allow
-    once = not getattr(getattr(estimator, "direction", None), "needs_g_pre", False)
-    if differences and once:
+    advice = "an exact product raises there or is a silent zero: use DifferenceProduct, or do not compile"
+    if isinstance(getattr(estimator, "product", None), DifferenceProduct):
         return Finding("compile", "warning", measured + f"; {type(estimator).__name__} takes first derivatives alone, which work", advice)
     return Finding("compile", "failed", measured, advice)
 
