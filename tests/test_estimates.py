@@ -8,6 +8,7 @@ import torch
 from ridge import Ridge
 
 from metavpt import params
+from metavpt.clock import Clock
 from metavpt.directions import Cosine, Dot
 from metavpt.errors import MetaVPTError, NonFiniteError
 from metavpt.hypergradient import Implicit, OneStep, Unrolled
@@ -95,6 +96,42 @@ def test_a_solve_that_did_not_converge_says_so(ridge: Ridge, theta: Params) -> N
 )
 def test_the_cost_in_passes_through_the_learner(ridge: Ridge, theta: Params, estimator, cost: int) -> None:
     assert estimator([ridge.inner] * estimator.num_batches, ridge.outer, theta, ridge.phi).grad_evals == cost
+
+
+@pytest.mark.parametrize(
+    ("direction", "product", "num_losses"), [(Dot(), DifferenceProduct(), 2), (Dot(), ExactProduct(), 1), (Cosine(), ExactProduct(), 2)]
+)
+def test_no_gradient_is_taken_that_the_direction_does_not_need(ridge: Ridge, theta: Params, direction, product, num_losses: int) -> None:
+    calls = []
+
+    def inner(phi: Params):
+        return lambda theta: calls.append(1) or ridge.inner(phi)(theta)
+
+    OneStep(direction, product)([inner], ridge.outer, theta, ridge.phi)
+    assert len(calls) == num_losses
+
+
+def test_a_solution_that_is_as_good_as_none_starts_no_other_solve() -> None:
+    """A loss without curvature: the solver stays at zero, where the residual is one."""
+    theta, phi = ({"x": torch.ones(1, dtype=torch.float64)} for _ in range(2))
+    found = Implicit()([lambda phi: lambda theta: (phi["x"] * theta["x"]).sum()], lambda theta: theta["x"].sum(), theta, phi)
+    assert found.diagnostics["residual"] == 1
+    assert found.solution is None
+
+
+def test_one_unrolled_step_needs_no_curvature() -> None:
+    """L = <phi, theta> has none, so an exact product by theta would be an error. theta' = theta - lr phi and F = |theta'|^2 / 2."""
+    theta, phi = ({"x": torch.tensor(values, dtype=torch.float64)} for values in ([1.0, 2.0], [3.0, -1.0]))
+    estimator = Unrolled(1, SGD(0.1), ExactProduct())
+    found = estimator([lambda phi: lambda theta: (phi["x"] * theta["x"]).sum()], lambda theta: (theta["x"] ** 2).sum() / 2, theta, phi)
+    torch.testing.assert_close(found.by_phi["x"], -0.1 * (theta["x"] - 0.1 * phi["x"]), rtol=1e-14, atol=0)
+
+
+def test_the_time_of_a_solve_counts_as_its_own(ridge: Ridge, theta: Params) -> None:
+    clock = Clock(by_path=True)
+    with clock.listen("product"):
+        Implicit(Neumann(2))([ridge.inner], ridge.outer, theta, ridge.phi)
+    assert set(clock.seconds) == {"product", "product/g_down", "product/solve"}
 
 
 @pytest.mark.parametrize(("kept_graphs", "made_again"), [(0, 4), (1, 3), (3, 1), (4, 0), (9, 0)])

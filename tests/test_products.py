@@ -65,7 +65,13 @@ def test_a_loss_without_any_graph_names_what_it_misses():
 
 
 @pytest.mark.parametrize(
-    ("num_idle", "named"), [(1, "idle0"), (4, "idle0, idle1, idle2, idle3"), (6, "idle0, idle1, idle2, idle3 and 2 more")]
+    ("num_idle", "named"),
+    [
+        (1, "idle0"),
+        (4, "idle0, idle1, idle2, idle3"),
+        (5, "idle0, idle1, idle2, idle3 and 1 more"),
+        (6, "idle0, idle1, idle2, idle3 and 2 more"),
+    ],
 )
 def test_the_error_names_what_is_unreached_alone_and_says_what_to_do(num_idle: int, named: str) -> None:
     """Reached parameters stand on either side, on a graph whose buffers the first attempt has freed."""
@@ -79,6 +85,24 @@ def test_the_error_names_what_is_unreached_alone_and_says_what_to_do(num_idle: i
         f"the pretraining loss does not depend on {named}: its hypergradient would be a silent zero. "
         "Use the parameter in the task, drop it from the designer, or look for a no_grad or detach on the way to the loss"
     )
+
+
+def test_the_error_names_what_is_unreached_where_the_way_back_needs_no_buffers() -> None:
+    """So a second attempt at the reached ones succeeds."""
+    wrt = {name: torch.ones(2, requires_grad=True) for name in ("first", "idle", "last")}
+    with pytest.raises(UnreachedParameterError, match=r"does not depend on idle: "):
+        differentiate((wrt["first"] + wrt["last"]).sum(), (wrt,))
+
+
+def test_the_error_leaves_a_graph_that_is_to_be_kept() -> None:
+    wrt = {name: torch.ones(2, requires_grad=True) for name in ("reached", "idle")}
+    value = wrt["reached"].exp().sum()
+    with pytest.raises(UnreachedParameterError, match="idle"):
+        differentiate(value, (wrt,), retain_graph=True)
+    (again,) = differentiate(value, ({"reached": wrt["reached"]},))
+    torch.testing.assert_close(again["reached"], wrt["reached"].exp().detach())
+    with pytest.raises(RuntimeError, match="second time"):  # as it was not to be kept again
+        differentiate(value, ({"reached": wrt["reached"]},))
 
 
 def test_exact_product_goes_through_attention_that_is_fused_outside():
@@ -110,21 +134,29 @@ def test_value_and_gradient_of_a_constant_is_zero():
     assert gradient["a"].tolist() == [0.0, 0.0]
 
 
+def test_a_gradient_by_theta_leaves_the_graph_to_phi():
+    phi, theta = ({name: torch.tensor([0.3, 0.7], dtype=torch.float64, requires_grad=True)} for name in ("phi", "theta"))
+    trunk = phi["phi"].exp()
+    for _ in range(2):
+        _, gradient = value_and_gradient(lambda t: (trunk * t["theta"].exp()).sum(), theta)
+        torch.testing.assert_close(gradient["theta"], (trunk * theta["theta"].exp()).detach(), rtol=1e-15, atol=0)
+    (by_phi,) = torch.autograd.grad(trunk.sum(), phi["phi"])
+    torch.testing.assert_close(by_phi, trunk.detach(), rtol=1e-15, atol=0)
+
+
 @pytest.mark.parametrize("product", PRODUCTS, ids=["exact", "difference"])
 def test_the_graph_to_phi_is_kept_when_asked_for_and_freed_otherwise(product):
     phi, theta = ({name: torch.tensor([0.3, 0.7], dtype=torch.float64, requires_grad=True)} for name in ("phi", "theta"))
     trunk = phi["phi"].exp()  # autograd keeps its result for the way back
 
-    def take(retain_graph):
-        return product(
-            lambda t: (trunk * t["theta"] ** 2).sum(), theta, {"theta": torch.ones(2).double()}, (phi,), retain_graph=retain_graph
-        )
+    def take(**options):
+        return product(lambda t: (trunk * t["theta"] ** 2).sum(), theta, {"theta": torch.ones(2).double()}, (phi,), **options)
 
-    (kept,), _ = take(True)
+    (kept,), _ = take(retain_graph=True)
     torch.testing.assert_close(kept["phi"], (2 * trunk * theta["theta"]).detach(), rtol=1e-9, atol=0)  # of sum_i exp(phi_i) 2 theta_i
-    assert torch.equal(take(False).by[0]["phi"], kept["phi"])
+    assert torch.equal(take().by[0]["phi"], kept["phi"])
     with pytest.raises(RuntimeError, match="second time"):
-        take(False)
+        take()
 
 
 def test_the_default_step_is_that_of_the_dtype_in_which_the_loss_is_computed():

@@ -10,6 +10,7 @@ from torch import Tensor
 from metavpt import params
 from metavpt.errors import MetaVPTError, NonFiniteError
 from metavpt.linear_solve import ConjugateGradient, LinearSolver, Neumann, Nystrom, Solution
+from metavpt.params import Params
 
 EYE = torch.eye(30, dtype=torch.float64)
 
@@ -67,6 +68,64 @@ def test_cg_stops_at_the_first_step_within_the_tolerance_of_b(distance: float) -
     assert true_residual(a, before.x, b) > 1e-6
 
 
+def test_cg_takes_no_step_where_zero_is_within_the_tolerance() -> None:
+    matrix = Matrix(EYE)
+    found = ConjugateGradient(tolerance=1.0)(matrix, split(vector()))
+    assert found == Solution(found.x, 0, 1.0, math.inf, True)
+    assert matrix.calls == 0
+
+
+def test_cg_confirms_a_residual_that_is_the_tolerance_itself() -> None:
+    a, b = spd(2), split(vector())
+    claimed = ConjugateGradient(10, 1e-12)(Matrix(a), b).residual
+    matrix = Matrix(a)
+    ConjugateGradient(10, claimed)(matrix, b)
+    assert matrix.calls == 11
+
+
+@pytest.mark.parametrize(("steps", "refreshes"), [(49, 0), (50, 1), (100, 2), (120, 2)])
+def test_cg_takes_the_residual_afresh_every_fifty_steps(steps: int, refreshes: int) -> None:
+    matrix, b = Matrix(spd(1e9)), vector()
+    found = ConjugateGradient(steps, 1e-15)(matrix, split(b))
+    assert (found.num_iterations, found.converged) == (steps, False)
+    assert matrix.calls == steps + refreshes
+    if steps % 50 == 0:
+        assert found.residual == pytest.approx(true_residual(matrix.a, found.x, b), rel=1e-6)
+
+
+@pytest.mark.parametrize(("claimed", "second"), [(0.25, 0.75), (0.2, 0.5)])
+def test_cg_restarts_where_the_true_residual_is_more_than_twice_the_one_it_claims(claimed: float, second: float) -> None:
+    """A = I, but the first product is another's: then x = b / 2, the true residual is b / 2 and the recurrence claims `claimed`.
+
+    The second direction is that residual r, or at twice the claim or less r + |r|^2 b, for b of length one.
+    """
+    directions: list[Tensor] = []
+
+    def matvec(x: Params) -> Params:
+        directions.append(x["x"])
+        return {"x": torch.tensor([2.0, 2 * claimed], dtype=torch.float64)} if len(directions) == 1 else x
+
+    ConjugateGradient(2, 0.3)(matvec, {"x": torch.tensor([1.0, 0.0], dtype=torch.float64)})
+    assert directions[1].tolist() == [0.5, 0.0]  # x, to confirm
+    assert directions[2].tolist() == [second, 0.0]
+
+
+def test_cg_takes_no_step_of_infinite_curvature() -> None:
+    """That step would be of length zero."""
+    found = ConjugateGradient()(lambda x: params.scale(x, math.inf), split(vector()))
+    assert found == Solution(found.x, 0, 1.0, math.inf, False)
+    assert float(params.norm(found.x)) == 0
+
+
+def test_cg_ends_where_the_square_of_a_direction_underflows() -> None:
+    """The recurrence of a single number shrinks on below the rounding of x, as nothing confirms it before step 50."""
+    found = ConjugateGradient(49, 1e-300)(lambda x: params.scale(x, 49.0), {"x": torch.ones(1, dtype=torch.float64)})
+    assert not found.converged
+    assert 1 < found.num_iterations < 49
+    assert found.residual < 1e-162
+    assert float(found.x["x"]) == pytest.approx(1 / 49, rel=1e-15)
+
+
 def test_neumann_that_neither_grows_nor_shrinks_has_converged_and_one_that_ends_stops() -> None:
     isometry = Neumann(10)(Matrix(2 * EYE), split(vector()))
     assert isometry.converged
@@ -88,12 +147,22 @@ def test_neumann_has_not_converged_if_a_term_outgrew_the_one_before_however_smal
     assert later.residual < 0.03
 
 
+@pytest.mark.parametrize(("growth", "converged"), [(2.0**-26, True), (2.0**-25, False)])
+def test_neumann_takes_growth_up_to_the_root_of_the_machine_epsilon_for_rounding(growth: float, converged: bool) -> None:
+    assert Neumann(2)(Matrix((2 + growth) * EYE), split(EYE[3])).converged is converged
+
+
 def test_neumann_ends_where_the_square_of_a_term_underflows() -> None:
     matrix = Matrix((1 - 1e-6) * EYE)
     found = Neumann(60)(matrix, split(vector()))
     assert found.converged
     assert 26 <= matrix.calls <= 28  # a millionth each, down to 1e-162
     torch.testing.assert_close(join(found.x), vector() / (1 - 1e-6), rtol=1e-12, atol=0)
+    number = Neumann(60)(
+        lambda x: params.scale(x, 1 - 1e-6), {"x": torch.ones(1, dtype=torch.float64)}
+    )  # its length is no root of a square
+    assert (number.num_iterations, number.converged) == (60, True)
+    assert number.residual == pytest.approx(1e-162, rel=1e-6)
 
 
 @pytest.mark.parametrize("step_size", [0.5, 1.5])
@@ -105,12 +174,14 @@ def test_neumann_meets_the_curvature_of_an_eigenvector(step_size: float) -> None
     assert found.residual == pytest.approx(abs(1 - step_size * expected) ** 4, rel=1e-10)
 
 
-def test_neumann_that_overflows_says_how_many_terms_it_summed() -> None:
-    a, b = 200 * spd(100), split(vector())
-    found = Neumann(1000, 0.05)(Matrix(a), b)
-    assert (found.residual, found.converged) == (math.inf, False)
-    assert 155 < found.num_iterations < 170  # nine times larger each, up to a square of 1e308
-    torch.testing.assert_close(found.x, Neumann(found.num_iterations, 0.05)(Matrix(a), b).x, rtol=0, atol=0)
+@pytest.mark.parametrize(("curvature", "num_terms"), [(9.0, 162), (9e9, 158)])
+def test_neumann_that_overflows_says_how_many_terms_it_summed(curvature: float, num_terms: int) -> None:
+    """Each term is nine times the one before, until 1.8e308 is exceeded by the square of a term, or before by its curvature."""
+    matrix, b, step_size = Matrix(curvature * EYE), split(EYE[3]), 10 / curvature
+    found = Neumann(1000, step_size)(matrix, b)
+    assert (found.num_iterations, found.residual, found.converged) == (num_terms, math.inf, False)
+    assert matrix.calls == num_terms
+    torch.testing.assert_close(found.x, Neumann(num_terms, step_size)(matrix, b).x, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("damping", [1e-3, 0.5])
@@ -151,6 +222,20 @@ def test_nystrom_draws_another_sketch_by_another_seed() -> None:
     first, again, other = (Nystrom(3, seed)(Matrix(spd(100)), split(vector()), 0.1) for seed in (0, 0, 1))
     torch.testing.assert_close(first.x, again.x, rtol=0, atol=0)
     assert float((join(first.x) - join(other.x)).norm()) > 1e-3
+
+
+def test_nystrom_of_no_curvature_at_all_divides_by_the_damping() -> None:
+    found = Nystrom(3)(Matrix(0 * EYE), split(vector()), 0.25)
+    torch.testing.assert_close(join(found.x), 4 * vector(), rtol=1e-15, atol=0)
+    assert (found.min_curvature, found.converged) == (0.25, True)
+
+
+def test_nystrom_sketches_where_b_lies_whatever_the_default_device() -> None:
+    expected = Nystrom(3)(Matrix(spd(100)), split(vector()), 0.1)
+    matrix, b = Matrix(spd(100)), split(vector())
+    with torch.device("meta"):
+        found = Nystrom(3)(matrix, b, 0.1)
+    torch.testing.assert_close(found.x, expected.x, rtol=0, atol=0)
 
 
 def test_nystrom_without_a_finite_sketch_knows_nothing() -> None:
