@@ -127,6 +127,15 @@ def test_one_unrolled_step_needs_no_curvature() -> None:
     torch.testing.assert_close(found.by_phi["x"], -0.1 * (theta["x"] - 0.1 * phi["x"]), rtol=1e-14, atol=0)
 
 
+@pytest.mark.parametrize(("offload", "error"), [(True, "copy out of meta tensor"), (False, "item.*meta tensor")])
+def test_offloaded_steps_go_to_the_cpu(offload: bool, error: str) -> None:
+    """Tensors without data cannot go there; where the steps stay, the first thing that fails is to read the feedback loss after them."""
+    theta, phi = ({"x": torch.ones(2, device="meta")} for _ in range(2))
+    outer = lambda theta: torch.ones(())  # noqa: E731
+    with pytest.raises((NotImplementedError, RuntimeError), match=error):
+        Unrolled(1, SGD(0.1), offload=offload)([lambda phi: lambda theta: (phi["x"] * theta["x"]).sum()], outer, theta, phi)
+
+
 def test_the_time_of_a_solve_counts_as_its_own(ridge: Ridge, theta: Params) -> None:
     clock = Clock(by_path=True)
     with clock.listen("product"):
