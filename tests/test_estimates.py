@@ -9,7 +9,7 @@ from ridge import Ridge
 
 from metavpt import params
 from metavpt.clock import Clock
-from metavpt.directions import Cosine, Dot
+from metavpt.directions import AdamAware, Cosine, Dot
 from metavpt.errors import MetaVPTError, NonFiniteError
 from metavpt.hypergradient import Implicit, OneStep, Unrolled
 from metavpt.linear_solve import ConjugateGradient, Neumann
@@ -177,6 +177,8 @@ def test_a_hypergradient_that_is_not_finite_is_an_error(ridge: Ridge, theta: Par
 def test_a_feedback_loss_of_infinity_is_said_with_its_gradient(ridge: Ridge, theta: Params) -> None:
     with pytest.raises(NonFiniteError, match=r"^the feedback loss is inf and the norm of its gradient"):
         OneStep()([ridge.inner], lambda theta: (theta["theta"] * math.inf).abs().sum(), theta, ridge.phi)
+    with pytest.raises(NonFiniteError, match=r"^the feedback loss is inf and the norm of its gradient 2\.45$"):
+        OneStep()([ridge.inner], lambda theta: theta["theta"].sum() + math.inf, theta, ridge.phi)
     with pytest.raises(NonFiniteError, match=r"^the feedback loss is 0 and the norm of its gradient (nan|inf)"):
         OneStep()([ridge.inner], lambda theta: (0 * theta["theta"]).abs().sqrt().sum(), theta, ridge.phi)
 
@@ -197,5 +199,6 @@ def test_hyper_parameters_out_of_range_are_named(make, words: str) -> None:
 
 
 def test_what_needs_the_learners_optimizer_says_so() -> None:
-    assert [e.needs_update for e in (OneStep(), Implicit(), Unrolled(), Unrolled(2, SGD(0.1)))] == [False, False, True, False]
+    assert [OneStep(direction).needs_update for direction in (Dot(), Cosine(), AdamAware())] == [False, False, True]
+    assert [e.needs_update for e in (Implicit(), Unrolled(), Unrolled(2, SGD(0.1)))] == [False, True, False]
     assert Unrolled(7).num_batches == 7

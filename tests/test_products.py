@@ -167,3 +167,5 @@ def test_the_default_step_is_that_of_the_dtype_in_which_the_loss_is_computed():
         assert default_relative_step(single) == pytest.approx(2.0 ** (-7 / 3) / 5, rel=1e-12)
         assert default_relative_step(double) == pytest.approx(2.0 ** (-52 / 3) / 5, rel=1e-12)
     assert DifferenceProduct(0.5).relative_step == 0.5
+    theta, w = ({"x": torch.full((4,), value, dtype=torch.float64)} for value in (3.0, 2.0))
+    assert float(DifferenceProduct().step(theta, w)) == pytest.approx(default_relative_step(double) * 1.5, rel=1e-12)
