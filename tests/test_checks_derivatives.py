@@ -12,6 +12,7 @@ from verdicts import failed, findings
 from metavpt import SGD, Cosine, DifferenceProduct, Implicit, OneStep, Unrolled
 from metavpt.checks import check_product
 from metavpt.checks.scene import Scene
+from metavpt.curvature import ComposedLoss, GaussNewton
 from metavpt.products import Derivative, ExactProduct, differentiate
 
 
@@ -22,8 +23,14 @@ def _seeded():
 
 @pytest.mark.parametrize(
     ("estimator", "verdict"),
-    [(None, "failed"), (OneStep(product=ExactProduct()), "failed"), (OneStep(Cosine()), "warning"), (OneStep(), "warning")],
-    ids=["unknown", "exact", "cosine", "difference"],
+    [
+        (None, "failed"),
+        (OneStep(product=ExactProduct()), "failed"),
+        (Implicit(curvature=GaussNewton()), "failed"),
+        (OneStep(Cosine()), "warning"),
+        (OneStep(), "warning"),
+    ],
+    ids=["unknown", "exact", "gauss_newton", "cosine", "difference"],
 )
 def test_a_compiled_learner_is_caught_and_everything_else_still_measured(estimator, verdict):
     problem = Channels()
@@ -45,6 +52,10 @@ def test_what_the_compile_check_says_of_estimators_is_so():
         torch.testing.assert_close(scene.estimate(estimator).by_phi, plain.estimate(estimator).by_phi, rtol=1e-4, atol=1e-6)
     with pytest.raises(RuntimeError, match="compiled with non-empty donated buffers"):
         scene.estimate(OneStep(product=ExactProduct()))
+    theta = dict(problem.learner.named_parameters())
+    loss = ComposedLoss(lambda theta: functional_call(problem.learner, theta, (torch.ones(2, 16),)), lambda outputs: outputs.square().sum())
+    with pytest.raises(RuntimeError, match="compiled with non-empty donated buffers"):
+        GaussNewton()(loss, theta, theta, DifferenceProduct())
 
 
 def test_modules_compiled_in_place_and_compiled_losses_are_found_and_a_compiled_designer_is_harmless():

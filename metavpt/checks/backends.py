@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from metavpt.checks.finding import Finding, listed
 from metavpt.checks.scene import Scene
+from metavpt.curvature import GaussNewton
 from metavpt.hypergradient import Estimator
 from metavpt.problem import Problem
 from metavpt.products import DifferenceProduct
@@ -25,8 +26,9 @@ def compiled(problem: Problem, estimator: Estimator | None = None) -> Finding:
     if not found:
         return Finding("compile", "ok", "neither the learner nor a loss is compiled")
     measured = f"compiled by torch.compile: {listed(found)}"
-    advice = "an exact product raises there or is a silent zero: use DifferenceProduct, or do not compile"
-    if isinstance(getattr(estimator, "product", None), DifferenceProduct):
+    advice = "an exact product, and GaussNewton, raises there or is a silent zero: use DifferenceProduct and Hessian, or do not compile"
+    twice = isinstance(getattr(estimator, "curvature", None), GaussNewton)
+    if isinstance(getattr(estimator, "product", None), DifferenceProduct) and not twice:
         return Finding("compile", "warning", measured + f"; {type(estimator).__name__} takes first derivatives alone, which work", advice)
     return Finding("compile", "failed", measured, advice)
 
