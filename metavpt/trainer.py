@@ -24,6 +24,8 @@ from metavpt.strategies import Strategy
 from metavpt.stream import TIMEOUT, Stream, Streams
 from metavpt.watch import Watch
 
+MISMATCH = (RuntimeError, KeyError, ValueError, AttributeError, TypeError)  # what loading the state of another model raises
+
 
 class Trainer:
     """Pretrains `problem.learner` on the tasks of `strategy` until the budget is spent.
@@ -126,7 +128,11 @@ class Trainer:
 
     def start_from(self, problem_state: dict[str, Any], metrics: dict[str, float]) -> None:
         """Begin where another run ended: its learner and what belongs to it, and `metrics` as step 0."""
-        self.problem.load_state_dict(problem_state)
+        try:
+            self.problem.load_state_dict(problem_state)
+        except MISMATCH as error:
+            what = "the learner that all rows begin with is built otherwise; compare options of the learner one comparison at a time"
+            raise MetaVPTError(f"{what} ({_brief(error)})") from error
         self.log.write("probe", 0, metrics=metrics)
         self.metrics = metrics
 
@@ -137,9 +143,8 @@ class Trainer:
         state, path, unreadable = self.checkpoints.load(self._layout())
         try:
             self.load_state_dict(state)
-        except (RuntimeError, KeyError, ValueError, AttributeError, TypeError) as error:
-            reason = " ".join(str(error).split())[:200]
-            raise MetaVPTError(f"{path}: is the checkpoint of another model or configuration ({reason})") from error
+        except MISMATCH as error:
+            raise MetaVPTError(f"{path}: is the checkpoint of another model or configuration ({_brief(error)})") from error
         for line in unreadable:
             self.log.warn(self.budget.steps, f"{line}; this run goes on from {path.name}")
 
@@ -263,3 +268,7 @@ class Trainer:
         """Which parts of `state_dict` are sharded, and how: the optimizer, before its first step, by its parameters."""
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         return {"problem": self.problem.state_dict(), "optimizer": {"state": dict(enumerate(parameters))}}
+
+
+def _brief(error: Exception) -> str:
+    return " ".join(str(error).split())[:200]

@@ -181,6 +181,17 @@ def test_rows_with_designers_of_their_own_begin_at_the_same_warm_start(tmp_path)
     assert not other.error
 
 
+def test_a_row_whose_learner_is_built_otherwise_than_the_warm_start_says_so_in_one_line(tmp_path):
+    rows = "strategies=[{narrow: 'one_step problem.num_inputs=8'}]"
+    compare(tmp_path / "c", "controls=[fixed]", rows, "seeds=[0]", "budget.steps=5")
+    errors = {result.row: result.error for result in results.read(tmp_path / "c")}
+    assert errors["fixed"] is None
+    assert errors["narrow"].startswith("the learner that all rows begin with is built otherwise; compare options of the learner one comp")
+    assert "size mismatch" in errors["narrow"]
+    assert "\n" not in errors["narrow"]
+    assert len(errors["narrow"]) < 400
+
+
 def test_a_row_that_cannot_be_built_says_why_in_one_line_and_the_others_go_on(tmp_path):
     rows = "strategies=[{never: 'one_step strategy.meta_every=0'}]"
     done = compare(tmp_path / "c", "controls=[fixed]", rows, "seeds=[0]", "budget.steps=5")
