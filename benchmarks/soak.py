@@ -104,12 +104,15 @@ def section(report: dict[str, Any]) -> list[str]:
 
 
 def _memory(pid: int) -> float:
-    """The proportional set size in MB, in which a page that forked processes share is counted once among them; 0 where one has ended."""
+    """MB, a page that forked processes share counted once among them; 0 where it has ended.
+
+    Without the files that it maps: what they count for falls and rises with the other programs that map them.
+    """
     try:
         lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
     except OSError:
         return 0.0
-    return next((int(line.split()[1]) * 1024 / 1e6 for line in lines if line.startswith("Pss:")), 0.0)
+    return sum(int(line.split()[1]) * 1024 / 1e6 for line in lines if line.startswith(("Pss_Anon:", "Pss_Shmem:")))
 
 
 def main() -> None:
