@@ -74,7 +74,7 @@ def draw(axes: Axes, panel: Panel) -> None:
 
 
 def results_picture(path: Path) -> None:
-    """Where the answer is known, where steering gains much, and where a little."""
+    """Where the answer is known, where steering gains much, and where perhaps a little."""
     with plt.rc_context(STYLE):
         figure, axes = plt.subplots(1, len(PANELS), figsize=(14.4, 3.8), layout="constrained", gridspec_kw={"wspace": 0.1})
         for ax, panel in zip(axes, PANELS, strict=True):
