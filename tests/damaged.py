@@ -3,10 +3,9 @@
 METAVPT_FUZZ=400 pytest -k damaged tests      10,000 files and more; the default is few, and always the same ones
 """
 
-import ctypes
-import gc
 import os
 import re
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -26,6 +25,19 @@ MIB = 2**20
 SPARE = 64 * MIB  # beside twice what a file holds: libraries loaded late, buffers, images that claim somewhat more than they hold
 KEYS = ("_target_", "tail_layers", "attention_dropout")  # named instead of the file, where that can be read and says what cannot be
 STATUS, RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+ALONE = """
+import ctypes
+import sys
+from pathlib import Path
+
+from damaged import growth, held
+{imports}
+
+path, found = Path(sys.argv[1]), []
+{read}  # libraries loaded late, pages of code: no part of what it takes
+ctypes.CDLL(None).malloc_trim(0)  # what that freed would be used again unseen
+print(growth(lambda: found.append({read})), held(found))
+"""
 
 
 class Reader(NamedTuple):
@@ -99,21 +111,26 @@ def survives(reader: Reader, folder: Path) -> None:
     fuzz()
 
 
-def growth(call: Callable[[], Any], *, trim: bool = False) -> int:
-    """Bytes by which the resident memory rises at most while `call` runs; 0 where the system cannot tell.
-
-    trim: give back first what earlier calls have freed, which the next would use again unseen.
-    """
+def growth(call: Callable[[], Any]) -> int:
+    """Bytes by which the resident memory rises at most while `call` runs; 0 where the system cannot tell."""
     if not RESET.exists():
         call()
         return 0
-    if trim:
-        gc.collect()
-        ctypes.CDLL(None).malloc_trim(0)
     RESET.write_text("5")  # the peak becomes what is resident now
     before = _status("VmRSS")
     call()
     return _status("VmHWM") - before
+
+
+def growth_alone(imports: str, read: str, path: Path) -> tuple[int, int]:
+    """`growth` in an expression `read` of `path`, and what it then holds, in bytes.
+
+    In a process of its own: with the small holes that other tests leave in the heap, the same call takes up to twice as much.
+    """
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    command = [sys.executable, "-c", ALONE.format(imports=imports, read=read), str(path)]
+    grown, holds = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment).stdout.split()
+    return int(grown), int(holds)
 
 
 def held(item: Any) -> int:
