@@ -14,3 +14,9 @@ class UnreachedParameterError(MetaVPTError):
 
 class NonFiniteError(MetaVPTError):
     """A value that must be finite is NaN or infinite."""
+
+
+def check_known(value: str, key: str, *known: str) -> None:
+    """Raises MetaVPTError where the value of an option is none of those `known`."""
+    if value not in known:
+        raise MetaVPTError(f"{key}={value}: known are {', '.join(known)}")

@@ -1,11 +1,13 @@
 """Downstream feedback on dense labels: light heads on frozen patch features, and the losses that they give the learner."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from metavpt import ranks
 from metavpt.errors import MetaVPTError
@@ -124,9 +126,19 @@ class RidgeFeedback(nn.Module):
             rest = frame[(frame < part[0]) | (frame > part[-1])]
             for name, task in self.tasks.items():
                 head = self.ridge.fit(task, every.take(rest))
-                for total, value in zip(errors[name], _squares(task, head, every.take(part)), strict=True):
-                    total.append(value)
+                for chunk in every.take(part).chunks():
+                    for total, value in zip(errors[name], _squares_again(task, head, chunk), strict=True):
+                        total.append(value)
         return {name: torch.stack(squares).sum() / torch.stack(counts).sum().clamp_min(1) for name, (squares, counts) in errors.items()}
+
+
+def _squares_again(task: DepthTask | SegmentationTask, head: LinearHead, frames: FeatureSet) -> tuple[Tensor, Tensor]:
+    """`_squares`, made again on the way back: outputs at full size of all frames of a large batch would not fit into memory."""
+
+    def squares(weight: Tensor, bias: Tensor, features: Tensor) -> tuple[Tensor, Tensor]:
+        return _squares(task, replace(head, weight=weight, bias=bias), frames._replace(features=features))
+
+    return checkpoint(squares, head.weight, head.bias, frames.features, use_reentrant=False, preserve_rng_state=False)
 
 
 def _squares(task: DepthTask | SegmentationTask, head: LinearHead, frames: FeatureSet) -> tuple[Tensor, Tensor]:

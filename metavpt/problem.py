@@ -112,9 +112,15 @@ class Problem(ABC):
         """What value along w says of the targets of an unlabelled batch, and what `taught` needs beside it, detached. For `Amortized`."""
         raise MetaVPTError(f"{type(self).__name__} has no lesson, which strategy=amortized needs; define it and taught")
 
+    def functional_lesson(self, theta: Params, batch: Any) -> dict[str, Tensor]:
+        """What feedback says of the learner's outputs themselves on a labelled batch: `values` of the targets they are told, minus the
+        derivative of the feedback loss by the outputs, and what `taught` needs beside them, rows by sample, detached. For `Functional`.
+        """
+        raise MetaVPTError(f"{type(self).__name__} has no functional_lesson, which strategy=functional needs; define it and taught")
+
     def taught(self, lesson: dict[str, Tensor]) -> Tensor:
         """Minus the value of the designer's targets on a lesson, with its trust region: a scalar, by phi alone; no learner runs."""
-        raise MetaVPTError(f"{type(self).__name__} has no taught, which strategy=amortized needs; define it and lesson")
+        raise MetaVPTError(f"{type(self).__name__} has no taught, which strategies that teach the designer lessons need; define it")
 
     def regularizer(self, task: Any) -> Tensor | None:
         """R(phi), added to the designer's loss through the task that it made. Default: none."""

@@ -70,39 +70,25 @@ class Fixed:
         pass
 
 
-class Learned:
-    """The designer's tasks, the designer trained every `meta_every` steps, after `burn_in`, by hypergradients of the feedback loss.
+class Designed:
+    """The designer's tasks, the designer trained every `meta_every` steps, after `burn_in`; a subclass says how.
 
-    `combination` says how several feedbacks make one. With a designer learning rate of 0 this is the designer as it started; where that
-    equals the recipe, the run equals `Fixed` bit for bit. An update with a non-finite loss or hypergradient is skipped and counted.
+    With a designer learning rate of 0 this is the designer as it started; where that equals the recipe, the run equals `Fixed` bit for
+    bit. An update with a non-finite loss or hypergradient is skipped and counted.
     """
 
-    def __init__(
-        self,
-        estimator: Estimator | None = None,
-        optimizer: Callable[[Iterable[Tensor]], Optimizer] | None = None,
-        meta_every: int = 8,
-        burn_in: int = 0,
-        max_norm: float = 1.0,
-        combination: Combination | None = None,
-    ) -> None:
+    def __init__(self, meta_every: int, burn_in: int) -> None:
         if meta_every < 1 or burn_in < 0:
             raise MetaVPTError(f"strategy: meta_every={meta_every} must be at least 1 and burn_in={burn_in} at least 0")
-        self.estimator = estimator or OneStep()
-        self.make_optimizer = optimizer or (lambda parameters: torch.optim.Adam(parameters, lr=2e-4))
-        self.meta_every, self.burn_in, self.max_norm = meta_every, burn_in, max_norm
-        self.combination = combination or WeightedSum()
+        self.meta_every, self.burn_in = meta_every, burn_in
         self.num_skipped = 0
-        self._solutions: dict[str, Params | None] = {}
 
     def start(self, problem: Problem) -> None:
-        phi = params.named(problem.designer)
-        if not phi:
+        if not params.named(problem.designer):
             raise MetaVPTError(
                 f"strategy {type(self).__name__}: the designer {type(problem.designer).__name__} has no trainable parameter; "
                 "give the problem a designer, or use strategy=fixed"
             )
-        self.optimizer = self.make_optimizer(phi.values())
 
     def next_task(self, problem: Problem, streams: Streams, optimizer: Optimizer, budget: Budget) -> Proposal:
         record: dict[str, float] = {}
@@ -119,16 +105,59 @@ class Learned:
         return step >= self.burn_in and step % self.meta_every == 0
 
     def update_designer(self, problem: Problem, streams: Streams, optimizer: Optimizer, budget: Budget) -> dict[str, float]:
-        """One step of phi: heads, g_down on labelled batches, the product on unlabelled ones, the regularizer, the designer's optimizer."""
+        """`attempt_update`, or a count of those that failed."""
         try:
             return self.attempt_update(problem, streams, optimizer, budget)
         except NonFiniteError:
             self.num_skipped += 1
-            self._solutions = {}
             return {"skipped_updates": float(self.num_skipped)}
 
     def attempt_update(self, problem: Problem, streams: Streams, optimizer: Optimizer, budget: Budget) -> dict[str, float]:
-        """The same; raises NonFiniteError, with phi as it was, where a loss or gradient on the way is not finite."""
+        """One update of phi, charged to the budget, and its record; raises NonFiniteError, with phi as it was, where it cannot be had."""
+        raise NotImplementedError
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"num_skipped": self.num_skipped}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.num_skipped = state["num_skipped"]
+
+
+class Learned(Designed):
+    """The designer's tasks, the designer trained by hypergradients of the feedback loss, one step at a time.
+
+    `combination` says how several feedbacks make one.
+    """
+
+    def __init__(
+        self,
+        estimator: Estimator | None = None,
+        optimizer: Callable[[Iterable[Tensor]], Optimizer] | None = None,
+        meta_every: int = 8,
+        burn_in: int = 0,
+        max_norm: float = 1.0,
+        combination: Combination | None = None,
+    ) -> None:
+        super().__init__(meta_every, burn_in)
+        self.estimator = estimator or OneStep()
+        self.make_optimizer = optimizer or (lambda parameters: torch.optim.Adam(parameters, lr=2e-4))
+        self.max_norm = max_norm
+        self.combination = combination or WeightedSum()
+        self._solutions: dict[str, Params | None] = {}
+
+    def start(self, problem: Problem) -> None:
+        super().start(problem)
+        self.optimizer = self.make_optimizer(params.named(problem.designer).values())
+
+    def update_designer(self, problem: Problem, streams: Streams, optimizer: Optimizer, budget: Budget) -> dict[str, float]:
+        """One step of phi: heads, g_down on labelled batches, the product on unlabelled ones, the regularizer, the designer's optimizer."""
+        num_skipped = self.num_skipped
+        record = super().update_designer(problem, streams, optimizer, budget)
+        if self.num_skipped > num_skipped:
+            self._solutions = {}  # what a failed update solved for is no place to start from
+        return record
+
+    def attempt_update(self, problem: Problem, streams: Streams, optimizer: Optimizer, budget: Budget) -> dict[str, float]:
         hypergradient, batch = self.hypergradient(problem, streams, optimizer, budget)
         budget.charge(grad_evals=hypergradient.grad_evals)
         regularizer = self._descend(problem, hypergradient, batch)
@@ -178,11 +207,12 @@ class Learned:
         return 0.0 if regularizer is None else float(ranks.leave(regularizer.detach()))
 
     def state_dict(self) -> dict[str, Any]:
-        return {"optimizer": self.optimizer.state_dict(), "num_skipped": self.num_skipped, "solutions": self._solutions}
+        return {**super().state_dict(), "optimizer": self.optimizer.state_dict(), "solutions": self._solutions}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        super().load_state_dict(state)
         self.optimizer.load_state_dict(state["optimizer"])
-        self.num_skipped, self._solutions = state["num_skipped"], state["solutions"]
+        self._solutions = state["solutions"]
 
 
 def inner_loss(problem: Problem, theta: Params, batch: Any) -> InnerLoss:

@@ -1,7 +1,7 @@
 """data2vec with feedback from dense labels: `problem=data2vec_nyuv2`."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -12,7 +12,8 @@ from metavpt import params, pictures, ranks
 from metavpt.clock import phase
 from metavpt.curvature import ComposedLoss
 from metavpt.designers.crop import RandomCrop
-from metavpt.designers.feature_targets import FeatureTargets, FeatureTask, moved, tilted
+from metavpt.designers.feature_targets import FeatureDesigner, FeatureTask, moved, tilted
+from metavpt.errors import MetaVPTError
 from metavpt.learners.teacher import Teacher
 from metavpt.learners.vit import Backbone
 from metavpt.linear_product import DirectionalDerivative
@@ -44,13 +45,13 @@ class Data2VecDense(DenseProblem):
     """
 
     learner: HidingLearner
-    designer: FeatureTargets
+    designer: FeatureDesigner
 
     def __init__(
         self,
         backbone: Backbone,
         recipe: Callable[..., RandomCrop],
-        designer: Callable[[RandomCrop, int, int], FeatureTargets],
+        designer: Callable[[RandomCrop, int, int], FeatureDesigner],
         teacher_momentum: float = 0.996,
         **dense: Any,
     ) -> None:
@@ -63,11 +64,15 @@ class Data2VecDense(DenseProblem):
     def recipe(self, batch: Any) -> FeatureTask:
         return self.designer.recipe_task(batch)
 
-    def regularizer(self, task: FeatureTask) -> Tensor:
+    def regularizer(self, task: FeatureTask) -> Tensor | None:
         return self.designer.regularizer(task)
 
     def candidates(self, batch: Any, num_candidates: int) -> list[FeatureTask]:
         return self.designer.random_tasks(batch, num_candidates)
+
+    def parts(self, task: FeatureTask, num_parts: int) -> list[FeatureTask]:
+        """The network is no part of the batch, whatever its shape."""
+        return [part._replace(phi=task.phi) for part in super().parts(task._replace(phi={}), num_parts)]
 
     def pretrain_loss(self, theta: Params, task: FeatureTask) -> Tensor:
         return self.pretrain_tail(theta, task)({})
@@ -87,14 +92,28 @@ class Data2VecDense(DenseProblem):
         return tilted(task, self._values(theta, task, w, derivative), gate, tau)
 
     def lesson(self, theta: Params, batch: Any, w: Params, derivative: DirectionalDerivative) -> dict[str, Tensor]:
-        """The teacher's features and the values of their targets, scaled to a mean square of 1; both (B, N, D)."""
+        """What the teacher says of the patches and the values of their targets, both (B, N, D)."""
         task = self.recipe(batch)
-        values = self._values(theta, task, w, derivative)
-        scale = ranks.leave(values.square().mean()).sqrt().clamp_min(torch.finfo(values.dtype).tiny)
-        return {"features": self._teacher_features(task.images), "values": values / scale}
+        return self._lesson(*self._described(task.images), self._values(theta, task, w, derivative), self.designer.grid)
+
+    def functional_lesson(self, theta: Params, batch: Any) -> dict[str, Tensor]:
+        """The same of labelled frames, the values of their features as they are. Feedbacks are scaled to one size before they are weighted,
+        so that their weights say how much each counts, whatever its unit.
+        """
+        values = []
+        for name, frames in batch.items():
+            images = self.normalize(frames.image, self.feature_size)
+            described = [self._described(part) for part in images.split(self.batch_size)]
+            states, features = (torch.cat(parts) for parts in zip(*described, strict=True))
+            grid = (images.shape[-2] // self.backbone.patch_size, images.shape[-1] // self.backbone.patch_size)
+            values.append((states, features, self._feedback_values(name, features, grid, frames), grid))
+        if len({grid for *_, grid in values}) > 1:
+            raise MetaVPTError("labelled sets whose frames differ in size make no lesson together; set problem.feature_size")
+        lessons = [self._lesson(*parts) for parts in values]
+        return {key: torch.cat([lesson[key] for lesson in lessons]) for key in lessons[0]}
 
     def taught(self, lesson: dict[str, Tensor]) -> Tensor:
-        return self.designer.loss(lesson["features"], lesson["values"])
+        return self.designer.loss(lesson)
 
     def after_step(self, task: FeatureTask, progress: float) -> None:
         self.teacher.update(self.backbone, self.teacher_momentum + (1.0 - self.teacher_momentum) * progress)
@@ -103,8 +122,8 @@ class Data2VecDense(DenseProblem):
     def figures(self) -> dict[str, np.ndarray]:
         """An image, what the student sees of it, and the root mean square of its targets' shifts, 0 to the gate."""
         task = self.designer(next(iter(self.meta_batches(seed=0))))
-        features, patch = self._teacher_features(task.images), self.backbone.patch_size
-        lengths = (moved(features, task) - features).square().mean(dim=-1).sqrt()
+        features, patch = self._described(task.images)[1], self.backbone.patch_size
+        lengths = (self._targets(task) - features).square().mean(dim=-1).sqrt()
         rows = []
         for image, *maps in zip(task.images[:NUM_PICTURES].cpu() * self.std + self.mean, ~task.hidden.cpu(), lengths.cpu(), strict=False):
             seen, length = (m.view(self.designer.grid).repeat_interleave(patch, 0).repeat_interleave(patch, 1) for m in maps)
@@ -128,9 +147,33 @@ class Data2VecDense(DenseProblem):
         return -derivative(predictions, {name: theta[name] for name in w}, w)
 
     def _targets(self, task: FeatureTask) -> Tensor:
-        return moved(self._teacher_features(task.images), task)
+        states, features = self._described(task.images)
+        targets = moved(features, task)
+        return targets + self.designer.moves(task, states, features) if task.phi else targets
 
     @phase("teacher")
     @torch.no_grad()
-    def _teacher_features(self, images: Tensor) -> Tensor:
-        return normalized_features(self.teacher(images).patches)
+    def _described(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """What the teacher's trunk and, normalised, its tail say of the patches, (B, N, D) each."""
+        teacher = cast(Backbone, self.teacher.learner)
+        hidden = teacher.trunk(images)
+        features = normalized_features(teacher.tail(hidden).patches)
+        return hidden.tokens[:, -features.shape[1] :], features
+
+    def _feedback_values(self, name: str, features: Tensor, grid: tuple[int, int], frames: Any) -> Tensor:
+        """sum_j weight_j A_j / |A_j|, A_j minus the derivative by the features (B, N, D) of the j-th feedback of a labelled set."""
+        features = features.clone().requires_grad_()
+        with torch.enable_grad():
+            losses = self._feedback[name](features.transpose(1, 2).unflatten(2, grid), frames)
+        weights = self._feedback[name].weights
+        values = {task: -torch.autograd.grad(loss, features, retain_graph=True)[0] for task, loss in losses.items()}
+        return torch.stack([weights[task] * to_unit_size(value) for task, value in values.items()]).sum(dim=0)
+
+    def _lesson(self, states: Tensor, features: Tensor, values: Tensor, grid: tuple[int, int]) -> dict[str, Tensor]:
+        where = torch.tensor(grid, device=values.device).expand(len(values), 2)
+        return {"states": states, "features": features, "values": to_unit_size(values), "grid": where}
+
+
+def to_unit_size(values: Tensor) -> Tensor:
+    """Scaled to a mean square of 1 over the whole batch; zeros stay zeros."""
+    return values / ranks.leave(values.square().mean()).sqrt().clamp_min(torch.finfo(values.dtype).tiny)

@@ -15,7 +15,7 @@ from metavpt import params, pictures, ranks
 from metavpt.data.dense import DenseData
 from metavpt.data.loader import FrameLoader, ImageLoader, JointLoader
 from metavpt.data.unreadable import Readable, Skips
-from metavpt.errors import MetaVPTError
+from metavpt.errors import MetaVPTError, check_known
 from metavpt.feedback import DenseFeedback
 from metavpt.learners.vit import Backbone, Features
 from metavpt.params import Params
@@ -42,6 +42,8 @@ class DenseProblem(Problem):
                       one of each, feedbacks and metrics are called `<set>/depth`, and the stream is all their images together
     feature_size      (H, W) that labelled frames are resized to before the backbone; labels keep their own size. None: no resizing
     meta_batch_size   unlabelled images of a designer update
+    feedback_pool     labelled frames that g_down is taken on: "meta"; or "labelled", these and those that heads are fitted on, for feedback
+                      that fits its heads within its own batch (`RidgeFeedback`), which leaves the others unused
     head_steps        fitting steps of the feedback heads before each designer update, `first_head_steps` before the first one
     probe_heads       heads by name that the probes fit; None: ridge alone
     probe_size        (H, W) that the probes of labelled frames resize to; None: as `feature_size`
@@ -58,6 +60,7 @@ class DenseProblem(Problem):
         batch_size: int = 32,
         meta_batch_size: int = 16,
         feedback_batch_size: int = 16,
+        feedback_pool: Literal["meta", "labelled"] = "meta",
         head_steps: int = 4,
         first_head_steps: int = 100,
         feature_size: Sequence[int] | None = None,
@@ -69,18 +72,16 @@ class DenseProblem(Problem):
         on_error: Literal["raise", "skip"] = "raise",
         seed: int = 0,
     ) -> None:
-        if on_error not in ("raise", "skip"):
-            raise MetaVPTError(f"problem.on_error={on_error}: known are raise, skip")
+        check_known(on_error, "problem.on_error", "raise", "skip")
+        check_known(feedback_pool, "problem.feedback_pool", "meta", "labelled")
         self.data = data if isinstance(data, DenseData) else MappingProxyType(dict(data))
         self.num_workers = num_workers
         self.batch_size, self.meta_batch_size, self.feedback_batch_size = batch_size, meta_batch_size, feedback_batch_size
-        self.head_steps, self.first_head_steps = head_steps, first_head_steps
+        self.feedback_pool, self.head_steps, self.first_head_steps = feedback_pool, head_steps, first_head_steps
         self.mean, self.std = (torch.tensor(values).view(3, 1, 1) for values in (backbone.mean, backbone.std))
         self.feature_size, self.probe_size, window = _size(feature_size), _size(probe_size or feature_size), _size(probe_window)
         self._windowed = SlidingWindow(lambda part: self.backbone(part).patches, window, backbone.patch_size) if window else None
-        with torch.no_grad():  # a size that the patch does not divide fails here, before any training
-            for size in {given or data.frames.size for data in self.sets.values() for given in (self.feature_size, self.probe_size)}:
-                backbone(torch.zeros(1, 3, *size))
+        self._check_sizes(backbone)
         self.skips = Skips()
         self.unlabelled = _together(self.sets) if on_error == "raise" else Readable(_together(self.sets), self.skips)
         self.feedback = nn.ModuleDict(self._feedback_heads(feedback, backbone.width))
@@ -90,6 +91,12 @@ class DenseProblem(Problem):
         self.head_batches = Stream(lambda s: self._labelled("heads", s), seed, "feedback heads")
         self.probe = {name: self._dense_probe(data, probe_heads) for name, data in self.sets.items()}
         self.side_effects = SideEffects(probes)
+
+    @torch.no_grad()
+    def _check_sizes(self, backbone: Backbone) -> None:
+        """A size that the patch does not divide fails here, before any training."""
+        for size in {given or data.frames.size for data in self.sets.values() for given in (self.feature_size, self.probe_size)}:
+            backbone(torch.zeros(1, 3, *size))
 
     @property
     def sets(self) -> Mapping[str, DenseData]:
@@ -110,7 +117,7 @@ class DenseProblem(Problem):
         return ImageLoader(self.unlabelled, self.meta_batch_size, seed, self.num_workers, self.device)
 
     def feedback_batches(self, seed: int) -> Iterable[Any]:
-        return self._labelled("meta", seed)
+        return self._labelled(self.feedback_pool, seed)
 
     def held_out_batches(self, seed: int) -> Iterable[Any]:
         return self._labelled("held_out", seed)

@@ -19,7 +19,7 @@ from metavpt.designers.mixer import mix_terms
 from metavpt.designers.prototypes import reshape, reshape_patches, tilted
 from metavpt.designers.selection import weigh
 from metavpt.designers.views import MultiCrop, Views, pick_views
-from metavpt.errors import MetaVPTError
+from metavpt.errors import MetaVPTError, check_known
 from metavpt.learners.projection import Learner, ProjectionHead
 from metavpt.learners.teacher import Teacher, cosine_momentum
 from metavpt.learners.vit import Backbone, Features
@@ -80,9 +80,9 @@ class DinoDense(DenseProblem):
         teacher_credit: bool = False,
         **dense: Any,
     ) -> None:
-        _one_of(targets, "targets", "sinkhorn", "centering")
-        _one_of(patch_head, "patch_head", "shared", "own")
-        _one_of(gram_anchor, "gram_anchor", "teacher", "frozen")
+        check_known(targets, "problem.targets", "sinkhorn", "centering")
+        check_known(patch_head, "problem.patch_head", "shared", "own")
+        check_known(gram_anchor, "problem.gram_anchor", "teacher", "frozen")
         self.terms, self.num_prototypes = active_terms(terms), num_prototypes
         hides, own = "ibot" in self.terms, "ibot" in self.terms and patch_head == "own"
         sizes = (backbone.width, num_prototypes, head_hidden, head_bottleneck)
@@ -259,8 +259,3 @@ class DinoDense(DenseProblem):
 def _patches(features: Features) -> Tensor:
     """Of the two global crops, (2,B,N,D)."""
     return features.patches.flatten(2).transpose(1, 2).unflatten(0, (2, -1))
-
-
-def _one_of(value: str, key: str, *known: str) -> None:
-    if value not in known:
-        raise MetaVPTError(f"problem.{key}={value}: known are {', '.join(known)}")

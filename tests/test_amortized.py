@@ -82,7 +82,7 @@ def test_the_steps_of_phi_are_gradient_steps_on_the_last_lessons_newest_first(tm
         theta = problem.learner.weight.detach().clone()
         trainer.step()
         if step % 2 == 0:
-            rows, labelled = trainer.strategy.lessons[0]["rows"], _last_drawn(trainer.streams.feedback)
+            rows, labelled = trainer.strategy.lessons.held[0]["rows"], _last_drawn(trainer.streams.feedback)
             error = X[labelled] @ theta - Y[labelled]
             g_down = 2 * X[labelled].T @ error / error.numel()
             lessons = [(rows, -X[rows] @ g_down), *lessons][:3]
@@ -147,8 +147,8 @@ def test_a_lesson_that_is_not_finite_is_skipped_and_counted(tmp_path):
     trainer = trainer_of(tmp_path, amortized())
     trainer.problem.lesson = lambda *_: {"rows": torch.arange(2), "values": torch.full((2, 3), torch.nan, dtype=torch.float64)}
     trainer.step()
-    assert trainer.strategy.num_skipped == 1
-    assert not trainer.strategy.lessons
+    assert trainer.strategy.lessons.num_skipped == 1
+    assert not trainer.strategy.lessons.held
     assert not params.named(trainer.problem.designer)["weight"].any()
 
 

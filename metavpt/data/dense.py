@@ -30,9 +30,9 @@ class DenseData:
     share        share of both that feedback has (at least one frame each); the probes' heads have all of `num_train` whatever it is
     cache_bytes  how much of the labelled frames may stay decoded in memory, in each process that reads them
 
-    The pools are drawn by `seed` and are the same for every run with it. `held_out` are train frames of neither pool (where there are none
-    left, the meta frames again): what designer updates do to other frames is measured on them. `val` is the split's own and is seen by
-    probes alone.
+    The pools are drawn by `seed` and are the same for every run with it; `labelled` is what feedback has of both. `held_out` are train
+    frames of neither pool (where there are none left, the meta frames again): what designer updates do to other frames is measured on
+    them. `val` is the split's own and is seen by probes alone.
     """
 
     def __init__(
@@ -61,6 +61,7 @@ class DenseData:
         self.train = sorted(train[i] for i in fitting)
         self.heads = sorted(train[i] for i in fitting[: max(1, round(share * num_train))])
         self.meta = sorted(train[i] for i in meta[: max(1, round(share * num_meta))])
+        self.labelled = sorted([*self.heads, *self.meta])
         self.held_out = sorted(train[i] for i in rest or meta)
         self.val = list(frames.splits["val"])
         if leaked := set(train) & set(self.val):

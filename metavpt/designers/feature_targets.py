@@ -14,6 +14,7 @@ from metavpt.data.loader import mix
 from metavpt.designers.crop import RandomCrop
 from metavpt.designers.hiding import hidden_patches
 from metavpt.errors import MetaVPTError
+from metavpt.params import Params
 
 
 class FeatureTask(NamedTuple):
@@ -24,29 +25,20 @@ class FeatureTask(NamedTuple):
     shift: Tensor  # (B, N, D), added; 0 in the recipe
     map: Tensor  # (B, D, D), see `moved`; 0 in the recipe
     gate: Tensor  # (B,)
+    phi: Params  # of the network that moves them, see `FeatureNetwork`; empty where none does
 
 
-class FeatureTargets(nn.Module):
-    """A linear map says how the features of a patch are to be moved: x + gate * saturated(x map), see `moved`.
-
-    The map is all of the designer, whatever the image: a direction of value belongs to what a patch shows, which is what the teacher's
-    features say. It is 0 at first, so that targets start as the teacher's, bit for bit.
+class FeatureDesigner(nn.Module):
+    """The teacher's own features are the recipe's targets; a subclass moves them.
 
     recipe     makes the images
     width      D, of the learner's features
-    gate       the root mean square that a shift can reach, where features have 1
+    gate       how far: the root mean square of a shift, where features have 1
     hidden     least and greatest share of an image's patches that the student does not see, in blocks
-    weight     of the mean squared shift before saturation, see `regularizer`
     """
 
     def __init__(
-        self,
-        recipe: RandomCrop,
-        patch_size: int,
-        width: int,
-        gate: float = 1.0,
-        hidden: tuple[float, float] = (0.3, 0.5),
-        weight: float = 0.01,
+        self, recipe: RandomCrop, patch_size: int, width: int, gate: float = 1.0, hidden: tuple[float, float] = (0.3, 0.5)
     ) -> None:
         super().__init__()
         if recipe.size % patch_size:
@@ -55,31 +47,56 @@ class FeatureTargets(nn.Module):
             raise MetaVPTError(f"designer.gate={gate} must not be negative")
         if not 0 <= hidden[0] <= hidden[1] < 1:
             raise MetaVPTError(f"designer.hidden={list(hidden)} must be two shares of the patches in order, below 1")
-        self.recipe, self.gate, self.hidden, self.weight = recipe, gate, (hidden[0], hidden[1]), weight
+        self.recipe, self.width, self.gate, self.hidden = recipe, width, gate, (hidden[0], hidden[1])
         self.grid = (recipe.size // patch_size, recipe.size // patch_size)
-        self.map = nn.Parameter(torch.zeros(width, width))
-
-    def forward(self, batch: Any) -> FeatureTask:
-        """batch: `.images` (B, 3, H, W), see RandomCrop, and `.seed`."""
-        return self._with(self.recipe_task(batch), self.map)
 
     def recipe_task(self, batch: Any) -> FeatureTask:
-        """The teacher's own features, with the same patches hidden."""
+        """The teacher's own features. batch: `.images` (B, 3, H, W), see RandomCrop, and `.seed`."""
         images = self.recipe(batch.images, batch.seed)
         seen = hidden_patches(len(images) * ranks.size(), self.grid, self.hidden, 1.0, mix(batch.seed, 0))
-        shift = images.new_zeros(len(images), math.prod(self.grid), len(self.map))
-        task = FeatureTask(images, ranks.own(seen).to(images.device), shift, shift, images.new_full((len(images),), self.gate))
-        return self._with(task, torch.zeros_like(self.map))
+        shift = images.new_zeros(len(images), math.prod(self.grid), self.width)
+        task = FeatureTask(images, ranks.own(seen).to(images.device), shift, shift, images.new_full((len(images),), self.gate), {})
+        return with_map(task, images.new_zeros(self.width, self.width))
 
     def random_tasks(self, batch: Any, num_tasks: int) -> list[FeatureTask]:
         """The same images with maps of standard normal entries, which shift features of any width by about `gate`."""
         task, rng = self.recipe_task(batch), Generator().manual_seed(mix(batch.seed, 1))
-        return [self._with(task, torch.randn(tuple(self.map.shape), generator=rng)) for _ in range(num_tasks)]
+        return [with_map(task, torch.randn(self.width, self.width, generator=rng)) for _ in range(num_tasks)]
 
-    def loss(self, features: Tensor, values: Tensor) -> Tensor:
+    def moves(self, task: FeatureTask, states: Tensor, features: Tensor) -> Tensor:
+        """Of the task's targets by a network, (B, N, D), from what the teacher's trunk and tail say of the patches, both (B, N, D)."""
+        raise NotImplementedError
+
+    def loss(self, lesson: dict[str, Tensor]) -> Tensor:
+        """Minus the value of the moves on a lesson, with a trust region: `Problem.taught`, a scalar."""
+        raise NotImplementedError
+
+    def regularizer(self, task: FeatureTask) -> Tensor | None:
+        """Added to the designer's loss through the task that it made. Default: none."""
+        return None
+
+
+class FeatureTargets(FeatureDesigner):
+    """A linear map says how the features of a patch are to be moved: x + gate * saturated(x map), see `moved`.
+
+    The map is all of the designer, whatever the image: a direction of value belongs to what a patch shows, which is what the teacher's
+    features say. It is 0 at first, so that targets start as the teacher's, bit for bit.
+
+    weight     of the mean squared shift before saturation, see `regularizer`
+    """
+
+    def __init__(self, recipe: RandomCrop, patch_size: int, width: int, weight: float = 0.01, **options: Any) -> None:
+        super().__init__(recipe, patch_size, width, **options)
+        self.weight = weight
+        self.map = nn.Parameter(torch.zeros(width, width))
+
+    def forward(self, batch: Any) -> FeatureTask:
+        return with_map(self.recipe_task(batch), self.map)
+
+    def loss(self, lesson: dict[str, Tensor]) -> Tensor:
         """-mean <shift, value> + `regularizer`, of features and values (B, N, D): what `Amortized` descends; a scalar."""
-        shift = self.gate * saturated(centred(features) @ self.map)
-        return -(shift * values).mean() + self._size(self.map)
+        shift = self.gate * saturated(centred(lesson["features"]) @ self.map)
+        return -(shift * lesson["values"]).mean() + self._size(self.map)
 
     def regularizer(self, task: FeatureTask) -> Tensor:
         """weight * |map|^2 / D: the mean squared shift, before saturation, of white features of unit variance; a scalar."""
@@ -88,8 +105,10 @@ class FeatureTargets(nn.Module):
     def _size(self, map: Tensor) -> Tensor:
         return self.weight * map.square().sum() / len(map)
 
-    def _with(self, task: FeatureTask, map: Tensor) -> FeatureTask:
-        return task._replace(map=map.to(task.images).expand(len(task.images), -1, -1))
+
+def with_map(task: FeatureTask, map: Tensor) -> FeatureTask:
+    """`task` with the same map (D, D) for every image."""
+    return task._replace(map=map.to(task.images).expand(len(task.images), -1, -1))
 
 
 def moved(features: Tensor, task: FeatureTask) -> Tensor:

@@ -20,12 +20,13 @@ def features():
 
 
 def in_float64(task):
-    return FeatureTask(*(part if part.dtype == torch.bool else part.double() for part in task))
+    *tensors, phi = task
+    return FeatureTask(*(part if part.dtype == torch.bool else part.double() for part in tensors), phi)
 
 
 def test_an_untrained_designer_is_the_recipe_bit_for_bit():
     made = designer()
-    for own, recipe in zip(made(BATCH), made.recipe_task(BATCH), strict=True):
+    for own, recipe in zip(made(BATCH)[:5], made.recipe_task(BATCH)[:5], strict=True):
         assert torch.equal(own, recipe)
     assert torch.equal(moved(features(), in_float64(made(BATCH))), features())
 

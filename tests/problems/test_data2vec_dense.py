@@ -1,10 +1,9 @@
-"""data2vec at its smallest: real ViT, feature targets, feedback and probes on generated rooms."""
+"""data2vec with a linear map of features for its designer."""
 
 import pytest
 import torch
 from differences import relative
-from hydra import compose, initialize_config_module
-from hydra.utils import instantiate
+from small_data2vec import at, in_float64, maker
 from torch.func import functional_call
 from training import adam, assert_identical, train, weights
 
@@ -16,57 +15,18 @@ from metavpt.linear_product import CentralDifference, LinearLoss, LinearProduct
 from metavpt.strategies import inner_loss
 from metavpt.tilt import RandomTilt, Tilt
 
-SMALL = [
-    "backbone.tail_blocks=1", "backbone.embed_dim=24", "backbone.depth=2", "backbone.num_heads=2", "+backbone.patch_size=4",
-    "recipe.size=16", "data.rooms={num_frames: 40, size: [32, 48], seed: 0, folder: null}", "data.num_train=16", "data.num_meta=8",
-    "problem.feature_size=[16, 24]", "problem.batch_size=4", "problem.meta_batch_size=4",
-    "problem.feedback_batch_size=4",
-]  # fmt: skip
-
 
 @pytest.fixture(scope="module")
 def make(tmp_path_factory):
-    """make(*overrides, seed=0) -> a fresh problem."""
-    folder = tmp_path_factory.mktemp("rooms")
-
-    def fresh(*overrides, seed=0):
-        with initialize_config_module("metavpt.configs", version_base="1.3"):
-            cfg = compose("run", ["problem=data2vec_nyuv2", *SMALL, f"data.rooms.folder={folder}", *overrides])
-        torch.manual_seed(seed)
-        return instantiate(cfg.problem, _convert_="all")
-
-    return fresh
+    return maker(tmp_path_factory.mktemp("rooms"), "designer=feature_targets")
 
 
-class Doubled(torch.nn.Module):
-    def __init__(self, recipe):
-        super().__init__()
-        self.recipe = recipe
-
-    def forward(self, images, seed):
-        return self.recipe((images / 255).double(), seed)
-
-
-def in_float64(problem, std=0.3):
-    for module in (problem.learner, problem.designer, problem.teacher):
-        module.double()
-    torch.nn.init.normal_(problem.designer.map, std=std)
-    problem.designer.recipe = Doubled(problem.designer.recipe)
-    return problem
-
-
-def at(problem):
-    """theta, theta_S, an unlabelled batch and g_down."""
-    theta = params.detach(params.named(problem.learner))
-    aligned = {name: theta[name] for name in problem.aligned_parameters()}
-    batch, labelled = next(iter(problem.meta_batches(1))), next(iter(problem.feedback_batches(2)))
-    leaves = params.leaves(aligned)
-    gradient = torch.autograd.grad(problem.feedback_loss({**theta, **leaves}, labelled), list(leaves.values()))
-    return theta, aligned, batch, dict(zip(leaves, gradient, strict=True))
+def mapping(problem, std=0.3):
+    return in_float64(problem, [problem.designer.map], std)
 
 
 def test_the_loss_is_the_students_distance_from_the_moved_features_of_the_teacher(make):
-    problem = in_float64(make())
+    problem = mapping(make())
     task, (theta, *_) = problem.designer(next(iter(problem.meta_batches(1)))), at(problem)
     images, learner = task.images, problem.learner
     state = learner.backbone.trunk(images, hidden=task.hidden, mask_token=learner.mask_token)
@@ -92,7 +52,7 @@ def test_the_student_does_not_see_what_is_hidden(make):
 
 def test_linear_exact_and_difference_products_agree_and_are_finite_differences(make):
     """In float64, to a relative 1e-6: the targets enter the learner's gradient linearly."""
-    problem = in_float64(make())
+    problem = mapping(make())
     theta, aligned, batch, g_down = at(problem)
     labelled = next(iter(problem.feedback_batches(2)))
     inner, phi = inner_loss(problem, theta, batch), params.detach(params.named(problem.designer))
@@ -115,7 +75,7 @@ def test_linear_exact_and_difference_products_agree_and_are_finite_differences(m
 
 def test_the_tilt_and_what_a_lesson_teaches_raise_the_value_and_a_step_of_them_lowers_the_feedback_loss(make):
     """<g_down, g_pre> of a moved task is above the recipe's by exactly <shift, value>, and to first order a step lowers the loss by it."""
-    problem = in_float64(make("designer.gate=0.5"), std=0.0)
+    problem = mapping(make("designer.gate=0.5"), std=0.0)
     theta, aligned, batch, g_down = at(problem)
     derivative = CentralDifference()
     recipe = problem.recipe(batch)
@@ -141,7 +101,7 @@ def test_the_tilt_and_what_a_lesson_teaches_raise_the_value_and_a_step_of_them_l
 
 
 def test_taught_is_minus_the_value_of_the_designers_shift_and_its_regularizer(make):
-    problem = in_float64(make("designer.weight=0.3"))
+    problem = mapping(make("designer.weight=0.3"))
     theta, _, batch, g_down = at(problem)
     lesson = problem.lesson(theta, batch, g_down, CentralDifference())
     task = problem.designer(batch)

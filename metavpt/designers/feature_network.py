@@ -1,0 +1,64 @@
+"""A target designer for regression on features that reads more than the features: what a linear head cannot tell from them.
+
+Letters: B batch, N patches, D width of the features.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from metavpt.designers.crop import RandomCrop
+from metavpt.designers.feature_targets import FeatureDesigner, FeatureTask
+from metavpt.params import Params
+
+
+class FeatureNetwork(FeatureDesigner):
+    """Features are moved by gate * network(states, features): a patch, what the middle of the teacher says of it, and its neighbours.
+
+    Value, where heads are fitted in closed form, is what they leave over, and a linear map of the features holds nothing of that. Moves
+    start at 0: the teacher's features, bit for bit.
+
+    hidden_width  channels between
+    """
+
+    def __init__(self, recipe: RandomCrop, patch_size: int, width: int, hidden_width: int = 128, **options: Any) -> None:
+        super().__init__(recipe, patch_size, width, **options)
+        self.network = PatchNetwork(width, hidden_width)
+
+    def forward(self, batch: Any) -> FeatureTask:
+        phi: Params = dict(self.network.named_parameters())
+        if not torch.is_grad_enabled():  # handed on as they are, parameters would ask the learner's loss for gradients
+            phi = {name: p.detach().clone() for name, p in phi.items()}  # and the task would follow later steps of phi
+        return self.recipe_task(batch)._replace(phi=phi)
+
+    def moves(self, task: FeatureTask, states: Tensor, features: Tensor) -> Tensor:
+        return task.gate[:, None, None] * functional_call(self.network, task.phi, (states, features, self.grid))
+
+    def loss(self, lesson: dict[str, Tensor]) -> Tensor:
+        """-mean (<y, A> - |y|^2 / 2), y the network's moves and A the values (B, N, D): least where y is what A is expected to be.
+
+        The values are scaled to a mean square of 1, so a gate of 1 is the tilt of tau 1 (`feature_targets.tilted`).
+        """
+        height, width = (int(side) for side in lesson["grid"][0])
+        y = self.network(lesson["states"], lesson["features"], (height, width))
+        return -(y * lesson["values"]).mean() + y.square().mean() / 2
+
+
+class PatchNetwork(nn.Module):
+    """states and features (B, N, D) of patches on a grid (h, w) -> (B, N, D): a 1x1 convolution, a residual 3x3 one, a 1x1 one."""
+
+    def __init__(self, width: int, hidden_width: int) -> None:
+        super().__init__()
+        self.read = nn.Conv2d(2 * width, hidden_width, 1)
+        self.mix = nn.Conv2d(hidden_width, hidden_width, 3, padding=1)
+        self.write = nn.Conv2d(hidden_width, width, 1)
+        nn.init.zeros_(self.write.weight)
+        nn.init.zeros_(self.write.bias)  # pyright: ignore[reportArgumentType]
+
+    def forward(self, states: Tensor, features: Tensor, grid: tuple[int, int]) -> Tensor:
+        seen = torch.cat([F.layer_norm(states, states.shape[-1:]), features], dim=-1)
+        x = F.gelu(self.read(seen.transpose(1, 2).unflatten(2, grid)))
+        return self.write(x + F.gelu(self.mix(x))).flatten(2).transpose(1, 2)

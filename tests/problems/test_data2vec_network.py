@@ -1,0 +1,126 @@
+"""data2vec with a network that moves features for its designer, and what it is taught in function space."""
+
+import pytest
+import torch
+from differences import relative
+from hydra.errors import InstantiationException
+from small_data2vec import at, in_float64, maker
+from training import adam, assert_identical, train, weights
+
+from metavpt import Dot, ExactProduct, Fixed, OneStep, params
+from metavpt.amortized import Amortized
+from metavpt.functional import Functional, RandomFunctional
+from metavpt.linear_product import CentralDifference, LinearProduct
+from metavpt.strategies import inner_loss
+
+
+@pytest.fixture(scope="module")
+def make(tmp_path_factory):
+    return maker(tmp_path_factory.mktemp("rooms"), "designer.hidden_width=8")
+
+
+def moving(problem):
+    return in_float64(problem, problem.designer.network.write.parameters(), 0.3)
+
+
+def test_a_functional_lesson_is_minus_the_derivative_of_the_feedback_by_the_teachers_features(make):
+    """By finite differences along a random direction, each feedback scaled to one size, in float64, to a relative 1e-6."""
+    problem = moving(make("feedback.depth_weight=2.0", "feedback.penalty=0.1"))
+    theta, batch = params.detach(params.named(problem.learner)), next(iter(problem.feedback_batches(2)))
+    lesson, frames = problem.functional_lesson(theta, batch), batch["labelled"]
+    images = problem.normalize(frames.image, problem.feature_size)
+    held = torch.nn.functional.layer_norm(problem.teacher(images).patches.flatten(2).transpose(1, 2), (24,))
+    torch.testing.assert_close(lesson["features"], held, rtol=1e-12, atol=1e-12)
+    assert lesson["states"].shape == held.shape
+    assert lesson["grid"].tolist() == [[4, 6]] * 4
+
+    def feedback(task, features):
+        return float(problem.feedback["labelled"](features.transpose(1, 2).unflatten(2, (4, 6)), frames)[task].detach())
+
+    gradients, rng, step = {}, torch.Generator().manual_seed(0), 1e-6
+    for task, weight in {"depth": 2.0, "segmentation": 1.0}.items():
+        x = held.clone().requires_grad_()
+        loss = problem.feedback["labelled"](x.transpose(1, 2).unflatten(2, (4, 6)), frames)[task]
+        (g,) = torch.autograd.grad(loss, x)
+        direction = torch.randn(held.shape, dtype=torch.float64, generator=rng)
+        slope = (feedback(task, held + step * direction) - feedback(task, held - step * direction)) / (2 * step)
+        assert slope == pytest.approx(float((g * direction).sum()), rel=1e-6)
+        gradients[task] = weight * g / g.square().mean().sqrt()
+    expected = -(gradients["depth"] + gradients["segmentation"])
+    torch.testing.assert_close(lesson["values"], expected / expected.square().mean().sqrt(), rtol=1e-8, atol=1e-10)
+
+
+def test_a_network_moves_the_targets_and_its_products_agree(make):
+    """The loss is the distance from the moved features; exact = linear = finite differences in phi, in float64, to a relative 1e-6."""
+    problem = moving(make())
+    theta, aligned, batch, g_down = at(problem)
+    with torch.no_grad():
+        task = problem.designer(batch)
+        states, features = problem._described(task.images)
+        told = problem._student(theta, task)({})
+        expected = (told - features - problem.designer.moves(task, states, features)).square().mean()
+    assert float(problem.pretrain_loss(theta, task).detach()) == pytest.approx(float(expected), rel=1e-10)
+    labelled = next(iter(problem.feedback_batches(2)))
+    inner, phi = inner_loss(problem, theta, batch), params.detach(params.named(problem.designer))
+    outer = lambda theta_s: problem.feedback_loss({**theta, **theta_s}, labelled)  # noqa: E731
+    by = {kind: OneStep(Dot(), kind())([inner], outer, aligned, phi) for kind in (ExactProduct, LinearProduct)}
+    assert params.norm(by[ExactProduct].by_phi) > 0
+    assert relative(by[LinearProduct].by_phi, by[ExactProduct].by_phi) < 1e-6
+    direction, step = params.zip_with(torch.randn_like, phi), 1e-5
+
+    def value(phi):
+        leaves = params.leaves(aligned)
+        g_pre = torch.autograd.grad(inner(phi)(leaves), list(leaves.values()))
+        return sum(float((g * w).sum()) for g, w in zip(g_pre, g_down.values(), strict=True))
+
+    slope = (value(params.add(phi, direction, alpha=step)) - value(params.add(phi, direction, alpha=-step))) / (2 * step)
+    assert slope == pytest.approx(-float(params.dot(by[ExactProduct].by_phi, direction)), rel=1e-6)
+
+
+def amortized():
+    return Amortized(adam, meta_every=2, phi_steps=3, derivative=CentralDifference())
+
+
+def functional(kind=Functional):
+    return kind(adam, phi_steps=3, lesson_batch_size=2, meta_every=2)
+
+
+@pytest.mark.parametrize(
+    "strategy", [functional, lambda: functional(RandomFunctional), amortized], ids=["functional", "random_functional", "amortized"]
+)
+def test_a_network_trains_and_resumes_bit_for_bit_and_differs_from_fixed(make, tmp_path, strategy):
+    whole, resumed, fixed = make(), make(), make()
+    train(tmp_path, whole, strategy(), steps=3)
+    sorted((tmp_path / "checkpoints").glob("*.pt"))[-1].unlink()  # as if killed after step 2
+    train(tmp_path, resumed, strategy(), steps=3, resume=True)
+    assert_identical(weights(whole), weights(resumed))
+    train(tmp_path / "fixed", fixed, Fixed(), steps=3)
+    learner = "learner.mask_token"
+    assert not torch.equal(weights(whole)[learner], weights(fixed)[learner])
+
+
+def test_a_network_that_learns_nothing_is_fixed_bit_for_bit(make, tmp_path):
+    fixed, still = make(), make()
+    train(tmp_path / "fixed", fixed, Fixed(), steps=2)
+    strategy = Functional(lambda parameters: torch.optim.Adam(parameters, lr=0.0), phi_steps=2, lesson_batch_size=2, meta_every=1)
+    train(tmp_path / "still", still, strategy, steps=2)
+    assert_identical(weights(fixed), weights(still))
+
+
+def test_the_parts_of_a_batch_share_the_network_whatever_its_width(make):
+    problem = moving(make("designer.hidden_width=4"))  # as wide as the batch is long
+    theta, batch = params.detach(params.named(problem.learner)), next(iter(problem.meta_batches(1)))
+    with torch.no_grad():
+        task = problem.designer(batch)
+        whole = problem.pretrain_loss(theta, task)
+        parts = [problem.pretrain_loss(theta, part) for part in problem.parts(task, 2)]
+    assert float(sum(parts)) / 2 == pytest.approx(float(whole), rel=1e-12)
+
+
+def test_feedback_is_of_the_pool_that_is_asked_for(make):
+    every, meta = make("problem.feedback_pool=labelled", "problem.feedback_batch_size=24"), make("problem.feedback_batch_size=8")
+    assert len(next(iter(every.feedback_batches(0)))["labelled"].image) == 24
+    assert len(next(iter(meta.feedback_batches(0)))["labelled"].image) == 8
+    assert not set(every.data.labelled) & set(every.data.val)
+    with pytest.raises(InstantiationException, match=r"problem\.feedback_pool=all: known are meta, labelled"):
+        make("problem.feedback_pool=all")
