@@ -71,10 +71,13 @@ class Functional(Designed):
 
 
 class RandomFunctional(Functional):
-    """`Functional` with the values of one sample taught as those of another: as large, as smooth, and of no use."""
+    """`Functional` with the values of one sample taught as those of another, and half of them turned about: as large, as smooth, and worth
+    nothing. In another order alone they would still say what is worth having on average, by where a patch stands.
+    """
 
     def seen(self, lesson: Lesson) -> Lesson:
-        num = ranks.total(len(lesson["values"]))
-        order = torch.randperm(num, generator=self.lessons.generator)
+        num, generator = ranks.total(len(lesson["values"])), self.lessons.generator
         values = ranks.gather(lesson["values"])
-        return {**lesson, "values": values[order.to(values.device)[ranks.rows(num)]]}
+        order, signs = torch.randperm(num, generator=generator), 2 * torch.randint(2, (num,), generator=generator) - 1
+        turned = values[order.to(values.device)] * signs.to(values).view(-1, *[1] * (values.ndim - 1))
+        return {**lesson, "values": turned[ranks.rows(num)]}

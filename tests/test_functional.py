@@ -145,13 +145,16 @@ def test_a_lesson_is_charged_and_read_at_its_steps_alone(tmp_path):
     assert trainer.budget.grad_evals == 9 + 2
 
 
-def test_values_of_other_samples_are_the_same_values_in_another_order():
+def test_random_values_are_those_of_other_samples_with_signs_of_their_own():
     strategy = functional(RandomFunctional)
-    values = torch.arange(20.0).view(10, 2)
-    seen = strategy.seen({"rows": torch.arange(10), "values": values})
-    assert torch.equal(seen["rows"], torch.arange(10))
-    assert not torch.equal(seen["values"], values)
-    assert torch.equal(seen["values"].sort(dim=0).values, values)
+    values = torch.arange(1.0, 41.0).view(20, 2)
+    seen = strategy.seen({"rows": torch.arange(20), "values": values})
+    assert torch.equal(seen["rows"], torch.arange(20))
+    assert torch.equal(seen["values"].abs().sort(dim=0).values, values)
+    assert not torch.equal(seen["values"].abs(), values)
+    signs = seen["values"].sign()
+    assert torch.equal(signs[:, 0], signs[:, 1])  # of a sample as a whole
+    assert set(signs[:, 0].tolist()) == {-1.0, 1.0}
 
 
 def test_problems_without_it_say_so(tmp_path):
