@@ -53,3 +53,15 @@ def at(problem):
     leaves = params.leaves(aligned)
     gradient = torch.autograd.grad(problem.feedback_loss({**theta, **leaves}, labelled), list(leaves.values()))
     return theta, aligned, batch, dict(zip(leaves, gradient, strict=True))
+
+
+def slope_of_value(inner, aligned, g_down, phi, direction, step=1e-5):
+    """d<g_down, g_pre>/dphi along `direction`, by a central difference."""
+
+    def value(phi):
+        leaves = params.leaves(aligned)
+        g_pre = torch.autograd.grad(inner(phi)(leaves), list(leaves.values()))
+        return sum(float((g * w).sum()) for g, w in zip(g_pre, g_down.values(), strict=True))
+
+    ahead, behind = (value(params.add(phi, direction, alpha=sign * step)) for sign in (1, -1))
+    return (ahead - behind) / (2 * step)

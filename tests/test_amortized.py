@@ -60,10 +60,10 @@ class Regression(Problem):
         return -(shift * lesson["values"]).mean() + 0.5 * shift.square().mean()
 
 
-def trainer_of(folder, strategy, steps=12):
+def trainer_of(folder, strategy, steps=12, problem=Regression):
     make = lambda groups: torch.optim.SGD(groups, lr=0.1)  # noqa: E731
     checkpoints = Checkpoints(folder / "checkpoints")
-    return Trainer(Regression(), strategy, Budget(steps=steps), RunLog(folder), checkpoints, make, weight_decay=0.0, log_every=1)
+    return Trainer(problem(), strategy, Budget(steps=steps), RunLog(folder), checkpoints, make, weight_decay=0.0, log_every=1)
 
 
 def sgd(lr):
@@ -82,7 +82,7 @@ def test_the_steps_of_phi_are_gradient_steps_on_the_last_lessons_newest_first(tm
         theta = problem.learner.weight.detach().clone()
         trainer.step()
         if step % 2 == 0:
-            rows, labelled = trainer.strategy.lessons.held[0]["rows"], _last_drawn(trainer.streams.feedback)
+            rows, labelled = trainer.strategy.lessons.held[0]["rows"], last_drawn(trainer.streams.feedback)
             error = X[labelled] @ theta - Y[labelled]
             g_down = 2 * X[labelled].T @ error / error.numel()
             lessons = [(rows, -X[rows] @ g_down), *lessons][:3]
@@ -93,7 +93,7 @@ def test_the_steps_of_phi_are_gradient_steps_on_the_last_lessons_newest_first(tm
     assert phi.norm() > 0
 
 
-def _last_drawn(stream):
+def last_drawn(stream):
     batches = stream.source(stream.seed)
     return [next(batches) for _ in range(stream.position)][-1]
 
@@ -118,17 +118,22 @@ def test_feedback_is_read_at_its_steps_alone_and_steers_in_between(tmp_path):
 
 @pytest.mark.parametrize("kind", [Amortized, RandomAmortized])
 def test_resumes_bit_for_bit_and_differs_from_fixed(tmp_path, kind):
-    whole = trainer_of(tmp_path / "whole", amortized(kind))
+    assert_resumes(trainer_of, lambda: amortized(kind), tmp_path)
+
+
+def assert_resumes(trainer_of, strategy, folder):
+    """A run stopped after 7 of its 12 steps ends where one that was not does, and elsewhere than `Fixed`."""
+    whole = trainer_of(folder / "whole", strategy())
     whole.run()
-    killed = trainer_of(tmp_path / "parts", amortized(kind))
+    killed = trainer_of(folder / "parts", strategy())
     for _ in range(7):
         killed.step()
     killed.save()
-    resumed = trainer_of(tmp_path / "parts", amortized(kind))
+    resumed = trainer_of(folder / "parts", strategy())
     resumed.resume()
     resumed.run()
     assert torch.equal(whole.problem.learner.weight, resumed.problem.learner.weight)
-    fixed = trainer_of(tmp_path / "fixed", Fixed())
+    fixed = trainer_of(folder / "fixed", Fixed())
     fixed.run()
     assert not torch.equal(whole.problem.learner.weight, fixed.problem.learner.weight)
 

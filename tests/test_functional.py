@@ -1,23 +1,14 @@
 """The hypergradient in function space, on learners small enough to write everything out: features are theta x, targets x W + phi x."""
 
+from functools import partial
+
 import pytest
+import test_amortized
 import torch
-from test_amortized import Regression, X, Y, sgd
+from test_amortized import Regression, X, Y, assert_resumes, last_drawn, sgd
 from torch.func import functional_call
 
-from metavpt import (
-    Budget,
-    Checkpoints,
-    ConjugateGradient,
-    ExactProduct,
-    Fixed,
-    Implicit,
-    MetaVPTError,
-    NonFiniteError,
-    Problem,
-    RunLog,
-    Trainer,
-)
+from metavpt import ConjugateGradient, ExactProduct, Fixed, Implicit, MetaVPTError, NonFiniteError, Problem
 from metavpt.functional import Functional, RandomFunctional
 
 
@@ -31,10 +22,7 @@ class Functions(Regression):
         return {"rows": batch, "values": -torch.autograd.grad(loss, outputs)[0]}
 
 
-def trainer_of(folder, strategy, steps=12):
-    make = lambda groups: torch.optim.SGD(groups, lr=0.1)  # noqa: E731
-    checkpoints = Checkpoints(folder / "checkpoints")
-    return Trainer(Functions(), strategy, Budget(steps=steps), RunLog(folder), checkpoints, make, weight_decay=0.0, log_every=1)
+trainer_of = partial(test_amortized.trainer_of, problem=Functions)
 
 
 def functional(kind=Functional, lr=0.5, **options):
@@ -72,7 +60,7 @@ def test_the_steps_of_phi_are_gradient_steps_on_rows_of_the_labelled_lesson(tmp_
         theta = trainer.problem.learner.weight.detach().clone()
         trainer.step()
         if step % 2 == 0:
-            labelled = _last_drawn(trainer.streams.feedback)
+            labelled = last_drawn(trainer.streams.feedback)
             a = Y[labelled] - X[labelled] @ theta
             for _ in range(5):
                 rows = torch.randint(len(labelled), (4,), generator=generator)
@@ -80,11 +68,6 @@ def test_the_steps_of_phi_are_gradient_steps_on_rows_of_the_labelled_lesson(tmp_
                 phi = phi - 0.5 * x.T @ (x @ phi - a[rows]) / a[rows].numel()
         torch.testing.assert_close(trainer.problem.designer.weight.detach(), phi, rtol=1e-9, atol=1e-12)
     assert phi.norm() > 0
-
-
-def _last_drawn(stream):
-    batches = stream.source(stream.seed)
-    return [next(batches) for _ in range(stream.position)][-1]
 
 
 def test_with_lr_0_it_is_fixed_bit_for_bit(tmp_path):
@@ -96,19 +79,7 @@ def test_with_lr_0_it_is_fixed_bit_for_bit(tmp_path):
 
 @pytest.mark.parametrize("kind", [Functional, RandomFunctional])
 def test_resumes_bit_for_bit_and_differs_from_fixed(tmp_path, kind):
-    whole = trainer_of(tmp_path / "whole", functional(kind))
-    whole.run()
-    killed = trainer_of(tmp_path / "parts", functional(kind))
-    for _ in range(7):
-        killed.step()
-    killed.save()
-    resumed = trainer_of(tmp_path / "parts", functional(kind))
-    resumed.resume()
-    resumed.run()
-    assert torch.equal(whole.problem.learner.weight, resumed.problem.learner.weight)
-    fixed = trainer_of(tmp_path / "fixed", Fixed())
-    fixed.run()
-    assert not torch.equal(whole.problem.learner.weight, fixed.problem.learner.weight)
+    assert_resumes(trainer_of, lambda: functional(kind), tmp_path)
 
 
 def test_labels_reach_the_learner_through_phi_alone(tmp_path):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from differences import relative
-from small_data2vec import at, in_float64, maker
+from small_data2vec import at, in_float64, maker, slope_of_value
 from torch.func import functional_call
 from training import adam, assert_identical, train, weights
 
@@ -62,14 +62,8 @@ def test_linear_exact_and_difference_products_agree_and_are_finite_differences(m
     assert isinstance(inner(phi), LinearLoss)
     for kind in (DifferenceProduct, LinearProduct):
         assert relative(by[kind].by_phi, by[ExactProduct].by_phi) < 1e-6
-    direction, step = params.zip_with(torch.randn_like, phi), 1e-5
-
-    def value(phi):
-        leaves = params.leaves(aligned)
-        g_pre = torch.autograd.grad(inner(phi)(leaves), list(leaves.values()))
-        return sum(float((g * w).sum()) for g, w in zip(g_pre, g_down.values(), strict=True))
-
-    slope = (value(params.add(phi, direction, alpha=step)) - value(params.add(phi, direction, alpha=-step))) / (2 * step)
+    direction = params.zip_with(torch.randn_like, phi)
+    slope = slope_of_value(inner, aligned, g_down, phi, direction)
     assert slope == pytest.approx(-float(params.dot(by[ExactProduct].by_phi, direction)), rel=1e-6)
 
 
