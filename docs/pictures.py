@@ -20,8 +20,9 @@ from metavpt import results
 DOCS = Path(__file__).parent
 MASKS = ("fixed", "random_feedback", "uniform", "greedy", "one_step", "unrolled", "implicit")
 TARGETS = ("fixed", "fixed_3e4", "random_amortized", "greedy", "amortized", "tilt")
-FEATURES = ("fixed", "random_amortized", "uniform", "greedy", "amortized")
-STEERED = ("one_step", "unrolled", "implicit", "amortized", "tilt")
+FEATURES = ("fixed", "fixed_95", "random_amortized", "uniform", "greedy", "amortized", "functional_gate_1", "functional")
+FUNCTIONS = ("fixed", "fixed_600", "uniform", "random_functional", "functional")
+STEERED = ("one_step", "unrolled", "implicit", "amortized", "functional", "functional_gate_1", "tilt")
 
 
 class Panel(NamedTuple):
@@ -38,7 +39,15 @@ class Panel(NamedTuple):
 PANELS = (
     Panel("toy_sources", "error", 2, MASKS, "Toy: one of four sources is useful", "error on it (5 seeds)"),
     Panel("gsm8k_retention", "gsm8k/nll", 2, TARGETS, "Language: a stream about other things", "NLL of GSM8K answers (5 seeds)"),
-    Panel("nyuv2_features", "ridge/depth_rmse", 3, FEATURES, "NYUv2, features as targets", "depth RMSE in m (5 seeds, greedy 1)"),
+    Panel("rooms_functional", "ridge/depth_rmse", 3, FUNCTIONS, "Generated rooms: make demo", "depth RMSE in m (5 seeds, controls fewer)"),
+    Panel(
+        "nyuv2_functional",
+        "ridge/depth_rmse",
+        3,
+        FEATURES,
+        "NYUv2, features as targets",
+        "depth RMSE in m (5 seeds; greedy, gate 1: one)",
+    ),
 )
 STYLE = {"svg.fonttype": "none", "svg.hashsalt": "metavpt", "font.family": "sans-serif", "font.size": 10, "axes.spines.top": False}
 
@@ -74,10 +83,10 @@ def draw(axes: Axes, panel: Panel) -> None:
 
 
 def results_picture(path: Path) -> None:
-    """Where the answer is known, where steering gains much, and where perhaps a little."""
+    """Where the answer is known, where steering gains much, where the recipe gains nothing, and where steering perhaps gains a little."""
     with plt.rc_context(STYLE):
-        figure, axes = plt.subplots(1, len(PANELS), figsize=(14.4, 3.8), layout="constrained", gridspec_kw={"wspace": 0.1})
-        for ax, panel in zip(axes, PANELS, strict=True):
+        figure, axes = plt.subplots(2, len(PANELS) // 2, figsize=(10.5, 7.2), layout="constrained", gridspec_kw={"wspace": 0.1})
+        for ax, panel in zip(axes.flat, PANELS, strict=True):
             draw(ax, panel)
         figure.savefig(path, format="svg", metadata={"Date": None}, facecolor="white")
         plt.close(figure)
