@@ -2,10 +2,9 @@
 
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING
 
 import torch
-from lightning_fabric import Fabric
-from lightning_fabric.plugins import Precision
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
@@ -13,9 +12,12 @@ from torch.optim import Optimizer
 from metavpt import ranks, sharding
 from metavpt.clock import phase
 from metavpt.errors import MetaVPTError
-from metavpt.fabric import PretrainLoss
 from metavpt.problem import Problem
 from metavpt.strategies import Proposal
+
+if TYPE_CHECKING:
+    from lightning_fabric import Fabric
+    from lightning_fabric.plugins import Precision
 
 
 class Execution:
@@ -24,10 +26,14 @@ class Execution:
     Sharding makes other parameters of the learner's: whoever holds on to them comes after this.
     """
 
-    def __init__(self, problem: Problem, fabric: Fabric | None, accumulate: int, recompute: bool, compile: str | None) -> None:
+    def __init__(self, problem: Problem, fabric: "Fabric | None", accumulate: int, recompute: bool, compile: str | None) -> None:
         if accumulate < 1:
             raise MetaVPTError(f"trainer.accumulate={accumulate} must be at least 1")
         self.problem, self.accumulate, self.is_compiled = problem, accumulate, compile is not None
+        from lightning_fabric import Fabric  # here, as it takes longer to import than all else
+
+        from metavpt.fabric import PretrainLoss
+
         self.fabric = fabric or Fabric(accelerator="cpu", devices=1)
         if recompute:
             recompute_blocks(problem.learner)
@@ -36,7 +42,7 @@ class Execution:
         self.loss = self.fabric.strategy.setup_module(PretrainLoss(problem))
 
     @property
-    def precision(self) -> Precision:
+    def precision(self) -> "Precision":
         return self.fabric.strategy.precision
 
     def eager(self) -> AbstractContextManager[None]:

@@ -1,10 +1,9 @@
 """The loop, readable top to bottom: ask the strategy for a task, take one ordinary pretraining step on it, count, measure, save."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from lightning_fabric import Fabric
 from torch.optim import Optimizer
 
 from metavpt import ranks, sharding, trees
@@ -23,6 +22,9 @@ from metavpt.stop import Stopped, StopRequest
 from metavpt.strategies import Strategy
 from metavpt.stream import TIMEOUT, Stream, Streams
 from metavpt.watch import Watch
+
+if TYPE_CHECKING:
+    from lightning_fabric import Fabric
 
 MISMATCH = (RuntimeError, KeyError, ValueError, AttributeError, TypeError)  # what loading the state of another model raises
 
@@ -70,7 +72,7 @@ class Trainer:
         accumulate: int = 1,
         recompute: bool = False,
         compile: str | None = None,
-        fabric: Fabric | None = None,
+        fabric: "Fabric | None" = None,
     ) -> None:
         self.problem, self.strategy, self.budget, self.log, self.checkpoints = problem, strategy, budget, log, checkpoints
         self.schedule = schedule or WarmupCosine()
