@@ -164,7 +164,7 @@ class _SoftCrossEntropy(torch.autograd.Function):
         for rows, log_probs in _chunks(states, unembedding):
             candidates, q = choose(log_probs, rows)
             picked = log_probs.gather(1, candidates)
-            losses.append(-(q * picked).sum())
+            losses.append(-(q * picked).sum(dim=1).sum())  # tokens are added in one order, however many candidates they have
             kept.append((candidates, q, picked))
             if by_states is None and by_unembedding is None:
                 continue
