@@ -1,7 +1,9 @@
 """Self-supervised pretraining steered by hypergradients of downstream value."""
 
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from metavpt.budget import Budget
-from metavpt.checkpoint import Checkpoints
 from metavpt.directions import AdamAware, Clipped, Cosine, Dot, Normalized
 from metavpt.errors import MetaVPTError, NonFiniteError, UnreachedParameterError
 from metavpt.hypergradient import Hypergradient, Implicit, OneStep, Unrolled
@@ -13,7 +15,12 @@ from metavpt.products import DifferenceProduct, ExactProduct
 from metavpt.runlog import RunLog
 from metavpt.schedule import WarmupCosine
 from metavpt.strategies import Fixed, Learned
-from metavpt.trainer import Trainer
+
+if TYPE_CHECKING:
+    from metavpt.checkpoint import Checkpoints
+    from metavpt.trainer import Trainer
+
+LATER = {"Checkpoints": "metavpt.checkpoint", "Trainer": "metavpt.trainer"}  # torch.distributed, which they bring, takes long to import
 
 __all__ = [
     "SGD",
@@ -46,3 +53,9 @@ __all__ = [
     "Unrolled",
     "WarmupCosine",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in LATER:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(LATER[name]), name)
