@@ -1,5 +1,7 @@
 """Endless batches in an order that a seed sets, with a position that can be jumped to."""
 
+import ctypes
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -200,11 +202,20 @@ def _load(dataset: Dataset[Any], sampler: EndlessBatches, num_workers: int, coll
         collate_fn=_as_it_is,
         generator=torch.Generator().manual_seed(mix(sampler.seed, -1)),  # seeds the workers; the global generator stays where it is
         pin_memory=torch.cuda.is_available(),
+        worker_init_fn=_give_back,
     )
     for batch in loader:
         if isinstance(batch, _Failure):
             raise MetaVPTError(batch.message)
         yield batch
+
+
+def _give_back(_: int) -> None:
+    """Pages that the main process has freed and kept: a loading process, which never uses them, would hold its own of each for good."""
+    if sys.platform == "linux":
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc has it, musl has not
+        if trim is not None:
+            trim(0)
 
 
 def _as_it_is(batch: Any) -> Any:

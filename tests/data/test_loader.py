@@ -1,4 +1,7 @@
+import ctypes
+import sys
 from itertools import islice
+from pathlib import Path
 
 import pytest
 import torch
@@ -23,6 +26,18 @@ class Numbers(Dataset[Tensor]):
     def __getitem__(self, index: int) -> Tensor:
         self.num_decoded += 1
         return torch.full((3, 2, 2), index, dtype=torch.uint8)
+
+
+class Memory(Numbers):
+    """Every item is the anonymous memory of the process that reads it, in MiB."""
+
+    def __getitem__(self, index: int) -> Tensor:
+        return torch.tensor(resident())
+
+
+def resident() -> float:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) / 1024 for line in lines if line.startswith("RssAnon"))
 
 
 @pytest.fixture(scope="module")
@@ -97,3 +112,15 @@ def test_too_few_items_are_named(frames: RGBDFrames):
         ImageLoader(Numbers(3), 0, seed=0)
     with pytest.raises(MetaVPTError, match=r"problem\.feedback_batch_size=9 .* the 2 labelled frames"):
         FrameLoader(frames, [0, 1], 9, seed=0)
+
+
+@pytest.mark.skipif(sys.platform != "linux" or not hasattr(ctypes.CDLL(None), "malloc_trim"), reason="glibc's malloc_trim")
+def test_loading_processes_do_not_hold_what_the_main_one_has_freed():
+    parts = [torch.ones(64 * 1024, dtype=torch.uint8) for _ in range(2048)]  # 128 MiB, too small each to be mapped by itself
+    top = parts.pop()  # what lies below it is not returned when it is freed
+    del parts
+    freed = resident()
+    batch = next(iter(ImageLoader(Memory(4), 2, seed=0, num_workers=1)))
+    assert freed - float(batch.images[0]) > 64, "MiB"
+    assert resident() > freed - 16, "the main process keeps what it will use again"
+    assert top.all()
