@@ -78,7 +78,7 @@ def jobs(cfg: DictConfig, made: dict[str, DictConfig], folder: Path) -> Iterator
                 place = run_folder(folder, name, seed)
                 if cfg.warm_start:
                     row.trainer.head_warmup_steps = 0  # they are over with the warm start
-                yield Job(name, seed, place, _prepare(row, seed, cfg, place, {cfg.match: cfg.budget[cfg.match]}), warm)
+                yield Job(name, seed, place, _prepare(row, seed, cfg, place, {cfg.match: row.budget[cfg.match]}), warm)
 
 
 def build(cfg: DictConfig, folder: Path) -> Trainer:

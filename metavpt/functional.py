@@ -40,11 +40,12 @@ class Functional(Designed):
         meta_every: int = 50,
         burn_in: int = 0,
         max_norm: float = 1.0,
+        anneal: bool = False,
         seed: int = 0,
     ) -> None:
         super().__init__(meta_every, burn_in)
         make = optimizer or (lambda parameters: torch.optim.AdamW(parameters, lr=1e-3, weight_decay=0.05))
-        self.lessons = Lessons(make, phi_steps, 1, max_norm, lesson_batch_size, seed)
+        self.lessons = Lessons(make, phi_steps, 1, max_norm, lesson_batch_size, seed, anneal)
 
     def start(self, problem: Problem) -> None:
         super().start(problem)

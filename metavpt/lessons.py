@@ -11,6 +11,7 @@ from metavpt import params, ranks
 from metavpt.clock import phase
 from metavpt.errors import MetaVPTError
 from metavpt.problem import Problem
+from metavpt.schedule import WarmupCosine
 
 Lesson = dict[str, Tensor]  # see `Problem.lesson`, `Problem.functional_lesson`
 
@@ -24,6 +25,7 @@ class Lessons:
     optimizer   of the designer
     max_norm    at which the designer's gradient is clipped
     batch_size  rows of a lesson that a step takes, drawn at random from `seed` on; None: all of them
+    anneal      the learning rate falls to 0 within each lesson, along half a cosine, which leaves little of what single rows say by chance
     """
 
     def __init__(
@@ -34,6 +36,7 @@ class Lessons:
         max_norm: float = 1.0,
         batch_size: int | None = None,
         seed: int = 0,
+        anneal: bool = False,
     ) -> None:
         if phi_steps < 1 or replay < 1:
             raise MetaVPTError(f"strategy: phi_steps={phi_steps} and replay={replay} must be at least 1")
@@ -41,6 +44,7 @@ class Lessons:
             raise MetaVPTError(f"strategy.lesson_batch_size={batch_size} must be at least 1")
         self.make_optimizer, self.max_norm = optimizer, max_norm
         self.phi_steps, self.replay, self.batch_size = phi_steps, replay, batch_size
+        self.schedule = WarmupCosine() if anneal else WarmupCosine(final=1.0)
         self.generator = torch.Generator().manual_seed(seed)
         self.held: list[Lesson] = []  # that the next one is replayed with, newest first
         self.num_skipped = 0
@@ -62,11 +66,17 @@ class Lessons:
             return {"skipped_updates": float(self.num_skipped)}
         if self.batch_size is not None:
             lesson = ranks.gather(lesson)  # so that a step takes the same rows whatever the number of processes
-        lessons, losses = [lesson, *self.held], []
+        lessons, losses, rates = [lesson, *self.held], [], [group["lr"] for group in self.optimizer.param_groups]
         for k in range(self.phi_steps):
+            self._set_rates(rates, self.schedule(k, k / self.phi_steps))
             losses.append(self._step(problem, self._rows(lessons[k % len(lessons)])))
+        self._set_rates(rates, 1.0)
         self.held = lessons[: self.replay - 1]
         return {"value": -float(losses[0])}
+
+    def _set_rates(self, rates: list[float], factor: float) -> None:
+        for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
+            group["lr"] = factor * rate
 
     def _step(self, problem: Problem, lesson: Lesson) -> Tensor:
         phi = params.named(problem.designer)

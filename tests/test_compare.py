@@ -130,6 +130,12 @@ def test_an_interrupted_comparison_goes_on_to_the_same_numbers(tmp_path):
     assert {(r.row, r.seed): (r.metrics, r.steps, r.samples, r.grad_evals) for r in results.read(tmp_path / "cut")} == whole
 
 
+def test_a_row_may_have_a_budget_of_its_own(tmp_path):
+    options = ["controls=[fixed]", "strategies=[{longer: 'fixed budget.steps=7'}]", "seeds=[0]", "match=steps", "budget.steps=4"]
+    assert compare(tmp_path / "c", *options).returncode == 0
+    assert {result.row: result.steps for result in results.read(tmp_path / "c")} == {"fixed": 4, "longer": 7}
+
+
 def test_a_budget_in_seconds_ends_with_the_step_that_reaches_it(tmp_path):
     options = ["controls=[]", "strategies=[fixed,one_step]", "seeds=[0]", "match=seconds", "budget.seconds=0.5", "trainer.log_every=1"]
     done = compare(tmp_path / "c", *options)

@@ -84,6 +84,19 @@ def test_rows_are_drawn_anew_for_each_step_and_a_resumed_run_draws_the_same():
     assert torch.equal(whole.designer.weight, parts.designer.weight)
 
 
+@pytest.mark.parametrize("anneal", [False, True])
+def test_the_learning_rate_falls_along_half_a_cosine_within_each_lesson_where_it_is_asked_to(anneal):
+    problem, weight = Taught(), torch.zeros(3, 4, dtype=torch.float64)
+    made = lessons(problem, 4, anneal=anneal)
+    for rows in X.split(6):
+        x, a = rows, A[: len(rows)]
+        made.learn(problem, {"x": x, "values": a})
+        for factor in (1.0, (2 + 2**0.5) / 4, 0.5, (2 - 2**0.5) / 4) if anneal else [1.0] * 4:
+            weight = weight - factor * 0.5 * (weight @ x.T - a.T) @ x / a.numel()
+    torch.testing.assert_close(problem.designer.weight.detach(), weight, rtol=1e-12, atol=1e-14)
+    assert made.optimizer.param_groups[0]["lr"] == 0.5
+
+
 def test_the_gradient_is_clipped():
     problem = Taught()
     made = Lessons(sgd, 1, max_norm=1e-3)
