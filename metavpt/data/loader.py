@@ -1,7 +1,6 @@
 """Endless batches in an order that a seed sets, with a position that can be jumped to."""
 
 import ctypes
-import gc
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -203,7 +202,7 @@ def _load(dataset: Dataset[Any], sampler: EndlessBatches, num_workers: int, coll
         collate_fn=_as_it_is,
         generator=torch.Generator().manual_seed(mix(sampler.seed, -1)),  # seeds the workers; the global generator stays where it is
         pin_memory=torch.cuda.is_available(),
-        worker_init_fn=_share,
+        worker_init_fn=_give_back,
     )
     for batch in loader:
         if isinstance(batch, _Failure):
@@ -211,11 +210,8 @@ def _load(dataset: Dataset[Any], sampler: EndlessBatches, num_workers: int, coll
         yield batch
 
 
-def _share(_: int) -> None:
-    """Keeps shared what a loading process shares with the main one: a page is copied as soon as either writes to it. The collector would
-    write to every object that there was; pages that the main process had freed it writes to when it uses them again.
-    """
-    gc.freeze()
+def _give_back(_: int) -> None:
+    """Pages that the main process has freed and kept: a loading process, which never uses them, would hold its own of each for good."""
     if sys.platform == "linux":
         trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc has it, musl has not
         if trim is not None:
