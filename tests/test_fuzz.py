@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from damaged import SPARE, Reader, growth_alone, survives
+from damaged import SPARE, Reader, assert_survives, growth_alone
 from hydra import compose, initialize_config_dir
 from PIL import Image
 
@@ -74,16 +74,16 @@ READERS = {
     "checkpoint": Reader("step-00000001.pt", lambda _: saved(STATE), checkpoint.read),
     "config": Reader("config.yaml", lambda _: CONFIG.encode(), read_run_config),
     "own choice": Reader("own.yaml", lambda _: CONFIG.encode(), read_own_choice, 2),
-    "log": Reader("metrics.jsonl", lambda _: LOG.encode(), lambda path: write_report(path.parent), 4),
+    "log": Reader("metrics.jsonl", lambda _: LOG.encode(), lambda path: write_report(path.parent), 4, refuses=False),
     "rows": Reader("rows.jsonl", row, lambda path: results.read(path.parent)),
-    "texts": Reader("step1.json", lambda _: json.dumps(TEXTS).encode(), lambda path: read_texts(path.parent)),
-    "figures": Reader("depth-step1.png", picture, lambda path: gallery(path.parent)),
+    "texts": Reader("step1.json", lambda _: json.dumps(TEXTS).encode(), lambda path: read_texts(path.parent), refuses=False),
+    "figures": Reader("depth-step1.png", picture, lambda path: gallery(path.parent), refuses=False),
 }
 
 
 @pytest.mark.parametrize("reader", READERS)
 def test_a_damaged_file_is_a_clear_error_or_is_read(reader: str, tmp_path: Path):
-    survives(READERS[reader], tmp_path)
+    assert_survives(READERS[reader], tmp_path)
 
 
 def test_reading_a_checkpoint_takes_at_most_twice_what_it_holds(tmp_path: Path):

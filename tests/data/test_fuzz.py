@@ -14,7 +14,7 @@ from typing import Any
 import h5py
 import numpy as np
 import pytest
-from damaged import SPARE, Reader, growth_alone, survives
+from damaged import SPARE, Reader, assert_survives, growth_alone
 from PIL import Image
 
 from metavpt.data.ade20k import read_annotation
@@ -154,7 +154,7 @@ READERS = {
 @pytest.mark.parametrize("reader", READERS)
 def test_a_damaged_file_is_a_clear_error_or_is_read(reader: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("METAVPT_CACHE", str(tmp_path / "cache"))
-    survives(READERS[reader], tmp_path)
+    assert_survives(READERS[reader], tmp_path)
 
 
 SIDE = 2500  # pixels: 25 MB as Pillow holds them, 4 bytes each

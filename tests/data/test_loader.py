@@ -1,10 +1,10 @@
 import ctypes
 import sys
 from itertools import islice
-from pathlib import Path
 
 import pytest
 import torch
+from damaged import MIB, status
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -32,12 +32,7 @@ class Memory(Numbers):
     """Every item is the anonymous memory of the process that reads it, in MiB."""
 
     def __getitem__(self, index: int) -> Tensor:
-        return torch.tensor(resident())
-
-
-def resident() -> float:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) / 1024 for line in lines if line.startswith("RssAnon"))
+        return torch.tensor(status("RssAnon") / MIB)
 
 
 @pytest.fixture(scope="module")
@@ -119,8 +114,8 @@ def test_loading_processes_do_not_hold_what_the_main_one_has_freed():
     parts = [torch.ones(64 * 1024, dtype=torch.uint8) for _ in range(2048)]  # 128 MiB, too small each to be mapped by itself
     top = parts.pop()  # what lies below it is not returned when it is freed
     del parts
-    freed = resident()
+    freed = status("RssAnon") / MIB
     batch = next(iter(ImageLoader(Memory(4), 2, seed=0, num_workers=1)))
     assert freed - float(batch.images[0]) > 64, "MiB"
-    assert resident() > freed - 16, "the main process keeps what it will use again"
+    assert status("RssAnon") / MIB > freed - 16, "the main process keeps what it will use again"
     assert top.all()

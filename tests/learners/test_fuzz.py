@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from damaged import SPARE, Reader, growth_alone, survives
+from damaged import SPARE, Reader, assert_survives, growth_alone
 from safetensors.torch import save_file
 from tiny_gguf import write_gguf
 from tiny_lm import tiny_lm
@@ -62,7 +62,7 @@ READERS = {
 
 @pytest.mark.parametrize("reader", READERS)
 def test_a_damaged_file_is_a_clear_error_or_is_read(reader: str, tmp_path: Path):
-    survives(READERS[reader], tmp_path)
+    assert_survives(READERS[reader], tmp_path)
 
 
 @pytest.mark.parametrize("name", ["a.pt", "a.safetensors"])
