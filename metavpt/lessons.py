@@ -56,6 +56,7 @@ class Lessons:
                 f"the designer {type(problem.designer).__name__} has no trainable parameter, so no lesson teaches it anything"
             )
         self.optimizer = self.make_optimizer(phi.values())
+        self.peak_lr = [group["lr"] for group in self.optimizer.param_groups]
 
     @phase("phi")
     def learn(self, problem: Problem, lesson: Lesson) -> dict[str, float]:
@@ -66,17 +67,13 @@ class Lessons:
             return {"skipped_updates": float(self.num_skipped)}
         if self.batch_size is not None:
             lesson = ranks.gather(lesson)  # so that a step takes the same rows whatever the number of processes
-        lessons, losses, rates = [lesson, *self.held], [], [group["lr"] for group in self.optimizer.param_groups]
+        lessons, losses = [lesson, *self.held], []
         for k in range(self.phi_steps):
-            self._set_rates(rates, self.schedule(k, k / self.phi_steps))
+            for group, peak_lr in zip(self.optimizer.param_groups, self.peak_lr, strict=True):
+                group["lr"] = peak_lr * self.schedule(k, k / self.phi_steps)
             losses.append(self._step(problem, self._rows(lessons[k % len(lessons)])))
-        self._set_rates(rates, 1.0)
         self.held = lessons[: self.replay - 1]
         return {"value": -float(losses[0])}
-
-    def _set_rates(self, rates: list[float], factor: float) -> None:
-        for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
-            group["lr"] = factor * rate
 
     def _step(self, problem: Problem, lesson: Lesson) -> Tensor:
         phi = params.named(problem.designer)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from metavpt import MetaVPTError
+from metavpt import MetaVPTError, NonFiniteError
 from metavpt.lessons import Lessons
 
 X = torch.randn(12, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
@@ -86,15 +86,36 @@ def test_rows_are_drawn_anew_for_each_step_and_a_resumed_run_draws_the_same():
 
 @pytest.mark.parametrize("anneal", [False, True])
 def test_the_learning_rate_falls_along_half_a_cosine_within_each_lesson_where_it_is_asked_to(anneal):
+    """And is as high as ever when the next one begins, in a resumed run too."""
     problem, weight = Taught(), torch.zeros(3, 4, dtype=torch.float64)
     made = lessons(problem, 4, anneal=anneal)
-    for rows in X.split(6):
-        x, a = rows, A[: len(rows)]
+    for x in X.split(6):
+        a = A[: len(x)]
         made.learn(problem, {"x": x, "values": a})
+        killed, made = made, lessons(problem, 4, anneal=anneal)
+        made.load_state_dict(killed.state_dict())
         for factor in (1.0, (2 + 2**0.5) / 4, 0.5, (2 - 2**0.5) / 4) if anneal else [1.0] * 4:
             weight = weight - factor * 0.5 * (weight @ x.T - a.T) @ x / a.numel()
     torch.testing.assert_close(problem.designer.weight.detach(), weight, rtol=1e-12, atol=1e-14)
-    assert made.optimizer.param_groups[0]["lr"] == 0.5
+
+
+def test_a_lesson_that_breaks_off_leaves_the_learning_rate_of_the_next_one_alone():
+    class Breaks(Taught):
+        def taught(self, lesson):
+            if len(self.seen) == 3:
+                self.seen.clear()
+                raise NonFiniteError("in its last step")
+            return super().taught(lesson)
+
+    problem, fresh = Breaks(), Taught()
+    made = lessons(problem, 4, anneal=True)
+    with pytest.raises(NonFiniteError):
+        made.learn(problem, lesson())
+    fresh.designer.load_state_dict(problem.designer.state_dict())
+    made.phi_steps = 3
+    made.learn(problem, lesson())
+    lessons(fresh, 3, anneal=True).learn(fresh, lesson())
+    assert torch.equal(problem.designer.weight, fresh.designer.weight)
 
 
 def test_the_gradient_is_clipped():
