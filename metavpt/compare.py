@@ -57,8 +57,11 @@ def compositions(cfg: DictConfig) -> dict[str, DictConfig]:
     """The configuration of each row, and of the warm start, by name."""
     command_line = [o for o in HydraConfig.get().overrides.task if o.partition("=")[0].lstrip("+") not in OWN | PLACE]
     made = {name: _compose(command_line, overrides) for name, overrides in [(WARM_START, ["strategy=fixed"]), *rows(cfg)]}
-    for row in made.values():
+    for name, row in made.items():
         check_targets(row, asked_for())
+        for unit in UNITS:
+            if unit != cfg.match and row.budget[unit] != cfg.budget[unit]:
+                raise MetaVPTError(f"{name}: budget.{unit}={row.budget[unit]}: rows are matched by {cfg.match}; set budget.{cfg.match}")
     for option in shared:
         if not any(_has(row, option) for row in made.values()):
             raise MetaVPTError(f"{option}: no row has this option")

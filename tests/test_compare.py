@@ -134,6 +134,7 @@ def test_a_row_may_have_a_budget_of_its_own(tmp_path):
     options = ["controls=[fixed]", "strategies=[{longer: 'fixed budget.steps=7'}]", "seeds=[0]", "match=steps", "budget.steps=4"]
     assert compare(tmp_path / "c", *options).returncode == 0
     assert {result.row: result.steps for result in results.read(tmp_path / "c")} == {"fixed": 4, "longer": 7}
+    assert "2 rows, seed 0." in (tmp_path / "c" / "report.html").read_text()  # not "at equal steps"
 
 
 def test_a_budget_in_seconds_ends_with_the_step_that_reaches_it(tmp_path):
@@ -212,6 +213,7 @@ BAD = {
     "no seed": (["seeds=[]"], ["seeds"]),
     "unknown unit": (["match=minutes"], ["match=minutes", "seconds"]),
     "no budget in that unit": (["match=seconds"], ["budget.seconds=N"]),
+    "a row's budget in another unit": (["strategies=[{a: 'fixed budget.seconds=5'}]"], ["a: budget.seconds=5", "set budget.steps"]),
     "an option that no row has": (["strategy.num_candidate=3"], ["strategy.num_candidate=3"]),
     "one name for two rows": (["strategies=[{a:fixed},{a:greedy}]"], ["a names two rows"]),
     "no row": (["strategies=[]", "controls=[]"], ["strategies=[]"]),

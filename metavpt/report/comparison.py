@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from markupsafe import Markup
 
@@ -54,7 +54,7 @@ def write_comparison_report(folder: Path, reference: str = "fixed") -> Path:
         "comparison.html.jinja",
         title=" · ".join(filter(None, (page.choice(config, "problem"), "comparison"))),
         headline=headline(table),
-        matched=config.get("match"),
+        matched=_matched(folder, rows, config),
         table=table,
         rows=rows,
         standing=standing(table, rows),
@@ -74,6 +74,16 @@ def write_comparison_report(folder: Path, reference: str = "fixed") -> Path:
             | {f"{row.name}, seed {seed}": log for row in rows for seed, log in row.logs.items()}
         ),
     )
+
+
+def _matched(folder: Path, rows: list[Row], config: dict[str, Any]) -> str | None:
+    """What all rows may spend alike; None where one has a budget of its own."""
+    unit, limits = config.get("match"), set[str]()
+    for row in rows:
+        for result in row.results[:1]:
+            budget = page.configuration(run_folder(folder, row.name, result.seed)).get("budget")
+            limits |= {str(budget.get(unit))} if isinstance(budget, dict) else set()
+    return unit if len(limits) <= 1 else None
 
 
 def _curves(table: Table, rows: list[Row]) -> Iterator[tuple[str, Markup]]:
