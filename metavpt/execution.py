@@ -46,7 +46,9 @@ class Execution:
         return self.fabric.strategy.precision
 
     def eager(self) -> AbstractContextManager[None]:
-        """Compiled blocks run eagerly inside: they have no derivatives of derivatives."""
+        """Compiled blocks run eagerly inside: they have no derivatives of derivatives, and the shapes of a probe are none of a step's, for
+        which they would be compiled anew, and for all shapes alike.
+        """
         return torch.compiler.set_stance("force_eager") if self.is_compiled else nullcontext()
 
     def backward(self, proposal: Proposal) -> Tensor:

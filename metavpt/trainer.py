@@ -152,7 +152,7 @@ class Trainer:
 
     def measure(self) -> None:
         """Probe metrics, figures and texts of the learner as it is; a warning where it collapses."""
-        with self.budget.timed("probe"):
+        with self.budget.timed("probe"), self.execution.eager():
             self.metrics = self.problem.evaluate()
             self.log.write("probe", self.budget.steps, metrics=self.metrics)
             self.log.save_figures(self.budget.steps, self.problem.figures())
@@ -212,12 +212,12 @@ class Trainer:
     def _before_step(self) -> Before | None:
         if not self.first_order_every or (self.budget.steps + 1) % self.first_order_every:
             return None
-        with self.budget.timed("probe"):
+        with self.budget.timed("probe"), self.execution.eager():
             return self.first_order.before(self.optimizer)
 
     def _after_step(self, before: Before | None) -> None:
         if before is not None:
-            with self.budget.timed("probe"):
+            with self.budget.timed("probe"), self.execution.eager():
                 self.log.write("first_order", self.budget.steps + 1, **self.first_order.after(before))
 
     def _log_train(self, loss: float, grad_norm: float) -> None:

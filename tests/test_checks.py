@@ -10,7 +10,7 @@ from verdicts import failed, findings
 
 from metavpt import AdamW, Learned, Unrolled, params
 from metavpt.checks import check
-from metavpt.checks.purity import snapshot
+from metavpt.checks.purity import alike, snapshot
 
 FOUNDATIONS = {"compile", "pretrain_purity", "feedback_purity", "designer_purity"}
 
@@ -220,6 +220,13 @@ def test_a_non_finite_loss_is_caught():
             return super().pretrain_loss(theta, task) / 0.0
 
     assert failed(Infinite()) == {"pretrain_purity"}
+
+
+def test_what_a_gpu_sums_in_another_order_is_alike_and_noise_is_not():
+    a = torch.tensor([1.0, -300.0])
+    assert alike(a, a + 1e-3, exact=False) and not alike(a, a + 1e-3, exact=True)
+    assert not alike(a, a + 1e-2, exact=False) and not alike(a, a[:1], exact=False)
+    assert not alike(torch.tensor([1, 300]), torch.tensor([2, 300]), exact=False)  # whole numbers have no rounding
 
 
 def test_a_designer_without_parameters_is_only_a_warning():

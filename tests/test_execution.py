@@ -41,7 +41,7 @@ def test_the_parts_of_a_batch_make_the_step_of_the_whole(tmp_path):
     assert parts.budget.samples == whole.budget.samples
 
 
-def test_compiled_blocks_run_in_the_step_and_not_in_hypergradients(tmp_path):
+def test_compiled_blocks_run_in_the_step_and_not_in_hypergradients_or_probes(tmp_path):
     calls = []
 
     def backend(graph, inputs):
@@ -54,9 +54,16 @@ def test_compiled_blocks_run_in_the_step_and_not_in_hypergradients(tmp_path):
             assert len(calls) == before
             return found
 
+    class Probing(Small):
+        def evaluate(self):
+            before = len(calls)
+            found = {"mean": float(self._outputs(params.named(self.learner), next(self.meta_batches(0))).mean().detach())}
+            assert len(calls) == before
+            return found
+
     eager = train(tmp_path / "eager", strategy=learned(OneStep(product=ExactProduct())))
     strategy = Watching(OneStep(product=ExactProduct()), lambda p: torch.optim.Adam(p, lr=1e-2), meta_every=2)
-    compiled = train(tmp_path / "compiled", strategy=strategy, compile=backend)
+    compiled = train(tmp_path / "compiled", Probing, strategy=strategy, compile=backend)
     assert calls
     assert distance(weights(eager), weights(compiled)) < 1e-12
     assert distance(eager.strategy.found[1], compiled.strategy.found[1]) < 1e-12

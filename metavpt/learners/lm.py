@@ -42,8 +42,8 @@ class Trunk(nn.Module):
 
     def forward(self, batch: TokenBatch) -> Hidden:
         embedded = self.embed_tokens(batch.tokens)
-        hidden = Hidden(embedded, self.rotary_emb(embedded, batch.positions), document_mask(batch.documents))
-        return hidden._replace(states=_run(self.layers, hidden, self.recompute))
+        rope, mask = self.rotary_emb(embedded, batch.positions), document_mask(batch.documents)
+        return Hidden(_run(self.layers, embedded, rope, mask, self.recompute), rope, mask)
 
 
 class Tail(nn.Module):
@@ -62,15 +62,15 @@ class Tail(nn.Module):
         self.norm: Any = model.norm
 
     def forward(self, hidden: Hidden) -> Tensor:
-        return self.norm(_run(self.layers, hidden, self.recompute))
+        return self.norm(_run(self.layers, *hidden, self.recompute))
 
 
 def _layers(model: Any) -> nn.ModuleList:
     return model.layers
 
 
-def _run(layers: nn.ModuleDict, hidden: Hidden, recompute: bool) -> Tensor:
-    states, context = hidden.states, {"attention_mask": hidden.mask, "position_embeddings": hidden.rope}
+def _run(layers: nn.ModuleDict, states: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor | None, recompute: bool) -> Tensor:
+    context = {"attention_mask": mask, "position_embeddings": rope}
     for layer in layers.values():
         states = recomputed(layer, states, **context) if recompute else layer(states, **context)
     return states
