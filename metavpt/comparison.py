@@ -66,7 +66,7 @@ class Comparison:
                 while waiting or running:
                     for job in self._ready(waiting, running):
                         waiting.remove(job)
-                        process = self.context.Process(target=work, args=(job, self.folder))
+                        process = self.context.Process(target=work, args=(job, self.folder, mp.get_start_method()))
                         process.start()
                         running[process.sentinel] = (job, process)
                     progress.update(bar, completed=len(self.jobs) - len(waiting) - len(running), description=_titles(running))
@@ -106,8 +106,12 @@ class Comparison:
         results.append(self.folder, Result(job.row, job.seed, error=why))
 
 
-def work(job: Job, folder: Path) -> None:
-    """What the process of `job` does; what it prints goes to output.txt, and its last line is the reason where it failed (status 1)."""
+def work(job: Job, folder: Path, start_method: str) -> None:
+    """What the process of `job` does; what it prints goes to output.txt, and its last line is the reason where it failed (status 1).
+
+    Loading processes of its own start as they do in a run, by `start_method`: one made as this one was would import everything anew.
+    """
+    mp.set_start_method(start_method, force=True)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     job.folder.mkdir(parents=True, exist_ok=True)
     with (job.folder / OUTPUT).open("w") as output:
