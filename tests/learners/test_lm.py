@@ -79,6 +79,14 @@ def test_functional_calls_use_theta_alone(kind):
     assert not torch.allclose(learner.logits(batch), other.logits(batch))
 
 
+@torch.no_grad()
+def test_trunk_and_tail_say_the_same_compiled():
+    plain, learner, batch = tiny_lm("llama"), tiny_lm("llama"), packed([[4, 5], [7]])  # packed: the mask breaks the trunk's graph in two
+    learner.trunk.compile(backend="eager")
+    learner.tail.compile(backend="eager")
+    torch.testing.assert_close(learner.logits(batch), plain.logits(batch), atol=1e-12, rtol=0)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @torch.no_grad()
 def test_adapters_change_nothing_at_first_and_alone_are_trained(kind):
