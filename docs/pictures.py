@@ -20,9 +20,15 @@ from metavpt import results
 DOCS = Path(__file__).parent
 MASKS = ("fixed", "random_feedback", "uniform", "greedy", "one_step", "unrolled", "implicit")
 TARGETS = ("fixed", "fixed_3e4", "random_amortized", "greedy", "amortized", "tilt")
-ROOMS = ("fixed", "fixed_600", "uniform", "random_functional", "functional")
+ROOMS = (
+    *("fixed", "fixed_150", "uniform", "uniform_gate_1", "greedy", "random_functional", "random_gate_1"),
+    *("functional_gate_1", "gate_1_annealed", "functional"),
+)
 FRAMES = ("fixed", "uniform", "random_functional", "greedy", "functional_40", "functional_not_annealed", "functional")
-STEERED = ("one_step", "unrolled", "implicit", "amortized", "functional", "functional_40", "functional_not_annealed", "tilt")
+STEERED = (
+    *("one_step", "unrolled", "implicit", "amortized", "tilt", "functional"),
+    *("functional_40", "functional_not_annealed", "functional_gate_1", "gate_1_annealed"),
+)
 
 
 class Panel(NamedTuple):
@@ -39,7 +45,7 @@ class Panel(NamedTuple):
 PANELS = (
     Panel("toy_sources", "error", 2, MASKS, "Toy: one of four sources is useful", "error on it (5 seeds)"),
     Panel("gsm8k_retention", "gsm8k/nll", 2, TARGETS, "Language: a stream about other things", "NLL of GSM8K answers (5 seeds)"),
-    Panel("rooms_functional", "ridge/depth_rmse", 3, ROOMS, "Generated rooms: make demo", "depth RMSE in m (5 seeds)"),
+    Panel("rooms_functional", "ridge/depth_rmse", 3, ROOMS, "Generated rooms, at equal seconds: make demo", "depth RMSE in m (5 seeds)"),
     Panel(
         "nyuv2_functional_80",
         "ridge/depth_rmse",
