@@ -98,7 +98,8 @@ class Comparison:
     def _finish(self, job: Job, exitcode: int | None) -> None:
         if exitcode == 0:
             return
-        output = (job.folder / OUTPUT).read_text().splitlines()
+        path = job.folder / OUTPUT  # there is none where what it is to build is not found in another process
+        output = path.read_text().splitlines() if path.exists() else []
         why = output[-1] if exitcode == 1 and output else f"its process ended with status {exitcode}"
         if job.warm is None:
             raise MetaVPTError(f"{job.title}: {why}")
