@@ -46,14 +46,7 @@ PANELS = (
     Panel("toy_sources", "error", 2, MASKS, "Toy: one of four sources is useful", "error on it (5 seeds)"),
     Panel("gsm8k_retention", "gsm8k/nll", 2, TARGETS, "Language: a stream about other things", "NLL of GSM8K answers (5 seeds)"),
     Panel("rooms_functional", "ridge/depth_rmse", 3, ROOMS, "Generated rooms, at equal seconds: make demo", "depth RMSE in m (5 seeds)"),
-    Panel(
-        "nyuv2_functional_80",
-        "ridge/depth_rmse",
-        3,
-        FRAMES,
-        "NYUv2, at equal seconds",
-        "depth RMSE in m (5 seeds)",
-    ),
+    Panel("nyuv2_functional_80", "ridge/depth_rmse", 3, FRAMES, "NYUv2, at equal seconds", "depth RMSE in m (5 seeds)"),
 )
 STYLE = {"svg.fonttype": "none", "svg.hashsalt": "metavpt", "font.family": "sans-serif", "font.size": 10, "axes.spines.top": False}
 
