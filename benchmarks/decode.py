@@ -23,7 +23,11 @@ from metavpt.data.loader import Batch, ImageLoader
 from metavpt.designers.views import MultiCrop
 from metavpt.learners.vit import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
-PHOTO, SIZE, BATCH = (375, 500), (256, 256), 32  # pixels of ImageNet's usual photograph, and of what the stream gives
+PHOTO, SIZE, BATCH = (
+    (375, 500),
+    (256, 256),
+    32,
+)  # pixels of ImageNet's usual photograph, and of what the stream gives
 NUM_SHARDS, PER_SHARD, CYCLE = 4, 32, 4
 WORKERS = (0, 1, 2, 4)
 
@@ -31,7 +35,10 @@ WORKERS = (0, 1, 2, 4)
 def photo(seed: int) -> bytes:
     """A JPEG of cloudy colours, about as large as a photograph's."""
     rng = torch.Generator().manual_seed(seed)
-    octaves = [F.interpolate(torch.rand(1, 3, n, n, generator=rng), PHOTO, mode="bicubic") for n in (4, 16, 64, 128)]
+    octaves = [
+        F.interpolate(torch.rand(1, 3, n, n, generator=rng), PHOTO, mode="bicubic")
+        for n in (4, 16, 64, 128)
+    ]
     pixels = (sum(octaves)[0] / len(octaves) * 255).clamp(0, 255).byte()  # type: ignore[index]
     file = io.BytesIO()
     Image.fromarray(pixels.permute(1, 2, 0).numpy()).save(file, "jpeg", quality=90)
@@ -82,21 +89,41 @@ ROWS = {
 
 def section(report: dict[str, Any]) -> list[str]:
     environment, measured = report["environment"], report["rows"]
-    lines = ["## Reading images", "", ". ".join(environment["setting"].values()) + ".", "", machine(environment), ""]
-    lines += ["| | images/s | seconds a batch | x | peak MiB of the main process | x |", "| --- | --- | --- | --- | --- | --- |"]
+    lines = [
+        "## Reading images",
+        "",
+        ". ".join(environment["setting"].values()) + ".",
+        "",
+        machine(environment),
+        "",
+    ]
+    lines += [
+        "| | images/s | seconds a batch | x | peak MiB of the main process | x |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
     for name, found in measured.items():
         if "error" in found:
             lines.append(f"| {ROWS[name].title} | did not run: {found['error']} | | | | |")
             continue
         alone = measured.get(f"{name.split('/')[0]}/0", {})
-        lines.append(f"| {ROWS[name].title} | {BATCH / found['seconds']:,.0f} | {' | '.join(cells(found, alone))} |")
+        lines.append(
+            f"| {ROWS[name].title} | {BATCH / found['seconds']:,.0f} | {' | '.join(cells(found, alone))} |"
+        )
     return lines
 
 
 PART = Part(
     "decode",
     ROWS,
-    default=["shards/0", "shards/1", "shards/2", "shards/4", "shards_crops/0", "shards_crops/2", "folder/0"],
+    default=[
+        "shards/0",
+        "shards/1",
+        "shards/2",
+        "shards/4",
+        "shards_crops/0",
+        "shards_crops/2",
+        "folder/0",
+    ],
     rounds=2,
     packages=("torch", "torchvision", "pillow", "kornia"),
     setting={

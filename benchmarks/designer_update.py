@@ -15,7 +15,15 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from vision import NUM_CLASSES, Bench, Vision, WholeNetwork, tiny
 
 from metavpt import params
-from metavpt.hypergradient import Estimator, Hypergradient, Implicit, InnerLoss, OneStep, OuterLoss, Unrolled
+from metavpt.hypergradient import (
+    Estimator,
+    Hypergradient,
+    Implicit,
+    InnerLoss,
+    OneStep,
+    OuterLoss,
+    Unrolled,
+)
 from metavpt.interop import backpropagated, betty
 from metavpt.interop.learn2learn import MAMLUnroll
 from metavpt.interop.torchopt import TorchOptUnroll
@@ -41,17 +49,30 @@ class Backprop:
     needs_update = True
 
     def __call__(
-        self, inner_losses: Sequence[InnerLoss], outer_loss: OuterLoss, theta: Params, phi: Params, *, update: Update, start: Any = None
+        self,
+        inner_losses: Sequence[InnerLoss],
+        outer_loss: OuterLoss,
+        theta: Params,
+        phi: Params,
+        *,
+        update: Update,
+        start: Any = None,
     ) -> Hypergradient:
         phi, after, state = params.leaves(phi), params.leaves(theta), update.state
         with sdpa_kernel(SDPBackend.MATH):
             for inner in inner_losses:
-                gradients = torch.autograd.grad(inner(phi)(after), list(after.values()), create_graph=True)
-                after, state = update.rule.step(after, state, dict(zip(after, gradients, strict=True)))
+                gradients = torch.autograd.grad(
+                    inner(phi)(after), list(after.values()), create_graph=True
+                )
+                after, state = update.rule.step(
+                    after, state, dict(zip(after, gradients, strict=True))
+                )
             return backpropagated(outer_loss, theta, after, phi, self.num_batches)
 
 
-def estimator(make: Callable[[], Estimator], problem: type[Vision] = Vision) -> Callable[[], Callable[[], None]]:
+def estimator(
+    make: Callable[[], Estimator], problem: type[Vision] = Vision
+) -> Callable[[], Callable[[], None]]:
     def prepare() -> Callable[[], None]:
         bench, made = Bench(problem(SHAPE)), make()
         return lambda: bench.update(made)
@@ -65,15 +86,26 @@ ROWS = {
     "one_step_exact": Row("OneStep, exact", estimator(lambda: OneStep(product=ExactProduct()))),
     "unrolled_1": Row("Unrolled(1)", estimator(lambda: Unrolled(1))),
     "unrolled_4": Row("Unrolled(4)", estimator(lambda: Unrolled(4))),
-    "unrolled_4_kept": Row("Unrolled(4), all graphs kept", estimator(lambda: Unrolled(4, kept_graphs=4))),
+    "unrolled_4_kept": Row(
+        "Unrolled(4), all graphs kept", estimator(lambda: Unrolled(4, kept_graphs=4))
+    ),
     "unrolled_16": Row("Unrolled(16)", estimator(lambda: Unrolled(16))),
     "unrolled_32": Row("Unrolled(32)", estimator(lambda: Unrolled(32))),
-    "implicit_cg_5": Row("Implicit(CG 5)", estimator(lambda: Implicit(ConjugateGradient(5, 1e-12), damping=1e-2))),
-    "greedy_8": Row("Greedy(8), one batch", lambda: (lambda bench: lambda: bench.score(8))(Bench(Vision(SHAPE)))),
-    "naive_double_backward": Row("double backward, all parameters", estimator(lambda: OneStep(product=ExactProduct()), WholeNetwork)),
+    "implicit_cg_5": Row(
+        "Implicit(CG 5)", estimator(lambda: Implicit(ConjugateGradient(5, 1e-12), damping=1e-2))
+    ),
+    "greedy_8": Row(
+        "Greedy(8), one batch", lambda: (lambda bench: lambda: bench.score(8))(Bench(Vision(SHAPE)))
+    ),
+    "naive_double_backward": Row(
+        "double backward, all parameters",
+        estimator(lambda: OneStep(product=ExactProduct()), WholeNetwork),
+    ),
     "backprop_4": Row("backprop through the unroll, K = 4", estimator(lambda: Backprop(4))),
     "betty_darts": Row("Betty darts", estimator(betty.Darts)),
-    "betty_cg_5": Row("Betty cg, 5 iterations", estimator(lambda: betty.ConjugateGradient(cg_iterations=5))),
+    "betty_cg_5": Row(
+        "Betty cg, 5 iterations", estimator(lambda: betty.ConjugateGradient(cg_iterations=5))
+    ),
     "torchopt_1": Row("TorchOpt AdamW unroll, K = 1", estimator(lambda: TorchOptUnroll(1))),
     "torchopt_4": Row("TorchOpt AdamW unroll, K = 4", estimator(lambda: TorchOptUnroll(4))),
     "torchopt_16": Row("TorchOpt AdamW unroll, K = 16", estimator(lambda: TorchOptUnroll(16))),
@@ -108,7 +140,9 @@ def section(report: dict[str, Any]) -> list[str]:
         "| --- | --- | --- | --- | --- |",
     ]
     for name, row in measured.items():
-        found = [f"did not run: {row['error']}", "", "", ""] if "error" in row else cells(row, plain)
+        found = (
+            [f"did not run: {row['error']}", "", "", ""] if "error" in row else cells(row, plain)
+        )
         lines.append(f"| {ROWS[name].title} | {' | '.join(found)} |")
     return [*lines, "", *verdicts(TARGETS, measured, ROWS)]
 

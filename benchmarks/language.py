@@ -46,7 +46,11 @@ class Size(NamedTuple):
     heads: tuple[int, int]  # of queries, of keys and values
     batch_size: int
     length: int
-    designer: tuple[int, int, int] | None = (128, 2, 4)  # width, layers, heads of designer=targets; None: designer=states
+    designer: tuple[int, int, int] | None = (
+        128,
+        2,
+        4,
+    )  # width, layers, heads of designer=targets; None: designer=states
     num_candidates: int = 64
     device: str = "cpu"
     dtype: torch.dtype = torch.float32
@@ -54,14 +58,29 @@ class Size(NamedTuple):
     @property
     def linear(self) -> Product:
         """As strategy=one_step_linear has it; in half precision a difference has too few digits."""
-        return LinearProduct(CentralDifference() if self.dtype == torch.float32 else ForwardMode(), absolute=False)
+        return LinearProduct(
+            CentralDifference() if self.dtype == torch.float32 else ForwardMode(), absolute=False
+        )
 
 
 SIZES = {
     "tiny": Size("0.2 M, CPU", 256, 64, 160, 3, (2, 2), 4, 32),
     "5m": Size("5 M, CPU", 4096, 192, 512, 10, (3, 3), 4, 256),
     "20m": Size("20 M, CPU", 4096, 384, 1024, 12, (6, 6), 4, 256),
-    "135m": Size("135 M, GPU, bf16", 49152, 576, 1536, 30, (9, 3), 16, 512, (256, 6, 4), 64, "cuda", torch.bfloat16),
+    "135m": Size(
+        "135 M, GPU, bf16",
+        49152,
+        576,
+        1536,
+        30,
+        (9, 3),
+        16,
+        512,
+        (256, 6, 4),
+        64,
+        "cuda",
+        torch.bfloat16,
+    ),
 }
 SHAPES = [
     f"{s.title}: {s.num_layers} layers, width {s.width}, vocabulary {s.vocab_size}, batch {s.batch_size} x {s.length}"
@@ -81,7 +100,9 @@ class Language(LMGSM8K):
     def __init__(self, size: Size) -> None:
         if size.device == "cuda" and not torch.cuda.is_available():
             raise MetaVPTError("there is no GPU here")
-        data = SimpleNamespace(problems={}, general={}, feedback={"answers": None}, encoder=None, domains=[])
+        data = SimpleNamespace(
+            problems={}, general={}, feedback={"answers": None}, encoder=None, domains=[]
+        )
         super().__init__(
             lambda learner: _designer(learner, size),
             learner=lambda texts: TokenizedModel(_learner(size), None),
@@ -124,8 +145,13 @@ def _learner(size: Size) -> Any:
 def tokens(size: Size, num_rows: int, seed: int) -> TokenBatch:
     shape, length = (num_rows, size.length), size.length // DOCUMENTS
     drawn = torch.randint(size.vocab_size, shape, generator=torch.Generator().manual_seed(seed))
-    positions, documents = ((of(torch.arange(size.length), length)).expand(shape).clone() for of in (torch.remainder, torch.floor_divide))
-    return TokenBatch(drawn, positions, documents, positions > 0, seed, torch.zeros(num_rows, dtype=torch.int64)).to(size.device)
+    positions, documents = (
+        (of(torch.arange(size.length), length)).expand(shape).clone()
+        for of in (torch.remainder, torch.floor_divide)
+    )
+    return TokenBatch(
+        drawn, positions, documents, positions > 0, seed, torch.zeros(num_rows, dtype=torch.int64)
+    ).to(size.device)
 
 
 class Bench:
@@ -136,7 +162,14 @@ class Bench:
         quarter = max(size.batch_size // 4, 1)
         self.batch = tokens(size, size.batch_size, 0)
         self.streams = Streams(
-            *(itertools.cycle([batch]) for batch in (self.batch, tokens(size, quarter, 1), {"answers": tokens(size, quarter, 2)}))
+            *(
+                itertools.cycle([batch])
+                for batch in (
+                    self.batch,
+                    tokens(size, quarter, 1),
+                    {"answers": tokens(size, quarter, 2)},
+                )
+            )
         )
         self.optimizer = torch.optim.AdamW(self.problem.learner.parameters(), lr=1e-4)
         strategy.start(self.problem)
@@ -153,7 +186,14 @@ class Bench:
 
 def training(size: Size, product: Product | None) -> Callable[[], Callable[[], None]]:
     """`product` None: plain."""
-    return lambda: Bench(size, Fixed() if product is None else Learned(OneStep(product=product), meta_every=META_EVERY)).step
+    return lambda: (
+        Bench(
+            size,
+            Fixed()
+            if product is None
+            else Learned(OneStep(product=product), meta_every=META_EVERY),
+        ).step
+    )
 
 
 def feedback_gradient(size: Size) -> Callable[[], Any]:
@@ -175,10 +215,15 @@ def value_update(size: Size) -> Callable[[], Any]:
 def linear_update(size: Size) -> Callable[[], None]:
     """The same where the trunk has run and candidates are known: designer forward, slopes through the tail, designer backward."""
     bench = Bench(size, Fixed())
-    designer, feedback = bench.problem.designer, feedback_on(bench.problem, next(bench.streams.feedback))
+    designer, feedback = (
+        bench.problem.designer,
+        feedback_on(bench.problem, next(bench.streams.feedback)),
+    )
     w, phi = downstream(feedback.loss, feedback.aligned)[1], params.named(designer)
     prediction = Prediction.of(bench.problem.learner, feedback.theta, bench.batch)
-    scores = score(prediction.states, prediction.unembedding, prediction.tokens, size.num_candidates)
+    scores = score(
+        prediction.states, prediction.unembedding, prediction.tokens, size.num_candidates
+    )
 
     def call() -> None:
         rule = designer(bench.batch).targets.rule(prediction)
@@ -196,10 +241,17 @@ def rows_of(name: str, size: Size) -> dict[str, Row]:
         "v": Row("step of V, linear product", training(size, size.linear), **steps),
         "v_exact": Row("step of V, double backward", training(size, ExactProduct()), **steps),
         "linear_update": Row("linear value update alone, same tokens", lambda: linear_update(size)),
-        "value_update": Row("the same with the learner's forward pass and candidates", lambda: value_update(size)),
-        "g_down": Row("feedback gradient, a quarter of the tokens", lambda: feedback_gradient(size)),
+        "value_update": Row(
+            "the same with the learner's forward pass and candidates", lambda: value_update(size)
+        ),
+        "g_down": Row(
+            "feedback gradient, a quarter of the tokens", lambda: feedback_gradient(size)
+        ),
     }
-    return {f"{name}/{row}": value._replace(title=f"{size.title}: {value.title}") for row, value in rows.items()}
+    return {
+        f"{name}/{row}": value._replace(title=f"{size.title}: {value.title}")
+        for row, value in rows.items()
+    }
 
 
 ROWS = {row: value for name, size in SIZES.items() for row, value in rows_of(name, size).items()}
@@ -207,7 +259,9 @@ TARGETS = [
     target
     for name in SIZES
     for target in (
-        Target("seconds", f"{name}/v", f"{name}/plain", round(1 / 0.95, 3)),  # 5 % of the throughput
+        Target(
+            "seconds", f"{name}/v", f"{name}/plain", round(1 / 0.95, 3)
+        ),  # 5 % of the throughput
         Target("peak_mib", f"{name}/v", f"{name}/plain", 1.05),
         Target("seconds", f"{name}/linear_update", f"{name}/plain", 0.35),
     )
@@ -216,7 +270,12 @@ TARGETS = [
 
 def section(report: dict[str, Any]) -> list[str]:
     environment, measured = report["environment"], report["rows"]
-    lines = ["## Language: plain and steered", "", ". ".join(environment["setting"].values()) + ".", ""]
+    lines = [
+        "## Language: plain and steered",
+        "",
+        ". ".join(environment["setting"].values()) + ".",
+        "",
+    ]
     lines += [
         machine(environment),
         "",
@@ -230,11 +289,19 @@ def section(report: dict[str, Any]) -> list[str]:
     ]
     for name, row in measured.items():
         size, kind = name.split("/")
-        found = [f"did not run: {row['error']}", "", "", ""] if "error" in row else cells(row, measured.get(f"{size}/plain", {}))
-        speed = (
-            SIZES[size].batch_size * SIZES[size].length / row["seconds"] if "seconds" in row and kind in ("plain", "v", "v_exact") else None
+        found = (
+            [f"did not run: {row['error']}", "", "", ""]
+            if "error" in row
+            else cells(row, measured.get(f"{size}/plain", {}))
         )
-        lines.append(f"| {ROWS[name].title} | {'' if speed is None else f'{speed:,.0f}'} | {' | '.join(found)} |")
+        speed = (
+            SIZES[size].batch_size * SIZES[size].length / row["seconds"]
+            if "seconds" in row and kind in ("plain", "v", "v_exact")
+            else None
+        )
+        lines.append(
+            f"| {ROWS[name].title} | {'' if speed is None else f'{speed:,.0f}'} | {' | '.join(found)} |"
+        )
     if not any(name.startswith("135m/") for name in measured):
         lines.append(f"| {SIZES['135m'].title} | not measured: there was no GPU | | | | |")
     return [*lines, "", *verdicts(TARGETS, measured, ROWS)]
@@ -243,7 +310,11 @@ def section(report: dict[str, Any]) -> list[str]:
 PART = Part(
     "language",
     ROWS,
-    default=[row for row in ROWS if row.split("/")[0] in ("5m", "20m", *(["135m"] if torch.cuda.is_available() else []))],
+    default=[
+        row
+        for row in ROWS
+        if row.split("/")[0] in ("5m", "20m", *(["135m"] if torch.cuda.is_available() else []))
+    ],
     rounds=2,
     packages=("torch", "transformers"),
     setting=SETTING,

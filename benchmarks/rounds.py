@@ -58,12 +58,23 @@ class Part:
     section: Callable[[dict[str, Any]], list[str]]
 
     def main(self, about: str | None) -> None:
-        parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
+        parser = argparse.ArgumentParser(
+            description=about, formatter_class=argparse.RawDescriptionHelpFormatter
+        )
         parser.add_argument("--rounds", type=int, default=self.rounds)
         parser.add_argument("--threads", type=int, default=2)
         known = ", ".join(self.rows)
-        parser.add_argument("--rows", nargs="+", choices=self.rows, default=self.default, metavar="ROW", help=f"some of {known}")
-        parser.add_argument("--print", action="store_true", help="print the section and write nothing")
+        parser.add_argument(
+            "--rows",
+            nargs="+",
+            choices=self.rows,
+            default=self.default,
+            metavar="ROW",
+            help=f"some of {known}",
+        )
+        parser.add_argument(
+            "--print", action="store_true", help="print the section and write nothing"
+        )
         parser.add_argument("--measure", choices=self.rows, help=argparse.SUPPRESS)
         arguments = parser.parse_args()
         if not arguments.measure:
@@ -80,17 +91,36 @@ class Part:
             for name in arguments.rows:
                 runs[name].append(self.run(name, arguments.threads))
                 print(f"round {number}/{arguments.rounds}  {name}  {runs[name][-1]}", flush=True)
-            report = {"environment": self.environment(number, arguments.threads), "rows": {name: summary(runs[name]) for name in runs}}
+            report = {
+                "environment": self.environment(number, arguments.threads),
+                "rows": {name: summary(runs[name]) for name in runs},
+            }
             if not arguments.print:  # a run cut short keeps its whole rounds
                 publish(self.name, report, self.section(report))
         if arguments.print:
             print("\n".join(self.section(report)))
 
     def run(self, row: str, threads: int) -> dict[str, Any]:
-        command = [sys.executable, str(ROOT / "benchmarks" / f"{self.name}.py"), "--measure", row, "--threads", str(threads)]
-        done = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": str(threads)}, capture_output=True, text=True)
+        command = [
+            sys.executable,
+            str(ROOT / "benchmarks" / f"{self.name}.py"),
+            "--measure",
+            row,
+            "--threads",
+            str(threads),
+        ]
+        done = subprocess.run(
+            command,
+            env={**os.environ, "OMP_NUM_THREADS": str(threads)},
+            capture_output=True,
+            text=True,
+        )
         if done.returncode:
-            return {"error": (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]}
+            return {
+                "error": (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[
+                    -1
+                ]
+            }
         return json.loads(done.stdout.splitlines()[-1])
 
     def environment(self, rounds: int, threads: int) -> dict[str, Any]:
@@ -124,7 +154,11 @@ def publish(name: str, report: dict[str, Any], section: Sequence[str]) -> None:
 
 def cpu_name() -> str:
     cpuinfo = Path("/proc/cpuinfo")
-    models = [line.split(":")[1].strip() for line in cpuinfo.open() if "model name" in line] if cpuinfo.exists() else []
+    models = (
+        [line.split(":")[1].strip() for line in cpuinfo.open() if "model name" in line]
+        if cpuinfo.exists()
+        else []
+    )
     return next(iter(models), platform.processor())
 
 
@@ -143,7 +177,12 @@ def measure(row: Row, threads: int) -> dict[str, Any]:
         if torch.cuda.is_initialized():
             torch.cuda.synchronize()
         seconds.append((time.perf_counter() - began) / row.cycle)
-    taken = {"seconds": statistics.median(seconds), "peak_mib": peak_bytes() / MIB, "mib_before": before, "calls": seconds}
+    taken = {
+        "seconds": statistics.median(seconds),
+        "peak_mib": peak_bytes() / MIB,
+        "mib_before": before,
+        "calls": seconds,
+    }
     return {**taken, **(call.figures() if hasattr(call, "figures") else {})}
 
 
@@ -161,14 +200,20 @@ def summary(runs: list[dict[str, Any]]) -> dict[str, Any]:
     values = {key: [run[key] for run in runs] for key in ("seconds", "peak_mib")}
     spread = {key: [min(numbers), max(numbers)] for key, numbers in values.items()}
     numbers = {key for key, value in runs[0].items() if isinstance(value, (int, float))}
-    return {**{key: statistics.median(run[key] for run in runs) for key in sorted(numbers)}, "spread": spread, "runs": runs}
+    return {
+        **{key: statistics.median(run[key] for run in runs) for key in sorted(numbers)},
+        "spread": spread,
+        "runs": runs,
+    }
 
 
 def machine(environment: dict[str, Any]) -> str:
     """Where and with what a report was measured, in one line."""
     return (
         f"{environment['cpus']} CPU cores ({environment['cpu']}), {environment['threads']} threads, "
-        + ", ".join(f"{name} {number or 'absent'}" for name, number in environment["versions"].items())
+        + ", ".join(
+            f"{name} {number or 'absent'}" for name, number in environment["versions"].items()
+        )
         + f"; medians of {environment['rounds']} interleaved rounds, one process each, with the least and the greatest; "
         f"{environment['date']}: `{environment['command']}`."
     )
@@ -193,13 +238,20 @@ class Target(NamedTuple):
     limit: float
 
 
-def verdicts(targets: Sequence[Target], measured: Mapping[str, dict[str, Any]], rows: Mapping[str, Row]) -> list[str]:
+def verdicts(
+    targets: Sequence[Target], measured: Mapping[str, dict[str, Any]], rows: Mapping[str, Row]
+) -> list[str]:
     lines = ["| target | measured | |", "| --- | --- | --- |"]
     for key, name, over, limit in targets:
         if key in measured.get(name, {}) and key in measured.get(over, {}):
             ratio = measured[name][key] / measured[over][key]
-            what, verdict = "time" if key == "seconds" else "memory", "met" if ratio <= limit else "**not met**"
-            lines.append(f"| {what} of {rows[name].title} <= {limit:g} x {rows[over].title} | {ratio:.2f} | {verdict} |")
+            what, verdict = (
+                "time" if key == "seconds" else "memory",
+                "met" if ratio <= limit else "**not met**",
+            )
+            lines.append(
+                f"| {what} of {rows[name].title} <= {limit:g} x {rows[over].title} | {ratio:.2f} | {verdict} |"
+            )
     return lines
 
 

@@ -39,15 +39,36 @@ def score(num_candidates: int) -> Callable[[], None]:
 
 
 AXES = {
-    "batch": Axis("batch of the update and of its feedback, one_step", (4, 8, 16), lambda n: update(tiny(n))),
-    "depth": Axis(f"blocks, the last {TAIL} of them S, one_step", (6, 12, 24), lambda n: update(tiny(BATCH, depth=n))),
-    "tail": Axis(f"blocks of S, of {DEPTH}, one_step", (1, 2, 4), lambda n: update(tiny(BATCH, tail_blocks=n))),
-    "num_steps": Axis("num_steps of unrolled", (1, 2, 4), lambda n: update(tiny(BATCH), num_steps=n)),
+    "batch": Axis(
+        "batch of the update and of its feedback, one_step", (4, 8, 16), lambda n: update(tiny(n))
+    ),
+    "depth": Axis(
+        f"blocks, the last {TAIL} of them S, one_step",
+        (6, 12, 24),
+        lambda n: update(tiny(BATCH, depth=n)),
+    ),
+    "tail": Axis(
+        f"blocks of S, of {DEPTH}, one_step",
+        (1, 2, 4),
+        lambda n: update(tiny(BATCH, tail_blocks=n)),
+    ),
+    "num_steps": Axis(
+        "num_steps of unrolled", (1, 2, 4), lambda n: update(tiny(BATCH), num_steps=n)
+    ),
     "candidates": Axis("K, candidates of greedy", (2, 4, 8), score),
-    "feedbacks": Axis("feedbacks, two for each labelled set, one_step", (2, 4, 8), lambda n: update(tiny(BATCH, num_sets=n // 2))),
+    "feedbacks": Axis(
+        "feedbacks, two for each labelled set, one_step",
+        (2, 4, 8),
+        lambda n: update(tiny(BATCH, num_sets=n // 2)),
+    ),
 }
 ROWS = {
-    f"{name}/{value}": Row(f"{axis.title}: {value}", lambda axis=axis, value=value: axis.prepare(value), least=2, most=2)
+    f"{name}/{value}": Row(
+        f"{axis.title}: {value}",
+        lambda axis=axis, value=value: axis.prepare(value),
+        least=2,
+        most=2,
+    )
     for name, axis in AXES.items()
     for value in axis.values
 }
@@ -61,7 +82,14 @@ def exponents(sizes: list[int], rows: list[dict[str, Any]]) -> tuple[float, floa
 
 def section(report: dict[str, Any]) -> list[str]:
     environment, measured = report["environment"], report["rows"]
-    lines = ["## Cost against size", "", ". ".join(environment["setting"].values()) + ".", "", machine(environment), ""]
+    lines = [
+        "## Cost against size",
+        "",
+        ". ".join(environment["setting"].values()) + ".",
+        "",
+        machine(environment),
+        "",
+    ]
     lines += [
         "One size is doubled at a time. Exponents are least-squares slopes on logarithms: 1 is linear, 0 no growth. Memory is the growth "
         f"of the peak resident size above what the process held before its first update. At most {LIMIT:g} counts as no more than linear.",
@@ -71,16 +99,24 @@ def section(report: dict[str, Any]) -> list[str]:
     ]
     for name, axis in AXES.items():
         known = [value for value in axis.values if "seconds" in measured.get(f"{name}/{value}", {})]
-        errors = [row["error"] for key, row in measured.items() if key.startswith(f"{name}/") and "error" in row]
+        errors = [
+            row["error"]
+            for key, row in measured.items()
+            if key.startswith(f"{name}/") and "error" in row
+        ]
         if errors or len(known) < 2:
-            lines.append(f"| {axis.title} | not measured{f': {errors[0]}' if errors else ''} | | | | | |")
+            lines.append(
+                f"| {axis.title} | not measured{f': {errors[0]}' if errors else ''} | | | | | |"
+            )
             continue
         rows = [measured[f"{name}/{value}"] for value in known]
         time, memory = exponents(known, rows)
         seconds = ", ".join(f"{row['seconds']:.3g}" for row in rows)
         grown = ", ".join(f"{row['peak_mib'] - row['mib_before']:.0f}" for row in rows)
         verdict = "met" if max(time, memory) <= LIMIT else "**superlinear**"
-        lines.append(f"| {axis.title} | {', '.join(map(str, known))} | {seconds} | {time:.2f} | {grown} | {memory:.2f} | {verdict} |")
+        lines.append(
+            f"| {axis.title} | {', '.join(map(str, known))} | {seconds} | {time:.2f} | {grown} | {memory:.2f} | {verdict} |"
+        )
     return lines
 
 

@@ -3,8 +3,14 @@
 from dataclasses import dataclass
 
 FLOAT = 4  # bytes: gradients and parameters travel in float32
-NVLINK, NETWORK = 300e9, 50e9  # assumed bytes/s that a device sends: within a machine of 8, between machines (400 Gb/s each)
-BF16, TF32 = 400e12, 200e12  # assumed FLOP/s that a device sustains: in the learner's step, in a designer update
+NVLINK, NETWORK = (
+    300e9,
+    50e9,
+)  # assumed bytes/s that a device sends: within a machine of 8, between machines (400 Gb/s each)
+BF16, TF32 = (
+    400e12,
+    200e12,
+)  # assumed FLOP/s that a device sustains: in the learner's step, in a designer update
 HEAD_STEPS, META_EVERY = 4, 8
 
 
@@ -35,11 +41,15 @@ def sent(model: Model, devices: int) -> tuple[float, float, float]:
     """Bytes that a device sends: in a plain step, in the reductions of a designer update, in its further gathers of the trunk."""
     ring = (devices - 1) / devices
     trunk, teacher = model.learner - model.aligned - model.others, float(model.teacher_tokens > 0)
-    reductions = 2 * ring * FLOAT * (model.aligned + 2 * model.designer)  # g_down; phi from the product and from the regularizer
+    reductions = (
+        2 * ring * FLOAT * (model.aligned + 2 * model.designer)
+    )  # g_down; phi from the product and from the regularizer
     if model.parallel == "ddp":
         return 2 * ring * FLOAT * model.learner, reductions, 0.0
     step = ring * FLOAT * (trunk * (3 + teacher) + 2 * (model.aligned + model.others))
-    gathers = ring * FLOAT * trunk * (model.heads + 1 + 2 + teacher)  # heads, feedback, the meta batch there and back, its teacher
+    gathers = (
+        ring * FLOAT * trunk * (model.heads + 1 + 2 + teacher)
+    )  # heads, feedback, the meta batch there and back, its teacher
     return step, reductions, gathers
 
 
@@ -47,7 +57,11 @@ def flops(model: Model) -> tuple[float, float]:
     """Of a device: of a plain step, and of a designer update by OneStep."""
     teacher = 2 * model.learner * model.teacher_tokens
     step = model.batch * (6 * model.learner * model.student_tokens + teacher)
-    product = 4 * model.learner * model.student_tokens + teacher + 4 * model.aligned * model.student_tokens  # the tail a second time
+    product = (
+        4 * model.learner * model.student_tokens
+        + teacher
+        + 4 * model.aligned * model.student_tokens
+    )  # the tail a second time
     feedback = (2 * model.learner * (1 + model.heads) + 4 * model.aligned) * model.feedback_tokens
     return step, model.batch / 4 * (product + feedback)
 
@@ -55,7 +69,9 @@ def flops(model: Model) -> tuple[float, float]:
 def memory(model: Model, devices: int) -> tuple[float, float]:
     """Bytes that a device holds beside activations: of the plain run, and what OneStep adds."""
     copies = 5 if model.teacher_tokens else 4  # weights, gradients, two moments; the teacher
-    added = FLOAT * (5 * model.aligned + 4 * model.designer)  # g_down, its flat copy, theta + eps w, theta - eps w, w; designer with Adam
+    added = FLOAT * (
+        5 * model.aligned + 4 * model.designer
+    )  # g_down, its flat copy, theta + eps w, theta - eps w, w; designer with Adam
     if model.parallel == "ddp":
         return FLOAT * copies * model.learner, added
     whole = model.aligned + model.others

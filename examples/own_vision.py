@@ -28,7 +28,9 @@ def draw(batch_size: int, rng: torch.Generator) -> tuple[Tensor, Tensor]:
     label = torch.randint(CLASSES, (batch_size,), generator=rng)
     bars = torch.zeros(CLASSES, SIZE, SIZE)
     ends = torch.arange(1, 7)
-    for k, (rows, columns) in enumerate([(torch.full((6,), 3), ends), (ends, torch.full((6,), 3)), (ends, ends), (ends, 7 - ends)]):
+    for k, (rows, columns) in enumerate(
+        [(torch.full((6,), 3), ends), (ends, torch.full((6,), 3)), (ends, ends), (ends, 7 - ends)]
+    ):
         bars[k, rows, columns] = 1.0
     coarse = torch.randn(batch_size, 1, 4, 4, generator=rng)
     coarse[:, :, :2, :2] = 0
@@ -56,14 +58,18 @@ class PatchWeights(nn.Module):
         return self.logits.flatten().softmax(0).view_as(self.logits) * self.logits.numel()
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        return images, self.weights().repeat_interleave(PATCH, 0).repeat_interleave(PATCH, 1).flatten()
+        return images, self.weights().repeat_interleave(PATCH, 0).repeat_interleave(
+            PATCH, 1
+        ).flatten()
 
 
 class Bars(Problem):
     designer: PatchWeights
 
     def __init__(self) -> None:
-        self.learner = nn.ModuleDict({"encode": nn.Linear(SIZE**2, CODE), "decode": nn.Linear(CODE, SIZE**2)})
+        self.learner = nn.ModuleDict(
+            {"encode": nn.Linear(SIZE**2, CODE), "decode": nn.Linear(CODE, SIZE**2)}
+        )
         self.designer = PatchWeights()
         self.head = torch.zeros(CODE + 1, CLASSES)
 
@@ -78,7 +84,11 @@ class Bars(Problem):
             yield draw(128, rng)
 
     def encode(self, theta, images):
-        return functional_call(self.learner["encode"], {n.removeprefix("encode."): p for n, p in theta.items() if "encode" in n}, (images,))
+        return functional_call(
+            self.learner["encode"],
+            {n.removeprefix("encode."): p for n, p in theta.items() if "encode" in n},
+            (images,),
+        )
 
     def pretrain_loss(self, theta, task):
         images, weights = task
@@ -142,7 +152,9 @@ def train(strategy: Fixed | Learned) -> tuple[float, Bars]:
 
 
 plain, _ = train(Fixed())
-steered, problem = train(Learned(optimizer=lambda phi: torch.optim.Adam(phi, lr=0.2), meta_every=2, burn_in=20))
+steered, problem = train(
+    Learned(optimizer=lambda phi: torch.optim.Adam(phi, lr=0.2), meta_every=2, burn_in=20)
+)
 print(f"accuracy of a linear head: plain {plain:.3f}, steered {steered:.3f}")
 
 # %% [markdown]

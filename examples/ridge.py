@@ -9,7 +9,16 @@
 import torch
 from torch import Tensor
 
-from metavpt import SGD, ConjugateGradient, ExactProduct, Implicit, Neumann, OneStep, Params, Unrolled
+from metavpt import (
+    SGD,
+    ConjugateGradient,
+    ExactProduct,
+    Implicit,
+    Neumann,
+    OneStep,
+    Params,
+    Unrolled,
+)
 
 torch.manual_seed(0)
 torch.set_default_dtype(torch.float64)
@@ -27,7 +36,10 @@ phi: Params = {"log_penalty": torch.zeros(D)}
 # %%
 def inner(phi: Params):
     """phi -> (theta -> training loss)"""
-    return lambda theta: ((x @ theta["w"] - y) ** 2).mean() / 2 + (phi["log_penalty"].exp() * theta["w"] ** 2).sum() / 2
+    return lambda theta: (
+        ((x @ theta["w"] - y) ** 2).mean() / 2
+        + (phi["log_penalty"].exp() * theta["w"] ** 2).sum() / 2
+    )
 
 
 def outer(theta: Params) -> Tensor:
@@ -70,7 +82,9 @@ estimators = {
 }
 errors = {}
 for name, estimate in estimators.items():
-    found = estimate([inner] * estimate.num_batches, outer, solution(phi), phi).by_phi["log_penalty"]
+    found = estimate([inner] * estimate.num_batches, outer, solution(phi), phi).by_phi[
+        "log_penalty"
+    ]
     errors[name] = float((found - closed_form(phi)).norm() / closed_form(phi).norm())
     print(f"{name:22s} relative error {errors[name]:.1e}")
 
@@ -82,9 +96,13 @@ for name, estimate in estimators.items():
 optimizer = torch.optim.Adam([phi["log_penalty"].requires_grad_()], lr=0.1)
 before = float(outer(solution(phi)).detach())
 for _ in range(100):
-    phi["log_penalty"].grad = estimators["Implicit(CG)"]([inner], outer, solution(phi), phi).by_phi["log_penalty"]
+    phi["log_penalty"].grad = estimators["Implicit(CG)"]([inner], outer, solution(phi), phi).by_phi[
+        "log_penalty"
+    ]
     optimizer.step()
 after = float(outer(solution(phi)).detach())
 penalties = phi["log_penalty"].detach().exp()
 print(f"validation loss {before:.3f} -> {after:.3f}")
-print(f"mean log penalty: useful inputs {penalties[: D // 2].log().mean():.2f}, others {penalties[D // 2 :].log().mean():.2f}")
+print(
+    f"mean log penalty: useful inputs {penalties[: D // 2].log().mean():.2f}, others {penalties[D // 2 :].log().mean():.2f}"
+)

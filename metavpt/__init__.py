@@ -20,7 +20,10 @@ if TYPE_CHECKING:
     from metavpt.checkpoint import Checkpoints
     from metavpt.trainer import Trainer
 
-LATER = {"Checkpoints": "metavpt.checkpoint", "Trainer": "metavpt.trainer"}  # torch.distributed, which they bring, takes long to import
+LATER = {
+    "Checkpoints": "metavpt.checkpoint",
+    "Trainer": "metavpt.trainer",
+}  # torch.distributed, which they bring, takes long to import
 
 __all__ = [
     "SGD",

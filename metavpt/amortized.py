@@ -37,12 +37,19 @@ class Amortized(Tilt):
         **tilt: Any,
     ) -> None:
         super().__init__(**tilt)
-        self.lessons = Lessons(optimizer or (lambda parameters: torch.optim.Adam(parameters, lr=1e-2)), phi_steps, replay, max_norm)
+        self.lessons = Lessons(
+            optimizer or (lambda parameters: torch.optim.Adam(parameters, lr=1e-2)),
+            phi_steps,
+            replay,
+            max_norm,
+        )
 
     def start(self, problem: Problem) -> None:
         self.lessons.start(problem)
 
-    def propose(self, problem: Problem, batch: Any, theta: Params, w: Params, budget: Budget) -> Proposal:
+    def propose(
+        self, problem: Problem, batch: Any, theta: Params, w: Params, budget: Budget
+    ) -> Proposal:
         record = {}
         if budget.steps % self.refresh_every == 0:
             record = self.lessons.learn(problem, problem.lesson(theta, batch, w, self.derivative))

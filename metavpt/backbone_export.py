@@ -18,14 +18,23 @@ from metavpt.runfolder import newest_state
 
 Part = Literal["student", "teacher"]
 # The attribute of the problem that holds it, and what may stand before the backbone's names in there.
-PARTS = {"student": ("learner", ("backbone.",)), "teacher": ("teacher", ("learner.backbone.", "learner."))}
+PARTS = {
+    "student": ("learner", ("backbone.",)),
+    "teacher": ("teacher", ("learner.backbone.", "learner.")),
+}
 FORMATS = {"timm": ("timm",), "transformers": ("transformers",), "both": ("timm", "transformers")}
-TIMM_NAMES = {"vit_tiny_dinov3": "vit_small_patch16_dinov3"}  # the architecture in timm of which a model of our own is another size
+TIMM_NAMES = {
+    "vit_tiny_dinov3": "vit_small_patch16_dinov3"
+}  # the architecture in timm of which a model of our own is another size
 NOT_TIMM = ("_target_", "name", "tail_blocks", "pretrained", "weights", "frozen_blocks")
-TOLERANCE = 1e-4  # of the largest feature: other kernels round differently, another model is far off
+TOLERANCE = (
+    1e-4  # of the largest feature: other kernels round differently, another model is far off
+)
 
 
-def export_backbone(run: Path, config: DictConfig, folder: Path, part: Part, format: str) -> Description:
+def export_backbone(
+    run: Path, config: DictConfig, folder: Path, part: Part, format: str
+) -> Description:
     """The backbone of the newest checkpoint of `run` in `folder`/<format> for each format, read back by its own library and compared."""
     if format not in FORMATS:
         raise MetaVPTError(f"format={format}: known are {', '.join(FORMATS)}")
@@ -34,8 +43,14 @@ def export_backbone(run: Path, config: DictConfig, folder: Path, part: Part, for
     for library in FORMATS[format]:
         place = folder / library
         place.mkdir(parents=True)
-        usages.append(_save_timm(backbone, config, place) if library == "timm" else _save_transformers(backbone, place))
-    side = " The teacher, the student's moving average, was not measured." if part == "teacher" else ""
+        usages.append(
+            _save_timm(backbone, config, place)
+            if library == "timm"
+            else _save_transformers(backbone, place)
+        )
+    side = (
+        " The teacher, the student's moving average, was not measured." if part == "teacher" else ""
+    )
     return Description(
         f"{config.backbone.name}, continued by metavpt ({part})",
         "feature-extraction",
@@ -54,17 +69,23 @@ def load_backbone(run: Path, config: DictConfig, part: Part) -> Backbone:
         raise MetaVPTError(f"part={part}: known are {', '.join(PARTS)}")
     module, prefixes = PARTS[part]
     if module not in problem:
-        raise MetaVPTError(f"part={part}: the run has no {part}, its checkpoint holds {', '.join(problem) or 'nothing'}")
+        raise MetaVPTError(
+            f"part={part}: the run has no {part}, its checkpoint holds {', '.join(problem) or 'nothing'}"
+        )
     found = (params.subset(problem[module], prefix) for prefix in prefixes)
     state = next((state for state in found if any(key.startswith("trunk.") for key in state)), None)
     if state is None:
-        raise MetaVPTError(f"part={part}: the {module} in {path} has no vision transformer as its backbone")
+        raise MetaVPTError(
+            f"part={part}: the {module} in {path} has no vision transformer as its backbone"
+        )
     options = {**_options(config), "pretrained": False, "weights": None, "frozen_blocks": 0}
     backbone = create_backbone(**options).eval()
     try:
         backbone.load_state_dict(state)
     except RuntimeError as error:
-        raise MetaVPTError(f"{path} does not fit the backbone in {run / 'config.yaml'}: {' '.join(str(error).split())[:200]}") from error
+        raise MetaVPTError(
+            f"{path} does not fit the backbone in {run / 'config.yaml'}: {' '.join(str(error).split())[:200]}"
+        ) from error
     return backbone
 
 
@@ -76,16 +97,32 @@ def _options(config: DictConfig) -> dict[str, Any]:
 def _save_timm(backbone: Backbone, config: DictConfig, folder: Path) -> Usage:
     """config.json and model.safetensors, for `local-dir:<folder>` as for `checkpoint_path=<folder>/model.safetensors`."""
     name = str(config.backbone.name)
-    arguments: dict[str, Any] = {key: value for key, value in _options(config).items() if key not in NOT_TIMM}
+    arguments: dict[str, Any] = {
+        key: value for key, value in _options(config).items() if key not in NOT_TIMM
+    }
     if name in OWN_MODELS:
-        patches, block = backbone.trunk.patch_embed, cast(Any, next(iter(backbone.tail.blocks.values())))
-        arguments = {"img_size": patches.img_size[0], "patch_size": backbone.patch_size, "embed_dim": backbone.width}
+        patches, block = (
+            backbone.trunk.patch_embed,
+            cast(Any, next(iter(backbone.tail.blocks.values()))),
+        )
+        arguments = {
+            "img_size": patches.img_size[0],
+            "patch_size": backbone.patch_size,
+            "embed_dim": backbone.width,
+        }
         arguments |= {"depth": backbone.num_blocks, "num_heads": block.attn.num_heads}
-    arguments |= {"dynamic_img_size": True, "global_pool": "token" if backbone.tail.has_cls else "avg"}
+    arguments |= {
+        "dynamic_img_size": True,
+        "global_pool": "token" if backbone.tail.has_cls else "avg",
+    }
     model = timm.create_model(TIMM_NAMES.get(name, name), num_classes=0, **arguments)
     model.load_state_dict(timm_state_dict(backbone))
-    ours = {"pretrained_cfg": {"tag": "metavpt"}}  # not the release that timm knows the architecture by
-    save_for_hf(model, str(folder), model_config=ours, model_args=arguments, safe_serialization=True)
+    ours = {
+        "pretrained_cfg": {"tag": "metavpt"}
+    }  # not the release that timm knows the architecture by
+    save_for_hf(
+        model, str(folder), model_config=ours, model_args=arguments, safe_serialization=True
+    )
     read: Any = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
     _compare(backbone, read.forward_features, "timm")
     return Usage("timm", 'timm.create_model("local-dir:timm", pretrained=True)')
@@ -95,15 +132,22 @@ def _save_transformers(backbone: Backbone, folder: Path) -> Usage:
     model = save_transformers(backbone, folder)
     _compare(backbone, lambda images: model(images).last_hidden_state, "transformers")
     options = ", add_pooling_layer=False" if type(model).__name__ == "ViTModel" else ""
-    return Usage("transformers", f'transformers.{type(model).__name__}.from_pretrained("transformers"{options})')
+    return Usage(
+        "transformers",
+        f'transformers.{type(model).__name__}.from_pretrained("transformers"{options})',
+    )
 
 
 @torch.no_grad()
 def _compare(backbone: Backbone, tokens: Any, library: str) -> None:
     """Raises MetaVPTError where `tokens`, images -> (B, P + N, D), are not the backbone's."""
-    images = torch.rand(1, 3, *backbone.trunk.patch_embed.img_size, generator=torch.Generator().manual_seed(0))
+    images = torch.rand(
+        1, 3, *backbone.trunk.patch_embed.img_size, generator=torch.Generator().manual_seed(0)
+    )
     expected, found = backbone(images).patches.flatten(2).transpose(1, 2), tokens(images)
-    difference: Tensor = (found[:, -expected.shape[1] :] - expected).abs().max() / expected.abs().max()
+    difference: Tensor = (
+        found[:, -expected.shape[1] :] - expected
+    ).abs().max() / expected.abs().max()
     if not difference <= TOLERANCE:
         raise MetaVPTError(
             f"{library} gives other features than the run's backbone (relative difference {float(difference):.1e}); nothing was exported"

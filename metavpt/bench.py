@@ -24,7 +24,11 @@ def bench(cfg: DictConfig) -> None:
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
     choices = HydraConfig.get().runtime.choices
-    folder = runfolder.create(Path(cfg.output) if cfg.output else None, Path(cfg.runs), f"bench-{choices['problem']}-{choices['strategy']}")
+    folder = runfolder.create(
+        Path(cfg.output) if cfg.output else None,
+        Path(cfg.runs),
+        f"bench-{choices['problem']}-{choices['strategy']}",
+    )
     (folder / "config.yaml").write_text(OmegaConf.to_yaml(cfg, resolve=True))
     runfolder.write_environment(folder, cfg.seed, command="bench step")
     with open_dict(cfg):  # whatever limit the run would have, its steps are what is measured
@@ -53,7 +57,9 @@ def _take_what(arguments: list[str]) -> None:
     """The word after the command, which Hydra does not know, is taken out of its arguments."""
     word = arguments[1] if len(arguments) > 1 else "..."
     if word not in WHAT:
-        raise MetaVPTError(f"python -m metavpt.bench {word}: say first what to measure; known: {', '.join(WHAT)}")
+        raise MetaVPTError(
+            f"python -m metavpt.bench {word}: say first what to measure; known: {', '.join(WHAT)}"
+        )
     del arguments[1]
 
 

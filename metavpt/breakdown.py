@@ -63,8 +63,17 @@ def spent(steps: Sequence[dict[str, float]]) -> list[Spent]:
         for key, seconds in own.items():
             found.setdefault(key, []).append(seconds)
     known = list(TITLES)
-    order = sorted(found, key=lambda key: (key[0] == UPDATE, known.index(key[1]) if key[1] in TITLES else len(known), key[1]))
-    return [Spent(*key, statistics.median(found[key]), len(found[key]) / len(steps)) for key in order]
+    order = sorted(
+        found,
+        key=lambda key: (
+            key[0] == UPDATE,
+            known.index(key[1]) if key[1] in TITLES else len(known),
+            key[1],
+        ),
+    )
+    return [
+        Spent(*key, statistics.median(found[key]), len(found[key]) / len(steps)) for key in order
+    ]
 
 
 @dataclass
@@ -91,7 +100,14 @@ class Measured:
 
 def period(strategy: Any) -> int:
     """After how many steps what a strategy does comes round again."""
-    return next((getattr(strategy, name) for name in ("meta_every", "refresh_every", "every") if hasattr(strategy, name)), 1)
+    return next(
+        (
+            getattr(strategy, name)
+            for name in ("meta_every", "refresh_every", "every")
+            if hasattr(strategy, name)
+        ),
+        1,
+    )
 
 
 def num_steps(asked: int, strategy: Any) -> int:
@@ -101,13 +117,17 @@ def num_steps(asked: int, strategy: Any) -> int:
     return math.ceil(asked / period(strategy)) * period(strategy)
 
 
-def measure(trainer: Trainer, warmup: int, steps: int, now: Callable[[], float], count_flops: bool = True) -> Measured:
+def measure(
+    trainer: Trainer, warmup: int, steps: int, now: Callable[[], float], count_flops: bool = True
+) -> Measured:
     """`steps` steps of `trainer` after `warmup` ones, and one more period under a FLOP counter. It trains; probes are left out."""
     if hasattr(trainer.strategy, "burn_in"):
         trainer.strategy.burn_in = 0  # pyright: ignore[reportAttributeAccessIssue]
     trainer.first_order_every = 0
     measured, memory = Measured(), PeakMemory()
-    for number in track(range(warmup + steps), "measuring", console=trainer.log.console, transient=True):
+    for number in track(
+        range(warmup + steps), "measuring", console=trainer.log.console, transient=True
+    ):
         before, clock = trainer.budget.samples, Clock(now, by_path=True)
         memory.restart()
         with clock.listen(STEP):
@@ -141,7 +161,9 @@ class Floor(NamedTuple):
 def floor(trainer: Trainer, now: Callable[[], float]) -> Floor | None:
     """None for a strategy or an estimator whose passes nobody has counted. Linear solves count as they went in the steps so far."""
     records = trainer.log.records() if trainer.log.path.exists() else []
-    products = [record["curvature_products"] for record in records if "curvature_products" in record]
+    products = [
+        record["curvature_products"] for record in records if "curvature_products" in record
+    ]
     counts = passes.of_step(trainer.strategy, statistics.mean(products) if products else 0.0)
     if counts is None:
         return None
@@ -162,7 +184,9 @@ def report(measured: Measured, floor: Floor | None, card: str | None) -> dict[st
         "over_floor": measured.per_step / floor.seconds if floor else None,
         "over_floor_without_data_and_augmentation": busy / floor.seconds if floor else None,
         "flops": measured.flops,
-        "model_flops_utilisation": flops.utilisation(measured.flops["plain"], plain, card) if "plain" in measured.flops else None,
+        "model_flops_utilisation": flops.utilisation(measured.flops["plain"], plain, card)
+        if "plain" in measured.flops
+        else None,
         "peak_bytes": measured.peak_bytes,
         "steps": asdict(measured)["seconds"],
     }
@@ -170,16 +194,30 @@ def report(measured: Measured, floor: Floor | None, card: str | None) -> dict[st
 
 def table(measured: Measured) -> Table:
     """One row for each phase: seconds where it occurs, in how many of the steps, seconds a step, share."""
-    rows = Table("", *(f"[dim]{title}" for title in ("seconds", "in steps", "seconds a step", "share")), box=None)
+    rows = Table(
+        "",
+        *(f"[dim]{title}" for title in ("seconds", "in steps", "seconds a step", "share")),
+        box=None,
+    )
     for column in rows.columns[1:]:
         column.justify = "right"
     for part, title in ((STEP, "step"), (UPDATE, "designer update")):
         own = [phase for phase in measured.phases if phase.part == part]
         if own:
-            rows.add_row(f"[bold]{title}", "", "", *_shown(sum(phase.per_step for phase in own), measured.per_step))
+            rows.add_row(
+                f"[bold]{title}",
+                "",
+                "",
+                *_shown(sum(phase.per_step for phase in own), measured.per_step),
+            )
         for phase in own:
             shown = _shown(phase.per_step, measured.per_step)
-            rows.add_row(f"  {TITLES.get(phase.phase, phase.phase)}", f"{phase.seconds:.4f}", f"{phase.frequency:.0%}", *shown)
+            rows.add_row(
+                f"  {TITLES.get(phase.phase, phase.phase)}",
+                f"{phase.seconds:.4f}",
+                f"{phase.frequency:.0%}",
+                *shown,
+            )
     return rows
 
 
@@ -189,18 +227,30 @@ def _shown(per_step: float, whole: float) -> tuple[str, str]:
 
 def lines(found: dict[str, Any]) -> list[str]:
     """A report's numbers beside the phases, one a line."""
-    said = [f"{found['seconds_per_step']:.4f} s a step, {found['samples_per_second']:.4g} samples/s"]
+    said = [
+        f"{found['seconds_per_step']:.4f} s a step, {found['samples_per_second']:.4g} samples/s"
+    ]
     if floor := found["floor"]:
-        counted = " + ".join(f"{count:.4g} {name} x {floor['each'][name]:.4f}" for name, count in floor["passes"].items())
+        counted = " + ".join(
+            f"{count:.4g} {name} x {floor['each'][name]:.4f}"
+            for name, count in floor["passes"].items()
+        )
         over, busy = found["over_floor"], found["over_floor_without_data_and_augmentation"]
         said.append(f"floor {floor['seconds']:.4f} s a step = {counted}")
         said.append(f"measured / floor {over:.2f}; without data and augmentation {busy:.2f}")
     else:
-        said.append("floor unknown: the passes of this strategy or estimator are not counted in metavpt.passes")
+        said.append(
+            "floor unknown: the passes of this strategy or estimator are not counted in metavpt.passes"
+        )
     said += [f"FLOPs of a step, {kind}: {number:.3e}" for kind, number in found["flops"].items()]
     share = found["model_flops_utilisation"]
-    said.append(f"model FLOPs utilisation of a plain step: {'unknown' if share is None else f'{share:.1%} of the peak in bfloat16'}")
-    said += [f"peak memory of a step, {kind}: {size / 2**20:,.0f} MiB" for kind, size in found["peak_bytes"].items()]
+    said.append(
+        f"model FLOPs utilisation of a plain step: {'unknown' if share is None else f'{share:.1%} of the peak in bfloat16'}"
+    )
+    said += [
+        f"peak memory of a step, {kind}: {size / 2**20:,.0f} MiB"
+        for kind, size in found["peak_bytes"].items()
+    ]
     return said
 
 

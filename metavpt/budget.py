@@ -25,12 +25,19 @@ class Budget:
     """
 
     def __init__(
-        self, steps: int | None = None, samples: int | None = None, grad_evals: int | None = None, seconds: float | None = None
+        self,
+        steps: int | None = None,
+        samples: int | None = None,
+        grad_evals: int | None = None,
+        seconds: float | None = None,
     ) -> None:
         limits = {"steps": steps, "samples": samples, "grad_evals": grad_evals, "seconds": seconds}
         self.limits = {unit: limit for unit, limit in limits.items() if limit is not None}
         if not self.limits:
-            raise MetaVPTError("budget: no limit is set; set at least one of " + ", ".join(f"budget.{unit}" for unit in UNITS))
+            raise MetaVPTError(
+                "budget: no limit is set; set at least one of "
+                + ", ".join(f"budget.{unit}" for unit in UNITS)
+            )
         for unit, limit in self.limits.items():
             if limit <= 0:
                 raise MetaVPTError(f"budget.{unit}={limit}: a budget must be positive")
@@ -62,7 +69,9 @@ class Budget:
         """After the first step: a limit that even this one overran is an error."""
         for unit, limit in self.limits.items():
             if (spent := getattr(self, unit)) > limit:
-                raise MetaVPTError(f"budget.{unit}={limit}: no step fits, the first one took {spent:.4g} {unit}")
+                raise MetaVPTError(
+                    f"budget.{unit}={limit}: no step fits, the first one took {spent:.4g} {unit}"
+                )
 
     def agree(self) -> None:
         """Every process goes by the clock of the first, where a limit is in seconds: else they would not end with the same step."""
@@ -77,7 +86,11 @@ class Budget:
     @contextmanager
     def timed(self, purpose: str) -> Iterator[None]:
         """Count the seconds inside towards `purpose`; "probe" is kept apart from the time and the memory of training."""
-        with self.clock.timed(purpose), phase(purpose), self.memory.paused() if purpose in UNCOUNTED else nullcontext():
+        with (
+            self.clock.timed(purpose),
+            phase(purpose),
+            self.memory.paused() if purpose in UNCOUNTED else nullcontext(),
+        ):
             yield
 
     def state_dict(self) -> dict[str, Any]:
@@ -85,5 +98,9 @@ class Budget:
         return {**counters, "times": dict(self.times), "peak_memory": self.memory.peak}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.steps, self.samples, self.grad_evals = state["steps"], state["samples"], state["grad_evals"]
+        self.steps, self.samples, self.grad_evals = (
+            state["steps"],
+            state["samples"],
+            state["grad_evals"],
+        )
         self.clock.seconds, self.memory.earlier = dict(state["times"]), state["peak_memory"]

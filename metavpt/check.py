@@ -34,8 +34,14 @@ def verdict(findings: list[Finding]) -> str:
     """The last line: `verdict: failed (2 failed, 1 warning, 9 ok): tail, compile`."""
     counts = Counter(finding.verdict for finding in findings)
     worst = next(level for level in ("failed", "warning", "ok") if counts[level] or level == "ok")
-    said = ", ".join(f"{counts[level]} {level}" for level in ("failed", "warning", "ok") if counts[level])
-    names = ", ".join(finding.name for finding in findings if finding.verdict == worst) if worst != "ok" else ""
+    said = ", ".join(
+        f"{counts[level]} {level}" for level in ("failed", "warning", "ok") if counts[level]
+    )
+    names = (
+        ", ".join(finding.name for finding in findings if finding.verdict == worst)
+        if worst != "ok"
+        else ""
+    )
     return f"verdict: {worst} ({said})" + (f": {names}" if names else "")
 
 
@@ -50,7 +56,12 @@ def main(cfg: DictConfig) -> None:
     problem.to(cfg.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     estimator = getattr(instantiate(cfg.strategy), "estimator", None)
     with console.status("checking"):
-        findings = check(problem, estimator=estimator, optimizer=instantiate(cfg.trainer.optimizer), seed=cfg.seed)
+        findings = check(
+            problem,
+            estimator=estimator,
+            optimizer=instantiate(cfg.trainer.optimizer),
+            seed=cfg.seed,
+        )
     console.print(table(findings))
     console.print(verdict(findings), soft_wrap=True, highlight=False)
     if any(finding.verdict == "failed" for finding in findings):

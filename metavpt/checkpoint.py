@@ -56,12 +56,18 @@ class Checkpoints:
         if ranks.rank() == 0:
             before = [other for other in self.paths() if other.stem < path.stem]
             for other in {*self.paths()} - {path, *before[max(0, len(before) + 1 - self.keep) :]}:
-                _remove(other)  # those of later steps too: they could not be read, the run went on from before them
+                _remove(
+                    other
+                )  # those of later steps too: they could not be read, the run went on from before them
         return path
 
     def paths(self) -> list[Path]:
         """All checkpoints, oldest first."""
-        return sorted(path for path in self.folder.glob("step-*") if re.fullmatch(r"step-\d{8}(\.pt)?", path.name))
+        return sorted(
+            path
+            for path in self.folder.glob("step-*")
+            if re.fullmatch(r"step-\d{8}(\.pt)?", path.name)
+        )
 
     def newest(self, like: Any = None) -> Saved:
         """The newest checkpoint that every rank can read, `like` as in `read`. Raises MetaVPTError, the newest one's fault, for none."""
@@ -76,7 +82,9 @@ class Checkpoints:
             if fault is None:
                 return Saved(state, path, unreadable)
             unreadable.append(fault)
-        raise MetaVPTError(unreadable[0] if unreadable else f"{self.folder}: no checkpoint here to resume from")
+        raise MetaVPTError(
+            unreadable[0] if unreadable else f"{self.folder}: no checkpoint here to resume from"
+        )
 
     def load(self, like: Any = None) -> Saved:
         """The same; also sets the random number generators as they were."""
@@ -106,8 +114,14 @@ def write(path: Path, state: dict[str, Any]) -> None:
 def _write_folder(path: Path, state: dict[str, Any]) -> None:
     """`state` in the folder `path`, whole or not at all, by all ranks together. Raises MetaVPTError on each where one has no room."""
     partial, fault = path.with_suffix(".partial"), None
-    sharded = {_name(keys): leaf for keys, leaf in tree_flatten_with_path(state)[0] if isinstance(leaf, DTensor)}
-    outline = tree_map_only(DTensor, lambda tensor: torch.empty(tensor.shape, dtype=tensor.dtype, device="meta"), state)
+    sharded = {
+        _name(keys): leaf
+        for keys, leaf in tree_flatten_with_path(state)[0]
+        if isinstance(leaf, DTensor)
+    }
+    outline = tree_map_only(
+        DTensor, lambda tensor: torch.empty(tensor.shape, dtype=tensor.dtype, device="meta"), state
+    )
     try:
         with writing(path):
             sums = shards.write(partial, sharded)
@@ -130,7 +144,9 @@ def _write_folder(path: Path, state: dict[str, Any]) -> None:
 def _remove(path: Path) -> None:
     """A folder loses its name first, so that half of it is never taken for a checkpoint."""
     if path.is_dir():
-        shutil.rmtree(path if path.suffix == ".partial" else path.rename(path.with_suffix(".old.partial")))
+        shutil.rmtree(
+            path if path.suffix == ".partial" else path.rename(path.with_suffix(".old.partial"))
+        )
     else:
         path.unlink()
 
@@ -166,7 +182,9 @@ def read(path: Path, like: Any = None) -> dict[str, Any]:
         raise MetaVPTError(f"{path}: no such checkpoint") from None
     except Exception as error:
         reason = str(error) if isinstance(error, MetaVPTError) else type(error).__name__
-        raise MetaVPTError(f"{path}: not a readable checkpoint ({reason}); delete it to resume from an earlier one") from None
+        raise MetaVPTError(
+            f"{path}: not a readable checkpoint ({reason}); delete it to resume from an earlier one"
+        ) from None
     if not isinstance(state, dict):
         raise MetaVPTError(f"{path}: not a checkpoint of a metavpt run")
     return state
@@ -180,7 +198,11 @@ def _read_file(path: Path) -> Any:
 def _read_folder(path: Path, like: Any) -> Any:
     outline = _read_file(path / STATE)
     leaves, structure = tree_flatten_with_path(outline["state"])
-    into = {_name(keys): _place(leaf, like, keys) for keys, leaf in leaves if isinstance(leaf, Tensor) and leaf.is_meta}
+    into = {
+        _name(keys): _place(leaf, like, keys)
+        for keys, leaf in leaves
+        if isinstance(leaf, Tensor) and leaf.is_meta
+    }
     shards.read(path, outline["sums"], into)
     return tree_unflatten([into.get(_name(keys), leaf) for keys, leaf in leaves], structure)
 
@@ -202,7 +224,9 @@ def _name(keys: tuple[Any, ...]) -> str:
 def _check_sums(path: Path) -> None:
     """Raises BadZipFile for a flipped bit: torch.load has no eye for the sums that torch.save writes."""
     with zipfile.ZipFile(path) as archive:
-        packed = any(member.compress_type != zipfile.ZIP_STORED for member in archive.infolist())  # not ours, and may unpack to anything
+        packed = any(
+            member.compress_type != zipfile.ZIP_STORED for member in archive.infolist()
+        )  # not ours, and may unpack to anything
         if packed or archive.testzip() is not None:
             raise zipfile.BadZipFile(path.name)
 
@@ -221,7 +245,13 @@ def random_state() -> dict[str, Any]:
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
         "python": random.getstate(),
-        "numpy": (kind, torch.from_numpy(np.asarray(keys).astype(np.int64)), int(position), int(has_gauss), float(cached)),
+        "numpy": (
+            kind,
+            torch.from_numpy(np.asarray(keys).astype(np.int64)),
+            int(position),
+            int(has_gauss),
+            float(cached),
+        ),
     }
 
 

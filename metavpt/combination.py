@@ -39,12 +39,16 @@ class Feedback:
         """w_j by name, without those that are 0."""
         weights = {name: weight for name, weight in self.problem.feedback_weights.items() if weight}
         if not weights:
-            raise MetaVPTError(f"{type(self.problem).__name__}.feedback_weights: every weight is 0, so there is no feedback")
+            raise MetaVPTError(
+                f"{type(self.problem).__name__}.feedback_weights: every weight is 0, so there is no feedback"
+            )
         return weights
 
     def loss(self, theta_s: Params) -> Tensor:
         """The feedback loss as the problem has it."""
-        return ranks.averaged(lambda own: self.problem.feedback_loss({**self.theta, **own}, self.labelled))(theta_s)
+        return ranks.averaged(
+            lambda own: self.problem.feedback_loss({**self.theta, **own}, self.labelled)
+        )(theta_s)
 
     def terms(self, weights: Mapping[str, float], theta_s: Params) -> dict[str, Tensor]:
         """weight * L_j for each name in `weights`."""
@@ -86,14 +90,31 @@ class Combined:
         """The estimates of the pairs by name as one; several keep their diagnostics as `<diagnostic>/<pair>`."""
         if len(estimates) == 1:
             (one,) = estimates.values()
-            return replace(one, grad_evals=one.grad_evals + self.grad_evals, diagnostics={**one.diagnostics, **self.record})
-        shared = [params.scale(estimate.by_phi, self.pairs[name].share) for name, estimate in estimates.items()]
-        measured = {name: {"value": estimate.value, **estimate.diagnostics} for name, estimate in estimates.items()}
+            return replace(
+                one,
+                grad_evals=one.grad_evals + self.grad_evals,
+                diagnostics={**one.diagnostics, **self.record},
+            )
+        shared = [
+            params.scale(estimate.by_phi, self.pairs[name].share)
+            for name, estimate in estimates.items()
+        ]
+        measured = {
+            name: {"value": estimate.value, **estimate.diagnostics}
+            for name, estimate in estimates.items()
+        }
         return Hypergradient(
             reduce(params.add, shared),
             sum(self.pairs[name].share * estimate.value for name, estimate in estimates.items()),
             self.grad_evals + sum(estimate.grad_evals for estimate in estimates.values()),
-            {**self.record, **{f"{key}/{name}": value for name, group in measured.items() for key, value in group.items()}},
+            {
+                **self.record,
+                **{
+                    f"{key}/{name}": value
+                    for name, group in measured.items()
+                    for key, value in group.items()
+                },
+            },
         )
 
 
@@ -130,14 +151,23 @@ class TorchJD:
 
     pairs_batches = False
 
-    def __init__(self, weighting: str = "MGDA", options: Mapping[str, Any] | None = None, normalize: bool = False) -> None:
+    def __init__(
+        self,
+        weighting: str = "MGDA",
+        options: Mapping[str, Any] | None = None,
+        normalize: bool = False,
+    ) -> None:
         if weighting not in WEIGHTINGS:
-            raise MetaVPTError(f"strategy.combination.weighting={weighting}: known are {', '.join(WEIGHTINGS)}")
+            raise MetaVPTError(
+                f"strategy.combination.weighting={weighting}: known are {', '.join(WEIGHTINGS)}"
+            )
         self.normalize = normalize
         try:
             torchjd = import_module("torchjd.aggregation")
         except ImportError as error:
-            raise MetaVPTError(f"strategy.combination: torchjd cannot be imported ({error}); pip install 'metavpt[torchjd]'") from error
+            raise MetaVPTError(
+                f"strategy.combination: torchjd cannot be imported ({error}); pip install 'metavpt[torchjd]'"
+            ) from error
         try:
             self.weighting = getattr(torchjd, f"{weighting}Weighting")(**(options or {}))
         except ImportError as error:  # its solver is a package of its own
@@ -153,7 +183,10 @@ class TorchJD:
         gramian = _gramian(list(gradients.values()))
         lambdas = dict(zip(gradients, self.lambdas(gramian).tolist(), strict=True))
         combined = {name: lambdas[name] * weight for name, weight in weights.items()}
-        record = {**{f"weight/{name}": weight for name, weight in combined.items()}, **_conflicts(list(gradients), gramian)}
+        record = {
+            **{f"weight/{name}": weight for name, weight in combined.items()},
+            **_conflicts(list(gradients), gramian),
+        }
 
         def outer_loss(theta_s: Params) -> Tensor:
             return torch.stack(list(feedback.terms(combined, theta_s).values())).sum()
@@ -170,7 +203,9 @@ class TorchJD:
             scale = torch.where(norms > 0, norms.square().mean().sqrt() / norms, scale)
             gramian = scale[:, None] * gramian * scale
         # torchjd's tolerances are absolute, and below 1e-4 some of its solvers take the gradients for zero: hand over a trace of one.
-        return scale * self.weighting(gramian / gramian.trace().clamp_min(torch.finfo(gramian.dtype).tiny))
+        return scale * self.weighting(
+            gramian / gramian.trace().clamp_min(torch.finfo(gramian.dtype).tiny)
+        )
 
 
 @dataclass(frozen=True)
@@ -212,8 +247,12 @@ def unpaired(combination: Combination | None) -> Combination:
 
 def _gradient(name: str, loss: Tensor, theta_s: Params) -> Params:
     if not loss.requires_grad:
-        raise MetaVPTError(f"feedback_losses: {name} depends on none of aligned_parameters, so it cannot be weighed by its gradient")
-    parts = torch.autograd.grad(loss, list(theta_s.values()), retain_graph=True, materialize_grads=True)
+        raise MetaVPTError(
+            f"feedback_losses: {name} depends on none of aligned_parameters, so it cannot be weighed by its gradient"
+        )
+    parts = torch.autograd.grad(
+        loss, list(theta_s.values()), retain_graph=True, materialize_grads=True
+    )
     return dict(zip(theta_s, parts, strict=True))
 
 
@@ -230,4 +269,7 @@ def _gramian(gradients: Sequence[Params]) -> Tensor:
 def _conflicts(names: Sequence[str], gramian: Tensor) -> dict[str, float]:
     norms = gramian.diagonal().sqrt().clamp_min(torch.finfo(gramian.dtype).tiny)
     cosines = gramian / norms / norms[:, None]
-    return {f"conflict/{names[i]}-{names[j]}": float(cosines[i, j]) for i, j in combinations(range(len(names)), 2)}
+    return {
+        f"conflict/{names[i]}-{names[j]}": float(cosines[i, j])
+        for i, j in combinations(range(len(names)), 2)
+    }

@@ -8,7 +8,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from traceback import walk_tb
 
-from hydra.errors import ConfigCompositionException, HydraException, InstantiationException, MissingConfigException
+from hydra.errors import (
+    ConfigCompositionException,
+    HydraException,
+    InstantiationException,
+    MissingConfigException,
+)
 from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 from rich.markup import escape
@@ -29,7 +34,9 @@ USER_ERRORS = (MetaVPTError, HydraException, OmegaConfBaseException, YAMLError, 
 
 def run_command(main: Callable[[], None]) -> None:
     """Run `main`, a hydra entry point, with its own errors reported as `reporting` does."""
-    os.environ["HYDRA_FULL_ERROR"] = "1"  # hydra then raises its errors instead of printing a page and exiting with 1
+    os.environ["HYDRA_FULL_ERROR"] = (
+        "1"  # hydra then raises its errors instead of printing a page and exiting with 1
+    )
     with reporting():
         main()
 
@@ -45,7 +52,9 @@ def reporting() -> Iterator[None]:
         cause = _user_error(error)
         if cause is None:
             raise
-        Console(stderr=True, soft_wrap=True).print(f"[bold red]error[/bold red] {escape(cause)}", highlight=False)
+        Console(stderr=True, soft_wrap=True).print(
+            f"[bold red]error[/bold red] {escape(cause)}", highlight=False
+        )
         sys.exit(2)
 
 
@@ -73,7 +82,9 @@ def _user_error(error: BaseException) -> str | None:
         return _unknown_key([str(link) for link in chain])
     if isinstance(error, InstantiationException):
         blamed = ("unexpected keyword argument", "locating target")
-        lines = [line for link in reversed(chain) for line in str(link).splitlines()]  # the innermost first: it names what is wrong
+        lines = [
+            line for link in reversed(chain) for line in str(link).splitlines()
+        ]  # the innermost first: it names what is wrong
         return next((line for line in lines if any(words in line for words in blamed)), None)
     return str(error).splitlines()[0]
 
@@ -88,8 +99,15 @@ def _not_text(error: UnicodeDecodeError) -> str | None:
 
 def dead_worker(message: str) -> str | None:
     """The line for a RuntimeError that torch raises, in the middle of whatever runs, when a loading process has died; None for others."""
-    worker = re.search(r"DataLoader worker \(pid.*?\) (?:is killed by signal: [^.]*|exited unexpectedly[^.]*)", message)
-    return f"{worker[0]}: out of memory, or a fault in what reads the data; try problem.num_workers=0" if worker else None
+    worker = re.search(
+        r"DataLoader worker \(pid.*?\) (?:is killed by signal: [^.]*|exited unexpectedly[^.]*)",
+        message,
+    )
+    return (
+        f"{worker[0]}: out of memory, or a fault in what reads the data; try problem.num_workers=0"
+        if worker
+        else None
+    )
 
 
 def _missing_config(message: str) -> str:
@@ -103,17 +121,23 @@ def _missing_config(message: str) -> str:
         return f"{group}={name} comes with a package that is not installed; pip install 'metavpt[{extra}]'"
     near = difflib.get_close_matches(name, options, n=1)
     hint = f"did you mean {group}={near[0]}?" if near else ""
-    return f"{group}={name}: no such choice; {hint} known: {', '.join(options)}".replace(";  ", "; ")
+    return f"{group}={name}: no such choice; {hint} known: {', '.join(options)}".replace(
+        ";  ", "; "
+    )
 
 
 def _unknown_key(messages: list[str]) -> str:
     """An unknown key, with the nearest valid one from hydra's own list of what is there."""
     text = "\n".join(messages)
-    key = re.search(r"Could not override '([^']+)'", text) or re.search(r"Key '([^']+)' is not in struct", text)
+    key = re.search(r"Could not override '([^']+)'", text) or re.search(
+        r"Key '([^']+)' is not in struct", text
+    )
     if not key:
         return " ".join(messages[0].split())
     near = nearest_key(key[1])
-    return f"{key[1]}: no such option" + (f"; did you mean {near}?" if near else "; --cfg job prints all of them")
+    return f"{key[1]}: no such option" + (
+        f"; did you mean {near}?" if near else "; --cfg job prints all of them"
+    )
 
 
 def nearest_key(key: str) -> str | None:
@@ -124,7 +148,11 @@ def nearest_key(key: str) -> str | None:
     from omegaconf import DictConfig, OmegaConf
 
     GlobalHydra.instance().clear()
-    others = [argument for argument in sys.argv[1:] if "=" in argument and not argument.startswith((key, "-"))]
+    others = [
+        argument
+        for argument in sys.argv[1:]
+        if "=" in argument and not argument.startswith((key, "-"))
+    ]
     try:
         with initialize_config_module("metavpt.configs", version_base="1.3"):
             config = compose("run", overrides=others)

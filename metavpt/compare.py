@@ -28,13 +28,31 @@ from metavpt.targets import asked_for, check_targets
 from metavpt.trainer import Trainer
 
 WARM_START = "warm start"
-OWN = {"strategies", "controls", "vary", "seeds", "match", "warm_start", "jobs"}  # what a single run does not have
-GROWS = {"strategies", "controls", "vary", "seeds", "jobs", "strategy", "seed"}  # what may differ when a comparison goes on
+OWN = {
+    "strategies",
+    "controls",
+    "vary",
+    "seeds",
+    "match",
+    "warm_start",
+    "jobs",
+}  # what a single run does not have
+GROWS = {
+    "strategies",
+    "controls",
+    "vary",
+    "seeds",
+    "jobs",
+    "strategy",
+    "seed",
+}  # what may differ when a comparison goes on
 PLACE = {"resume", "output", "runs", "allow_targets"}
 
 Row = tuple[str, list[str]]  # a name and the overrides that make it
 
-shared: list[str] = []  # strategy.<option>=... of the command line: for every row that has the option
+shared: list[
+    str
+] = []  # strategy.<option>=... of the command line: for every row that has the option
 
 
 def rows(cfg: DictConfig) -> list[Row]:
@@ -55,13 +73,22 @@ def rows(cfg: DictConfig) -> list[Row]:
 
 def compositions(cfg: DictConfig) -> dict[str, DictConfig]:
     """The configuration of each row, and of the warm start, by name."""
-    command_line = [o for o in HydraConfig.get().overrides.task if o.partition("=")[0].lstrip("+") not in OWN | PLACE]
-    made = {name: _compose(command_line, overrides) for name, overrides in [(WARM_START, ["strategy=fixed"]), *rows(cfg)]}
+    command_line = [
+        o
+        for o in HydraConfig.get().overrides.task
+        if o.partition("=")[0].lstrip("+") not in OWN | PLACE
+    ]
+    made = {
+        name: _compose(command_line, overrides)
+        for name, overrides in [(WARM_START, ["strategy=fixed"]), *rows(cfg)]
+    }
     for name, row in made.items():
         check_targets(row, asked_for())
         for unit in UNITS:
             if unit != cfg.match and row.budget[unit] != cfg.budget[unit]:
-                raise MetaVPTError(f"{name}: budget.{unit}={row.budget[unit]}: rows are matched by {cfg.match}; set budget.{cfg.match}")
+                raise MetaVPTError(
+                    f"{name}: budget.{unit}={row.budget[unit]}: rows are matched by {cfg.match}; set budget.{cfg.match}"
+                )
     for option in shared:
         if not any(_has(row, option) for row in made.values()):
             raise MetaVPTError(f"{option}: no row has this option")
@@ -81,7 +108,13 @@ def jobs(cfg: DictConfig, made: dict[str, DictConfig], folder: Path) -> Iterator
                 place = run_folder(folder, name, seed)
                 if cfg.warm_start:
                     row.trainer.head_warmup_steps = 0  # they are over with the warm start
-                yield Job(name, seed, place, _prepare(row, seed, cfg, place, {cfg.match: row.budget[cfg.match]}), warm)
+                yield Job(
+                    name,
+                    seed,
+                    place,
+                    _prepare(row, seed, cfg, place, {cfg.match: row.budget[cfg.match]}),
+                    warm,
+                )
 
 
 def build(cfg: DictConfig, folder: Path) -> Trainer:
@@ -96,11 +129,15 @@ def compare(cfg: DictConfig) -> Path:
     made = compositions(cfg)
     console = Console()
     output, parent = Path(cfg.output) if cfg.output else None, Path(cfg.runs)
-    config = OmegaConf.to_yaml(OmegaConf.masked_copy(cfg, [str(k) for k in cfg if k not in GROWS | PLACE]), resolve=True)
+    config = OmegaConf.to_yaml(
+        OmegaConf.masked_copy(cfg, [str(k) for k in cfg if k not in GROWS | PLACE]), resolve=True
+    )
     if cfg.resume:
         folder = runfolder.find(output, parent, config)
     else:
-        folder = runfolder.create(output, parent, f"compare-{HydraConfig.get().runtime.choices['problem']}")
+        folder = runfolder.create(
+            output, parent, f"compare-{HydraConfig.get().runtime.choices['problem']}"
+        )
         (folder / "config.yaml").write_text(config)
         runfolder.write_environment(folder, command="compare", also=shared)
     comparison = Comparison(folder, jobs(cfg, made, folder), cfg.jobs, console)
@@ -112,7 +149,9 @@ def compare(cfg: DictConfig) -> Path:
     failed = [result for result in results if result.error]
     if failed:
         first = failed[0]
-        raise MetaVPTError(f"{len(failed)} of {len(results)} rows failed; {first.row} on seed {first.seed}: {first.error}")
+        raise MetaVPTError(
+            f"{len(failed)} of {len(results)} rows failed; {first.row} on seed {first.seed}: {first.error}"
+        )
     return folder
 
 
@@ -123,11 +162,15 @@ def _validate(cfg: DictConfig) -> None:
     if cfg.match not in UNITS:
         raise MetaVPTError(f"match={cfg.match}: known are {', '.join(UNITS)}")
     if not cfg.budget[cfg.match]:
-        raise MetaVPTError(f"match={cfg.match}: say how much each row may spend with budget.{cfg.match}=N")
+        raise MetaVPTError(
+            f"match={cfg.match}: say how much each row may spend with budget.{cfg.match}=N"
+        )
     if cfg.jobs < 1:
         raise MetaVPTError(f"jobs={cfg.jobs}: at least one row must run at a time")
     if cfg.warm_start < 0:
-        raise MetaVPTError(f"warm_start={cfg.warm_start}: the number of its steps must not be negative")
+        raise MetaVPTError(
+            f"warm_start={cfg.warm_start}: the number of its steps must not be negative"
+        )
 
 
 def _row(entry: str | DictConfig) -> Row:
@@ -143,14 +186,21 @@ def _row(entry: str | DictConfig) -> Row:
 def _combinations(vary: DictConfig | None) -> list[list[str]]:
     if not vary:
         return [[]]
-    return [list(values) for values in itertools.product(*([f"{key}={value}" for value in values] for key, values in vary.items()))]
+    return [
+        list(values)
+        for values in itertools.product(
+            *([f"{key}={value}" for value in values] for key, values in vary.items())
+        )
+    ]
 
 
 def _compose(command_line: Sequence[str], overrides: Sequence[str]) -> DictConfig:
     """The configuration of one row, with what is shared by all rows that have the option; its own `overrides` come last."""
     plain = compose("compare", overrides=[*command_line, *overrides])
     applying = [option for option in shared if _has(plain, option)]
-    return compose("compare", overrides=[*command_line, *applying, *overrides]) if applying else plain
+    return (
+        compose("compare", overrides=[*command_line, *applying, *overrides]) if applying else plain
+    )
 
 
 def _has(cfg: DictConfig, option: str) -> bool:
@@ -162,7 +212,9 @@ def _has(cfg: DictConfig, option: str) -> bool:
     return True
 
 
-def _prepare(row: DictConfig, seed: int, cfg: DictConfig, folder: Path, limits: dict[str, float]) -> partial[Trainer]:
+def _prepare(
+    row: DictConfig, seed: int, cfg: DictConfig, folder: Path, limits: dict[str, float]
+) -> partial[Trainer]:
     """The row's own configuration, written to its folder, and the constructor of its trainer."""
     row = OmegaConf.masked_copy(row, [str(key) for key in row if key not in OWN | PLACE])
     with open_dict(row):
@@ -170,7 +222,9 @@ def _prepare(row: DictConfig, seed: int, cfg: DictConfig, folder: Path, limits: 
         row.budget = {"_target_": row.budget._target_, **dict.fromkeys(UNITS), **limits}
     text, file = OmegaConf.to_yaml(row, resolve=True), folder / "config.yaml"
     if file.is_file() and file.read_text() != text:
-        raise MetaVPTError(f"{folder}: holds this row with another configuration; name the row differently, or choose another output=")
+        raise MetaVPTError(
+            f"{folder}: holds this row with another configuration; name the row differently, or choose another output="
+        )
     folder.mkdir(parents=True, exist_ok=True)
     file.write_text(text)
     return partial(build, cast(DictConfig, OmegaConf.create(text)))

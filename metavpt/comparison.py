@@ -50,26 +50,50 @@ class Comparison:
     A row that fails is kept as a result with its error, and the others go on. What was interrupted goes on from its checkpoint.
     """
 
-    def __init__(self, folder: Path, jobs: Iterable[Job], num_processes: int = 1, console: Console | None = None) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        jobs: Iterable[Job],
+        num_processes: int = 1,
+        console: Console | None = None,
+    ) -> None:
         self.folder, self.jobs, self.num_processes = folder, list(jobs), num_processes
         self.console = console or Console(quiet=True)
-        self.context = cast(Any, mp).get_context("forkserver" if "forkserver" in mp.get_all_start_methods() else "spawn")
-        self.context.set_forkserver_preload(["metavpt.run", "torch._dynamo"])  # what every job imports; optimizers bring the second
+        self.context = cast(Any, mp).get_context(
+            "forkserver" if "forkserver" in mp.get_all_start_methods() else "spawn"
+        )
+        self.context.set_forkserver_preload(
+            ["metavpt.run", "torch._dynamo"]
+        )  # what every job imports; optimizers bring the second
 
     def run(self) -> list[Result]:
         """Results in the order of the jobs."""
-        columns = (BarColumn(), TextColumn("{task.completed:.0f}/{task.total:.0f}"), TextColumn("{task.description}"), TimeElapsedColumn())
+        columns = (
+            BarColumn(),
+            TextColumn("{task.completed:.0f}/{task.total:.0f}"),
+            TextColumn("{task.description}"),
+            TimeElapsedColumn(),
+        )
         with Progress(*columns, console=self.console) as progress:
             bar = progress.add_task("", total=len(self.jobs))
-            waiting, running = [job for job in self.jobs if not self._is_done(job)], dict[int, tuple[Job, Any]]()
+            waiting, running = (
+                [job for job in self.jobs if not self._is_done(job)],
+                dict[int, tuple[Job, Any]](),
+            )
             try:
                 while waiting or running:
                     for job in self._ready(waiting, running):
                         waiting.remove(job)
-                        process = self.context.Process(target=work, args=(job, self.folder, mp.get_start_method()))
+                        process = self.context.Process(
+                            target=work, args=(job, self.folder, mp.get_start_method())
+                        )
                         process.start()
                         running[process.sentinel] = (job, process)
-                    progress.update(bar, completed=len(self.jobs) - len(waiting) - len(running), description=_titles(running))
+                    progress.update(
+                        bar,
+                        completed=len(self.jobs) - len(waiting) - len(running),
+                        description=_titles(running),
+                    )
                     for sentinel in wait(list(running)):
                         job, process = running.pop(sentinel)  # type: ignore[arg-type]
                         process.join()
@@ -93,14 +117,21 @@ class Comparison:
     def _is_done(self, job: Job) -> bool:
         if job.warm is None:
             return (job.folder / STATE).exists()
-        return any(result.row == job.row and result.seed == job.seed and result.error is None for result in results.read(self.folder))
+        return any(
+            result.row == job.row and result.seed == job.seed and result.error is None
+            for result in results.read(self.folder)
+        )
 
     def _finish(self, job: Job, exitcode: int | None) -> None:
         if exitcode == 0:
             return
-        path = job.folder / OUTPUT  # there is none where what it is to build is not found in another process
+        path = (
+            job.folder / OUTPUT
+        )  # there is none where what it is to build is not found in another process
         output = path.read_text().splitlines() if path.exists() else []
-        why = output[-1] if exitcode == 1 and output else f"its process ended with status {exitcode}"
+        why = (
+            output[-1] if exitcode == 1 and output else f"its process ended with status {exitcode}"
+        )
         if job.warm is None:
             raise MetaVPTError(f"{job.title}: {why}")
         self.console.print(f"[yellow]{job.title} failed: {escape(why)}[/yellow]")
@@ -136,7 +167,9 @@ def warm_start(job: Job) -> None:
     else:
         trainer.run()
     untouched = {"designer", *trainer.problem.heads()}  # by the recipe; a row may have others
-    state = {name: value for name, value in trainer.problem.state_dict().items() if name not in untouched}
+    state = {
+        name: value for name, value in trainer.problem.state_dict().items() if name not in untouched
+    }
     checkpoint.write(job.folder / STATE, {"problem": state, "metrics": trainer.metrics})
 
 

@@ -30,7 +30,10 @@ class RandomFeedback(Learned):
     def outer_loss(self, true: OuterLoss, aligned: Params) -> OuterLoss:
         """Linear, so that its gradient is the same random vector wherever an estimator takes it."""
         _, g_down = downstream(true, aligned)
-        noise = params.zip_with(lambda g: torch.randn(g.shape, generator=self.generator, dtype=g.dtype).to(g.device), g_down)
+        noise = params.zip_with(
+            lambda g: torch.randn(g.shape, generator=self.generator, dtype=g.dtype).to(g.device),
+            g_down,
+        )
         direction = params.scale(noise, params.norm(g_down) / params.norm(noise))
         return lambda theta_s: params.dot(direction, theta_s)
 
@@ -45,7 +48,9 @@ class RandomFeedback(Learned):
 class Uniform(Fixed):
     """A random task of the designer's space for every batch: the same kind of task, nothing learned."""
 
-    def next_task(self, problem: Problem, streams: Streams, optimizer: Optimizer, budget: Budget) -> Proposal:
+    def next_task(
+        self, problem: Problem, streams: Streams, optimizer: Optimizer, budget: Budget
+    ) -> Proposal:
         with budget.timed("data"):
             batch = next(streams.pretrain)
         with budget.timed("task"), torch.no_grad():
@@ -60,7 +65,9 @@ class Hardest(Fixed):
             raise MetaVPTError(f"strategy.num_candidates={num_candidates} must be at least 1")
         self.num_candidates = num_candidates
 
-    def next_task(self, problem: Problem, streams: Streams, optimizer: Optimizer, budget: Budget) -> Proposal:
+    def next_task(
+        self, problem: Problem, streams: Streams, optimizer: Optimizer, budget: Budget
+    ) -> Proposal:
         with budget.timed("data"):
             batch = next(streams.pretrain)
         theta = params.detach(params.named(problem.learner))
@@ -76,7 +83,9 @@ class Hardest(Fixed):
 class Adversarial(Learned):
     """The designer is trained to raise the pretraining loss (ADIOS, arXiv 2201.13100): it learns as much as `Learned`, from no label."""
 
-    def hypergradient(self, problem: Problem, streams: Streams, optimizer: Optimizer, budget: Budget) -> tuple[Hypergradient, Any]:
+    def hypergradient(
+        self, problem: Problem, streams: Streams, optimizer: Optimizer, budget: Budget
+    ) -> tuple[Hypergradient, Any]:
         with budget.timed("data"):
             batch = next(streams.meta)
         theta, phi = params.detach(params.named(problem.learner)), params.named(problem.designer)
@@ -92,12 +101,18 @@ class Direct(Fixed):
     `combination` says how several feedbacks make one.
     """
 
-    def __init__(self, weight: float = 1.0, every: int = 1, combination: Combination | None = None) -> None:
+    def __init__(
+        self, weight: float = 1.0, every: int = 1, combination: Combination | None = None
+    ) -> None:
         if not weight > 0 or every < 1:
-            raise MetaVPTError(f"strategy.weight={weight} must be positive and strategy.every={every} at least 1")
+            raise MetaVPTError(
+                f"strategy.weight={weight} must be positive and strategy.every={every} at least 1"
+            )
         self.weight, self.every, self.combination = weight, every, unpaired(combination)
 
-    def next_task(self, problem: Problem, streams: Streams, optimizer: Optimizer, budget: Budget) -> Proposal:
+    def next_task(
+        self, problem: Problem, streams: Streams, optimizer: Optimizer, budget: Budget
+    ) -> Proposal:
         proposal = super().next_task(problem, streams, optimizer, budget)
         if budget.steps % self.every:
             return proposal

@@ -58,9 +58,19 @@ class GaussNewton:
             outputs = loss.outputs(theta)
             # J v without forward mode: u -> J^T u is linear, and its derivative along v is J v
             u = torch.zeros_like(outputs, requires_grad=True)
-            pulled = torch.autograd.grad(outputs, leaves, u, create_graph=True, materialize_grads=True)
-            (pushed,) = torch.autograd.grad(params.dot(dict(zip(theta, pulled, strict=True)), v), u, retain_graph=True)
+            pulled = torch.autograd.grad(
+                outputs, leaves, u, create_graph=True, materialize_grads=True
+            )
+            (pushed,) = torch.autograd.grad(
+                params.dot(dict(zip(theta, pulled, strict=True)), v), u, retain_graph=True
+            )
             at = outputs.detach().requires_grad_()
             (slope,) = torch.autograd.grad(loss.criterion(at), at, create_graph=True)
             (bent,) = torch.autograd.grad(slope, at, pushed)
-            return dict(zip(theta, torch.autograd.grad(outputs, leaves, bent, materialize_grads=True), strict=True))
+            return dict(
+                zip(
+                    theta,
+                    torch.autograd.grad(outputs, leaves, bent, materialize_grads=True),
+                    strict=True,
+                )
+            )

@@ -77,7 +77,9 @@ class AdamAware:
 
     def __call__(self, g_down: Params, g_pre: Params | None, update: Update | None = None) -> Aim:
         if g_pre is None or update is None:
-            raise MetaVPTError("AdamAware: needs the pretraining gradient and the learner's optimizer; pass it to the estimator as update=")
+            raise MetaVPTError(
+                "AdamAware: needs the pretraining gradient and the learner's optimizer; pass it to the estimator as update="
+            )
         return Aim(*first_order_value(update, g_pre, g_down))
 
 

@@ -36,17 +36,28 @@ def without_files(cfg: DictConfig) -> DictConfig:
             cfg.problem.probes = None
         data: Any = cfg.get("data")
         if not cfg.get("backbone") or not data:
-            raise MetaVPTError("trainer.dry_run=true: only a problem with the groups backbone and data can be planned without its files")
+            raise MetaVPTError(
+                "trainer.dry_run=true: only a problem with the groups backbone and data can be planned without its files"
+            )
         for node in [data] if "_target_" in data else data.values():
             if node._target_ not in ABSENT:
-                raise MetaVPTError(f"trainer.dry_run=true: there is no stand-in for {node._target_}, only for {', '.join(ABSENT)}")
+                raise MetaVPTError(
+                    f"trainer.dry_run=true: there is no stand-in for {node._target_}, only for {', '.join(ABSENT)}"
+                )
             node._target_, node.path, node.unlabelled = ABSENT[node._target_], None, None
     return cfg
 
 
 def plan(trainer: Trainer) -> Group:
     """Tables of a trainer whose problem is on the meta device."""
-    return Group(_parameters(trainer), "", _memory(trainer), NOTE.format(images=NUM_IMAGES), "", *_schedule(trainer))
+    return Group(
+        _parameters(trainer),
+        "",
+        _memory(trainer),
+        NOTE.format(images=NUM_IMAGES),
+        "",
+        *_schedule(trainer),
+    )
 
 
 def _parameters(trainer: Trainer) -> Table:
@@ -75,7 +86,10 @@ def _memory(trainer: Trainer) -> Table:
         "learner: optimizer": footprint.state_bytes(trainer.optimizer),
         "designer: weights, gradients": 2 * footprint.num_bytes(designer),
         "designer: optimizer": footprint.state_bytes(optimizer) if optimizer else 0,
-        **{name: footprint.num_bytes([*module.parameters(), *module.buffers()]) for name, module in _others(trainer)},
+        **{
+            name: footprint.num_bytes([*module.parameters(), *module.buffers()])
+            for name, module in _others(trainer)
+        },
         "activations": activation_bytes(problem) * problem.batch_size,  # pyright: ignore[reportAttributeAccessIssue]
     }
     table = _table("memory", "")
@@ -86,7 +100,9 @@ def _memory(trainer: Trainer) -> Table:
 
 def activation_bytes(problem: Any) -> float:
     """What autograd keeps of the pretraining loss for each image, with a batch of the recipe."""
-    with torch.no_grad():  # the recipe's draws are made for real: they decide how much a batch shows
+    with (
+        torch.no_grad()
+    ):  # the recipe's draws are made for real: they decide how much a batch shows
         task = problem.recipe(Batch(torch.zeros(NUM_IMAGES, 3, 64, 64, dtype=torch.uint8), seed=0))
     task = tree_map_only(torch.Tensor, lambda tensor: tensor.to("meta"), task)
     theta = params.named(problem.learner)
@@ -102,12 +118,23 @@ def _schedule(trainer: Trainer) -> Iterable[Table | str]:
         yield "schedule: the budget has no limit in steps, so the learning rate follows the share of it that is spent"
         return
     table = _table("step", "learning rate", "of the heads")
-    steps = {0, trainer.head_warmup_steps, trainer.schedule.warmup_steps, total // 4, total // 2, 3 * total // 4, total}
+    steps = {
+        0,
+        trainer.head_warmup_steps,
+        trainer.schedule.warmup_steps,
+        total // 4,
+        total // 2,
+        3 * total // 4,
+        total,
+    }
     for step in sorted(step for step in steps if step <= total):
         trainer.budget.steps = int(step)
         trainer._schedule()
         by_warmth = {group["warm"]: group["lr"] for group in trainer.optimizer.param_groups}
-        table.add_row(f"{step:,.0f}", *(f"{by_warmth[warm]:.3g}" if warm in by_warmth else "" for warm in (False, True)))
+        table.add_row(
+            f"{step:,.0f}",
+            *(f"{by_warmth[warm]:.3g}" if warm in by_warmth else "" for warm in (False, True)),
+        )
     yield table
     every, burn_in = (getattr(trainer.strategy, name, None) for name in ("meta_every", "burn_in"))
     if every and burn_in is not None:
@@ -119,7 +146,11 @@ def _schedule(trainer: Trainer) -> Iterable[Table | str]:
 def _others(trainer: Trainer) -> list[tuple[str, nn.Module]]:
     """Modules of the problem beside learner and designer: teacher, feedback heads."""
     own = ("learner", "designer")
-    found = [(name, module) for name, module in vars(trainer.problem).items() if isinstance(module, nn.Module) and name not in own]
+    found = [
+        (name, module)
+        for name, module in vars(trainer.problem).items()
+        if isinstance(module, nn.Module) and name not in own
+    ]
     return [(name, module) for name, module in found if any(True for _ in module.parameters())]
 
 

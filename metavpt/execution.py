@@ -26,7 +26,14 @@ class Execution:
     Sharding makes other parameters of the learner's: whoever holds on to them comes after this.
     """
 
-    def __init__(self, problem: Problem, fabric: "Fabric | None", accumulate: int, recompute: bool, compile: str | None) -> None:
+    def __init__(
+        self,
+        problem: Problem,
+        fabric: "Fabric | None",
+        accumulate: int,
+        recompute: bool,
+        compile: str | None,
+    ) -> None:
         if accumulate < 1:
             raise MetaVPTError(f"trainer.accumulate={accumulate} must be at least 1")
         self.problem, self.accumulate, self.is_compiled = problem, accumulate, compile is not None
@@ -53,7 +60,11 @@ class Execution:
 
     def backward(self, proposal: Proposal) -> Tensor:
         """Leave the gradient in .grad, the mean over ranks and over the parts of the task; the mean loss."""
-        parts = self.problem.parts(proposal.task, self.accumulate) if self.accumulate > 1 else [proposal.task]
+        parts = (
+            self.problem.parts(proposal.task, self.accumulate)
+            if self.accumulate > 1
+            else [proposal.task]
+        )
         total = torch.zeros((), device=self.fabric.device)
         for k, task in enumerate(parts, start=1):
             distributed = self.loss if isinstance(self.loss, DistributedDataParallel) else None
@@ -93,15 +104,24 @@ def recompute_blocks(learner: nn.Module) -> None:
     """Keep the input of each block instead of what is in it, see `learners.recompute`."""
     able = [module for module in learner.modules() if hasattr(module, "recompute")]
     if not able:
-        raise MetaVPTError(f"trainer.recompute=true: {type(learner).__name__} has no part with an attribute `recompute`")
+        raise MetaVPTError(
+            f"trainer.recompute=true: {type(learner).__name__} has no part with an attribute `recompute`"
+        )
     for module in able:
         module.recompute = True  # pyright: ignore[reportArgumentType]
 
 
 def _blocks(learner: nn.Module) -> Iterable[nn.Module]:
-    found = [block for module in learner.modules() if isinstance(module, nn.ModuleList | nn.ModuleDict) for block in module.children()]
+    found = [
+        block
+        for module in learner.modules()
+        if isinstance(module, nn.ModuleList | nn.ModuleDict)
+        for block in module.children()
+    ]
     inner = {id(part) for block in found for part in block.modules() if part is not block}
     blocks = [block for block in found if id(block) not in inner]
     if not blocks:
-        raise MetaVPTError(f"trainer.compile: {type(learner).__name__} has no blocks, members of a ModuleList or ModuleDict, to compile")
+        raise MetaVPTError(
+            f"trainer.compile: {type(learner).__name__} has no blocks, members of a ModuleList or ModuleDict, to compile"
+        )
     return blocks

@@ -17,7 +17,13 @@ from metavpt.runfolder import read_config
 from metavpt.targets import asked_for, check_targets
 
 
-def export(run: Path, to: Path, part: Part = "student", format: str = "both", allow_targets: Sequence[str] = ()) -> Path:
+def export(
+    run: Path,
+    to: Path,
+    part: Part = "student",
+    format: str = "both",
+    allow_targets: Sequence[str] = (),
+) -> Path:
     """The learner of the newest checkpoint of `run` in the new folder `to`: <format>/ for each format, and README.md, a model card.
 
     A backbone is written for timm and transformers, a language model for transformers, with its tokenizer. Each is read back and
@@ -41,7 +47,9 @@ def export(run: Path, to: Path, part: Part = "student", format: str = "both", al
 
 def _write(run: Path, config: DictConfig, folder: Path, part: Part, format: str) -> Description:
     if config.get("learner"):
-        from metavpt.language_export import export_language_model  # needs the extra `language`, as the run did
+        from metavpt.language_export import (
+            export_language_model,
+        )  # needs the extra `language`, as the run did
 
         return export_language_model(run, config, folder, part, format)
     return export_backbone(run, config, folder, part, format)

@@ -20,10 +20,19 @@ from metavpt.problem import Problem
 from metavpt.strategies import Proposal
 
 PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")
-BACKENDS = {"cuda": "cpu:gloo,cuda:nccl", "cpu": "gloo"}  # gloo too: counts, clocks and paths are agreed on without the GPU
+BACKENDS = {
+    "cuda": "cpu:gloo,cuda:nccl",
+    "cpu": "gloo",
+}  # gloo too: counts, clocks and paths are agreed on without the GPU
 
 
-def make_fabric(device: str | None = None, precision: str = "32-true", devices: int = 1, nodes: int = 1, parallel: str = "ddp") -> Fabric:
+def make_fabric(
+    device: str | None = None,
+    precision: str = "32-true",
+    devices: int = 1,
+    nodes: int = 1,
+    parallel: str = "ddp",
+) -> Fabric:
     """A Fabric of `devices` processes on each of `nodes` machines, already launched.
 
     device     cpu, cuda or cuda:1; None: the GPU where there is one
@@ -38,12 +47,28 @@ def make_fabric(device: str | None = None, precision: str = "32-true", devices: 
         nodes = int(os.environ["WORLD_SIZE"]) // devices
     kind, _, index = (device or ("cuda" if torch.cuda.is_available() else "cpu")).partition(":")
     if devices < 1 or nodes < 1 or (index and devices * nodes > 1):
-        raise MetaVPTError(f"devices={devices} nodes={nodes} device={device}: wants at least 1 of each, and of several no index in device")
+        raise MetaVPTError(
+            f"devices={devices} nodes={nodes} device={device}: wants at least 1 of each, and of several no index in device"
+        )
     accelerator = "cuda" if kind == "cuda" else "cpu"
     where: Any = [int(index)] if index and accelerator == "cuda" else devices
-    strategy = _strategy(parallel, devices * nodes, BACKENDS[accelerator]) if devices * nodes > 1 else "auto"
-    fabric = Fabric(accelerator=accelerator, devices=where, num_nodes=nodes, precision=precision, strategy=strategy)  # type: ignore[arg-type]
-    if devices * nodes > 1 and "TORCHELASTIC_RESTART_COUNT" in os.environ and not dist.is_initialized():
+    strategy = (
+        _strategy(parallel, devices * nodes, BACKENDS[accelerator])
+        if devices * nodes > 1
+        else "auto"
+    )
+    fabric = Fabric(
+        accelerator=accelerator,
+        devices=where,
+        num_nodes=nodes,
+        precision=precision,
+        strategy=strategy,
+    )  # type: ignore[arg-type]
+    if (
+        devices * nodes > 1
+        and "TORCHELASTIC_RESTART_COUNT" in os.environ
+        and not dist.is_initialized()
+    ):
         _meet(BACKENDS[accelerator], os.environ["TORCHELASTIC_RESTART_COUNT"])
     fabric.launch()
     return fabric
@@ -52,15 +77,21 @@ def make_fabric(device: str | None = None, precision: str = "32-true", devices: 
 def _meet(backend: str, attempt: str) -> None:
     """Make the process group before Fabric would: torchrun's store outlives a restart, and processes must not meet at dead addresses."""
     store, rank, size = next(iter(rendezvous("env://")))
-    dist.init_process_group(backend, store=PrefixStore(f"attempt_{attempt}", store), rank=rank, world_size=size)
+    dist.init_process_group(
+        backend, store=PrefixStore(f"attempt_{attempt}", store), rank=rank, world_size=size
+    )
 
 
 def _strategy(parallel: str, num_processes: int, backend: str) -> Strategy:
     if parallel == "ddp":
         # a problem may leave parameters out of a step's loss, such as a head whose term weighs nothing
-        return DDPStrategy(process_group_backend=backend, find_unused_parameters=True, gradient_as_bucket_view=True)
+        return DDPStrategy(
+            process_group_backend=backend, find_unused_parameters=True, gradient_as_bucket_view=True
+        )
     if parallel == "fsdp":
-        return ModelParallelStrategy(sharding.shard, num_processes, 1, process_group_backend=backend)
+        return ModelParallelStrategy(
+            sharding.shard, num_processes, 1, process_group_backend=backend
+        )
     raise MetaVPTError(f"parallel={parallel}: known are ddp, fsdp")
 
 

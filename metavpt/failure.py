@@ -29,7 +29,11 @@ class Failures:
     def prepare(self, state: Callable[[], dict[str, Any]]) -> None:
         """Before a step; `state` gives what a checkpoint would hold."""
         worst = max(self.steps, self.updates)
-        self._before = {"random": checkpoint.random_state(), "trainer": copy.deepcopy(state())} if worst + 1 >= self.limit else None
+        self._before = (
+            {"random": checkpoint.random_state(), "trainer": copy.deepcopy(state())}
+            if worst + 1 >= self.limit
+            else None
+        )
 
     def count_update(self, record: dict[str, float], task: Any) -> None:
         """What the strategy measured; a designer update that was skipped says so in there."""

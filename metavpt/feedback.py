@@ -37,7 +37,14 @@ class DenseFeedback(nn.Module):
 
     fitted_by_steps = True
 
-    def __init__(self, width: int, num_classes: int, depth_weight: float = 1.0, segmentation_weight: float = 1.0, lr: float = 1e-2) -> None:
+    def __init__(
+        self,
+        width: int,
+        num_classes: int,
+        depth_weight: float = 1.0,
+        segmentation_weight: float = 1.0,
+        lr: float = 1e-2,
+    ) -> None:
         super().__init__()
         self.weights = _weights(depth_weight, segmentation_weight)
         self.norm = nn.BatchNorm2d(width, affine=False)
@@ -54,7 +61,9 @@ class DenseFeedback(nn.Module):
     def fit(self, features: Tensor, frames: LabelledFrames) -> float:
         """One AdamW step of the heads on features (B,D,h,w); the loss before it."""
         with torch.enable_grad():
-            loss = weighted_sum(self._losses(self.norm.train()(features.detach()), frames), self.weights)
+            loss = weighted_sum(
+                self._losses(self.norm.train()(features.detach()), frames), self.weights
+            )
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         self.optimizer.step()
@@ -66,11 +75,16 @@ class DenseFeedback(nn.Module):
         if self.weights["depth"]:
             metres = F.softplus(upsample(self.depth(normalized), size)[:, 0])
             valid = frames.depth > 0
-            losses["depth"] = ((metres - frames.depth).abs() * valid).sum() / ranks.mean_count(valid.sum())
+            losses["depth"] = ((metres - frames.depth).abs() * valid).sum() / ranks.mean_count(
+                valid.sum()
+            )
         if self.weights["segmentation"]:
             logits = upsample(self.segmentation(normalized), size)
             labelled = ranks.mean_count((frames.label != IGNORE).sum())
-            losses["segmentation"] = F.cross_entropy(logits, frames.label, ignore_index=IGNORE, reduction="sum") / labelled
+            losses["segmentation"] = (
+                F.cross_entropy(logits, frames.label, ignore_index=IGNORE, reduction="sum")
+                / labelled
+            )
         return losses
 
     def get_extra_state(self) -> dict[str, Any]:
@@ -106,14 +120,23 @@ class RidgeFeedback(nn.Module):
     ) -> None:
         super().__init__()
         if num_folds < 2:
-            raise MetaVPTError(f"feedback.num_folds={num_folds}: heads are scored on frames that they were not fitted to; at least 2")
+            raise MetaVPTError(
+                f"feedback.num_folds={num_folds}: heads are scored on frames that they were not fitted to; at least 2"
+            )
         self.weights = _weights(depth_weight, segmentation_weight)
         self.ridge, self.num_folds = Ridge(penalty), num_folds
-        tasks: dict[str, DepthTask | SegmentationTask] = {"depth": DepthTask(), "segmentation": SegmentationTask(num_classes)}
+        tasks: dict[str, DepthTask | SegmentationTask] = {
+            "depth": DepthTask(),
+            "segmentation": SegmentationTask(num_classes),
+        }
         self.tasks = {name: tasks[name] for name, weight in self.weights.items() if weight}
 
     def forward(self, features: Tensor, frames: LabelledFrames) -> dict[str, Tensor]:
-        features, depth, label = ranks.joined(features), ranks.gather(frames.depth), ranks.gather(frames.label)
+        features, depth, label = (
+            ranks.joined(features),
+            ranks.gather(frames.depth),
+            ranks.gather(frames.label),
+        )
         if len(features) < self.num_folds:
             raise MetaVPTError(
                 f"feedback.num_folds={self.num_folds}: a labelled batch of {len(features)} frames is too small; raise "
@@ -127,21 +150,39 @@ class RidgeFeedback(nn.Module):
             for name, task in self.tasks.items():
                 head = self.ridge.fit(task, every.take(rest))
                 for chunk in every.take(part).chunks():
-                    for total, value in zip(errors[name], _squares_again(task, head, chunk), strict=True):
+                    for total, value in zip(
+                        errors[name], _squares_again(task, head, chunk), strict=True
+                    ):
                         total.append(value)
-        return {name: torch.stack(squares).sum() / torch.stack(counts).sum().clamp_min(1) for name, (squares, counts) in errors.items()}
+        return {
+            name: torch.stack(squares).sum() / torch.stack(counts).sum().clamp_min(1)
+            for name, (squares, counts) in errors.items()
+        }
 
 
-def _squares_again(task: DepthTask | SegmentationTask, head: LinearHead, frames: FeatureSet) -> tuple[Tensor, Tensor]:
+def _squares_again(
+    task: DepthTask | SegmentationTask, head: LinearHead, frames: FeatureSet
+) -> tuple[Tensor, Tensor]:
     """`_squares`, made again on the way back: outputs at full size of all frames of a large batch would not fit into memory."""
 
     def squares(weight: Tensor, bias: Tensor, features: Tensor) -> tuple[Tensor, Tensor]:
-        return _squares(task, replace(head, weight=weight, bias=bias), frames._replace(features=features))
+        return _squares(
+            task, replace(head, weight=weight, bias=bias), frames._replace(features=features)
+        )
 
-    return checkpoint(squares, head.weight, head.bias, frames.features, use_reentrant=False, preserve_rng_state=False)
+    return checkpoint(
+        squares,
+        head.weight,
+        head.bias,
+        frames.features,
+        use_reentrant=False,
+        preserve_rng_state=False,
+    )
 
 
-def _squares(task: DepthTask | SegmentationTask, head: LinearHead, frames: FeatureSet) -> tuple[Tensor, Tensor]:
+def _squares(
+    task: DepthTask | SegmentationTask, head: LinearHead, frames: FeatureSet
+) -> tuple[Tensor, Tensor]:
     """The sum of squared errors over the pixels that have a truth, and their number."""
     output = head(frames.features)
     if isinstance(task, DepthTask):

@@ -78,5 +78,7 @@ def _attention(query: Tensor, key: Tensor, value: Tensor, *rest: Any, **options:
     return sdpa_flop_count(query.shape, key.shape, value.shape)
 
 
-def _attention_backward(grad: Tensor, query: Tensor, key: Tensor, value: Tensor, *rest: Any, **options: Any) -> int:
+def _attention_backward(
+    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, *rest: Any, **options: Any
+) -> int:
     return sdpa_backward_flop_count(grad.shape, query.shape, key.shape, value.shape)

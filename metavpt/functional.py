@@ -44,14 +44,18 @@ class Functional(Designed):
         seed: int = 0,
     ) -> None:
         super().__init__(meta_every, burn_in)
-        make = optimizer or (lambda parameters: torch.optim.AdamW(parameters, lr=1e-3, weight_decay=0.05))
+        make = optimizer or (
+            lambda parameters: torch.optim.AdamW(parameters, lr=1e-3, weight_decay=0.05)
+        )
         self.lessons = Lessons(make, phi_steps, 1, max_norm, lesson_batch_size, seed, anneal)
 
     def start(self, problem: Problem) -> None:
         super().start(problem)
         self.lessons.start(problem)
 
-    def attempt_update(self, problem: Problem, streams: Streams, optimizer: Optimizer, budget: Budget) -> dict[str, float]:
+    def attempt_update(
+        self, problem: Problem, streams: Streams, optimizer: Optimizer, budget: Budget
+    ) -> dict[str, float]:
         with budget.timed("data"):
             labelled = next(streams.feedback)
         feedback = feedback_on(problem, labelled)
@@ -79,6 +83,11 @@ class RandomFunctional(Functional):
     def seen(self, lesson: Lesson) -> Lesson:
         num, generator = ranks.total(len(lesson["values"])), self.lessons.generator
         values = ranks.gather(lesson["values"])
-        order, signs = torch.randperm(num, generator=generator), 2 * torch.randint(2, (num,), generator=generator) - 1
-        turned = values[order.to(values.device)] * signs.to(values).view(-1, *[1] * (values.ndim - 1))
+        order, signs = (
+            torch.randperm(num, generator=generator),
+            2 * torch.randint(2, (num,), generator=generator) - 1,
+        )
+        turned = values[order.to(values.device)] * signs.to(values).view(
+            -1, *[1] * (values.ndim - 1)
+        )
         return {**lesson, "values": turned[ranks.rows(num)]}

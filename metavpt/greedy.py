@@ -44,11 +44,17 @@ class Greedy(Fixed):
     ) -> None:
         _at_least_one(num_candidates=num_candidates, refresh_every=refresh_every)
         self.num_candidates, self.direction = num_candidates, direction or Dot()
-        self.refresh_every, self.burn_in, self.combination = refresh_every, burn_in, unpaired(combination)
+        self.refresh_every, self.burn_in, self.combination = (
+            refresh_every,
+            burn_in,
+            unpaired(combination),
+        )
         self.num_skipped = 0
         self._g_down: params.Params | None = None
 
-    def next_task(self, problem: Problem, streams: Streams, optimizer: Optimizer, budget: Budget) -> Proposal:
+    def next_task(
+        self, problem: Problem, streams: Streams, optimizer: Optimizer, budget: Budget
+    ) -> Proposal:
         with budget.timed("data"):
             batch = self.draw(problem, streams)
         record: dict[str, float] = {}
@@ -72,7 +78,9 @@ class Greedy(Fixed):
         with torch.no_grad():
             return Proposal(problem.recipe(batch), problem.num_samples(batch), {})
 
-    def propose(self, problem: Problem, batch: Any, theta: params.Params, w: params.Params, budget: Budget) -> Proposal:
+    def propose(
+        self, problem: Problem, batch: Any, theta: params.Params, w: params.Params, budget: Budget
+    ) -> Proposal:
         """The proposal for `batch`, given the direction w along which loss is worth having, on theta_S."""
         return self.select(problem, batch, self._score(problem, theta, w, budget))
 
@@ -80,7 +88,9 @@ class Greedy(Fixed):
         """The proposal for `batch`, given task -> value of each of its samples, (B,)."""
         return best_candidates(problem, batch, self.num_candidates, score)
 
-    def _refresh(self, problem: Problem, streams: Streams, budget: Budget) -> tuple[params.Params | None, dict[str, float]]:
+    def _refresh(
+        self, problem: Problem, streams: Streams, budget: Budget
+    ) -> tuple[params.Params | None, dict[str, float]]:
         with budget.timed("data"):
             labelled = next(streams.feedback)
         feedback = feedback_on(problem, labelled)
@@ -92,7 +102,9 @@ class Greedy(Fixed):
             self.num_skipped += 1
             return None, {**combined.record, "skipped_updates": float(self.num_skipped)}
 
-    def _score(self, problem: Problem, theta: params.Params, w: params.Params, budget: Budget) -> Callable[[Any], Tensor]:
+    def _score(
+        self, problem: Problem, theta: params.Params, w: params.Params, budget: Budget
+    ) -> Callable[[Any], Tensor]:
         aligned = {name: theta[name] for name in w}
         eps = DifferenceProduct().step(aligned, w)
 
@@ -100,12 +112,21 @@ class Greedy(Fixed):
         def score(task: Any) -> Tensor:
             budget.charge(grad_evals=1)
             losses = problem.per_sample_tail(theta, task)
-            return (losses(params.add(aligned, w, alpha=eps)) - losses(params.add(aligned, w, alpha=-eps))) / (2 * eps)
+            return (
+                losses(params.add(aligned, w, alpha=eps))
+                - losses(params.add(aligned, w, alpha=-eps))
+            ) / (2 * eps)
 
         return score
 
     def _direction(
-        self, problem: Problem, batch: Any, theta: params.Params, aligned: params.Params, optimizer: Optimizer, budget: Budget
+        self,
+        problem: Problem,
+        batch: Any,
+        theta: params.Params,
+        aligned: params.Params,
+        optimizer: Optimizer,
+        budget: Budget,
     ) -> params.Params:
         g_down = self._g_down or {}
         g_pre = None
@@ -115,7 +136,11 @@ class Greedy(Fixed):
             budget.charge(grad_evals=1)
             g_pre = value_and_gradient(ranks.averaged(loss), aligned)[1]
         live = params.named(problem.learner)
-        update = from_torch(optimizer, {name: live[name] for name in aligned}) if self.direction.needs_update else None
+        update = (
+            from_torch(optimizer, {name: live[name] for name in aligned})
+            if self.direction.needs_update
+            else None
+        )
         return self.direction(g_down, g_pre, update).w
 
     def _reference_batch(self, batch: Any) -> Any:
@@ -151,27 +176,41 @@ class GreedySelection(Greedy):
         return super().without_feedback(problem, batch[0])
 
     @torch.no_grad()
-    def select(self, problem: Problem, batch: list[Any], score: Callable[[Any], Tensor]) -> Proposal:
+    def select(
+        self, problem: Problem, batch: list[Any], score: Callable[[Any], Tensor]
+    ) -> Proposal:
         tasks = [problem.recipe(part) for part in batch]
         scores = torch.stack([score(task) for task in tasks])  # (pool_batches, B)
         size = scores.shape[1]
         top = scores.flatten().topk(size).indices
         kept = problem.pick(tasks, top // size, top % size)
-        num_samples = sum(map(problem.num_samples, batch)) // len(batch)  # tokens, where rows of the pool differ, as in a batch on average
-        return Proposal(kept, num_samples, {"value": float(scores.flatten()[top].mean()), "pool_value": float(scores.mean())})
+        num_samples = sum(map(problem.num_samples, batch)) // len(
+            batch
+        )  # tokens, where rows of the pool differ, as in a batch on average
+        return Proposal(
+            kept,
+            num_samples,
+            {"value": float(scores.flatten()[top].mean()), "pool_value": float(scores.mean())},
+        )
 
     def _reference_batch(self, batch: list[Any]) -> Any:
         return batch[0]
 
 
 @torch.no_grad()
-def best_candidates(problem: Problem, batch: Any, num_candidates: int, score: Callable[[Any], Tensor]) -> Proposal:
+def best_candidates(
+    problem: Problem, batch: Any, num_candidates: int, score: Callable[[Any], Tensor]
+) -> Proposal:
     """For each sample of `batch` the candidate task with the highest score."""
     tasks = problem.candidates(batch, num_candidates)
     scores = torch.stack([score(task) for task in tasks])  # (num_candidates, B)
     best, which = scores.max(dim=0)
     task = problem.pick(tasks, which, torch.arange(scores.shape[1], device=which.device))
-    return Proposal(task, problem.num_samples(batch), {"value": float(best.mean()), "mean_candidate_value": float(scores.mean())})
+    return Proposal(
+        task,
+        problem.num_samples(batch),
+        {"value": float(best.mean()), "mean_candidate_value": float(scores.mean())},
+    )
 
 
 def _at_least_one(**values: int) -> None:

@@ -118,7 +118,14 @@ class OneStep:
             grad_evals += self.product.num_gradients + self.direction.needs_g_pre
         count = len(inner_losses)
         diagnostics = {"feedback_loss": feedback_loss, "g_down_norm": float(params.norm(g_down))}
-        return finite(Hypergradient(params.scale(total, -self.step_size / count), total_value / count, grad_evals, diagnostics))
+        return finite(
+            Hypergradient(
+                params.scale(total, -self.step_size / count),
+                total_value / count,
+                grad_evals,
+                diagnostics,
+            )
+        )
 
 
 @dataclass(frozen=True)
@@ -174,14 +181,25 @@ class Implicit:
         grad_evals = 1 + (num_products + 1) * self.product.num_gradients * count
         # one that is no better than none would make the next solve start worse, and the one after that: on an indefinite H, without bound
         useful = solution.x if solution.residual < 1 else None
-        return finite(Hypergradient(params.scale(total, -1 / count), value / count, grad_evals, diagnostics, useful))
+        return finite(
+            Hypergradient(
+                params.scale(total, -1 / count), value / count, grad_evals, diagnostics, useful
+            )
+        )
 
     def _solve(
-        self, inner_losses: Sequence[InnerLoss], g_down: Params, theta: Params, phi: Params, start: Params | None
+        self,
+        inner_losses: Sequence[InnerLoss],
+        g_down: Params,
+        theta: Params,
+        phi: Params,
+        start: Params | None,
     ) -> tuple[Solution, int]:
         """(H + damping I) w = g_down, and how many products with the mean H of the batches it took."""
         with torch.no_grad():
-            fixed = [inner(phi) for inner in inner_losses]  # H does not differentiate the task: its trunk runs once, without a graph
+            fixed = [
+                inner(phi) for inner in inner_losses
+            ]  # H does not differentiate the task: its trunk runs once, without a graph
         num_products = 0
 
         def hessian_product(v: Params) -> Params:
@@ -229,10 +247,14 @@ class Unrolled(Unroll):
     ) -> Hypergradient:
         phi = params.leaves(phi)
         if len(inner_losses) != self.num_steps:
-            raise MetaVPTError(f"Unrolled: num_steps={self.num_steps} takes as many inner losses, not {len(inner_losses)}")
+            raise MetaVPTError(
+                f"Unrolled: num_steps={self.num_steps} takes as many inner losses, not {len(inner_losses)}"
+            )
         rule, _, state = self.begin(theta, update)
         before = float(outer_loss(params.detach(theta)).detach())
-        trajectory = Trajectory(rule, params.detach(theta), state, math.isqrt(self.num_steps), self.offload)
+        trajectory = Trajectory(
+            rule, params.detach(theta), state, math.isqrt(self.num_steps), self.offload
+        )
         kept: list[Loss] = []
         for k, inner in enumerate(inner_losses, start=1):
             keep = k > self.num_steps - self.kept_graphs
@@ -244,12 +266,16 @@ class Unrolled(Unroll):
         diagnostics = {"feedback_loss": before, "g_down_norm": float(params.norm(ct_theta))}
 
         total, ct_moments = params.zeros_like(phi), None
-        for k, (theta_k, state_k, gradient) in zip(reversed(range(self.num_steps)), trajectory.backwards(), strict=True):
+        for k, (theta_k, state_k, gradient) in zip(
+            reversed(range(self.num_steps)), trajectory.backwards(), strict=True
+        ):
             pulled = vjp(rule, theta_k, state_k, gradient, ct_theta, ct_moments)
             theta_k = params.leaves(theta_k)
             with torch.enable_grad():
                 loss = kept.pop() if kept else inner_losses[k](phi)
-            wrt = (phi, theta_k) if k else (phi,)  # before the first step theta does not depend on phi
+            wrt = (
+                (phi, theta_k) if k else (phi,)
+            )  # before the first step theta does not depend on phi
             by_phi, *by_theta = self.product(loss, theta_k, pulled.grad, wrt).by
             total = params.add(total, by_phi)
             if by_theta:
@@ -263,7 +289,9 @@ def downstream(outer_loss: OuterLoss, theta: Params) -> tuple[float, Params]:
     """The feedback loss and its gradient g_down, detached; a non-finite one raises `NonFiniteError`."""
     loss, g_down = value_and_gradient(outer_loss, theta)
     if not (torch.isfinite(loss) and params.is_finite(g_down)):
-        raise NonFiniteError(f"the feedback loss is {float(loss):.3g} and the norm of its gradient {float(params.norm(g_down)):.3g}")
+        raise NonFiniteError(
+            f"the feedback loss is {float(loss):.3g} and the norm of its gradient {float(params.norm(g_down)):.3g}"
+        )
     return float(loss), g_down
 
 

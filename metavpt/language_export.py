@@ -18,33 +18,46 @@ TOLERANCE = 1e-4  # of the largest logit: adapters are merged, which rounds
 LENGTH = 16  # tokens that are compared
 
 
-def export_language_model(run: Path, config: DictConfig, folder: Path, part: str, format: str) -> Description:
+def export_language_model(
+    run: Path, config: DictConfig, folder: Path, part: str, format: str
+) -> Description:
     """The model of the newest checkpoint of `run` in `folder`/transformers, adapters merged, read back and compared.
 
     The problem is built again from `config`, because a tokenizer trained for the run depends on its texts: its data must still be there.
     """
     if part != "student":
-        raise MetaVPTError(f"part={part}: a language model has no teacher; part=student is what was trained")
+        raise MetaVPTError(
+            f"part={part}: a language model has no teacher; part=student is what was trained"
+        )
     if format not in ("both", "transformers"):
-        raise MetaVPTError(f"format={format}: a language model is exported for transformers; leave format out")
+        raise MetaVPTError(
+            f"format={format}: a language model is exported for transformers; leave format out"
+        )
     state, path = newest_state(run)
     problem = instantiate(config.problem, _convert_="all")
     try:
         problem.learner.load_state_dict(state.get("learner", {}))
     except RuntimeError as error:
-        raise MetaVPTError(f"{path} does not fit the learner in {run / 'config.yaml'}: {' '.join(str(error).split())[:200]}") from error
+        raise MetaVPTError(
+            f"{path} does not fit the learner in {run / 'config.yaml'}: {' '.join(str(error).split())[:200]}"
+        ) from error
     place = folder / "transformers"
     problem.learner.save(place)
     problem.data.encoder.tokenizer.save_pretrained(place)
     _compare(problem.learner, place)
-    usage = Usage("transformers", 'transformers.AutoModelForCausalLM.from_pretrained("transformers")')
+    usage = Usage(
+        "transformers", 'transformers.AutoModelForCausalLM.from_pretrained("transformers")'
+    )
     name = Path(str(config.learner.get("source") or class_name(config.learner))).name
     return Description(
         f"{name}, continued by metavpt",
         "text-generation",
         _about(config),
         "Likelihoods and greedy answers.",
-        [f"{name}, weight {source.get('weight', 1)}: {_origin(source.documents)}" for name, source in config.data.stream.items()],
+        [
+            f"{name}, weight {source.get('weight', 1)}: {_origin(source.documents)}"
+            for name, source in config.data.stream.items()
+        ],
         _licence(config),
         [usage],
     )
@@ -54,9 +67,18 @@ def export_language_model(run: Path, config: DictConfig, folder: Path, part: str
 def _compare(learner: LanguageModel, place: Path) -> None:
     """Raises MetaVPTError where what lies in `place` does not give the learner's logits, or has no tokenizer."""
     AutoTokenizer.from_pretrained(place)
-    tokens = torch.randint(learner.vocab_size, (1, LENGTH), generator=torch.Generator().manual_seed(0))
+    tokens = torch.randint(
+        learner.vocab_size, (1, LENGTH), generator=torch.Generator().manual_seed(0)
+    )
     nothing = torch.zeros_like(tokens)
-    batch = TokenBatch(tokens, torch.arange(LENGTH)[None], nothing, nothing.bool(), 0, torch.zeros(1, dtype=torch.int64))
+    batch = TokenBatch(
+        tokens,
+        torch.arange(LENGTH)[None],
+        nothing,
+        nothing.bool(),
+        0,
+        torch.zeros(1, dtype=torch.int64),
+    )
     expected = learner.logits(batch)
     found = AutoModelForCausalLM.from_pretrained(place, dtype=expected.dtype)(tokens).logits
     difference = float((found - expected).abs().max() / expected.abs().max())

@@ -39,7 +39,9 @@ class Lessons:
         anneal: bool = False,
     ) -> None:
         if phi_steps < 1 or replay < 1:
-            raise MetaVPTError(f"strategy: phi_steps={phi_steps} and replay={replay} must be at least 1")
+            raise MetaVPTError(
+                f"strategy: phi_steps={phi_steps} and replay={replay} must be at least 1"
+            )
         if batch_size is not None and batch_size < 1:
             raise MetaVPTError(f"strategy.lesson_batch_size={batch_size} must be at least 1")
         self.make_optimizer, self.max_norm = optimizer, max_norm
@@ -61,12 +63,16 @@ class Lessons:
     @phase("phi")
     def learn(self, problem: Problem, lesson: Lesson) -> dict[str, float]:
         """Newest first; the record is of the first step, which has not seen the newest lesson. One that is not finite is skipped."""
-        finite = all(torch.isfinite(part).all() for part in lesson.values() if part.is_floating_point())
+        finite = all(
+            torch.isfinite(part).all() for part in lesson.values() if part.is_floating_point()
+        )
         if ranks.any_of(None if finite else True):
             self.num_skipped += 1
             return {"skipped_updates": float(self.num_skipped)}
         if self.batch_size is not None:
-            lesson = ranks.gather(lesson)  # so that a step takes the same rows whatever the number of processes
+            lesson = ranks.gather(
+                lesson
+            )  # so that a step takes the same rows whatever the number of processes
         lessons, losses = [lesson, *self.held], []
         for k in range(self.phi_steps):
             for group, peak_lr in zip(self.optimizer.param_groups, self.peak_lr, strict=True):
@@ -94,8 +100,14 @@ class Lessons:
         return {name: part[drawn.to(part.device)] for name, part in lesson.items()}
 
     def state_dict(self) -> dict[str, Any]:
-        held = ranks.every(self.held) if self.batch_size is None else [self.held]  # of every rank, or what all of them have
-        state = {"optimizer": self.optimizer.state_dict(), "held": held, "num_skipped": self.num_skipped}
+        held = (
+            ranks.every(self.held) if self.batch_size is None else [self.held]
+        )  # of every rank, or what all of them have
+        state = {
+            "optimizer": self.optimizer.state_dict(),
+            "held": held,
+            "num_skipped": self.num_skipped,
+        }
         return {**state, "generator": self.generator.get_state()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -103,5 +115,8 @@ class Lessons:
         self.num_skipped = state["num_skipped"]
         self.generator.set_state(state["generator"])
         held: list[list[Lesson]] = state["held"]
-        whole = [{name: torch.cat([lesson[name] for lesson in lessons]) for name in lessons[0]} for lessons in zip(*held, strict=True)]
+        whole = [
+            {name: torch.cat([lesson[name] for lesson in lessons]) for name in lessons[0]}
+            for lessons in zip(*held, strict=True)
+        ]
         self.held = held[ranks.rank()] if len(held) == ranks.size() else whole

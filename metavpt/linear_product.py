@@ -65,7 +65,9 @@ class LinearLoss(Protocol):
 
     def __call__(self, theta: Params) -> Tensor: ...
 
-    def slopes(self, theta: Params, w: Params, derivative: DirectionalDerivative, absolute: bool = True) -> Tensor: ...
+    def slopes(
+        self, theta: Params, w: Params, derivative: DirectionalDerivative, absolute: bool = True
+    ) -> Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -78,7 +80,9 @@ class CostLoss:
     def __call__(self, theta: Params) -> Tensor:
         return (self.targets * self.cost(theta)).sum()
 
-    def slopes(self, theta: Params, w: Params, derivative: DirectionalDerivative, absolute: bool = True) -> Tensor:
+    def slopes(
+        self, theta: Params, w: Params, derivative: DirectionalDerivative, absolute: bool = True
+    ) -> Tensor:
         return derivative(self.cost, theta, w)
 
 
@@ -98,7 +102,15 @@ class LinearProduct:
     absolute: bool = True
     num_gradients = 1
 
-    def __call__(self, loss: Loss, theta: Params, w: Params, wrt: Sequence[Params], *, retain_graph: bool = False) -> Derivative:
+    def __call__(
+        self,
+        loss: Loss,
+        theta: Params,
+        w: Params,
+        wrt: Sequence[Params],
+        *,
+        retain_graph: bool = False,
+    ) -> Derivative:
         own = {id(p) for p in theta.values()}
         if any(id(p) in own for group in wrt for p in group.values()):
             return self.general(loss, theta, w, wrt, retain_graph=retain_graph)

@@ -44,7 +44,9 @@ class LinearSolver(Protocol):
     Raises MetaVPTError on a negative damping, NonFiniteError where `b` or `x0` is not finite.
     """
 
-    def __call__(self, matvec: Matvec, b: Params, damping: float = 0.0, x0: Params | None = None) -> Solution: ...
+    def __call__(
+        self, matvec: Matvec, b: Params, damping: float = 0.0, x0: Params | None = None
+    ) -> Solution: ...
 
 
 @dataclass(frozen=True)
@@ -63,13 +65,17 @@ class ConjugateGradient:
     max_iterations: int = 20
     tolerance: float = 1e-6
 
-    refresh_every = 50  # steps after which rounding in the recurrence would show at condition numbers of 1e6
+    refresh_every = (
+        50  # steps after which rounding in the recurrence would show at condition numbers of 1e6
+    )
 
     def __post_init__(self) -> None:
         _at_least_one("max_iterations", self.max_iterations)
         _positive("tolerance", self.tolerance)
 
-    def __call__(self, matvec: Matvec, b: Params, damping: float = 0.0, x0: Params | None = None) -> Solution:
+    def __call__(
+        self, matvec: Matvec, b: Params, damping: float = 0.0, x0: Params | None = None
+    ) -> Solution:
         return _solve_from(x0, partial(self._iterate, is_cold=x0 is None), matvec, b, damping)
 
     def _iterate(self, product: Matvec, b: Params, scale: float, *, is_cold: bool) -> Solution:
@@ -86,7 +92,9 @@ class ConjugateGradient:
                 if k == 0 and is_cold:
                     x, error = _one_step(b, product_p)
                 break
-            alpha = float(params.dot(r, p)) / curvature  # r.p is r.r but for rounding, under which only this one never overshoots
+            alpha = (
+                float(params.dot(r, p)) / curvature
+            )  # r.p is r.r but for rounding, under which only this one never overshoots
             next_x = params.add(x, p, alpha=alpha)
             if not params.is_finite(next_x):
                 break
@@ -118,11 +126,15 @@ class Neumann:
         _at_least_one("num_terms", self.num_terms)
         _positive("step_size", self.step_size)
 
-    def __call__(self, matvec: Matvec, b: Params, damping: float = 0.0, x0: Params | None = None) -> Solution:
+    def __call__(
+        self, matvec: Matvec, b: Params, damping: float = 0.0, x0: Params | None = None
+    ) -> Solution:
         return _solve_from(x0, self._sum, matvec, b, damping)
 
     def _sum(self, product: Matvec, b: Params, scale: float) -> Solution:
-        growth = 1 + math.sqrt(torch.finfo(next(iter(b.values())).dtype).eps)  # rounding alone is no growth
+        growth = 1 + math.sqrt(
+            torch.finfo(next(iter(b.values())).dtype).eps
+        )  # rounding alone is no growth
         total, term, size = b, b, 1.0
         min_curvature, shrinks = math.inf, True
         for k in range(1, self.num_terms):
@@ -130,14 +142,22 @@ class Neumann:
             curvature = float(params.dot(term, product_term))
             term = params.add(term, product_term, alpha=-self.step_size)
             next_total, next_size = params.add(total, term), float(params.norm(term))
-            if not (math.isfinite(curvature) and math.isfinite(next_size) and params.is_finite(next_total)):
-                return Solution(params.scale(total, self.step_size), k, math.inf, min_curvature, False)
+            if not (
+                math.isfinite(curvature)
+                and math.isfinite(next_size)
+                and params.is_finite(next_total)
+            ):
+                return Solution(
+                    params.scale(total, self.step_size), k, math.inf, min_curvature, False
+                )
             min_curvature = min(min_curvature, curvature / size**2)
             shrinks = shrinks and next_size <= growth * size
             total, size = next_total, next_size
             if size**2 == 0:  # the series has ended: every further term is zero to rounding
                 break
-        return Solution(params.scale(total, self.step_size), self.num_terms, size, min_curvature, shrinks)
+        return Solution(
+            params.scale(total, self.step_size), self.num_terms, size, min_curvature, shrinks
+        )
 
 
 @dataclass(frozen=True)
@@ -156,7 +176,9 @@ class Nystrom:
     def __post_init__(self) -> None:
         _at_least_one("rank", self.rank)
 
-    def __call__(self, matvec: Matvec, b: Params, damping: float = 0.0, x0: Params | None = None) -> Solution:
+    def __call__(
+        self, matvec: Matvec, b: Params, damping: float = 0.0, x0: Params | None = None
+    ) -> Solution:
         if not damping > 0:
             raise MetaVPTError(f"damping={damping}: Nystrom divides by it, so it must be positive")
         return _solve_from(x0, partial(self._invert, damping=damping), matvec, b, damping)
@@ -165,15 +187,22 @@ class Nystrom:
         flat = _flatten(b)
         generator = torch.Generator(flat.device).manual_seed(self.seed)
         shape = (flat.numel(), min(self.rank, flat.numel()))
-        sketch = torch.linalg.qr(torch.randn(shape, generator=generator, dtype=flat.dtype, device=flat.device)).Q
+        sketch = torch.linalg.qr(
+            torch.randn(shape, generator=generator, dtype=flat.dtype, device=flat.device)
+        ).Q
         # [N, rank]
-        image = torch.stack([_flatten(product(_unflatten(column, b))) for column in sketch.T], dim=1) - damping * sketch
+        image = (
+            torch.stack([_flatten(product(_unflatten(column, b))) for column in sketch.T], dim=1)
+            - damping * sketch
+        )
         if not bool(torch.isfinite(image).all()):
             return Solution(params.zeros_like(b), shape[1], 1.0, math.inf, False)
         core = sketch.T @ image
         curvatures, vectors = torch.linalg.eigh((core + core.T) / 2)
         kept = curvatures > shape[1] * torch.finfo(flat.dtype).eps * curvatures.abs().max()
-        u, roots, _ = torch.linalg.svd(image @ (vectors[:, kept] / curvatures[kept].sqrt()), full_matrices=False)
+        u, roots, _ = torch.linalg.svd(
+            image @ (vectors[:, kept] / curvatures[kept].sqrt()), full_matrices=False
+        )
         along = u.T @ flat
         x = _unflatten(u @ (along / (roots**2 + damping)) + (flat - u @ along) / damping, b)
         residual = float(params.norm(params.add(b, product(x), alpha=-1)))
@@ -181,7 +210,11 @@ class Nystrom:
 
 
 def _solve_from(
-    x0: Params | None, iterate: Callable[[Matvec, Params, float], Solution], matvec: Matvec, b: Params, damping: float
+    x0: Params | None,
+    iterate: Callable[[Matvec, Params, float], Solution],
+    matvec: Matvec,
+    b: Params,
+    damping: float,
 ) -> Solution:
     """x0 + |r| iterate(A + damping I, r / |r|, |b| / |r|) with r = b - (A + damping I) x0.
 
@@ -226,7 +259,10 @@ def _flatten(x: Params) -> Tensor:
 
 def _unflatten(flat: Tensor, like: Params) -> Params:
     parts = flat.split([p.numel() for p in like.values()])
-    return {name: part.view_as(p).to(p.dtype) for (name, p), part in zip(like.items(), parts, strict=True)}
+    return {
+        name: part.view_as(p).to(p.dtype)
+        for (name, p), part in zip(like.items(), parts, strict=True)
+    }
 
 
 def _at_least_one(name: str, value: int) -> None:

@@ -79,7 +79,10 @@ def model_card(run: Path, config: DictConfig, of: Description) -> str:
     rows = summary_rows(read_log(run / "metrics.jsonl"))
     last = max((row.last_step for row in rows), default=0)
     lines = ["| metric | before | after | change |", "|---|---|---|---|"]
-    lines += [f"| {row.name} | {number(row.first)} | {number(row.last)} | {number(row.change, sign=True)} |" for row in rows]
+    lines += [
+        f"| {row.name} | {number(row.first)} | {number(row.last)} | {number(row.change, sign=True)} |"
+        for row in rows
+    ]
     training: Any = OmegaConf.masked_copy(config, [key for key in SECTIONS if key in config])
     return CARD.format(
         name=of.name,
@@ -93,7 +96,9 @@ def model_card(run: Path, config: DictConfig, of: Description) -> str:
         training=_training(config, of.data, last),
         command=environment.get("command", "unknown"),
         config=OmegaConf.to_yaml(training).strip(),
-        versions="\n".join(f"- {name}: {value}" for name, value in environment.items() if name not in NOT_VERSIONS),
+        versions="\n".join(
+            f"- {name}: {value}" for name, value in environment.items() if name not in NOT_VERSIONS
+        ),
         licence=f"{of.licence} The data named above have licences of their own. metavpt itself is under the MIT licence.",
     )
 
@@ -103,7 +108,11 @@ def _training(config: DictConfig, data: list[str], last: int) -> str:
     lines.append(f"- strategy: `{config.strategy._target_}`")
     if estimator := config.strategy.get("estimator"):
         lines.append(f"- estimator: `{class_name(estimator)}`")
-    limits = ", ".join(f"{value} {unit}" for unit, value in config.budget.items() if value is not None and unit != "_target_")
+    limits = ", ".join(
+        f"{value} {unit}"
+        for unit, value in config.budget.items()
+        if value is not None and unit != "_target_"
+    )
     return "\n".join([*lines, f"- budget: {limits}; {last} steps taken", f"- seed: {config.seed}"])
 
 

@@ -18,7 +18,9 @@ def number(value: float | None, sign: bool = False) -> str:
 def short(value: float, digits: int = 3) -> str:
     """At most so many significant digits with an exponent, 1.5e−4, as the label of a tick."""
     mantissa, exponent = f"{value:.{digits - 1}e}".split("e")
-    text = (mantissa.rstrip("0").rstrip(".") if "." in mantissa else mantissa) + (f"e{int(exponent)}" if value and int(exponent) else "")
+    text = (mantissa.rstrip("0").rstrip(".") if "." in mantissa else mantissa) + (
+        f"e{int(exponent)}" if value and int(exponent) else ""
+    )
     return text.replace("-", "\N{MINUS SIGN}")
 
 
@@ -51,4 +53,6 @@ def listed(names: Sequence[str]) -> str:
 
 def breakable(name: str) -> Markup:
     """A long metric name that a narrow screen may break after / _ . and =."""
-    return Markup("").join(escape(part) + Markup("<wbr>") for part in re.split(r"(?<=[/_.=])", name))
+    return Markup("").join(
+        escape(part) + Markup("<wbr>") for part in re.split(r"(?<=[/_.=])", name)
+    )

@@ -19,7 +19,9 @@ from metavpt import params
 from metavpt.errors import MetaVPTError
 from metavpt.params import Params
 
-Moments = dict[str, Params]  # parameter -> moment -> tensor of the parameter's shape, as {"head.weight": {"exp_avg": m, "exp_avg_sq": v}}
+Moments = dict[
+    str, Params
+]  # parameter -> moment -> tensor of the parameter's shape, as {"head.weight": {"exp_avg": m, "exp_avg_sq": v}}
 
 
 class State(NamedTuple):
@@ -37,19 +39,26 @@ class Rule(ABC):
         """The moments kept for parameter `name`."""
 
     @abstractmethod
-    def update(self, name: str, p: Tensor, moments: Params, num_steps: int, grad: Tensor) -> tuple[Tensor, Params]:
+    def update(
+        self, name: str, p: Tensor, moments: Params, num_steps: int, grad: Tensor
+    ) -> tuple[Tensor, Params]:
         """The change of parameter `name` of value `p` in its step number `num_steps` + 1, and its moments after it."""
 
     def init(self, theta: Params) -> State:
         """The state before the first step."""
-        moments = {name: {moment: torch.zeros_like(p) for moment in self.moment_names(name)} for name, p in theta.items()}
+        moments = {
+            name: {moment: torch.zeros_like(p) for moment in self.moment_names(name)}
+            for name, p in theta.items()
+        }
         return State(dict.fromkeys(theta, 0), moments)
 
     def step(self, theta: Params, state: State, grad: Params) -> tuple[Params, State]:
         """theta and state after one step on `grad`: differentiable by theta, the moments and grad."""
         after, moments = {}, {}
         for name, p in theta.items():
-            change, moments[name] = self.update(name, p, state.moments[name], state.num_steps[name], grad[name])
+            change, moments[name] = self.update(
+                name, p, state.moments[name], state.num_steps[name], grad[name]
+            )
             after[name] = p + change
         return after, State({name: state.num_steps[name] + 1 for name in theta}, moments)
 
@@ -67,11 +76,17 @@ class SGD(Rule):
     def moment_names(self, name: str) -> tuple[str, ...]:
         return ("momentum_buffer",) if self.momentum else ()
 
-    def update(self, name: str, p: Tensor, moments: Params, num_steps: int, grad: Tensor) -> tuple[Tensor, Params]:
+    def update(
+        self, name: str, p: Tensor, moments: Params, num_steps: int, grad: Tensor
+    ) -> tuple[Tensor, Params]:
         grad = grad + self.weight_decay * p if self.weight_decay else grad
         if not self.momentum:
             return -self.lr * grad, {}
-        buffer = self.momentum * moments["momentum_buffer"] + (1 - self.dampening) * grad if num_steps else grad
+        buffer = (
+            self.momentum * moments["momentum_buffer"] + (1 - self.dampening) * grad
+            if num_steps
+            else grad
+        )
         direction = grad + self.momentum * buffer if self.nesterov else buffer
         return -self.lr * direction, {"momentum_buffer": buffer}
 
@@ -92,14 +107,18 @@ class Adam(Rule):
     def moment_names(self, name: str) -> tuple[str, ...]:
         return "exp_avg", "exp_avg_sq"
 
-    def update(self, name: str, p: Tensor, moments: Params, num_steps: int, grad: Tensor) -> tuple[Tensor, Params]:
+    def update(
+        self, name: str, p: Tensor, moments: Params, num_steps: int, grad: Tensor
+    ) -> tuple[Tensor, Params]:
         beta1, beta2 = self.betas
         if self.weight_decay and not self.decoupled_weight_decay:
             grad = grad + self.weight_decay * p
         exp_avg = torch.lerp(moments["exp_avg"], grad, 1 - beta1)
         exp_avg_sq = beta2 * moments["exp_avg_sq"] + (1 - beta2) * grad * grad
         correction1, correction2 = 1 - beta1 ** (num_steps + 1), 1 - beta2 ** (num_steps + 1)
-        change = -self.lr / correction1 * exp_avg / (_sqrt(exp_avg_sq) / correction2**0.5 + self.eps)
+        change = (
+            -self.lr / correction1 * exp_avg / (_sqrt(exp_avg_sq) / correction2**0.5 + self.eps)
+        )
         if self.weight_decay and self.decoupled_weight_decay:
             change = change - self.lr * self.weight_decay * p
         return change, {"exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq}
@@ -122,7 +141,9 @@ class PerParameter(Rule):
     def moment_names(self, name: str) -> tuple[str, ...]:
         return self.rules[name].moment_names(name)
 
-    def update(self, name: str, p: Tensor, moments: Params, num_steps: int, grad: Tensor) -> tuple[Tensor, Params]:
+    def update(
+        self, name: str, p: Tensor, moments: Params, num_steps: int, grad: Tensor
+    ) -> tuple[Tensor, Params]:
         return self.rules[name].update(name, p, moments, num_steps, grad)
 
 
@@ -142,7 +163,14 @@ class Update(NamedTuple):
     state: State
 
 
-def vjp(rule: Rule, theta: Params, state: State, grad: Params, ct_theta: Params, ct_moments: Moments | None = None) -> Cotangents:
+def vjp(
+    rule: Rule,
+    theta: Params,
+    state: State,
+    grad: Params,
+    ct_theta: Params,
+    ct_moments: Moments | None = None,
+) -> Cotangents:
     """The pullback of (theta', moments') = rule.step(theta, state, grad): from the cotangents of its results to those of its arguments.
 
     `ct_moments` None stands for zeros: no later step follows. The graph that is held is that of one tensor at a time. All detached.
@@ -178,7 +206,9 @@ def first_order_value(update: Update, grad: Params, g_down: Params) -> tuple[Par
     for name, p in theta.items():
         g = grad[name].detach().requires_grad_()
         with torch.enable_grad():
-            change, _ = rule.update(name, p.detach(), params.detach(state.moments[name]), state.num_steps[name], g)
+            change, _ = rule.update(
+                name, p.detach(), params.detach(state.moments[name]), state.num_steps[name], g
+            )
             # theta - theta' by subtraction would lose the step's digits in those of theta
             value = -(g_down[name].detach() * change).sum()
             (w[name],) = torch.autograd.grad(value, g)
@@ -202,7 +232,10 @@ def from_torch(optimizer: torch.optim.Optimizer, theta: Params) -> Update:
         taken = all(held.get(moment) is not None for moment in names)
         # SGD does not count its steps; all that matters to it is whether there was one
         num_steps[name] = int(held.get("step", 1)) if taken else 0
-        moments[name] = {moment: held[moment].detach() if taken else torch.zeros_like(p.detach()) for moment in names}
+        moments[name] = {
+            moment: held[moment].detach() if taken else torch.zeros_like(p.detach())
+            for moment in names
+        }
     first, *others = rules.values()
     rule = first if all(other == first for other in others) else PerParameter(rules)
     return Update(rule, params.detach(theta), State(num_steps, moments))
@@ -212,22 +245,40 @@ def _group(optimizer: torch.optim.Optimizer, name: str, p: Tensor) -> dict[str, 
     for group in optimizer.param_groups:
         if any(p is q for q in group["params"]):
             return group
-    raise MetaVPTError(f"{name}: is not among the parameters of the learner's optimizer; give it the optimizer of the live parameters")
+    raise MetaVPTError(
+        f"{name}: is not among the parameters of the learner's optimizer; give it the optimizer of the live parameters"
+    )
 
 
 def _rule(optimizer: torch.optim.Optimizer, group: dict[str, Any]) -> Rule:
     kind = type(optimizer)
     for flag in ("amsgrad", "maximize"):
         if group.get(flag):
-            raise MetaVPTError(f"{kind.__name__}({flag}=True): this option of the learner's optimizer cannot be unrolled; turn it off")
+            raise MetaVPTError(
+                f"{kind.__name__}({flag}=True): this option of the learner's optimizer cannot be unrolled; turn it off"
+            )
     lr, weight_decay = float(group["lr"]), float(group["weight_decay"])
     if kind is torch.optim.SGD:
-        return SGD(lr, float(group["momentum"]), float(group["dampening"]), weight_decay, bool(group["nesterov"]))
+        return SGD(
+            lr,
+            float(group["momentum"]),
+            float(group["dampening"]),
+            weight_decay,
+            bool(group["nesterov"]),
+        )
     if kind in (torch.optim.Adam, torch.optim.AdamW):
         beta1, beta2 = (float(beta) for beta in group["betas"])
         rule = AdamW if kind is torch.optim.AdamW else Adam
-        return rule(lr, (beta1, beta2), float(group["eps"]), weight_decay, bool(group["decoupled_weight_decay"]))
-    raise MetaVPTError(f"{kind.__name__}: the learner's optimizer cannot be unrolled; use torch.optim.SGD, Adam or AdamW")
+        return rule(
+            lr,
+            (beta1, beta2),
+            float(group["eps"]),
+            weight_decay,
+            bool(group["decoupled_weight_decay"]),
+        )
+    raise MetaVPTError(
+        f"{kind.__name__}: the learner's optimizer cannot be unrolled; use torch.optim.SGD, Adam or AdamW"
+    )
 
 
 def _sqrt(v: Tensor) -> Tensor:

@@ -14,7 +14,11 @@ def named(module: nn.Module) -> Params:
     Those that are sharded over processes (DTensors, see `metavpt.sharding`) are left out: their modules use them, no loss is a function
     of them.
     """
-    return {name: p for name, p in module.named_parameters() if p.requires_grad and not hasattr(p, "device_mesh")}
+    return {
+        name: p
+        for name, p in module.named_parameters()
+        if p.requires_grad and not hasattr(p, "device_mesh")
+    }
 
 
 def leaves(params: Params) -> Params:

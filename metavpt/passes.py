@@ -41,13 +41,25 @@ REPEATS = 3
 def of_product(product: Product, by_phi: bool = True, by_theta: bool = False) -> Passes | None:
     """Of one product on one batch, whose inner loss has been made."""
     if isinstance(product, LinearProduct):
-        return of_product(product.general, by_phi, by_theta) if by_theta else {"slopes": 1, "phi_back": 1}
+        return (
+            of_product(product.general, by_phi, by_theta)
+            if by_theta
+            else {"slopes": 1, "phi_back": 1}
+        )
     if isinstance(product, DifferenceProduct):
         # Both ends forward and backward; by phi alone the second end's way back meets no weight, by both it is part of phi_back.
-        passes = {(1, 0): {"tail": 3}, (0, 1): {"tail": 2, "tail_back": 2}, (1, 1): {"tail": 1, "tail_back": 2}}
+        passes = {
+            (1, 0): {"tail": 3},
+            (0, 1): {"tail": 2, "tail_back": 2},
+            (1, 1): {"tail": 1, "tail_back": 2},
+        }
     elif isinstance(product, ExactProduct):
         # The gradient, forward and backward, and back through both.
-        passes = {(1, 0): {"tail": 1, "tail_back": 2}, (0, 1): {"tail": 1, "tail_back": 4}, (1, 1): {"tail": 1, "tail_back": 4}}
+        passes = {
+            (1, 0): {"tail": 1, "tail_back": 2},
+            (0, 1): {"tail": 1, "tail_back": 4},
+            (1, 1): {"tail": 1, "tail_back": 4},
+        }
     else:
         return None
     return {**passes[by_phi, by_theta], **({"phi_back": 1} if by_phi else {})}
@@ -57,12 +69,19 @@ def of_update(estimator: Estimator, curvature_products: float = 0.0) -> Passes |
     """Of one designer update, heads and g_down included, and so many products of a linear solve; None where it is not known."""
     if isinstance(estimator, OneStep):
         needs_g_pre = {"tail": 1, "tail_back": 1} if estimator.direction.needs_g_pre else {}
-        return _sum((1, {"heads": 1, "g_down": 1}), (estimator.num_batches, {"inner": 1}, needs_g_pre, of_product(estimator.product)))
+        return _sum(
+            (1, {"heads": 1, "g_down": 1}),
+            (estimator.num_batches, {"inner": 1}, needs_g_pre, of_product(estimator.product)),
+        )
     if isinstance(estimator, Implicit) and isinstance(estimator.curvature, Hessian):
         curvature = of_product(estimator.product, by_phi=False, by_theta=True)
         count = estimator.num_batches
         one = {"inner_free": 1, "inner": 1}
-        return _sum((1, {"heads": 1, "g_down": 1}), (count, one, of_product(estimator.product)), (count * curvature_products, curvature))
+        return _sum(
+            (1, {"heads": 1, "g_down": 1}),
+            (count, one, of_product(estimator.product)),
+            (count * curvature_products, curvature),
+        )
     if isinstance(estimator, Unrolled):
         steps, kept = estimator.num_steps, min(estimator.kept_graphs, estimator.num_steps)
         back, first = of_product(estimator.product, by_theta=True), of_product(estimator.product)
@@ -75,12 +94,20 @@ def of_step(strategy: Strategy, curvature_products: float = 0.0) -> Passes | Non
     """Of a step of the learner, an update every so many steps shared out among them; None for a strategy that is not known."""
     if isinstance(strategy, GreedySelection):
         pool = strategy.pool_batches
-        return _sum((1, {"learner": 1, "score": pool, "score_tail": pool}), (1 / strategy.refresh_every, {"heads": 1, "g_down": 1}))
+        return _sum(
+            (1, {"learner": 1, "score": pool, "score_tail": pool}),
+            (1 / strategy.refresh_every, {"heads": 1, "g_down": 1}),
+        )
     if isinstance(strategy, Greedy):
         scored = {"score": strategy.num_candidates, "score_tail": strategy.num_candidates}
-        return _sum((1, {"learner": 1}, scored), (1 / strategy.refresh_every, {"heads": 1, "g_down": 1}))
+        return _sum(
+            (1, {"learner": 1}, scored), (1 / strategy.refresh_every, {"heads": 1, "g_down": 1})
+        )
     if isinstance(strategy, Learned) and type(strategy).hypergradient is Learned.hypergradient:
-        return _sum((1, {"learner": 1, "design": 1}), (1 / strategy.meta_every, of_update(strategy.estimator, curvature_products)))
+        return _sum(
+            (1, {"learner": 1, "design": 1}),
+            (1 / strategy.meta_every, of_update(strategy.estimator, curvature_products)),
+        )
     return {"learner": 1} if type(strategy) is Fixed else None
 
 
@@ -95,7 +122,13 @@ class Stopwatch:
     It fits the feedback heads and draws from the streams, but leaves learner and designer as they are. `now` as in `Clock`.
     """
 
-    def __init__(self, problem: Any, strategy: Strategy, streams: Streams, now: Callable[[], float] = time.perf_counter) -> None:
+    def __init__(
+        self,
+        problem: Any,
+        strategy: Strategy,
+        streams: Streams,
+        now: Callable[[], float] = time.perf_counter,
+    ) -> None:
         self.problem, self.strategy, self.streams, self.now = problem, strategy, streams, now
         self._known: dict[str, float] = {}
 
@@ -103,14 +136,18 @@ class Stopwatch:
         if name not in self._known:
             prepare, run = getattr(self, f"_{name}")()
             run(prepare())
-            self._known[name] = statistics.median(self._once(run, prepare()) for _ in range(REPEATS))
+            self._known[name] = statistics.median(
+                self._once(run, prepare()) for _ in range(REPEATS)
+            )
         return self._known[name]
 
     def _once(self, run: Callable[[Any], Any], prepared: Any) -> float:
         clock = Clock(self.now, by_path=True)
         with clock.listen("pass"):
             run(prepared)
-        return sum(spent for path, spent in clock.seconds.items() if path.rpartition("/")[2] not in OUTSIDE)
+        return sum(
+            spent for path, spent in clock.seconds.items() if path.rpartition("/")[2] not in OUTSIDE
+        )
 
     @cached_property
     def _feedback(self) -> Any:
@@ -135,7 +172,9 @@ class Stopwatch:
     def _learner(self) -> Any:
         theta = params.named(self.problem.learner)
         with torch.no_grad():
-            task = (self.problem.designer if isinstance(self.strategy, Learned) else self.problem.recipe)(self._batch)
+            task = (
+                self.problem.designer if isinstance(self.strategy, Learned) else self.problem.recipe
+            )(self._batch)
         return lambda: None, lambda _: torch.autograd.grad(
             self.problem.pretrain_loss(theta, task), list(theta.values()), materialize_grads=True
         )
@@ -168,13 +207,17 @@ class Stopwatch:
         return prepare, lambda made: torch.autograd.grad(*made, materialize_grads=True)
 
     def _phi_back(self) -> Any:
-        return lambda: self._meta(self._phi)(self._theta), lambda loss: torch.autograd.grad(loss, list(self._phi.values()))
+        return lambda: self._meta(self._phi)(self._theta), lambda loss: torch.autograd.grad(
+            loss, list(self._phi.values())
+        )
 
     def _slopes(self) -> Any:
         product: Any = getattr(self.strategy, "estimator", None)
         derivative, absolute = product.product.derivative, product.product.absolute
         w = downstream(self._feedback.loss, self._feedback.aligned)[1]
-        return lambda: self._meta(self._phi), lambda loss: loss.slopes(self._feedback.aligned, w, derivative, absolute)
+        return lambda: self._meta(self._phi), lambda loss: loss.slopes(
+            self._feedback.aligned, w, derivative, absolute
+        )
 
     def _scored(self) -> Callable[[], Any]:
         task = self.problem.recipe(self._batch)

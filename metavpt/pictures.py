@@ -40,5 +40,8 @@ def grid(rows: Sequence[Sequence[np.ndarray]], gap: int = 2) -> np.ndarray:
     canvas = np.full(shape, 255, dtype=np.uint8)
     for i, row in enumerate(rows):
         for j, picture in enumerate(row):
-            canvas[i * (height + gap) : i * (height + gap) + height, j * (width + gap) : j * (width + gap) + width] = picture
+            canvas[
+                i * (height + gap) : i * (height + gap) + height,
+                j * (width + gap) : j * (width + gap) + width,
+            ] = picture
     return canvas

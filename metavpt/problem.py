@@ -36,8 +36,13 @@ class Problem(ABC):
     feedback_weights: Mapping[str, float] = MappingProxyType({"feedback": 1.0})
 
     def __new__(cls, *args: Any, **options: Any) -> Self:
-        if cls.feedback_loss is Problem.feedback_loss and cls.feedback_losses is Problem.feedback_losses:
-            raise MetaVPTError(f"{cls.__name__} has no feedback; define feedback_loss, or feedback_losses with feedback_weights")
+        if (
+            cls.feedback_loss is Problem.feedback_loss
+            and cls.feedback_losses is Problem.feedback_losses
+        ):
+            raise MetaVPTError(
+                f"{cls.__name__} has no feedback; define feedback_loss, or feedback_losses with feedback_weights"
+            )
         return super().__new__(cls)
 
     @abstractmethod
@@ -80,7 +85,9 @@ class Problem(ABC):
 
     def by_domain(self, batch: Any) -> dict[str, Any]:
         """An unlabelled meta batch split by the names in `feedback_weights`. For the combination `DomainMatched`."""
-        raise MetaVPTError(f"{type(self).__name__} has no by_domain, which strategy.combination=DomainMatched needs; define it")
+        raise MetaVPTError(
+            f"{type(self).__name__} has no by_domain, which strategy.combination=DomainMatched needs; define it"
+        )
 
     def aligned_parameters(self) -> Sequence[str]:
         """Names of theta_S, the parameters through which value is measured. Default: all."""
@@ -92,35 +99,61 @@ class Problem(ABC):
 
     def per_sample_tail(self, theta: Params, task: Any) -> Callable[[Params], Tensor]:
         """theta_S -> the pretraining loss of each sample, (B,). For strategies that select: greedy, selection, hardest."""
-        raise MetaVPTError(f"{type(self).__name__} has no per_sample_tail, which strategies that select samples or tasks need; define it")
+        raise MetaVPTError(
+            f"{type(self).__name__} has no per_sample_tail, which strategies that select samples or tasks need; define it"
+        )
 
     def candidates(self, batch: Any, num_candidates: int) -> list[Any]:
         """Tasks for `batch` drawn at random from the designer's space by the batch's own randomness. For greedy, hardest, uniform."""
-        raise MetaVPTError(f"{type(self).__name__} has no candidates, which strategies that draw tasks at random need; define it")
+        raise MetaVPTError(
+            f"{type(self).__name__} has no candidates, which strategies that draw tasks at random need; define it"
+        )
 
     def pick(self, tasks: Sequence[Any], which: Tensor, sample: Tensor) -> Any:
         """The task whose k-th sample is sample[k] of tasks[which[k]]; both (n,) int64. Default: every tensor has the samples first."""
-        return tree_map(lambda *parts: torch.stack(parts)[which.to(parts[0].device), sample.to(parts[0].device)], *tasks)
+        return tree_map(
+            lambda *parts: torch.stack(parts)[
+                which.to(parts[0].device), sample.to(parts[0].device)
+            ],
+            *tasks,
+        )
 
     def tilt(
-        self, theta: Params, task: Any, w: Params, gate: float, tau: float, num_candidates: int, derivative: DirectionalDerivative
+        self,
+        theta: Params,
+        task: Any,
+        w: Params,
+        gate: float,
+        tau: float,
+        num_candidates: int,
+        derivative: DirectionalDerivative,
     ) -> Any:
         """`task` with the share `gate` of its targets tilted towards those of highest value along w. For `Tilt`, which says how far."""
-        raise MetaVPTError(f"{type(self).__name__} has no tilt, which strategies that tilt targets need; define it")
+        raise MetaVPTError(
+            f"{type(self).__name__} has no tilt, which strategies that tilt targets need; define it"
+        )
 
-    def lesson(self, theta: Params, batch: Any, w: Params, derivative: DirectionalDerivative) -> dict[str, Tensor]:
+    def lesson(
+        self, theta: Params, batch: Any, w: Params, derivative: DirectionalDerivative
+    ) -> dict[str, Tensor]:
         """What value along w says of the targets of an unlabelled batch, and what `taught` needs beside it, detached. For `Amortized`."""
-        raise MetaVPTError(f"{type(self).__name__} has no lesson, which strategy=amortized needs; define it and taught")
+        raise MetaVPTError(
+            f"{type(self).__name__} has no lesson, which strategy=amortized needs; define it and taught"
+        )
 
     def functional_lesson(self, theta: Params, batch: Any) -> dict[str, Tensor]:
         """What feedback says of the learner's outputs themselves on a labelled batch: `values` of the targets they are told, minus the
         derivative of the feedback loss by the outputs, and what `taught` needs beside them, rows by sample, detached. For `Functional`.
         """
-        raise MetaVPTError(f"{type(self).__name__} has no functional_lesson, which strategy=functional needs; define it and taught")
+        raise MetaVPTError(
+            f"{type(self).__name__} has no functional_lesson, which strategy=functional needs; define it and taught"
+        )
 
     def taught(self, lesson: dict[str, Tensor]) -> Tensor:
         """Minus the value of the designer's targets on a lesson, with its trust region: a scalar, by phi alone; no learner runs."""
-        raise MetaVPTError(f"{type(self).__name__} has no taught, which strategies that teach the designer lessons need; define it")
+        raise MetaVPTError(
+            f"{type(self).__name__} has no taught, which strategies that teach the designer lessons need; define it"
+        )
 
     def regularizer(self, task: Any) -> Tensor | None:
         """R(phi), added to the designer's loss through the task that it made. Default: none."""
@@ -166,9 +199,13 @@ class Problem(ABC):
 
     def num_samples(self, batch: Any) -> int:
         """Samples in an unlabelled batch. Default: the first dimension of its first tensor."""
-        tensor = next((leaf for leaf in tree_leaves(batch) if isinstance(leaf, Tensor) and leaf.ndim), None)
+        tensor = next(
+            (leaf for leaf in tree_leaves(batch) if isinstance(leaf, Tensor) and leaf.ndim), None
+        )
         if tensor is None:
-            raise MetaVPTError(f"{type(self).__name__}.num_samples: the batch holds no tensor; override num_samples to count its samples")
+            raise MetaVPTError(
+                f"{type(self).__name__}.num_samples: the batch holds no tensor; override num_samples to count its samples"
+            )
         return len(tensor)
 
     def vital_signs(self) -> dict[str, Sign]:
@@ -186,7 +223,11 @@ class Problem(ABC):
                 value.to(device)
 
     def state_dict(self) -> dict[str, Any]:
-        return {name: value.state_dict() for name, value in vars(self).items() if hasattr(value, "state_dict")}
+        return {
+            name: value.state_dict()
+            for name, value in vars(self).items()
+            if hasattr(value, "state_dict")
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         for name, value in state.items():

@@ -39,7 +39,15 @@ class Product(Protocol):
 
     num_gradients: int
 
-    def __call__(self, loss: Loss, theta: Params, w: Params, wrt: Sequence[Params], *, retain_graph: bool = False) -> Derivative: ...
+    def __call__(
+        self,
+        loss: Loss,
+        theta: Params,
+        w: Params,
+        wrt: Sequence[Params],
+        *,
+        retain_graph: bool = False,
+    ) -> Derivative: ...
 
 
 @dataclass(frozen=True)
@@ -51,7 +59,15 @@ class ExactProduct:
 
     num_gradients = 2
 
-    def __call__(self, loss: Loss, theta: Params, w: Params, wrt: Sequence[Params], *, retain_graph: bool = False) -> Derivative:
+    def __call__(
+        self,
+        loss: Loss,
+        theta: Params,
+        w: Params,
+        wrt: Sequence[Params],
+        *,
+        retain_graph: bool = False,
+    ) -> Derivative:
         with sdpa_kernel(SDPBackend.MATH), torch.enable_grad():
             gradient = differentiate(loss(theta), (theta,), create_graph=True)[0]
             value = params.dot(w, gradient)
@@ -74,9 +90,19 @@ class DifferenceProduct:
 
     def __post_init__(self) -> None:
         if self.relative_step is not None and not self.relative_step > 0:
-            raise MetaVPTError(f"relative_step={self.relative_step}: the step of a difference must be positive")
+            raise MetaVPTError(
+                f"relative_step={self.relative_step}: the step of a difference must be positive"
+            )
 
-    def __call__(self, loss: Loss, theta: Params, w: Params, wrt: Sequence[Params], *, retain_graph: bool = False) -> Derivative:
+    def __call__(
+        self,
+        loss: Loss,
+        theta: Params,
+        w: Params,
+        wrt: Sequence[Params],
+        *,
+        retain_graph: bool = False,
+    ) -> Derivative:
         eps = self.step(theta, w)
         with torch.enable_grad():
             above = loss(params.add(theta, w, alpha=eps))
@@ -90,24 +116,34 @@ class DifferenceProduct:
         relative_step = self.relative_step or default_relative_step(first)
         tiny = torch.finfo(first.dtype).tiny
         with torch.no_grad():
-            return relative_step * params.norm(theta).clamp_min(tiny) / params.norm(w).clamp_min(tiny)
+            return (
+                relative_step * params.norm(theta).clamp_min(tiny) / params.norm(w).clamp_min(tiny)
+            )
 
 
 def default_relative_step(p: Tensor) -> float:
     """A fifth of the cube root of the machine epsilon of p's dtype, or of autocast's where that is on, which rounds p for the loss."""
     device = p.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) and p.dtype == torch.float32 else p.dtype
+    dtype = (
+        torch.get_autocast_dtype(device)
+        if torch.is_autocast_enabled(device) and p.dtype == torch.float32
+        else p.dtype
+    )
     return torch.finfo(dtype).eps ** (1 / 3) / 5
 
 
-def differentiate(value: Tensor, wrt: Sequence[Params], *, create_graph: bool = False, retain_graph: bool = False) -> tuple[Params, ...]:
+def differentiate(
+    value: Tensor, wrt: Sequence[Params], *, create_graph: bool = False, retain_graph: bool = False
+) -> tuple[Params, ...]:
     """d value / d wrt, one dict for each in `wrt`; a tensor that `value` does not depend on is an error that names it."""
     names = [name for group in wrt for name in group]
     inputs = [p for group in wrt for p in group.values()]
     if not value.requires_grad:
         raise UnreachedParameterError(_unreached(names))
     try:
-        gradients = torch.autograd.grad(value, inputs, create_graph=create_graph, retain_graph=retain_graph or create_graph)
+        gradients = torch.autograd.grad(
+            value, inputs, create_graph=create_graph, retain_graph=retain_graph or create_graph
+        )
     except RuntimeError as error:
         if UNUSED not in str(error):
             raise

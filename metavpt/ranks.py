@@ -62,7 +62,11 @@ def averaged(loss: Loss) -> Loss:
     if size() == 1:
         return loss
     if isinstance(loss, ComposedLoss):
-        return replace(loss, outputs=lambda theta: loss.outputs(enter(theta)), criterion=lambda outputs: leave(loss.criterion(outputs)))
+        return replace(
+            loss,
+            outputs=lambda theta: loss.outputs(enter(theta)),
+            criterion=lambda outputs: leave(loss.criterion(outputs)),
+        )
     return _AveragedLinear(loss) if isinstance(loss, LinearLoss) else _Averaged(loss)
 
 
@@ -75,10 +79,14 @@ def cut(x: Any, k: int, num_parts: int) -> Any:
     """The k-th of equal parts of a batch or task. Its first tensor has the samples first, and so has every other one of its length."""
     num = next((len(leaf) for leaf in tree_leaves(x) if isinstance(leaf, Tensor) and leaf.ndim), 0)
     if num % num_parts:
-        raise MetaVPTError(f"a batch of {num} does not make {num_parts} equal parts; choose a batch size that {num_parts} divides")
+        raise MetaVPTError(
+            f"a batch of {num} does not make {num_parts} equal parts; choose a batch size that {num_parts} divides"
+        )
     count = num // num_parts
     own = slice(k * count, (k + 1) * count)
-    return tree_map_only(Tensor, lambda tensor: tensor[own] if tensor.ndim and len(tensor) == num else tensor, x)
+    return tree_map_only(
+        Tensor, lambda tensor: tensor[own] if tensor.ndim and len(tensor) == num else tensor, x
+    )
 
 
 def rows(num: int) -> slice:
@@ -112,7 +120,13 @@ def gather(x: Any) -> Any:
 
 def joined(x: Tensor) -> Tensor:
     """`gather` of one tensor, with a graph: for a loss of the whole batch that no mean of the ranks' losses is."""
-    return x if size() == 1 else mean(torch.cat([size() * x if k == rank() else torch.zeros_like(x) for k in range(size())]))
+    return (
+        x
+        if size() == 1
+        else mean(
+            torch.cat([size() * x if k == rank() else torch.zeros_like(x) for k in range(size())])
+        )
+    )
 
 
 def share_out(compute: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
@@ -124,7 +138,11 @@ def share_out(compute: Callable[[Item], Result], items: Iterable[Item]) -> Itera
         yield from map(compute, items)
         return
     indexed: Any = items if hasattr(items, "__getitem__") else None
-    read = (partial(indexed.__getitem__, k) for k in range(len(indexed))) if indexed is not None else (partial(_same, x) for x in items)
+    read = (
+        (partial(indexed.__getitem__, k) for k in range(len(indexed)))
+        if indexed is not None
+        else (partial(_same, x) for x in items)
+    )
     while group := list(islice(read, size())):
         yield from every(compute(group[min(rank(), len(group) - 1)]()))[: len(group)]
 
@@ -202,7 +220,9 @@ class _AveragedLinear(_Averaged):
     def targets(self) -> Tensor:
         return self.loss.targets
 
-    def slopes(self, theta: Params, w: Params, derivative: DirectionalDerivative, absolute: bool = True) -> Tensor:
+    def slopes(
+        self, theta: Params, w: Params, derivative: DirectionalDerivative, absolute: bool = True
+    ) -> Tensor:
         return self.loss.slopes(theta, w, derivative, absolute)
 
 
@@ -238,7 +258,9 @@ class _Leave(torch.autograd.Function):
         return _where_there_are_any(_Enter, grads)
 
 
-def _where_there_are_any(function: type[torch.autograd.Function], grads: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
+def _where_there_are_any(
+    function: type[torch.autograd.Function], grads: Sequence[Tensor | None]
+) -> tuple[Tensor | None, ...]:
     there = [grad for grad in grads if grad is not None]
     found = iter(function.apply(*there) if there else ())  # type: ignore[arg-type]
     return tuple(None if grad is None else next(found) for grad in grads)

@@ -45,7 +45,10 @@ class Replay:
     def is_reproduced(self) -> bool:
         if not self.saved:
             return bool(self.findings)
-        return all(_same(self.saved[name], value) for name, value in (("loss", self.loss), ("grad_norm", self.grad_norm)))
+        return all(
+            _same(self.saved[name], value)
+            for name, value in (("loss", self.loss), ("grad_norm", self.grad_norm))
+        )
 
     def lines(self) -> Iterator[str]:
         yield f"step {self.step}: loss {self.loss:.6g}, gradient norm {self.grad_norm:.6g}"
@@ -66,11 +69,16 @@ def replay(trainer: Trainer, file: Path) -> Replay:
     problem, findings = trainer.problem, []
     _restore(trainer, saved)
     step = trainer.budget.steps
-    findings += [f"the parameter {name} of the {part}, before the step" for part, name in _bad_parameters(problem)]
+    findings += [
+        f"the parameter {name} of the {part}, before the step"
+        for part, name in _bad_parameters(problem)
+    ]
     findings += _watch_update(trainer)
     _restore(trainer, saved)
     with first_not_finite(problem) as seen:
-        proposal = trainer.strategy.next_task(problem, trainer.streams, trainer.optimizer, trainer.budget)
+        proposal = trainer.strategy.next_task(
+            problem, trainer.streams, trainer.optimizer, trainer.budget
+        )
     task, same_task = _as_saved(proposal.task, saved["task"])
     if not trees.is_finite(task):
         findings += [*seen, "the task that the learner is given"]
@@ -81,7 +89,9 @@ def replay(trainer: Trainer, file: Path) -> Replay:
     if not torch.isfinite(loss):
         findings.append("the pretraining loss")
     grad_norm, of_gradient = _gradient(loss, theta)
-    return Replay(step, saved["values"], float(loss.detach()), grad_norm, same_task, findings + of_gradient)
+    return Replay(
+        step, saved["values"], float(loss.detach()), grad_norm, same_task, findings + of_gradient
+    )
 
 
 @contextmanager
@@ -115,14 +125,20 @@ def _restore(trainer: Trainer, saved: dict[str, Any]) -> None:
     try:
         trainer.load_state_dict(saved["trainer"])
     except (RuntimeError, KeyError, ValueError, AttributeError, TypeError) as error:
-        raise MetaVPTError(f"failure.pt is of another model or configuration ({' '.join(str(error).split())[:200]})") from error
+        raise MetaVPTError(
+            f"failure.pt is of another model or configuration ({' '.join(str(error).split())[:200]})"
+        ) from error
     checkpoint.set_random_state(saved["random"])
     trainer._schedule()
 
 
 def _bad_parameters(problem: Problem) -> Iterator[tuple[str, str]]:
     for part in ("learner", "designer"):
-        bad = [name for name, p in getattr(problem, part).named_parameters() if not torch.isfinite(p).all()]
+        bad = [
+            name
+            for name, p in getattr(problem, part).named_parameters()
+            if not torch.isfinite(p).all()
+        ]
         if bad:
             yield part, bad[0]
 
@@ -136,7 +152,10 @@ def _watch_update(trainer: Trainer) -> list[str]:
         try:
             strategy.attempt_update(trainer.problem, trainer.streams, trainer.optimizer, budget)
         except NonFiniteError as error:
-            return [*(f"in the designer update, {line}" for line in seen), f"the designer update: {error}"]
+            return [
+                *(f"in the designer update, {line}" for line in seen),
+                f"the designer update: {error}",
+            ]
     return []
 
 
@@ -144,7 +163,9 @@ def _as_saved(task: Any, kept: list[Tensor]) -> tuple[Any, bool]:
     """`task` with the tensors that were saved of it in the run, and whether it had them anyway."""
     own = trees.tensors(task)
     if [tensor.shape for tensor in own] != [tensor.shape for tensor in kept]:
-        raise MetaVPTError("failure.pt holds a task of other shapes than this configuration makes; the code of the problem has changed")
+        raise MetaVPTError(
+            "failure.pt holds a task of other shapes than this configuration makes; the code of the problem has changed"
+        )
     same = all(trees.same(a.detach().cpu(), b) for a, b in zip(own, kept, strict=True))
     rest = iter(kept)
     return trees.map_tensors(lambda tensor: next(rest).to(tensor.device), task), same
@@ -154,9 +175,17 @@ def _gradient(loss: Tensor, theta: params.Params) -> tuple[float, list[str]]:
     """Its norm, and where on the way back it stops being finite."""
     findings = []
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # anomaly detection prints a page for what becomes one line here
-        gradients = torch.autograd.grad(loss, list(theta.values()), retain_graph=True, materialize_grads=True)
-        bad = [name for name, gradient in zip(theta, gradients, strict=True) if not torch.isfinite(gradient).all()]
+        warnings.simplefilter(
+            "ignore"
+        )  # anomaly detection prints a page for what becomes one line here
+        gradients = torch.autograd.grad(
+            loss, list(theta.values()), retain_graph=True, materialize_grads=True
+        )
+        bad = [
+            name
+            for name, gradient in zip(theta, gradients, strict=True)
+            if not torch.isfinite(gradient).all()
+        ]
         if bad and torch.isfinite(loss):
             try:
                 with torch.autograd.detect_anomaly(check_nan=True):
@@ -164,7 +193,10 @@ def _gradient(loss: Tensor, theta: params.Params) -> tuple[float, list[str]]:
             except RuntimeError as error:
                 findings.append(f"the gradient: {str(error).splitlines()[0]}")
     if bad:
-        findings.append(f"the gradient of {bad[0]}" + (f" and {len(bad) - 1} other parameters" if len(bad) > 1 else ""))
+        findings.append(
+            f"the gradient of {bad[0]}"
+            + (f" and {len(bad) - 1} other parameters" if len(bad) > 1 else "")
+        )
     return float(params.norm(dict(zip(theta, gradients, strict=True)))), findings
 
 
@@ -177,7 +209,9 @@ def main(cfg: DictConfig) -> None:
     folder = Path(cfg.run)
     file = folder / failure.FILE
     if not file.is_file():
-        raise MetaVPTError(f"{file}: no such file; a run writes it when it ends on a loss or gradient that is not finite")
+        raise MetaVPTError(
+            f"{file}: no such file; a run writes it when it ends on a loss or gradient that is not finite"
+        )
     config = read_config(folder)
     check_targets(config, asked_for())
     config.tracker = None

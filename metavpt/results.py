@@ -64,4 +64,6 @@ def read(folder: Path) -> list[Result]:
 
 
 def _parse(record: Mapping[str, object]) -> Result:
-    return Result(**{name: record[name] for name in (f.name for f in fields(Result)) if name in record})  # type: ignore[arg-type]
+    return Result(
+        **{name: record[name] for name in (f.name for f in fields(Result)) if name in record}
+    )  # type: ignore[arg-type]

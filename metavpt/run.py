@@ -31,7 +31,16 @@ from metavpt.targets import asked_for, check_targets
 from metavpt.trainer import Trainer
 
 # does not change what a run comes to
-NOT_CONFIGURATION = ("resume", "output", "minimise", "tracker", "allow_targets", "devices", "nodes", "parallel")
+NOT_CONFIGURATION = (
+    "resume",
+    "output",
+    "minimise",
+    "tracker",
+    "allow_targets",
+    "devices",
+    "nodes",
+    "parallel",
+)
 
 
 def build(cfg: DictConfig, folder: Path, console: Console, fabric: Fabric | None = None) -> Trainer:
@@ -42,7 +51,11 @@ def build(cfg: DictConfig, folder: Path, console: Console, fabric: Fabric | None
     fabric = fabric or make_fabric(cfg.device, cfg.precision)
     log: RunLog = UnwrittenLog(folder)
     if ranks.rank() == 0:
-        log = RunLog(folder, console, {name: instantiate(tracker) for name, tracker in (cfg.get("tracker") or {}).items()})
+        log = RunLog(
+            folder,
+            console,
+            {name: instantiate(tracker) for name, tracker in (cfg.get("tracker") or {}).items()},
+        )
     seed_generators(cfg.seed)
     problem = instantiate(cfg.problem, _convert_="all")
     problem.to("meta" if cfg.device == "meta" else fabric.device)
@@ -93,7 +106,13 @@ def describe(cfg: DictConfig, console: Console) -> None:
 
 
 def _train(
-    cfg: DictConfig, folder: Path, resume: bool, objective: Objective | None, console: Console, fabric: Fabric, stop: StopRequest
+    cfg: DictConfig,
+    folder: Path,
+    resume: bool,
+    objective: Objective | None,
+    console: Console,
+    fabric: Fabric,
+    stop: StopRequest,
 ) -> dict[str, float]:
     """The metrics at the end. A run that fails before its first step leaves nothing behind."""
     trainer: Trainer | None = None
@@ -106,15 +125,23 @@ def _train(
             trainer.log.discard()  # of an attempt that reached no checkpoint
             trainer.measure()
         if objective and trainer.metrics:
-            objective(trainer.metrics)  # a name that no probe has is known before the training, not after it
+            objective(
+                trainer.metrics
+            )  # a name that no probe has is known before the training, not after it
         trainer.run()
         return trainer.metrics
     except RuntimeError as error:
         if stop.signal is None or not dead_worker(str(error)):
             raise
-        raise Stopped(stop.signal) from error  # the signal went to the loading processes too, and they did not wait
+        raise Stopped(
+            stop.signal
+        ) from error  # the signal went to the loading processes too, and they did not wait
     except BaseException:
-        nothing = not resume and (trainer is None or not trainer.budget.steps) and not (folder / failure.FILE).exists()
+        nothing = (
+            not resume
+            and (trainer is None or not trainer.budget.steps)
+            and not (folder / failure.FILE).exists()
+        )
         if ranks.rank() == 0 and nothing:
             shutil.rmtree(folder)
         raise
@@ -130,7 +157,11 @@ def _how_it_goes_on(folder: Path, signal: Signals) -> str:
         return f"stopped by {signal.name} before the first checkpoint: nothing was trained"
     multirun = HydraConfig.get().mode is RunMode.MULTIRUN
     place = f"hydra.sweep.dir={folder.parent}" if multirun else f"output={folder}"
-    options = [option for option in sys.argv[1:] if not option.startswith(("resume=", place.partition("=")[0] + "="))]
+    options = [
+        option
+        for option in sys.argv[1:]
+        if not option.startswith(("resume=", place.partition("=")[0] + "="))
+    ]
     command = shlex.join(["python", "-m", "metavpt.run", *options, place, "resume=true"])
     return f"stopped by {signal.name}, saved in {saved[-1]}; go on with\n{escape(command)}"
 
@@ -141,12 +172,21 @@ def _folder(cfg: DictConfig) -> tuple[Path, bool]:
     output, resume = Path(cfg.output) if cfg.output else None, cfg.resume or _is_restarted()
     if hydra_cfg.mode is RunMode.MULTIRUN:
         if output:
-            raise MetaVPTError(f"output={output}: the runs of a sweep cannot share a folder; name that of the sweep with hydra.sweep.dir=")
+            raise MetaVPTError(
+                f"output={output}: the runs of a sweep cannot share a folder; name that of the sweep with hydra.sweep.dir="
+            )
         if not cfg.minimise and not hydra_cfg.sweeper._target_.endswith(".BasicSweeper"):
-            raise MetaVPTError("minimise=null: this sweeper minimises a metric; name it, as in minimise=ridge/depth_rmse")
+            raise MetaVPTError(
+                "minimise=null: this sweeper minimises a metric; name it, as in minimise=ridge/depth_rmse"
+            )
         output = Path(hydra_cfg.runtime.output_dir)
-        resume = resume and (output / "config.yaml").is_file()  # the jobs that an interrupted sweep never reached begin
-    config = OmegaConf.to_yaml(OmegaConf.masked_copy(cfg, [str(key) for key in cfg if key not in NOT_CONFIGURATION]), resolve=True)
+        resume = (
+            resume and (output / "config.yaml").is_file()
+        )  # the jobs that an interrupted sweep never reached begin
+    config = OmegaConf.to_yaml(
+        OmegaConf.masked_copy(cfg, [str(key) for key in cfg if key not in NOT_CONFIGURATION]),
+        resolve=True,
+    )
     if resume:
         return runfolder.find(output, Path(cfg.runs), config), True
     name = f"{hydra_cfg.runtime.choices['problem']}-{hydra_cfg.runtime.choices['strategy']}-seed{cfg.seed}"
@@ -170,7 +210,9 @@ def main(cfg: DictConfig) -> float | None:
         except (NonFiniteError, torch.OutOfMemoryError) as error:
             if HydraConfig.get().mode is not RunMode.MULTIRUN:
                 raise
-            Console(stderr=True, soft_wrap=True).print(f"[yellow]this job of the sweep failed: {error}[/yellow]")
+            Console(stderr=True, soft_wrap=True).print(
+                f"[yellow]this job of the sweep failed: {error}[/yellow]"
+            )
             return math.inf  # an outcome of the values that were tried: the sweep goes on
 
 

@@ -26,7 +26,9 @@ def create(folder: Path | None, parent: Path, name: str) -> Path:
     """A new empty folder: `folder` itself, or `parent`/<name>-<time>, numbered where that is taken."""
     if folder is not None:
         if folder.exists() and any(folder.iterdir()):
-            raise MetaVPTError(f"output={folder}: the folder is not empty; choose another one, or continue that run with resume=true")
+            raise MetaVPTError(
+                f"output={folder}: the folder is not empty; choose another one, or continue that run with resume=true"
+            )
         folder.mkdir(parents=True, exist_ok=True)
         return folder
     stem = f"{name}-{datetime.now():%Y%m%d-%H%M%S}"
@@ -42,22 +44,36 @@ def create(folder: Path | None, parent: Path, name: str) -> Path:
 
 def find(folder: Path | None, parent: Path, config: str) -> Path:
     """The folder to resume: `folder`, or the newest one under `parent` that was made by the same configuration."""
-    candidates = [folder] if folder is not None else sorted(parent.glob("*/"), key=lambda path: path.stat().st_mtime, reverse=True)
+    candidates = (
+        [folder]
+        if folder is not None
+        else sorted(parent.glob("*/"), key=lambda path: path.stat().st_mtime, reverse=True)
+    )
     for path in candidates:
         file = path / "config.yaml"
         if file.is_file() and file.read_bytes() == config.encode():
             return path
         if folder is not None:
-            reason = "was made by another configuration" if file.is_file() else "holds no run (config.yaml is missing)"
-            raise MetaVPTError(f"resume=true output={folder}: the folder {reason}; repeat the options of that run")
-    raise MetaVPTError(f"resume=true: no run under {parent} has this configuration; repeat its options, or name its folder with output=")
+            reason = (
+                "was made by another configuration"
+                if file.is_file()
+                else "holds no run (config.yaml is missing)"
+            )
+            raise MetaVPTError(
+                f"resume=true output={folder}: the folder {reason}; repeat the options of that run"
+            )
+    raise MetaVPTError(
+        f"resume=true: no run under {parent} has this configuration; repeat its options, or name its folder with output="
+    )
 
 
 def newest_state(run: Path) -> tuple[dict[str, Any], Path]:
     """What the newest checkpoint of `run` that can be read holds of the problem, and its file. What is passed over is said on stderr."""
     state, path, unreadable = Checkpoints(run / "checkpoints").newest()
     for line in unreadable:
-        Console(stderr=True, soft_wrap=True).print(f"[yellow]{escape(line)}; {path.name} is taken[/yellow]")
+        Console(stderr=True, soft_wrap=True).print(
+            f"[yellow]{escape(line)}; {path.name} is taken[/yellow]"
+        )
     return state.get("problem", {}), path
 
 
@@ -74,7 +90,9 @@ def read_config(folder: Path) -> DictConfig:
         return config
 
 
-def write_environment(folder: Path, seed: int | None = None, command: str = "run", also: Sequence[str] = ()) -> None:
+def write_environment(
+    folder: Path, seed: int | None = None, command: str = "run", also: Sequence[str] = ()
+) -> None:
     """environment.json: versions, machine, threads, and the command with the arguments `also` that were taken out of it."""
     environment = {
         "command": " ".join(["python", "-m", f"metavpt.{command}", *sys.argv[1:], *also]),

@@ -27,7 +27,12 @@ class RunLog:
     A tracker that fails is left out from then on, with a warning: the run is worth more.
     """
 
-    def __init__(self, folder: Path, console: Console | None = None, trackers: Mapping[str, Tracker] | None = None) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        console: Console | None = None,
+        trackers: Mapping[str, Tracker] | None = None,
+    ) -> None:
         self.folder = folder
         self.path = folder / "metrics.jsonl"
         self.console = console or Console(quiet=True)
@@ -47,7 +52,16 @@ class RunLog:
     def write(self, kind: str, step: int, **values: Any) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         with writing(self.path), self.path.open("a") as file:
-            file.write(json.dumps({"kind": kind, "step": step, **{name: _jsonable(value) for name, value in values.items()}}) + "\n")
+            file.write(
+                json.dumps(
+                    {
+                        "kind": kind,
+                        "step": step,
+                        **{name: _jsonable(value) for name, value in values.items()},
+                    }
+                )
+                + "\n"
+            )
         self._shown.update({name: values[name] for name in ("loss", "value") if name in values})
         self._step = step
         numbers = dict(_numbers(kind, values))
@@ -70,7 +84,9 @@ class RunLog:
                 path.parent.mkdir(exist_ok=True)
                 Image.fromarray(pixels).save(path)
         for name, pixels in figures.items():
-            self._track(lambda tracker, name=name, pixels=pixels: tracker.figure(name, step, pixels))
+            self._track(
+                lambda tracker, name=name, pixels=pixels: tracker.figure(name, step, pixels)
+            )
 
     def save_texts(self, step: int, texts: Texts) -> None:
         """texts/step<NNNNNN>.json, where there are any."""
@@ -95,12 +111,20 @@ class RunLog:
                 send(tracker)
             except Exception as error:
                 del self.trackers[name]
-                self.warn(self._step, f"tracker {name} failed and is left out from here on ({_line(error)})")
+                self.warn(
+                    self._step,
+                    f"tracker {name} failed and is left out from here on ({_line(error)})",
+                )
 
     @contextmanager
     def progress(self, budget: Budget) -> Iterator[None]:
         """A bar over the budget for as long as the block runs."""
-        columns = (BarColumn(), TextColumn("{task.percentage:3.0f}%"), TextColumn("{task.description}"), TimeRemainingColumn())
+        columns = (
+            BarColumn(),
+            TextColumn("{task.percentage:3.0f}%"),
+            TextColumn("{task.description}"),
+            TimeRemainingColumn(),
+        )
         with Progress(*columns, console=self.console) as self._bar:
             self._bar.add_task("", total=1.0)
             yield
@@ -110,10 +134,15 @@ class RunLog:
         if self._bar is None:
             return
         loss, value = self._shown.get("loss"), self._shown.get("value")
-        parts = [f"step {budget.steps}", f"{budget.samples / max(budget.seconds, 1e-9):.0f} samples/s"]
+        parts = [
+            f"step {budget.steps}",
+            f"{budget.samples / max(budget.seconds, 1e-9):.0f} samples/s",
+        ]
         parts += [f"loss {loss:.4f}"] if loss is not None else []
         parts += [f"V {value:+.3g}"] if value is not None else []
-        self._bar.update(self._bar.task_ids[0], completed=budget.progress, description="  ".join(parts))
+        self._bar.update(
+            self._bar.task_ids[0], completed=budget.progress, description="  ".join(parts)
+        )
 
     def state_dict(self) -> dict[str, int]:
         return {"bytes": self.path.stat().st_size if self.path.exists() else 0}
@@ -157,7 +186,9 @@ def _numbers(kind: str, values: Mapping[str, Any]) -> Iterator[tuple[str, float]
     for name, value in values.items():
         if isinstance(value, Mapping):
             yield from _numbers(kind, value)
-        elif isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
+        elif (
+            isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+        ):
             yield f"{kind}/{name}", float(value)
 
 

@@ -22,7 +22,9 @@ class WarmupCosine:
 
     def __post_init__(self) -> None:
         if self.warmup_steps < 0 or not 0 <= self.final <= 1:
-            raise MetaVPTError(f"schedule: warmup_steps={self.warmup_steps} must not be negative and final={self.final} lies in [0, 1]")
+            raise MetaVPTError(
+                f"schedule: warmup_steps={self.warmup_steps} must not be negative and final={self.final} lies in [0, 1]"
+            )
 
     def __call__(self, step: int, progress: float) -> float:
         """`step` counts from 0, `progress` in [0, 1]."""
@@ -40,5 +42,6 @@ def parameter_groups(problem: Problem, weight_decay: float) -> list[dict[str, An
     if not groups:
         raise MetaVPTError(f"{type(problem).__name__}.learner has no trainable parameter")
     return [
-        {"params": group, "weight_decay": weight_decay if decays else 0.0, "warm": is_warm} for (decays, is_warm), group in groups.items()
+        {"params": group, "weight_decay": weight_decay if decays else 0.0, "warm": is_warm}
+        for (decays, is_warm), group in groups.items()
     ]

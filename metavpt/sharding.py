@@ -24,11 +24,15 @@ def shard(loss: Any, mesh: DeviceMesh) -> nn.Module:
     """Shard the trunks of the problem of `loss`, a `PretrainLoss`: each block by itself, then what is left of the trunk."""
     trunks, aligned = list(loss.problem.trunks()), set(loss.problem.aligned_parameters())
     if not trunks:
-        raise MetaVPTError(f"parallel=fsdp: {type(loss.problem).__name__}.trunks names nothing to shard; define it, or use parallel=ddp")
+        raise MetaVPTError(
+            f"parallel=fsdp: {type(loss.problem).__name__}.trunks names nothing to shard; define it, or use parallel=ddp"
+        )
     inside = {id(p) for trunk in trunks for p in trunk.parameters()}
     for name, p in loss.learner.named_parameters():
         if name in aligned and id(p) in inside:
-            raise MetaVPTError(f"parallel=fsdp: {name} is one of aligned_parameters and lies in a trunk; theta_S must stay whole")
+            raise MetaVPTError(
+                f"parallel=fsdp: {name} is one of aligned_parameters and lies in a trunk; theta_S must stay whole"
+            )
     shared = _shared(loss.problem, trunks)
     data = mesh["data_parallel"]
     for trunk in trunks:
@@ -43,7 +47,9 @@ def shard(loss: Any, mesh: DeviceMesh) -> nn.Module:
 def _blocks(trunk: nn.Module) -> Iterable[nn.Module]:
     for child in trunk.children():
         if isinstance(child, nn.ModuleList | nn.ModuleDict | nn.Sequential):
-            yield from (block for block in child.children() if any(True for _ in block.parameters()))
+            yield from (
+                block for block in child.children() if any(True for _ in block.parameters())
+            )
 
 
 def _shared(problem: Any, trunks: Iterable[nn.Module]) -> set[nn.Parameter]:
@@ -58,8 +64,17 @@ def clip_grad_norm(parameters: Iterable[Tensor], max_norm: float) -> Tensor:
     for p in parameters:
         if p.grad is not None:
             groups.setdefault(isinstance(p, DTensor), []).append(p)
-    norms = [_whole(get_total_norm([p.grad for p in group if p.grad is not None])) for group in groups.values()]
-    norm = norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms)) if norms else torch.tensor(0.0)
+    norms = [
+        _whole(get_total_norm([p.grad for p in group if p.grad is not None]))
+        for group in groups.values()
+    ]
+    norm = (
+        norms[0]
+        if len(norms) == 1
+        else torch.linalg.vector_norm(torch.stack(norms))
+        if norms
+        else torch.tensor(0.0)
+    )
     for group in groups.values():
         clip_grads_with_norm_(group, max_norm, norm)
     return norm
@@ -81,9 +96,19 @@ def scattered(state: Any, like: Any) -> Any:
     A tensor in `like` stands for all below it that has its shape, as a parameter for its moments.
     """
     if isinstance(state, Mapping):
-        return {name: scattered(value, like.get(name) if isinstance(like, Mapping) else like) for name, value in state.items()}
-    if isinstance(like, DTensor) and isinstance(state, Tensor) and not isinstance(state, DTensor) and state.shape == like.shape:
-        return distribute_tensor(state.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
+        return {
+            name: scattered(value, like.get(name) if isinstance(like, Mapping) else like)
+            for name, value in state.items()
+        }
+    if (
+        isinstance(like, DTensor)
+        and isinstance(state, Tensor)
+        and not isinstance(state, DTensor)
+        and state.shape == like.shape
+    ):
+        return distribute_tensor(
+            state.to(like.device), like.device_mesh, like.placements, src_data_rank=None
+        )
     return state
 
 

@@ -12,7 +12,10 @@ from pathlib import Path
 
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.hf_storage import (
+    HuggingFaceStorageReader,
+    HuggingFaceStorageWriter,
+)
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.tensor import DTensor
@@ -38,12 +41,16 @@ def read(folder: Path, sums: Mapping[str, int], into: dict[str, Tensor]) -> None
     """
     names = sorted(path.name for path in folder.glob(FILES))
     if names != sorted(sums):
-        raise MetaVPTError(f"{folder}: holds {len(names)} files of shards where {len(sums)} were written")
+        raise MetaVPTError(
+            f"{folder}: holds {len(names)} files of shards where {len(sums)} were written"
+        )
     for name in names[ranks.rank() :: ranks.size()]:
         if _crc(folder / name) != sums[name]:
             raise MetaVPTError(f"{folder / name}: has changed since it was written")
     with _plain_errors(), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # each rank reads for itself, on purpose
+        warnings.filterwarnings(
+            "ignore", message="torch.distributed is disabled"
+        )  # each rank reads for itself, on purpose
         load(into, storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=True)  # type: ignore[arg-type]
 
 

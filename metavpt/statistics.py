@@ -59,7 +59,9 @@ class Correlation(NamedTuple):
 def mean_se(values: Sequence[float]) -> Mean:
     """Mean and its standard error. Raises MetaVPTError for no value, or one that is not finite."""
     array = _finite(values)
-    se = float(stats.sem(array - array[0])) if len(array) > 1 else None  # shifted, so that equal values have an error of exactly zero
+    se = (
+        float(stats.sem(array - array[0])) if len(array) > 1 else None
+    )  # shifted, so that equal values have an error of exactly zero
     return Mean(float(array.mean()), se, len(array))
 
 
@@ -72,17 +74,28 @@ def paired(a: Sequence[float], b: Sequence[float], sign: int) -> Paired:
     Source: Hesterberg, "What Teachers Should Know About the Bootstrap", The American Statistician 69 (2015), expanded percentile interval.
     """
     if len(a) != len(b):
-        raise MetaVPTError(f"paired: {len(a)} values against {len(b)}; give one of each for every seed")
+        raise MetaVPTError(
+            f"paired: {len(a)} values against {len(b)}; give one of each for every seed"
+        )
     differences = _finite(a) - _finite(b)
     n = len(differences)
     wins = float((sign * differences > 0).sum() + 0.5 * (differences == 0).sum()) if sign else None
     if n == 1:
         return Paired(float(differences[0]), None, None, None, wins, n, sign)
     bootstrap = stats.bootstrap(
-        (differences,), np.mean, method="percentile", confidence_level=_expanded(n), n_resamples=NUM_RESAMPLES, rng=np.random.default_rng(0)
+        (differences,),
+        np.mean,
+        method="percentile",
+        confidence_level=_expanded(n),
+        n_resamples=NUM_RESAMPLES,
+        rng=np.random.default_rng(0),
     )
     flips = stats.permutation_test(
-        (differences,), np.mean, permutation_type="samples", n_resamples=NUM_RESAMPLES, rng=np.random.default_rng(0)
+        (differences,),
+        np.mean,
+        permutation_type="samples",
+        n_resamples=NUM_RESAMPLES,
+        rng=np.random.default_rng(0),
     )
     low, high = (float(end) for end in bootstrap.confidence_interval)
     return Paired(float(differences.mean()), low, high, float(flips.pvalue), wins, n, sign)
@@ -109,7 +122,9 @@ def pearson(x: Sequence[float], y: Sequence[float]) -> Correlation:
     if len(pairs) < 3 or len({p for p, _ in pairs}) == 1:
         return Correlation(None, None, len(pairs))
     slope, _, r, _, _ = np.asarray(stats.linregress(*np.array(pairs).T), dtype=float)
-    return Correlation(None if len({q for _, q in pairs}) == 1 else float(r), float(slope), len(pairs))
+    return Correlation(
+        None if len({q for _, q in pairs}) == 1 else float(r), float(slope), len(pairs)
+    )
 
 
 def _expanded(n: int) -> float:
@@ -121,12 +136,16 @@ def _expanded(n: int) -> float:
 def _finite(values: Sequence[float]) -> np.ndarray:
     array = np.asarray(values, dtype=float)
     if not len(array) or not np.isfinite(array).all():
-        raise MetaVPTError(f"statistics over seeds need finite values, one at least, not {list(values)}; leave out the seeds that failed")
+        raise MetaVPTError(
+            f"statistics over seeds need finite values, one at least, not {list(values)}; leave out the seeds that failed"
+        )
     return array
 
 
 def power_law(sizes: Sequence[float], values: Sequence[float]) -> float:
     """The exponent b of values ~ a sizes^b, by least squares on logarithms. MetaVPTError for one size alone or a value <= 0."""
     if len(set(sizes)) < 2 or min(*sizes, *values) <= 0:
-        raise MetaVPTError(f"power_law: needs two sizes at least and positive numbers, got {list(sizes)} and {list(values)}")
+        raise MetaVPTError(
+            f"power_law: needs two sizes at least and positive numbers, got {list(sizes)} and {list(values)}"
+        )
     return float(np.polyfit(np.log(sizes), np.log(values), 1)[0])

@@ -44,7 +44,9 @@ class Strategy(Protocol):
 
     def start(self, problem: Problem) -> None: ...
 
-    def next_task(self, problem: Problem, streams: Streams, optimizer: Optimizer, budget: Budget) -> Proposal: ...
+    def next_task(
+        self, problem: Problem, streams: Streams, optimizer: Optimizer, budget: Budget
+    ) -> Proposal: ...
 
     def state_dict(self) -> dict[str, Any]: ...
 
@@ -57,7 +59,9 @@ class Fixed:
     def start(self, problem: Problem) -> None:
         pass
 
-    def next_task(self, problem: Problem, streams: Streams, optimizer: Optimizer, budget: Budget) -> Proposal:
+    def next_task(
+        self, problem: Problem, streams: Streams, optimizer: Optimizer, budget: Budget
+    ) -> Proposal:
         with budget.timed("data"):
             batch = next(streams.pretrain)
         with budget.timed("task"), torch.no_grad():
@@ -79,7 +83,9 @@ class Designed:
 
     def __init__(self, meta_every: int, burn_in: int) -> None:
         if meta_every < 1 or burn_in < 0:
-            raise MetaVPTError(f"strategy: meta_every={meta_every} must be at least 1 and burn_in={burn_in} at least 0")
+            raise MetaVPTError(
+                f"strategy: meta_every={meta_every} must be at least 1 and burn_in={burn_in} at least 0"
+            )
         self.meta_every, self.burn_in = meta_every, burn_in
         self.num_skipped = 0
 
@@ -90,7 +96,9 @@ class Designed:
                 "give the problem a designer, or use strategy=fixed"
             )
 
-    def next_task(self, problem: Problem, streams: Streams, optimizer: Optimizer, budget: Budget) -> Proposal:
+    def next_task(
+        self, problem: Problem, streams: Streams, optimizer: Optimizer, budget: Budget
+    ) -> Proposal:
         record: dict[str, float] = {}
         if self.updates_at(budget.steps):
             with budget.timed("designer"):
@@ -104,7 +112,9 @@ class Designed:
         """Whether the designer is updated before this step."""
         return step >= self.burn_in and step % self.meta_every == 0
 
-    def update_designer(self, problem: Problem, streams: Streams, optimizer: Optimizer, budget: Budget) -> dict[str, float]:
+    def update_designer(
+        self, problem: Problem, streams: Streams, optimizer: Optimizer, budget: Budget
+    ) -> dict[str, float]:
         """`attempt_update`, or a count of those that failed."""
         try:
             return self.attempt_update(problem, streams, optimizer, budget)
@@ -112,7 +122,9 @@ class Designed:
             self.num_skipped += 1
             return {"skipped_updates": float(self.num_skipped)}
 
-    def attempt_update(self, problem: Problem, streams: Streams, optimizer: Optimizer, budget: Budget) -> dict[str, float]:
+    def attempt_update(
+        self, problem: Problem, streams: Streams, optimizer: Optimizer, budget: Budget
+    ) -> dict[str, float]:
         """One update of phi, charged to the budget, and its record; raises NonFiniteError, with phi as it was, where it cannot be had."""
         raise NotImplementedError
 
@@ -140,7 +152,9 @@ class Learned(Designed):
     ) -> None:
         super().__init__(meta_every, burn_in)
         self.estimator = estimator or OneStep()
-        self.make_optimizer = optimizer or (lambda parameters: torch.optim.Adam(parameters, lr=2e-4))
+        self.make_optimizer = optimizer or (
+            lambda parameters: torch.optim.Adam(parameters, lr=2e-4)
+        )
         self.max_norm = max_norm
         self.combination = combination or WeightedSum()
         self._solutions: dict[str, Params | None] = {}
@@ -149,7 +163,9 @@ class Learned(Designed):
         super().start(problem)
         self.optimizer = self.make_optimizer(params.named(problem.designer).values())
 
-    def update_designer(self, problem: Problem, streams: Streams, optimizer: Optimizer, budget: Budget) -> dict[str, float]:
+    def update_designer(
+        self, problem: Problem, streams: Streams, optimizer: Optimizer, budget: Budget
+    ) -> dict[str, float]:
         """One step of phi: heads, g_down on labelled batches, the product on unlabelled ones, the regularizer, the designer's optimizer."""
         num_skipped = self.num_skipped
         record = super().update_designer(problem, streams, optimizer, budget)
@@ -157,25 +173,38 @@ class Learned(Designed):
             self._solutions = {}  # what a failed update solved for is no place to start from
         return record
 
-    def attempt_update(self, problem: Problem, streams: Streams, optimizer: Optimizer, budget: Budget) -> dict[str, float]:
+    def attempt_update(
+        self, problem: Problem, streams: Streams, optimizer: Optimizer, budget: Budget
+    ) -> dict[str, float]:
         hypergradient, batch = self.hypergradient(problem, streams, optimizer, budget)
         budget.charge(grad_evals=hypergradient.grad_evals)
         regularizer = self._descend(problem, hypergradient, batch)
-        return {"value": hypergradient.value, "regularizer": regularizer, **hypergradient.diagnostics}
+        return {
+            "value": hypergradient.value,
+            "regularizer": regularizer,
+            **hypergradient.diagnostics,
+        }
 
-    def hypergradient(self, problem: Problem, streams: Streams, optimizer: Optimizer, budget: Budget) -> tuple[Hypergradient, Any]:
+    def hypergradient(
+        self, problem: Problem, streams: Streams, optimizer: Optimizer, budget: Budget
+    ) -> tuple[Hypergradient, Any]:
         """The estimate and an unlabelled batch that it was made on."""
         with budget.timed("data"):
             unlabelled = [next(streams.meta) for _ in range(self.estimator.num_batches)]
             labelled = next(streams.feedback)
         feedback = feedback_on(problem, labelled)
         combined = self.combination(feedback, unlabelled)
-        estimates = {name: self._estimate(name, pair, feedback, optimizer) for name, pair in combined.pairs.items()}
+        estimates = {
+            name: self._estimate(name, pair, feedback, optimizer)
+            for name, pair in combined.pairs.items()
+        }
         self._solutions = {name: estimate.solution for name, estimate in estimates.items()}
         return combined.mean(estimates), unlabelled[0]
 
     @phase("product")
-    def _estimate(self, name: str, pair: Pair, feedback: Feedback, optimizer: Optimizer) -> Hypergradient:
+    def _estimate(
+        self, name: str, pair: Pair, feedback: Feedback, optimizer: Optimizer
+    ) -> Hypergradient:
         problem, aligned = feedback.problem, feedback.aligned
         live = params.named(problem.learner)
         return self.estimator(
@@ -183,7 +212,9 @@ class Learned(Designed):
             self.outer_loss(pair.outer_loss, aligned),
             aligned,
             params.named(problem.designer),
-            update=from_torch(optimizer, {name: live[name] for name in aligned}) if self.estimator.needs_update else None,
+            update=from_torch(optimizer, {name: live[name] for name in aligned})
+            if self.estimator.needs_update
+            else None,
             start=self._solutions.get(name),
         )
 
@@ -195,19 +226,33 @@ class Learned(Designed):
     def _descend(self, problem: Problem, hypergradient: Hypergradient, batch: Any) -> float:
         phi = params.named(problem.designer)
         self.optimizer.zero_grad(set_to_none=True)
-        regularizer = problem.regularizer(functional_call(problem.designer, ranks.enter(phi), (batch,)))
+        regularizer = problem.regularizer(
+            functional_call(problem.designer, ranks.enter(phi), (batch,))
+        )
         if regularizer is not None:
             regularizer.backward()
         for name, p in phi.items():
-            p.grad = hypergradient.by_phi[name] if p.grad is None else p.grad + hypergradient.by_phi[name]
+            p.grad = (
+                hypergradient.by_phi[name]
+                if p.grad is None
+                else p.grad + hypergradient.by_phi[name]
+            )
         norm = torch.nn.utils.clip_grad_norm_(phi.values(), self.max_norm)
-        if not torch.isfinite(norm):  # the hypergradient is finite: it is the regularizer, through what the designer made
-            raise NonFiniteError(f"the gradient of the designer's regularizer is not finite (norm {float(norm):.3g})")
+        if not torch.isfinite(
+            norm
+        ):  # the hypergradient is finite: it is the regularizer, through what the designer made
+            raise NonFiniteError(
+                f"the gradient of the designer's regularizer is not finite (norm {float(norm):.3g})"
+            )
         self.optimizer.step()
         return 0.0 if regularizer is None else float(ranks.leave(regularizer.detach()))
 
     def state_dict(self) -> dict[str, Any]:
-        return {**super().state_dict(), "optimizer": self.optimizer.state_dict(), "solutions": self._solutions}
+        return {
+            **super().state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "solutions": self._solutions,
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         super().load_state_dict(state)
@@ -231,7 +276,9 @@ def feedback_on(problem: Problem, labelled: Any) -> Feedback:
     with phase("heads"):
         problem.fit_heads()
     theta = params.detach(params.named(problem.learner))
-    return Feedback(problem, theta, {name: theta[name] for name in aligned_names(problem, theta)}, labelled)
+    return Feedback(
+        problem, theta, {name: theta[name] for name in aligned_names(problem, theta)}, labelled
+    )
 
 
 def aligned_names(problem: Problem, theta: Params) -> list[str]:
@@ -239,6 +286,10 @@ def aligned_names(problem: Problem, theta: Params) -> list[str]:
     names = list(problem.aligned_parameters())
     unknown = [name for name in names if name not in theta]
     if unknown or not names:
-        what = f"names {unknown[0]!r}, which is no parameter of the learner" if unknown else "is empty"
-        raise MetaVPTError(f"{type(problem).__name__}.aligned_parameters {what}; the learner's begin with {', '.join(list(theta)[:3])}")
+        what = (
+            f"names {unknown[0]!r}, which is no parameter of the learner" if unknown else "is empty"
+        )
+        raise MetaVPTError(
+            f"{type(problem).__name__}.aligned_parameters {what}; the learner's begin with {', '.join(list(theta)[:3])}"
+        )
     return names

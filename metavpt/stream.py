@@ -21,7 +21,13 @@ class Stream:
     `share(rank, size)` where it has one, by cutting whole batches otherwise. The position does not depend on how many there are.
     """
 
-    def __init__(self, source: Callable[[int], Iterable[Any]], seed: int, name: str = "stream", timeout: float = TIMEOUT) -> None:
+    def __init__(
+        self,
+        source: Callable[[int], Iterable[Any]],
+        seed: int,
+        name: str = "stream",
+        timeout: float = TIMEOUT,
+    ) -> None:
         self.source, self.seed, self.name, self.timeout = source, seed, name, timeout
         self.epoch = 0
         self.position = 0
@@ -36,7 +42,9 @@ class Stream:
             batch = self._draw(self._batches)
         except StopIteration:
             if self.position == 0:
-                raise MetaVPTError(f"{self.name}: the source is empty, it gave no batch at all") from None
+                raise MetaVPTError(
+                    f"{self.name}: the source is empty, it gave no batch at all"
+                ) from None
             self.epoch, self.position = self.epoch + 1, 0
             self._batches = self._begin()
             return next(self)

@@ -23,7 +23,17 @@ from metavpt.numerals import number
 from metavpt.report import read_log, series_of
 
 # where a run stood and who watched it
-NOT_WHAT_RAN = {"runs", "output", "resume", "minimise", "tracker", "device", "devices", "nodes", "parallel"}
+NOT_WHAT_RAN = {
+    "runs",
+    "output",
+    "resume",
+    "minimise",
+    "tracker",
+    "device",
+    "devices",
+    "nodes",
+    "parallel",
+}
 
 Row = dict[str, str | float | None]
 
@@ -43,12 +53,16 @@ class Objective:
         objective = cls(text.removeprefix("-"), -1 if text.startswith("-") else 1)
         if sign(objective.metric) == objective.factor:
             right = objective.metric if objective.factor < 0 else f"-{text}"
-            raise MetaVPTError(f"minimise={text} would look for the worst run; write minimise={right}")
+            raise MetaVPTError(
+                f"minimise={text} would look for the worst run; write minimise={right}"
+            )
         return objective
 
     def __call__(self, metrics: Mapping[str, float]) -> float:
         if self.metric not in metrics:
-            raise MetaVPTError(f"minimise={self.metric}: no such metric; known: {', '.join(metrics)}")
+            raise MetaVPTError(
+                f"minimise={self.metric}: no such metric; known: {', '.join(metrics)}"
+            )
         return self.factor * metrics[self.metric]
 
 
@@ -58,9 +72,13 @@ class Job:
 
     number: int
     overrides: list[str]
-    groups: list[str]  # the configuration groups, told from other keys by nothing in the overrides themselves
+    groups: list[
+        str
+    ]  # the configuration groups, told from other keys by nothing in the overrides themselves
     value: float | None  # None: no objective, or not finite
-    failed: bool = False  # the run diverged or ran out of memory: of its metrics only the first ones are known
+    failed: bool = (
+        False  # the run diverged or ran out of memory: of its metrics only the first ones are known
+    )
 
     def write(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -76,13 +94,23 @@ class Sweep(Callback):
             value = job_return._return_value  # the property would raise what the job raised
             finite = isinstance(value, float) and math.isfinite(value)
             groups = [str(group) for group in hydra.runtime.choices]
-            job = Job(hydra.job.num, list(hydra.overrides.task), groups, value if finite else None, failed=value == math.inf)
+            job = Job(
+                hydra.job.num,
+                list(hydra.overrides.task),
+                groups,
+                value if finite else None,
+                failed=value == math.inf,
+            )
             job.write(Path(hydra.runtime.output_dir))
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
         folder = Path(config.hydra.sweep.dir)
-        jobs = [(Job(**json.loads(path.read_text())), path.parent) for path in folder.glob("*/job.json")]
-        jobs.sort(key=lambda pair: (math.inf if pair[0].value is None else pair[0].value, pair[0].number))
+        jobs = [
+            (Job(**json.loads(path.read_text())), path.parent) for path in folder.glob("*/job.json")
+        ]
+        jobs.sort(
+            key=lambda pair: (math.inf if pair[0].value is None else pair[0].value, pair[0].number)
+        )
         rows = _rows(jobs)
         write_table(folder, rows)
         console = Console()
@@ -102,8 +130,14 @@ def write_table(folder: Path, rows: Sequence[Row]) -> None:
         writer = csv.DictWriter(file, names)
         writer.writeheader()
         writer.writerows(rows)
-    lines = [names, ["---"] * len(names), *([_cell(row.get(name)) for name in names] for row in rows)]
-    (folder / "table.md").write_text("".join(f"| {' | '.join(cell.replace('|', '/') for cell in line)} |\n" for line in lines))
+    lines = [
+        names,
+        ["---"] * len(names),
+        *([_cell(row.get(name)) for name in names] for row in rows),
+    ]
+    (folder / "table.md").write_text(
+        "".join(f"| {' | '.join(cell.replace('|', '/') for cell in line)} |\n" for line in lines)
+    )
 
 
 def rich_table(rows: Sequence[Row]) -> Table:
@@ -133,7 +167,9 @@ def experiment(job: Job) -> str:
         if key == "experiment":
             parents += value if isinstance(value, list) else [value]
         elif key in job.groups:
-            (parents if override.is_add() else chosen).append({f"/{key}" if override.is_add() else f"override /{key}": value})
+            (parents if override.is_add() else chosen).append(
+                {f"/{key}" if override.is_add() else f"override /{key}": value}
+            )
         elif override.is_delete():
             left_out.append(override.input_line)
         else:
@@ -154,7 +190,12 @@ def _rows(jobs: Sequence[tuple[Job, Path]]) -> list[Row]:
     keys = list(dict.fromkeys(key for setting in settings for key in setting))
     swept = [key for key in keys if len({setting.get(key) for setting in settings}) > 1]
     return [
-        {"job": job.number, **{key: setting.get(key) for key in swept}, "objective": job.value, **_outcome(job, folder)}
+        {
+            "job": job.number,
+            **{key: setting.get(key) for key in swept},
+            "objective": job.value,
+            **_outcome(job, folder),
+        }
         for (job, folder), setting in zip(jobs, settings, strict=True)
     ]
 

@@ -18,11 +18,34 @@ from metavpt.errors import MetaVPTError
 from metavpt.metrics import sign
 from metavpt.numerals import number, with_error
 from metavpt.results import Result
-from metavpt.statistics import LEVEL, MAX_RANGE_SEEDS, Mean, Paired, mean_se, paired, range_coverage, smallest_p
+from metavpt.statistics import (
+    LEVEL,
+    MAX_RANGE_SEEDS,
+    Mean,
+    Paired,
+    mean_se,
+    paired,
+    range_coverage,
+    smallest_p,
+)
 
 STEP0 = "step 0"
 MIB = 2**20
-COLUMNS = ("row", "metric", "block", "mean", "se", "seeds", "difference", "low", "high", "p", "wins", "n", "verdict")  # of the CSV
+COLUMNS = (
+    "row",
+    "metric",
+    "block",
+    "mean",
+    "se",
+    "seeds",
+    "difference",
+    "low",
+    "high",
+    "p",
+    "wins",
+    "n",
+    "verdict",
+)  # of the CSV
 STYLES = {"better": "green", "worse": "red"}
 
 Values = dict[str, dict[str, dict[int, float]]]  # row -> metric -> seed -> value
@@ -74,7 +97,9 @@ class Table:
         self.rows = [STEP0, *dict.fromkeys(result.row for result in results)]
         self.values = _values(results)
         self.has_reference = any(self.values.get(reference, {}).values())
-        names = list(dict.fromkeys(name for by_metric in self.values.values() for name in by_metric))
+        names = list(
+            dict.fromkeys(name for by_metric in self.values.values() for name in by_metric)
+        )
         self.steered = _steered(results, names)
         everywhere = set().union(*self.steered.values())
         self.metrics = [name for name in names if name in everywhere]
@@ -87,24 +112,52 @@ class Table:
         """`row` minus `other` on the seeds that both have; None where there is none."""
         a, b = (self.values.get(name, {}).get(metric, {}) for name in (row, other))
         seeds = sorted(a.keys() & b.keys())
-        return paired([a[seed] for seed in seeds], [b[seed] for seed in seeds], sign(metric)) if seeds else None
+        return (
+            paired([a[seed] for seed in seeds], [b[seed] for seed in seeds], sign(metric))
+            if seeds
+            else None
+        )
 
     def cost(self, row: str) -> Cost:
-        finished = {result.seed: result for result in self.results if result.row == row and result.error is None}
+        finished = {
+            result.seed: result
+            for result in self.results
+            if result.row == row and result.error is None
+        }
         if not finished:
             return Cost(0)
         steps, samples, grad_evals, seconds, memory = (
             fmean(getattr(result, unit) for result in finished.values())
             for unit in ("steps", "samples", "grad_evals", "seconds", "peak_memory")
         )
-        others = {result.seed: result for result in self.results if result.row == self.reference and result.error is None}
-        ratios = [finished[seed].samples_per_s / others[seed].samples_per_s for seed in finished.keys() & others if others[seed].samples]
-        return Cost(len(finished), steps, samples, grad_evals, seconds, memory / MIB or None, fmean(ratios) if ratios else None)
+        others = {
+            result.seed: result
+            for result in self.results
+            if result.row == self.reference and result.error is None
+        }
+        ratios = [
+            finished[seed].samples_per_s / others[seed].samples_per_s
+            for seed in finished.keys() & others
+            if others[seed].samples
+        ]
+        return Cost(
+            len(finished),
+            steps,
+            samples,
+            grad_evals,
+            seconds,
+            memory / MIB or None,
+            fmean(ratios) if ratios else None,
+        )
 
     def sections(self) -> list[Section]:
         """Steered metrics, side effects, cost; each line begins with the name of its row."""
         steered = [self._metric_section(name) for name in self.metrics]
-        return [*steered, *(self._metric_section(name, "side effect: ") for name in self.side_effects), self._cost_section()]
+        return [
+            *steered,
+            *(self._metric_section(name, "side effect: ") for name in self.side_effects),
+            self._cost_section(),
+        ]
 
     def rich(self) -> Group:
         """For a terminal of 100 columns. A difference whose interval excludes zero is green or red."""
@@ -112,9 +165,16 @@ class Table:
         for section in self.sections():
             made = RichTable(box=None, header_style="dim", pad_edge=False)
             for i, name in enumerate(section.header):
-                made.add_column(name, justify="right" if i else "left", no_wrap=i > 0, overflow="fold")
+                made.add_column(
+                    name, justify="right" if i else "left", no_wrap=i > 0, overflow="fold"
+                )
             for line, verdict in zip(section.lines, section.verdicts, strict=True):
-                made.add_row(*(Text(text, STYLES.get(verdict, "") if i == 2 else "") for i, text in enumerate(line)))
+                made.add_row(
+                    *(
+                        Text(text, STYLES.get(verdict, "") if i == 2 else "")
+                        for i, text in enumerate(line)
+                    )
+                )
             parts += [Text(section.title, "bold"), made, Text()]
         parts += [Text(f"warning: {warning}", "yellow") for warning in self.warnings]
         return Group(*parts, *(Text(note, "dim") for note in self.notes))
@@ -124,8 +184,14 @@ class Table:
         for section in self.sections():
             rule = ["---", *["---:"] * (len(section.header) - 1)]
             lines = [section.header, rule, *section.lines]
-            parts.append(f"**{_escaped(section.title)}**\n\n" + "\n".join(f"| {' | '.join(map(_escaped, line))} |" for line in lines))
-        closing = [*(f"- **Warning:** {_escaped(text)}" for text in self.warnings), *(f"- {_escaped(note)}" for note in self.notes)]
+            parts.append(
+                f"**{_escaped(section.title)}**\n\n"
+                + "\n".join(f"| {' | '.join(map(_escaped, line))} |" for line in lines)
+            )
+        closing = [
+            *(f"- **Warning:** {_escaped(text)}" for text in self.warnings),
+            *(f"- {_escaped(note)}" for note in self.notes),
+        ]
         return "\n\n".join([*parts, "\n".join(closing)]).rstrip() + "\n"
 
     def csv(self) -> str:
@@ -155,24 +221,52 @@ class Table:
         return Cell(mean_se(list(values.values())) if values else None, compared)
 
     def _metric_section(self, metric: str, prefix: str = "") -> Section:
-        direction = {-1: "lower is better", 1: "higher is better", 0: "lower or higher may be better"}[sign(metric)]
-        against = [f"minus {self.reference}", f"{LEVEL:.0%} interval", "p", "wins"] if self.has_reference else []
+        direction = {
+            -1: "lower is better",
+            1: "higher is better",
+            0: "lower or higher may be better",
+        }[sign(metric)]
+        against = (
+            [f"minus {self.reference}", f"{LEVEL:.0%} interval", "p", "wins"]
+            if self.has_reference
+            else []
+        )
         lines, verdicts = [], []
         for row in self.rows:
             mean, compared = self.cells[row, metric]
             lines.append([row, _mean(mean), *(_compared(compared) if against else [])])
             verdicts.append(compared.verdict if compared else "unclear")
-        return Section(f"{prefix}{metric} ({direction})", ["row", "mean ± s.e.", *against], lines, verdicts)
+        return Section(
+            f"{prefix}{metric} ({direction})", ["row", "mean ± s.e.", *against], lines, verdicts
+        )
 
     def _cost_section(self) -> Section:
         relative = f", throughput relative to {self.reference}" if self.has_reference else ""
-        header = ["row", "seeds", "steps", "samples", "grad. evals", "seconds", "peak MiB", *(["throughput"] if relative else [])]
+        header = [
+            "row",
+            "seeds",
+            "steps",
+            "samples",
+            "grad. evals",
+            "seconds",
+            "peak MiB",
+            *(["throughput"] if relative else []),
+        ]
         lines = []
         for row in self.rows[1:]:
             cost = self.cost(row)
             counts = [_count(value) for value in (cost.steps, cost.samples, cost.grad_evals)]
             throughput = [number(cost.throughput)] if relative else []
-            lines.append([row, str(cost.seeds), *counts, _count(cost.seconds, 1), _count(cost.peak_mib), *throughput])
+            lines.append(
+                [
+                    row,
+                    str(cost.seeds),
+                    *counts,
+                    _count(cost.seconds, 1),
+                    _count(cost.peak_mib),
+                    *throughput,
+                ]
+            )
         return Section(f"cost (mean over seeds{relative})", header, lines, ["unclear"] * len(lines))
 
     def _warnings(self) -> Iterator[str]:
@@ -191,7 +285,11 @@ class Table:
             if result.error is not None:
                 yield f"{result.row} failed on seed {result.seed}: {' '.join(result.error.split())}"
             for row, values in ((STEP0, result.step0), (result.row, result.metrics)):
-                lost = [f"{name} is {value}" for name, value in values.items() if not math.isfinite(value)]
+                lost = [
+                    f"{name} is {value}"
+                    for name, value in values.items()
+                    if not math.isfinite(value)
+                ]
                 if lost:
                     yield f"{row}, seed {result.seed}: left out, since {', '.join(lost)}"
         yield from self._uneven_starts()
@@ -207,7 +305,9 @@ class Table:
             f"Differences are to {self.reference} on the seeds that both have: {LEVEL:.0%} bootstrap interval, two-sided sign-flip test, "
             "not corrected for the number of rows and metrics; a tie is half a win."
         )
-        yield from map(_strength, sorted({cell.paired.n for cell in self.cells.values() if cell.paired} - {1}))
+        yield from map(
+            _strength, sorted({cell.paired.n for cell in self.cells.values() if cell.paired} - {1})
+        )
 
     def _uneven_starts(self) -> Iterator[str]:
         """The rows of a seed begin at the same learner, so they have the same step 0."""

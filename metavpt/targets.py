@@ -13,7 +13,15 @@ from omegaconf import DictConfig, OmegaConf
 
 from metavpt.errors import MetaVPTError
 
-ALLOWED = ("metavpt", "torch.optim", "torch.nn", "torchvision.transforms", "kornia", "timm.optim", "timm.layers")
+ALLOWED = (
+    "metavpt",
+    "torch.optim",
+    "torch.nn",
+    "torchvision.transforms",
+    "kornia",
+    "timm.optim",
+    "timm.layers",
+)
 INSTALLED = {"site-packages", "dist-packages"}
 
 
@@ -39,7 +47,9 @@ def check_targets(config: DictConfig, also: Sequence[str] = ()) -> None:
 def asked_for() -> list[str]:
     """The packages in allow_targets=[...] of the command line: a file that asks for it itself is not heard."""
     found: list[str] = []
-    for override in OverridesParser.create().parse_overrides(list(HydraConfig.get().overrides.task)):
+    for override in OverridesParser.create().parse_overrides(
+        list(HydraConfig.get().overrides.task)
+    ):
         if override.key_or_group == "allow_targets":
             value: Any = override.value()
             found = [str(name) for name in value] if isinstance(value, list) else [str(value)]
@@ -80,6 +90,10 @@ def _is_own(name: str) -> bool:
     except (ImportError, ValueError):
         return False
     places = [*(spec.submodule_search_locations or []), spec.origin] if spec else []
-    files = [Path(place) for place in places if place not in (None, "built-in", "frozen", "namespace")]
+    files = [
+        Path(place) for place in places if place not in (None, "built-in", "frozen", "namespace")
+    ]
     library = Path(sysconfig.get_path("stdlib")).resolve()
-    return bool(files) and not any(INSTALLED & set(file.parts) or library in file.resolve().parents for file in files)
+    return bool(files) and not any(
+        INSTALLED & set(file.parts) or library in file.resolve().parents for file in files
+    )

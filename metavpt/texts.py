@@ -38,7 +38,10 @@ class Texts(NamedTuple):
     def parse(cls, state: Mapping[str, Any]) -> "Texts":
         """From what JSON made of `_asdict()`: lists for tuples."""
         passages = [
-            [Token(text, gate, [Candidate(*candidate) for candidate in candidates], *rest) for text, gate, candidates, *rest in passage]
+            [
+                Token(text, gate, [Candidate(*candidate) for candidate in candidates], *rest)
+                for text, gate, candidates, *rest in passage
+            ]
             for passage in state["passages"]
         ]
         return cls(passages, [Answer(*answer) for answer in state["answers"]])

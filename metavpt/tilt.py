@@ -51,11 +51,19 @@ class Tilt(Greedy):
         self.gate, self.tau, self.ema = gate, tau, ema
         self.derivative = derivative or ForwardMode()
 
-    def propose(self, problem: Problem, batch: Any, theta: Params, w: Params, budget: Budget) -> Proposal:
+    def propose(
+        self, problem: Problem, batch: Any, theta: Params, w: Params, budget: Budget
+    ) -> Proposal:
         plain = self.without_feedback(problem, batch)
-        return plain._replace(task=problem.tilt(theta, plain.task, w, self.gate, self.tau, self.num_candidates, self.derivative))
+        return plain._replace(
+            task=problem.tilt(
+                theta, plain.task, w, self.gate, self.tau, self.num_candidates, self.derivative
+            )
+        )
 
-    def _refresh(self, problem: Problem, streams: Streams, budget: Budget) -> tuple[Params | None, dict[str, float]]:
+    def _refresh(
+        self, problem: Problem, streams: Streams, budget: Budget
+    ) -> tuple[Params | None, dict[str, float]]:
         """The moving average with a new g_down in it; a non-finite one changes nothing."""
         fresh, record = super()._refresh(problem, streams, budget)
         if fresh is None or self._g_down is None:
@@ -71,7 +79,15 @@ class RandomTilt(Tilt):
         super().__init__(*args, **options)
         self.generator = torch.Generator().manual_seed(seed)
 
-    def _direction(self, problem: Problem, batch: Any, theta: Params, aligned: Params, optimizer: Optimizer, budget: Budget) -> Params:
+    def _direction(
+        self,
+        problem: Problem,
+        batch: Any,
+        theta: Params,
+        aligned: Params,
+        optimizer: Optimizer,
+        budget: Budget,
+    ) -> Params:
         w = super()._direction(problem, batch, theta, aligned, optimizer, budget)
         noise = params.zip_with(self._draw, w)
         return params.scale(noise, params.norm(w) / params.norm(noise))

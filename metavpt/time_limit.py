@@ -14,7 +14,11 @@ def time_limit(seconds: float, message: str) -> Iterator[None]:
 
     It rests on SIGALRM, which reaches a main thread alone and not Windows: elsewhere there is no limit.
     """
-    if not seconds or not hasattr(signal, "SIGALRM") or threading.current_thread() is not threading.main_thread():
+    if (
+        not seconds
+        or not hasattr(signal, "SIGALRM")
+        or threading.current_thread() is not threading.main_thread()
+    ):
         yield
         return
 

@@ -56,16 +56,22 @@ class TensorBoard:
         """The writer. Opened by the first step, because a resumed run hides what an earlier process wrote from there on."""
         if self._writer is None:
             self._writer = self._module.SummaryWriter(str(self._folder), purge_step=step)
-            self._writer.add_text("config", f"```yaml\n{yaml.safe_dump(self._config, sort_keys=False)}```", step)
+            self._writer.add_text(
+                "config", f"```yaml\n{yaml.safe_dump(self._config, sort_keys=False)}```", step
+            )
         return self._writer
 
 
 class WandB:
     """Weights & Biases, offline in <run folder>/wandb; `wandb sync` sends such a folder, `mode: online` sends as the run goes."""
 
-    def __init__(self, project: str = "metavpt", entity: str | None = None, mode: str = "offline") -> None:
+    def __init__(
+        self, project: str = "metavpt", entity: str | None = None, mode: str = "offline"
+    ) -> None:
         if mode != "online":
-            os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # read on import: its crash reports go out even when offline
+            os.environ.setdefault(
+                "WANDB_ERROR_REPORTING", "false"
+            )  # read on import: its crash reports go out even when offline
         self._wandb = _required("wandb", "wandb")
         self.project, self.entity, self.mode = project, entity, mode
 
@@ -126,26 +132,34 @@ class MLflow:
 
     def __init__(self, uri: str | None = None, experiment: str = "metavpt") -> None:
         os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")  # read on import
-        os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")  # MLflow 3.7 and later ask for this before they write plain files
+        os.environ.setdefault(
+            "MLFLOW_ALLOW_FILE_STORE", "true"
+        )  # MLflow 3.7 and later ask for this before they write plain files
         self._mlflow = _required("mlflow", "mlflow")
         self.uri, self.experiment = uri, experiment
 
     def start(self, config: dict[str, Any], folder: Path) -> None:
         self._client = self._mlflow.MlflowClient(self.uri or (folder / "mlflow").resolve().as_uri())
         known = self._client.get_experiment_by_name(self.experiment)
-        experiment = known.experiment_id if known else self._client.create_experiment(self.experiment)
+        experiment = (
+            known.experiment_id if known else self._client.create_experiment(self.experiment)
+        )
         identity = _identity(folder)
         found = self._client.search_runs([experiment], f"tags.metavpt_run = '{identity}'")
         if found:
             self._id = found[0].info.run_id
             self._client.update_run(self._id, status="RUNNING")
             return
-        self._id = self._client.create_run(experiment, run_name=_name(folder), tags={"metavpt_run": identity}).info.run_id
+        self._id = self._client.create_run(
+            experiment, run_name=_name(folder), tags={"metavpt_run": identity}
+        ).info.run_id
         self._client.log_dict(self._id, config, "config.yaml")
 
     def log(self, step: int, values: dict[str, float]) -> None:
         now = int(time.time() * 1000)
-        metrics = [self._mlflow.entities.Metric(name, value, now, step) for name, value in values.items()]
+        metrics = [
+            self._mlflow.entities.Metric(name, value, now, step) for name, value in values.items()
+        ]
         self._client.log_batch(self._id, metrics=metrics, synchronous=True)
 
     def figure(self, name: str, step: int, pixels: np.ndarray) -> None:
@@ -159,7 +173,9 @@ def _required(module: str, extra: str) -> ModuleType:
     try:
         return importlib.import_module(module)
     except ImportError as error:
-        raise MetaVPTError(f"tracker={extra}: its package cannot be imported ({error}); pip install 'metavpt[{extra}]'") from None
+        raise MetaVPTError(
+            f"tracker={extra}: its package cannot be imported ({error}); pip install 'metavpt[{extra}]'"
+        ) from None
 
 
 def _name(folder: Path) -> str:

@@ -26,7 +26,13 @@ from metavpt.watch import Watch
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
 
-MISMATCH = (RuntimeError, KeyError, ValueError, AttributeError, TypeError)  # what loading the state of another model raises
+MISMATCH = (
+    RuntimeError,
+    KeyError,
+    ValueError,
+    AttributeError,
+    TypeError,
+)  # what loading the state of another model raises
 
 
 class Trainer:
@@ -74,20 +80,34 @@ class Trainer:
         compile: str | None = None,
         fabric: "Fabric | None" = None,
     ) -> None:
-        self.problem, self.strategy, self.budget, self.log, self.checkpoints = problem, strategy, budget, log, checkpoints
+        self.problem, self.strategy, self.budget, self.log, self.checkpoints = (
+            problem,
+            strategy,
+            budget,
+            log,
+            checkpoints,
+        )
         self.schedule = schedule or WarmupCosine()
         self.head_warmup_steps, self.head_warmup_lr = head_warmup_steps, head_warmup_lr
-        self.log_every, self.probe_every, self.checkpoint_every = log_every, probe_every, checkpoint_every
+        self.log_every, self.probe_every, self.checkpoint_every = (
+            log_every,
+            probe_every,
+            checkpoint_every,
+        )
         self.first_order_every, self.dry_run, self.clip_norm = first_order_every, dry_run, clip_norm
         self.failures = Failures(max_failures, log.folder)
         self.watch, self.stop = Watch(), StopRequest()
         self.metrics: dict[str, float] = {}  # of the last measurement
-        self.execution = Execution(problem, fabric, accumulate, recompute, compile)  # first: sharding makes other parameters of them
+        self.execution = Execution(
+            problem, fabric, accumulate, recompute, compile
+        )  # first: sharding makes other parameters of them
         strategy.start(problem)
         groups = parameter_groups(problem, weight_decay)
         self.optimizer = optimizer(groups) if optimizer else torch.optim.AdamW(groups, lr=1e-4)
         self.peak_lr = [group["lr"] for group in self.optimizer.param_groups]
-        self._draw_from(1_000_000 * seed, data_timeout)  # a stream takes one more seed for every pass: room for 300,000 passes
+        self._draw_from(
+            1_000_000 * seed, data_timeout
+        )  # a stream takes one more seed for every pass: room for 300,000 passes
 
     def _draw_from(self, first: int, timeout: float) -> None:
         """The streams and the first-order probe, with seeds from `first` on."""
@@ -102,7 +122,9 @@ class Trainer:
     def run(self) -> None:
         """From where the run stands to the end of the budget; step 0 is measured before anything is trained."""
         if self.dry_run:
-            raise MetaVPTError("trainer.dry_run=true: this run is only to be described, which python -m metavpt.run does")
+            raise MetaVPTError(
+                "trainer.dry_run=true: this run is only to be described, which python -m metavpt.run does"
+            )
         if self.budget.exhausted:
             return  # resumed at its very end, which is measured and saved
         if self.budget.steps == 0 and not self.metrics:
@@ -146,7 +168,9 @@ class Trainer:
         try:
             self.load_state_dict(state)
         except MISMATCH as error:
-            raise MetaVPTError(f"{path}: is the checkpoint of another model or configuration ({_brief(error)})") from error
+            raise MetaVPTError(
+                f"{path}: is the checkpoint of another model or configuration ({_brief(error)})"
+            ) from error
         for line in unreadable:
             self.log.warn(self.budget.steps, f"{line}; this run goes on from {path.name}")
 
@@ -158,7 +182,9 @@ class Trainer:
             self.log.save_figures(self.budget.steps, self.problem.figures())
             self.log.save_texts(self.budget.steps, self.problem.texts())
             if signs := self.problem.vital_signs():
-                self.log.write("watch", self.budget.steps, **{name: sign.value for name, sign in signs.items()})
+                self.log.write(
+                    "watch", self.budget.steps, **{name: sign.value for name, sign in signs.items()}
+                )
             for line in self.watch(signs):
                 self.log.warn(self.budget.steps, line)
 
@@ -167,8 +193,13 @@ class Trainer:
         self._schedule()  # first: strategies read the learning rate that the coming step will have
         self.failures.prepare(lambda: sharding.gathered(self.state_dict()))
         self.optimizer.zero_grad(set_to_none=True)
-        with self.execution.eager(), untouched(self.problem.learner, f"{type(self.strategy).__name__}.next_task"):
-            proposal = self.strategy.next_task(self.problem, self.streams, self.optimizer, self.budget)
+        with (
+            self.execution.eager(),
+            untouched(self.problem.learner, f"{type(self.strategy).__name__}.next_task"),
+        ):
+            proposal = self.strategy.next_task(
+                self.problem, self.streams, self.optimizer, self.budget
+            )
         self.failures.count_update(proposal.record, proposal.task)
         with self.budget.timed("learner"):
             loss = self.execution.backward(proposal)
@@ -205,7 +236,10 @@ class Trainer:
 
     def _skip(self, task: Any, loss: torch.Tensor, grad_norm: torch.Tensor) -> None:
         what = "" if trees.is_finite(task) else ", and the designer's task is not finite either"
-        self.log.warn(self.budget.steps, f"step skipped: loss {float(loss):.4g}, gradient norm {float(grad_norm):.4g}{what}")
+        self.log.warn(
+            self.budget.steps,
+            f"step skipped: loss {float(loss):.4g}, gradient norm {float(grad_norm):.4g}{what}",
+        )
         self.execution.skip_step()
         self.failures.count_step(task, loss, grad_norm)
 
@@ -218,7 +252,9 @@ class Trainer:
     def _after_step(self, before: Before | None) -> None:
         if before is not None:
             with self.budget.timed("probe"), self.execution.eager():
-                self.log.write("first_order", self.budget.steps + 1, **self.first_order.after(before))
+                self.log.write(
+                    "first_order", self.budget.steps + 1, **self.first_order.after(before)
+                )
 
     def _log_train(self, loss: float, grad_norm: float) -> None:
         budget = self.budget
@@ -242,7 +278,9 @@ class Trainer:
             "optimizer": self.optimizer.state_dict(),
             "precision": self.execution.precision.state_dict(),
             "strategy": self.strategy.state_dict(),
-            "streams": {name: stream.state_dict() for name, stream in self.streams._asdict().items()},
+            "streams": {
+                name: stream.state_dict() for name, stream in self.streams._asdict().items()
+            },
             "budget": self.budget.state_dict(),
             "first_order": self.first_order.state_dict(),
             "log": self.log.state_dict(),
@@ -269,7 +307,10 @@ class Trainer:
     def _layout(self) -> dict[str, Any]:
         """Which parts of `state_dict` are sharded, and how: the optimizer, before its first step, by its parameters."""
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
-        return {"problem": self.problem.state_dict(), "optimizer": {"state": dict(enumerate(parameters))}}
+        return {
+            "problem": self.problem.state_dict(),
+            "optimizer": {"state": dict(enumerate(parameters))},
+        }
 
 
 def _brief(error: Exception) -> str:

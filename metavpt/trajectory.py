@@ -23,7 +23,9 @@ class Unroll:
 
     def __post_init__(self) -> None:
         if self.num_steps < 1:
-            raise MetaVPTError(f"{type(self).__name__}: num_steps={self.num_steps} must be at least 1")
+            raise MetaVPTError(
+                f"{type(self).__name__}: num_steps={self.num_steps} must be at least 1"
+            )
 
     @property
     def num_batches(self) -> int:
@@ -38,7 +40,9 @@ class Unroll:
         if self.optimizer is not None:
             return Update(self.optimizer, theta, self.optimizer.init(params.detach(theta)))
         if update is None:
-            raise MetaVPTError(f"{type(self).__name__}: needs an optimizer to unroll: set `optimizer`, or pass the learner's as `update`")
+            raise MetaVPTError(
+                f"{type(self).__name__}: needs an optimizer to unroll: set `optimizer`, or pass the learner's as `update`"
+            )
         return update
 
 
@@ -49,7 +53,9 @@ class Trajectory:
     With `offload` what is kept waits in the CPU's memory.
     """
 
-    def __init__(self, rule: Rule, theta: Params, state: State, segment: int, offload: bool = False) -> None:
+    def __init__(
+        self, rule: Rule, theta: Params, state: State, segment: int, offload: bool = False
+    ) -> None:
         self.rule, self.theta, self.state, self.segment = rule, theta, state, segment
         self.device = next(iter(theta.values())).device
         self.store = torch.device("cpu") if offload else self.device
@@ -81,4 +87,6 @@ def _to(params: Params, device: torch.device) -> Params:
 
 
 def _move(theta: Params, state: State, device: torch.device) -> tuple[Params, State]:
-    return _to(theta, device), State(state.num_steps, {name: _to(moments, device) for name, moments in state.moments.items()})
+    return _to(theta, device), State(
+        state.num_steps, {name: _to(moments, device) for name, moments in state.moments.items()}
+    )

@@ -16,7 +16,11 @@ def map_tensors(fn: Callable[[Tensor], Tensor], tree: Any) -> Any:
         if isinstance(value, Tensor):
             return fn(value)
         if dataclasses.is_dataclass(value) and not isinstance(value, type):
-            fields = {field.name: map_tensors(fn, getattr(value, field.name)) for field in dataclasses.fields(value) if field.init}
+            fields = {
+                field.name: map_tensors(fn, getattr(value, field.name))
+                for field in dataclasses.fields(value)
+                if field.init
+            }
             return dataclasses.replace(value, **fields)
         return value
 
@@ -36,7 +40,11 @@ def leaves(tree: Any) -> Iterator[Any]:
 def same(a: Any, b: Any) -> bool:
     """Whether two values are the same bit for bit; True for what cannot be compared."""
     if isinstance(a, Tensor) and isinstance(b, Tensor):
-        return a.shape == b.shape and a.dtype == b.dtype and torch.equal(a.nan_to_num(), b.nan_to_num())
+        return (
+            a.shape == b.shape
+            and a.dtype == b.dtype
+            and torch.equal(a.nan_to_num(), b.nan_to_num())
+        )
     if isinstance(a, (bool, int, float, str)) and isinstance(b, (bool, int, float, str)):
         return a == b or (a != a and b != b)  # NaN is the same as NaN
     return type(a) is type(b)
@@ -56,4 +64,6 @@ def tensors(tree: Any) -> list[Tensor]:
 
 def is_finite(tree: Any) -> bool:
     """Whether no tensor in `tree` holds NaN or an infinity."""
-    return all(bool(torch.isfinite(tensor).all()) for tensor in tensors(tree) if tensor.is_floating_point())
+    return all(
+        bool(torch.isfinite(tensor).all()) for tensor in tensors(tree) if tensor.is_floating_point()
+    )

@@ -31,7 +31,9 @@ class Watch:
             first = self.first.setdefault(name, sign.value)
             healthy = sign.low <= sign.value <= sign.high and sign.value >= sign.keep * first
             if not healthy:  # NaN too
-                found.append(f"{name} is {sign.value:.3g}, at first it was {first:.3g}: {sign.knob}")
+                found.append(
+                    f"{name} is {sign.value:.3g}, at first it was {first:.3g}: {sign.knob}"
+                )
         return found
 
     def state_dict(self) -> dict[str, Any]:
@@ -81,7 +83,9 @@ def outcome_signs(probs: Tensor) -> dict[str, Sign]:
     single = "all images get the same prototype; take problem.targets=sinkhorn, or raise problem.teacher_temperature"
     return {
         "output_entropy": Sign(spread.entropy, ""),
-        "output_information": Sign(spread.information, uniform if spread.entropy > 0.5 else single, keep=0.1),
+        "output_information": Sign(
+            spread.information, uniform if spread.entropy > 0.5 else single, keep=0.1
+        ),
     }
 
 

@@ -34,7 +34,9 @@ class HidingLearner(nn.Module):
         self.mask_token = nn.Parameter(torch.zeros(backbone.width))
 
     def forward(self, images: Tensor, hidden: Tensor) -> Tensor:
-        return self.backbone.tail(self.backbone.trunk(images, hidden=hidden, mask_token=self.mask_token)).patches
+        return self.backbone.tail(
+            self.backbone.trunk(images, hidden=hidden, mask_token=self.mask_token)
+        ).patches
 
 
 class Data2VecDense(DenseProblem):
@@ -57,7 +59,9 @@ class Data2VecDense(DenseProblem):
     ) -> None:
         self.learner = HidingLearner(backbone)
         self.teacher = Teacher(backbone)
-        self.designer = designer(recipe(mean=backbone.mean, std=backbone.std), backbone.patch_size, backbone.width)
+        self.designer = designer(
+            recipe(mean=backbone.mean, std=backbone.std), backbone.patch_size, backbone.width
+        )
         self.teacher_momentum = teacher_momentum
         super().__init__(backbone, **dense)
 
@@ -72,29 +76,50 @@ class Data2VecDense(DenseProblem):
 
     def parts(self, task: FeatureTask, num_parts: int) -> list[FeatureTask]:
         """The network is no part of the batch, whatever its shape."""
-        return [part._replace(phi=task.phi) for part in super().parts(task._replace(phi={}), num_parts)]
+        return [
+            part._replace(phi=task.phi) for part in super().parts(task._replace(phi={}), num_parts)
+        ]
 
     def pretrain_loss(self, theta: Params, task: FeatureTask) -> Tensor:
         return self.pretrain_tail(theta, task)({})
 
     def pretrain_tail(self, theta: Params, task: FeatureTask) -> ComposedLoss:
         targets = self._targets(task)
-        return goal_loss(self._student(theta, task), lambda told, goals: data2vec_loss(told, goals.view_as(targets)), targets.flatten())
+        return goal_loss(
+            self._student(theta, task),
+            lambda told, goals: data2vec_loss(told, goals.view_as(targets)),
+            targets.flatten(),
+        )
 
     def per_sample_tail(self, theta: Params, task: FeatureTask) -> ComposedLoss:
         targets = self._targets(task)
-        return ComposedLoss(self._student(theta, task), lambda told: data2vec_loss(told, targets, "none"))
+        return ComposedLoss(
+            self._student(theta, task), lambda told: data2vec_loss(told, targets, "none")
+        )
 
     def tilt(
-        self, theta: Params, task: FeatureTask, w: Params, gate: float, tau: float, num_candidates: int, derivative: DirectionalDerivative
+        self,
+        theta: Params,
+        task: FeatureTask,
+        w: Params,
+        gate: float,
+        tau: float,
+        num_candidates: int,
+        derivative: DirectionalDerivative,
     ) -> FeatureTask:
         """The value of a target is how fast the student's own feature moves its way as the learner descends along w."""
         return tilted(task, self._values(theta, task, w, derivative), gate, tau)
 
-    def lesson(self, theta: Params, batch: Any, w: Params, derivative: DirectionalDerivative) -> dict[str, Tensor]:
+    def lesson(
+        self, theta: Params, batch: Any, w: Params, derivative: DirectionalDerivative
+    ) -> dict[str, Tensor]:
         """What the teacher says of the patches and the values of their targets, both (B, N, D)."""
         task = self.recipe(batch)
-        return self._lesson(*self._described(task.images), self._values(theta, task, w, derivative), self.designer.grid)
+        return self._lesson(
+            *self._described(task.images),
+            self._values(theta, task, w, derivative),
+            self.designer.grid,
+        )
 
     def functional_lesson(self, theta: Params, batch: Any) -> dict[str, Tensor]:
         """The same of labelled frames, the values of their features as they are. Feedbacks are scaled to one size before they are weighted,
@@ -105,10 +130,17 @@ class Data2VecDense(DenseProblem):
             images = self.normalize(frames.image, self.feature_size)
             described = [self._described(part) for part in images.split(self.batch_size)]
             states, features = (torch.cat(parts) for parts in zip(*described, strict=True))
-            grid = (images.shape[-2] // self.backbone.patch_size, images.shape[-1] // self.backbone.patch_size)
-            values.append((states, features, self._feedback_values(name, features, grid, frames), grid))
+            grid = (
+                images.shape[-2] // self.backbone.patch_size,
+                images.shape[-1] // self.backbone.patch_size,
+            )
+            values.append(
+                (states, features, self._feedback_values(name, features, grid, frames), grid)
+            )
         if len({grid for *_, grid in values}) > 1:
-            raise MetaVPTError("labelled sets whose frames differ in size make no lesson together; set problem.feature_size")
+            raise MetaVPTError(
+                "labelled sets whose frames differ in size make no lesson together; set problem.feature_size"
+            )
         lessons = [self._lesson(*parts) for parts in values]
         return {key: torch.cat([lesson[key] for lesson in lessons]) for key in lessons[0]}
 
@@ -116,7 +148,9 @@ class Data2VecDense(DenseProblem):
         return self.designer.loss(lesson)
 
     def after_step(self, task: FeatureTask, progress: float) -> None:
-        self.teacher.update(self.backbone, self.teacher_momentum + (1.0 - self.teacher_momentum) * progress)
+        self.teacher.update(
+            self.backbone, self.teacher_momentum + (1.0 - self.teacher_momentum) * progress
+        )
 
     @torch.no_grad()
     def figures(self) -> dict[str, np.ndarray]:
@@ -125,15 +159,31 @@ class Data2VecDense(DenseProblem):
         features, patch = self._described(task.images)[1], self.backbone.patch_size
         lengths = (self._targets(task) - features).square().mean(dim=-1).sqrt()
         rows = []
-        for image, *maps in zip(task.images[:NUM_PICTURES].cpu() * self.std + self.mean, ~task.hidden.cpu(), lengths.cpu(), strict=False):
-            seen, length = (m.view(self.designer.grid).repeat_interleave(patch, 0).repeat_interleave(patch, 1) for m in maps)
-            rows.append([pictures.photo(image), pictures.photo(image * seen), pictures.colour(length, 0.0, max(self.designer.gate, 1e-3))])
+        for image, *maps in zip(
+            task.images[:NUM_PICTURES].cpu() * self.std + self.mean,
+            ~task.hidden.cpu(),
+            lengths.cpu(),
+            strict=False,
+        ):
+            seen, length = (
+                m.view(self.designer.grid).repeat_interleave(patch, 0).repeat_interleave(patch, 1)
+                for m in maps
+            )
+            rows.append(
+                [
+                    pictures.photo(image),
+                    pictures.photo(image * seen),
+                    pictures.colour(length, 0.0, max(self.designer.gate, 1e-3)),
+                ]
+            )
         return {"targets": pictures.grid(rows), **super().figures()}
 
     def _student(self, theta: Params, task: FeatureTask) -> Callable[[Params], Tensor]:
         """theta_S -> the student's normalised features (B, N, D). The trunk runs once."""
         hiding = {"hidden": task.hidden, "mask_token": theta["mask_token"]}
-        state = functional_call(self.backbone.trunk, params.subset(theta, "backbone.trunk."), (task.images,), hiding)
+        state = functional_call(
+            self.backbone.trunk, params.subset(theta, "backbone.trunk."), (task.images,), hiding
+        )
 
         def predictions(theta_s: Params) -> Tensor:
             tail = params.subset({**theta, **theta_s}, "backbone.tail.")
@@ -141,7 +191,9 @@ class Data2VecDense(DenseProblem):
 
         return predictions
 
-    def _values(self, theta: Params, task: FeatureTask, w: Params, derivative: DirectionalDerivative) -> Tensor:
+    def _values(
+        self, theta: Params, task: FeatureTask, w: Params, derivative: DirectionalDerivative
+    ) -> Tensor:
         with torch.no_grad():
             predictions = self._student(params.detach(theta), task)
         return -derivative(predictions, {name: theta[name] for name in w}, w)
@@ -160,20 +212,36 @@ class Data2VecDense(DenseProblem):
         features = normalized_features(teacher.tail(hidden).patches)
         return hidden.tokens[:, -features.shape[1] :], features
 
-    def _feedback_values(self, name: str, features: Tensor, grid: tuple[int, int], frames: Any) -> Tensor:
+    def _feedback_values(
+        self, name: str, features: Tensor, grid: tuple[int, int], frames: Any
+    ) -> Tensor:
         """sum_j weight_j A_j / |A_j|, A_j minus the derivative by the features (B, N, D) of the j-th feedback of a labelled set."""
         features = features.clone().requires_grad_()
         with torch.enable_grad():
             losses = self._feedback[name](features.transpose(1, 2).unflatten(2, grid), frames)
         weights = self._feedback[name].weights
-        values = {task: -torch.autograd.grad(loss, features, retain_graph=True)[0] for task, loss in losses.items()}
-        return torch.stack([weights[task] * to_unit_size(value) for task, value in values.items()]).sum(dim=0)
+        values = {
+            task: -torch.autograd.grad(loss, features, retain_graph=True)[0]
+            for task, loss in losses.items()
+        }
+        return torch.stack(
+            [weights[task] * to_unit_size(value) for task, value in values.items()]
+        ).sum(dim=0)
 
-    def _lesson(self, states: Tensor, features: Tensor, values: Tensor, grid: tuple[int, int]) -> dict[str, Tensor]:
+    def _lesson(
+        self, states: Tensor, features: Tensor, values: Tensor, grid: tuple[int, int]
+    ) -> dict[str, Tensor]:
         where = torch.tensor(grid, device=values.device).expand(len(values), 2)
-        return {"states": states, "features": features, "values": to_unit_size(values), "grid": where}
+        return {
+            "states": states,
+            "features": features,
+            "values": to_unit_size(values),
+            "grid": where,
+        }
 
 
 def to_unit_size(values: Tensor) -> Tensor:
     """Scaled to a mean square of 1 over the whole batch; zeros stay zeros."""
-    return values / ranks.leave(values.square().mean()).sqrt().clamp_min(torch.finfo(values.dtype).tiny)
+    return values / ranks.leave(values.square().mean()).sqrt().clamp_min(
+        torch.finfo(values.dtype).tiny
+    )

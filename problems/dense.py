@@ -32,7 +32,10 @@ from metavpt.watch import Sign, rank_sign
 NUM_PICTURES = 4
 NUM_WATCHED = 64  # images that tell a collapse
 ONE = "labelled"  # the name within of a labelled set that is alone
-TASKS = {"depth": "depth_", "segmentation": "seg_"}  # feedback -> how the probes' metrics of it begin
+TASKS = {
+    "depth": "depth_",
+    "segmentation": "seg_",
+}  # feedback -> how the probes' metrics of it begin
 
 
 class DenseProblem(Problem):
@@ -76,26 +79,56 @@ class DenseProblem(Problem):
         check_known(feedback_pool, "problem.feedback_pool", "meta", "labelled")
         self.data = data if isinstance(data, DenseData) else MappingProxyType(dict(data))
         self.num_workers = num_workers
-        self.batch_size, self.meta_batch_size, self.feedback_batch_size = batch_size, meta_batch_size, feedback_batch_size
-        self.feedback_pool, self.head_steps, self.first_head_steps = feedback_pool, head_steps, first_head_steps
-        self.mean, self.std = (torch.tensor(values).view(3, 1, 1) for values in (backbone.mean, backbone.std))
-        self.feature_size, self.probe_size, window = _size(feature_size), _size(probe_size or feature_size), _size(probe_window)
-        self._windowed = SlidingWindow(lambda part: self.backbone(part).patches, window, backbone.patch_size) if window else None
+        self.batch_size, self.meta_batch_size, self.feedback_batch_size = (
+            batch_size,
+            meta_batch_size,
+            feedback_batch_size,
+        )
+        self.feedback_pool, self.head_steps, self.first_head_steps = (
+            feedback_pool,
+            head_steps,
+            first_head_steps,
+        )
+        self.mean, self.std = (
+            torch.tensor(values).view(3, 1, 1) for values in (backbone.mean, backbone.std)
+        )
+        self.feature_size, self.probe_size, window = (
+            _size(feature_size),
+            _size(probe_size or feature_size),
+            _size(probe_window),
+        )
+        self._windowed = (
+            SlidingWindow(lambda part: self.backbone(part).patches, window, backbone.patch_size)
+            if window
+            else None
+        )
         self._check_sizes(backbone)
         self.skips = Skips()
-        self.unlabelled = _together(self.sets) if on_error == "raise" else Readable(_together(self.sets), self.skips)
+        self.unlabelled = (
+            _together(self.sets)
+            if on_error == "raise"
+            else Readable(_together(self.sets), self.skips)
+        )
         self.feedback = nn.ModuleDict(self._feedback_heads(feedback, backbone.width))
         self.feedback_weights = {
-            self._called(name, task): weight for name, heads in self._feedback.items() for task, weight in heads.weights.items()
+            self._called(name, task): weight
+            for name, heads in self._feedback.items()
+            for task, weight in heads.weights.items()
         }
         self.head_batches = Stream(lambda s: self._labelled("heads", s), seed, "feedback heads")
-        self.probe = {name: self._dense_probe(data, probe_heads) for name, data in self.sets.items()}
+        self.probe = {
+            name: self._dense_probe(data, probe_heads) for name, data in self.sets.items()
+        }
         self.side_effects = SideEffects(probes)
 
     @torch.no_grad()
     def _check_sizes(self, backbone: Backbone) -> None:
         """A size that the patch does not divide fails here, before any training."""
-        for size in {given or data.frames.size for data in self.sets.values() for given in (self.feature_size, self.probe_size)}:
+        for size in {
+            given or data.frames.size
+            for data in self.sets.values()
+            for given in (self.feature_size, self.probe_size)
+        }:
             backbone(torch.zeros(1, 3, *size))
 
     @property
@@ -114,7 +147,9 @@ class DenseProblem(Problem):
         return ImageLoader(self.unlabelled, self.batch_size, seed, self.num_workers, self.device)
 
     def meta_batches(self, seed: int) -> Iterable[Any]:
-        return ImageLoader(self.unlabelled, self.meta_batch_size, seed, self.num_workers, self.device)
+        return ImageLoader(
+            self.unlabelled, self.meta_batch_size, seed, self.num_workers, self.device
+        )
 
     def feedback_batches(self, seed: int) -> Iterable[Any]:
         return self._labelled(self.feedback_pool, seed)
@@ -131,8 +166,17 @@ class DenseProblem(Problem):
 
     def trunks(self) -> list[nn.Module]:
         """The student's and, where there is one, the teacher's."""
-        backbones = [module for module in (self.learner, getattr(self, "teacher", None)) if module is not None]
-        return [found.trunk for module in backbones for found in module.modules() if isinstance(found, Backbone)]
+        backbones = [
+            module
+            for module in (self.learner, getattr(self, "teacher", None))
+            if module is not None
+        ]
+        return [
+            found.trunk
+            for module in backbones
+            for found in module.modules()
+            if isinstance(found, Backbone)
+        ]
 
     def feedback_losses(self, theta: Params, batch: Any) -> dict[str, Tensor]:
         losses = {}
@@ -160,24 +204,33 @@ class DenseProblem(Problem):
             for name, heads in by_steps.items():
                 with torch.no_grad():
                     features = self.patch_features(theta, batch[name].image)
-                heads.fit(ranks.gather(features), ranks.gather(batch[name]))  # alike on every process
+                heads.fit(
+                    ranks.gather(features), ranks.gather(batch[name])
+                )  # alike on every process
 
     def evaluate(self) -> dict[str, float]:
         metrics = self.side_effects(self._describe, self.unlabelled)
         for name, probe in self.probe.items():
-            metrics |= {self._called(name, metric): value for metric, value in probe(self._frozen_features).items()}
+            metrics |= {
+                self._called(name, metric): value
+                for metric, value in probe(self._frozen_features).items()
+            }
         return metrics
 
     def patch_features(self, theta: Params, images: Tensor) -> Tensor:
         """Features (B,D,h,w) of images uint8 (B,3,H,W) under the learner's parameters `theta`."""
         normalized = self.normalize(images, self.feature_size)
-        return functional_call(self.backbone, params.subset(theta, "backbone."), (normalized,)).patches
+        return functional_call(
+            self.backbone, params.subset(theta, "backbone."), (normalized,)
+        ).patches
 
     def normalize(self, images: Tensor, size: tuple[int, int] | None) -> Tensor:
         """uint8 (B,3,H,W) -> what the backbone reads, at `size`; None: at their own."""
         images = images.to(next(self.learner.parameters())) / 255
         if size and images.shape[-2:] != size:
-            images = F.interpolate(images, size, mode="bilinear", antialias=True, align_corners=False)
+            images = F.interpolate(
+                images, size, mode="bilinear", antialias=True, align_corners=False
+            )
         return (images - self.mean.to(images)) / self.std.to(images)
 
     def vital_signs(self) -> dict[str, Sign]:
@@ -189,26 +242,42 @@ class DenseProblem(Problem):
 
     def figures(self) -> dict[str, np.ndarray]:
         """Depth and classes of a few validation frames, predicted beside true, by the probe's first head."""
-        return {self._called(name, "predictions").replace("/", "_"): self._predictions(name) for name in self.sets}
+        return {
+            self._called(name, "predictions").replace("/", "_"): self._predictions(name)
+            for name in self.sets
+        }
 
     def _predictions(self, name: str) -> np.ndarray:
         data = self.sets[name]
-        frames = [data.frames[i] for i in data.val[:: max(1, len(data.val) // NUM_PICTURES)][:NUM_PICTURES]]
-        predicted = self.probe[name].predict(self._frozen_features, torch.stack([frame.image for frame in frames]))
+        frames = [
+            data.frames[i]
+            for i in data.val[:: max(1, len(data.val) // NUM_PICTURES)][:NUM_PICTURES]
+        ]
+        predicted = self.probe[name].predict(
+            self._frozen_features, torch.stack([frame.image for frame in frames])
+        )
         rows = [[pictures.photo(frame.image)] for frame in frames]
         for i, frame in enumerate(frames):
             if predicted.depth is not None:
                 low, high = float(frame.depth[frame.depth > 0].min()), float(frame.depth.max())
-                rows[i] += [pictures.colour(metres, low, high) for metres in (frame.depth, predicted.depth[i])]
+                rows[i] += [
+                    pictures.colour(metres, low, high)
+                    for metres in (frame.depth, predicted.depth[i])
+                ]
             if predicted.label is not None:
-                rows[i] += [pictures.classes(classes, data.frames.num_classes) for classes in (frame.label, predicted.label[i])]
+                rows[i] += [
+                    pictures.classes(classes, data.frames.num_classes)
+                    for classes in (frame.label, predicted.label[i])
+                ]
         return pictures.grid(rows)
 
     def _watched(self) -> Tensor:
         """A few of the unlabelled images, uint8 (B,3,H,W): the same ones each time."""
         total: int = len(self.unlabelled)  # type: ignore[arg-type]
         count = min(NUM_WATCHED, total)
-        return torch.stack([self.unlabelled[i * total // count] for i in range(count)]).to(self.device)
+        return torch.stack([self.unlabelled[i * total // count] for i in range(count)]).to(
+            self.device
+        )
 
     @torch.no_grad()
     def _frozen_features(self, images: Tensor) -> Tensor:
@@ -230,23 +299,43 @@ class DenseProblem(Problem):
     def _feedback_heads(self, feedback: Any, width: int) -> dict[str, DenseFeedback]:
         makers = feedback if isinstance(feedback, Mapping) else {ONE: feedback}
         if makers.keys() != self.sets.keys():
-            raise MetaVPTError(f"feedback names {', '.join(makers)}, data names {', '.join(self.sets)}; name the same sets in both")
-        made = {name: makers[name](width, data.frames.num_classes) for name, data in self.sets.items()}
+            raise MetaVPTError(
+                f"feedback names {', '.join(makers)}, data names {', '.join(self.sets)}; name the same sets in both"
+            )
+        made = {
+            name: makers[name](width, data.frames.num_classes) for name, data in self.sets.items()
+        }
         for name, heads in made.items():
             if (weight := heads.weights["depth"]) and not self.sets[name].depth:
-                key, file = self._called(name, "depth_weight").replace("/", "."), self.sets[name].frames.name
-                raise MetaVPTError(f"feedback.{key}={weight}: {file} is read without depth; set it to 0")
+                key, file = (
+                    self._called(name, "depth_weight").replace("/", "."),
+                    self.sets[name].frames.name,
+                )
+                raise MetaVPTError(
+                    f"feedback.{key}={weight}: {file} is read without depth; set it to 0"
+                )
         return made
 
     def _dense_probe(self, data: DenseData, heads: Mapping[str, Fit] | None) -> DenseProbe:
         def in_order(indices: list[int]) -> Iterable[Any]:
             return FrameLoader.in_order(data.frames, indices, self.feedback_batch_size, self.device)
 
-        return DenseProbe(lambda: in_order(data.train), lambda: in_order(data.val), data.frames.num_classes, heads, data.depth)
+        return DenseProbe(
+            lambda: in_order(data.train),
+            lambda: in_order(data.val),
+            data.frames.num_classes,
+            heads,
+            data.depth,
+        )
 
     def _labelled(self, pool: str, seed: int) -> JointLoader:
         options = (self.feedback_batch_size, seed, self.num_workers, self.device)
-        return JointLoader({name: FrameLoader(data.frames, getattr(data, pool), *options) for name, data in self.sets.items()})
+        return JointLoader(
+            {
+                name: FrameLoader(data.frames, getattr(data, pool), *options)
+                for name, data in self.sets.items()
+            }
+        )
 
     def _called(self, name: str, what: str) -> str:
         """`what` of the labelled set `name`, for those outside: <set>/<what> where there are several."""
@@ -260,6 +349,14 @@ def _size(size: Sequence[int] | None) -> tuple[int, int] | None:
 def _together(sets: Mapping[str, DenseData]) -> Dataset[Tensor]:
     """The unlabelled images of all sets."""
     if len({data.stream_size for data in sets.values()}) > 1:
-        listed = ", ".join(f"{name} {data.stream_size[0]}x{data.stream_size[1]}" for name, data in sets.items())
-        raise MetaVPTError(f"the images of one stream must have one size, these are {listed}; set data.<set>.stream_size")
-    return ConcatDataset([data.unlabelled for data in sets.values()]) if len(sets) > 1 else next(iter(sets.values())).unlabelled
+        listed = ", ".join(
+            f"{name} {data.stream_size[0]}x{data.stream_size[1]}" for name, data in sets.items()
+        )
+        raise MetaVPTError(
+            f"the images of one stream must have one size, these are {listed}; set data.<set>.stream_size"
+        )
+    return (
+        ConcatDataset([data.unlabelled for data in sets.values()])
+        if len(sets) > 1
+        else next(iter(sets.values())).unlabelled
+    )

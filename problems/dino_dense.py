@@ -33,7 +33,12 @@ from metavpt.watch import Sign, mask_signs, outcome_signs
 from .dense import DenseProblem
 
 CENTERS = {"dino": "center", "ibot": "patch_center"}
-ANSWERS = ("scores", "gates", "patch_scores", "patch_gates")  # the parts of a task that only say what the teacher answers
+ANSWERS = (
+    "scores",
+    "gates",
+    "patch_scores",
+    "patch_gates",
+)  # the parts of a task that only say what the teacher answers
 DINO = MappingProxyType({"dino": 1.0})
 
 
@@ -86,16 +91,30 @@ class DinoDense(DenseProblem):
         self.terms, self.num_prototypes = active_terms(terms), num_prototypes
         hides, own = "ibot" in self.terms, "ibot" in self.terms and patch_head == "own"
         sizes = (backbone.width, num_prototypes, head_hidden, head_bottleneck)
-        self.learner = Learner(backbone, ProjectionHead(*sizes), pool, hides, ProjectionHead(*sizes) if own else None)
+        self.learner = Learner(
+            backbone, ProjectionHead(*sizes), pool, hides, ProjectionHead(*sizes) if own else None
+        )
         self.patch_head = "patch_head" if own else "head"
         self.teacher = Teacher(self.learner)
-        self.anchor = Teacher(backbone) if "gram" in self.terms and gram_anchor == "frozen" else None
+        self.anchor = (
+            Teacher(backbone) if "gram" in self.terms and gram_anchor == "frozen" else None
+        )
         hiding = {"patch_size": backbone.patch_size} if hides else {}
         self.designer = designer(recipe(mean=backbone.mean, std=backbone.std, **hiding))
-        self.targets, self.teacher_credit, self.teacher_momentum = targets, teacher_credit, teacher_momentum
-        self.student_temperature, self.teacher_temperature = student_temperature, teacher_temperature
+        self.targets, self.teacher_credit, self.teacher_momentum = (
+            targets,
+            teacher_credit,
+            teacher_momentum,
+        )
+        self.student_temperature, self.teacher_temperature = (
+            student_temperature,
+            teacher_temperature,
+        )
         names = ["center"] + ["patch_center"] * hides
-        zeros = {name: torch.nn.Parameter(torch.zeros(num_prototypes), requires_grad=False) for name in names}
+        zeros = {
+            name: torch.nn.Parameter(torch.zeros(num_prototypes), requires_grad=False)
+            for name in names
+        }
         self.center = torch.nn.ParameterDict(zeros)
         self._answered = Answers(None, {})
         super().__init__(backbone, **dense)
@@ -113,7 +132,9 @@ class DinoDense(DenseProblem):
         """A `GoalLoss` where a designer may change what the teacher answers, and nothing else."""
         outputs, criterion, goals = self._distillation(theta, task)
         others = (part for name, part in task._asdict().items() if name not in ANSWERS)
-        if not len(goals) or any(isinstance(part, Tensor) and part.requires_grad for part in others):
+        if not len(goals) or any(
+            isinstance(part, Tensor) and part.requires_grad for part in others
+        ):
             return ComposedLoss(outputs, lambda packed: criterion(packed, goals).mean())
         return goal_loss(outputs, lambda packed, goals: criterion(packed, goals).mean(), goals)
 
@@ -122,15 +143,31 @@ class DinoDense(DenseProblem):
         return ComposedLoss(outputs, lambda packed: criterion(packed, goals))
 
     def tilt(
-        self, theta: Params, task: Views, w: Params, gate: float, tau: float, num_candidates: int, derivative: DirectionalDerivative
+        self,
+        theta: Params,
+        task: Views,
+        w: Params,
+        gate: float,
+        tau: float,
+        num_candidates: int,
+        derivative: DirectionalDerivative,
     ) -> Views:
         """The teacher's probabilities tilted towards the prototypes of highest first-order value, see `prototypes.tilted`."""
         loss = self.pretrain_tail(theta, task)
         if not isinstance(loss, GoalLoss):
-            raise MetaVPTError(f"strategy=tilt: no term of problem.terms={self.terms} has a target to tilt; give dino or ibot a weight")
+            raise MetaVPTError(
+                f"strategy=tilt: no term of problem.terms={self.terms} has a target to tilt; give dino or ibot a weight"
+            )
         slopes = loss.slopes({name: theta[name] for name in w}, w, derivative)
         shapes = self._goal_shapes(task)
-        return tilted(task, unpack(-slopes[:-1], shapes), unpack(loss.targets[:-1], shapes), gate, tau, num_candidates)
+        return tilted(
+            task,
+            unpack(-slopes[:-1], shapes),
+            unpack(loss.targets[:-1], shapes),
+            gate,
+            tau,
+            num_candidates,
+        )
 
     def candidates(self, batch: Any, num_candidates: int) -> list[Views]:
         return self.designer.random_tasks(batch, num_candidates)
@@ -139,13 +176,19 @@ class DinoDense(DenseProblem):
         return pick_views(tasks, which, sample)
 
     def parts(self, task: Views, num_parts: int) -> list[Views]:
-        samples = torch.arange(task.global_crops.shape[1], device=task.global_crops.device).chunk(num_parts)
+        samples = torch.arange(task.global_crops.shape[1], device=task.global_crops.device).chunk(
+            num_parts
+        )
         return [pick_views([task], torch.zeros_like(own), own) for own in samples]
 
     def after_step(self, task: Views, progress: float) -> None:
         if self.targets == "centering":
             known = self._answered.task is task
-            answers = self._answered.logits if known else self._teacher_logits(self._teacher_features(task), task)
+            answers = (
+                self._answered.logits
+                if known
+                else self._teacher_logits(self._teacher_features(task), task)
+            )
             for term, logits in answers.items():
                 if len(logits):  # no patch may be hidden
                     center = self.center[CENTERS[term]]
@@ -159,7 +202,9 @@ class DinoDense(DenseProblem):
         signs = {**super().vital_signs(), **mask_signs([task.masks, task.local_masks])}
         if "dino" in self.terms:
             logits = self._teacher_logits(self._teacher_features(task), task)["dino"].flatten(0, 1)
-            signs |= outcome_signs(centered_probs(logits, self.center["center"], self.teacher_temperature))
+            signs |= outcome_signs(
+                centered_probs(logits, self.center["center"], self.teacher_temperature)
+            )
         return signs
 
     @torch.no_grad()
@@ -167,23 +212,44 @@ class DinoDense(DenseProblem):
         batch = next(iter(self.meta_batches(seed=0)))
         return {**self.designer.figures(batch, self.designer(batch)), **super().figures()}
 
-    def _distillation(self, theta: Params, task: Views) -> tuple[Callable[[Params], Tensor], Callable[[Tensor, Tensor], Tensor], Tensor]:
+    def _distillation(
+        self, theta: Params, task: Views
+    ) -> tuple[Callable[[Params], Tensor], Callable[[Tensor, Tensor], Tensor], Tensor]:
         """theta_S -> the student's outputs; these and the goals -> the loss of each image, (B,); the goals. Trunk and teacher run once."""
         student, goals, anchor = self._student(theta, task), *self._goals(task)
         shapes, goal_shapes = self._shapes(task), self._goal_shapes(task)
 
         def per_image(outputs: Tensor, goals: Tensor) -> Tensor:
-            losses = term_losses(unpack(outputs, shapes), {**unpack(goals, goal_shapes), **anchor}, task.hidden, self.student_temperature)
+            losses = term_losses(
+                unpack(outputs, shapes),
+                {**unpack(goals, goal_shapes), **anchor},
+                task.hidden,
+                self.student_temperature,
+            )
             return weigh(mix_terms(losses, self.terms.values(), task.mix), task.weights)
 
-        return lambda theta_s: pack(student(theta_s)), per_image, pack(goals) if goals else task.global_crops.new_empty(0)
+        return (
+            lambda theta_s: pack(student(theta_s)),
+            per_image,
+            pack(goals) if goals else task.global_crops.new_empty(0),
+        )
 
     def _student(self, theta: Params, task: Views) -> Callable[[Params], dict[str, Tensor]]:
         """theta_S -> for each term what the student makes of the views."""
-        backbone, summary, batch_size = self.backbone, self.learner.summary, task.global_crops.shape[1]
+        backbone, summary, batch_size = (
+            self.backbone,
+            self.learner.summary,
+            task.global_crops.shape[1],
+        )
         trunk = params.subset(theta, "backbone.trunk.")
-        hiding = {"hidden": hidden_of(task.hidden).flatten(0, 1), "mask_token": theta["mask_token"]} if "ibot" in self.terms else {}
-        states = [functional_call(backbone.trunk, trunk, (task.global_crops.flatten(0, 1),), hiding)]
+        hiding = (
+            {"hidden": hidden_of(task.hidden).flatten(0, 1), "mask_token": theta["mask_token"]}
+            if "ibot" in self.terms
+            else {}
+        )
+        states = [
+            functional_call(backbone.trunk, trunk, (task.global_crops.flatten(0, 1),), hiding)
+        ]
         if "dino" in self.terms and len(task.local_crops):
             states.append(functional_call(backbone.trunk, trunk, (task.local_crops.flatten(0, 1),)))
 
@@ -193,11 +259,17 @@ class DinoDense(DenseProblem):
             features = [functional_call(backbone.tail, tail, (state,)) for state in states]
 
             def logits(head: str, x: Tensor) -> Tensor:
-                return functional_call(getattr(self.learner, head), params.subset(own, f"{head}."), (x,))
+                return functional_call(
+                    getattr(self.learner, head), params.subset(own, f"{head}."), (x,)
+                )
 
             made = {
-                "dino": lambda: torch.cat([logits("head", summary(f)).unflatten(0, (-1, batch_size)) for f in features]),
-                "ibot": lambda: logits(self.patch_head, _patches(features[0])[hidden_of(task.hidden)]),
+                "dino": lambda: torch.cat(
+                    [logits("head", summary(f)).unflatten(0, (-1, batch_size)) for f in features]
+                ),
+                "ibot": lambda: logits(
+                    self.patch_head, _patches(features[0])[hidden_of(task.hidden)]
+                ),
                 "koleo": lambda: summary(features[0]).unflatten(0, (2, batch_size)),
                 "gram": lambda: _patches(features[0]),
             }
@@ -221,20 +293,34 @@ class DinoDense(DenseProblem):
     def _goal_shapes(self, task: Views) -> dict[str, tuple[int, ...]]:
         """Of what the teacher answers, by term."""
         shapes = self._shapes(task)
-        return {term: (2, *shapes[term][1:]) if term == "dino" else shapes[term] for term in shapes if term in CENTERS}
+        return {
+            term: (2, *shapes[term][1:]) if term == "dino" else shapes[term]
+            for term in shapes
+            if term in CENTERS
+        }
 
     def _goals(self, task: Views) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """What the student is to answer, by term, as the designer wants it; and what gram anchors it to."""
-        with phase("teacher"), torch.set_grad_enabled(self.teacher_credit and torch.is_grad_enabled()):
+        with (
+            phase("teacher"),
+            torch.set_grad_enabled(self.teacher_credit and torch.is_grad_enabled()),
+        ):
             features = self._teacher_features(task)
             logits = self._teacher_logits(features, task)
             # What the centre will be moved by, once the step on this task is taken: the teacher is not to be asked twice.
             if not any(isinstance(part, Tensor) and part.requires_grad for part in task):
                 self._answered = Answers(task, logits)
-            probs = {term: self._probs(of_term, self.center[CENTERS[term]]) for term, of_term in logits.items()}
+            probs = {
+                term: self._probs(of_term, self.center[CENTERS[term]])
+                for term, of_term in logits.items()
+            }
             anchor = {}
             if "gram" in self.terms:
-                anchor = {"gram": _patches(self.anchor(task.global_crops.flatten(0, 1)) if self.anchor else features)}
+                anchor = {
+                    "gram": _patches(
+                        self.anchor(task.global_crops.flatten(0, 1)) if self.anchor else features
+                    )
+                }
         reshaped = {"dino": reshape, "ibot": reshape_patches}
         return {term: reshaped[term](goal, task) for term, goal in probs.items()}, anchor
 
@@ -245,9 +331,13 @@ class DinoDense(DenseProblem):
         """dino (2,B,K), ibot (M,K), where they have a weight."""
         teacher, made = cast(Learner, self.teacher.learner), {}
         if "dino" in self.terms:
-            made["dino"] = teacher.head(teacher.summary(features)).unflatten(0, task.global_crops.shape[:2])
+            made["dino"] = teacher.head(teacher.summary(features)).unflatten(
+                0, task.global_crops.shape[:2]
+            )
         if "ibot" in self.terms:
-            made["ibot"] = getattr(teacher, self.patch_head)(_patches(features)[hidden_of(task.hidden)])
+            made["ibot"] = getattr(teacher, self.patch_head)(
+                _patches(features)[hidden_of(task.hidden)]
+            )
         return made
 
     def _probs(self, logits: Tensor, center: Tensor) -> Tensor:

@@ -43,4 +43,6 @@ class IJEPADense(MaskedDense):
         return ijepa_loss(predictions, targets, weights, self.distance, "none")
 
     def after_step(self, task: MaskedImages, progress: float) -> None:
-        self.teacher.update(self.backbone, self.teacher_momentum + (1.0 - self.teacher_momentum) * progress)
+        self.teacher.update(
+            self.backbone, self.teacher_momentum + (1.0 - self.teacher_momentum) * progress
+        )

@@ -51,14 +51,26 @@ class LanguageProblem(Problem):
     ) -> None:
         self.learner, tokenizer = learner(data.texts())
         if length > self.learner.max_length:
-            raise MetaVPTError(f"problem.length={length} is longer than the model's context of {self.learner.max_length} tokens")
+            raise MetaVPTError(
+                f"problem.length={length} is longer than the model's context of {self.learner.max_length} tokens"
+            )
         self.data = data.encode(tokenizer, length)
-        self.batch_size, self.meta_batch_size, self.feedback_batch_size = batch_size, meta_batch_size, feedback_batch_size
+        self.batch_size, self.meta_batch_size, self.feedback_batch_size = (
+            batch_size,
+            meta_batch_size,
+            feedback_batch_size,
+        )
         self.probe_batch_size = probe_batch_size
         self.feedback_weights = dict(feedback_weights or dict.fromkeys(self.data.feedback, 1.0))
         answered = partial(answers, generator=generator(self.data.encoder))
-        self.answers = {name: answered(found, self._in_order(self.data.test[name])) for name, found in self.data.problems.items()}
-        self.perplexities = {name: PerplexityProbe(self._in_order(corpus)) for name, corpus in self.data.general.items()}
+        self.answers = {
+            name: answered(found, self._in_order(self.data.test[name]))
+            for name, found in self.data.problems.items()
+        }
+        self.perplexities = {
+            name: PerplexityProbe(self._in_order(corpus))
+            for name, corpus in self.data.general.items()
+        }
         self.last_task: TargetTask | None = None
 
     @property
@@ -78,7 +90,11 @@ class LanguageProblem(Problem):
         return self.data.examples(self.data.held_out, self.feedback_batch_size, seed, self.device)
 
     def by_domain(self, batch: TokenBatch) -> dict[str, TokenBatch]:
-        rows = {name: batch.domain == self.data.domains.index(name) for name in self.feedback_weights if name in self.data.domains}
+        rows = {
+            name: batch.domain == self.data.domains.index(name)
+            for name in self.feedback_weights
+            if name in self.data.domains
+        }
         return {name: rows_of(batch, which) for name, which in rows.items() if which.any()}
 
     def aligned_parameters(self) -> list[str]:
@@ -93,16 +109,25 @@ class LanguageProblem(Problem):
 
     def feedback_losses(self, theta: Params, batch: Mapping[str, TokenBatch]) -> dict[str, Tensor]:
         """NLL of an answer token, by domain."""
-        return {name: target_loss(self.learner, theta, TargetTask(examples, OneHot())) for name, examples in batch.items()}
+        return {
+            name: target_loss(self.learner, theta, TargetTask(examples, OneHot()))
+            for name, examples in batch.items()
+        }
 
     def pick(self, tasks: Sequence[TargetTask], which: Tensor, sample: Tensor) -> TargetTask:
         """Rows of several batches as one, with the targets of the first."""
-        picked = [rows_of(tasks[k].batch, n[None]) for k, n in zip(which.tolist(), sample, strict=True)]
+        picked = [
+            rows_of(tasks[k].batch, n[None]) for k, n in zip(which.tolist(), sample, strict=True)
+        ]
         return TargetTask(join(picked), tasks[0].targets)
 
     def parts(self, task: TargetTask, num_parts: int) -> list[TargetTask]:
-        rows = torch.arange(len(task.batch.tokens), device=task.batch.tokens.device).chunk(num_parts)
-        return [TargetTask(rows_of(task.batch, own), _targets_of(task.targets, own)) for own in rows]
+        rows = torch.arange(len(task.batch.tokens), device=task.batch.tokens.device).chunk(
+            num_parts
+        )
+        return [
+            TargetTask(rows_of(task.batch, own), _targets_of(task.targets, own)) for own in rows
+        ]
 
     def num_samples(self, batch: TokenBatch) -> int:
         """Tokens, without padding."""
@@ -117,20 +142,38 @@ class LanguageProblem(Problem):
 
     def evaluate(self) -> dict[str, float]:
         probes = {**self.answers, **self.perplexities}
-        return {f"{name}/{metric}": value for name, probe in probes.items() for metric, value in probe(self.learner).items()}
+        return {
+            f"{name}/{metric}": value
+            for name, probe in probes.items()
+            for metric, value in probe(self.learner).items()
+        }
 
     def texts(self) -> Texts:
         """The last task's targets, where there was a choice, and the answers of the last `evaluate`."""
         task, tokenizer = self.last_task, self.data.encoder.tokenizer
-        shown = passages(self.learner, tokenizer, task) if task is not None and not isinstance(task.targets, OneHot) else []
+        shown = (
+            passages(self.learner, tokenizer, task)
+            if task is not None and not isinstance(task.targets, OneHot)
+            else []
+        )
         return Texts(shown, [answer for probe in self.answers.values() for answer in probe.answers])
 
     def _in_order(self, corpus: Corpus) -> Callable[[], Iterable[TokenBatch]]:
         size = min(self.probe_batch_size, len(corpus))
-        return lambda: ExampleLoader(corpus, size, 0, self.data.encoder.pad, device=self.device).in_order()
+        return lambda: ExampleLoader(
+            corpus, size, 0, self.data.encoder.pad, device=self.device
+        ).in_order()
 
 
 def _targets_of(targets: Any, rows: Tensor) -> Any:
     """The targets of some rows of their batch."""
-    by_row = {name: part for name in ("gate", "vectors", "excess", "weights") if isinstance(part := getattr(targets, name, None), Tensor)}
-    return replace(targets, **{name: part[rows] for name, part in by_row.items()}) if by_row else targets
+    by_row = {
+        name: part
+        for name in ("gate", "vectors", "excess", "weights")
+        if isinstance(part := getattr(targets, name, None), Tensor)
+    }
+    return (
+        replace(targets, **{name: part[rows] for name, part in by_row.items()})
+        if by_row
+        else targets
+    )

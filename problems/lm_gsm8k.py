@@ -15,7 +15,16 @@ from metavpt.errors import MetaVPTError
 from metavpt.learners.lm import LanguageModel
 from metavpt.linear_product import DirectionalDerivative
 from metavpt.objectives.prediction import Prediction
-from metavpt.objectives.target_task import OneHot, OnRows, SoftTargets, TargetTask, Tilted, target_loss, target_loss_per_sample, target_tail
+from metavpt.objectives.target_task import (
+    OneHot,
+    OnRows,
+    SoftTargets,
+    TargetTask,
+    Tilted,
+    target_loss,
+    target_loss_per_sample,
+    target_tail,
+)
 from metavpt.params import Params
 from metavpt.watch import Sign, gate_signs
 
@@ -36,24 +45,39 @@ class LMGSM8K(LanguageProblem):
     designer: LMDesigner
 
     def __init__(
-        self, designer: Callable[[LanguageModel], LMDesigner], steered_domains: Sequence[str] | None = None, **language: Any
+        self,
+        designer: Callable[[LanguageModel], LMDesigner],
+        steered_domains: Sequence[str] | None = None,
+        **language: Any,
     ) -> None:
         super().__init__(**language)
         self.designer = designer(self.learner)
         domains = self.data.domains
         unknown = [name for name in steered_domains or [] if name not in domains]
         if unknown or (steered_domains is not None and not len(steered_domains)):
-            raise MetaVPTError(f"problem.steered_domains={list(steered_domains or [])}: name domains of the stream, {', '.join(domains)}")
-        self._steered = None if steered_domains is None else torch.tensor([name in steered_domains for name in domains])
+            raise MetaVPTError(
+                f"problem.steered_domains={list(steered_domains or [])}: name domains of the stream, {', '.join(domains)}"
+            )
+        self._steered = (
+            None
+            if steered_domains is None
+            else torch.tensor([name in steered_domains for name in domains])
+        )
 
     def limited(self, task: TargetTask) -> TargetTask:
         """The task with its targets on the rows of `steered_domains` alone."""
         rows = self.steered_rows(task.batch)
-        return task if rows is None or isinstance(task.targets, OneHot) else task._replace(targets=OnRows(task.targets, rows))
+        return (
+            task
+            if rows is None or isinstance(task.targets, OneHot)
+            else task._replace(targets=OnRows(task.targets, rows))
+        )
 
     def steered_rows(self, batch: TokenBatch) -> Tensor | None:
         """(B,) bool; None: all."""
-        return None if self._steered is None else self._steered.to(batch.domain.device)[batch.domain]
+        return (
+            None if self._steered is None else self._steered.to(batch.domain.device)[batch.domain]
+        )
 
     def recipe(self, batch: TokenBatch) -> TargetTask:
         return self.designer.recipe_task(batch)
@@ -84,11 +108,20 @@ class LMGSM8K(LanguageProblem):
         return gate_signs(torch.as_tensor(targets.gate), self.designer.max_gate)
 
     def tilt(
-        self, theta: Params, task: TargetTask, w: Params, gate: float, tau: float, num_candidates: int, derivative: DirectionalDerivative
+        self,
+        theta: Params,
+        task: TargetTask,
+        w: Params,
+        gate: float,
+        tau: float,
+        num_candidates: int,
+        derivative: DirectionalDerivative,
     ) -> TargetTask:
         return task._replace(targets=Tilted(w, gate, tau, num_candidates, derivative))
 
-    def lesson(self, theta: Params, batch: TokenBatch, w: Params, derivative: DirectionalDerivative) -> dict[str, Tensor]:
+    def lesson(
+        self, theta: Params, batch: TokenBatch, w: Params, derivative: DirectionalDerivative
+    ) -> dict[str, Tensor]:
         """See `StateDesigner.lesson`; of the rows that are steered."""
         prediction = Prediction.of(self.learner, params.detach(theta), batch)
         return self._state_designer().lesson(prediction, w, derivative, self.steered_rows(batch))
@@ -107,9 +140,17 @@ class LMGSM8K(LanguageProblem):
         return target_loss_per_sample(self.learner, theta, self.limited(task))
 
 
-def target_designer(learner: LanguageModel, width: int = 256, num_layers: int = 6, num_heads: int = 4, **targets: Any) -> TargetDesigner:
+def target_designer(
+    learner: LanguageModel,
+    width: int = 256,
+    num_layers: int = 6,
+    num_heads: int = 4,
+    **targets: Any,
+) -> TargetDesigner:
     """A `TargetDesigner` (options `targets`) with a body of its own."""
-    return TargetDesigner(designer_body(learner.vocab_size, width, num_layers, num_heads), **targets)
+    return TargetDesigner(
+        designer_body(learner.vocab_size, width, num_layers, num_heads), **targets
+    )
 
 
 def state_designer(learner: LanguageModel, **targets: Any) -> StateDesigner:
@@ -117,6 +158,8 @@ def state_designer(learner: LanguageModel, **targets: Any) -> StateDesigner:
     return StateDesigner(learner.width, **targets)
 
 
-def token_weights(learner: LanguageModel, width: int = 64, num_layers: int = 2, num_heads: int = 4, **weights: Any) -> TokenWeights:
+def token_weights(
+    learner: LanguageModel, width: int = 64, num_layers: int = 2, num_heads: int = 4, **weights: Any
+) -> TokenWeights:
     """A `TokenWeights` (options `weights`) with a body of its own."""
     return TokenWeights(designer_body(learner.vocab_size, width, num_layers, num_heads), **weights)

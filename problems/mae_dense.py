@@ -15,8 +15,12 @@ from .masked_dense import MaskedDense
 class MAEDense(MaskedDense):
     """A decoder paints the hidden patches from the visible ones (MAE); the designer decides which patches are visible."""
 
-    def __init__(self, backbone: Backbone, decoder: Callable[[int, int], Predictor], **masked: Any) -> None:
-        super().__init__(backbone, predictor=decoder, target_width=3 * backbone.patch_size**2, **masked)
+    def __init__(
+        self, backbone: Backbone, decoder: Callable[[int, int], Predictor], **masked: Any
+    ) -> None:
+        super().__init__(
+            backbone, predictor=decoder, target_width=3 * backbone.patch_size**2, **masked
+        )
 
     def patch_targets(self, images: Tensor) -> Tensor:
         return normalized_pixels(images, self.backbone.patch_size)

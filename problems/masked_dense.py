@@ -79,10 +79,17 @@ class MaskedDense(DenseProblem):
                 "designer.target_scale and designer.target_aspect to one value each, [0.15, 0.15] and [1.0, 1.0]"
             )
         fewest = min(task.visible.shape[1] for task in tasks)
-        cut = [task._replace(visible=task.visible[:, :fewest], visible_weight=task.visible_weight[:, :fewest]) for task in tasks]
+        cut = [
+            task._replace(
+                visible=task.visible[:, :fewest], visible_weight=task.visible_weight[:, :fewest]
+            )
+            for task in tasks
+        ]
         return super().pick(cut, which, sample)
 
-    def _tail(self, theta: Params, task: MaskedImages, reduction: Literal["mean", "none"]) -> Callable[[Params], Tensor]:
+    def _tail(
+        self, theta: Params, task: MaskedImages, reduction: Literal["mean", "none"]
+    ) -> Callable[[Params], Tensor]:
         """The trunk runs once on the visible patches; the function returned runs the tail and the predictor."""
         backbone, grid = self.backbone, self.learner.grid(task.images)
         with torch.no_grad():
@@ -92,7 +99,9 @@ class MaskedDense(DenseProblem):
 
         def predictions(theta_s: Params) -> Tensor:
             own = {**theta, **theta_s}
-            features = functional_call(backbone.tail, params.subset(own, "backbone.tail."), (hidden,))
+            features = functional_call(
+                backbone.tail, params.subset(own, "backbone.tail."), (hidden,)
+            )
             asked = (features.patches.flatten(2).transpose(1, 2), task.visible, task.targets, grid)
             return functional_call(self.learner.predictor, params.subset(own, "predictor."), asked)
 
@@ -114,7 +123,21 @@ class MaskedDense(DenseProblem):
         logits = logits - logits.mean(dim=1, keepdim=True)
         seen = torch.zeros_like(logits).scatter_(1, task.visible, 1.0)
         rows = []
-        for image, *maps in zip(task.images[:NUM_PICTURES].cpu() * self.std + self.mean, logits.cpu(), seen.cpu(), strict=False):
-            scores, mask = (m.view(size[0] // patch, -1).repeat_interleave(patch, 0).repeat_interleave(patch, 1) for m in maps)
-            rows.append([pictures.photo(image), pictures.colour(scores, -1.0, 1.0, "coolwarm"), pictures.photo(image * mask)])
+        for image, *maps in zip(
+            task.images[:NUM_PICTURES].cpu() * self.std + self.mean,
+            logits.cpu(),
+            seen.cpu(),
+            strict=False,
+        ):
+            scores, mask = (
+                m.view(size[0] // patch, -1).repeat_interleave(patch, 0).repeat_interleave(patch, 1)
+                for m in maps
+            )
+            rows.append(
+                [
+                    pictures.photo(image),
+                    pictures.colour(scores, -1.0, 1.0, "coolwarm"),
+                    pictures.photo(image * mask),
+                ]
+            )
         return pictures.grid(rows)

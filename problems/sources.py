@@ -41,10 +41,19 @@ class Sources(Problem):
     The best weights are known: all on source 0. Uniform weights lead the learner to the mean of all A_s.
     """
 
-    def __init__(self, num_sources: int = 4, num_inputs: int = 16, num_outputs: int = 4, noise: float = 1.0, batch_size: int = 64) -> None:
+    def __init__(
+        self,
+        num_sources: int = 4,
+        num_inputs: int = 16,
+        num_outputs: int = 4,
+        noise: float = 1.0,
+        batch_size: int = 64,
+    ) -> None:
         self.learner = nn.Linear(num_inputs, num_outputs, bias=False)
         self.designer = SourceWeights(num_sources)
-        self.maps = torch.randn(num_sources, num_outputs, num_inputs)  # A_s, drawn anew for each seed of the run
+        self.maps = torch.randn(
+            num_sources, num_outputs, num_inputs
+        )  # A_s, drawn anew for each seed of the run
         self.noise, self.batch_size = noise, batch_size
 
     def pretrain_batches(self, seed: int) -> Iterator[Batch]:

@@ -7,13 +7,20 @@ import pytest
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--kills", type=int, default=3, help="random moments at which tests/test_faults.py kills a run")
+    parser.addoption(
+        "--kills",
+        type=int,
+        default=3,
+        help="random moments at which tests/test_faults.py kills a run",
+    )
 
 
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
     """The folder of real data; tests that read it are marked `shared_data` and skipped where there is none."""
-    folder = Path(os.environ.get("METAVPT_SHARED_DATA") or Path(__file__).parents[2] / "shared" / "data")
+    folder = Path(
+        os.environ.get("METAVPT_SHARED_DATA") or Path(__file__).parents[2] / "shared" / "data"
+    )
     if not folder.is_dir():
         pytest.skip(f"no real data at {folder}; set METAVPT_SHARED_DATA")
     return folder

@@ -22,8 +22,14 @@ from metavpt.time_limit import time_limit
 NUM_EXAMPLES = int(os.environ.get("METAVPT_FUZZ", "15"))
 SECONDS = 60  # what reading one file of a few kB may take at most, on a machine that is busy with other things
 MIB = 2**20
-SPARE = 64 * MIB  # beside twice what a file holds: libraries loaded late, buffers, images that claim somewhat more than they hold
-KEYS = ("_target_", "tail_layers", "attention_dropout")  # named instead of the file, where that can be read and says what cannot be
+SPARE = (
+    64 * MIB
+)  # beside twice what a file holds: libraries loaded late, buffers, images that claim somewhat more than they hold
+KEYS = (
+    "_target_",
+    "tail_layers",
+    "attention_dropout",
+)  # named instead of the file, where that can be read and says what cannot be
 STATUS, RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 ALONE = """
 import ctypes
@@ -66,13 +72,19 @@ def damage(data: bytes, change: list[Change]) -> bytes:
     for kind, first, second, junk in change:
         at, to = sorted((int(first * len(data)), int(second * len(data))))
         data = {
-            "flip": lambda: data[:at] + bytes([data[at] ^ (1 << junk[0] % 8)]) + data[at + 1 :] if data else data,  # noqa: B023
+            "flip": lambda: (
+                data[:at] + bytes([data[at] ^ (1 << junk[0] % 8)]) + data[at + 1 :]
+                if data
+                else data
+            ),  # noqa: B023
             "set": lambda: data[:at] + junk + data[at + len(junk) :],  # noqa: B023
             "cut": lambda: data[:to],  # noqa: B023
             "drop": lambda: data[:at] + data[min(to, at + 64) :],  # noqa: B023
             "insert": lambda: data[:at] + junk + data[at:],  # noqa: B023
             "splice": lambda: data[:at] + data[to:] + data[at:to],  # noqa: B023
-            "number": lambda: data[:at] + re.sub(rb"\d+", str(int.from_bytes(junk)).encode(), data[at:], count=1),  # noqa: B023
+            "number": lambda: (
+                data[:at] + re.sub(rb"\d+", str(int.from_bytes(junk)).encode(), data[at:], count=1)
+            ),  # noqa: B023
         }[kind]()
     return data
 
@@ -109,7 +121,9 @@ def assert_survives(reader: Reader, folder: Path) -> None:
         path.write_bytes(damage(whole, change))
         grown = growth(lambda: complaints.append(complaint(reader.read, path)))
         assert "HANGS" not in complaints[-1]
-        assert not complaints[-1] or any(name in complaints[-1] for name in (path.name, str(path.parent), *KEYS)), complaints[-1]
+        assert not complaints[-1] or any(
+            name in complaints[-1] for name in (path.name, str(path.parent), *KEYS)
+        ), complaints[-1]
         assert grown < SPARE, f"{grown / MIB:.0f} MiB"
 
     fuzz()
@@ -134,7 +148,9 @@ def growth_alone(imports: str, read: str, path: Path) -> tuple[int, int]:
     """
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     command = [sys.executable, "-c", ALONE.format(imports=imports, read=read), str(path)]
-    grown, holds = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment).stdout.split()
+    grown, holds = subprocess.run(
+        command, check=True, stdout=subprocess.PIPE, text=True, env=environment
+    ).stdout.split()
     return int(grown), int(holds)
 
 
@@ -144,8 +160,14 @@ def held(item: Any) -> int:
         return item.nbytes
     if isinstance(item, np.ndarray):
         return item.nbytes
-    inside = item.values() if isinstance(item, dict) else item if isinstance(item, (list, tuple)) else ()
-    return sys.getsizeof(item) + sum(map(held, inside)) + (sum(map(held, item)) if isinstance(item, dict) else 0)
+    inside = (
+        item.values() if isinstance(item, dict) else item if isinstance(item, (list, tuple)) else ()
+    )
+    return (
+        sys.getsizeof(item)
+        + sum(map(held, inside))
+        + (sum(map(held, item)) if isinstance(item, dict) else 0)
+    )
 
 
 def status(key: str) -> int:

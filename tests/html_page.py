@@ -39,11 +39,20 @@ def assert_self_contained(html: str) -> None:
     assert "script" not in page.tags
     for text in ("http:", "https:", "@import"):
         assert text not in html
-    references = [value or "" for name, value in page.attributes if name in ("src", "href", "xlink:href")]
-    assert all(reference.startswith(("data:image/png;base64,", "data:image/webp;base64,", "#")) for reference in references)
+    references = [
+        value or "" for name, value in page.attributes if name in ("src", "href", "xlink:href")
+    ]
+    assert all(
+        reference.startswith(("data:image/png;base64,", "data:image/webp;base64,", "#"))
+        for reference in references
+    )
     ids = [value for name, value in page.attributes if name == "id"]
     assert len(ids) == len(set(ids))
     used = {reference[1:] for reference in references if reference.startswith("#")}
-    used |= {match for _, value in page.attributes for match in re.findall(r"url\(#([^)]+)\)", value or "")}
+    used |= {
+        match
+        for _, value in page.attributes
+        for match in re.findall(r"url\(#([^)]+)\)", value or "")
+    }
     assert used
     assert used <= set(ids)

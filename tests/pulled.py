@@ -33,7 +33,9 @@ class Pulled(Problem):
 
     def __init__(self, gradients, weights=None):
         self.learner, self.designer = Point(), Weights()
-        self.gradients = {name: torch.tensor(g, dtype=torch.float64) for name, g in gradients.items()}
+        self.gradients = {
+            name: torch.tensor(g, dtype=torch.float64) for name, g in gradients.items()
+        }
         self.goals = {name: self.learner.p.detach() - g for name, g in self.gradients.items()}
         self.feedback_weights = weights or dict.fromkeys(gradients, 1.0)
 
@@ -41,7 +43,9 @@ class Pulled(Problem):
         g = torch.Generator().manual_seed(seed)
         while True:
             x = torch.randn(8, 4, generator=g, dtype=torch.float64)
-            yield torch.cat([x, torch.arange(8)[:, None] % len(self.goals)], 1)  # the last column names the domain
+            yield torch.cat(
+                [x, torch.arange(8)[:, None] % len(self.goals)], 1
+            )  # the last column names the domain
 
     def feedback_batches(self, seed):
         while True:
@@ -59,7 +63,10 @@ class Pulled(Problem):
         return lambda theta_s: (weights * ({**theta, **theta_s}["p"] - x[:, :4]) ** 2).sum(1)
 
     def candidates(self, batch, num_candidates):
-        return [(batch, torch.full((8, 4), 0.1 * (k + 1), dtype=torch.float64)) for k in range(num_candidates)]
+        return [
+            (batch, torch.full((8, 4), 0.1 * (k + 1), dtype=torch.float64))
+            for k in range(num_candidates)
+        ]
 
     def recipe(self, batch):
         return self.candidates(batch, 1)[0]
@@ -81,7 +88,10 @@ class Summed(Pulled):
         self.by_hand = weights
 
     def feedback_loss(self, theta, batch):
-        return sum(self.by_hand[name] * ((theta["p"] - goal) ** 2).sum() / 2 for name, goal in self.goals.items())
+        return sum(
+            self.by_hand[name] * ((theta["p"] - goal) ** 2).sum() / 2
+            for name, goal in self.goals.items()
+        )
 
 
 CONFLICT = {"a": [3.0, 6.0, 0.0, 1.5], "b": [-1.0, -0.5, 1.0, 0.0]}
@@ -97,13 +107,21 @@ def gradient(combination, problem):
 
 def hypergradient(problem, estimator, combination=None):
     """The designer's gradient as `Learned` finds it, from the first batches of seeded streams, and what was charged."""
-    strategy = Learned(estimator, lambda p: torch.optim.SGD(p, lr=1.0), combination=combination, max_norm=1e9)
+    strategy = Learned(
+        estimator, lambda p: torch.optim.SGD(p, lr=1.0), combination=combination, max_norm=1e9
+    )
     loop = trainer(problem, strategy)
     return strategy.hypergradient(problem, loop.streams, loop.optimizer, loop.budget)[0]
 
 
 def trainer(problem, strategy, folder=Path("unused"), steps=4):
-    return Trainer(problem, strategy, Budget(steps=steps), RunLog(folder), optimizer=lambda g: torch.optim.SGD(g, lr=0.1))
+    return Trainer(
+        problem,
+        strategy,
+        Budget(steps=steps),
+        RunLog(folder),
+        optimizer=lambda g: torch.optim.SGD(g, lr=0.1),
+    )
 
 
 class ScipyProjector:
@@ -111,10 +129,18 @@ class ScipyProjector:
 
     def __call__(self, U, G):
         factor = torch.linalg.cholesky(G + 1e-12 * torch.eye(len(G), dtype=G.dtype)).T.numpy()
-        return torch.stack([u + torch.from_numpy(nnls(factor, -factor @ u.numpy())[0]) for u in U.reshape(-1, len(G))]).reshape(U.shape)
+        return torch.stack(
+            [
+                u + torch.from_numpy(nnls(factor, -factor @ u.numpy())[0])
+                for u in U.reshape(-1, len(G))
+            ]
+        ).reshape(U.shape)
 
 
 def rule(name, **options):
     """`TorchJD(name)`; the quadratic programs are solved by scipy where quadprog is not installed."""
     pytest.importorskip("torchjd")
-    return TorchJD(name, {"projector": ScipyProjector(), **options} if name in ("UPGrad", "DualProj") else options)
+    return TorchJD(
+        name,
+        {"projector": ScipyProjector(), **options} if name in ("UPGrad", "DualProj") else options,
+    )

@@ -24,11 +24,18 @@ class Ridge:
         g = torch.Generator().manual_seed(seed)
         x, v = (torch.randn(20, num_features, generator=g, dtype=torch.float64) for _ in range(2))
         y, z = (torch.randn(20, generator=g, dtype=torch.float64) for _ in range(2))
-        return cls(x, y, v, z, {"log_penalty": 0.3 * torch.randn(num_features, generator=g, dtype=torch.float64)})
+        return cls(
+            x,
+            y,
+            v,
+            z,
+            {"log_penalty": 0.3 * torch.randn(num_features, generator=g, dtype=torch.float64)},
+        )
 
     def inner(self, phi: Params):
         return lambda theta: (
-            ((self.x @ theta["theta"] - self.y) ** 2).mean() / 2 + (phi["log_penalty"].exp() * theta["theta"] ** 2).sum() / 2
+            ((self.x @ theta["theta"] - self.y) ** 2).mean() / 2
+            + (phi["log_penalty"].exp() * theta["theta"] ** 2).sum() / 2
         )
 
     def outer(self, theta: Params) -> Tensor:

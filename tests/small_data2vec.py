@@ -19,7 +19,16 @@ def maker(folder, *options):
 
     def fresh(*overrides, seed=0):
         with initialize_config_module("metavpt.configs", version_base="1.3"):
-            cfg = compose("run", ["problem=data2vec_nyuv2", *SMALL, f"data.rooms.folder={folder}", *options, *overrides])
+            cfg = compose(
+                "run",
+                [
+                    "problem=data2vec_nyuv2",
+                    *SMALL,
+                    f"data.rooms.folder={folder}",
+                    *options,
+                    *overrides,
+                ],
+            )
         torch.manual_seed(seed)
         return instantiate(cfg.problem, _convert_="all")
 
@@ -51,7 +60,9 @@ def at(problem):
     aligned = {name: theta[name] for name in problem.aligned_parameters()}
     batch, labelled = next(iter(problem.meta_batches(1))), next(iter(problem.feedback_batches(2)))
     leaves = params.leaves(aligned)
-    gradient = torch.autograd.grad(problem.feedback_loss({**theta, **leaves}, labelled), list(leaves.values()))
+    gradient = torch.autograd.grad(
+        problem.feedback_loss({**theta, **leaves}, labelled), list(leaves.values())
+    )
     return theta, aligned, batch, dict(zip(leaves, gradient, strict=True))
 
 

@@ -63,7 +63,16 @@ class Regression(Problem):
 def trainer_of(folder, strategy, steps=12, problem=Regression):
     make = lambda groups: torch.optim.SGD(groups, lr=0.1)  # noqa: E731
     checkpoints = Checkpoints(folder / "checkpoints")
-    return Trainer(problem(), strategy, Budget(steps=steps), RunLog(folder), checkpoints, make, weight_decay=0.0, log_every=1)
+    return Trainer(
+        problem(),
+        strategy,
+        Budget(steps=steps),
+        RunLog(folder),
+        checkpoints,
+        make,
+        weight_decay=0.0,
+        log_every=1,
+    )
 
 
 def sgd(lr):
@@ -82,7 +91,10 @@ def test_the_steps_of_phi_are_gradient_steps_on_the_last_lessons_newest_first(tm
         theta = problem.learner.weight.detach().clone()
         trainer.step()
         if step % 2 == 0:
-            rows, labelled = trainer.strategy.lessons.held[0]["rows"], last_drawn(trainer.streams.feedback)
+            rows, labelled = (
+                trainer.strategy.lessons.held[0]["rows"],
+                last_drawn(trainer.streams.feedback),
+            )
             error = X[labelled] @ theta - Y[labelled]
             g_down = 2 * X[labelled].T @ error / error.numel()
             lessons = [(rows, -X[rows] @ g_down), *lessons][:3]
@@ -99,7 +111,10 @@ def last_drawn(stream):
 
 
 def test_with_lr_0_it_is_fixed_bit_for_bit(tmp_path):
-    fixed, still = trainer_of(tmp_path / "fixed", Fixed()), trainer_of(tmp_path / "still", amortized(lr=0.0))
+    fixed, still = (
+        trainer_of(tmp_path / "fixed", Fixed()),
+        trainer_of(tmp_path / "still", amortized(lr=0.0)),
+    )
     fixed.run()
     still.run()
     assert torch.equal(fixed.problem.learner.weight, still.problem.learner.weight)
@@ -110,7 +125,12 @@ def test_feedback_is_read_at_its_steps_alone_and_steers_in_between(tmp_path):
     seen = []
     for _ in range(8):
         trainer.step()
-        seen.append((trainer.streams.feedback.state_dict()["position"], trainer.problem.designer.weight.detach().clone()))
+        seen.append(
+            (
+                trainer.streams.feedback.state_dict()["position"],
+                trainer.problem.designer.weight.detach().clone(),
+            )
+        )
     assert [position for position, _ in seen] == [1, 1, 1, 1, 2, 2, 2, 2]
     assert torch.equal(seen[0][1], seen[3][1])
     assert not torch.equal(seen[3][1], seen[4][1])
@@ -141,7 +161,11 @@ def assert_resumes(trainer_of, strategy, folder):
 def test_true_feedback_teaches_what_a_random_direction_does_not(tmp_path):
     """The loss of the feedback after 60 steps, where pretraining alone leads elsewhere."""
     losses = {}
-    for name, strategy in {"fixed": Fixed(), "true": amortized(), "random": amortized(RandomAmortized)}.items():
+    for name, strategy in {
+        "fixed": Fixed(),
+        "true": amortized(),
+        "random": amortized(RandomAmortized),
+    }.items():
         trainer = trainer_of(tmp_path / name, strategy, steps=60)
         trainer.run()
         losses[name] = trainer.metrics["loss"]
@@ -150,7 +174,10 @@ def test_true_feedback_teaches_what_a_random_direction_does_not(tmp_path):
 
 def test_a_lesson_that_is_not_finite_is_skipped_and_counted(tmp_path):
     trainer = trainer_of(tmp_path, amortized())
-    trainer.problem.lesson = lambda *_: {"rows": torch.arange(2), "values": torch.full((2, 3), torch.nan, dtype=torch.float64)}
+    trainer.problem.lesson = lambda *_: {
+        "rows": torch.arange(2),
+        "values": torch.full((2, 3), torch.nan, dtype=torch.float64),
+    }
     trainer.step()
     assert trainer.strategy.lessons.num_skipped == 1
     assert not trainer.strategy.lessons.held

@@ -10,14 +10,29 @@ EXAMPLES = Path(__file__).parents[1] / "examples"
 
 
 def run(*arguments, folder):
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(EXAMPLES), os.environ.get("PYTHONPATH", "")]), "OMP_NUM_THREADS": "1"}
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join([str(EXAMPLES), os.environ.get("PYTHONPATH", "")]),
+        "OMP_NUM_THREADS": "1",
+    }
     command = [sys.executable, "-m", "metavpt.bench", *arguments]
-    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=120)
+    return subprocess.run(
+        command, cwd=folder, env=environment, capture_output=True, text=True, timeout=120
+    )
 
 
 def test_a_breakdown_is_printed_and_stored(tmp_path):
     conf = str(EXAMPLES / "conf")
-    done = run("step", "--config-dir", conf, "problem=channels", "measure.steps=9", "strategy.meta_every=4", "threads=1", folder=tmp_path)
+    done = run(
+        "step",
+        "--config-dir",
+        conf,
+        "problem=channels",
+        "measure.steps=9",
+        "strategy.meta_every=4",
+        "threads=1",
+        folder=tmp_path,
+    )
     assert done.returncode == 0, done.stderr
     assert "measured / floor" in done.stdout
     assert "product" in done.stdout
@@ -25,7 +40,9 @@ def test_a_breakdown_is_printed_and_stored(tmp_path):
     found = json.loads((folder / "step.json").read_text())
     assert len(found["steps"]) == 12  # whole periods
     assert found["floor"]["passes"]["g_down"] == 0.25
-    assert json.loads((folder / "environment.json").read_text())["command"].startswith("python -m metavpt.bench step --config-dir")
+    assert json.loads((folder / "environment.json").read_text())["command"].startswith(
+        "python -m metavpt.bench step --config-dir"
+    )
 
 
 def test_what_to_measure_must_be_said(tmp_path):

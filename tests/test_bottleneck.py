@@ -44,7 +44,9 @@ LEAKS = {
 
 
 @pytest.mark.parametrize("at", [0, 3])
-@pytest.mark.parametrize(("leak", "words"), LEAKS.items(), ids=lambda value: getattr(value, "__name__", None))
+@pytest.mark.parametrize(
+    ("leak", "words"), LEAKS.items(), ids=lambda value: getattr(value, "__name__", None)
+)
 def test_a_strategy_that_trains_the_learner_on_labels_is_stopped(tmp_path, leak, words, at):
     trainer = Trainer(Channels(), Leaky(leak, at), Budget(steps=6), RunLog(tmp_path))
     with pytest.raises(MetaVPTError, match=rf"Leaky\.next_task {words}"):
@@ -70,6 +72,12 @@ def touch(p, kind):
 
 
 def test_designer_updates_pass(tmp_path):
-    trainer = Trainer(Channels(), Learned(OneStep(), meta_every=1), Budget(steps=3), RunLog(tmp_path), first_order_every=1)
+    trainer = Trainer(
+        Channels(),
+        Learned(OneStep(), meta_every=1),
+        Budget(steps=3),
+        RunLog(tmp_path),
+        first_order_every=1,
+    )
     trainer.run()
     assert trainer.budget.steps == 3

@@ -5,7 +5,17 @@ import torch
 from channels import Channels
 from rich.console import Console
 
-from metavpt import Budget, Fixed, Learned, MetaVPTError, OneStep, RunLog, Trainer, breakdown, passes
+from metavpt import (
+    Budget,
+    Fixed,
+    Learned,
+    MetaVPTError,
+    OneStep,
+    RunLog,
+    Trainer,
+    breakdown,
+    passes,
+)
 
 PLAIN = {"step": 1.0, "step/learner/forward": 4.0, "step/learner/forward/teacher": 2.0}
 UPDATE = {
@@ -18,13 +28,18 @@ UPDATE = {
 
 
 def test_a_phase_counts_where_it_occurs_and_is_shared_out_among_all_steps():
-    found = {(phase.part, phase.phase): phase for phase in breakdown.spent([UPDATE, PLAIN, PLAIN, {**PLAIN, "step": 5.0}])}
+    found = {
+        (phase.part, phase.phase): phase
+        for phase in breakdown.spent([UPDATE, PLAIN, PLAIN, {**PLAIN, "step": 5.0}])
+    }
     assert found["step", "step"].seconds == 2.0  # the median of 3, 1, 1, 5
     assert found["designer", "teacher"].seconds == 3.0  # two places of one phase
     assert found["designer", "teacher"].frequency == 0.25
     assert found["designer", "product"].per_step == 1.25
     assert found["step", "forward"].frequency == 0.75
-    assert [key for key in found if key[0] == "designer"] == [("designer", name) for name in ("data", "teacher", "product")]
+    assert [key for key in found if key[0] == "designer"] == [
+        ("designer", name) for name in ("data", "teacher", "product")
+    ]
 
 
 def trainer(folder, strategy):
@@ -51,8 +66,13 @@ def test_a_breakdown_sums_to_the_time_of_the_steps(tmp_path):
     assert measured.per_step == pytest.approx(sum(totals) / 8, rel=0.03)
     assert sum("step/designer/product/g_down" in step for step in measured.seconds) == 2
     phases = {(phase.part, phase.phase) for phase in measured.phases}
-    assert phases >= {("step", name) for name in ("data", "task", "forward", "backward", "optimizer", "ema", "learner")}
-    assert phases >= {("designer", name) for name in ("data", "task", "heads", "g_down", "product", "phi")}
+    assert phases >= {
+        ("step", name)
+        for name in ("data", "task", "forward", "backward", "optimizer", "ema", "learner")
+    }
+    assert phases >= {
+        ("designer", name) for name in ("data", "task", "heads", "g_down", "product", "phi")
+    }
     assert measured.flops["update"] > measured.flops["plain"] > 0
     assert measured.samples == 64
 
@@ -63,13 +83,19 @@ def test_a_report_names_the_floor_and_its_ratio(tmp_path):
     measured = breakdown.measure(run, 2, 4, now)
     floor = breakdown.floor(run, now)
     assert floor is not None
-    assert floor.seconds == pytest.approx(sum(count * floor.each[name] for name, count in floor.passes.items()))
+    assert floor.seconds == pytest.approx(
+        sum(count * floor.each[name] for name, count in floor.passes.items())
+    )
     found = breakdown.report(measured, floor, "NVIDIA H100 80GB HBM3")
     assert found["over_floor"] == pytest.approx(measured.per_step / floor.seconds)
     assert 0 < found["over_floor_without_data_and_augmentation"] < found["over_floor"]
     plain = sum(phase.per_step for phase in measured.phases if phase.part == "step")
-    assert found["model_flops_utilisation"] == pytest.approx(measured.flops["plain"] / plain / 989e12)
-    assert sum(phase["per_step"] for phase in found["phases"]) == pytest.approx(found["seconds_per_step"])
+    assert found["model_flops_utilisation"] == pytest.approx(
+        measured.flops["plain"] / plain / 989e12
+    )
+    assert sum(phase["per_step"] for phase in found["phases"]) == pytest.approx(
+        found["seconds_per_step"]
+    )
     assert any("measured / floor" in line for line in breakdown.lines(found))
     assert breakdown.report(measured, None, None)["model_flops_utilisation"] is None
 

@@ -8,7 +8,11 @@ from metavpt.errors import MetaVPTError
 
 @pytest.mark.parametrize(
     ("limits", "charge"),
-    [({"steps": 4}, {"steps": 4}), ({"samples": 10}, {"samples": 12}), ({"grad_evals": 3}, {"grad_evals": 3})],
+    [
+        ({"steps": 4}, {"steps": 4}),
+        ({"samples": 10}, {"samples": 12}),
+        ({"grad_evals": 3}, {"grad_evals": 3}),
+    ],
 )
 def test_any_unit_ends_the_run(limits, charge):
     budget = Budget(**limits)
@@ -47,7 +51,10 @@ def test_state_round_trip():
     assert other.state_dict() == budget.state_dict()
 
 
-@pytest.mark.parametrize(("limits", "words"), [({}, "no limit"), ({"steps": 0}, "budget.steps=0"), ({"seconds": -1}, "budget.seconds=-1")])
+@pytest.mark.parametrize(
+    ("limits", "words"),
+    [({}, "no limit"), ({"steps": 0}, "budget.steps=0"), ({"seconds": -1}, "budget.seconds=-1")],
+)
 def test_bad_limits_are_named(limits, words):
     with pytest.raises(MetaVPTError, match=words):
         Budget(**limits)

@@ -18,9 +18,16 @@ class Broken(Channels):
 
 
 def run(*arguments, folder):
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(folder), str(EXAMPLES)]), "OMP_NUM_THREADS": "1", "COLUMNS": "160"}
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join([str(folder), str(EXAMPLES)]),
+        "OMP_NUM_THREADS": "1",
+        "COLUMNS": "160",
+    }
     command = [sys.executable, "-m", "metavpt.check", *arguments]
-    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=120)
+    return subprocess.run(
+        command, cwd=folder, env=environment, capture_output=True, text=True, timeout=120
+    )
 
 
 def test_a_sound_problem_ends_with_its_verdict_and_status_0():

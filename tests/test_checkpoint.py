@@ -48,8 +48,17 @@ def test_a_full_disk_leaves_the_older_checkpoint_and_one_clear_line(tmp_path, mo
     checkpoints.save(1, {"value": 1})
     monkeypatch.setattr(Path, "open", lambda path, mode: FullDisk(path, mode))
     if size == 10:
-        monkeypatch.setattr(FullDisk, "write", lambda self, data: (_ for _ in ()).throw(OSError(errno.ENOSPC, "No space left on device")))
-    with pytest.raises(MetaVPTError, match=r"step-00000002\.pt: cannot be written \(No space left on device\).*resume=true"):
+        monkeypatch.setattr(
+            FullDisk,
+            "write",
+            lambda self, data: (_ for _ in ()).throw(
+                OSError(errno.ENOSPC, "No space left on device")
+            ),
+        )
+    with pytest.raises(
+        MetaVPTError,
+        match=r"step-00000002\.pt: cannot be written \(No space left on device\).*resume=true",
+    ):
         checkpoints.save(2, {"value": torch.zeros(size)})
     monkeypatch.undo()
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000001.pt"]

@@ -22,9 +22,26 @@ def _seeded():
 
 def test_a_sound_problem_passes_every_check():
     found = findings(Channels())
-    assert {name: finding.verdict for name, finding in found.items() if finding.verdict != "ok"} == {}
-    assert found.keys() >= FOUNDATIONS | {"designer_reach", "pretrain_reach", "feedback_reach", "float64", "tail", "teacher_credit"}
-    assert found.keys() >= {"exact_product", "difference_product", "float32", "bfloat16", "difference_step", "attention", "first_order"}
+    assert {
+        name: finding.verdict for name, finding in found.items() if finding.verdict != "ok"
+    } == {}
+    assert found.keys() >= FOUNDATIONS | {
+        "designer_reach",
+        "pretrain_reach",
+        "feedback_reach",
+        "float64",
+        "tail",
+        "teacher_credit",
+    }
+    assert found.keys() >= {
+        "exact_product",
+        "difference_product",
+        "float32",
+        "bfloat16",
+        "difference_step",
+        "attention",
+        "first_order",
+    }
     assert sum(name.startswith("cost ") for name in found) == 5
 
 
@@ -154,11 +171,22 @@ class TwoHeads(Channels):
     def pretrain_loss(self, theta, task):
         x, weights = task
         z = functional_call(self.learner["body"], params.subset(theta, "body."), (x,))
-        return (weights * (functional_call(self.learner["aux"], params.subset(theta, "aux."), (z,)) - x) ** 2).sum(1).mean()
+        return (
+            (
+                weights
+                * (functional_call(self.learner["aux"], params.subset(theta, "aux."), (z,)) - x)
+                ** 2
+            )
+            .sum(1)
+            .mean()
+        )
 
     def feedback_loss(self, theta, batch):
         x, y = batch
-        return ((functional_call(self.learner["body"], params.subset(theta, "body."), (x,))[:, :4] - y) ** 2).mean()
+        return (
+            (functional_call(self.learner["body"], params.subset(theta, "body."), (x,))[:, :4] - y)
+            ** 2
+        ).mean()
 
 
 def test_the_share_without_feedback_is_told_and_all_of_it_fails():
@@ -195,7 +223,9 @@ class FrozenTail(Channels):
 
         def tail(theta_s):
             drift = sum((theta_s[f"0.{name}"] - p).sum() for name, p in body.items())
-            out = functional_call(self.learner[1], params.subset({**theta, **theta_s}, "1."), (hidden + 0.0 * drift,))
+            out = functional_call(
+                self.learner[1], params.subset({**theta, **theta_s}, "1."), (hidden + 0.0 * drift,)
+            )
             return (weights * (out - x) ** 2).sum(1).mean()
 
         return tail
@@ -251,9 +281,16 @@ def test_the_problem_and_the_random_state_are_left_as_they_were():
     before, dictionary = snapshot(problem), dict(vars(problem))
     check(problem)
     after = snapshot(problem)
-    assert all(torch.equal(a, after[k]) if isinstance(a, torch.Tensor) else a == after[k] for k, a in before.items())
+    assert all(
+        torch.equal(a, after[k]) if isinstance(a, torch.Tensor) else a == after[k]
+        for k, a in before.items()
+    )
     assert vars(problem) == dictionary
-    assert all(p.grad is None for module in (problem.learner, problem.designer) for p in module.parameters())
+    assert all(
+        p.grad is None
+        for module in (problem.learner, problem.designer)
+        for p in module.parameters()
+    )
 
 
 def test_unrolled_and_learned_estimators_are_accepted():

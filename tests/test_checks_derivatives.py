@@ -49,11 +49,16 @@ def test_what_the_compile_check_says_of_estimators_is_so():
     problem.learner = torch.compile(problem.learner, backend="aot_eager")
     scene = Scene.of(problem)
     for estimator in (OneStep(), OneStep(Cosine()), Unrolled(2, SGD(0.1)), Implicit(damping=1.0)):
-        torch.testing.assert_close(scene.estimate(estimator).by_phi, plain.estimate(estimator).by_phi, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(
+            scene.estimate(estimator).by_phi, plain.estimate(estimator).by_phi, rtol=1e-4, atol=1e-6
+        )
     with pytest.raises(RuntimeError, match="compiled with non-empty donated buffers"):
         scene.estimate(OneStep(product=ExactProduct()))
     theta = dict(problem.learner.named_parameters())
-    loss = ComposedLoss(lambda theta: functional_call(problem.learner, theta, (torch.ones(2, 16),)), lambda outputs: outputs.square().sum())
+    loss = ComposedLoss(
+        lambda theta: functional_call(problem.learner, theta, (torch.ones(2, 16),)),
+        lambda outputs: outputs.square().sum(),
+    )
     with pytest.raises(RuntimeError, match="compiled with non-empty donated buffers"):
         GaussNewton()(loss, theta, theta, DifferenceProduct())
 
@@ -113,7 +118,9 @@ def test_forward_mode_as_such_is_right():
     assert check_product(ForwardProduct(), Channels()).verdict == "ok"
 
 
-@pytest.mark.parametrize("product", [ExactProduct(), DifferenceProduct()], ids=["exact", "difference"])
+@pytest.mark.parametrize(
+    "product", [ExactProduct(), DifferenceProduct()], ids=["exact", "difference"]
+)
 def test_our_own_products_are_right_through_layer_norm(product):
     assert check_product(product, NormedViews()).verdict == "ok"
 
@@ -147,7 +154,9 @@ class DistilledByChoice(Distilled):
 
 def test_a_no_grad_teacher_is_explained():
     found = findings(Distilled())
-    assert {name for name, finding in found.items() if finding.verdict == "failed"} == {"teacher_credit"}
+    assert {name for name, finding in found.items() if finding.verdict == "failed"} == {
+        "teacher_credit"
+    }
     assert "teacher_credit = False" in found["teacher_credit"].advice
     assert found["exact_product"].verdict == "ok"
 

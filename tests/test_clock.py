@@ -35,7 +35,12 @@ def test_phases_are_called_by_where_they_lie():
             pass
         with phase("teacher"):
             pass
-    assert clock.seconds == {"step": 3.0, "step/designer": 2.0, "step/designer/teacher": 1.0, "step/teacher": 1.0}
+    assert clock.seconds == {
+        "step": 3.0,
+        "step/designer": 2.0,
+        "step/designer/teacher": 1.0,
+        "step/teacher": 1.0,
+    }
 
 
 def test_an_error_ends_its_phases():

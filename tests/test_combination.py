@@ -42,13 +42,19 @@ def test_the_weighted_sum_is_the_loss_written_by_hand_bit_for_bit_at_the_same_co
     ours = hypergradient(Pulled(CONFLICT, weights), estimator)
     by_hand = hypergradient(Summed(CONFLICT, weights), estimator)
     assert torch.equal(ours.by_phi["logits"], by_hand.by_phi["logits"])
-    assert (ours.value, ours.grad_evals, ours.diagnostics) == (by_hand.value, by_hand.grad_evals, by_hand.diagnostics)
+    assert (ours.value, ours.grad_evals, ours.diagnostics) == (
+        by_hand.value,
+        by_hand.grad_evals,
+        by_hand.diagnostics,
+    )
 
 
 def test_the_gradient_of_the_weighted_sum_is_the_hand_computation():
     problem = Pulled(CONFLICT, {"a": 0.7, "b": 1.9})
     expected = 0.7 * problem.gradients["a"] + 1.9 * problem.gradients["b"]
-    torch.testing.assert_close(gradient(WeightedSum(), problem)[0], expected, rtol=1e-14, atol=1e-15)
+    torch.testing.assert_close(
+        gradient(WeightedSum(), problem)[0], expected, rtol=1e-14, atol=1e-15
+    )
 
 
 @pytest.mark.parametrize(
@@ -69,7 +75,9 @@ def test_mgda_on_two_gradients_is_the_closed_form(a, b):
     gamma = float(((g_b - g_a) @ g_b / (g_a - g_b).square().sum()).clamp(0, 1))
     assert combined.record["weight/a"] == pytest.approx(gamma, abs=1e-12)
     assert combined.record["weight/b"] == pytest.approx(1 - gamma, abs=1e-12)
-    assert combined.record["conflict/a-b"] == pytest.approx(float(torch.cosine_similarity(g_a, g_b, dim=0)), abs=1e-12)
+    assert combined.record["conflict/a-b"] == pytest.approx(
+        float(torch.cosine_similarity(g_a, g_b, dim=0)), abs=1e-12
+    )
     torch.testing.assert_close(g, gamma * g_a + (1 - gamma) * g_b, rtol=1e-11, atol=1e-15)
 
 
@@ -83,7 +91,10 @@ def test_upgrad_on_two_conflicting_gradients_is_the_mean_of_their_projections():
 
 
 @pytest.mark.parametrize("gradients", [CONFLICT, THREE], ids=["two", "three"])
-@pytest.mark.parametrize(("name", "options"), [("MGDA", {"epsilon": 1e-6, "max_iters": 10_000}), ("UPGrad", {}), ("DualProj", {})])
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [("MGDA", {"epsilon": 1e-6, "max_iters": 10_000}), ("UPGrad", {}), ("DualProj", {})],
+)
 def test_the_direction_opposes_no_feedback(name, options, gradients):
     """<d, g_j> >= 0, which the plain sum breaks on the same gradients."""
     problem = Pulled(gradients)
@@ -100,7 +111,10 @@ def test_upgrad_by_torchjds_own_solver():
     pytest.importorskip("quadprog")
     for scale in (1.0, 1e-4):
         problem = Pulled(scaled(scale))
-        own, by_scipy = (gradient(combination, problem)[1].record for combination in (TorchJD("UPGrad"), rule("UPGrad")))
+        own, by_scipy = (
+            gradient(combination, problem)[1].record
+            for combination in (TorchJD("UPGrad"), rule("UPGrad"))
+        )
         assert own == pytest.approx(by_scipy, rel=2e-3)
 
 
@@ -120,17 +134,25 @@ def test_normalize_compares_directions_only():
     pytest.importorskip("torchjd")
     problem = Pulled(CONFLICT, {"a": 10.0, "b": 0.1})
     g, combined = gradient(TorchJD("MGDA", normalize=True), problem)
-    g_a, g_b = (weight * g for weight, g in zip((10.0, 0.1), problem.gradients.values(), strict=True))
+    g_a, g_b = (
+        weight * g for weight, g in zip((10.0, 0.1), problem.gradients.values(), strict=True)
+    )
     length = ((g_a.square().sum() + g_b.square().sum()) / 2).sqrt()
-    torch.testing.assert_close(g, length * (g_a / g_a.norm() + g_b / g_b.norm()) / 2, rtol=1e-12, atol=1e-12)
-    assert combined.record["weight/a"] == pytest.approx(10.0 * float(length / g_a.norm() / 2), rel=1e-12)
+    torch.testing.assert_close(
+        g, length * (g_a / g_a.norm() + g_b / g_b.norm()) / 2, rtol=1e-12, atol=1e-12
+    )
+    assert combined.record["weight/a"] == pytest.approx(
+        10.0 * float(length / g_a.norm() / 2), rel=1e-12
+    )
 
 
 def test_sum_changes_nothing_and_logs_the_conflict():
     pytest.importorskip("torchjd")
     weights = {"a": 0.7, "b": 1.9}
     g, combined = gradient(TorchJD("Sum"), Pulled(CONFLICT, weights))
-    torch.testing.assert_close(g, gradient(WeightedSum(), Pulled(CONFLICT, weights))[0], rtol=1e-15, atol=0)
+    torch.testing.assert_close(
+        g, gradient(WeightedSum(), Pulled(CONFLICT, weights))[0], rtol=1e-15, atol=0
+    )
     assert (combined.record["weight/a"], combined.record["weight/b"]) == (0.7, 1.9)
     assert combined.record["conflict/a-b"] < 0
 
@@ -173,7 +195,9 @@ def test_domain_matched_is_the_weighted_mean_of_separate_estimates(estimator):
     }
     expected = 0.25 * estimates["a"].by_phi["logits"] + 0.75 * estimates["b"].by_phi["logits"]
     torch.testing.assert_close(found.by_phi["logits"], expected, rtol=1e-12, atol=1e-14)
-    assert found.value == pytest.approx(0.25 * estimates["a"].value + 0.75 * estimates["b"].value, rel=1e-12)
+    assert found.value == pytest.approx(
+        0.25 * estimates["a"].value + 0.75 * estimates["b"].value, rel=1e-12
+    )
     assert found.grad_evals == estimates["a"].grad_evals + estimates["b"].grad_evals
     assert found.diagnostics["feedback_loss/b"] == estimates["b"].diagnostics["feedback_loss"]
     assert found.diagnostics["value/a"] == estimates["a"].value
@@ -188,7 +212,12 @@ def test_each_domain_starts_its_solve_from_its_own_solution(tmp_path):
             return super().__call__(*args, start=start, **options)
 
     problem = Pulled(CONFLICT)
-    strategy = Learned(Recording(damping=0.5), lambda p: torch.optim.SGD(p, lr=0.1), meta_every=1, combination=DomainMatched())
+    strategy = Learned(
+        Recording(damping=0.5),
+        lambda p: torch.optim.SGD(p, lr=0.1),
+        meta_every=1,
+        combination=DomainMatched(),
+    )
     loop = trainer(problem, strategy, tmp_path, steps=2)
     loop.step()
     kept = copy.deepcopy(strategy.state_dict()["solutions"])
@@ -197,14 +226,21 @@ def test_each_domain_starts_its_solve_from_its_own_solution(tmp_path):
     loop.step()
     first, second = Recording.starts[:2], Recording.starts[2:]
     assert first == [None, None]
-    assert [torch.equal(start["p"], kept[name]["p"]) for start, name in zip(second, "ab", strict=True)] == [True, True]
+    assert [
+        torch.equal(start["p"], kept[name]["p"]) for start, name in zip(second, "ab", strict=True)
+    ] == [True, True]
 
 
-@pytest.mark.parametrize("domains", [["a"], ["a", "b", "c"], []], ids=["missing", "unknown", "none"])
+@pytest.mark.parametrize(
+    "domains", [["a"], ["a", "b", "c"], []], ids=["missing", "unknown", "none"]
+)
 def test_domains_that_do_not_match_name_both_lists(domains):
     problem = Pulled(CONFLICT)
     problem.by_domain = lambda batch: dict.fromkeys(domains, batch)
-    with pytest.raises(MetaVPTError, match=f"by_domain gives {', '.join(domains) or 'nothing'}, the feedbacks are a, b"):
+    with pytest.raises(
+        MetaVPTError,
+        match=f"by_domain gives {', '.join(domains) or 'nothing'}, the feedbacks are a, b",
+    ):
         hypergradient(problem, OneStep(), DomainMatched())
 
 
@@ -213,12 +249,18 @@ def test_a_domain_without_weight_needs_no_batch_and_may_have_one():
     with_batch = hypergradient(problem, OneStep(), DomainMatched())
     split = problem.by_domain
     problem.by_domain = lambda batch: {name: split(batch)[name] for name in "ab"}
-    assert torch.equal(with_batch.by_phi["logits"], hypergradient(problem, OneStep(), DomainMatched()).by_phi["logits"])
+    assert torch.equal(
+        with_batch.by_phi["logits"],
+        hypergradient(problem, OneStep(), DomainMatched()).by_phi["logits"],
+    )
 
 
 def test_a_problem_without_by_domain_says_so():
     class Whole(Pulled):
         by_domain = Problem.by_domain
 
-    with pytest.raises(MetaVPTError, match=r"Whole has no by_domain, which strategy.combination=DomainMatched needs"):
+    with pytest.raises(
+        MetaVPTError,
+        match=r"Whole has no by_domain, which strategy.combination=DomainMatched needs",
+    ):
         hypergradient(Whole(CONFLICT), OneStep(), DomainMatched())

@@ -21,7 +21,9 @@ from metavpt.greedy import Greedy, GreedySelection
 from metavpt.strategies import feedback_on
 
 
-@pytest.mark.parametrize("make", [partial(Greedy, 2), partial(GreedySelection, 2)], ids=["greedy", "selection"])
+@pytest.mark.parametrize(
+    "make", [partial(Greedy, 2), partial(GreedySelection, 2)], ids=["greedy", "selection"]
+)
 def test_greedy_values_along_the_combined_gradient_and_is_charged(tmp_path, make):
     pytest.importorskip("torchjd")
     problem = Pulled(CONFLICT)
@@ -33,7 +35,10 @@ def test_greedy_values_along_the_combined_gradient_and_is_charged(tmp_path, make
     assert loop.budget.grad_evals == 2 + 1 + 2
     assert combined.record.items() <= proposal.record.items()
     loop.budget.charge(steps=1)
-    assert "weight/a" not in strategy.next_task(problem, loop.streams, loop.optimizer, loop.budget).record
+    assert (
+        "weight/a"
+        not in strategy.next_task(problem, loop.streams, loop.optimizer, loop.budget).record
+    )
 
 
 def test_random_feedback_has_the_norm_of_the_combined_gradient(tmp_path):
@@ -41,7 +46,9 @@ def test_random_feedback_has_the_norm_of_the_combined_gradient(tmp_path):
     problem, strategy = Pulled(CONFLICT), RandomFeedback(OneStep(), combination=TorchJD("MGDA"))
     loop = trainer(problem, strategy, tmp_path)
     found = strategy.hypergradient(problem, loop.streams, loop.optimizer, loop.budget)[0]
-    assert found.diagnostics["g_down_norm"] == pytest.approx(float(gradient(TorchJD("MGDA"), problem)[0].norm()), rel=1e-12)
+    assert found.diagnostics["g_down_norm"] == pytest.approx(
+        float(gradient(TorchJD("MGDA"), problem)[0].norm()), rel=1e-12
+    )
     assert found.grad_evals == 2 + 2
 
 
@@ -66,7 +73,9 @@ def test_strategies_without_a_designer_refuse_to_pair_batches(make):
 def test_a_feedback_that_is_not_finite_is_skipped_and_counted(tmp_path):
     pytest.importorskip("torchjd")
     problem = Pulled({**CONFLICT, "b": [float("nan")] * 4})
-    strategy = Learned(OneStep(), lambda p: torch.optim.SGD(p, lr=1.0), meta_every=2, combination=TorchJD("MGDA"))
+    strategy = Learned(
+        OneStep(), lambda p: torch.optim.SGD(p, lr=1.0), meta_every=2, combination=TorchJD("MGDA")
+    )
     before = problem.designer.logits.detach().clone()
     trainer(problem, strategy, tmp_path).run()
     assert strategy.num_skipped == 2
@@ -75,7 +84,9 @@ def test_a_feedback_that_is_not_finite_is_skipped_and_counted(tmp_path):
 
 def test_weights_and_conflict_stand_in_the_log_of_a_run(tmp_path):
     pytest.importorskip("torchjd")
-    loop = trainer(Pulled(CONFLICT), Learned(OneStep(), meta_every=2, combination=TorchJD("MGDA")), tmp_path)
+    loop = trainer(
+        Pulled(CONFLICT), Learned(OneStep(), meta_every=2, combination=TorchJD("MGDA")), tmp_path
+    )
     loop.run()
     records = [record for record in loop.log.records() if record["kind"] == "designer"]
     assert len(records) == 2
@@ -110,14 +121,18 @@ def test_bad_options_are_named(arguments, words):
 
 def test_torchjd_missing_is_an_error_that_names_the_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "torchjd.aggregation", None)
-    with pytest.raises(MetaVPTError, match=r"torchjd cannot be imported .* pip install 'metavpt\[torchjd\]'"):
+    with pytest.raises(
+        MetaVPTError, match=r"torchjd cannot be imported .* pip install 'metavpt\[torchjd\]'"
+    ):
         TorchJD("MGDA")
 
 
 def test_a_missing_solver_is_an_error_that_says_how_to_get_it(monkeypatch):
     mixins = pytest.importorskip("torchjd._mixins")
     monkeypatch.setattr(mixins, "find_spec", lambda name: None)
-    with pytest.raises(MetaVPTError, match=r"combination.weighting=UPGrad: .*'quadprog'.* pip install"):
+    with pytest.raises(
+        MetaVPTError, match=r"combination.weighting=UPGrad: .*'quadprog'.* pip install"
+    ):
         TorchJD("UPGrad")
 
 
@@ -126,8 +141,14 @@ def test_weights_that_are_all_zero_are_refused():
         Feedback(Pulled(CONFLICT, {"a": 0.0, "b": 0.0}), {}, {}, None).weights  # noqa: B018
 
 
-@pytest.mark.parametrize("strategy", ["one_step", "unrolled", "implicit", "random_feedback", "greedy", "greedy_selection", "direct"])
-@pytest.mark.parametrize(("choice", "kind"), [("weighted_sum", WeightedSum), ("mgda", TorchJD), ("domain_matched", DomainMatched)])
+@pytest.mark.parametrize(
+    "strategy",
+    ["one_step", "unrolled", "implicit", "random_feedback", "greedy", "greedy_selection", "direct"],
+)
+@pytest.mark.parametrize(
+    ("choice", "kind"),
+    [("weighted_sum", WeightedSum), ("mgda", TorchJD), ("domain_matched", DomainMatched)],
+)
 def test_combinations_are_a_choice_of_the_command_line(strategy, choice, kind):
     if kind is TorchJD:
         pytest.importorskip("torchjd")

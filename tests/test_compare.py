@@ -21,11 +21,21 @@ ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
 def command(folder, *options):
-    return [sys.executable, "-m", "metavpt.compare", "problem=toy_sources", "jobs=2", f"output={folder}", *options]
+    return [
+        sys.executable,
+        "-m",
+        "metavpt.compare",
+        "problem=toy_sources",
+        "jobs=2",
+        f"output={folder}",
+        *options,
+    ]
 
 
 def compare(folder, *options):
-    return subprocess.run(command(folder, *options), capture_output=True, text=True, env=ENVIRONMENT, timeout=300)
+    return subprocess.run(
+        command(folder, *options), capture_output=True, text=True, env=ENVIRONMENT, timeout=300
+    )
 
 
 def error_of(done):
@@ -57,8 +67,13 @@ def found(finished):
 
 def test_learned_designers_beat_greedy_which_beats_fixed_on_every_seed(found):
     for seed in range(5):
-        error = {row: found[row, seed].metrics["error"] for row in ("fixed", "greedy", "one_step", "unrolled", "implicit")}
-        assert max(error["one_step"], error["unrolled"], error["implicit"]) < 0.5 * error["greedy"], error
+        error = {
+            row: found[row, seed].metrics["error"]
+            for row in ("fixed", "greedy", "one_step", "unrolled", "implicit")
+        }
+        assert (
+            max(error["one_step"], error["unrolled"], error["implicit"]) < 0.5 * error["greedy"]
+        ), error
         assert error["greedy"] < 0.5 * error["fixed"], error
 
 
@@ -71,7 +86,9 @@ def test_the_rows_that_are_always_there(found):
 
 
 @pytest.mark.parametrize("row", ["again", "still"])
-def test_fixed_under_another_name_and_a_designer_of_lr_0_are_fixed_bit_for_bit(finished, found, row):
+def test_fixed_under_another_name_and_a_designer_of_lr_0_are_fixed_bit_for_bit(
+    finished, found, row
+):
     for seed in range(5):
         assert found[row, seed].metrics == found["fixed", seed].metrics
         ours, theirs = learner(finished[0], row, seed), learner(finished[0], "fixed", seed)
@@ -79,7 +96,10 @@ def test_fixed_under_another_name_and_a_designer_of_lr_0_are_fixed_bit_for_bit(f
 
 
 def test_rows_of_a_seed_share_step_0_and_seeds_do_not(found):
-    step0 = {seed: {json.dumps(result.step0) for (_, s), result in found.items() if s == seed} for seed in range(5)}
+    step0 = {
+        seed: {json.dumps(result.step0) for (_, s), result in found.items() if s == seed}
+        for seed in range(5)
+    }
     assert all(len(values) == 1 for values in step0.values())
     assert len(set.union(*step0.values())) == 5
 
@@ -101,7 +121,10 @@ def test_the_table_and_the_report_are_written_and_printed(finished):
     assert "implicit" in printed
     assert (folder / "table.md").read_text().count("implicit") >= 2
     assert "one_step" in (folder / "table.csv").read_text()
-    assert "strategy.optimizer.lr=0.1" in json.loads((folder / "environment.json").read_text())["command"]
+    assert (
+        "strategy.optimizer.lr=0.1"
+        in json.loads((folder / "environment.json").read_text())["command"]
+    )
     assert (folder / "report.html").stat().st_size > 10_000
     assert (folder / "rows" / "one_step" / "seed3" / "report.html").is_file()
 
@@ -114,15 +137,33 @@ def test_resuming_a_finished_comparison_reruns_nothing_and_new_seeds_are_added(t
     assert done.returncode == 0, done.stderr
     after = (tmp_path / "c" / "rows.jsonl").read_text()
     assert after.startswith(before)
-    assert [(result.row, result.seed) for result in results.read(tmp_path / "c")] == [("fixed", 0), ("fixed", 1)]
+    assert [(result.row, result.seed) for result in results.read(tmp_path / "c")] == [
+        ("fixed", 0),
+        ("fixed", 1),
+    ]
 
 
 def test_an_interrupted_comparison_goes_on_to_the_same_numbers(tmp_path):
-    options = ["controls=[fixed]", "strategies=[one_step]", "seeds=[0,1]", "budget.steps=400", "trainer.checkpoint_every=20", *LEARNED]
+    options = [
+        "controls=[fixed]",
+        "strategies=[one_step]",
+        "seeds=[0,1]",
+        "budget.steps=400",
+        "trainer.checkpoint_every=20",
+        *LEARNED,
+    ]
     assert compare(tmp_path / "whole", *options).returncode == 0
-    running = subprocess.Popen(command(tmp_path / "cut", *options), env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    running = subprocess.Popen(
+        command(tmp_path / "cut", *options),
+        env=ENVIRONMENT,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
     deadline = time.monotonic() + 120
-    while not list((tmp_path / "cut").glob("rows/*/seed0/checkpoints/step-*.pt")) and time.monotonic() < deadline:
+    while (
+        not list((tmp_path / "cut").glob("rows/*/seed0/checkpoints/step-*.pt"))
+        and time.monotonic() < deadline
+    ):
         time.sleep(0.02)
     running.kill()
     running.wait()
@@ -130,31 +171,70 @@ def test_an_interrupted_comparison_goes_on_to_the_same_numbers(tmp_path):
     assert len(cut) < 4
     done = compare(tmp_path / "cut", *options, "resume=true")
     assert done.returncode == 0, done.stderr
-    whole = {(r.row, r.seed): (r.metrics, r.steps, r.samples, r.grad_evals) for r in results.read(tmp_path / "whole")}
-    assert {(r.row, r.seed): (r.metrics, r.steps, r.samples, r.grad_evals) for r in results.read(tmp_path / "cut")} == whole
+    whole = {
+        (r.row, r.seed): (r.metrics, r.steps, r.samples, r.grad_evals)
+        for r in results.read(tmp_path / "whole")
+    }
+    assert {
+        (r.row, r.seed): (r.metrics, r.steps, r.samples, r.grad_evals)
+        for r in results.read(tmp_path / "cut")
+    } == whole
 
 
 def test_a_row_may_have_a_budget_of_its_own(tmp_path):
-    options = ["controls=[fixed]", "strategies=[{longer: 'fixed budget.steps=7'}]", "seeds=[0]", "match=steps", "budget.steps=4"]
+    options = [
+        "controls=[fixed]",
+        "strategies=[{longer: 'fixed budget.steps=7'}]",
+        "seeds=[0]",
+        "match=steps",
+        "budget.steps=4",
+    ]
     assert compare(tmp_path / "c", *options).returncode == 0
-    assert {result.row: result.steps for result in results.read(tmp_path / "c")} == {"fixed": 4, "longer": 7}
+    assert {result.row: result.steps for result in results.read(tmp_path / "c")} == {
+        "fixed": 4,
+        "longer": 7,
+    }
     assert "2 rows, seed 0." in (tmp_path / "c" / "report.html").read_text()  # not "at equal steps"
 
 
 def test_a_budget_in_seconds_ends_with_the_step_that_reaches_it(tmp_path):
-    options = ["controls=[]", "strategies=[fixed,one_step]", "seeds=[0]", "match=seconds", "budget.seconds=0.5", "trainer.log_every=1"]
+    options = [
+        "controls=[]",
+        "strategies=[fixed,one_step]",
+        "seeds=[0]",
+        "match=seconds",
+        "budget.seconds=0.5",
+        "trainer.log_every=1",
+    ]
     done = compare(tmp_path / "c", *options)
     assert done.returncode == 0, done.stderr
     for result in results.read(tmp_path / "c"):
-        log = (tmp_path / "c" / "rows" / result.row / "seed0" / "metrics.jsonl").read_text().splitlines()
-        seconds = [record["seconds"] for record in map(json.loads, log) if record["kind"] == "train"]
+        log = (
+            (tmp_path / "c" / "rows" / result.row / "seed0" / "metrics.jsonl")
+            .read_text()
+            .splitlines()
+        )
+        seconds = [
+            record["seconds"] for record in map(json.loads, log) if record["kind"] == "train"
+        ]
         assert len(seconds) == result.steps
         assert seconds[-2] < 0.5 <= result.seconds
-        assert abs(sum(value for name, value in result.times.items() if name != "probe") - result.seconds) < 1e-9
+        assert (
+            abs(
+                sum(value for name, value in result.times.items() if name != "probe")
+                - result.seconds
+            )
+            < 1e-9
+        )
 
 
 def test_a_row_that_fails_is_reported_and_the_others_go_on(tmp_path):
-    done = compare(tmp_path / "c", "controls=[]", "strategies=[{broken:'one_step +strategy.estimator.num_batches=0'},fixed]", "seeds=[0]")
+    done = compare(
+        tmp_path / "c",
+        "controls=[]",
+        "strategies=[{broken:'one_step +strategy.estimator.num_batches=0'},fixed]",
+        "seeds=[0]",
+    )
     assert done.returncode == 2
     assert "num_batches=0" in done.stderr
     rows = {result.row: result for result in results.read(tmp_path / "c")}
@@ -165,15 +245,31 @@ def test_a_row_that_fails_is_reported_and_the_others_go_on(tmp_path):
 
 def test_rows_are_repeated_over_the_values_of_a_key(tmp_path):
     done = compare(
-        tmp_path / "c", "controls=[fixed]", "strategies=[one_step]", "seeds=[0]", "budget.steps=10", "vary={problem.noise:[0.5,2]}"
+        tmp_path / "c",
+        "controls=[fixed]",
+        "strategies=[one_step]",
+        "seeds=[0]",
+        "budget.steps=10",
+        "vary={problem.noise:[0.5,2]}",
     )
     assert done.returncode == 0, done.stderr
     assert [result.row for result in results.read(tmp_path / "c")].count("fixed") == 1
-    assert {result.row for result in results.read(tmp_path / "c")} == {"fixed", "one_step problem.noise=0.5", "one_step problem.noise=2"}
+    assert {result.row for result in results.read(tmp_path / "c")} == {
+        "fixed",
+        "one_step problem.noise=0.5",
+        "one_step problem.noise=2",
+    }
 
 
 def test_a_shared_warm_start_is_trained_once_and_begins_every_row(tmp_path):
-    done = compare(tmp_path / "c", "controls=[fixed]", "strategies=[one_step]", "seeds=[0]", "budget.steps=10", "warm_start=50")
+    done = compare(
+        tmp_path / "c",
+        "controls=[fixed]",
+        "strategies=[one_step]",
+        "seeds=[0]",
+        "budget.steps=10",
+        "warm_start=50",
+    )
     assert done.returncode == 0, done.stderr
     log = (tmp_path / "c" / "warm" / "seed0" / "metrics.jsonl").read_text().splitlines()
     probes = [record for record in map(json.loads, log) if record["kind"] == "probe"]
@@ -184,7 +280,9 @@ def test_a_shared_warm_start_is_trained_once_and_begins_every_row(tmp_path):
 
 def test_rows_with_designers_of_their_own_begin_at_the_same_warm_start(tmp_path):
     rows = "strategies=[one_step,{three: 'one_step problem.num_sources=3'}]"  # weights of three sources: another shape of phi
-    done = compare(tmp_path / "c", "controls=[]", rows, "seeds=[0]", "budget.steps=10", "warm_start=5")
+    done = compare(
+        tmp_path / "c", "controls=[]", rows, "seeds=[0]", "budget.steps=10", "warm_start=5"
+    )
     assert done.returncode == 0, done.stderr
     one, other = results.read(tmp_path / "c")
     assert one.step0 == other.step0
@@ -197,7 +295,9 @@ def test_a_row_whose_learner_is_built_otherwise_than_the_warm_start_says_so_in_o
     compare(tmp_path / "c", "controls=[fixed]", rows, "seeds=[0]", "budget.steps=5")
     errors = {result.row: result.error for result in results.read(tmp_path / "c")}
     assert errors["fixed"] is None
-    assert errors["narrow"].startswith("the learner that all rows begin with is built otherwise; compare options of the learner one comp")
+    assert errors["narrow"].startswith(
+        "the learner that all rows begin with is built otherwise; compare options of the learner one comp"
+    )
     assert "size mismatch" in errors["narrow"]
     assert "\n" not in errors["narrow"]
     assert len(errors["narrow"]) < 400
@@ -207,7 +307,10 @@ def test_a_row_that_cannot_be_built_says_why_in_one_line_and_the_others_go_on(tm
     rows = "strategies=[{never: 'one_step strategy.meta_every=0'}]"
     done = compare(tmp_path / "c", "controls=[fixed]", rows, "seeds=[0]", "budget.steps=5")
     errors = {result.row: result.error for result in results.read(tmp_path / "c")}
-    assert errors == {"fixed": None, "never": "strategy: meta_every=0 must be at least 1 and burn_in=40 at least 0"}
+    assert errors == {
+        "fixed": None,
+        "never": "strategy: meta_every=0 must be at least 1 and burn_in=40 at least 0",
+    }
     assert "never failed on seed 0" in " ".join(done.stdout.split())
 
 
@@ -217,7 +320,10 @@ BAD = {
     "no seed": (["seeds=[]"], ["seeds"]),
     "unknown unit": (["match=minutes"], ["match=minutes", "seconds"]),
     "no budget in that unit": (["match=seconds"], ["budget.seconds=N"]),
-    "a row's budget in another unit": (["strategies=[{a: 'fixed budget.seconds=5'}]"], ["a: budget.seconds=5", "set budget.steps"]),
+    "a row's budget in another unit": (
+        ["strategies=[{a: 'fixed budget.seconds=5'}]"],
+        ["a: budget.seconds=5", "set budget.steps"],
+    ),
     "an option that no row has": (["strategy.num_candidate=3"], ["strategy.num_candidate=3"]),
     "one name for two rows": (["strategies=[{a:fixed},{a:greedy}]"], ["a names two rows"]),
     "no row": (["strategies=[]", "controls=[]"], ["strategies=[]"]),
@@ -235,12 +341,21 @@ def test_bad_input_is_one_line_and_writes_nothing(tmp_path, case):
 def test_rows_start_their_loading_processes_as_a_run_does(tmp_path):
     build = partial(telling, method=mp.get_start_method())
     warm = Job("warm", 0, tmp_path / "warm", build, untrained=True)
-    (result,) = Comparison(tmp_path, [warm, Job("fixed", 0, tmp_path / "row", build, warm=warm.folder)]).run()
+    (result,) = Comparison(
+        tmp_path, [warm, Job("fixed", 0, tmp_path / "row", build, warm=warm.folder)]
+    ).run()
     assert result.metrics == {"as asked": 1.0}, result.error
 
 
 def test_a_budget_that_no_step_fits(tmp_path):
-    done = compare(tmp_path / "c", "controls=[]", "strategies=[fixed]", "seeds=[0]", "match=samples", "budget.samples=10")
+    done = compare(
+        tmp_path / "c",
+        "controls=[]",
+        "strategies=[fixed]",
+        "seeds=[0]",
+        "match=samples",
+        "budget.samples=10",
+    )
     assert done.returncode == 2
     assert "budget.samples=10: no step fits, the first one took 64" in " ".join(done.stderr.split())
 
@@ -250,8 +365,19 @@ def test_the_folder_of_another_comparison_is_left_alone(tmp_path):
     assert compare(tmp_path / "c", *options).returncode == 0
     files = {path: path.read_bytes() for path in (tmp_path / "c").rglob("*") if path.is_file()}
     assert "not empty" in error_of(compare(tmp_path / "c", *options))
-    assert "another configuration" in error_of(compare(tmp_path / "c", *options, "resume=true", "problem.noise=3"))
     assert "another configuration" in error_of(
-        compare(tmp_path / "c", "resume=true", *options[:3], "budget.steps=5", "match=samples", "budget.samples=640")
+        compare(tmp_path / "c", *options, "resume=true", "problem.noise=3")
     )
-    assert {path: path.read_bytes() for path in (tmp_path / "c").rglob("*") if path.is_file()} == files
+    assert "another configuration" in error_of(
+        compare(
+            tmp_path / "c",
+            "resume=true",
+            *options[:3],
+            "budget.steps=5",
+            "match=samples",
+            "budget.samples=640",
+        )
+    )
+    assert {
+        path: path.read_bytes() for path in (tmp_path / "c").rglob("*") if path.is_file()
+    } == files

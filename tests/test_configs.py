@@ -8,10 +8,17 @@ from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
 CONFIGS = Path(__file__).parents[1] / "configs"
-CHOICES = sorted(f"{path.parent.name}={path.stem}" for path in CONFIGS.glob("*/*.yaml") if path.parent.name != "experiment")
+CHOICES = sorted(
+    f"{path.parent.name}={path.stem}"
+    for path in CONFIGS.glob("*/*.yaml")
+    if path.parent.name != "experiment"
+)
 STRATEGIES = sorted(path.stem for path in (CONFIGS / "strategy").glob("*.yaml"))
 EXPERIMENTS = sorted(path.stem for path in (CONFIGS / "experiment").glob("*.yaml"))
-EXTRA = {"backbone=timm": ["backbone.name=vit_tiny_patch16_224"], "data=gsm8k": ["data.path=/path/to/data"]}
+EXTRA = {
+    "backbone=timm": ["backbone.name=vit_tiny_patch16_224"],
+    "data=gsm8k": ["data.path=/path/to/data"],
+}
 LANGUAGE = {  # choices that only a language problem has a use for
     "data=gsm8k", "strategy=greedy_targets", "strategy=random_tilt", "strategy=self_distillation", "strategy=smoothing", "strategy=tilt",
 }  # fmt: skip
@@ -39,7 +46,16 @@ def test_every_strategy_can_be_built(name):
 def test_the_paper_row_of_nyuv2_with_vit_b_holds_the_papers_figures():
     """V-Pretraining, table of hyper-parameters."""
     cfg = composed("problem=dino_nyuv2", "experiment=paper_nyuv2_vitb")
-    assert (cfg.trainer.optimizer.lr, cfg.problem.batch_size, cfg.strategy.meta_every, cfg.problem.meta_batch_size) == (8.58e-6, 256, 8, 64)
-    assert (cfg.backbone.tail_blocks, cfg.strategy.optimizer.lr, cfg.designer.keep) == (3, 2.21e-4, 0.4)
+    assert (
+        cfg.trainer.optimizer.lr,
+        cfg.problem.batch_size,
+        cfg.strategy.meta_every,
+        cfg.problem.meta_batch_size,
+    ) == (8.58e-6, 256, 8, 64)
+    assert (cfg.backbone.tail_blocks, cfg.strategy.optimizer.lr, cfg.designer.keep) == (
+        3,
+        2.21e-4,
+        0.4,
+    )
     assert (cfg.designer.sparsity_weight, cfg.designer.tv_weight) == (0.111, 0.0417)
     assert (cfg.feedback.segmentation_weight, cfg.feedback.depth_weight) == (16, 2)

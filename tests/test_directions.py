@@ -9,9 +9,18 @@ from metavpt import AdamAware, Clipped, Cosine, Dot, MetaVPTError, Normalized, P
 from metavpt.directions import Direction
 from metavpt.optimizers import AdamW, Update
 
-DOWN: Params = {"a": torch.tensor([3.0, 0.0], dtype=torch.float64), "b": torch.tensor([[4.0]], dtype=torch.float64)}
-PRE: Params = {"a": torch.tensor([1.0, -2.0], dtype=torch.float64), "b": torch.tensor([[2.0]], dtype=torch.float64)}
-THETA: Params = {"a": torch.tensor([0.5, 1.0], dtype=torch.float64), "b": torch.tensor([[-1.0]], dtype=torch.float64)}
+DOWN: Params = {
+    "a": torch.tensor([3.0, 0.0], dtype=torch.float64),
+    "b": torch.tensor([[4.0]], dtype=torch.float64),
+}
+PRE: Params = {
+    "a": torch.tensor([1.0, -2.0], dtype=torch.float64),
+    "b": torch.tensor([[2.0]], dtype=torch.float64),
+}
+THETA: Params = {
+    "a": torch.tensor([0.5, 1.0], dtype=torch.float64),
+    "b": torch.tensor([[-1.0]], dtype=torch.float64),
+}
 
 
 def zeros() -> Params:
@@ -20,7 +29,9 @@ def zeros() -> Params:
 
 def update() -> Update:
     rule = AdamW(lr=0.1, weight_decay=0.2)
-    theta, state = rule.step(THETA, rule.init(THETA), DOWN)  # with moments: the first step of Adam goes by the sign alone
+    theta, state = rule.step(
+        THETA, rule.init(THETA), DOWN
+    )  # with moments: the first step of Adam goes by the sign alone
     return Update(rule, theta, state)
 
 
@@ -57,7 +68,9 @@ def test_w_is_the_derivative_of_the_value_by_the_pretraining_gradient(direction:
                 moved = params.clone(PRE)
                 moved[name].view(-1)[i] += sign * eps
                 values.append(float(Cosine()(DOWN, moved).value))  # type: ignore[arg-type]
-            assert float(w[name].view(-1)[i]) == pytest.approx(factor * (values[0] - values[1]) / (2 * eps), abs=1e-9)
+            assert float(w[name].view(-1)[i]) == pytest.approx(
+                factor * (values[0] - values[1]) / (2 * eps), abs=1e-9
+            )
 
 
 def test_cosine_is_indifferent_to_the_size_of_either_gradient() -> None:
@@ -88,7 +101,9 @@ def test_adam_aware_is_the_derivative_of_what_the_optimizer_does() -> None:
             above, below = params.clone(PRE), params.clone(PRE)
             above[name].view(-1)[i] += eps
             below[name].view(-1)[i] -= eps
-            assert float(w[name].view(-1)[i]) == pytest.approx((drop(above) - drop(below)) / (2 * eps), abs=1e-8)
+            assert float(w[name].view(-1)[i]) == pytest.approx(
+                (drop(above) - drop(below)) / (2 * eps), abs=1e-8
+            )
     assert (AdamAware().needs_g_pre, AdamAware().needs_update) == (True, True)
 
 
@@ -131,7 +146,10 @@ def test_what_is_missing_or_wrong_is_named() -> None:
     with pytest.raises(MetaVPTError, match=r"^Cosine: needs the pretraining gradient g_pre$"):
         Cosine()(DOWN, None)
     for g_pre, step in ((None, update()), (PRE, None)):
-        with pytest.raises(MetaVPTError, match=r"^AdamAware: needs the pretraining gradient and the learner's optimizer; .* update=$"):
+        with pytest.raises(
+            MetaVPTError,
+            match=r"^AdamAware: needs the pretraining gradient and the learner's optimizer; .* update=$",
+        ):
             AdamAware()(DOWN, g_pre, step)
     for bad in (0.0, -1.0, math.nan):
         with pytest.raises(MetaVPTError, match=rf"^max_norm={bad}: must be positive$"):

@@ -20,9 +20,18 @@ from metavpt import compare, results
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
 PAGES = [ROOT / "README.md", *sorted(DOCS.glob("*.md")), DOCS / "results" / "README.md"]
-FENCE = re.compile(r"(?:<!-- test: (?P<mark>\w+) -->\n)?^```(?P<language>\w*)\n(?P<text>.*?)^```$", re.DOTALL | re.MULTILINE)
-COMMAND = re.compile(r"(?:[A-Z_]+=\S+ )*python (?:-m metavpt\.\w+|examples/\S+|docs/\S+|benchmarks/\S+)")
-BLOCKS = [(page, match["language"], match["text"], match["mark"]) for page in PAGES for match in FENCE.finditer(page.read_text())]
+FENCE = re.compile(
+    r"(?:<!-- test: (?P<mark>\w+) -->\n)?^```(?P<language>\w*)\n(?P<text>.*?)^```$",
+    re.DOTALL | re.MULTILINE,
+)
+COMMAND = re.compile(
+    r"(?:[A-Z_]+=\S+ )*python (?:-m metavpt\.\w+|examples/\S+|docs/\S+|benchmarks/\S+)"
+)
+BLOCKS = [
+    (page, match["language"], match["text"], match["mark"])
+    for page in PAGES
+    for match in FENCE.finditer(page.read_text())
+]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 LAUNCHERS = {
     "local": "hydra_plugins.hydra_joblib_launcher",
@@ -38,11 +47,30 @@ def lines_of(text: str) -> list[list[str]]:
     return [words for line in joined.splitlines() if (words := shlex.split(line, comments=True))]
 
 
-SHELL = [(page, words, mark) for page, language, text, mark in BLOCKS if language in ("sh", "") for words in lines_of(text)]
-INLINE = [(page, span) for page in PAGES for span in re.findall(r"`([^`\n]+)`", FENCE.sub("", page.read_text()))]
-COMMANDS = [(page, words) for page, words, _ in SHELL if words[:2] == ["python", "-m"] and words[2].startswith("metavpt.")]
-COMMANDS += [(page, shlex.split(span)) for page, span in INLINE if span.startswith("python -m metavpt.") and "=" in span]
-COMMANDS = list({tuple(words): (page, words) for page, words in COMMANDS}.values())  # many stand in the README and in a page
+SHELL = [
+    (page, words, mark)
+    for page, language, text, mark in BLOCKS
+    if language in ("sh", "")
+    for words in lines_of(text)
+]
+INLINE = [
+    (page, span)
+    for page in PAGES
+    for span in re.findall(r"`([^`\n]+)`", FENCE.sub("", page.read_text()))
+]
+COMMANDS = [
+    (page, words)
+    for page, words, _ in SHELL
+    if words[:2] == ["python", "-m"] and words[2].startswith("metavpt.")
+]
+COMMANDS += [
+    (page, shlex.split(span))
+    for page, span in INLINE
+    if span.startswith("python -m metavpt.") and "=" in span
+]
+COMMANDS = list(
+    {tuple(words): (page, words) for page, words in COMMANDS}.values()
+)  # many stand in the README and in a page
 
 
 def bound_by(node: ast.stmt) -> set[str]:
@@ -71,28 +99,49 @@ def test_there_is_something_to_test() -> None:
     assert {language for _, language, _, _ in BLOCKS} <= {"python", "sh", "yaml", ""}
 
 
-@pytest.mark.parametrize(("page", "text"), named([(page, text) for page, language, text, _ in BLOCKS if language == "python"]))
-def test_python_blocks_run(page: Path, text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("page", "text"),
+    named([(page, text) for page, language, text, _ in BLOCKS if language == "python"]),
+)
+def test_python_blocks_run(
+    page: Path, text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     names = {"__name__": "__main__"}
     exec(compile(text, str(page), "exec"), names)  # raises what the block raises
-    assert {name for node in ast.parse(text).body for name in bound_by(node)} <= names.keys() - {"__name__"}
-    assert len(names) > 2  # beside __name__ and __builtins__: a block that binds nothing shows nothing
+    assert {name for node in ast.parse(text).body for name in bound_by(node)} <= names.keys() - {
+        "__name__"
+    }
+    assert (
+        len(names) > 2
+    )  # beside __name__ and __builtins__: a block that binds nothing shows nothing
 
 
-@pytest.mark.parametrize(("page", "words"), named([(page, words) for page, words, mark in SHELL if mark == "run"]))
+@pytest.mark.parametrize(
+    ("page", "words"), named([(page, words) for page, words, mark in SHELL if mark == "run"])
+)
 def test_short_commands_run(page: Path, words: list[str], tmp_path: Path) -> None:
-    done = subprocess.run([sys.executable, *words[1:]], text=True, capture_output=True, cwd=tmp_path, env=ENVIRONMENT)
+    done = subprocess.run(
+        [sys.executable, *words[1:]], text=True, capture_output=True, cwd=tmp_path, env=ENVIRONMENT
+    )
     assert not done.returncode, done.stderr
 
 
 @pytest.mark.parametrize(("page", "words"), named(COMMANDS))
-def test_every_option_of_a_command_exists(page: Path, words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_option_of_a_command_exists(
+    page: Path, words: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     name, options = words[2].removeprefix("metavpt."), words[3:]
-    options = [option for option in options if "=" in option and not option.startswith("problem=...")]
+    options = [
+        option for option in options if "=" in option and not option.startswith("problem=...")
+    ]
     if "--config-dir" in words:
         options.append(f"hydra.searchpath=[file://{ROOT / 'examples' / 'conf'}]")
-    for launcher in (option.removeprefix("hydra/launcher=") for option in options if option.startswith("hydra/launcher=")):
+    for launcher in (
+        option.removeprefix("hydra/launcher=")
+        for option in options
+        if option.startswith("hydra/launcher=")
+    ):
         pytest.importorskip(LAUNCHERS[launcher], reason="its extra is not installed")
     if "-m" in words[3:]:  # a sweep: one value of each
         options = [re.sub(r"=([^\[{,]+),.*", r"=\1", option) for option in options]
@@ -102,7 +151,9 @@ def test_every_option_of_a_command_exists(page: Path, words: list[str], monkeypa
             assert OmegaConf.to_container(config, resolve=True)
             return
         # options of `strategy` hold for the rows that have them: the command takes them out before hydra sees them
-        monkeypatch.setattr(compare, "shared", [option for option in options if option.startswith("strategy.")])
+        monkeypatch.setattr(
+            compare, "shared", [option for option in options if option.startswith("strategy.")]
+        )
         own = [option for option in options if not option.startswith("strategy.")]
         config = compose("compare", own, return_hydra_config=True)
         HydraConfig.instance().set_config(config)
@@ -113,49 +164,78 @@ def test_every_option_of_a_command_exists(page: Path, words: list[str], monkeypa
 def test_make_targets_exist() -> None:
     targets = set(re.findall(r"^(\w[\w-]*):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     asked = {(page.name, words[1]) for page, words, _ in SHELL if words[0] == "make"}
-    asked |= {(page.name, span.split()[1]) for page, span in INLINE if re.fullmatch(r"make [\w-]+", span)}
+    asked |= {
+        (page.name, span.split()[1]) for page, span in INLINE if re.fullmatch(r"make [\w-]+", span)
+    }
     assert len(asked) > 8
     assert not [one for one in asked if one[1] not in targets]
 
 
 def test_choices_named_in_the_text_exist() -> None:
-    groups = {str(folder.relative_to(ROOT / "configs")) for folder in (ROOT / "configs").rglob("*") if folder.is_dir()}
+    groups = {
+        str(folder.relative_to(ROOT / "configs"))
+        for folder in (ROOT / "configs").rglob("*")
+        if folder.is_dir()
+    }
     found = 0
     for page, span in INLINE:
         for group, names in re.findall(r"(?:^|\s)([\w/]+)=\[?([\w,]+)\]?(?=\s|$)", span):
             if group in groups and group not in ("budget", "hydra"):
                 found += 1
                 missing = [
-                    name for name in names.split(",") if name != "null" and not (ROOT / "configs" / group / f"{name}.yaml").is_file()
+                    name
+                    for name in names.split(",")
+                    if name != "null" and not (ROOT / "configs" / group / f"{name}.yaml").is_file()
                 ]
                 assert not missing, f"{page.name}: {span}"
     assert found > 15
 
 
 def test_files_named_in_the_text_exist() -> None:
-    names = {span for _, span in INLINE if re.fullmatch(r"(metavpt|tests|examples|configs|docs|problems|benchmarks)/[\w./-]+", span)}
+    names = {
+        span
+        for _, span in INLINE
+        if re.fullmatch(r"(metavpt|tests|examples|configs|docs|problems|benchmarks)/[\w./-]+", span)
+    }
     assert len(names) > 20
     assert not [name for name in names if not (ROOT / name).exists()]
 
 
 def test_every_extra_that_is_named_exists() -> None:
-    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
-    named_here = {name for page in PAGES for name in re.findall(r"metavpt\[(\w+)\]", page.read_text())}
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"][
+        "optional-dependencies"
+    ]
+    named_here = {
+        name for page in PAGES for name in re.findall(r"metavpt\[(\w+)\]", page.read_text())
+    }
     assert named_here
     assert named_here <= set(extras)
 
 
 def test_every_dependency_stands_among_the_licences() -> None:
     rows = (DOCS / "licences.md").read_text()
-    assert not [name for name in runpy.run_path(str(DOCS / "licences.py"))["declared"]() if f"| {name} |" not in rows]
+    assert not [
+        name
+        for name in runpy.run_path(str(DOCS / "licences.py"))["declared"]()
+        if f"| {name} |" not in rows
+    ]
 
 
 def test_messages_quoted_in_troubleshooting_are_printed_by_the_code() -> None:
     """Each piece of a quoted message between ellipses stands in a string of the package."""
-    said = "\n".join(string for path in (ROOT / "metavpt").rglob("*.py") for string in strings(path))
+    said = "\n".join(
+        string for path in (ROOT / "metavpt").rglob("*.py") for string in strings(path)
+    )
     page = (DOCS / "troubleshooting.md").read_text()
-    headings = [line for line in page.splitlines() if line.startswith("### ") and "(torch" not in line]
-    quoted = {span for line in headings for span in re.findall(r"`([^`]+)`", line) if " " in span and "=" not in span}
+    headings = [
+        line for line in page.splitlines() if line.startswith("### ") and "(torch" not in line
+    ]
+    quoted = {
+        span
+        for line in headings
+        for span in re.findall(r"`([^`]+)`", line)
+        if " " in span and "=" not in span
+    }
     quoted |= set(re.findall(r"`([^`\n]+…[^`\n]*)`", page))
     pieces = {piece.strip(" ;,") for span in quoted for piece in span.split("…")} - {""}
     assert len(pieces) > 20
@@ -167,7 +247,12 @@ def strings(path: Path) -> list[str]:
     found = []
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.JoinedStr):
-            found.append("".join(str(part.value) if isinstance(part, ast.Constant) else "…" for part in node.values))
+            found.append(
+                "".join(
+                    str(part.value) if isinstance(part, ast.Constant) else "…"
+                    for part in node.values
+                )
+            )
         elif isinstance(node, ast.Constant) and isinstance(node.value, str):
             found.append(node.value)
     return found
@@ -176,13 +261,17 @@ def strings(path: Path) -> list[str]:
 def test_the_picture_of_results_shows_what_was_measured() -> None:
     picture = (DOCS / "results.svg").read_text()
     panels = [("toy_sources", "error", 2), ("gsm8k_retention", "gsm8k/nll", 2)]
-    panels += [(folder, "ridge/depth_rmse", 3) for folder in ("rooms_functional", "nyuv2_functional_80")]
+    panels += [
+        (folder, "ridge/depth_rmse", 3) for folder in ("rooms_functional", "nyuv2_functional_80")
+    ]
     for folder, metric, digits in panels:
         values: dict[str, list[float]] = {}
         for result in results.read(DOCS / "results" / folder):
             values.setdefault(result.row, []).append(result.metrics[metric])
         for row, found in values.items():
-            assert f">{sum(found) / len(found):.{digits}f}<" in picture, f"{folder}: {row}; run python docs/pictures.py"
+            assert f">{sum(found) / len(found):.{digits}f}<" in picture, (
+                f"{folder}: {row}; run python docs/pictures.py"
+            )
 
 
 def test_the_readme_is_short() -> None:
@@ -191,10 +280,27 @@ def test_the_readme_is_short() -> None:
 
 def test_the_site_builds_strictly_and_asks_for_nothing_from_elsewhere(tmp_path: Path) -> None:
     pytest.importorskip("mkdocs", reason="make docs installs mkdocs")
-    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path / "site")]
-    done = subprocess.run(command, cwd=ROOT, env={**ENVIRONMENT, "NO_MKDOCS_2_WARNING": "1"}, text=True, capture_output=True)
+    command = [
+        sys.executable,
+        "-m",
+        "mkdocs",
+        "build",
+        "--strict",
+        "--quiet",
+        "--site-dir",
+        str(tmp_path / "site"),
+    ]
+    done = subprocess.run(
+        command,
+        cwd=ROOT,
+        env={**ENVIRONMENT, "NO_MKDOCS_2_WARNING": "1"},
+        text=True,
+        capture_output=True,
+    )
     assert not done.returncode, done.stdout + done.stderr
-    elsewhere = re.compile(r"<(?:script|img|iframe)[^>]*\bsrc=.(?:https?:)?//|<link[^>]*\bhref=.(?:https?:)?//")
+    elsewhere = re.compile(
+        r"<(?:script|img|iframe)[^>]*\bsrc=.(?:https?:)?//|<link[^>]*\bhref=.(?:https?:)?//"
+    )
     pages = list((tmp_path / "site").rglob("*.html"))
     assert len(pages) > 15
     assert not [page for page in pages if elsewhere.search(page.read_text())]

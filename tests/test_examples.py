@@ -42,7 +42,9 @@ def test_the_language_problem_learns_its_answers_sooner_by_steering() -> None:
     found = run("own_language.py")
     assert found["steered"] < found["plain"] - 0.2
     weights = found["log_weight"]
-    assert min(weights[digit] for digit in "01234") > max(weights[letter] for letter in "abcdefghij ;+=")
+    assert min(weights[digit] for digit in "01234") > max(
+        weights[letter] for letter in "abcdefghij ;+="
+    )
 
 
 def test_ridge_agrees_with_its_closed_form() -> None:

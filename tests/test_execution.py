@@ -8,7 +8,17 @@ from lightning_fabric.plugins import MixedPrecision
 from torch.func import functional_call
 from two_ranks import Recorded, Small
 
-from metavpt import Budget, ExactProduct, Fixed, MetaVPTError, OneStep, RunLog, Trainer, Unrolled, params
+from metavpt import (
+    Budget,
+    ExactProduct,
+    Fixed,
+    MetaVPTError,
+    OneStep,
+    RunLog,
+    Trainer,
+    Unrolled,
+    params,
+)
 from metavpt.execution import compile_blocks
 from metavpt.fabric import make_fabric
 from metavpt.learners.vit import create_backbone
@@ -17,7 +27,12 @@ from metavpt.learners.vit import create_backbone
 def train(folder, problem=Small, strategy=None, steps=3, optimizer=torch.optim.AdamW, **options):
     torch.manual_seed(0)
     trainer = Trainer(
-        problem(), strategy or Fixed(), Budget(steps=steps), RunLog(folder), optimizer=lambda g: optimizer(g, lr=1e-3), **options
+        problem(),
+        strategy or Fixed(),
+        Budget(steps=steps),
+        RunLog(folder),
+        optimizer=lambda g: optimizer(g, lr=1e-3),
+        **options,
     )
     trainer.run()
     return trainer
@@ -57,12 +72,20 @@ def test_compiled_blocks_run_in_the_step_and_not_in_hypergradients_or_probes(tmp
     class Probing(Small):
         def evaluate(self):
             before = len(calls)
-            found = {"mean": float(self._outputs(params.named(self.learner), next(self.meta_batches(0))).mean().detach())}
+            found = {
+                "mean": float(
+                    self._outputs(params.named(self.learner), next(self.meta_batches(0)))
+                    .mean()
+                    .detach()
+                )
+            }
             assert len(calls) == before
             return found
 
     eager = train(tmp_path / "eager", strategy=learned(OneStep(product=ExactProduct())))
-    strategy = Watching(OneStep(product=ExactProduct()), lambda p: torch.optim.Adam(p, lr=1e-2), meta_every=2)
+    strategy = Watching(
+        OneStep(product=ExactProduct()), lambda p: torch.optim.Adam(p, lr=1e-2), meta_every=2
+    )
     compiled = train(tmp_path / "compiled", Probing, strategy=strategy, compile=backend)
     assert calls
     assert distance(weights(eager), weights(compiled)) < 1e-12
@@ -78,14 +101,24 @@ def test_a_learner_without_blocks_cannot_be_compiled_or_recomputed(tmp_path):
 
 def test_recomputed_blocks_have_the_derivatives_of_the_parameters_they_were_called_with():
     """Of both orders, at parameters that are not the module's own."""
-    backbone = create_backbone("vit_tiny_dinov3", tail_blocks=1, depth=2, embed_dim=24, num_heads=2).double()
-    theta = params.leaves({name: p + 0.1 * torch.randn_like(p) for name, p in params.named(backbone).items()})
+    backbone = create_backbone(
+        "vit_tiny_dinov3", tail_blocks=1, depth=2, embed_dim=24, num_heads=2
+    ).double()
+    theta = params.leaves(
+        {name: p + 0.1 * torch.randn_like(p) for name, p in params.named(backbone).items()}
+    )
     w = params.zip_with(torch.randn_like, theta)
     images = torch.randn(2, 3, 16, 16, dtype=torch.float64, requires_grad=True)
 
     def found():
         loss = lambda t: functional_call(backbone, t, (images,)).patches.square().mean()  # noqa: E731
-        gradient = dict(zip(theta, torch.autograd.grad(loss(theta), list(theta.values()), materialize_grads=True), strict=True))
+        gradient = dict(
+            zip(
+                theta,
+                torch.autograd.grad(loss(theta), list(theta.values()), materialize_grads=True),
+                strict=True,
+            )
+        )
         return gradient, ExactProduct()(loss, theta, w, ({"images": images},)).by[0]
 
     kept = found()
@@ -97,14 +130,18 @@ def test_recomputed_blocks_have_the_derivatives_of_the_parameters_they_were_call
 
 def test_mixed_precision_is_that_of_the_step_and_not_of_hypergradients(tmp_path):
     plain = train(tmp_path / "plain", Channels, learned(), steps=1)
-    mixed = train(tmp_path / "mixed", Channels, learned(), steps=1, fabric=make_fabric("cpu", "bf16-mixed"))
+    mixed = train(
+        tmp_path / "mixed", Channels, learned(), steps=1, fabric=make_fabric("cpu", "bf16-mixed")
+    )
     assert distance(plain.strategy.found[0], mixed.strategy.found[0]) == 0.0
     assert 0.0 < distance(weights(plain), weights(mixed)) < 1e-2
 
 
 def test_a_float16_loss_that_is_scaled_too_far_is_skipped_and_scaled_less(tmp_path):
     scaler = torch.amp.GradScaler(device="cpu", init_scale=2.0**30)
-    fabric = Fabric(accelerator="cpu", devices=1, plugins=[MixedPrecision("16-mixed", "cpu", scaler)])
+    fabric = Fabric(
+        accelerator="cpu", devices=1, plugins=[MixedPrecision("16-mixed", "cpu", scaler)]
+    )
     trainer = train(tmp_path, Channels, steps=30, max_failures=25, fabric=fabric)
     skipped = [record for record in trainer.log.records() if record["kind"] == "warning"]
     assert 0 < len(skipped) < 30
@@ -115,5 +152,8 @@ def test_a_float16_loss_that_is_scaled_too_far_is_skipped_and_scaled_less(tmp_pa
 
 def test_the_fused_optimizer_can_be_unrolled(tmp_path):
     fused = lambda groups, lr: torch.optim.AdamW(groups, lr=lr, fused=True)  # noqa: E731
-    plain, other = (train(tmp_path / str(i), Channels, learned(Unrolled(2)), 4, kind) for i, kind in enumerate((torch.optim.AdamW, fused)))
+    plain, other = (
+        train(tmp_path / str(i), Channels, learned(Unrolled(2)), 4, kind)
+        for i, kind in enumerate((torch.optim.AdamW, fused))
+    )
     assert distance(plain.strategy.found[1], other.strategy.found[1]) < 1e-5

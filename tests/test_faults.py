@@ -39,7 +39,9 @@ def outcome(run):
     state = Checkpoints(run / "checkpoints").newest().state
     del state["budget"]["times"], state["budget"]["peak_memory"], state["log"]
     records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return state, [{name: value for name, value in record.items() if name not in CLOCK} for record in records]
+    return state, [
+        {name: value for name, value in record.items() if name not in CLOCK} for record in records
+    ]
 
 
 def assert_same(a, b):
@@ -62,7 +64,9 @@ def assert_loadable(run):
     if checkpoints.paths():
         assert checkpoints.newest().unreadable == []
     if (run / "metrics.jsonl").is_file():
-        assert not [record for record in read_log(run / "metrics.jsonl") if record["kind"] == "warning"]
+        assert not [
+            record for record in read_log(run / "metrics.jsonl") if record["kind"] == "warning"
+        ]
 
 
 @pytest.fixture(scope="module")
@@ -151,7 +155,9 @@ def test_killed_at_random_moments_a_run_goes_on_bit_for_bit(tmp_path, whole, req
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
-def test_asked_to_stop_a_run_saves_its_last_step_and_says_how_it_goes_on(tmp_path, whole, number, status):
+def test_asked_to_stop_a_run_saves_its_last_step_and_says_how_it_goes_on(
+    tmp_path, whole, number, status
+):
     victim = Victim(tmp_path, whole[0])
     assert victim.stop_midway(number) == status
     newest = Checkpoints(victim.run / "checkpoints").newest()
@@ -175,7 +181,11 @@ def test_a_damaged_newest_checkpoint_is_passed_over_and_said(tmp_path, whole):
     assert len(warnings) == 1
     assert f"{newest.name}: not a readable checkpoint" in warnings[0]
     assert f"goes on from {older.name}" in warnings[0]
-    log.write_text("".join(line for line in log.read_text().splitlines(keepends=True) if '"warning"' not in line))
+    log.write_text(
+        "".join(
+            line for line in log.read_text().splitlines(keepends=True) if '"warning"' not in line
+        )
+    )
     victim.check_finished()
 
 
@@ -188,7 +198,9 @@ def test_a_disk_that_fills_leaves_what_was_saved_and_one_clear_line(tmp_path, wh
     victim.stop_midway(signal.SIGTERM)
     checkpoints = Checkpoints(victim.run / "checkpoints")
     before = checkpoints.paths()
-    status, output = finish(tmp_path, "resume=true", file_limit=int(share * before[-1].stat().st_size))
+    status, output = finish(
+        tmp_path, "resume=true", file_limit=int(share * before[-1].stat().st_size)
+    )
     assert status == 2
     (line,) = [line for line in output.splitlines() if "error" in line]
     assert "cannot be written (File too large)" in line

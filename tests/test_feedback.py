@@ -38,20 +38,29 @@ def heads(scene, **weights):
 @torch.no_grad()
 def naive(feedback, features, frames):
     """Pixel by pixel."""
-    mean, var = (statistic.view(-1, 1, 1) for statistic in (feedback.norm.running_mean, feedback.norm.running_var))
+    mean, var = (
+        statistic.view(-1, 1, 1)
+        for statistic in (feedback.norm.running_mean, feedback.norm.running_var)
+    )
     normalized = (features - mean) / (var + feedback.norm.eps).sqrt()
     metres = F.softplus(upsample(feedback.depth(normalized), (6, 8))[:, 0])
     logits = upsample(feedback.segmentation(normalized), (6, 8))
     pixels = [(b, i, j) for b in range(2) for i in range(6) for j in range(8)]
     errors = [abs(float(metres[p] - frames.depth[p])) for p in pixels if frames.depth[p] > 0]
-    entropies = [float(-logits[b, :, i, j].log_softmax(0)[frames.label[b, i, j]]) for b, i, j in pixels if frames.label[b, i, j] != 255]
+    entropies = [
+        float(-logits[b, :, i, j].log_softmax(0)[frames.label[b, i, j]])
+        for b, i, j in pixels
+        if frames.label[b, i, j] != 255
+    ]
     return {"depth": sum(errors) / len(errors), "segmentation": sum(entropies) / len(entropies)}
 
 
 def test_both_losses_are_their_formulas(scene):
     feedback = heads(scene)
     losses = feedback(*scene)
-    assert {name: loss.item() for name, loss in losses.items()} == pytest.approx(naive(feedback, *scene), rel=1e-12)
+    assert {name: loss.item() for name, loss in losses.items()} == pytest.approx(
+        naive(feedback, *scene), rel=1e-12
+    )
 
 
 @pytest.mark.parametrize(("zero", "other"), [("depth", "segmentation"), ("segmentation", "depth")])
@@ -99,7 +108,9 @@ def test_losses_and_weights_that_do_not_match_name_both(losses, weights, words):
 
 
 def test_two_weights_of_zero_are_refused():
-    with pytest.raises(MetaVPTError, match=r"feedback.depth_weight=0, feedback.segmentation_weight=0"):
+    with pytest.raises(
+        MetaVPTError, match=r"feedback.depth_weight=0, feedback.segmentation_weight=0"
+    ):
         DenseFeedback(5, 3, depth_weight=0, segmentation_weight=0)
 
 
@@ -110,7 +121,9 @@ def frames_for(num_frames=4, classes=3, width=5):
     """Features (B,D,2,3) that tell a part of their labels (B,4,6), every patch of which is wholly known or wholly unknown."""
     g = torch.Generator().manual_seed(1)
     features = torch.randn(num_frames, width, 2, 3, generator=g, dtype=torch.float64)
-    metres = 3 + features[:, 0] + 0.5 * torch.randn(num_frames, 2, 3, generator=g, dtype=torch.float64)
+    metres = (
+        3 + features[:, 0] + 0.5 * torch.randn(num_frames, 2, 3, generator=g, dtype=torch.float64)
+    )
     label = features[:, :classes].argmax(dim=1)
     metres[0, 0, 0], label[1, 1, 2] = 0.0, 255
     enlarge = lambda maps: maps.repeat_interleave(2, 1).repeat_interleave(2, 2)  # noqa: E731
@@ -135,10 +148,16 @@ def by_hand(features, frames, folds, penalty=PENALTY, fitted=None):
             gram = unit.T @ unit / len(unit)
             damped = gram + penalty * gram.diagonal().mean() * torch.eye(5, dtype=z.dtype)
             weight = torch.linalg.inv(damped) @ (unit.T @ (y - y.mean(0)) / len(y)) / std[:, None]
-            output = torch.einsum("bdhw,dc->bchw", features[scored] - mean[:, None, None], weight) + y.mean(0)[:, None, None]
+            output = (
+                torch.einsum("bdhw,dc->bchw", features[scored] - mean[:, None, None], weight)
+                + y.mean(0)[:, None, None]
+            )
             output = upsample(output, (4, 6))
             if name == "depth":
-                known, squares = frames.depth[scored] > 0, (output[:, 0] - frames.depth[scored]).square()
+                known, squares = (
+                    frames.depth[scored] > 0,
+                    (output[:, 0] - frames.depth[scored]).square(),
+                )
             else:
                 known = frames.label[scored] != 255
                 truth = F.one_hot(frames.label[scored] * known, 3).movedim(-1, 1)
@@ -161,23 +180,34 @@ def gradient(feedback, features, frames):
     return torch.autograd.grad(weighted_sum(feedback(at, frames), feedback.weights), at)[0]
 
 
-@pytest.mark.parametrize(("num_folds", "folds"), [(2, [[0, 1], [2, 3]]), (4, [[0], [1], [2], [3]]), (3, [[0, 1], [2], [3]])])
+@pytest.mark.parametrize(
+    ("num_folds", "folds"),
+    [(2, [[0, 1], [2, 3]]), (4, [[0], [1], [2], [3]]), (3, [[0, 1], [2], [3]])],
+)
 def test_ridge_feedback_is_the_closed_form_by_hand(num_folds, folds):
     features, frames = frames_for()
     losses = ridge(num_folds=num_folds)(features, frames)
     expected = by_hand(features, frames, folds)
-    assert {name: loss.item() for name, loss in losses.items()} == pytest.approx({k: v.item() for k, v in expected.items()}, rel=1e-9)
+    assert {name: loss.item() for name, loss in losses.items()} == pytest.approx(
+        {k: v.item() for k, v in expected.items()}, rel=1e-9
+    )
 
 
 @pytest.mark.parametrize("name", ["depth", "segmentation"])
 def test_the_gradient_through_the_solve_is_that_of_differences(name):
     features, frames = frames_for()
-    feedback = ridge(**{f"{other}_weight": float(other == name) for other in ("depth", "segmentation")})
+    feedback = ridge(
+        **{f"{other}_weight": float(other == name) for other in ("depth", "segmentation")}
+    )
     assert feedback(features, frames).keys() == {name}
     g = gradient(feedback, features, frames)
     for seed in (11, 12, 13):
-        direction = torch.randn(features.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
-        ahead, behind = (feedback(features + step * direction, frames)[name].item() for step in (1e-6, -1e-6))
+        direction = torch.randn(
+            features.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)
+        )
+        ahead, behind = (
+            feedback(features + step * direction, frames)[name].item() for step in (1e-6, -1e-6)
+        )
         assert float((g * direction).sum()) == pytest.approx((ahead - behind) / 2e-6, rel=1e-6)
     assert all(frame.any() for frame in g)  # every frame is scored once and fitted once
 
@@ -186,7 +216,9 @@ def test_what_a_refit_absorbs_is_not_asked_for():
     """An invertible map of the features, x -> x + t (M x + c), changes nothing that is fitted afresh; a head held fixed asks for it."""
     features, frames = frames_for(num_frames=6)
     generator = torch.Generator().manual_seed(2)
-    matrix, shift = (torch.randn(*shape, 5, dtype=torch.float64, generator=generator) for shape in ((5,), ()))
+    matrix, shift = (
+        torch.randn(*shape, 5, dtype=torch.float64, generator=generator) for shape in ((5,), ())
+    )
     moved = torch.einsum("ed,bdhw->behw", matrix, features) + shift[:, None, None]
     feedback = ridge(penalty=1e-9)
     g = gradient(feedback, features, frames)
@@ -194,7 +226,10 @@ def test_what_a_refit_absorbs_is_not_asked_for():
     held = held_gradient(features, frames, penalty=1e-9)
     assert abs(slope) < 1e-7
     assert abs(float((held * moved).sum() / (held.norm() * moved.norm()))) > 1e-2
-    before, after = (weighted_sum(feedback(x, frames), feedback.weights).item() for x in (features, features + 0.3 * moved))
+    before, after = (
+        weighted_sum(feedback(x, frames), feedback.weights).item()
+        for x in (features, features + 0.3 * moved)
+    )
     assert after == pytest.approx(before, rel=1e-6)
 
 
@@ -202,7 +237,9 @@ def held_gradient(features, frames, penalty=PENALTY):
     """d L / d features with the heads where they are."""
     at = features.clone().requires_grad_()
     half = len(features) // 2
-    losses = by_hand(at, frames, [list(range(half)), list(range(half, len(features)))], penalty, fitted=features)
+    losses = by_hand(
+        at, frames, [list(range(half)), list(range(half, len(features)))], penalty, fitted=features
+    )
     return torch.autograd.grad(sum(losses.values()), at)[0]
 
 
@@ -220,7 +257,9 @@ def test_rescaled_channels_change_nothing_at_any_penalty():
     features, frames = frames_for()
     scaled = features * torch.tensor([0.1, 2.0, 30.0, 1.0, 0.5], dtype=torch.float64)[:, None, None]
     for name, loss in ridge(penalty=0.3)(features, frames).items():
-        assert ridge(penalty=0.3)(scaled, frames)[name].item() == pytest.approx(loss.item(), rel=1e-9)
+        assert ridge(penalty=0.3)(scaled, frames)[name].item() == pytest.approx(
+            loss.item(), rel=1e-9
+        )
 
 
 def test_ridge_feedback_has_no_state_and_is_pure():
@@ -245,7 +284,9 @@ def test_ridge_feedback_refuses_what_it_cannot_do():
     features, frames = frames_for()
     with pytest.raises(MetaVPTError, match="num_folds=1"):
         ridge(num_folds=1)
-    with pytest.raises(MetaVPTError, match=r"batch of 4 frames is too small; raise problem.feedback_batch_size"):
+    with pytest.raises(
+        MetaVPTError, match=r"batch of 4 frames is too small; raise problem.feedback_batch_size"
+    ):
         ridge(num_folds=5)(features, frames)
     with pytest.raises(MetaVPTError, match=r"feedback.depth_weight=0"):
         ridge(depth_weight=0, segmentation_weight=0)

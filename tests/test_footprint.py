@@ -9,7 +9,13 @@ from torch import Tensor, nn
 from metavpt import footprint
 from metavpt.learners.vit import create_backbone
 
-TINY: dict[str, Any] = {"embed_dim": 64, "depth": 2, "num_heads": 4, "patch_size": 8, "img_size": 64}
+TINY: dict[str, Any] = {
+    "embed_dim": 64,
+    "depth": 2,
+    "num_heads": 4,
+    "patch_size": 8,
+    "img_size": 64,
+}
 
 
 def total(features: Any) -> Tensor:
@@ -32,9 +38,13 @@ def test_saved_bytes_on_meta_are_those_of_fused_attention_on_the_cpu(name: str) 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         total(real(torch.randn(2, 3, 64, 64)))
     with torch.device("meta"):
-        counted = footprint.saved_bytes(lambda: total(planned(torch.empty(2, 3, 64, 64))), planned.parameters())
+        counted = footprint.saved_bytes(
+            lambda: total(planned(torch.empty(2, 3, 64, 64))), planned.parameters()
+        )
     expected = sum(storage.nbytes() for storage in held.values())
-    assert counted == pytest.approx(expected, rel=0.01)  # torch saves a few numbers for the random state of attention
+    assert counted == pytest.approx(
+        expected, rel=0.01
+    )  # torch saves a few numbers for the random state of attention
 
 
 def test_saved_bytes_of_a_known_graph() -> None:
@@ -47,7 +57,12 @@ def test_saved_bytes_of_a_known_graph() -> None:
 
 
 @pytest.mark.parametrize(
-    ("optimizer", "copies"), [(torch.optim.AdamW, 2), (torch.optim.SGD, 0), (lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9), 1)]
+    ("optimizer", "copies"),
+    [
+        (torch.optim.AdamW, 2),
+        (torch.optim.SGD, 0),
+        (lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9), 1),
+    ],
 )
 def test_state_bytes(optimizer: Any, copies: int) -> None:
     layer = nn.Linear(100, 100, bias=False, device="meta")

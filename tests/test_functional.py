@@ -8,7 +8,15 @@ import torch
 from test_amortized import Regression, X, Y, assert_resumes, last_drawn, sgd
 from torch.func import functional_call
 
-from metavpt import ConjugateGradient, ExactProduct, Fixed, Implicit, MetaVPTError, NonFiniteError, Problem
+from metavpt import (
+    ConjugateGradient,
+    ExactProduct,
+    Fixed,
+    Implicit,
+    MetaVPTError,
+    NonFiniteError,
+    Problem,
+)
 from metavpt.functional import Functional, RandomFunctional
 
 
@@ -26,13 +34,18 @@ trainer_of = partial(test_amortized.trainer_of, problem=Functions)
 
 
 def functional(kind=Functional, lr=0.5, **options):
-    return kind(sgd(lr), **{"phi_steps": 5, "lesson_batch_size": 4, "meta_every": 2, "max_norm": 1e9, **options})
+    return kind(
+        sgd(lr),
+        **{"phi_steps": 5, "lesson_batch_size": 4, "meta_every": 2, "max_norm": 1e9, **options},
+    )
 
 
 def test_it_is_implicit_differentiation_where_the_learner_can_tell_any_targets():
     """A table of outputs f, told targets t_phi by squares: Implicit at the solution = -d<values, t_phi>/dphi, values = -dL_down/df."""
     torch.manual_seed(0)
-    network = torch.nn.Sequential(torch.nn.Linear(6, 5), torch.nn.Tanh(), torch.nn.Linear(5, 3)).double()
+    network = torch.nn.Sequential(
+        torch.nn.Linear(6, 5), torch.nn.Tanh(), torch.nn.Linear(5, 3)
+    ).double()
     phi = {name: p.detach() for name, p in network.named_parameters()}
 
     def targets(phi):
@@ -43,7 +56,12 @@ def test_it_is_implicit_differentiation_where_the_learner_can_tell_any_targets()
 
     solution = {"f": targets(phi)}
     implicit = Implicit(ConjugateGradient(), damping=0.0, product=ExactProduct())
-    found = implicit([lambda phi: lambda theta: (theta["f"] - targets(phi)).square().sum() / 2], outer, solution, phi)
+    found = implicit(
+        [lambda phi: lambda theta: (theta["f"] - targets(phi)).square().sum() / 2],
+        outer,
+        solution,
+        phi,
+    )
 
     f = solution["f"].clone().requires_grad_()
     values = -torch.autograd.grad(outer({"f": f}), f)[0]
@@ -66,12 +84,17 @@ def test_the_steps_of_phi_are_gradient_steps_on_rows_of_the_labelled_lesson(tmp_
                 rows = torch.randint(len(labelled), (4,), generator=generator)
                 x = X[labelled][rows]
                 phi = phi - 0.5 * x.T @ (x @ phi - a[rows]) / a[rows].numel()
-        torch.testing.assert_close(trainer.problem.designer.weight.detach(), phi, rtol=1e-9, atol=1e-12)
+        torch.testing.assert_close(
+            trainer.problem.designer.weight.detach(), phi, rtol=1e-9, atol=1e-12
+        )
     assert phi.norm() > 0
 
 
 def test_with_lr_0_it_is_fixed_bit_for_bit(tmp_path):
-    fixed, still = trainer_of(tmp_path / "fixed", Fixed()), trainer_of(tmp_path / "still", functional(lr=0.0))
+    fixed, still = (
+        trainer_of(tmp_path / "fixed", Fixed()),
+        trainer_of(tmp_path / "still", functional(lr=0.0)),
+    )
     fixed.run()
     still.run()
     assert torch.equal(fixed.problem.learner.weight, still.problem.learner.weight)
@@ -102,7 +125,11 @@ def test_labels_reach_the_learner_through_phi_alone(tmp_path):
 def test_true_values_teach_what_those_of_other_samples_do_not(tmp_path):
     """The loss of the feedback after 60 steps, where pretraining alone leads elsewhere."""
     losses = {}
-    for name, strategy in {"fixed": Fixed(), "true": functional(), "random": functional(RandomFunctional)}.items():
+    for name, strategy in {
+        "fixed": Fixed(),
+        "true": functional(),
+        "random": functional(RandomFunctional),
+    }.items():
         trainer = trainer_of(tmp_path / name, strategy, steps=60)
         trainer.run()
         losses[name] = trainer.metrics["loss"]

@@ -23,7 +23,11 @@ from metavpt.runfolder import read_config
 from metavpt.targets import check_targets
 
 CONFIG = 'seed: 0\nproblem:\n  _target_: metavpt.problems.sources.Sources\n  sizes: [1, 2.5, "${seed}"]\ntrainer: {lr: 1e-3, x: null}\n'
-STATE = {"random": 1, "problem": {"learner": {"weight": torch.ones(3, 4)}}, "streams": {"meta": {"epoch": 0, "position": 3}}}
+STATE = {
+    "random": 1,
+    "problem": {"learner": {"weight": torch.ones(3, 4)}},
+    "streams": {"meta": {"epoch": 0, "position": 3}},
+}
 LOG = "".join(
     json.dumps(record) + "\n"
     for k in range(3)
@@ -33,8 +37,20 @@ LOG = "".join(
         {"kind": "time", "step": k, "seconds": {"data": 1.0}},
     )
 )
-RESULT = results.Result("fixed", 0, step0={"rmse": 2.0}, metrics={"rmse": 1.0}, steps=4, samples=8, grad_evals=4, seconds=2.0)
-TEXTS = {"passages": [[["One", 0.5, [["two", 0.5]], None]]], "answers": [["What?", "1", "2", False]]}
+RESULT = results.Result(
+    "fixed",
+    0,
+    step0={"rmse": 2.0},
+    metrics={"rmse": 1.0},
+    steps=4,
+    samples=8,
+    grad_evals=4,
+    seconds=2.0,
+)
+TEXTS = {
+    "passages": [[["One", 0.5, [["two", 0.5]], None]]],
+    "answers": [["What?", "1", "2", False]],
+}
 
 
 def saved(state: dict[str, Any]) -> bytes:
@@ -74,9 +90,20 @@ READERS = {
     "checkpoint": Reader("step-00000001.pt", lambda _: saved(STATE), checkpoint.read),
     "config": Reader("config.yaml", lambda _: CONFIG.encode(), read_run_config),
     "own choice": Reader("own.yaml", lambda _: CONFIG.encode(), read_own_choice, 2),
-    "log": Reader("metrics.jsonl", lambda _: LOG.encode(), lambda path: write_report(path.parent), 4, refuses=False),
+    "log": Reader(
+        "metrics.jsonl",
+        lambda _: LOG.encode(),
+        lambda path: write_report(path.parent),
+        4,
+        refuses=False,
+    ),
     "rows": Reader("rows.jsonl", row, lambda path: results.read(path.parent)),
-    "texts": Reader("step1.json", lambda _: json.dumps(TEXTS).encode(), lambda path: read_texts(path.parent), refuses=False),
+    "texts": Reader(
+        "step1.json",
+        lambda _: json.dumps(TEXTS).encode(),
+        lambda path: read_texts(path.parent),
+        refuses=False,
+    ),
     "figures": Reader("depth-step1.png", picture, lambda path: gallery(path.parent), refuses=False),
 }
 
@@ -87,7 +114,9 @@ def test_a_damaged_file_is_a_clear_error_or_is_read(reader: str, tmp_path: Path)
 
 
 def test_reading_a_checkpoint_takes_at_most_twice_what_it_holds(tmp_path: Path):
-    path = checkpoint.Checkpoints(tmp_path).save(1, {"problem": {"learner": {"weight": torch.ones(15_000_000)}}})
+    path = checkpoint.Checkpoints(tmp_path).save(
+        1, {"problem": {"learner": {"weight": torch.ones(15_000_000)}}}
+    )
     grown, holds = growth_alone("from metavpt import checkpoint", "checkpoint.read(path)", path)
     assert holds > 6e7
     assert grown < 2 * holds + SPARE / 8

@@ -25,13 +25,21 @@ class Selectable(Channels):
 
     def per_sample_tail(self, theta, task):
         x, weights = task
-        return lambda theta_s: (weights * (functional_call(self.learner, {**theta, **theta_s}, (x,)) - x) ** 2).sum(1)
+        return lambda theta_s: (
+            weights * (functional_call(self.learner, {**theta, **theta_s}, (x,)) - x) ** 2
+        ).sum(1)
 
 
 def trainer(folder, strategy, problem=None, steps=6):
     torch.manual_seed(0)
     problem = problem or Selectable()
-    return Trainer(problem, strategy, Budget(steps=steps), RunLog(folder), optimizer=lambda g: torch.optim.AdamW(g, lr=1e-2))
+    return Trainer(
+        problem,
+        strategy,
+        Budget(steps=steps),
+        RunLog(folder),
+        optimizer=lambda g: torch.optim.AdamW(g, lr=1e-2),
+    )
 
 
 def alignment(problem, task, g_down, sample):
@@ -62,18 +70,34 @@ def test_selection_keeps_the_samples_of_the_pool_with_the_largest_alignment(tmp_
     loop = trainer(tmp_path, GreedySelection(pool_batches=3))
     problem = loop.problem
     proposal = loop.strategy.next_task(problem, loop.streams, loop.optimizer, loop.budget)
-    pool = [batch for batch, _ in zip(problem.pretrain_batches(loop.streams.pretrain.seed), range(3), strict=False)]
+    pool = [
+        batch
+        for batch, _ in zip(
+            problem.pretrain_batches(loop.streams.pretrain.seed), range(3), strict=False
+        )
+    ]
     labelled = next(iter(problem.feedback_batches(loop.streams.feedback.seed)))
     theta = params.detach(params.named(problem.learner))
     _, g_down = downstream(lambda theta: problem.feedback_loss(theta, labelled), theta)
-    scores = torch.tensor([[alignment(problem, problem.recipe(batch), g_down, i) for i in range(64)] for batch in pool])
+    scores = torch.tensor(
+        [
+            [alignment(problem, problem.recipe(batch), g_down, i) for i in range(64)]
+            for batch in pool
+        ]
+    )
     expected = torch.cat(pool)[scores.flatten().topk(64).indices]
-    assert {tuple(row) for row in proposal.task[0].tolist()} == {tuple(row) for row in expected.tolist()}
+    assert {tuple(row) for row in proposal.task[0].tolist()} == {
+        tuple(row) for row in expected.tolist()
+    }
     assert proposal.num_samples == 64
 
 
-@pytest.mark.parametrize("direction", [Dot(), Cosine(), AdamAware()], ids=lambda d: type(d).__name__)
-@pytest.mark.parametrize("make", [lambda d: Greedy(3, d), lambda d: GreedySelection(2, d)], ids=["greedy", "selection"])
+@pytest.mark.parametrize(
+    "direction", [Dot(), Cosine(), AdamAware()], ids=lambda d: type(d).__name__
+)
+@pytest.mark.parametrize(
+    "make", [lambda d: Greedy(3, d), lambda d: GreedySelection(2, d)], ids=["greedy", "selection"]
+)
 def test_every_direction_runs_and_is_charged(tmp_path, make, direction):
     loop = trainer(tmp_path, make(direction))
     loop.run()
@@ -91,9 +115,14 @@ def test_greedy_trains_on_the_recipe_until_burn_in(tmp_path):
 
 def test_greedy_without_feedback_that_is_finite_trains_on_the_recipe(tmp_path):
     problem = Selectable()
-    problem.feedback_loss = lambda theta, batch: functional_call(Channels().learner, theta, (batch[0],)).sum() * float("nan")
+    problem.feedback_loss = lambda theta, batch: (
+        functional_call(Channels().learner, theta, (batch[0],)).sum() * float("nan")
+    )
     loop = trainer(tmp_path, Greedy(2), problem)
-    assert torch.equal(loop.strategy.next_task(problem, loop.streams, loop.optimizer, loop.budget).task[1][0], torch.full((16,), 1 / 16))
+    assert torch.equal(
+        loop.strategy.next_task(problem, loop.streams, loop.optimizer, loop.budget).task[1][0],
+        torch.full((16,), 1 / 16),
+    )
     assert loop.strategy.num_skipped == 1
 
 
@@ -101,13 +130,20 @@ def test_hardest_takes_the_candidate_with_the_largest_loss(tmp_path):
     loop = trainer(tmp_path, Hardest(num_candidates=3))
     task = loop.strategy.next_task(loop.problem, loop.streams, loop.optimizer, loop.budget).task
     theta = params.detach(params.named(loop.problem.learner))
-    losses = [loop.problem.per_sample_tail(theta, candidate)({}) for candidate in loop.problem.candidates(task[0], 3)]
-    torch.testing.assert_close(loop.problem.per_sample_tail(theta, task)({}), torch.stack(losses).max(0).values)
+    losses = [
+        loop.problem.per_sample_tail(theta, candidate)({})
+        for candidate in loop.problem.candidates(task[0], 3)
+    ]
+    torch.testing.assert_close(
+        loop.problem.per_sample_tail(theta, task)({}), torch.stack(losses).max(0).values
+    )
 
 
 def test_uniform_is_one_random_candidate(tmp_path):
     loop = trainer(tmp_path, Uniform())
-    batch, weights = loop.strategy.next_task(loop.problem, loop.streams, loop.optimizer, loop.budget).task
+    batch, weights = loop.strategy.next_task(
+        loop.problem, loop.streams, loop.optimizer, loop.budget
+    ).task
     assert torch.equal(weights, loop.problem.candidates(batch, 1)[0][1])
 
 
@@ -124,7 +160,11 @@ def test_random_feedback_has_the_norm_of_the_true_one_and_another_direction(tmp_
 
 
 def test_adversarial_moves_the_designer_up_the_pretraining_loss(tmp_path):
-    loop = trainer(tmp_path, Adversarial(optimizer=lambda p: torch.optim.SGD(p, lr=1.0), max_norm=1e9), Channels())
+    loop = trainer(
+        tmp_path,
+        Adversarial(optimizer=lambda p: torch.optim.SGD(p, lr=1.0), max_norm=1e9),
+        Channels(),
+    )
     problem = loop.problem
     batch = next(iter(problem.meta_batches(loop.streams.meta.seed)))
     before = problem.designer.logits.detach().clone()
@@ -140,12 +180,21 @@ def test_direct_adds_the_feedback_loss_to_the_learners_own(tmp_path):
     first = loop.strategy.next_task(loop.problem, loop.streams, loop.optimizer, loop.budget)
     theta = params.detach(params.named(loop.problem.learner))
     labelled = next(iter(loop.problem.feedback_batches(loop.streams.feedback.seed)))
-    torch.testing.assert_close(first.labelled_loss(theta), 2 * loop.problem.feedback_loss(theta, labelled))
+    torch.testing.assert_close(
+        first.labelled_loss(theta), 2 * loop.problem.feedback_loss(theta, labelled)
+    )
     loop.budget.charge(steps=1)
-    assert loop.strategy.next_task(loop.problem, loop.streams, loop.optimizer, loop.budget).labelled_loss is None
+    assert (
+        loop.strategy.next_task(
+            loop.problem, loop.streams, loop.optimizer, loop.budget
+        ).labelled_loss
+        is None
+    )
 
 
-@pytest.mark.parametrize("strategy", [Greedy(2), Uniform(), Hardest(2)], ids=lambda s: type(s).__name__)
+@pytest.mark.parametrize(
+    "strategy", [Greedy(2), Uniform(), Hardest(2)], ids=lambda s: type(s).__name__
+)
 def test_a_problem_without_selection_says_what_to_define(tmp_path, strategy):
     with pytest.raises(MetaVPTError, match="Channels has no candidates"):
         trainer(tmp_path, strategy, Channels()).run()

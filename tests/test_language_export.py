@@ -45,18 +45,27 @@ def finished(folder: Path, monkeypatch: pytest.MonkeyPatch, *options: str) -> An
 
 
 @pytest.mark.parametrize("options", [[], [LORA]], ids=["full", "lora"])
-def test_transformers_reads_the_model_and_its_tokenizer(options: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_transformers_reads_the_model_and_its_tokenizer(
+    options: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     transformers = pytest.importorskip("transformers")
     learner = finished(tmp_path / "run", monkeypatch, *options)
     to = export(tmp_path / "run", tmp_path / "out")
     model = transformers.AutoModelForCausalLM.from_pretrained(to / "transformers")
     batch = packed([[12], [12]])
     with torch.no_grad():
-        torch.testing.assert_close(model(batch.tokens).logits, learner.logits(batch), atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(
+            model(batch.tokens).logits, learner.logits(batch), atol=1e-4, rtol=1e-4
+        )
     tokenizer = transformers.AutoTokenizer.from_pretrained(to / "transformers")
     assert tokenizer.decode(tokenizer("12 + 7 = 19").input_ids) == "12 + 7 = 19"
     card = (to / "README.md").read_text()
-    for line in ("# from_scratch, continued by metavpt", "- data: sums, weight 0.9: Arithmetic", "AutoModelForCausalLM", "answers/nll"):
+    for line in (
+        "# from_scratch, continued by metavpt",
+        "- data: sums, weight 0.9: Arithmetic",
+        "AutoModelForCausalLM",
+        "answers/nll",
+    ):
         assert line in card
 
 
@@ -71,7 +80,9 @@ def test_the_evaluation_harness_reads_it(tmp_path: Path, monkeypatch: pytest.Mon
     model = export(tmp_path / "run", tmp_path / "out") / "transformers"
     tasks, file = tmp_path / "tasks", tmp_path / "sums.jsonl"
     tasks.mkdir()
-    file.write_text("".join(f'{{"question": "{a} + 2 =", "label": {int(a == 5)}}}\n' for a in (1, 5)))
+    file.write_text(
+        "".join(f'{{"question": "{a} + 2 =", "label": {int(a == 5)}}}\n' for a in (1, 5))
+    )
     (tasks / "sums.yaml").write_text(TASK.format(file=file))
     found = lm_eval.simple_evaluate(
         "hf",
@@ -85,7 +96,10 @@ def test_the_evaluation_harness_reads_it(tmp_path: Path, monkeypatch: pytest.Mon
 
 def test_what_cannot_be_exported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     finished(tmp_path / "run", monkeypatch)
-    for options, message in (({"part": "teacher"}, "has no teacher"), ({"format": "timm"}, "exported for transformers")):
+    for options, message in (
+        ({"part": "teacher"}, "has no teacher"),
+        ({"format": "timm"}, "exported for transformers"),
+    ):
         with pytest.raises(MetaVPTError, match=message):
             export(tmp_path / "run", tmp_path / "out", **options)  # type: ignore[arg-type]
     assert not (tmp_path / "out").exists()

@@ -43,7 +43,9 @@ def test_many_steps_on_one_lesson_end_at_the_regression_of_values_on_what_the_de
     """-<y, A> + |y|^2 / 2 is least at E[A | x], here within linear functions: the normal equations, to 1e-9."""
     problem = Taught()
     lessons(problem, 3000).learn(problem, lesson())
-    torch.testing.assert_close(problem.designer.weight.detach().T, torch.linalg.lstsq(X, A).solution, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(
+        problem.designer.weight.detach().T, torch.linalg.lstsq(X, A).solution, rtol=1e-9, atol=1e-9
+    )
 
 
 def test_lessons_are_taken_newest_first_and_as_many_as_asked_for_are_replayed():
@@ -85,7 +87,9 @@ def test_rows_are_drawn_anew_for_each_step_and_a_resumed_run_draws_the_same():
 
 
 @pytest.mark.parametrize("anneal", [False, True])
-def test_the_learning_rate_falls_along_half_a_cosine_within_each_lesson_where_it_is_asked_to(anneal):
+def test_the_learning_rate_falls_along_half_a_cosine_within_each_lesson_where_it_is_asked_to(
+    anneal,
+):
     """And is as high as ever when the next one begins, in a resumed run too."""
     problem, weight = Taught(), torch.zeros(3, 4, dtype=torch.float64)
     made = lessons(problem, 4, anneal=anneal)
@@ -126,7 +130,10 @@ def test_the_gradient_is_clipped():
     assert float(problem.designer.weight.detach().norm()) == pytest.approx(0.5e-3, rel=1e-2)
 
 
-@pytest.mark.parametrize(("options", "named"), [((0,), "phi_steps"), ((1, 0), "replay"), ((1, 1, 1.0, 0), "lesson_batch_size")])
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [((0,), "phi_steps"), ((1, 0), "replay"), ((1, 1, 1.0, 0), "lesson_batch_size")],
+)
 def test_settings_that_make_no_sense_are_named(options, named):
     with pytest.raises(MetaVPTError, match=named):
         Lessons(sgd, *options)

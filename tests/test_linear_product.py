@@ -35,7 +35,9 @@ class Point:
     """theta, phi and w of the tiny problem, its designer away from where it starts."""
 
     def __init__(self, kind="llama", lora=None):
-        self.problem = TinyLanguage(tiny_lm(kind, tail_layers=2, lora=lora), tiny_designer(moved=0.3))
+        self.problem = TinyLanguage(
+            tiny_lm(kind, tail_layers=2, lora=lora), tiny_designer(moved=0.3)
+        )
         with torch.no_grad():
             for p in params.named(self.problem.learner).values():
                 p.add_(0.05 * torch.randn_like(p))
@@ -43,7 +45,10 @@ class Point:
         self.aligned = {name: self.theta[name] for name in self.problem.aligned_parameters()}
         self.phi = params.named(self.problem.designer)
         g = torch.Generator().manual_seed(3)
-        self.w = {name: torch.randn(p.shape, generator=g, dtype=torch.float64) for name, p in self.aligned.items()}
+        self.w = {
+            name: torch.randn(p.shape, generator=g, dtype=torch.float64)
+            for name, p in self.aligned.items()
+        }
 
     def by(self, product):
         theta, phi = params.leaves(self.aligned), params.leaves(self.phi)
@@ -85,9 +90,16 @@ def test_linear_is_the_finite_difference_in_phi():
     torch.testing.assert_close(value, point.value(point.phi), rtol=1e-9, atol=0)
     g = torch.Generator().manual_seed(4)
     for _ in range(3):
-        v = {name: torch.randn(p.shape, generator=g, dtype=torch.float64) for name, p in point.phi.items()}
-        above, below = (point.value(params.add(params.detach(point.phi), v, alpha=eps)) for eps in (1e-5, -1e-5))
-        torch.testing.assert_close((above - below) / 2e-5, params.dot(by_phi, v), rtol=1e-5, atol=1e-9)
+        v = {
+            name: torch.randn(p.shape, generator=g, dtype=torch.float64)
+            for name, p in point.phi.items()
+        }
+        above, below = (
+            point.value(params.add(params.detach(point.phi), v, alpha=eps)) for eps in (1e-5, -1e-5)
+        )
+        torch.testing.assert_close(
+            (above - below) / 2e-5, params.dot(by_phi, v), rtol=1e-5, atol=1e-9
+        )
 
 
 def test_the_value_over_the_recipe_is_the_difference_of_two_values_and_has_the_same_gradient():
@@ -110,7 +122,13 @@ def test_it_goes_with_any_direction(direction):
     state = rule.init(point.aligned)
     update = Update(rule, point.aligned, State(dict.fromkeys(point.aligned, 1), state.moments))
     estimates = [
-        OneStep(direction, product)([inner], lambda p: outer({**point.theta, **p}, labelled), point.aligned, point.phi, update=update)
+        OneStep(direction, product)(
+            [inner],
+            lambda p: outer({**point.theta, **p}, labelled),
+            point.aligned,
+            point.phi,
+            update=update,
+        )
         for product in (LinearProduct(), ExactProduct())
     ]
     assert relative_error(estimates[0].by_phi, estimates[1].by_phi) < 1e-9
@@ -124,7 +142,11 @@ def test_where_the_derivative_by_theta_is_asked_for_the_general_product_is_taken
     outer = lambda p: point.problem.feedback_loss({**point.theta, **p}, packed([[8]], seed=9))  # noqa: E731
     by = []
     for product in (LinearProduct(general=ExactProduct()), ExactProduct()):
-        estimate = Unrolled(2, SGD(0.1), product) if estimator == "unrolled" else Implicit(damping=10.0, product=product)
+        estimate = (
+            Unrolled(2, SGD(0.1), product)
+            if estimator == "unrolled"
+            else Implicit(damping=10.0, product=product)
+        )
         by.append(estimate([inner] * estimate.num_batches, outer, point.aligned, point.phi).by_phi)
     assert relative_error(*by) < 1e-9
 
@@ -133,7 +155,9 @@ def test_no_gradient_of_the_learner_is_taken(monkeypatch):
     point = Point()
     task = point.problem.designer(BATCH)
     loss = point.problem.pretrain_tail(point.theta, task)
-    point.problem.learner.tail.register_forward_hook(lambda module, args, out: asked.append(out.requires_grad))
+    point.problem.learner.tail.register_forward_hook(
+        lambda module, args, out: asked.append(out.requires_grad)
+    )
     asked = []
     LinearProduct(CentralDifference())(loss, params.leaves(point.aligned), point.w, (point.phi,))
     assert asked == [False, False, False]  # two sides and, for the absolute value, the middle
@@ -145,9 +169,14 @@ def test_any_loss_that_shows_its_costs_will_do():
     x, weight = torch.randn(7, 3, generator=g), torch.randn(4, 3, generator=g)
     theta, w = {"weight": weight.requires_grad_()}, {"weight": torch.randn(4, 3, generator=g)}
     phi = {"logits": torch.randn(7, 4, generator=g).requires_grad_()}
-    loss = CostLoss(lambda p: -(x @ p["weight"].T).log_softmax(dim=1) / 7, phi["logits"].softmax(dim=1))
+    loss = CostLoss(
+        lambda p: -(x @ p["weight"].T).log_softmax(dim=1) / 7, phi["logits"].softmax(dim=1)
+    )
     truth = ExactProduct()(loss, theta, w, (phi,), retain_graph=True)
-    for product, tolerance in ((LinearProduct(), 1e-12), (LinearProduct(CentralDifference()), 1e-8)):
+    for product, tolerance in (
+        (LinearProduct(), 1e-12),
+        (LinearProduct(CentralDifference()), 1e-8),
+    ):
         found = product(loss, theta, w, (phi,), retain_graph=True)
         assert relative_error(found.by[0], truth.by[0]) < tolerance
         torch.testing.assert_close(found.value, truth.value, rtol=tolerance, atol=tolerance)
@@ -156,7 +185,9 @@ def test_any_loss_that_shows_its_costs_will_do():
 def test_other_losses_and_idle_parameters_are_errors():
     theta = {"a": torch.ones(2).requires_grad_()}
     with pytest.raises(MetaVPTError, match="must be linear in its targets"):
-        LinearProduct()(lambda p: p["a"].sum(), theta, theta, ({"phi": torch.ones(1).requires_grad_()},))
+        LinearProduct()(
+            lambda p: p["a"].sum(), theta, theta, ({"phi": torch.ones(1).requires_grad_()},)
+        )
     idle = {"idle": torch.ones(1).requires_grad_()}
     q = torch.ones(2).requires_grad_()
     with pytest.raises(UnreachedParameterError, match="idle"):

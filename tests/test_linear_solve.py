@@ -12,7 +12,11 @@ from metavpt.errors import MetaVPTError, NonFiniteError
 from metavpt.linear_solve import ConjugateGradient, LinearSolver, Matvec, Neumann, Nystrom
 from metavpt.params import Params
 
-SOLVERS: list[LinearSolver] = [ConjugateGradient(), Neumann(num_terms=5, step_size=0.1), Nystrom(rank=4)]
+SOLVERS: list[LinearSolver] = [
+    ConjugateGradient(),
+    Neumann(num_terms=5, step_size=0.1),
+    Nystrom(rank=4),
+]
 by_name = pytest.mark.parametrize("solver", SOLVERS, ids=lambda s: type(s).__name__)
 
 
@@ -38,7 +42,9 @@ class Matrix:
 
 def symmetric(eigenvalues: Tensor, seed: int = 0) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
-    q = torch.linalg.qr(torch.randn(len(eigenvalues), len(eigenvalues), generator=generator, dtype=torch.float64)).Q
+    q = torch.linalg.qr(
+        torch.randn(len(eigenvalues), len(eigenvalues), generator=generator, dtype=torch.float64)
+    ).Q
     return q @ torch.diag(eigenvalues.double()) @ q.T
 
 
@@ -60,15 +66,22 @@ def indefinite(n: int = 30) -> Tensor:
 
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("condition", [1, 1e1, 1e2, 1e3, 1e4, 1e5, 1e6])
-@pytest.mark.parametrize(("tolerance", "max_iterations"), [(1e-3, 20), (1e-6, 20), (1e-6, 2000), (1e-9, 2000), (1e-14, 500)])
-def test_cg_solves_to_the_residual_asked_for_or_says_not(condition: float, seed: int, tolerance: float, max_iterations: int) -> None:
+@pytest.mark.parametrize(
+    ("tolerance", "max_iterations"),
+    [(1e-3, 20), (1e-6, 20), (1e-6, 2000), (1e-9, 2000), (1e-14, 500)],
+)
+def test_cg_solves_to_the_residual_asked_for_or_says_not(
+    condition: float, seed: int, tolerance: float, max_iterations: int
+) -> None:
     a, b = spd(condition, seed=seed), vector(seed=seed + 10)
     found = ConjugateGradient(max_iterations, tolerance)(Matrix(a), split(b))
     true = true_residual(a, found.x, b)
     assert found.converged == (found.residual <= tolerance)
     if found.converged:
         assert true <= tolerance * (1 + 1e-9) + 1e-15 + 1e-16 * condition
-    assert found.residual == pytest.approx(true, rel=1e-2, abs=1e-15 * condition)  # the rounding of a matvec
+    assert found.residual == pytest.approx(
+        true, rel=1e-2, abs=1e-15 * condition
+    )  # the rounding of a matvec
     assert found.num_iterations <= max_iterations
     if max_iterations >= 2000:
         assert found.converged
@@ -82,7 +95,9 @@ def test_cg_equals_the_dense_solution(condition: float, damping: float) -> None:
     found = ConjugateGradient(2000, 1e-12)(Matrix(a), split(b), damping)
     expected = torch.linalg.solve(damped, b)
     assert found.converged
-    torch.testing.assert_close(join(found.x), expected, rtol=0, atol=1e-12 * condition * float(expected.norm()))
+    torch.testing.assert_close(
+        join(found.x), expected, rtol=0, atol=1e-12 * condition * float(expected.norm())
+    )
     assert 1 / condition + damping - 1e-12 <= found.min_curvature <= 1 + damping
 
 
@@ -109,7 +124,11 @@ def test_cg_in_float32(condition: float, tolerance: float) -> None:
 @pytest.mark.parametrize("damping", [0.0, 0.01])
 def test_indefinite_is_never_nan_and_never_converged(n_terms_or_steps: int, damping: float) -> None:
     a, b = indefinite(), split(vector())
-    for solver in (ConjugateGradient(n_terms_or_steps, 1e-12), Neumann(n_terms_or_steps + 60), Nystrom(n_terms_or_steps)):
+    for solver in (
+        ConjugateGradient(n_terms_or_steps, 1e-12),
+        Neumann(n_terms_or_steps + 60),
+        Nystrom(n_terms_or_steps),
+    ):
         found = solver(Matrix(a), b, damping or 1e-3)
         assert params.is_finite(found.x)
         assert not math.isnan(found.residual)
@@ -120,7 +139,11 @@ def test_cg_on_negative_curvature_keeps_the_last_iterate() -> None:
     a, b = indefinite(), vector()
     found = ConjugateGradient(30, 1e-12)(Matrix(a), split(b))
     assert found.min_curvature <= 0
-    again = ConjugateGradient(found.num_iterations, 1e-12)(Matrix(a), split(b)) if found.num_iterations else found
+    again = (
+        ConjugateGradient(found.num_iterations, 1e-12)(Matrix(a), split(b))
+        if found.num_iterations
+        else found
+    )
     torch.testing.assert_close(join(found.x), join(again.x), rtol=0, atol=0)
     assert found.residual == pytest.approx(true_residual(a, found.x, b))
 
@@ -144,13 +167,17 @@ def test_cg_on_negative_curvature_at_once() -> None:
 @pytest.mark.parametrize("scale_a", [1e-3, 1.0, 1e3])
 @pytest.mark.parametrize("scale_b", [1e-140, 1e-3, 1.0, 1e3, 1e140])
 @pytest.mark.parametrize("definite", [True, False])
-def test_scales_change_nothing_but_the_scale(solver: LinearSolver, scale_a: float, scale_b: float, definite: bool) -> None:
+def test_scales_change_nothing_but_the_scale(
+    solver: LinearSolver, scale_a: float, scale_b: float, definite: bool
+) -> None:
     a, b = (spd(100) if definite else indefinite()), split(vector())
     expected = solver(Matrix(a), b, 0.1)
     if isinstance(solver, Neumann):
         solver = Neumann(solver.num_terms, solver.step_size / scale_a)
     found = solver(Matrix(scale_a * a), params.scale(b, scale_b), scale_a * 0.1)
-    torch.testing.assert_close(join(found.x) * scale_a / scale_b, join(expected.x), rtol=1e-8, atol=1e-8)
+    torch.testing.assert_close(
+        join(found.x) * scale_a / scale_b, join(expected.x), rtol=1e-8, atol=1e-8
+    )
     assert found.num_iterations == expected.num_iterations
     assert found.converged == expected.converged
     assert found.residual == pytest.approx(expected.residual, rel=1e-6)
@@ -187,7 +214,9 @@ def test_neumann_is_the_geometric_series(num_terms: int, step_size: float, dampi
     found = Neumann(num_terms, step_size)(matrix, split(b), damping)
     factor = eye - step_size * (matrix.a + damping * eye)
     powers = [torch.linalg.matrix_power(factor, k) @ b for k in range(num_terms)]
-    torch.testing.assert_close(join(found.x), step_size * sum(powers, torch.zeros_like(b)), rtol=0, atol=1e-12)
+    torch.testing.assert_close(
+        join(found.x), step_size * sum(powers, torch.zeros_like(b)), rtol=0, atol=1e-12
+    )
     assert found.residual == pytest.approx(float(powers[-1].norm() / b.norm()), rel=1e-9)
     assert found.converged
     assert matrix.calls == num_terms - 1
@@ -199,7 +228,9 @@ def test_neumann_reports_divergence() -> None:
     assert not found.converged
     assert found.residual > 1
     factor = torch.eye(30, dtype=torch.float64) - 2.5 * a
-    expected = 2.5 * sum((torch.linalg.matrix_power(factor, k) @ b for k in range(30)), torch.zeros_like(b))
+    expected = 2.5 * sum(
+        (torch.linalg.matrix_power(factor, k) @ b for k in range(30)), torch.zeros_like(b)
+    )
     torch.testing.assert_close(join(found.x), expected, rtol=1e-10, atol=1e-10)
     overflowed = Neumann(1000, step_size=1e3)(Matrix(a), split(b))
     assert not overflowed.converged
@@ -221,14 +252,21 @@ def test_nystrom_is_exact_at_full_rank(condition: float) -> None:
 def test_nystrom_is_exact_on_a_matrix_of_its_rank() -> None:
     a, b = symmetric(torch.cat([torch.linspace(1, 3, 5), torch.zeros(25)])), vector()
     found = Nystrom(rank=5)(Matrix(a), split(b), 0.01)
-    torch.testing.assert_close(join(found.x), torch.linalg.solve(a + 0.01 * torch.eye(30, dtype=torch.float64), b), rtol=1e-8, atol=1e-8)
+    torch.testing.assert_close(
+        join(found.x),
+        torch.linalg.solve(a + 0.01 * torch.eye(30, dtype=torch.float64), b),
+        rtol=1e-8,
+        atol=1e-8,
+    )
 
 
 @pytest.mark.parametrize("rank", [1, 5, 10])
 def test_nystrom_knows_its_residual_and_has_a_generator_of_its_own(rank: int) -> None:
     a, b, before = spd(1e3), vector(), torch.get_rng_state()
     found, again = Nystrom(rank)(Matrix(a), split(b), 0.1), Nystrom(rank)(Matrix(a), split(b), 0.1)
-    assert found.residual == pytest.approx(true_residual(a + 0.1 * torch.eye(30, dtype=torch.float64), found.x, b))
+    assert found.residual == pytest.approx(
+        true_residual(a + 0.1 * torch.eye(30, dtype=torch.float64), found.x, b)
+    )
     assert found.num_iterations == rank
     torch.testing.assert_close(found.x, again.x, rtol=0, atol=0)
     assert torch.equal(before, torch.get_rng_state())
@@ -238,11 +276,17 @@ def test_nystrom_knows_its_residual_and_has_a_generator_of_its_own(rank: int) ->
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 @pytest.mark.parametrize("after", [0, 1, 3, 4])
 @pytest.mark.parametrize("warm", [False, True])
-def test_a_product_that_is_not_finite_stops_the_solver(solver: LinearSolver, bad: float, after: int, warm: bool) -> None:
+def test_a_product_that_is_not_finite_stops_the_solver(
+    solver: LinearSolver, bad: float, after: int, warm: bool
+) -> None:
     matrix = Matrix(spd(100))
 
     def matvec(x: Params) -> Params:
-        return matrix(x) if matrix.calls < after else {**matrix(x), "bias": torch.full_like(x["bias"], bad)}
+        return (
+            matrix(x)
+            if matrix.calls < after
+            else {**matrix(x), "bias": torch.full_like(x["bias"], bad)}
+        )
 
     found = solver(matvec, split(vector()), 0.1, x0=split(vector(seed=2)) if warm else None)
     assert params.is_finite(found.x)
@@ -297,4 +341,9 @@ def test_cg_equals_scipy_step_by_step() -> None:
     a, b = spd(100), vector()
     for steps in (1, 3, 10):
         expected = torch.from_numpy(linalg.cg(a.numpy(), b.numpy(), rtol=1e-14, maxiter=steps)[0])
-        torch.testing.assert_close(join(ConjugateGradient(steps, 1e-14)(Matrix(a), split(b)).x), expected, rtol=0, atol=1e-10)
+        torch.testing.assert_close(
+            join(ConjugateGradient(steps, 1e-14)(Matrix(a), split(b)).x),
+            expected,
+            rtol=0,
+            atol=1e-10,
+        )

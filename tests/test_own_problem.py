@@ -21,7 +21,13 @@ def test_it_runs_from_anywhere_and_steering_helps(tmp_path):
     (tmp_path / "conf" / "problem" / "channels.yaml").write_text("_target_: channels.Channels\n")
     useful = {}
     for strategy in ("fixed", "one_step"):
-        options = ["problem=channels", f"strategy={strategy}", "budget.steps=300", "trainer.optimizer.lr=1e-2", f"output={strategy}"]
+        options = [
+            "problem=channels",
+            f"strategy={strategy}",
+            "budget.steps=300",
+            "trainer.optimizer.lr=1e-2",
+            f"output={strategy}",
+        ]
         if strategy == "one_step":
             options += ["strategy.optimizer.lr=0.05", "strategy.burn_in=0"]
         subprocess.run(
@@ -32,7 +38,12 @@ def test_it_runs_from_anywhere_and_steering_helps(tmp_path):
             capture_output=True,
         )
         assert (tmp_path / strategy / "report.html").stat().st_size > 1000
-        records = [json.loads(line) for line in (tmp_path / strategy / "metrics.jsonl").read_text().splitlines()]
-        useful[strategy] = [record["metrics"]["useful_mse"] for record in records if record["kind"] == "probe"]
+        records = [
+            json.loads(line)
+            for line in (tmp_path / strategy / "metrics.jsonl").read_text().splitlines()
+        ]
+        useful[strategy] = [
+            record["metrics"]["useful_mse"] for record in records if record["kind"] == "probe"
+        ]
     assert useful["fixed"][0] == useful["one_step"][0]
     assert useful["one_step"][-1] < 0.1 * useful["fixed"][-1]

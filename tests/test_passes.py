@@ -7,7 +7,20 @@ import torch
 from torch import nn
 from torch.func import functional_call
 
-from metavpt import Budget, Cosine, ExactProduct, Fixed, Implicit, Learned, OneStep, Problem, Unrolled, flops, params, passes
+from metavpt import (
+    Budget,
+    Cosine,
+    ExactProduct,
+    Fixed,
+    Implicit,
+    Learned,
+    OneStep,
+    Problem,
+    Unrolled,
+    flops,
+    params,
+    passes,
+)
 from metavpt.greedy import Greedy
 from metavpt.linear_solve import Neumann
 from metavpt.strategies import Strategy
@@ -35,7 +48,9 @@ class Deep(Problem):
         self.designer = nn.Linear(WIDTH, WIDTH, bias=False)
 
     def pretrain_batches(self, seed):
-        return itertools.repeat(torch.randn(32, WIDTH, generator=torch.Generator().manual_seed(seed)))
+        return itertools.repeat(
+            torch.randn(32, WIDTH, generator=torch.Generator().manual_seed(seed))
+        )
 
     def feedback_batches(self, seed):
         return self.pretrain_batches(seed)
@@ -48,12 +63,18 @@ class Deep(Problem):
 
     def pretrain_tail(self, theta, task):
         hidden = functional_call(self.learner[0], params.subset(theta, "0."), (task,))
-        tail = lambda theta_s: functional_call(self.learner[1], params.subset({**theta, **theta_s}, "1."), (hidden,))  # noqa: E731
+        tail = lambda theta_s: functional_call(
+            self.learner[1], params.subset({**theta, **theta_s}, "1."), (hidden,)
+        )  # noqa: E731
         return lambda theta_s: (tail(theta_s) - task).square().mean()
 
     def per_sample_tail(self, theta, task):
         hidden = functional_call(self.learner[0], params.subset(theta, "0."), (task,))
-        return lambda theta_s: functional_call(self.learner[1], params.subset({**theta, **theta_s}, "1."), (hidden,)).square().mean(dim=1)
+        return lambda theta_s: (
+            functional_call(self.learner[1], params.subset({**theta, **theta_s}, "1."), (hidden,))
+            .square()
+            .mean(dim=1)
+        )
 
     def feedback_loss(self, theta, batch):
         return functional_call(self.learner, theta, (batch,)).square().mean()
@@ -102,7 +123,11 @@ def test_no_update_takes_less_than_its_floor_and_ours_take_little_more(estimator
     strategy = Learned(estimator, meta_every=1)
     problem, streams, optimizer = scene(strategy)
     record = {}
-    taken = flops.count(lambda: record.update(strategy.update_designer(problem, streams, optimizer, Budget(steps=1))))
+    taken = flops.count(
+        lambda: record.update(
+            strategy.update_designer(problem, streams, optimizer, Budget(steps=1))
+        )
+    )
     counts = passes.of_update(estimator, record.get("curvature_products", 0.0))
     assert counts
     stopwatch = passes.Stopwatch(problem, strategy, streams)
@@ -130,7 +155,10 @@ def test_updates_are_shared_out_among_the_steps_between_them():
     assert by_8["learner"] == by_1["learner"] == by_8["design"] == 1
     assert by_8["g_down"] == by_1["g_down"] / 8 == 1 / 8
     assert by_8["tail"] == 3 / 8
-    assert passes.seconds({"learner": 1, "tail": 3 / 8}, {"learner": 2.0, "tail": 8.0}.__getitem__) == 5.0
+    assert (
+        passes.seconds({"learner": 1, "tail": 3 / 8}, {"learner": 2.0, "tail": 8.0}.__getitem__)
+        == 5.0
+    )
 
 
 def test_what_nobody_has_counted_is_not_guessed():

@@ -4,7 +4,13 @@ from ridge import Ridge
 
 from metavpt import params
 from metavpt.errors import MetaVPTError, UnreachedParameterError
-from metavpt.products import DifferenceProduct, ExactProduct, default_relative_step, differentiate, value_and_gradient
+from metavpt.products import (
+    DifferenceProduct,
+    ExactProduct,
+    default_relative_step,
+    differentiate,
+    value_and_gradient,
+)
 
 PRODUCTS = [ExactProduct(), DifferenceProduct()]
 
@@ -25,8 +31,12 @@ def test_mixed_and_hessian_products_of_ridge_have_their_closed_forms(ridge, prod
     theta, w, phi = point(ridge)
     (by_theta, by_phi), value = product(ridge.inner(phi), theta, w, (theta, phi))
     penalty = ridge.phi["log_penalty"].exp()
-    torch.testing.assert_close(by_theta["theta"], ridge.hessian() @ w["theta"], rtol=1e-8, atol=1e-9)
-    torch.testing.assert_close(by_phi["log_penalty"], penalty * theta["theta"] * w["theta"], rtol=1e-8, atol=1e-9)
+    torch.testing.assert_close(
+        by_theta["theta"], ridge.hessian() @ w["theta"], rtol=1e-8, atol=1e-9
+    )
+    torch.testing.assert_close(
+        by_phi["log_penalty"], penalty * theta["theta"] * w["theta"], rtol=1e-8, atol=1e-9
+    )
     expected = w["theta"] @ (ridge.hessian() @ theta["theta"] - ridge.x.T @ ridge.y / 20)
     torch.testing.assert_close(value, expected.detach(), rtol=1e-9, atol=1e-10)
 
@@ -36,7 +46,9 @@ def test_difference_product_is_the_same_for_any_length_of_w(ridge):
     reference = DifferenceProduct()(ridge.inner(phi), theta, w, (phi,)).by[0]
     for factor in (1e-6, 1e6):
         scaled = DifferenceProduct()(ridge.inner(phi), theta, params.scale(w, factor), (phi,)).by[0]
-        torch.testing.assert_close(scaled["log_penalty"] / factor, reference["log_penalty"], rtol=1e-7, atol=1e-9)
+        torch.testing.assert_close(
+            scaled["log_penalty"] / factor, reference["log_penalty"], rtol=1e-7, atol=1e-9
+        )
 
 
 def test_difference_product_of_a_zero_direction_is_zero(ridge):
@@ -73,7 +85,9 @@ def test_a_loss_without_any_graph_names_what_it_misses():
         (6, "idle0, idle1, idle2, idle3 and 2 more"),
     ],
 )
-def test_the_error_names_what_is_unreached_alone_and_says_what_to_do(num_idle: int, named: str) -> None:
+def test_the_error_names_what_is_unreached_alone_and_says_what_to_do(
+    num_idle: int, named: str
+) -> None:
     """Reached parameters stand on either side, on a graph whose buffers the first attempt has freed."""
     reached = {name: torch.ones(2, requires_grad=True) for name in ("first", "last")}
     idle = {f"idle{i}": torch.zeros(1, requires_grad=True) for i in range(num_idle)}
@@ -135,25 +149,41 @@ def test_value_and_gradient_of_a_constant_is_zero():
 
 
 def test_a_gradient_by_theta_leaves_the_graph_to_phi():
-    phi, theta = ({name: torch.tensor([0.3, 0.7], dtype=torch.float64, requires_grad=True)} for name in ("phi", "theta"))
+    phi, theta = (
+        {name: torch.tensor([0.3, 0.7], dtype=torch.float64, requires_grad=True)}
+        for name in ("phi", "theta")
+    )
     trunk = phi["phi"].exp()
     for _ in range(2):
         _, gradient = value_and_gradient(lambda t: (trunk * t["theta"].exp()).sum(), theta)
-        torch.testing.assert_close(gradient["theta"], (trunk * theta["theta"].exp()).detach(), rtol=1e-15, atol=0)
+        torch.testing.assert_close(
+            gradient["theta"], (trunk * theta["theta"].exp()).detach(), rtol=1e-15, atol=0
+        )
     (by_phi,) = torch.autograd.grad(trunk.sum(), phi["phi"])
     torch.testing.assert_close(by_phi, trunk.detach(), rtol=1e-15, atol=0)
 
 
 @pytest.mark.parametrize("product", PRODUCTS, ids=["exact", "difference"])
 def test_the_graph_to_phi_is_kept_when_asked_for_and_freed_otherwise(product):
-    phi, theta = ({name: torch.tensor([0.3, 0.7], dtype=torch.float64, requires_grad=True)} for name in ("phi", "theta"))
+    phi, theta = (
+        {name: torch.tensor([0.3, 0.7], dtype=torch.float64, requires_grad=True)}
+        for name in ("phi", "theta")
+    )
     trunk = phi["phi"].exp()  # autograd keeps its result for the way back
 
     def take(**options):
-        return product(lambda t: (trunk * t["theta"] ** 2).sum(), theta, {"theta": torch.ones(2).double()}, (phi,), **options)
+        return product(
+            lambda t: (trunk * t["theta"] ** 2).sum(),
+            theta,
+            {"theta": torch.ones(2).double()},
+            (phi,),
+            **options,
+        )
 
     (kept,), _ = take(retain_graph=True)
-    torch.testing.assert_close(kept["phi"], (2 * trunk * theta["theta"]).detach(), rtol=1e-9, atol=0)  # of sum_i exp(phi_i) 2 theta_i
+    torch.testing.assert_close(
+        kept["phi"], (2 * trunk * theta["theta"]).detach(), rtol=1e-9, atol=0
+    )  # of sum_i exp(phi_i) 2 theta_i
     assert torch.equal(take().by[0]["phi"], kept["phi"])
     with pytest.raises(RuntimeError, match="second time"):
         take()
@@ -168,4 +198,6 @@ def test_the_default_step_is_that_of_the_dtype_in_which_the_loss_is_computed():
         assert default_relative_step(double) == pytest.approx(2.0 ** (-52 / 3) / 5, rel=1e-12)
     assert DifferenceProduct(0.5).relative_step == 0.5
     theta, w = ({"x": torch.full((4,), value, dtype=torch.float64)} for value in (3.0, 2.0))
-    assert float(DifferenceProduct().step(theta, w)) == pytest.approx(default_relative_step(double) * 1.5, rel=1e-12)
+    assert float(DifferenceProduct().step(theta, w)) == pytest.approx(
+        default_relative_step(double) * 1.5, rel=1e-12
+    )

@@ -39,6 +39,17 @@ def test_importing_it_takes_little_beyond_torch(monkeypatch: pytest.MonkeyPatch)
         "import time, torch; t = time.process_time(); import metavpt, sys; "
         "print(time.process_time() - t, *sorted({m.partition('.')[0] for m in sys.modules}))"
     )
-    seconds, *modules = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True, cwd=ROOT).stdout.split()
+    seconds, *modules = subprocess.run(
+        [sys.executable, "-c", code], check=True, capture_output=True, text=True, cwd=ROOT
+    ).stdout.split()
     assert float(seconds) < 1.5
-    assert not {"hydra", "timm", "kornia", "transformers", "torchvision", "matplotlib", "h5py", "scipy"} & set(modules)
+    assert not {
+        "hydra",
+        "timm",
+        "kornia",
+        "transformers",
+        "torchvision",
+        "matplotlib",
+        "h5py",
+        "scipy",
+    } & set(modules)

@@ -14,7 +14,10 @@ import two_ranks_shared
 from metavpt import MetaVPTError, checkpoint, ranks
 from metavpt.fabric import make_fabric
 
-TOLERANCE = {"small": 1e-10, "dino": 1e-8}  # float64, and only the order of sums differs; dino takes differences, which magnify it
+TOLERANCE = {
+    "small": 1e-10,
+    "dino": 1e-8,
+}  # float64, and only the order of sums differs; dino takes differences, which magnify it
 
 
 @pytest.fixture(scope="module")
@@ -23,10 +26,27 @@ def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("two_ranks")
     two_ranks.dino(folder)  # generates the rooms that the processes read
     two_ranks.run(folder / "one", "small", "one_step")  # for them to go on from
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=1"]
+    torchrun = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node=2",
+        "--max-restarts=1",
+    ]
     source = Path(two_ranks.__file__)
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(source.parent), *sys.path])}
-    done = subprocess.run([*torchrun, str(source), str(folder)], env=environment, capture_output=True, text=True, timeout=600)
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": os.pathsep.join([str(source.parent), *sys.path]),
+    }
+    done = subprocess.run(
+        [*torchrun, str(source), str(folder)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
     assert done.returncode == 0, done.stderr[-4000:]
     return folder
 
@@ -38,7 +58,9 @@ def alone(tmp_path_factory):
 
     def run(problem, estimator):
         if (problem, estimator) not in found:
-            found[problem, estimator] = two_ranks.run(folder / f"{problem}-{estimator}", problem, estimator)
+            found[problem, estimator] = two_ranks.run(
+                folder / f"{problem}-{estimator}", problem, estimator
+            )
         return found[problem, estimator]
 
     return run
@@ -62,10 +84,18 @@ def largest_difference(a, b):
 @pytest.mark.parametrize("problem", two_ranks.PROBLEMS)
 def test_two_processes_equal_one_with_the_same_batch(folder, alone, problem, estimator, parallel):
     """Losses, hypergradients, and after the last step learner, designer, teacher and feedback heads."""
-    two, one = torch.load(folder / f"{problem}-{estimator}-{parallel}.pt"), alone(problem, estimator)
+    two, one = (
+        torch.load(folder / f"{problem}-{estimator}-{parallel}.pt"),
+        alone(problem, estimator),
+    )
     assert two["samples"] == one["samples"]
     assert len(one["hypergradients"]) == 2
-    assert all(float(g.abs().max()) > 0 for by_phi in one["hypergradients"] for g in by_phi.values() if g.ndim < 4)
+    assert all(
+        float(g.abs().max()) > 0
+        for by_phi in one["hypergradients"]
+        for g in by_phi.values()
+        if g.ndim < 4
+    )
     for part in ("loss", "hypergradients", "problem"):
         assert largest_difference(one[part], two[part]) < TOLERANCE[problem], part
 
@@ -73,7 +103,9 @@ def test_two_processes_equal_one_with_the_same_batch(folder, alone, problem, est
 def test_a_run_whose_process_was_killed_goes_on_to_the_same_end(folder, alone):
     killed, whole = torch.load(folder / "killed.pt"), alone("small", "one_step")
     assert killed["samples"] == whole["samples"]
-    assert len(killed["hypergradients"]) < len(whole["hypergradients"])  # it did begin again from a checkpoint
+    assert len(killed["hypergradients"]) < len(
+        whole["hypergradients"]
+    )  # it did begin again from a checkpoint
     assert largest_difference(whole["loss"], killed["loss"]) < TOLERANCE["small"]
     assert largest_difference(whole["problem"], killed["problem"]) < TOLERANCE["small"]
 
@@ -86,7 +118,9 @@ def test_one_process_goes_on_from_a_checkpoint_of_two(folder, alone, tmp_path, p
     assert largest_difference(whole["problem"], found["problem"]) < TOLERANCE["small"]
 
 
-@pytest.mark.parametrize("run", ["ddp-from_one", "fsdp-from_one", "ddp-from_fsdp", "fsdp-from_damaged"])
+@pytest.mark.parametrize(
+    "run", ["ddp-from_one", "fsdp-from_one", "ddp-from_fsdp", "fsdp-from_damaged"]
+)
 def test_two_processes_go_on_from_checkpoints_of_others(folder, alone, run):
     """From a file of one process, whole or into shards; from a folder of shards into whole tensors; from one before a damaged one."""
     found, whole = torch.load(folder / f"small-one_step-{run}.pt"), alone("small", "one_step")
@@ -97,7 +131,12 @@ def test_two_processes_go_on_from_checkpoints_of_others(folder, alone, run):
 
 def test_what_one_process_cannot_read_no_other_goes_on_from(folder):
     """The damage is in the file that the second process looks at; the first one says so and goes on from the step before."""
-    lines = [json.loads(line) for line in (folder / "small-one_step-fsdp-from_damaged" / "metrics.jsonl").read_text().splitlines()]
+    lines = [
+        json.loads(line)
+        for line in (folder / "small-one_step-fsdp-from_damaged" / "metrics.jsonl")
+        .read_text()
+        .splitlines()
+    ]
     (warning,) = [line["message"] for line in lines if line["kind"] == "warning"]
     assert "step-00000003: not a readable checkpoint" in warning
     assert "shard-00002" in warning
@@ -106,14 +145,27 @@ def test_what_one_process_cannot_read_no_other_goes_on_from(folder):
 
 def test_a_sharded_learner_is_saved_in_shards_and_a_whole_one_in_a_file(folder):
     names = {
-        parallel: {path.name for path in (folder / f"small-one_step-{parallel}" / "checkpoints").iterdir()} for parallel in ("ddp", "fsdp")
+        parallel: {
+            path.name for path in (folder / f"small-one_step-{parallel}" / "checkpoints").iterdir()
+        }
+        for parallel in ("ddp", "fsdp")
     }
-    assert names == {"ddp": {f"step-{k:08d}.pt" for k in range(1, 5)}, "fsdp": {f"step-{k:08d}" for k in range(1, 5)}}
+    assert names == {
+        "ddp": {f"step-{k:08d}.pt" for k in range(1, 5)},
+        "fsdp": {f"step-{k:08d}" for k in range(1, 5)},
+    }
     saved = folder / "small-one_step-fsdp" / "checkpoints" / "step-00000004"
     whole = checkpoint.read(folder / "small-one_step-ddp" / "checkpoints" / "step-00000004.pt")
     assert len(list(saved.glob("*.safetensors"))) == 2
-    assert largest_difference(whole["problem"], checkpoint.read(saved)["problem"]) < TOLERANCE["small"]
-    assert largest_difference(whole["optimizer"]["state"], checkpoint.read(saved)["optimizer"]["state"]) < TOLERANCE["small"]
+    assert (
+        largest_difference(whole["problem"], checkpoint.read(saved)["problem"]) < TOLERANCE["small"]
+    )
+    assert (
+        largest_difference(
+            whole["optimizer"]["state"], checkpoint.read(saved)["optimizer"]["state"]
+        )
+        < TOLERANCE["small"]
+    )
 
 
 @pytest.fixture(scope="module")
@@ -133,7 +185,10 @@ def test_losses_of_the_whole_batch_and_their_derivatives_are_those_of_one_proces
 def test_images_are_shared_out_to_be_summarised(shared):
     (two, read), (one, _) = (found["summaries"] for found in shared)
     assert torch.equal(one, two)
-    assert read == [[0, 2, 4], [1, 3, 4]]  # the last one twice: under FSDP all ranks must compute as often
+    assert read == [
+        [0, 2, 4],
+        [1, 3, 4],
+    ]  # the last one twice: under FSDP all ranks must compute as often
 
 
 def test_texts_are_shared_out_to_be_read_and_written(shared):
@@ -162,7 +217,11 @@ def test_with_one_process_everything_is_what_it_was():
 
 @pytest.mark.parametrize(
     ("options", "words"),
-    [({"precision": "half"}, "precision=half"), ({"devices": 2, "parallel": "tensor"}, "parallel=tensor"), ({"devices": 0}, "devices=0")],
+    [
+        ({"precision": "half"}, "precision=half"),
+        ({"devices": 2, "parallel": "tensor"}, "parallel=tensor"),
+        ({"devices": 0}, "devices=0"),
+    ],
 )
 def test_bad_options_are_named(options, words):
     with pytest.raises(MetaVPTError, match=words):

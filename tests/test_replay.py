@@ -9,7 +9,16 @@ from channels import Channels
 from torch import nn
 from torch.func import functional_call
 
-from metavpt import Budget, Learned, MetaVPTError, NonFiniteError, OneStep, RunLog, Trainer, checkpoint
+from metavpt import (
+    Budget,
+    Learned,
+    MetaVPTError,
+    NonFiniteError,
+    OneStep,
+    RunLog,
+    Trainer,
+    checkpoint,
+)
 from metavpt.replay import replay
 
 BAD_FROM = 5  # the first batch that is not as it should be
@@ -101,19 +110,30 @@ def failed(folder, kind):
 
 
 CASES = {
-    BadData: ["the output of designer (ChannelWeights), of an input that is not finite either", "the task that the learner is given"],
+    BadData: [
+        "the output of designer (ChannelWeights), of an input that is not finite either",
+        "the task that the learner is given",
+    ],
     Overflow: ["the output of learner.0 (Linear)", "the pretraining loss"],
     RootOfZero: ["the gradient: Function 'PowBackward0' returned nan", "the gradient of 0.weight"],
     BadDesigner: ["the output of designer (LogDesigner)", "the task that the learner is given"],
     BadLabels: ["the designer update: the feedback loss is nan"],
-    BadRegularizer: ["the designer update: the gradient of the designer's regularizer is not finite"],
+    BadRegularizer: [
+        "the designer update: the gradient of the designer's regularizer is not finite"
+    ],
 }
 
 
-@pytest.mark.parametrize(("kind", "findings"), CASES.items(), ids=lambda value: getattr(value, "__name__", None))
+@pytest.mark.parametrize(
+    ("kind", "findings"), CASES.items(), ids=lambda value: getattr(value, "__name__", None)
+)
 def test_the_step_that_ended_a_run_is_reproduced_and_its_beginning_named(tmp_path, kind, findings):
     message = failed(tmp_path / "run", kind)
-    assert "3 updates in a row" in message if kind in (BadLabels, BadRegularizer) else "3 steps in a row" in message
+    assert (
+        "3 updates in a row" in message
+        if kind in (BadLabels, BadRegularizer)
+        else "3 steps in a row" in message
+    )
     assert f"python -m metavpt.replay run={tmp_path / 'run'}" in message
     found = replay(trainer(tmp_path / "again", kind), tmp_path / "run" / "failure.pt")
     assert found.is_reproduced
@@ -137,7 +157,10 @@ def test_nothing_of_the_learner_is_changed_by_steps_that_fail(tmp_path):
 def test_one_bad_step_among_good_ones_is_skipped_and_leaves_no_file(tmp_path):
     class Once(Channels):
         def pretrain_batches(self, seed):
-            return (x * math.nan if k % 3 == 1 else x for k, x in enumerate(super().pretrain_batches(seed)))
+            return (
+                x * math.nan if k % 3 == 1 else x
+                for k, x in enumerate(super().pretrain_batches(seed))
+            )
 
         def meta_batches(self, seed):
             return Channels.pretrain_batches(self, seed)

@@ -11,10 +11,14 @@ import pytest
 from metavpt.report import write_report
 from metavpt.report.comparison import write_comparison_report
 
-sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed (pip install playwright)")
+sync_api = pytest.importorskip(
+    "playwright.sync_api", reason="playwright is not installed (pip install playwright)"
+)
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
 CHROMIUM = next(filter(None, map(shutil.which, BROWSERS)), None)
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason=f"no browser on this machine: none of {', '.join(BROWSERS)}")
+pytestmark = pytest.mark.skipif(
+    CHROMIUM is None, reason=f"no browser on this machine: none of {', '.join(BROWSERS)}"
+)
 
 IMAGES = "[...document.images].map(image => image.complete ? image.naturalWidth : 0)"
 CHARTS = "[...document.querySelectorAll('.curves svg')].map(svg => svg.getBoundingClientRect()).map(box => Math.min(box.width, box.height))"
@@ -28,7 +32,9 @@ WIDE = """[...document.querySelectorAll('body *')].filter(e => !e.closest('.scro
 def browser() -> Iterator[Any]:
     with sync_api.sync_playwright() as playwright:
         browser = playwright.chromium.launch(
-            executable_path=CHROMIUM, args=["--disable-gpu", "--disable-dev-shm-usage"], chromium_sandbox=False
+            executable_path=CHROMIUM,
+            args=["--disable-gpu", "--disable-dev-shm-usage"],
+            chromium_sandbox=False,
         )
         yield browser
         browser.close()
@@ -48,7 +54,9 @@ def reports(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [360, 1280])
 @pytest.mark.parametrize("kind", ["run", "comparison"])
-def test_the_page_renders(browser: Any, reports: dict[str, Path], kind: str, width: int, scheme: str) -> None:
+def test_the_page_renders(
+    browser: Any, reports: dict[str, Path], kind: str, width: int, scheme: str
+) -> None:
     page = browser.new_page(viewport={"width": width, "height": 900}, color_scheme=scheme)
     troubles: list[str] = []
     page.on("console", lambda message: troubles.append(message.text))

@@ -5,7 +5,17 @@ import pytest
 from metavpt import MetaVPTError, results
 from metavpt.results import Result
 
-FIRST = Result("fixed", 0, step0={"rmse": 2.0}, metrics={"rmse": 1.0}, steps=4, samples=8, grad_evals=4, seconds=2.0, steered=["rmse"])
+FIRST = Result(
+    "fixed",
+    0,
+    step0={"rmse": 2.0},
+    metrics={"rmse": 1.0},
+    steps=4,
+    samples=8,
+    grad_evals=4,
+    seconds=2.0,
+    steered=["rmse"],
+)
 
 
 def test_results_are_read_back_and_a_later_one_replaces_a_failure(tmp_path):

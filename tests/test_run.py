@@ -31,15 +31,32 @@ SMALL_DINO = [
 
 
 def start(folder, *options, **popen):
-    command = [sys.executable, "-m", "metavpt.run", "--config-dir", str(EXAMPLES / "conf"), *options]
+    command = [
+        sys.executable,
+        "-m",
+        "metavpt.run",
+        "--config-dir",
+        str(EXAMPLES / "conf"),
+        *options,
+    ]
     environment = {
         **os.environ,
         "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": os.pathsep.join([str(EXAMPLES), *filter(None, [os.environ.get("PYTHONPATH")])]),
+        "PYTHONPATH": os.pathsep.join(
+            [str(EXAMPLES), *filter(None, [os.environ.get("PYTHONPATH")])]
+        ),
         "METAVPT_CACHE": str(folder / "cache"),
         "HF_HUB_OFFLINE": "1",
     }
-    return subprocess.Popen(command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **popen)
+    return subprocess.Popen(
+        command,
+        cwd=folder,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        **popen,
+    )
 
 
 def run(folder, *options):
@@ -54,13 +71,18 @@ def final_weights(folder):
 
 def measured(folder):
     clock = {"seconds", "samples_per_s"}
-    return [{k: v for k, v in json.loads(line).items() if k not in clock} for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [
+        {k: v for k, v in json.loads(line).items() if k not in clock}
+        for line in (folder / "metrics.jsonl").read_text().splitlines()
+    ]
 
 
 def test_kill_9_and_resume_equals_the_uninterrupted_run_bit_for_bit(tmp_path):
     assert run(tmp_path, *OPTIONS, "output=whole")[0] == 0
     killed = start(tmp_path, *OPTIONS, "output=parts")
-    while killed.poll() is None and not list((tmp_path / "parts" / "checkpoints").glob("step-*.pt")):
+    while killed.poll() is None and not list(
+        (tmp_path / "parts" / "checkpoints").glob("step-*.pt")
+    ):
         time.sleep(0.005)
     killed.send_signal(signal.SIGKILL)
     assert killed.wait() == -signal.SIGKILL
@@ -69,7 +91,10 @@ def test_kill_9_and_resume_equals_the_uninterrupted_run_bit_for_bit(tmp_path):
     assert status == 0, err
     whole, parts = (final_weights(tmp_path / name) for name in ("whole", "parts"))
     for part in ("learner", "designer"):
-        assert all(torch.equal(whole["problem"][part][name], value) for name, value in parts["problem"][part].items())
+        assert all(
+            torch.equal(whole["problem"][part][name], value)
+            for name, value in parts["problem"][part].items()
+        )
     assert measured(tmp_path / "whole") == measured(tmp_path / "parts")
     assert "useful_mse" in out
     assert (tmp_path / "parts" / "report.html").is_file()
@@ -100,7 +125,9 @@ def mat(path, **changes):
                 file[name] = array
         references = file.create_dataset("names", (1, 2), h5py.ref_dtype)
         for i, name in enumerate(("wall", "floor")):
-            references[0, i] = file.create_dataset(f"#refs#/{i}", data=np.array([[ord(c)] for c in name], dtype="uint16")).ref
+            references[0, i] = file.create_dataset(
+                f"#refs#/{i}", data=np.array([[ord(c)] for c in name], dtype="uint16")
+            ).ref
     return path
 
 
@@ -136,30 +163,52 @@ def _weights(folder):
 
 
 BAD = {
-    "missing_path": (lambda folder: [f"data.path={folder}/absent.mat"], ["data.path", "absent.mat"]),
+    "missing_path": (
+        lambda folder: [f"data.path={folder}/absent.mat"],
+        ["data.path", "absent.mat"],
+    ),
     "truncated_mat": (truncated, ["cut.mat"]),
     "not_hdf5": (not_hdf5, ["text.mat", "HDF5"]),
-    "missing_dataset": (lambda folder: [f"data.path={mat(folder / 'part.mat', depths=None)}"], ["part.mat", "depths"]),
+    "missing_dataset": (
+        lambda folder: [f"data.path={mat(folder / 'part.mat', depths=None)}"],
+        ["part.mat", "depths"],
+    ),
     "zip_without_a_member": (zip_without_a_member, ["nyuv2_labeled_240x320.zip", "lacks"]),
     "no_valid_depth": (no_valid_depth, ["nan.mat", "depth"]),
-    "unknown_key": (lambda folder: ["trainer.clip_nrm=2"], ["trainer.clip_nrm", "trainer.clip_norm"]),
+    "unknown_key": (
+        lambda folder: ["trainer.clip_nrm=2"],
+        ["trainer.clip_nrm", "trainer.clip_norm"],
+    ),
     "unknown_problem": (lambda folder: ["problem=dino_nyu2"], ["problem=dino_nyu2", "dino_nyuv2"]),
     "unknown_strategy": (lambda folder: ["strategy=onestep"], ["strategy=onestep", "one_step"]),
-    "patch_does_not_divide": (lambda folder: [f"data.path={mat(folder / 'a.mat')}", "problem.feature_size=[16,20]"], ["16x20", "8x8"]),
+    "patch_does_not_divide": (
+        lambda folder: [f"data.path={mat(folder / 'a.mat')}", "problem.feature_size=[16,20]"],
+        ["16x20", "8x8"],
+    ),
     "no_network": (
         lambda folder: ["backbone=vit_small_dinov3", f"data.path={mat(folder / 'a.mat')}"],
         ["vit_small_patch16_dinov3", "weights="],
     ),
     "foreign_weights": (foreign_checkpoint, ["other.pt", "vit_tiny_dinov3"]),
-    "budget_without_limit": (lambda folder: ["budget.steps=null", f"data.path={mat(folder / 'a.mat')}"], ["budget.steps"]),
-    "output_is_taken": (lambda folder: [f"output={mat(folder / 'a.mat').parent}", f"data.path={folder}/a.mat"], ["not empty"]),
+    "budget_without_limit": (
+        lambda folder: ["budget.steps=null", f"data.path={mat(folder / 'a.mat')}"],
+        ["budget.steps"],
+    ),
+    "output_is_taken": (
+        lambda folder: [f"output={mat(folder / 'a.mat').parent}", f"data.path={folder}/a.mat"],
+        ["not empty"],
+    ),
 }
 
 
 @pytest.mark.parametrize(("make", "words"), BAD.values(), ids=BAD)
 def test_bad_input_is_one_clear_line_and_leaves_nothing_behind(tmp_path, make, words):
     options = make(tmp_path)
-    base = [] if any(option.startswith(("problem=", "backbone=")) for option in options) else SMALL_DINO
+    base = (
+        []
+        if any(option.startswith(("problem=", "backbone=")) for option in options)
+        else SMALL_DINO
+    )
     before = {path for path in tmp_path.rglob("*") if "cache" not in path.parts}
     status, _, err = run(tmp_path, *base, *options)
     lines = [line for line in err.splitlines() if line.strip() and not line.startswith("data:")]

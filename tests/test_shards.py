@@ -42,7 +42,10 @@ def shard_of(path):
 
 
 def assert_whole(found, state):
-    weight, moment = state["problem"]["learner"]["trunk.weight"], state["optimizer"]["state"][0]["moment"]
+    weight, moment = (
+        state["problem"]["learner"]["trunk.weight"],
+        state["optimizer"]["state"][0]["moment"],
+    )
     assert torch.equal(found["problem"]["learner"]["trunk.weight"], weight.full_tensor())
     assert torch.equal(found["optimizer"]["state"][0]["moment"], moment.full_tensor())
     assert found["optimizer"]["state"][0]["moment"].dtype == torch.bfloat16
@@ -62,11 +65,25 @@ def test_they_come_back_sharded_where_they_are_to_be(tmp_path, state, mesh):
     """A moment, which the optimizer does not hold before its first step, is laid out as its parameter."""
     Checkpoints(tmp_path).save(3, state)
     parameter = distribute_tensor(torch.zeros(5, 3, dtype=torch.float64), mesh, [Shard(0)])
-    found = Checkpoints(tmp_path).load({"problem": {"learner": {"trunk.weight": parameter}}, "optimizer": {"state": {0: parameter}}}).state
-    weight, moment = found["problem"]["learner"].pop("trunk.weight"), found["optimizer"]["state"][0].pop("moment")
+    found = (
+        Checkpoints(tmp_path)
+        .load(
+            {
+                "problem": {"learner": {"trunk.weight": parameter}},
+                "optimizer": {"state": {0: parameter}},
+            }
+        )
+        .state
+    )
+    weight, moment = (
+        found["problem"]["learner"].pop("trunk.weight"),
+        found["optimizer"]["state"][0].pop("moment"),
+    )
     assert isinstance(weight, DTensor)
     assert isinstance(moment, DTensor)
-    assert torch.equal(weight.full_tensor(), state["problem"]["learner"]["trunk.weight"].full_tensor())
+    assert torch.equal(
+        weight.full_tensor(), state["problem"]["learner"]["trunk.weight"].full_tensor()
+    )
     assert torch.equal(moment.full_tensor(), state["optimizer"]["state"][0]["moment"].full_tensor())
 
 
@@ -79,7 +96,10 @@ def test_files_and_folders_take_turns(tmp_path, state):
     checkpoints.save(3, state)
     assert [path.name for path in checkpoints.paths()] == ["step-00000002.pt", "step-00000003"]
     checkpoints.save(3, {"name": "again"})
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000002.pt", "step-00000003.pt"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "step-00000002.pt",
+        "step-00000003.pt",
+    ]
 
 
 def flip(path):
@@ -139,7 +159,10 @@ def test_a_full_disk_leaves_the_older_one_and_one_clear_line(tmp_path, state, mo
         return opened(path, mode, *args, **options)
 
     monkeypatch.setattr(Path, "open", full)
-    with pytest.raises(MetaVPTError, match=r"step-00000002.*cannot be written \(No space left on device\).*resume=true"):
+    with pytest.raises(
+        MetaVPTError,
+        match=r"step-00000002.*cannot be written \(No space left on device\).*resume=true",
+    ):
         checkpoints.save(2, state)
     monkeypatch.undo()
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]

@@ -16,7 +16,10 @@ soak = import_module("soak")
 def test_slopes_are_those_after_the_warm_up():
     """400 MB that fill in the first fifth, then 2.5 MB, one file and no thread more in 1,000 steps."""
     steps = range(0, 10_000, 100)
-    samples = [soak.Sample(k, 400 * min(1.0, k / 1900) + 2.5 * k / 1000, 10 + k // 1000, 3, 0) for k in steps]
+    samples = [
+        soak.Sample(k, 400 * min(1.0, k / 1900) + 2.5 * k / 1000, 10 + k // 1000, 3, 0)
+        for k in steps
+    ]
     slopes = soak.slopes(samples)
     assert slopes["memory"] == pytest.approx(2.5, abs=1e-6)
     assert slopes["files"] == pytest.approx(1.0, abs=0.05)
@@ -26,9 +29,18 @@ def test_slopes_are_those_after_the_warm_up():
 def test_the_section_says_what_is_not_met():
     samples = [soak.Sample(k, 400 + 1.5 * k / 1000, 10, 3, 6) for k in range(0, 10_000, 100)]
     report = {"samples": samples, "seconds": 90.0, "per_1000_steps": soak.slopes(samples)}
-    facts = {"workers": 2, "threads": 1, "cpu": "a CPU", "torch": "2", "date": "today", "command": "python benchmarks/soak.py"}
+    facts = {
+        "workers": 2,
+        "threads": 1,
+        "cpu": "a CPU",
+        "torch": "2",
+        "date": "today",
+        "command": "python benchmarks/soak.py",
+    }
     lines = soak.section(report | facts)
-    assert "| memory with its loading processes, MB | 403 | 415 | +1.500 | 1 | **not met** |" in lines
+    assert (
+        "| memory with its loading processes, MB | 403 | 415 | +1.500 | 1 | **not met** |" in lines
+    )
     assert "| child processes | 6 | 6 | +0.000 | 0.1 | met |" in lines
 
 

@@ -94,7 +94,9 @@ def test_cg_takes_the_residual_afresh_every_fifty_steps(steps: int, refreshes: i
 
 
 @pytest.mark.parametrize(("claimed", "second"), [(0.25, 0.75), (0.2, 0.5)])
-def test_cg_restarts_where_the_true_residual_is_more_than_twice_the_one_it_claims(claimed: float, second: float) -> None:
+def test_cg_restarts_where_the_true_residual_is_more_than_twice_the_one_it_claims(
+    claimed: float, second: float
+) -> None:
     """A = I, but the first product is another's: then x = b / 2, the true residual is b / 2 and the recurrence claims `claimed`.
 
     The second direction is that residual r, or at twice the claim or less r + |r|^2 b, for b of length one.
@@ -103,7 +105,11 @@ def test_cg_restarts_where_the_true_residual_is_more_than_twice_the_one_it_claim
 
     def matvec(x: Params) -> Params:
         directions.append(x["x"])
-        return {"x": torch.tensor([2.0, 2 * claimed], dtype=torch.float64)} if len(directions) == 1 else x
+        return (
+            {"x": torch.tensor([2.0, 2 * claimed], dtype=torch.float64)}
+            if len(directions) == 1
+            else x
+        )
 
     ConjugateGradient(2, 0.3)(matvec, {"x": torch.tensor([1.0, 0.0], dtype=torch.float64)})
     assert directions[1].tolist() == [0.5, 0.0]  # x, to confirm
@@ -119,7 +125,9 @@ def test_cg_takes_no_step_of_infinite_curvature() -> None:
 
 def test_cg_ends_where_the_square_of_a_direction_underflows() -> None:
     """The recurrence of a single number shrinks on below the rounding of x, as nothing confirms it before step 50."""
-    found = ConjugateGradient(49, 1e-300)(lambda x: params.scale(x, 49.0), {"x": torch.ones(1, dtype=torch.float64)})
+    found = ConjugateGradient(49, 1e-300)(
+        lambda x: params.scale(x, 49.0), {"x": torch.ones(1, dtype=torch.float64)}
+    )
     assert not found.converged
     assert 1 < found.num_iterations < 49
     assert found.residual < 1e-162
@@ -137,7 +145,9 @@ def test_neumann_that_neither_grows_nor_shrinks_has_converged_and_one_that_ends_
     assert matrix.calls == 1
 
 
-def test_neumann_has_not_converged_if_a_term_outgrew_the_one_before_however_small_it_still_is() -> None:
+def test_neumann_has_not_converged_if_a_term_outgrew_the_one_before_however_small_it_still_is() -> (
+    None
+):
     """A part that halves hides one that grows by a half: the norms of the terms fall for six and then rise, far below that of b."""
     values = torch.tensor([0.5] * 29 + [2.5], dtype=torch.float64)
     b = torch.tensor([0.0] * 28 + [1.0, 1e-3], dtype=torch.float64)
@@ -148,7 +158,9 @@ def test_neumann_has_not_converged_if_a_term_outgrew_the_one_before_however_smal
 
 
 @pytest.mark.parametrize(("growth", "converged"), [(2.0**-26, True), (2.0**-25, False)])
-def test_neumann_takes_growth_up_to_the_root_of_the_machine_epsilon_for_rounding(growth: float, converged: bool) -> None:
+def test_neumann_takes_growth_up_to_the_root_of_the_machine_epsilon_for_rounding(
+    growth: float, converged: bool
+) -> None:
     assert Neumann(2)(Matrix((2 + growth) * EYE), split(EYE[3])).converged is converged
 
 
@@ -175,7 +187,9 @@ def test_neumann_meets_the_curvature_of_an_eigenvector(step_size: float) -> None
 
 
 @pytest.mark.parametrize(("curvature", "num_terms"), [(9.0, 162), (9e9, 158)])
-def test_neumann_that_overflows_says_how_many_terms_it_summed(curvature: float, num_terms: int) -> None:
+def test_neumann_that_overflows_says_how_many_terms_it_summed(
+    curvature: float, num_terms: int
+) -> None:
     """Each term is nine times the one before, until 1.8e308 is exceeded by the square of a term, or before by its curvature."""
     matrix, b, step_size = Matrix(curvature * EYE), split(EYE[3]), 10 / curvature
     found = Neumann(1000, step_size)(matrix, b)
@@ -200,8 +214,12 @@ def test_nystrom_takes_curvature_below_zero_for_flat() -> None:
     assert not found.converged
 
 
-@pytest.mark.parametrize(("curvature", "converged"), [(-0.125, True), (-0.25, False), (-0.375, False)])
-def test_nystrom_has_converged_when_it_is_better_than_nothing(curvature: float, converged: bool) -> None:
+@pytest.mark.parametrize(
+    ("curvature", "converged"), [(-0.125, True), (-0.25, False), (-0.375, False)]
+)
+def test_nystrom_has_converged_when_it_is_better_than_nothing(
+    curvature: float, converged: bool
+) -> None:
     """All curvature is below zero and taken for flat, so x = b / damping and b - (A + damping I) x = -A b / damping."""
     b = 0 * vector()
     b[3] = 1.0
@@ -219,7 +237,9 @@ def test_what_nystrom_takes_for_rounding_goes_by_the_scale_of_the_matrix(scale: 
 
 
 def test_nystrom_draws_another_sketch_by_another_seed() -> None:
-    first, again, other = (Nystrom(3, seed)(Matrix(spd(100)), split(vector()), 0.1) for seed in (0, 0, 1))
+    first, again, other = (
+        Nystrom(3, seed)(Matrix(spd(100)), split(vector()), 0.1) for seed in (0, 0, 1)
+    )
     torch.testing.assert_close(first.x, again.x, rtol=0, atol=0)
     assert float((join(first.x) - join(other.x)).norm()) > 1e-3
 
@@ -248,12 +268,16 @@ def test_nystrom_without_a_finite_sketch_knows_nothing() -> None:
 def test_tensors_keep_their_dtypes_and_shapes(solver: LinearSolver) -> None:
     b = {"weight": vector()[:6].reshape(2, 3), "bias": vector()[6:].float()}
     found = solver(lambda x: params.scale(x, 0.5), b, 0.1)
-    assert {name: (p.dtype, p.shape) for name, p in found.x.items()} == {name: (p.dtype, p.shape) for name, p in b.items()}
+    assert {name: (p.dtype, p.shape) for name, p in found.x.items()} == {
+        name: (p.dtype, p.shape) for name, p in b.items()
+    }
 
 
 @by_name
 def test_what_is_not_finite_is_said_in_words(solver: LinearSolver) -> None:
-    with pytest.raises(NonFiniteError, match=r"^linear solve: the right-hand side b or the start x0 is not finite$"):
+    with pytest.raises(
+        NonFiniteError, match=r"^linear solve: the right-hand side b or the start x0 is not finite$"
+    ):
         solver(Matrix(EYE), split(vector() * math.inf), 0.1)
     with pytest.raises(MetaVPTError, match=r"^tolerance=inf: must be positive$"):
         ConjugateGradient(tolerance=math.inf)

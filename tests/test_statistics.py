@@ -9,7 +9,15 @@ import pytest
 from scipy import stats
 
 from metavpt.errors import MetaVPTError
-from metavpt.statistics import MAX_RANGE_SEEDS, mean_se, paired, pearson, power_law, range_coverage, smallest_p
+from metavpt.statistics import (
+    MAX_RANGE_SEEDS,
+    mean_se,
+    paired,
+    pearson,
+    power_law,
+    range_coverage,
+    smallest_p,
+)
 
 
 def simulated(n: int, num: int, seed: int, mean: float = 0.0) -> list[np.ndarray]:
@@ -39,7 +47,10 @@ def test_differences_are_paired_by_seed():
 @pytest.mark.parametrize("n", [2, 3, 4, 5, 6])
 def test_p_is_the_share_of_sign_flips_that_are_as_far_from_zero(n):
     for differences in simulated(n, 4, seed=n, mean=0.5):
-        means = [abs(np.mean(np.multiply(signs, differences))) for signs in itertools.product((1, -1), repeat=n)]
+        means = [
+            abs(np.mean(np.multiply(signs, differences)))
+            for signs in itertools.product((1, -1), repeat=n)
+        ]
         by_hand = np.mean(np.array(means) >= abs(differences.mean()) - 1e-12)
         assert against_zero(differences).p == pytest.approx(by_hand, abs=1e-15)
 
@@ -47,31 +58,48 @@ def test_p_is_the_share_of_sign_flips_that_are_as_far_from_zero(n):
 @pytest.mark.parametrize(("n", "least"), [(2, 0.5), (3, 0.25), (6, 0.03125)])
 def test_the_smallest_p_is_that_of_differences_of_one_sign(n, least):
     assert against_zero(np.arange(1.0, n + 1)).p == smallest_p(n) == least
-    assert min(against_zero(differences).p for differences in simulated(n, 40, seed=0, mean=2.0)) == least
+    assert (
+        min(against_zero(differences).p for differences in simulated(n, 40, seed=0, mean=2.0))
+        == least
+    )
 
 
 def test_p_is_wilcoxons_where_the_differences_are_their_own_ranks():
     for signs in np.random.default_rng(0).choice([-1.0, 1.0], (5, 10)):
         differences = signs * np.arange(1.0, 11.0)
-        assert against_zero(differences).p == pytest.approx(stats.wilcoxon(differences, method="exact").pvalue, abs=1e-12)
+        assert against_zero(differences).p == pytest.approx(
+            stats.wilcoxon(differences, method="exact").pvalue, abs=1e-12
+        )
 
 
 def test_p_is_near_that_of_the_t_test_beyond_the_exact_range():
     (differences,) = simulated(40, 1, seed=3, mean=0.3)
     assert 0.01 < against_zero(differences).p < 0.2
-    assert against_zero(differences).p == pytest.approx(stats.ttest_1samp(differences, 0.0).pvalue, abs=0.02)
+    assert against_zero(differences).p == pytest.approx(
+        stats.ttest_1samp(differences, 0.0).pvalue, abs=0.02
+    )
 
 
 def test_p_is_uniform_without_an_effect_and_small_with_one():
     null = [against_zero(differences).p for differences in simulated(10, 300, seed=1)]
     assert stats.kstest(null, "uniform").pvalue > 0.05
     assert np.mean(np.array(null) <= 0.05) == pytest.approx(0.05, abs=0.03)
-    assert np.median([against_zero(differences).p for differences in simulated(10, 50, seed=1, mean=1.0)]) < 0.05
+    assert (
+        np.median(
+            [against_zero(differences).p for differences in simulated(10, 50, seed=1, mean=1.0)]
+        )
+        < 0.05
+    )
 
 
 @pytest.mark.parametrize("n", [8, 20])
 def test_the_interval_holds_the_truth_95_percent_of_the_time(n):
-    covered = np.mean([covers(against_zero(differences), 0.7) for differences in simulated(n, 500, seed=2, mean=0.7)])
+    covered = np.mean(
+        [
+            covers(against_zero(differences), 0.7)
+            for differences in simulated(n, 500, seed=2, mean=0.7)
+        ]
+    )
     assert covered == pytest.approx(0.95, abs=0.02)
 
 
@@ -89,10 +117,14 @@ def test_few_seeds_have_their_range_and_its_coverage():
     for n in range(2, MAX_RANGE_SEEDS + 2):
         (differences,) = simulated(n, 1, seed=n)
         found = against_zero(differences)
-        is_range = (found.low, found.high) == pytest.approx((differences.min(), differences.max()), abs=1e-15)
+        is_range = (found.low, found.high) == pytest.approx(
+            (differences.min(), differences.max()), abs=1e-15
+        )
         assert is_range == (n <= MAX_RANGE_SEEDS)
     for n in (2, 3):
-        covered = np.mean([covers(against_zero(differences)) for differences in simulated(n, 500, seed=5)])
+        covered = np.mean(
+            [covers(against_zero(differences)) for differences in simulated(n, 500, seed=5)]
+        )
         assert covered == pytest.approx(range_coverage(n), abs=0.05)
 
 
@@ -101,7 +133,14 @@ def test_equal_differences_have_an_interval_without_length_and_no_warning(n):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         same, moved = paired([0.3] * n, [0.3] * n, -1), paired([0.4] * n, [0.3] * n, -1)
-    assert (same.difference, same.low, same.high, same.p, same.wins, same.verdict) == (0.0, 0.0, 0.0, 1.0, n / 2, "unclear")
+    assert (same.difference, same.low, same.high, same.p, same.wins, same.verdict) == (
+        0.0,
+        0.0,
+        0.0,
+        1.0,
+        n / 2,
+        "unclear",
+    )
     assert (moved.low, moved.high) == pytest.approx((0.1, 0.1), abs=1e-15)
     assert moved.verdict == "worse"
 
@@ -121,7 +160,9 @@ def test_the_verdict_needs_a_direction_and_an_interval_without_zero():
 def test_swapped_sides_mirror():
     a, b = simulated(5, 2, seed=6)
     one, other = paired(a, b, 1), paired(b, a, 1)
-    assert (one.difference, one.low, one.high) == pytest.approx((-other.difference, -other.high, -other.low), abs=1e-12)
+    assert (one.difference, one.low, one.high) == pytest.approx(
+        (-other.difference, -other.high, -other.low), abs=1e-12
+    )
     assert (one.p, one.wins) == (other.p, 5 - other.wins)
 
 
@@ -132,7 +173,9 @@ def test_same_values_same_numbers_and_no_global_generator_moved():
     assert (np.random.get_state()[1] == state).all()
 
 
-@pytest.mark.parametrize(("a", "b"), [([1.0, 2.0], [1.0]), ([], []), ([1.0, math.nan], [1.0, 2.0]), ([1.0], [math.inf])])
+@pytest.mark.parametrize(
+    ("a", "b"), [([1.0, 2.0], [1.0]), ([], []), ([1.0, math.nan], [1.0, 2.0]), ([1.0], [math.inf])]
+)
 def test_values_that_cannot_be_paired_are_errors(a, b):
     with pytest.raises(MetaVPTError, match="seed"):
         paired(a, b, 1)
@@ -174,10 +217,14 @@ def test_a_power_law_is_found_again():
     sizes = [2, 4, 8, 16]
     assert power_law(sizes, [3 * size**1.5 for size in sizes]) == pytest.approx(1.5)
     assert power_law(sizes, [7.0] * 4) == pytest.approx(0.0, abs=1e-12)
-    assert power_law([1, 2, 4], [1.0, 2.0, 16.0]) == pytest.approx(2.0)  # by hand: logs 0, 1, 4 on 0, 1, 2
+    assert power_law([1, 2, 4], [1.0, 2.0, 16.0]) == pytest.approx(
+        2.0
+    )  # by hand: logs 0, 1, 4 on 0, 1, 2
 
 
-@pytest.mark.parametrize(("sizes", "values"), [([2, 2], [1.0, 2.0]), ([1, 2], [0.0, 1.0]), ([-1, 2], [1.0, 1.0])])
+@pytest.mark.parametrize(
+    ("sizes", "values"), [([2, 2], [1.0, 2.0]), ([1, 2], [0.0, 1.0]), ([-1, 2], [1.0, 1.0])]
+)
 def test_no_power_law_without_two_positive_sizes(sizes, values):
     with pytest.raises(MetaVPTError, match="power_law"):
         power_law(sizes, values)

@@ -23,7 +23,9 @@ def take(stream, n):
     return [next(stream) for _ in range(n)]
 
 
-@pytest.mark.parametrize("source", [Skipping, lambda seed: [(seed, i) for i in range(5)]], ids=["skip", "plain"])
+@pytest.mark.parametrize(
+    "source", [Skipping, lambda seed: [(seed, i) for i in range(5)]], ids=["skip", "plain"]
+)
 @pytest.mark.parametrize("at", [0, 1, 4, 5, 7, 12])
 def test_a_loaded_position_goes_on_as_the_uninterrupted_stream(source, at):
     whole = take(Stream(source, seed=3), 20)

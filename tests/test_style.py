@@ -12,7 +12,11 @@ MOST_LINES, MOST_OF_A_FUNCTION, MOST_REPEATED = 300, 40, 5
 
 
 def test_no_file_is_long() -> None:
-    long = {str(path.relative_to(ROOT)): lines for path in FILES if (lines := len(path.read_text().splitlines())) > MOST_LINES}
+    long = {
+        str(path.relative_to(ROOT)): lines
+        for path in FILES
+        if (lines := len(path.read_text().splitlines())) > MOST_LINES
+    }
     assert len(FILES) > 200
     assert not long
 
@@ -35,7 +39,11 @@ def bodies(path: Path) -> Iterator[list[tuple[int, str]]]:
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.FunctionDef):
             numbers = range(node.body[0].lineno, (node.end_lineno or 0) + 1)
-            yield [(number, lines[number - 1]) for number in numbers if lines[number - 1] and not lines[number - 1].startswith("#")]
+            yield [
+                (number, lines[number - 1])
+                for number in numbers
+                if lines[number - 1] and not lines[number - 1].startswith("#")
+            ]
 
 
 def test_no_code_stands_twice() -> None:
@@ -45,6 +53,8 @@ def test_no_code_stands_twice() -> None:
             for body in bodies(path):
                 for start in range(len(body) - MOST_REPEATED):
                     window = body[start : start + MOST_REPEATED + 1]
-                    places[tuple(text for _, text in window)].add(f"{path.relative_to(ROOT)}:{window[0][0]}")
+                    places[tuple(text for _, text in window)].add(
+                        f"{path.relative_to(ROOT)}:{window[0][0]}"
+                    )
     assert len(places) > 3000
     assert not [where for where in places.values() if len(where) > 1]

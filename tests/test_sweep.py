@@ -24,9 +24,18 @@ PROBLEM = ["problem=channels", "strategy.burn_in=0", "budget.steps=12", "trainer
 
 
 def run(folder, *options):
-    command = [sys.executable, "-m", "metavpt.run", "--config-dir", str(EXAMPLES / "conf"), *options]
+    command = [
+        sys.executable,
+        "-m",
+        "metavpt.run",
+        "--config-dir",
+        str(EXAMPLES / "conf"),
+        *options,
+    ]
     environment = {**os.environ, "PYTHONPATH": str(EXAMPLES), "OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=240)
+    return subprocess.run(
+        command, cwd=folder, env=environment, capture_output=True, text=True, timeout=240
+    )
 
 
 def sweep(folder, *options):
@@ -48,11 +57,22 @@ def end(folder):
     return probes(folder)[-1]["metrics"]
 
 
-def test_three_jobs_make_a_sorted_table_the_best_of_them_is_run_again_and_the_sweep_goes_on(tmp_path):
+def test_three_jobs_make_a_sorted_table_the_best_of_them_is_run_again_and_the_sweep_goes_on(
+    tmp_path,
+):
     made, rows = sweep(tmp_path, "trainer.optimizer.lr=1e-3,1e-2,1e38", "minimise=useful_mse")
-    assert [(row["job"], row["trainer.optimizer.lr"]) for row in rows] == [("1", "0.01"), ("0", "0.001"), ("2", "1e+38")]
+    assert [(row["job"], row["trainer.optimizer.lr"]) for row in rows] == [
+        ("1", "0.01"),
+        ("0", "0.001"),
+        ("2", "1e+38"),
+    ]
     ends = [end(made / row["job"])["useful_mse"] for row in rows[:2]]
-    assert [float(row["objective"]) for row in rows[:2]] == [float(row["useful_mse"]) for row in rows[:2]] == ends == sorted(ends)
+    assert (
+        [float(row["objective"]) for row in rows[:2]]
+        == [float(row["useful_mse"]) for row in rows[:2]]
+        == ends
+        == sorted(ends)
+    )
     assert (rows[2]["objective"], rows[2]["useful_mse"]) == ("failed", "")  # the others went on
     assert len((made / "table.md").read_text().splitlines()) == 2 + 3
     assert not [path.name for path in tmp_path.iterdir() if path.name != "runs"]
@@ -62,28 +82,55 @@ def test_three_jobs_make_a_sorted_table_the_best_of_them_is_run_again_and_the_sw
     again = run(tmp_path, f"hydra.searchpath=[file://{made}]", "experiment=best", "output=again")
     assert again.returncode == 0, again.stderr
     assert end(tmp_path / "again") == end(made / "1")
-    assert (tmp_path / "again" / "config.yaml").read_text() == (made / "1" / "config.yaml").read_text()
-    options = ["trainer.optimizer.lr=1e-3,1e-2,1e38,1e-4", "minimise=useful_mse", f"hydra.sweep.dir={made}", "resume=true"]
+    assert (tmp_path / "again" / "config.yaml").read_text() == (
+        made / "1" / "config.yaml"
+    ).read_text()
+    options = [
+        "trainer.optimizer.lr=1e-3,1e-2,1e38,1e-4",
+        "minimise=useful_mse",
+        f"hydra.sweep.dir={made}",
+        "resume=true",
+    ]
     _, longer = sweep(tmp_path, *options)  # a sweep that was cut short goes on
     assert [row["job"] for row in longer] == ["1", "0", "3", "2"]
     assert longer[:2] == rows[:2]
-    assert [probe["step"] for probe in probes(made / "1")] == [0, 12]  # neither trained nor measured again
+    assert [probe["step"] for probe in probes(made / "1")] == [
+        0,
+        12,
+    ]  # neither trained nor measured again
 
 
 def test_optuna_minimises_the_objective_over_a_log_range_two_jobs_at_a_time(tmp_path):
     pytest.importorskip("hydra_plugins.hydra_optuna_sweeper")
     pytest.importorskip("hydra_plugins.hydra_joblib_launcher")
-    options = ["hydra/sweeper=optuna", "hydra.sweeper.n_trials=3", "hydra.sweeper.n_jobs=2", "hydra/launcher=local", "threads=1"]
-    made, rows = sweep(tmp_path, *options, "trainer.optimizer.lr=tag(log,interval(1e-4,1e-1))", "minimise=useful_mse")
+    options = [
+        "hydra/sweeper=optuna",
+        "hydra.sweeper.n_trials=3",
+        "hydra.sweeper.n_jobs=2",
+        "hydra/launcher=local",
+        "threads=1",
+    ]
+    made, rows = sweep(
+        tmp_path,
+        *options,
+        "trainer.optimizer.lr=tag(log,interval(1e-4,1e-1))",
+        "minimise=useful_mse",
+    )
     assert sorted(row["job"] for row in rows) == ["0", "1", "2"]
     values = [float(row["objective"]) for row in rows]
     assert values == sorted(values)
     assert values == [end(made / row["job"])["useful_mse"] for row in rows]
-    assert {json.loads((made / row["job"] / "environment.json").read_text())["threads"] for row in rows} == {1}
+    assert {
+        json.loads((made / row["job"] / "environment.json").read_text())["threads"] for row in rows
+    } == {1}
     found = yaml.safe_load((made / "optimization_results.yaml").read_text())
     best = yaml.safe_load((made / "experiment" / "best.yaml").read_text())
     assert found["best_value"] == values[0]
-    assert found["best_params"]["trainer.optimizer.lr"] == best["trainer"]["optimizer"]["lr"] == float(rows[0]["trainer.optimizer.lr"])
+    assert (
+        found["best_params"]["trainer.optimizer.lr"]
+        == best["trainer"]["optimizer"]["lr"]
+        == float(rows[0]["trainer.optimizer.lr"])
+    )
 
 
 def test_an_unknown_objective_is_one_line_before_any_training(tmp_path):
@@ -94,7 +141,11 @@ def test_an_unknown_objective_is_one_line_before_any_training(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("text", "words"), [("ridge/seg_miou", "minimise=-ridge/seg_miou"), ("-ridge/depth_rmse", "minimise=ridge/depth_rmse")]
+    ("text", "words"),
+    [
+        ("ridge/seg_miou", "minimise=-ridge/seg_miou"),
+        ("-ridge/depth_rmse", "minimise=ridge/depth_rmse"),
+    ],
 )
 def test_an_objective_with_the_wrong_sign_is_told_the_right_one(text, words):
     with pytest.raises(MetaVPTError, match=f"write {words}$"):
@@ -117,7 +168,12 @@ def test_the_best_configuration_says_what_a_file_can_say():
     assert text.startswith("# @package _global_\n")
     assert "\n# and ~designer.blur_sigma on the command line" in text
     assert yaml.safe_load(text) == {
-        "defaults": ["paper_nyuv2_vitb", {"/extra/group": "one"}, "_self_", {"override /problem": "dino_nyuv2"}],
+        "defaults": [
+            "paper_nyuv2_vitb",
+            {"/extra/group": "one"},
+            "_self_",
+            {"override /problem": "dino_nyuv2"},
+        ],
         "data": {"unlabelled": ["frames", "/a b"]},
         "new": {"key": None},
         "backbone": {"name": "a: b"},
@@ -139,7 +195,9 @@ PAPER = {
 
 
 def test_the_ranges_of_the_paper_sweep_hold_the_papers_rows():
-    params = yaml.safe_load((ROOT / "configs" / "hydra" / "sweeper" / "paper.yaml").read_text())["params"]
+    params = yaml.safe_load((ROOT / "configs" / "hydra" / "sweeper" / "paper.yaml").read_text())[
+        "params"
+    ]
     assert params.keys() - {"minimise"} == PAPER.keys()
     for key, values in PAPER.items():
         (override,) = OverridesParser.create().parse_overrides([f"{key}={params[key]}"])
@@ -151,9 +209,13 @@ def test_the_ranges_of_the_paper_sweep_hold_the_papers_rows():
             assert set(values) <= set(override.sweep_iterator())
 
 
-@pytest.mark.parametrize("what", ["find", "load"])  # named on the command line, or by a configuration of ours
+@pytest.mark.parametrize(
+    "what", ["find", "load"]
+)  # named on the command line, or by a configuration of ours
 def test_a_plugin_that_is_not_installed_names_its_extra(capsys, what):
     with pytest.raises(SystemExit) as left, reporting():
-        raise MissingConfigException(f"In 'hydra/sweeper/paper': Could not {what} 'hydra/sweeper/optuna'.")
+        raise MissingConfigException(
+            f"In 'hydra/sweeper/paper': Could not {what} 'hydra/sweeper/optuna'."
+        )
     assert left.value.code == 2
     assert "pip install 'metavpt[optuna]'" in capsys.readouterr().err

@@ -12,12 +12,22 @@ REFUSED = [
     "metavpt.run.shutil.rmtree", "metavpt.comparison.os.system", "channels.torch.hub.load", "channels.nn", "metavpt", "no.such.package",
     "transformers.AutoModel.from_pretrained", "torch.nn.modules.module.torch.load",
 ]  # fmt: skip
-ALLOWED = ["metavpt.trainer.Trainer", "metavpt.OneStep", "torch.optim.AdamW", "torch.nn.GELU", "kornia.augmentation.RandomHorizontalFlip"]
+ALLOWED = [
+    "metavpt.trainer.Trainer",
+    "metavpt.OneStep",
+    "torch.optim.AdamW",
+    "torch.nn.GELU",
+    "kornia.augmentation.RandomHorizontalFlip",
+]
 
 
 @pytest.mark.parametrize("target", REFUSED)
 def test_what_is_not_ours_nor_the_users_is_refused_wherever_it_stands(target):
-    for config in ({"_target_": target}, {"a": [{"b": {"_target_": target, "_partial_": True}}]}, {"x": target, "_target_": "${x}"}):
+    for config in (
+        {"_target_": target},
+        {"a": [{"b": {"_target_": target, "_partial_": True}}]},
+        {"x": target, "_target_": "${x}"},
+    ):
         with pytest.raises(MetaVPTError, match=r"allow_targets="):
             check_targets(OmegaConf.create(config))
 
@@ -61,7 +71,9 @@ HOSTILE = {
 def test_a_configuration_from_others_runs_nothing(tmp_path, text):
     (tmp_path / "theirs" / "problem").mkdir(parents=True)
     (tmp_path / "theirs" / "problem" / "nice.yaml").write_text(text)
-    status, output = command_process.finish(tmp_path, "problem=nice", f"hydra.searchpath=[file://{tmp_path / 'theirs'}]", "device=cpu")
+    status, output = command_process.finish(
+        tmp_path, "problem=nice", f"hydra.searchpath=[file://{tmp_path / 'theirs'}]", "device=cpu"
+    )
     assert status == 2
     assert "_target_: os.system is neither part of metavpt nor code of your own" in output
     assert not list(tmp_path.rglob("harm"))

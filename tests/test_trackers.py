@@ -40,7 +40,9 @@ def test_tensorboard_events_of_a_resumed_run_are_one_curve(tmp_path):
     for steps in ([1, 2, 3], [3, 4]):  # killed after step 3, resumed from a checkpoint of step 2
         track(trackers.TensorBoard(), tmp_path / "run", steps)
     assert torch.equal(state, torch.get_rng_state())
-    events = EventAccumulator(str(tmp_path / "run" / "tensorboard"), {"images": 0, "scalars": 0}).Reload()
+    events = EventAccumulator(
+        str(tmp_path / "run" / "tensorboard"), {"images": 0, "scalars": 0}
+    ).Reload()
     assert {event.step: event.value for event in events.Scalars("train/loss")} == LOSS
     assert [event.step for event in events.Scalars("train/loss")] == [1, 2, 3, 4]
     assert [event.value for event in events.Scalars("probe/ridge/depth_rmse")] == [10, 20, 30, 40]
@@ -69,10 +71,17 @@ def test_wandb_stays_offline_and_a_resumed_run_keeps_its_id(tmp_path):
     for steps in ([1, 2], [3, 4]):
         track(trackers.WandB(), tmp_path / "run", steps)
     identity = (tmp_path / "run" / "tracker_id").read_text()
-    files = sorted((tmp_path / "run" / "wandb").glob(f"offline-run-*-{identity}*/run-{identity}.wandb"))
+    files = sorted(
+        (tmp_path / "run" / "wandb").glob(f"offline-run-*-{identity}*/run-{identity}.wandb")
+    )
     losses = {}
-    for record in (Record.FromString(data) for path in files for data in leveldb_records(path.read_bytes())):
-        items = {(item.key or item.nested_key[0]): json.loads(item.value_json) for item in record.history.item}
+    for record in (
+        Record.FromString(data) for path in files for data in leveldb_records(path.read_bytes())
+    ):
+        items = {
+            (item.key or item.nested_key[0]): json.loads(item.value_json)
+            for item in record.history.item
+        }
         if "train/loss" in items:
             losses[items["_step"]] = items["train/loss"]
     assert losses == LOSS
@@ -85,10 +94,16 @@ def test_mlflow_run_is_continued(tmp_path):
         track(trackers.MLflow(), tmp_path / "run", steps)
     client = mlflow.MlflowClient((tmp_path / "run" / "mlflow").as_uri())
     (run,) = client.search_runs([client.get_experiment_by_name("metavpt").experiment_id])
-    assert {metric.step: metric.value for metric in client.get_metric_history(run.info.run_id, "train/loss")} == LOSS
+    assert {
+        metric.step: metric.value
+        for metric in client.get_metric_history(run.info.run_id, "train/loss")
+    } == LOSS
     assert run.data.metrics["probe/ridge/depth_rmse"] == 40
     assert run.info.status == "FINISHED"
-    assert {file.path for file in client.list_artifacts(run.info.run_id)} == {"config.yaml", "images"}
+    assert {file.path for file in client.list_artifacts(run.info.run_id)} == {
+        "config.yaml",
+        "images",
+    }
 
 
 def test_mlflow_store_of_all_runs_holds_one_run_for_each_folder(tmp_path):
@@ -117,11 +132,25 @@ print(json.dumps({"run": run, "logs": SQLiteStorage.get_logs("metavpt", run), "c
 
 def test_trackio_database_holds_one_run_of_both_processes(tmp_path):
     pytest.importorskip("trackio")
-    environment = {**os.environ, "TRACKIO_DIR": str(tmp_path / "database"), "PYTHONPATH": os.path.dirname(__file__), "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run([sys.executable, "-c", TRACKIO], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
+    environment = {
+        **os.environ,
+        "TRACKIO_DIR": str(tmp_path / "database"),
+        "PYTHONPATH": os.path.dirname(__file__),
+        "HF_HUB_OFFLINE": "1",
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", TRACKIO],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
-    assert {entry["step"]: entry["train/loss"] for entry in found["logs"] if "train/loss" in entry} == LOSS
+    assert {
+        entry["step"]: entry["train/loss"] for entry in found["logs"] if "train/loss" in entry
+    } == LOSS
     assert [entry["step"] for entry in found["logs"] if "masks" in entry] == [2, 4]
     assert found["config"]["strategy"] == {"meta_every": 8}
     assert (tmp_path / "database" / "metavpt.db").is_file()
@@ -168,7 +197,9 @@ def test_a_tracker_that_fails_is_one_warning_and_the_others_go_on(tmp_path):
     log = RunLog(tmp_path, trackers={"bad": bad, "good": good})
     log.start_trackers(CONFIG)
     for step in (1, 2, 3):
-        log.write("train", step, loss=1.0, skipped=True, seconds={"learner": 2, "designer": float("inf")})
+        log.write(
+            "train", step, loss=1.0, skipped=True, seconds={"learner": 2, "designer": float("inf")}
+        )
     log.save_figures(3, {"masks": PIXELS})
     log.close()
     assert [record["step"] for record in log.records() if record["kind"] == "train"] == [1, 2, 3]

@@ -7,9 +7,26 @@ import torch
 from channels import Channels
 from torch import nn
 
-from metavpt import Budget, Checkpoints, Cosine, Fixed, Implicit, Learned, MetaVPTError, NonFiniteError, OneStep, RunLog, Trainer, Unrolled
+from metavpt import (
+    Budget,
+    Checkpoints,
+    Cosine,
+    Fixed,
+    Implicit,
+    Learned,
+    MetaVPTError,
+    NonFiniteError,
+    OneStep,
+    RunLog,
+    Trainer,
+    Unrolled,
+)
 
-ESTIMATORS = {"one_step": OneStep(Cosine()), "unrolled": Unrolled(2), "implicit": Implicit(damping=1e-2)}
+ESTIMATORS = {
+    "one_step": OneStep(Cosine()),
+    "unrolled": Unrolled(2),
+    "implicit": Implicit(damping=1e-2),
+}
 
 
 def adam(parameters, lr=0.05):
@@ -22,8 +39,16 @@ def train(folder, problem=None, strategy=None, seed=0, steps=24, resume=False, *
     budget = options.pop("budget", None) or Budget(steps=steps)
     checkpoints = Checkpoints(folder / "checkpoints")
     optimizer = lambda groups: torch.optim.AdamW(groups, lr=1e-2)  # noqa: E731
-    options = {"optimizer": optimizer, "log_every": 4, "probe_every": 8, "checkpoint_every": 6, **options}
-    trainer = Trainer(problem, strategy or Fixed(), budget, RunLog(folder), checkpoints, seed=seed, **options)
+    options = {
+        "optimizer": optimizer,
+        "log_every": 4,
+        "probe_every": 8,
+        "checkpoint_every": 6,
+        **options,
+    }
+    trainer = Trainer(
+        problem, strategy or Fixed(), budget, RunLog(folder), checkpoints, seed=seed, **options
+    )
     if resume:
         trainer.resume()
     trainer.run()
@@ -31,7 +56,11 @@ def train(folder, problem=None, strategy=None, seed=0, steps=24, resume=False, *
 
 
 def weights(trainer):
-    return {f"{part}.{k}": v.clone() for part in ("learner", "designer") for k, v in getattr(trainer.problem, part).state_dict().items()}
+    return {
+        f"{part}.{k}": v.clone()
+        for part in ("learner", "designer")
+        for k, v in getattr(trainer.problem, part).state_dict().items()
+    }
 
 
 def records(folder):
@@ -50,7 +79,9 @@ def assert_identical(a, b):
 @pytest.mark.parametrize("estimator", ESTIMATORS.values(), ids=ESTIMATORS)
 def test_learned_with_designer_lr_0_is_fixed_bit_for_bit(tmp_path, estimator):
     fixed = train(tmp_path / "fixed")
-    learned = train(tmp_path / "learned", strategy=Learned(estimator, lambda p: adam(p, lr=0.0), meta_every=2))
+    learned = train(
+        tmp_path / "learned", strategy=Learned(estimator, lambda p: adam(p, lr=0.0), meta_every=2)
+    )
     assert any(record["kind"] == "designer" for record in records(tmp_path / "learned"))
     assert_identical(weights(fixed), weights(learned))
 
@@ -66,7 +97,11 @@ class PoisonedFeedback(Channels):
         return ((x, self.poison(y)) for x, y in super().feedback_batches(seed))
 
 
-@pytest.mark.parametrize("poison", [lambda y: y * float("nan"), lambda y: y.flip(0), lambda y: 100 * y], ids=["nan", "permuted", "scaled"])
+@pytest.mark.parametrize(
+    "poison",
+    [lambda y: y * float("nan"), lambda y: y.flip(0), lambda y: 100 * y],
+    ids=["nan", "permuted", "scaled"],
+)
 def test_labels_reach_the_learner_only_through_the_designer(tmp_path, poison):
     """With phi frozen (lr 0, updates still made) no label changes a bit of theta."""
     frozen = lambda p: adam(p, lr=0.0)  # noqa: E731
@@ -81,21 +116,36 @@ def test_labels_do_reach_the_learner_through_the_designer(tmp_path):
     """The test above can fail: with phi trained, other labels make another learner."""
     clean = train(tmp_path / "clean", strategy=Learned(OneStep(), adam, meta_every=2))
     torch.manual_seed(0)
-    other = train(tmp_path / "other", PoisonedFeedback(lambda y: y.flip(0)), Learned(OneStep(), adam, meta_every=2))
+    other = train(
+        tmp_path / "other",
+        PoisonedFeedback(lambda y: y.flip(0)),
+        Learned(OneStep(), adam, meta_every=2),
+    )
     assert not torch.equal(clean.problem.learner[0].weight, other.problem.learner[0].weight)
 
 
 def test_non_finite_feedback_is_skipped_counted_and_logged(tmp_path):
     torch.manual_seed(0)
-    trainer = train(tmp_path, PoisonedFeedback(lambda y: y * float("nan")), Learned(OneStep(), adam, meta_every=8))
+    trainer = train(
+        tmp_path,
+        PoisonedFeedback(lambda y: y * float("nan")),
+        Learned(OneStep(), adam, meta_every=8),
+    )
     assert trainer.strategy.num_skipped == 3
-    assert [r["skipped_updates"] for r in records(tmp_path) if r["kind"] == "designer"] == [1.0, 2.0, 3.0]
+    assert [r["skipped_updates"] for r in records(tmp_path) if r["kind"] == "designer"] == [
+        1.0,
+        2.0,
+        3.0,
+    ]
     assert torch.equal(trainer.problem.designer.logits, torch.zeros(16))
 
 
 @pytest.mark.parametrize("estimator", ESTIMATORS.values(), ids=ESTIMATORS)
 def test_same_seed_same_numbers_other_seed_other_numbers(tmp_path, estimator):
-    a, b, c = (train(tmp_path / str(i), strategy=Learned(estimator, adam, meta_every=2), seed=seed) for i, seed in enumerate((0, 0, 1)))
+    a, b, c = (
+        train(tmp_path / str(i), strategy=Learned(estimator, adam, meta_every=2), seed=seed)
+        for i, seed in enumerate((0, 0, 1))
+    )
     assert_identical(weights(a), weights(b))
     assert records(tmp_path / "0") == records(tmp_path / "1")
     assert not torch.equal(a.problem.learner[0].weight, c.problem.learner[0].weight)
@@ -108,7 +158,9 @@ class Interrupted(Exception):
 @pytest.mark.parametrize("stop_at", [1, 7, 13, 23])
 @pytest.mark.parametrize("estimator", ESTIMATORS.values(), ids=ESTIMATORS)
 def test_resume_equals_the_uninterrupted_run_bit_for_bit(tmp_path, estimator, stop_at):
-    whole = train(tmp_path / "whole", strategy=Learned(estimator, adam, meta_every=2), checkpoint_every=1)
+    whole = train(
+        tmp_path / "whole", strategy=Learned(estimator, adam, meta_every=2), checkpoint_every=1
+    )
 
     class Stopping(Learned):
         def next_task(self, problem, streams, optimizer, budget):
@@ -117,8 +169,15 @@ def test_resume_equals_the_uninterrupted_run_bit_for_bit(tmp_path, estimator, st
             return super().next_task(problem, streams, optimizer, budget)
 
     with pytest.raises(Interrupted):
-        train(tmp_path / "parts", strategy=Stopping(estimator, adam, meta_every=2), checkpoint_every=1)
-    resumed = train(tmp_path / "parts", strategy=Learned(estimator, adam, meta_every=2), resume=True, checkpoint_every=1)
+        train(
+            tmp_path / "parts", strategy=Stopping(estimator, adam, meta_every=2), checkpoint_every=1
+        )
+    resumed = train(
+        tmp_path / "parts",
+        strategy=Learned(estimator, adam, meta_every=2),
+        resume=True,
+        checkpoint_every=1,
+    )
     assert_identical(weights(whole), weights(resumed))
     assert records(tmp_path / "whole") == records(tmp_path / "parts")
 
@@ -126,10 +185,17 @@ def test_resume_equals_the_uninterrupted_run_bit_for_bit(tmp_path, estimator, st
 def test_the_designer_finds_the_channels_that_feedback_needs(tmp_path):
     """A problem with a known answer: 4 of 16 channels matter and 4 fit through the bottleneck."""
     fixed = train(tmp_path / "fixed", steps=300).problem
-    learned = train(tmp_path / "learned", strategy=Learned(OneStep(Cosine()), adam, meta_every=4), steps=300).problem
+    learned = train(
+        tmp_path / "learned", strategy=Learned(OneStep(Cosine()), adam, meta_every=4), steps=300
+    ).problem
     assert fixed.evaluate()["useful_mse"] > 0.5
     assert learned.evaluate()["useful_mse"] < 0.01
-    assert learned.designer.logits.argsort(descending=True)[:4].sort().values.tolist() == [0, 1, 2, 3]
+    assert learned.designer.logits.argsort(descending=True)[:4].sort().values.tolist() == [
+        0,
+        1,
+        2,
+        3,
+    ]
 
 
 def test_step_0_is_measured_before_anything_is_trained(tmp_path):
@@ -154,9 +220,13 @@ def test_only_the_step_writes_gradients_of_the_learner(tmp_path):
 def test_the_budget_counts_steps_samples_and_gradient_evaluations(tmp_path):
     budget = train(tmp_path, strategy=Learned(OneStep(), adam, meta_every=4), steps=8).budget
     assert (budget.steps, budget.samples) == (8, 8 * 64)
-    assert budget.grad_evals == 8 + 2 * (1 + 1)  # a g_down and a difference product in steps 0 and 4
+    assert budget.grad_evals == 8 + 2 * (
+        1 + 1
+    )  # a g_down and a difference product in steps 0 and 4
     assert set(budget.times) >= {"data", "task", "designer", "learner", "probe"}
-    assert budget.seconds == pytest.approx(sum(t for name, t in budget.times.items() if name != "probe"))
+    assert budget.seconds == pytest.approx(
+        sum(t for name, t in budget.times.items() if name != "probe")
+    )
 
 
 class Exploding(Channels):
@@ -168,7 +238,9 @@ class Exploding(Channels):
 
     def pretrain_loss(self, theta, task):
         self.calls += 1
-        return super().pretrain_loss(theta, task) * (float("nan") if self.calls in self.bad else 1.0)
+        return super().pretrain_loss(theta, task) * (
+            float("nan") if self.calls in self.bad else 1.0
+        )
 
 
 def test_a_step_that_is_not_finite_is_skipped(tmp_path):

@@ -22,14 +22,19 @@ def after_steps(toy, phi, update, num_steps, create_graph=False):
     rule, theta, state = update.rule, params.leaves(toy.theta), update.state
     for _ in range(num_steps):
         with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
-            gradient = torch.autograd.grad(toy.loss(phi)(theta), list(theta.values()), create_graph=create_graph)
+            gradient = torch.autograd.grad(
+                toy.loss(phi)(theta), list(theta.values()), create_graph=create_graph
+            )
         theta, state = rule.step(theta, state, dict(zip(theta, gradient, strict=True)))
     return theta
 
 
 def slope(fn, phi, direction, step=1e-5):
     """d fn(phi + s direction) / ds, a central difference."""
-    return float((fn(params.add(phi, direction, alpha=step)) - fn(params.add(phi, direction, alpha=-step))) / (2 * step))
+    return float(
+        (fn(params.add(phi, direction, alpha=step)) - fn(params.add(phi, direction, alpha=-step)))
+        / (2 * step)
+    )
 
 
 def random_direction(toy):
@@ -37,7 +42,9 @@ def random_direction(toy):
     return params.zip_with(lambda p: torch.randn(p.shape, generator=g, dtype=p.dtype), toy.phi)
 
 
-@pytest.mark.parametrize("direction", [Dot(), Cosine(), AdamAware()], ids=lambda d: type(d).__name__)
+@pytest.mark.parametrize(
+    "direction", [Dot(), Cosine(), AdamAware()], ids=lambda d: type(d).__name__
+)
 def test_exact_is_difference_is_finite_differences(toy, direction):
     update = warm(toy, AdamW(1e-2))
     exact, difference = (
@@ -46,26 +53,38 @@ def test_exact_is_difference_is_finite_differences(toy, direction):
     )
     assert relative(difference.by_phi, exact.by_phi) < 1e-6
     along = random_direction(toy)
-    value = lambda phi: OneStep(direction, ExactProduct())([toy.loss], toy.outer, toy.theta, phi, update=update).value  # noqa: E731
-    assert -slope(value, toy.phi, along) == pytest.approx(float(params.dot(exact.by_phi, along)), rel=1e-5)
+    value = lambda phi: (
+        OneStep(direction, ExactProduct())(
+            [toy.loss], toy.outer, toy.theta, phi, update=update
+        ).value
+    )  # noqa: E731
+    assert -slope(value, toy.phi, along) == pytest.approx(
+        float(params.dot(exact.by_phi, along)), rel=1e-5
+    )
 
 
 def test_one_step_is_the_first_neumann_term(toy):
     one = OneStep(product=ExactProduct(), step_size=0.3)([toy.loss], toy.outer, toy.theta, toy.phi)
-    series = Implicit(Neumann(1, step_size=0.3), product=ExactProduct())([toy.loss], toy.outer, toy.theta, toy.phi)
+    series = Implicit(Neumann(1, step_size=0.3), product=ExactProduct())(
+        [toy.loss], toy.outer, toy.theta, toy.phi
+    )
     assert relative(one.by_phi, series.by_phi) < 1e-12
 
 
 def test_one_step_differs_from_one_unrolled_step_by_the_square_of_lr(toy):
     def gap(lr):
-        one = OneStep(product=ExactProduct(), step_size=lr)([toy.loss], toy.outer, toy.theta, toy.phi)
+        one = OneStep(product=ExactProduct(), step_size=lr)(
+            [toy.loss], toy.outer, toy.theta, toy.phi
+        )
         unrolled = Unrolled(1, SGD(lr), ExactProduct())([toy.loss], toy.outer, toy.theta, toy.phi)
         return float(params.norm(params.add(one.by_phi, unrolled.by_phi, alpha=-1.0)))
 
     assert gap(1e-5) / gap(1e-6) == pytest.approx(100, rel=0.02)
 
 
-@pytest.mark.parametrize("rule", [SGD(0.1, momentum=0.9), AdamW(1e-2)], ids=lambda r: type(r).__name__)
+@pytest.mark.parametrize(
+    "rule", [SGD(0.1, momentum=0.9), AdamW(1e-2)], ids=lambda r: type(r).__name__
+)
 def test_unrolled_is_backprop_and_finite_differences(toy, rule):
     update = warm(toy, rule)
     exact, difference = (
@@ -78,7 +97,11 @@ def test_unrolled_is_backprop_and_finite_differences(toy, rule):
     assert relative(exact.by_phi, reference) < 1e-9
     assert relative(difference.by_phi, reference) < 1e-6
     along = random_direction(toy)
-    differences = slope(lambda phi: toy.outer(params.detach(after_steps(toy, phi, update, 3))).detach(), toy.phi, along)
+    differences = slope(
+        lambda phi: toy.outer(params.detach(after_steps(toy, phi, update, 3))).detach(),
+        toy.phi,
+        along,
+    )
     assert differences == pytest.approx(float(params.dot(reference, along)), rel=1e-5)
 
 
@@ -90,7 +113,11 @@ def test_adam_aware_value_is_the_realised_drop_to_first_order(toy):
         optimizer = torch.optim.AdamW(live.values(), lr=lr)
         rule = AdamW(lr)
         value = OneStep(AdamAware(), ExactProduct())(
-            [toy.loss], toy.outer, toy.theta, toy.phi, update=Update(rule, toy.theta, rule.init(toy.theta))
+            [toy.loss],
+            toy.outer,
+            toy.theta,
+            toy.phi,
+            update=Update(rule, toy.theta, rule.init(toy.theta)),
         ).value
         toy.loss(toy.phi)(live).backward()
         optimizer.step()

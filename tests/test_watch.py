@@ -16,10 +16,17 @@ from metavpt.watch import Sign, Spread, Watch, gate_signs, mask_signs, outcome_s
 
 def test_a_sign_is_held_against_its_bounds_and_against_what_it_was_at_first():
     watch = Watch()
-    assert watch({"rank": Sign(8.0, "turn this", keep=0.5), "share": Sign(0.2, "turn that", high=0.9)}) == []
+    assert (
+        watch({"rank": Sign(8.0, "turn this", keep=0.5), "share": Sign(0.2, "turn that", high=0.9)})
+        == []
+    )
     assert watch({"rank": Sign(4.0, "turn this", keep=0.5)}) == []
-    assert watch({"rank": Sign(3.9, "turn this", keep=0.5)}) == ["rank is 3.9, at first it was 8: turn this"]
-    assert watch({"share": Sign(0.95, "turn that", high=0.9)}) == ["share is 0.95, at first it was 0.2: turn that"]
+    assert watch({"rank": Sign(3.9, "turn this", keep=0.5)}) == [
+        "rank is 3.9, at first it was 8: turn this"
+    ]
+    assert watch({"share": Sign(0.95, "turn that", high=0.9)}) == [
+        "share is 0.95, at first it was 0.2: turn that"
+    ]
     assert len(watch({"rank": Sign(math.nan, "turn this")})) == 1
 
 
@@ -47,7 +54,11 @@ def test_entropy_and_information_of_known_distributions(probs, entropy, informat
 
 
 @pytest.mark.parametrize(
-    ("probs", "knob"), [(torch.full((8, 8), 1 / 8), "teacher_temperature"), (torch.eye(8)[[3] * 8], "problem.targets=sinkhorn")]
+    ("probs", "knob"),
+    [
+        (torch.full((8, 8), 1 / 8), "teacher_temperature"),
+        (torch.eye(8)[[3] * 8], "problem.targets=sinkhorn"),
+    ],
 )
 def test_both_collapses_of_prototypes_are_told_apart(probs, knob):
     watch = Watch()
@@ -59,7 +70,10 @@ def test_both_collapses_of_prototypes_are_told_apart(probs, knob):
 
 def test_features_on_a_line_have_lost_their_rank():
     rng = torch.Generator().manual_seed(0)
-    healthy, line = torch.randn(64, 16, generator=rng), torch.randn(64, 1, generator=rng) * torch.ones(16)
+    healthy, line = (
+        torch.randn(64, 16, generator=rng),
+        torch.randn(64, 1, generator=rng) * torch.ones(16),
+    )
     watch = Watch()
     assert watch({"feature_rank": rank_sign(rankme(healthy))}) == []
     assert "trainer.optimizer.lr" in watch({"feature_rank": rank_sign(rankme(line))})[0]
@@ -74,7 +88,9 @@ def test_a_dino_learner_that_answers_all_images_alike_is_told():
     assert signs.keys() == {"feature_rank", "hidden_share", "output_entropy", "output_information"}
     assert signs["hidden_share"].value == 0.0
     assert watch(signs) == []
-    assert {name: sign.value for name, sign in problem.vital_signs().items()} == {name: sign.value for name, sign in signs.items()}
+    assert {name: sign.value for name, sign in problem.vital_signs().items()} == {
+        name: sign.value for name, sign in signs.items()
+    }
     with torch.no_grad():
         for module in (problem.learner, problem.teacher):
             for name, p in module.named_parameters():
@@ -101,5 +117,12 @@ def test_a_run_logs_its_signs_at_every_probe_and_warns(tmp_path):
     trainer = Trainer(Watched(), Fixed(), Budget(steps=6), RunLog(tmp_path), probe_every=2)
     trainer.run()
     logged = trainer.log.records()
-    assert [(r["step"], r["rank"]) for r in logged if r["kind"] == "watch"] == [(0, 8.0), (2, 4.0), (4, 8 / 3), (6, 2.0)]
-    assert [r["message"] for r in logged if r["kind"] == "warning"] == ["rank is 2, at first it was 8: turn this"]
+    assert [(r["step"], r["rank"]) for r in logged if r["kind"] == "watch"] == [
+        (0, 8.0),
+        (2, 4.0),
+        (4, 8 / 3),
+        (6, 2.0),
+    ]
+    assert [r["message"] for r in logged if r["kind"] == "warning"] == [
+        "rank is 2, at first it was 8: turn this"
+    ]

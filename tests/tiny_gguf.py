@@ -25,15 +25,24 @@ def write_gguf(file: Path, learner: LanguageModel) -> None:
     writer.add_rope_dimension_count(config.head_dim)
     writer.add_vocab_size(config.vocab_size)
     writer.add_token_list([f"t{k}" for k in range(VOCAB)])
-    names = {"embed_tokens": "token_embd", "norm": "output_norm", "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm"}
+    names = {
+        "embed_tokens": "token_embd",
+        "norm": "output_norm",
+        "input_layernorm": "attn_norm",
+        "post_attention_layernorm": "ffn_norm",
+    }
     names |= {"q_proj": "attn_q", "k_proj": "attn_k", "v_proj": "attn_v", "o_proj": "attn_output"}
     names |= {"gate_proj": "ffn_gate", "up_proj": "ffn_up", "down_proj": "ffn_down"}
     for name, p in model.model.named_parameters():
         parts = name.split(".")
         weight = p.detach().float().numpy()
         if parts[-2] in ("q_proj", "k_proj"):
-            heads = config.num_attention_heads if parts[-2] == "q_proj" else config.num_key_value_heads
-            weight = weight.reshape(heads, 2, -1, weight.shape[1]).swapaxes(1, 2).reshape(weight.shape)
+            heads = (
+                config.num_attention_heads if parts[-2] == "q_proj" else config.num_key_value_heads
+            )
+            weight = (
+                weight.reshape(heads, 2, -1, weight.shape[1]).swapaxes(1, 2).reshape(weight.shape)
+            )
         block = f"blk.{parts[1]}." if parts[0] == "layers" else ""
         writer.add_tensor(f"{block}{names[parts[-2]]}.weight", np.ascontiguousarray(weight))
     writer.write_header_to_file()

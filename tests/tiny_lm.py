@@ -18,7 +18,9 @@ from metavpt.problem import Problem
 VOCAB = 40
 
 
-def tiny_lm(kind: str = "llama", tail_layers: int = 1, seed: int = 0, **config: Any) -> LanguageModel:
+def tiny_lm(
+    kind: str = "llama", tail_layers: int = 1, seed: int = 0, **config: Any
+) -> LanguageModel:
     """float64; wide initial weights, so that predictions differ from token to token."""
     shape: dict[str, Any] = {
         "vocab_size": VOCAB, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 3, "num_attention_heads": 4,
@@ -32,7 +34,9 @@ def tiny_lm(kind: str = "llama", tail_layers: int = 1, seed: int = 0, **config: 
 def packed(lengths: Sequence[Sequence[int]], seed: int = 0, num_prompt: int = 1) -> TokenBatch:
     """Rows of documents of the given lengths, padded on the right to the longest row; targets from `num_prompt` on."""
     width = max(sum(row) for row in lengths)
-    tokens = torch.randint(VOCAB, (len(lengths), width), generator=torch.Generator().manual_seed(seed))
+    tokens = torch.randint(
+        VOCAB, (len(lengths), width), generator=torch.Generator().manual_seed(seed)
+    )
     positions = torch.zeros_like(tokens)
     documents, loss_mask = torch.full_like(tokens, -1), torch.zeros_like(tokens, dtype=torch.bool)
     for b, row in enumerate(lengths):
@@ -42,13 +46,17 @@ def packed(lengths: Sequence[Sequence[int]], seed: int = 0, num_prompt: int = 1)
             documents[b, start : start + length] = index
             loss_mask[b, start + num_prompt : start + length] = True
             start += length
-    return TokenBatch(tokens, positions, documents, loss_mask, seed, torch.zeros(len(lengths), dtype=torch.int64))
+    return TokenBatch(
+        tokens, positions, documents, loss_mask, seed, torch.zeros(len(lengths), dtype=torch.int64)
+    )
 
 
 def tiny_designer(num_candidates: int = 6, seed: int = 1, moved: float = 0.0) -> TargetDesigner:
     """float64; `moved` away from the identity at which it starts, its gates open."""
     torch.manual_seed(seed)
-    designer = TargetDesigner(designer_body(VOCAB, width=8, num_layers=2, num_heads=2), num_candidates).double()
+    designer = TargetDesigner(
+        designer_body(VOCAB, width=8, num_layers=2, num_heads=2), num_candidates
+    ).double()
     if moved:
         with torch.no_grad():
             for p in designer.parameters():
@@ -63,7 +71,9 @@ class TinyLanguage(Problem):
     learner: LanguageModel
     designer: TargetDesigner
 
-    def __init__(self, learner: LanguageModel | None = None, designer: TargetDesigner | None = None) -> None:
+    def __init__(
+        self, learner: LanguageModel | None = None, designer: TargetDesigner | None = None
+    ) -> None:
         self.learner = learner or tiny_lm()
         self.designer = designer or tiny_designer()
 

@@ -12,7 +12,16 @@ def adam(parameters, lr=1e-2):
 def train(folder, problem, strategy, steps, resume=False, seed=0):
     """A run of `steps` steps in `folder`, a checkpoint after each; with `resume` from the newest one on."""
     checkpoints = Checkpoints(folder / "checkpoints")
-    trainer = Trainer(problem, strategy, Budget(steps=steps), RunLog(folder), checkpoints, seed=seed, log_every=1, checkpoint_every=1)
+    trainer = Trainer(
+        problem,
+        strategy,
+        Budget(steps=steps),
+        RunLog(folder),
+        checkpoints,
+        seed=seed,
+        log_every=1,
+        checkpoint_every=1,
+    )
     if resume:
         trainer.resume()
     trainer.run()
@@ -21,8 +30,16 @@ def train(folder, problem, strategy, steps, resume=False, seed=0):
 
 def weights(problem):
     """Of learner, teacher and designer, copied."""
-    parts = {name: getattr(problem, name).state_dict() for name in ("learner", "teacher", "designer") if hasattr(problem, name)}
-    return {f"{part}.{name}": value.clone() for part, state in parts.items() for name, value in state.items()}
+    parts = {
+        name: getattr(problem, name).state_dict()
+        for name in ("learner", "teacher", "designer")
+        if hasattr(problem, name)
+    }
+    return {
+        f"{part}.{name}": value.clone()
+        for part, state in parts.items()
+        for name, value in state.items()
+    }
 
 
 def assert_identical(a, b):

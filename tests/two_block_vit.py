@@ -18,11 +18,20 @@ class TwoBlockViT:
     def __init__(self, objective: str) -> None:
         torch.manual_seed(0)
         backbone = create_backbone(
-            "vit_tiny_dinov3", 1, depth=2, embed_dim=WIDTH, num_heads=2, patch_size=8, img_size=SIDE, init_values=1.0
+            "vit_tiny_dinov3",
+            1,
+            depth=2,
+            embed_dim=WIDTH,
+            num_heads=2,
+            patch_size=8,
+            img_size=SIDE,
+            init_values=1.0,
         )
         self.backbone = backbone.double()
         g = torch.Generator().manual_seed(1)
-        self.images, self.other = (torch.randn(B, 3, SIDE, SIDE, generator=g, dtype=torch.float64) for _ in range(2))
+        self.images, self.other = (
+            torch.randn(B, 3, SIDE, SIDE, generator=g, dtype=torch.float64) for _ in range(2)
+        )
         self.head = 0.2 * torch.randn(WIDTH, 7, generator=g, dtype=torch.float64)
         self.decoder = torch.randn(WIDTH, 192, generator=g, dtype=torch.float64)
         self.goal = torch.randn(B, WIDTH, generator=g, dtype=torch.float64)
@@ -41,9 +50,15 @@ class TwoBlockViT:
         return phi["scale"] * images + phi["shift"]
 
     def dino(self, phi):
-        hidden = [self.backbone.trunk(self.view(phi, x)) for x in (self.images, self.images.flip(-1))]
-        targets = (self.backbone(self.other).cls @ self.head / 0.5).softmax(-1).detach().expand(2, -1, -1)
-        return lambda theta: dino_loss([self.tail(theta, h).cls @ self.head for h in hidden], targets, temperature=0.5)
+        hidden = [
+            self.backbone.trunk(self.view(phi, x)) for x in (self.images, self.images.flip(-1))
+        ]
+        targets = (
+            (self.backbone(self.other).cls @ self.head / 0.5).softmax(-1).detach().expand(2, -1, -1)
+        )
+        return lambda theta: dino_loss(
+            [self.tail(theta, h).cls @ self.head for h in hidden], targets, temperature=0.5
+        )
 
     def mae(self, phi):
         """Reconstruct the pixels of patches from an image whose other half is blank."""
@@ -51,7 +66,14 @@ class TwoBlockViT:
         blank[..., SIDE // 2 :] = 0
         hidden = self.backbone.trunk(self.view(phi, self.images) * blank)
         pixels = F.unfold(self.images, 8, stride=8).transpose(1, 2)
-        return lambda theta: (self.tail(theta, hidden).patches.flatten(2).transpose(1, 2) @ self.decoder / 8 - pixels).square().mean()
+        return lambda theta: (
+            (
+                self.tail(theta, hidden).patches.flatten(2).transpose(1, 2) @ self.decoder / 8
+                - pixels
+            )
+            .square()
+            .mean()
+        )
 
     def cross_entropy(self, phi):
         hidden = self.backbone.trunk(self.view(phi, self.images))
@@ -68,5 +90,7 @@ def relative(a, b) -> float:
 def warm(toy, rule) -> Update:
     """`rule` after a step on some gradient. Adam's very first step is the gradient's sign, which finite differences cannot see through."""
     g = torch.Generator().manual_seed(5)
-    gradient = params.zip_with(lambda p: 0.1 * torch.randn(p.shape, generator=g, dtype=p.dtype), toy.theta)
+    gradient = params.zip_with(
+        lambda p: 0.1 * torch.randn(p.shape, generator=g, dtype=p.dtype), toy.theta
+    )
     return Update(rule, toy.theta, rule.step(toy.theta, rule.init(toy.theta), gradient)[1])

@@ -105,9 +105,15 @@ class Small(Problem):
         return [self.learner["trunk"]]
 
     def _outputs(self, theta, x):
-        trunk = {name.removeprefix("trunk."): p for name, p in theta.items() if name.startswith("trunk.")}
-        tail = {name.removeprefix("tail."): p for name, p in theta.items() if name.startswith("tail.")}
-        return functional_call(self.learner["tail"], tail, (functional_call(self.learner["trunk"], trunk, (x,)),))
+        trunk = {
+            name.removeprefix("trunk."): p for name, p in theta.items() if name.startswith("trunk.")
+        }
+        tail = {
+            name.removeprefix("tail."): p for name, p in theta.items() if name.startswith("tail.")
+        }
+        return functional_call(
+            self.learner["tail"], tail, (functional_call(self.learner["trunk"], trunk, (x,)),)
+        )
 
 
 class Doubled(nn.Module):
@@ -158,7 +164,11 @@ class Recorded(Learned):
 def trainer_of(folder, problem, estimator, fabric=None):
     torch.manual_seed(0)
     made = PROBLEMS[problem](folder.parent)
-    strategy = Recorded(ESTIMATORS[estimator](PRODUCTS[problem]), lambda p: torch.optim.Adam(p, lr=1e-2), meta_every=2)
+    strategy = Recorded(
+        ESTIMATORS[estimator](PRODUCTS[problem]),
+        lambda p: torch.optim.Adam(p, lr=1e-2),
+        meta_every=2,
+    )
     log = RunLog(folder) if ranks.rank() == 0 else UnwrittenLog(folder)
     options = {
         "optimizer": lambda groups: torch.optim.AdamW(groups, lr=1e-3),
@@ -166,14 +176,23 @@ def trainer_of(folder, problem, estimator, fabric=None):
         "checkpoint_every": int(problem == "small"),
         "fabric": fabric,
     }
-    return Trainer(made, strategy, Budget(steps=STEPS[problem]), log, Checkpoints(folder / "checkpoints", keep=9), **options)
+    return Trainer(
+        made,
+        strategy,
+        Budget(steps=STEPS[problem]),
+        log,
+        Checkpoints(folder / "checkpoints", keep=9),
+        **options,
+    )
 
 
 def outcome(folder, trainer):
     """Losses of the steps, hypergradients, and all weights."""
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return {
-        "loss": torch.tensor([line["loss"] for line in lines if line["kind"] == "train"], dtype=torch.float64),
+        "loss": torch.tensor(
+            [line["loss"] for line in lines if line["kind"] == "train"], dtype=torch.float64
+        ),
         "samples": [line["samples"] for line in lines if line["kind"] == "train"],
         "hypergradients": list(trainer.strategy.found),
         "problem": sharding.gathered(trainer.problem.state_dict()),
@@ -186,7 +205,9 @@ def checkpoints_of(run, steps, folder, damaged=None):
         (folder / "checkpoints").mkdir(parents=True)
         for step in steps:
             (path,) = (run / "checkpoints").glob(f"step-{step:08d}*")
-            (shutil.copytree if path.is_dir() else shutil.copy)(path, folder / "checkpoints" / path.name)
+            (shutil.copytree if path.is_dir() else shutil.copy)(
+                path, folder / "checkpoints" / path.name
+            )
         if damaged:
             (shard,) = (folder / "checkpoints").glob(damaged)
             data = bytearray(shard.read_bytes())
@@ -211,12 +232,21 @@ def main(folder):
     which torchrun starts again."""
     restarted = int(os.environ["TORCHELASTIC_RESTART_COUNT"]) > 0
     fabrics = {parallel: make_fabric("cpu", parallel=parallel) for parallel in ("ddp", "fsdp")}
-    runs = [f"{problem}-{estimator}-{parallel}" for problem in PROBLEMS for estimator in ESTIMATORS for parallel in fabrics]
+    runs = [
+        f"{problem}-{estimator}-{parallel}"
+        for problem in PROBLEMS
+        for estimator in ESTIMATORS
+        for parallel in fabrics
+    ]
     goes_on = {
         "small-one_step-ddp-from_one": ("one", [2], None),
         "small-one_step-fsdp-from_one": ("one", [2], None),
         "small-one_step-ddp-from_fsdp": ("small-one_step-fsdp", [2], None),
-        "small-one_step-fsdp-from_damaged": ("small-one_step-fsdp", [2, 3], "step-00000003/shard-00002*"),
+        "small-one_step-fsdp-from_damaged": (
+            "small-one_step-fsdp",
+            [2, 3],
+            "step-00000003/shard-00002*",
+        ),
     }
     for name in [*runs, *goes_on] if not restarted else []:
         problem, estimator, parallel, *_ = name.split("-")
@@ -228,8 +258,13 @@ def main(folder):
             torch.save(found, folder / f"{name}.pt")
     if not restarted:
         shared = two_ranks_shared.numbers()
-        trainers = {name: trainer_of(folder / f"probed-{name}", "dino", "one_step", fabric) for name, fabric in fabrics.items()}
-        shared["dense"] = {name: two_ranks_shared.dense(trainer) for name, trainer in trainers.items()}
+        trainers = {
+            name: trainer_of(folder / f"probed-{name}", "dino", "one_step", fabric)
+            for name, fabric in fabrics.items()
+        }
+        shared["dense"] = {
+            name: two_ranks_shared.dense(trainer) for name, trainer in trainers.items()
+        }
         if ranks.rank() == 0:
             torch.save(shared, folder / "shared.pt")
     dies_at = 2 if ranks.rank() == 1 and not restarted else None

@@ -30,9 +30,17 @@ def ridge():
     """Heads refitted to the other fold of the batch, on features that x makes of inputs."""
     rng = torch.Generator().manual_seed(0)
     inputs = torch.randn(8, 5, 2, 3, generator=rng, dtype=torch.float64)
-    frames = FrameBatch(torch.zeros(8, 1), torch.rand(8, 4, 6, generator=rng) * 9, torch.randint(0, 3, (8, 4, 6), generator=rng))
+    frames = FrameBatch(
+        torch.zeros(8, 1),
+        torch.rand(8, 4, 6, generator=rng) * 9,
+        torch.randint(0, 3, (8, 4, 6), generator=rng),
+    )
     frames.depth[0] = 0  # shares unlike in valid pixels
-    feedback, inputs, frames = RidgeFeedback(4, 3, penalty=0.1), ranks.own(inputs), ranks.own(frames)
+    feedback, inputs, frames = (
+        RidgeFeedback(4, 3, penalty=0.1),
+        ranks.own(inputs),
+        ranks.own(frames),
+    )
 
     def loss(theta):
         features = torch.einsum("bchw,cd->bdhw", inputs, theta["x"])
@@ -43,7 +51,10 @@ def ridge():
 
 def token_shares():
     """The first rank's rows have three tokens, the second's one."""
-    logits, costs = torch.tensor([0.5, -1.0, 2.0, 0.3], dtype=torch.float64), torch.tensor([1.0, 3.0, -2.0, 5.0], dtype=torch.float64)
+    logits, costs = (
+        torch.tensor([0.5, -1.0, 2.0, 0.3], dtype=torch.float64),
+        torch.tensor([1.0, 3.0, -2.0, 5.0], dtype=torch.float64),
+    )
     mine = slice(None) if ranks.size() == 1 else (slice(0, 3), slice(3, 4))[ranks.rank()]
 
     def loss(theta):
@@ -65,10 +76,16 @@ def language():
     learner = tiny_lm()
     nll = mean_nll(learner, [packed([[5 + k], [3]], seed=k) for k in range(5)])
     words = {f"w{k}": k for k in range(40)}
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel(words, unk_token="w1")), eos_token="w0", pad_token="w0")
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(models.WordLevel(words, unk_token="w1")),
+        eos_token="w0",
+        pad_token="w0",
+    )
     tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     generator = Generator(Encoder(tokenizer, 64), max_new_tokens=6, batch_size=2, stop=())
-    return nll, generator(learner, ["w3 w4", "w5", "w6 w7 w8", "w9", "w2 w2"], temperature=1.0, seed=3)
+    return nll, generator(
+        learner, ["w3 w4", "w5", "w6 w7 w8", "w9", "w2 w2"], temperature=1.0, seed=3
+    )
 
 
 def summaries():
@@ -92,4 +109,10 @@ def dense(trainer):
 
 
 def numbers():
-    return {"ridge": ridge(), "token_shares": token_shares(), "tilt_scale": tilt_scale(), "language": language(), "summaries": summaries()}
+    return {
+        "ridge": ridge(),
+        "token_shares": token_shares(),
+        "tilt_scale": tilt_scale(),
+        "language": language(),
+        "summaries": summaries(),
+    }

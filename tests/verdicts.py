@@ -12,4 +12,8 @@ def findings(problem, **options) -> dict[str, Finding]:
 
 
 def failed(problem, **options) -> set[str]:
-    return {name for name, finding in findings(problem, **options).items() if finding.verdict == "failed"}
+    return {
+        name
+        for name, finding in findings(problem, **options).items()
+        if finding.verdict == "failed"
+    }

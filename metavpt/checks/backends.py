@@ -29,7 +29,12 @@ def compiled(problem: Problem, estimator: Estimator | None = None) -> Finding:
     advice = "an exact product, and GaussNewton, raises there or is a silent zero: use DifferenceProduct and Hessian, or do not compile"
     twice = isinstance(getattr(estimator, "curvature", None), GaussNewton)
     if isinstance(getattr(estimator, "product", None), DifferenceProduct) and not twice:
-        return Finding("compile", "warning", measured + f"; {type(estimator).__name__} takes first derivatives alone, which work", advice)
+        return Finding(
+            "compile",
+            "warning",
+            measured + f"; {type(estimator).__name__} takes first derivatives alone, which work",
+            advice,
+        )
     return Finding("compile", "failed", measured, advice)
 
 
@@ -38,13 +43,15 @@ def compiled_parts(problem: Problem) -> list[str]:
     modules = [
         f"learner.{name}" if name else "learner"
         for name, module in problem.learner.named_modules()
-        if isinstance(module, OptimizedModule) or getattr(module, "_compiled_call_impl", None) is not None
+        if isinstance(module, OptimizedModule)
+        or getattr(module, "_compiled_call_impl", None) is not None
     ]
     designer = set(problem.designer.modules())
     functions = [
         name
         for name, value in inspect.getmembers_static(problem)
-        if hasattr(value, "_torchdynamo_orig_callable") and not (isinstance(value, nn.Module) and value in designer)
+        if hasattr(value, "_torchdynamo_orig_callable")
+        and not (isinstance(value, nn.Module) and value in designer)
     ]
     return modules + [name for name in functions if name not in ("learner", "designer")]
 
@@ -58,7 +65,11 @@ def attention(scene: Scene) -> Finding:
     if not calls.count and not kernels.fused:
         return Finding("attention", "ok", "no scaled_dot_product_attention in the pretraining loss")
     kernel = ", ".join(sorted(kernels.fused)) or "not fused"
-    return Finding("attention", "ok", f"{calls.count} attention calls, {kernel}; in exact products unfused (math)")
+    return Finding(
+        "attention",
+        "ok",
+        f"{calls.count} attention calls, {kernel}; in exact products unfused (math)",
+    )
 
 
 class _Calls(TorchFunctionMode):
@@ -66,7 +77,13 @@ class _Calls(TorchFunctionMode):
 
     count = 0
 
-    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
+    def __torch_function__(
+        self,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
         self.count += getattr(func, "__name__", "") == "scaled_dot_product_attention"
         return func(*args, **(kwargs or {}))
 
@@ -78,7 +95,13 @@ class _Kernels(TorchDispatchMode):
         super().__init__()
         self.fused: set[str] = set()
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
+    def __torch_dispatch__(
+        self,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
         name = func.overloadpacket.__name__
         if name.startswith("_scaled_dot_product") and "math" not in name:
             self.fused.add(name.removeprefix("_scaled_dot_product_"))

@@ -35,19 +35,40 @@ def costs(scene: Scene, deadline: float) -> list[Finding]:
     """One finding for each estimator; after `deadline` (time.monotonic) the rest is measured once instead of three times."""
     with torch.no_grad():
         task = scene.task()
-    plain = measure(lambda: value_and_gradient(lambda theta: scene.pretrain(theta, task), scene.theta), scene.device, deadline)
+    plain = measure(
+        lambda: value_and_gradient(lambda theta: scene.pretrain(theta, task), scene.theta),
+        scene.device,
+        deadline,
+    )
     how = "max_memory_allocated" if scene.device.type == "cuda" else "torch.profiler's allocations"
-    findings = [Finding("cost plain gradient", "ok", f"{_described(plain)}; memory by {how}, above what was held before")]
+    findings = [
+        Finding(
+            "cost plain gradient",
+            "ok",
+            f"{_described(plain)}; memory by {how}, above what was held before",
+        )
+    ]
     for name, estimator in ESTIMATORS.items():
         try:
-            cost = measure(lambda estimator=estimator: scene.estimate(estimator), scene.device, deadline)
+            cost = measure(
+                lambda estimator=estimator: scene.estimate(estimator), scene.device, deadline
+            )
         except Exception as error:
-            findings.append(Finding(f"cost {name}", "warning", f"does not run: {said(error)}", "choose another estimator"))
+            findings.append(
+                Finding(
+                    f"cost {name}",
+                    "warning",
+                    f"does not run: {said(error)}",
+                    "choose another estimator",
+                )
+            )
             continue
         ratios = f"{cost.seconds / plain.seconds:.1f} x the time"
         if cost.peak_bytes and plain.peak_bytes:
             ratios += f", {cost.peak_bytes / plain.peak_bytes:.1f} x the memory"
-        findings.append(Finding(f"cost {name}", "ok", f"{_described(cost)}: {ratios} of a plain gradient"))
+        findings.append(
+            Finding(f"cost {name}", "ok", f"{_described(cost)}: {ratios} of a plain gradient")
+        )
     return findings
 
 
@@ -80,7 +101,10 @@ def _cpu_peak(call: Callable[[], Any]) -> int | None:
         del result
     events = getattr(getattr(profiler.profiler, "kineto_results", None), "events", list)()
     held = peak = 0
-    for event in sorted((event for event in events if event.name() == "[memory]"), key=lambda event: event.start_ns()):
+    for event in sorted(
+        (event for event in events if event.name() == "[memory]"),
+        key=lambda event: event.start_ns(),
+    ):
         held += event.nbytes()
         peak = max(peak, held)
     return peak or None
@@ -101,4 +125,6 @@ def _quiet() -> Iterator[None]:
 
 def _described(cost: Cost) -> str:
     memory = "" if cost.peak_bytes is None else f", peak {cost.peak_bytes / 2**20:.3g} MiB"
-    return (f"{cost.seconds:.2f} s" if cost.seconds >= 1 else f"{cost.seconds * 1e3:.3g} ms") + memory
+    return (
+        f"{cost.seconds:.2f} s" if cost.seconds >= 1 else f"{cost.seconds * 1e3:.3g} ms"
+    ) + memory

@@ -64,9 +64,18 @@ class Reference:
             loss = self.scene.inner()(self.scene.phi)
         by_theta = params.detach(product(loss, theta, self.w, (theta,)).by[0])
         # along the product itself: a random direction in so many dimensions would be all but orthogonal to it
-        direction = params.scale(by_theta, 1e-3 * params.norm(params.detach(theta)) / params.norm(by_theta).clamp_min(1e-30))
-        sides = [value_and_gradient(loss, params.add(params.detach(theta), direction, alpha=side))[1] for side in (1.0, -1.0)]
-        along, slope = float(params.dot(by_theta, direction)), float(params.dot(self.w, params.add(sides[0], sides[1], alpha=-1.0))) / 2
+        direction = params.scale(
+            by_theta,
+            1e-3 * params.norm(params.detach(theta)) / params.norm(by_theta).clamp_min(1e-30),
+        )
+        sides = [
+            value_and_gradient(loss, params.add(params.detach(theta), direction, alpha=side))[1]
+            for side in (1.0, -1.0)
+        ]
+        along, slope = (
+            float(params.dot(by_theta, direction)),
+            float(params.dot(self.w, params.add(sides[0], sides[1], alpha=-1.0))) / 2,
+        )
         return abs(along - slope) / max(abs(along), abs(slope), 1e-300)
 
     def error(self, by_phi: Params) -> float:
@@ -76,7 +85,9 @@ class Reference:
     def agrees(self, by_phi: Params, tolerance: float | None = None) -> bool:
         """Whether they differ by no more than `tolerance` and what the differences are uncertain of."""
         allowed = self.tolerance if tolerance is None else tolerance
-        return all(error <= allowed + 3 * uncertainty for error, uncertainty in self._errors(by_phi))
+        return all(
+            error <= allowed + 3 * uncertainty for error, uncertainty in self._errors(by_phi)
+        )
 
     def _errors(self, by_phi: Params) -> list[tuple[float, float]]:
         """For each direction the disagreement and the uncertainty of the difference, both relative."""
@@ -97,7 +108,10 @@ class Reference:
 
     @property
     def is_smooth(self) -> bool:
-        return all(slope.uncertainty <= UNSMOOTH * abs(slope.value) or slope.value == 0 for slope in self.slopes)
+        return all(
+            slope.uncertainty <= UNSMOOTH * abs(slope.value) or slope.value == 0
+            for slope in self.slopes
+        )
 
     def is_flat(self, by_phi: Params) -> bool:
         """Whether the loss does not change at all where `by_phi` says that it does: a surrogate gradient."""
@@ -105,7 +119,9 @@ class Reference:
         return max(abs(slope.value) for slope in self.slopes) <= 1e-6 * max(along)
 
 
-def check_product(product: Product, problem: Problem, name: str = "product", seed: int = 0) -> Finding:
+def check_product(
+    product: Product, problem: Problem, name: str = "product", seed: int = 0
+) -> Finding:
     """Any `Product` against finite differences in phi on `problem`, in float64 where its code runs in it."""
     with torch.random.fork_rng():
         scene = Scene.of(problem, seed)
@@ -134,9 +150,13 @@ def compare(name: str, product: Product, reference: Reference) -> Finding:
         if not hessian_error <= 10 * reference.tolerance:
             return Finding(name, "failed", measured, _advice(product))
     if not params.is_finite(by_phi):
-        return Finding(name, "failed", measured + "; not finite", "look for sqrt(0), 0/0 or log(0) in the loss")
+        return Finding(
+            name, "failed", measured + "; not finite", "look for sqrt(0), 0/0 or log(0) in the loss"
+        )
     # the difference product has an error of its own that a user cannot mend here; its step is judged by `difference_step`
-    if reference.agrees(by_phi, max(reference.tolerance, 1e-3) if isinstance(product, DifferenceProduct) else None):
+    if reference.agrees(
+        by_phi, max(reference.tolerance, 1e-3) if isinstance(product, DifferenceProduct) else None
+    ):
         return Finding(name, "ok", measured)
     if not reference.is_smooth or reference.is_flat(by_phi):
         return Finding(name, "warning", measured, JUMPS)
@@ -161,7 +181,9 @@ def settle(reference: Reference) -> tuple[Reference, Finding]:
     name = "teacher_credit"
     plain = reference.exact
     if reference.agrees(plain):
-        return reference, Finding(name, "ok", "nothing on the way from phi to the loss is cut by no_grad or detach")
+        return reference, Finding(
+            name, "ok", "nothing on the way from phi to the loss is cut by no_grad or detach"
+        )
     if not reference.is_smooth or reference.is_flat(plain):
         return reference, Finding(name, "ok", "not measured: " + JUMPS)
     chosen = getattr(reference.scene.problem, "teacher_credit", None) is False
@@ -174,14 +196,16 @@ def settle(reference: Reference) -> tuple[Reference, Finding]:
         )
         if chosen:
             return whole, Finding(name, "ok", measured + "; by choice (teacher_credit=False)")
-        advice = (
-            "drop the no_grad (freezing a teacher's parameters is enough), or make it a choice: give the problem teacher_credit = False"
-        )
+        advice = "drop the no_grad (freezing a teacher's parameters is enough), or make it a choice: give the problem teacher_credit = False"
         return whole, Finding(name, "failed", measured, advice)
     if chosen:
         measured = f"teacher_credit=False, but undoing no_grad and detach leaves a relative error of {reference.error(plain):.2g}"
-        return reference, Finding(name, "warning", measured, "more than the teacher's part is missing: see exact_product")
-    return reference, Finding(name, "ok", "no_grad and detach do not explain the disagreement with finite differences")
+        return reference, Finding(
+            name, "warning", measured, "more than the teacher's part is missing: see exact_product"
+        )
+    return reference, Finding(
+        name, "ok", "no_grad and detach do not explain the disagreement with finite differences"
+    )
 
 
 def _whole(reference: Reference) -> Params | None:
@@ -214,4 +238,6 @@ def _slope(scene: Scene, w: Params, direction: Params) -> Slope:
 
     steps = (1e-3, 1e-4) if scene.dtype == torch.float64 else (1.0, 0.3, 0.1)
     values = [(value(step) - value(-step)) / (2 * step) for step in steps]
-    return min((Slope(b, abs(a - b)) for a, b in pairwise(values)), key=lambda slope: slope.uncertainty)
+    return min(
+        (Slope(b, abs(a - b)) for a, b in pairwise(values)), key=lambda slope: slope.uncertainty
+    )

@@ -17,7 +17,9 @@ class Finding:
     advice: str = ""
 
 
-def attempt(name: str, advice: str, measure: Callable[[], Finding | list[Finding]]) -> list[Finding]:
+def attempt(
+    name: str, advice: str, measure: Callable[[], Finding | list[Finding]]
+) -> list[Finding]:
     """The findings of `measure`; that it raises is one too. The user's code runs inside, so anything may be raised."""
     try:
         findings = measure()

@@ -34,25 +34,39 @@ class Pair(NamedTuple):
     held_out: float  # real, on another one
 
 
-def first_order(scene: Scene, optimizer: MakeOptimizer | None = None, seed: int = 0, deadline: float = float("inf")) -> Finding:
+def first_order(
+    scene: Scene,
+    optimizer: MakeOptimizer | None = None,
+    seed: int = 0,
+    deadline: float = float("inf"),
+) -> Finding:
     """Pearson's r of prediction and reality over pairs of batches, each from the same learner after a short warm-up of its optimizer."""
-    pairs = _pairs(scene.problem, optimizer or (lambda parameters: torch.optim.AdamW(parameters, lr=1e-4)), seed, deadline)
+    pairs = _pairs(
+        scene.problem,
+        optimizer or (lambda parameters: torch.optim.AdamW(parameters, lr=1e-4)),
+        seed,
+        deadline,
+    )
     columns = {name: np.array([getattr(pair, name) for pair in pairs]) for name in Pair._fields}
-    r = {(a, b): _pearson(columns[a], columns[b]) for a in ("plain", "aware") for b in ("same", "held_out")}
+    r = {
+        (a, b): _pearson(columns[a], columns[b])
+        for a in ("plain", "aware")
+        for b in ("same", "held_out")
+    }
     measured = (
         f"r of predicted and real change in {len(pairs)} single steps: AdamW-aware {r['aware', 'same']:.2f} on the same labelled batch, "
         f"{r['aware', 'held_out']:.2f} on another; plain inner product {r['plain', 'same']:.2f} and {r['plain', 'held_out']:.2f}"
     )
     name = "first_order"
     if not r["aware", "same"] >= FORESEEN:
-        advice = (
-            "the step is too long for a first-order value, or theta_S holds too little of what moves: lower the learning rate, enlarge S"
-        )
+        advice = "the step is too long for a first-order value, or theta_S holds too little of what moves: lower the learning rate, enlarge S"
         return Finding(name, "warning", measured, advice)
     return Finding(name, "ok", measured)
 
 
-def _pairs(problem: Problem, make_optimizer: MakeOptimizer, seed: int, deadline: float) -> list[Pair]:
+def _pairs(
+    problem: Problem, make_optimizer: MakeOptimizer, seed: int, deadline: float
+) -> list[Pair]:
     """On copies of theta alone; the problem does not move."""
     unlabelled = Stream(problem.pretrain_batches, seed, "pretrain_batches")
     feedback = Stream(problem.feedback_batches, seed, "feedback_batches")
@@ -62,7 +76,9 @@ def _pairs(problem: Problem, make_optimizer: MakeOptimizer, seed: int, deadline:
         _step(optimizer, theta, _gradient(problem, theta, next(unlabelled)))
     start, state = params.clone(theta), _copy_state(optimizer)
     labelled, pairs = next(feedback), []
-    while len(pairs) < NUM_PAIRS and not (len(pairs) >= FEWEST_PAIRS and time.monotonic() > deadline):
+    while len(pairs) < NUM_PAIRS and not (
+        len(pairs) >= FEWEST_PAIRS and time.monotonic() > deadline
+    ):
         _restore(optimizer, theta, start, state)
         g_pre = _gradient(problem, theta, next(unlabelled))
         another = next(feedback)
@@ -71,9 +87,19 @@ def _pairs(problem: Problem, make_optimizer: MakeOptimizer, seed: int, deadline:
     return pairs
 
 
-def _pair(problem: Problem, optimizer: Optimizer, theta: Params, g_pre: Params, labelled: Any, another: Any) -> Pair:
+def _pair(
+    problem: Problem,
+    optimizer: Optimizer,
+    theta: Params,
+    g_pre: Params,
+    labelled: Any,
+    another: Any,
+) -> Pair:
     names = list(problem.aligned_parameters())
-    loss, g_down = value_and_gradient(lambda theta_s: problem.feedback_loss({**theta, **theta_s}, labelled), {n: theta[n] for n in names})
+    loss, g_down = value_and_gradient(
+        lambda theta_s: problem.feedback_loss({**theta, **theta_s}, labelled),
+        {n: theta[n] for n in names},
+    )
     update: Update = from_torch(optimizer, {name: theta[name] for name in names})
     g_pre_s = {name: g_pre[name] for name in names}
     plain = float(optimizer.param_groups[0]["lr"] * params.dot(g_down, g_pre_s))
@@ -81,7 +107,10 @@ def _pair(problem: Problem, optimizer: Optimizer, theta: Params, g_pre: Params, 
     with torch.no_grad():
         before = float(loss), float(problem.feedback_loss(theta, another))
         _step(optimizer, theta, g_pre)
-        after = float(problem.feedback_loss(theta, labelled)), float(problem.feedback_loss(theta, another))
+        after = (
+            float(problem.feedback_loss(theta, labelled)),
+            float(problem.feedback_loss(theta, another)),
+        )
     return Pair(plain, aware, before[0] - after[0], before[1] - after[1])
 
 
@@ -98,11 +127,16 @@ def _step(optimizer: Optimizer, theta: Params, gradient: Params) -> None:
 
 
 def _copy_state(optimizer: Optimizer) -> dict[Tensor, dict[str, Any]]:
-    return {p: {k: v.clone() if isinstance(v, Tensor) else v for k, v in held.items()} for p, held in optimizer.state.items()}
+    return {
+        p: {k: v.clone() if isinstance(v, Tensor) else v for k, v in held.items()}
+        for p, held in optimizer.state.items()
+    }
 
 
 @torch.no_grad()
-def _restore(optimizer: Optimizer, theta: Params, start: Params, state: dict[Tensor, dict[str, Any]]) -> None:
+def _restore(
+    optimizer: Optimizer, theta: Params, start: Params, state: dict[Tensor, dict[str, Any]]
+) -> None:
     for name, p in theta.items():
         p.copy_(start[name])
     for p, held in state.items():

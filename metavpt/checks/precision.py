@@ -25,11 +25,17 @@ def widen(scene: Scene) -> tuple[Scene | None, Finding]:
         with torch.no_grad():
             values = [(s.inner()(s.phi)(s.aligned), s.feedback(s.aligned)) for s in (scene, wide)]
     except Exception as error:
-        return None, Finding(name, "warning", f"the problem does not run in float64: {said(error)}", advice)
-    difference = max(abs(float(a) - float(b)) / max(abs(float(b)), 1e-12) for a, b in zip(*values, strict=True))
+        return None, Finding(
+            name, "warning", f"the problem does not run in float64: {said(error)}", advice
+        )
+    difference = max(
+        abs(float(a) - float(b)) / max(abs(float(b)), 1e-12) for a, b in zip(*values, strict=True)
+    )
     measured = f"the losses in float64 differ from the run's by {difference:.1e}"
     if not difference <= 0.05:
-        return None, Finding(name, "warning", measured + ": another task, not another precision", advice)
+        return None, Finding(
+            name, "warning", measured + ": another task, not another precision", advice
+        )
     return wide, Finding(name, "ok", measured)
 
 
@@ -40,16 +46,33 @@ def dtypes(scene: Scene, truth: Params, exact: bool = True) -> list[Finding]:
     def autocast() -> torch.autocast:  # a new one each time: torch's cannot be entered twice
         return torch.autocast(scene.device.type, torch.bfloat16)
 
-    narrows = {str(scene.dtype).removeprefix("torch."): (scene, nullcontext()), "bfloat16": (scene.under(autocast), autocast())}
+    narrows = {
+        str(scene.dtype).removeprefix("torch."): (scene, nullcontext()),
+        "bfloat16": (scene.under(autocast), autocast()),
+    }
     for name, (narrow, precision) in narrows.items():
-        products: list[Product] = [ExactProduct(), DifferenceProduct()] if exact else [DifferenceProduct()]
+        products: list[Product] = (
+            [ExactProduct(), DifferenceProduct()] if exact else [DifferenceProduct()]
+        )
         try:
             with precision:  # around the product too, which chooses its step by it
-                cosines = {type(product).__name__: cosine(narrow.one_step(product), truth) for product in products}
+                cosines = {
+                    type(product).__name__: cosine(narrow.one_step(product), truth)
+                    for product in products
+                }
         except Exception as error:
-            findings.append(Finding(name, "warning", f"does not run: {said(error)}", "" if narrow is scene else "train in float32"))
+            findings.append(
+                Finding(
+                    name,
+                    "warning",
+                    f"does not run: {said(error)}",
+                    "" if narrow is scene else "train in float32",
+                )
+            )
             continue
-        measured = "cosine with the float64 hypergradient: " + ", ".join(f"{key} {value:.4f}" for key, value in cosines.items())
+        measured = "cosine with the float64 hypergradient: " + ", ".join(
+            f"{key} {value:.4f}" for key, value in cosines.items()
+        )
         bad = [key for key, value in cosines.items() if not value >= TRUSTED]
         advice = f"take the product in float32; in this dtype {' and '.join(bad)} cannot be trusted"
         if narrow is scene:
@@ -76,5 +99,9 @@ def difference_step(scene: Scene, truth: Params) -> Finding:
     measured = f"error {default:.1e} at the default step {default_step:.0e}, {errors[best]:.1e} at the best, {best:.0e} ({sweep})"
     if default <= 0.05:
         return Finding("difference_step", "ok", measured)
-    advice = f"set product.relative_step={best:.0e}" if errors[best] <= 0.5 * default else "use ExactProduct: no step is accurate here"
+    advice = (
+        f"set product.relative_step={best:.0e}"
+        if errors[best] <= 0.5 * default
+        else "use ExactProduct: no step is accurate here"
+    )
     return Finding("difference_step", "warning", measured, advice)

@@ -49,9 +49,19 @@ def _twice(name: str, problem: Problem, evaluate: Callable[[], Any]) -> Finding:
     with torch.enable_grad():
         values = [[_detached(leaf) for leaf in trees.leaves(evaluate())] for _ in range(2)]
     after = snapshot(problem)
-    moved = [key for key in before.keys() | after.keys() if not trees.same(before.get(key), after.get(key))]
-    differ = len(values[0]) != len(values[1]) or not all(trees.same(a, b) for a, b in zip(*values, strict=True))
-    finite = all(bool(torch.isfinite(leaf).all()) for leaf in values[0] if isinstance(leaf, Tensor) and leaf.is_floating_point())
+    moved = [
+        key
+        for key in before.keys() | after.keys()
+        if not trees.same(before.get(key), after.get(key))
+    ]
+    differ = len(values[0]) != len(values[1]) or not all(
+        trees.same(a, b) for a, b in zip(*values, strict=True)
+    )
+    finite = all(
+        bool(torch.isfinite(leaf).all())
+        for leaf in values[0]
+        if isinstance(leaf, Tensor) and leaf.is_floating_point()
+    )
     what = "task" if name == "designer_purity" else "loss"
     if differ and not moved and what == "loss" and (rounding := on_gpu(*values)):
         return Finding(name, "warning", rounding, ADVICE[name])
@@ -60,8 +70,15 @@ def _twice(name: str, problem: Problem, evaluate: Callable[[], Any]) -> Finding:
         faults += [f"it moved {listed(sorted(moved))}"] if moved else []
         return Finding(name, "failed", "; ".join(faults), ADVICE[name])
     if not finite:
-        return Finding(name, "failed", f"the {what} is not finite", "look at the first batch, and at the learner's weights")
-    return Finding(name, "ok", f"two evaluations gave the same {what} bit for bit and moved nothing")
+        return Finding(
+            name,
+            "failed",
+            f"the {what} is not finite",
+            "look at the first batch, and at the learner's weights",
+        )
+    return Finding(
+        name, "ok", f"two evaluations gave the same {what} bit for bit and moved nothing"
+    )
 
 
 def on_gpu(first: list[Any], second: list[Any]) -> str:
@@ -75,7 +92,11 @@ def on_gpu(first: list[Any], second: list[Any]) -> str:
 def rounded(a: Tensor, b: Tensor) -> str:
     """How far apart two losses are, where that is within `ROUNDING` of the first."""
     apart = float((a - b).abs() / a.abs())
-    return f"two evaluations gave losses {apart:.1e} apart, which the order of sums on a GPU may be" if apart <= ROUNDING else ""
+    return (
+        f"two evaluations gave losses {apart:.1e} apart, which the order of sums on a GPU may be"
+        if apart <= ROUNDING
+        else ""
+    )
 
 
 def snapshot(problem: Problem) -> dict[str, Any]:
@@ -84,7 +105,9 @@ def snapshot(problem: Problem) -> dict[str, Any]:
     for attribute, value in vars(problem).items():
         if isinstance(value, nn.Module):
             tensors = [*value.named_parameters(), *value.named_buffers()]
-            taken.update({f"{attribute}.{name}": tensor.detach().clone() for name, tensor in tensors})
+            taken.update(
+                {f"{attribute}.{name}": tensor.detach().clone() for name, tensor in tensors}
+            )
             continue
         tree = value.state_dict() if hasattr(value, "state_dict") else value
         for path, leaf in tree_flatten_with_path(tree)[0]:

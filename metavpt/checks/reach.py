@@ -14,7 +14,10 @@ from metavpt.products import value_and_gradient
 
 def reach(scene: Scene) -> list[Finding]:
     theta, phi = params.leaves(scene.aligned), params.leaves(scene.phi)
-    with sdpa_kernel(SDPBackend.MATH), torch.enable_grad():  # fused attention has no second derivative
+    with (
+        sdpa_kernel(SDPBackend.MATH),
+        torch.enable_grad(),
+    ):  # fused attention has no second derivative
         loss = scene.inner()(phi)(theta)
         gradient = _gradient(loss, theta, create_graph=True)
         reached = {name: g for name, g in gradient.items() if g is not None}
@@ -31,27 +34,53 @@ def _designer(by_phi: dict[str, Tensor | None], loss_by_phi: dict[str, Tensor | 
     if missing:
         beside = [name for name in missing if loss_by_phi[name] is not None]
         measured = f"the learner's gradient does not depend on {listed(missing)}"
-        measured += f" (the loss itself does on {listed(beside)}: an added term that moves no parameter of the learner)" if beside else ""
+        measured += (
+            f" (the loss itself does on {listed(beside)}: an added term that moves no parameter of the learner)"
+            if beside
+            else ""
+        )
         return Finding(
-            "designer_reach", "failed", measured, "use them in the task, drop them, or look for a no_grad or detach on the way to the loss"
+            "designer_reach",
+            "failed",
+            measured,
+            "use them in the task, drop them, or look for a no_grad or detach on the way to the loss",
         )
     zero = [name for name, g in by_phi.items() if g is not None and not g.any()]
     if len(zero) == len(by_phi):
-        return Finding("designer_reach", "failed", "the derivative by every parameter is exactly zero", "look for rounding, argmax, clamp")
+        return Finding(
+            "designer_reach",
+            "failed",
+            "the derivative by every parameter is exactly zero",
+            "look for rounding, argmax, clamp",
+        )
     if zero:
         return Finding(
-            "designer_reach", "warning", f"the derivative by {listed(zero)} is exactly zero beside the starting point", "are they used?"
+            "designer_reach",
+            "warning",
+            f"the derivative by {listed(zero)} is exactly zero beside the starting point",
+            "are they used?",
         )
-    return Finding("designer_reach", "ok", f"all {len(by_phi)} parameters of the designer reach the learner's gradient")
+    return Finding(
+        "designer_reach",
+        "ok",
+        f"all {len(by_phi)} parameters of the designer reach the learner's gradient",
+    )
 
 
 def _pretrain(gradient: dict[str, Tensor | None]) -> Finding:
     missing = [name for name, g in gradient.items() if g is None]
     if missing:
         advice = "leave them out of aligned_parameters, or use theta instead of the module's own parameters in pretrain_loss"
-        return Finding("pretrain_reach", "failed", f"the pretraining loss does not depend on {listed(missing)}", advice)
+        return Finding(
+            "pretrain_reach",
+            "failed",
+            f"the pretraining loss does not depend on {listed(missing)}",
+            advice,
+        )
     zero = [name for name, g in gradient.items() if g is not None and not g.any()]
-    measured = f"all {len(gradient)} aligned parameters are reached" + (f"; zero gradient: {listed(zero)}" if zero else "")
+    measured = f"all {len(gradient)} aligned parameters are reached" + (
+        f"; zero gradient: {listed(zero)}" if zero else ""
+    )
     return Finding("pretrain_reach", "ok", measured)
 
 
@@ -59,13 +88,20 @@ def _feedback(scene: Scene) -> Finding:
     aligned = scene.aligned
     _, gradient = value_and_gradient(scene.feedback, aligned)
     missing = [name for name, g in gradient.items() if not g.any()]
-    share = sum(aligned[name].numel() for name in missing) / sum(p.numel() for p in aligned.values())
-    measured = f"{share:.0%} of the aligned entries have no feedback gradient" + (f": {listed(missing)}" if missing else "")
+    share = sum(aligned[name].numel() for name in missing) / sum(
+        p.numel() for p in aligned.values()
+    )
+    measured = f"{share:.0%} of the aligned entries have no feedback gradient" + (
+        f": {listed(missing)}" if missing else ""
+    )
     if len(missing) == len(aligned):
         advice = "the feedback loss must use the theta that it is given, and aligned_parameters must name what it uses"
         return Finding("feedback_reach", "failed", measured, advice)
     return Finding(
-        "feedback_reach", "ok", measured, "they cost time and add nothing: aligned_parameters may leave them out" if missing else ""
+        "feedback_reach",
+        "ok",
+        measured,
+        "they cost time and add nothing: aligned_parameters may leave them out" if missing else "",
     )
 
 
@@ -88,18 +124,33 @@ def tail(scene: Scene) -> Finding:
             return tail_loss(theta_s)
 
     value, gradient = value_and_gradient(by_tail, theta_s)
-    true_value, true_gradient = value_and_gradient(lambda theta: scene.pretrain(theta, task), theta_s)
+    true_value, true_gradient = value_and_gradient(
+        lambda theta: scene.pretrain(theta, task), theta_s
+    )
     by_value = float((value - true_value).abs() / true_value.abs().clamp_min(1e-12))
     by_gradient = relative_error(gradient, true_gradient)
     measured = f"pretrain_tail differs from pretrain_loss by {by_value:.1e} in value and {by_gradient:.1e} in gradient, relative"
     if by_value + by_gradient <= (1e-8 if scene.dtype == torch.float64 else 1e-3):
         return Finding("tail", "ok", measured)
-    return Finding("tail", "failed", measured, "pretrain_tail(theta, task)(theta_s) must be pretrain_loss({**theta, **theta_s}, task)")
+    return Finding(
+        "tail",
+        "failed",
+        measured,
+        "pretrain_tail(theta, task)(theta_s) must be pretrain_loss({**theta, **theta_s}, task)",
+    )
 
 
-def _gradient(value: Tensor, wrt: Params, *, create_graph: bool = False, retain_graph: bool | None = None) -> dict[str, Tensor | None]:
+def _gradient(
+    value: Tensor, wrt: Params, *, create_graph: bool = False, retain_graph: bool | None = None
+) -> dict[str, Tensor | None]:
     """d value / d wrt, None where there is no path: the caller's finding, so `allow_unused` hides nothing here."""
     if not value.requires_grad:
         return dict.fromkeys(wrt)
-    gradients = torch.autograd.grad(value, list(wrt.values()), create_graph=create_graph, retain_graph=retain_graph, allow_unused=True)
+    gradients = torch.autograd.grad(
+        value,
+        list(wrt.values()),
+        create_graph=create_graph,
+        retain_graph=retain_graph,
+        allow_unused=True,
+    )
     return dict(zip(wrt, gradients, strict=True))

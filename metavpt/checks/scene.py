@@ -42,7 +42,10 @@ class Scene:
     def of(cls, problem: Problem, seed: int = 0) -> "Scene":
         """The scene of a twin of `problem`, its heads fitted."""
         twin = copies.twin(problem)
-        stream, feedback = Stream(twin.meta_batches, seed, "meta_batches"), Stream(twin.feedback_batches, seed, "feedback_batches")
+        stream, feedback = (
+            Stream(twin.meta_batches, seed, "meta_batches"),
+            Stream(twin.feedback_batches, seed, "feedback_batches"),
+        )
         unlabelled = [next(stream) for _ in range(NUM_BATCHES)]
         labelled = next(feedback)
         twin.fit_heads()
@@ -55,7 +58,9 @@ class Scene:
         twin = copies.to_double(self.problem)
         theta = params.detach(params.named(twin.learner))
         phi = params.zip_with(Tensor.double, self.phi)
-        unlabelled, labelled = (trees.map_tensors(_widen, batches) for batches in (self.unlabelled, self.labelled))
+        unlabelled, labelled = (
+            trees.map_tensors(_widen, batches) for batches in (self.unlabelled, self.labelled)
+        )
         return Scene(twin, theta, phi, unlabelled, labelled, modes.Float64)
 
     def under(self, around: Callable[[], AbstractContextManager[Any]]) -> "Scene":
@@ -76,7 +81,9 @@ class Scene:
 
     def task(self, phi: Params | None = None, batch: int = 0) -> Any:
         with self.around():
-            return functional_call(self.problem.designer, self.phi if phi is None else phi, (self.unlabelled[batch],))
+            return functional_call(
+                self.problem.designer, self.phi if phi is None else phi, (self.unlabelled[batch],)
+            )
 
     def pretrain(self, theta_s: Params, task: Any) -> Tensor:
         """The whole pretraining loss at theta with theta_S = `theta_s`."""
@@ -95,7 +102,9 @@ class Scene:
             with self.around():
                 tail = inner(phi)
             if isinstance(tail, LinearLoss):
-                return _LinearUnder(tail, self.around)  # shows what it is to products that need to know
+                return _LinearUnder(
+                    tail, self.around
+                )  # shows what it is to products that need to know
 
             def at_theta(theta_s: Params) -> Tensor:
                 with self.around():
@@ -129,7 +138,9 @@ class _LinearUnder:
         with self.around():
             return self.loss(theta)
 
-    def slopes(self, theta: Params, w: Params, derivative: DirectionalDerivative, absolute: bool = True) -> Tensor:
+    def slopes(
+        self, theta: Params, w: Params, derivative: DirectionalDerivative, absolute: bool = True
+    ) -> Tensor:
         with self.around():
             return self.loss.slopes(theta, w, derivative, absolute)
 
@@ -162,6 +173,9 @@ def _widen(tensor: Tensor) -> Tensor:
 
 
 @contextmanager
-def _both(outer: Callable[[], AbstractContextManager[Any]], inner: Callable[[], AbstractContextManager[Any]]) -> Iterator[None]:
+def _both(
+    outer: Callable[[], AbstractContextManager[Any]],
+    inner: Callable[[], AbstractContextManager[Any]],
+) -> Iterator[None]:
     with outer(), inner():
         yield

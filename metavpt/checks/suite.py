@@ -23,7 +23,12 @@ from metavpt.products import DifferenceProduct, ExactProduct
 
 
 def check(
-    problem: Problem, *, estimator: Estimator | None = None, optimizer: MakeOptimizer | None = None, seed: int = 0, seconds: float = 60.0
+    problem: Problem,
+    *,
+    estimator: Estimator | None = None,
+    optimizer: MakeOptimizer | None = None,
+    seed: int = 0,
+    seconds: float = 60.0,
 ) -> list[Finding]:
     """Every check on `problem`, which is left as it was, as is the global random state.
 
@@ -38,7 +43,15 @@ def check(
     with _random_state_kept(), torch.compiler.set_stance("force_eager"):
         findings = [backends.compiled(problem, estimator)]
         if not params.named(problem.designer):
-            return [*findings, Finding("designer", "warning", "the designer has no trainable parameter", "only strategy=fixed can use it")]
+            return [
+                *findings,
+                Finding(
+                    "designer",
+                    "warning",
+                    "the designer has no trainable parameter",
+                    "only strategy=fixed can use it",
+                ),
+            ]
         scene = Scene.of(problem, seed)
         foundations = attempt("purity", "mend the error first", lambda: purity(scene))
         if not _failed(foundations):
@@ -53,7 +66,11 @@ def check(
             findings += attempt("attention", "", lambda: backends.attention(scene))
             # costs first: each is measured at least once, while the pairs of first_order shrink to what time is left
             findings += attempt("cost", "", lambda: costs(scene, deadline - seconds / 2))
-            findings += attempt("first_order", "use SGD, Adam or AdamW", lambda: first_order(scene, optimizer, seed, deadline))
+            findings += attempt(
+                "first_order",
+                "use SGD, Adam or AdamW",
+                lambda: first_order(scene, optimizer, seed, deadline),
+            )
     return findings
 
 
@@ -77,10 +94,14 @@ def _derivatives(scene: Scene, wide: Scene, estimator: Estimator | None) -> list
         products["estimator_product"] = own
     for reference in references:
         for name, product in products.items():
-            findings += attempt(name, advice, lambda n=name, p=product, r=reference: compare(n, p, r))
+            findings += attempt(
+                name, advice, lambda n=name, p=product, r=reference: compare(n, p, r)
+            )
     for by_phi in truth:
         findings += attempt("dtype", advice, lambda h=by_phi: precision.dtypes(scene, h))
-        findings += attempt("difference_step", advice, lambda h=by_phi: precision.difference_step(scene, h))
+        findings += attempt(
+            "difference_step", advice, lambda h=by_phi: precision.difference_step(scene, h)
+        )
     return findings
 
 

@@ -15,10 +15,15 @@ from metavpt.errors import MetaVPTError
 class AbsentFrames(RGBDFrames):
     """The name, size, classes and splits of frames; there is none to read."""
 
-    def __init__(self, name: str, size: Sequence[int], num_classes: int, num_train: int, num_val: int) -> None:
+    def __init__(
+        self, name: str, size: Sequence[int], num_classes: int, num_train: int, num_val: int
+    ) -> None:
         self.name, self.size = name, (int(size[0]), int(size[1]))
         self.class_names = [str(i) for i in range(num_classes)]
-        self.splits = {"train": list(range(num_train)), "val": list(range(num_train, num_train + num_val))}
+        self.splits = {
+            "train": list(range(num_train)),
+            "val": list(range(num_train, num_train + num_val)),
+        }
 
     def __len__(self) -> int:
         return sum(len(split) for split in self.splits.values())
@@ -30,20 +35,29 @@ class AbsentFrames(RGBDFrames):
         return self[index].image
 
 
-def absent_nyuv2(num_classes: int = 13, path: Any = None, rooms: Any = None, unlabelled: Any = None, **pools: Any) -> DenseData:
+def absent_nyuv2(
+    num_classes: int = 13, path: Any = None, rooms: Any = None, unlabelled: Any = None, **pools: Any
+) -> DenseData:
     """As `nyuv2_data` at the official file; what names a file is not read."""
     return _pools(AbsentFrames("NYUv2", (480, 640), num_classes, 795, 654), **pools)
 
 
 def absent_ade20k(
-    size: Sequence[int] = (512, 512), path: Any = None, resize: Any = None, rooms: Any = None, unlabelled: Any = None, **pools: Any
+    size: Sequence[int] = (512, 512),
+    path: Any = None,
+    resize: Any = None,
+    rooms: Any = None,
+    unlabelled: Any = None,
+    **pools: Any,
 ) -> DenseData:
     """As `ade20k_data` at ADEChallengeData2016; what names a file is not read."""
     return _pools(AbsentFrames("ADE20K", size, len(CLASS_NAMES), 20210, 2000), depth=False, **pools)
 
 
 def _pools(frames: AbsentFrames, **pools: Any) -> DenseData:
-    with torch.device("cpu"):  # the pools are drawn, also where everything else is on the meta device
+    with torch.device(
+        "cpu"
+    ):  # the pools are drawn, also where everything else is on the meta device
         return DenseData(frames, unlabelled=(FRAMES,), **pools)
 
 

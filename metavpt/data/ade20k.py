@@ -31,7 +31,9 @@ class ADE20K(RGBDFrames):
     without image, is left out, with a visible line that counts them.
     """
 
-    def __init__(self, path: str | Path, size: tuple[int, int], resize: Literal["cover", "stretch"] = "cover") -> None:
+    def __init__(
+        self, path: str | Path, size: tuple[int, int], resize: Literal["cover", "stretch"] = "cover"
+    ) -> None:
         if resize not in ("cover", "stretch"):
             raise MetaVPTError(f"data.resize={resize}: known are cover, stretch")
         if min(size) < 1:
@@ -53,9 +55,13 @@ class ADE20K(RGBDFrames):
         image, label = self._decode(index), read_annotation(annotation)
         if image.shape[1:] != label.shape:
             (height, width), (rows, columns) = image.shape[1:], label.shape
-            raise MetaVPTError(f"{annotation}: is {rows}x{columns}, but {file.name} is {height}x{width}; get both again")
+            raise MetaVPTError(
+                f"{annotation}: is {rows}x{columns}, but {file.name} is {height}x{width}; get both again"
+            )
         unknown = torch.zeros(()).expand(self.size)
-        return Frame(self._fit(image, "bilinear"), unknown, self._fit(label[None], "nearest-exact")[0].long())
+        return Frame(
+            self._fit(image, "bilinear"), unknown, self._fit(label[None], "nearest-exact")[0].long()
+        )
 
     def image(self, index: int) -> Tensor:
         return self._fit(self._decode(index), "bilinear")
@@ -67,16 +73,31 @@ class ADE20K(RGBDFrames):
         images, annotations = self.path / "images" / folder, self.path / "annotations" / folder
         for place in (images, annotations):
             if not place.is_dir():
-                raise MetaVPTError(f"{self.path}: lacks the folder {place.relative_to(self.path)}; data.path must be ADEChallengeData2016")
-        named = {file.stem: file for file in images.iterdir() if file.suffix.lower() in SUFFIXES and not file.name.startswith(".")}
-        labels = {file.stem: file for file in annotations.iterdir() if file.suffix.lower() == ".png" and not file.name.startswith(".")}
-        for have, lack, what in ((named, labels, "images without annotation"), (labels, named, "annotations without image")):
+                raise MetaVPTError(
+                    f"{self.path}: lacks the folder {place.relative_to(self.path)}; data.path must be ADEChallengeData2016"
+                )
+        named = {
+            file.stem: file
+            for file in images.iterdir()
+            if file.suffix.lower() in SUFFIXES and not file.name.startswith(".")
+        }
+        labels = {
+            file.stem: file
+            for file in annotations.iterdir()
+            if file.suffix.lower() == ".png" and not file.name.startswith(".")
+        }
+        for have, lack, what in (
+            (named, labels, "images without annotation"),
+            (labels, named, "annotations without image"),
+        ):
             if single := sorted(have.keys() - lack.keys()):
                 Console(stderr=True, soft_wrap=True).print(
                     f"[bold]data:[/bold] {len(single)} {what} in {self.path}/*/{folder} are left out, the first is {single[0]}"
                 )
         if not named.keys() & labels.keys():
-            raise MetaVPTError(f"{images}: holds no image with an annotation of the same name in {annotations}")
+            raise MetaVPTError(
+                f"{images}: holds no image with an annotation of the same name in {annotations}"
+            )
         return [(named[stem], labels[stem]) for stem in sorted(named.keys() & labels.keys())]
 
     def _decode(self, index: int) -> Tensor:
@@ -84,7 +105,9 @@ class ADE20K(RGBDFrames):
         image = decode(file.read_bytes(), str(file))
         height, width = image.shape[1:]
         if min(height, width) < MIN_SIDE:
-            raise MetaVPTError(f"{file}: is {height}x{width} pixels, below {MIN_SIDE} a side; remove it or get it again")
+            raise MetaVPTError(
+                f"{file}: is {height}x{width} pixels, below {MIN_SIDE} a side; remove it or get it again"
+            )
         return image
 
     def _fit(self, maps: Tensor, mode: str) -> Tensor:
@@ -93,11 +116,20 @@ class ADE20K(RGBDFrames):
         factors = [height / maps.shape[1], width / maps.shape[2]]
         if self.resize == "cover":
             factors = [max(factors)] * 2
-        scaled = [max(side, round(length * factor)) for side, length, factor in zip(self.size, maps.shape[1:], factors, strict=True)]
+        scaled = [
+            max(side, round(length * factor))
+            for side, length, factor in zip(self.size, maps.shape[1:], factors, strict=True)
+        ]
         options = {"antialias": True, "align_corners": False} if mode == "bilinear" else {}
         resized = F.interpolate(maps[None].float(), scaled, mode=mode, **options)[0]
         top, left = (scaled[0] - height) // 2, (scaled[1] - width) // 2
-        return resized[:, top : top + height, left : left + width].round().clamp(0, 255).byte().contiguous()
+        return (
+            resized[:, top : top + height, left : left + width]
+            .round()
+            .clamp(0, 255)
+            .byte()
+            .contiguous()
+        )
 
 
 def read_annotation(file: Path) -> Tensor:
@@ -105,7 +137,13 @@ def read_annotation(file: Path) -> Tensor:
     with reading(f"{file}: not a readable image", "get it again"):
         array = np.asarray(open_image(file))
     if array.ndim != 2 or array.dtype.kind not in "biu":
-        raise MetaVPTError(f"{file}: holds colours; a SceneParse150 annotation holds one class number a pixel (not the full ADE20K's)")
+        raise MetaVPTError(
+            f"{file}: holds colours; a SceneParse150 annotation holds one class number a pixel (not the full ADE20K's)"
+        )
     if int(array.max()) > len(CLASS_NAMES) or int(array.min()) < 0:
-        raise MetaVPTError(f"{file}: has label {array.max()}; labels are 0 (ignored) and 1 to {len(CLASS_NAMES)}")
-    return torch.from_numpy(np.where(array == 0, IGNORE, array.astype(np.int64) - 1).astype(np.uint8))
+        raise MetaVPTError(
+            f"{file}: has label {array.max()}; labels are 0 (ignored) and 1 to {len(CLASS_NAMES)}"
+        )
+    return torch.from_numpy(
+        np.where(array == 0, IGNORE, array.astype(np.int64) - 1).astype(np.uint8)
+    )

@@ -16,7 +16,12 @@ HELD_OUT = {0: "test", 1: "feedback"}  # the rest, 14 of 16, is the stream's
 BLOCK = 4096  # reasoning-gym prepares a data set for its size, and seeds item i of it by seed + i
 MAX_REPEATS = 100_000  # draws in a row without a new problem, before the kinds count as exhausted
 REQUEST = " Give the result as your final answer. Do not include units."
-CHAINS = {"min_terms": 2, "max_terms": 4, "min_digits": 1, "max_digits": 1}  # within reach of a small model in a minute
+CHAINS = {
+    "min_terms": 2,
+    "max_terms": 4,
+    "min_digits": 1,
+    "max_digits": 1,
+}  # within reach of a small model in a minute
 
 
 class Arithmetic:
@@ -29,14 +34,24 @@ class Arithmetic:
     seeds. `chain_sum` has its partial results for steps and `gsm_symbolic` its own solution; other generators have an answer alone.
     """
 
-    def __init__(self, part: str, kinds: Mapping[str, Mapping[str, Any]] | None = None, seed: int = 0, limit: int | None = None) -> None:
+    def __init__(
+        self,
+        part: str,
+        kinds: Mapping[str, Mapping[str, Any]] | None = None,
+        seed: int = 0,
+        limit: int | None = None,
+    ) -> None:
         if part not in PARTS:
             raise MetaVPTError(f"arithmetic: part={part!r} must be one of {', '.join(PARTS)}")
         self.part, self.seed, self.limit = part, seed, limit
-        self.kinds = {name: dict(options) for name, options in (kinds or {"chain_sum": CHAINS}).items()}
+        self.kinds = {
+            name: dict(options) for name, options in (kinds or {"chain_sum": CHAINS}).items()
+        }
         self.weights = [float(options.pop("weight", 1.0)) for options in self.kinds.values()]
         if min(self.weights) < 0 or sum(self.weights) <= 0:
-            raise MetaVPTError(f"arithmetic: the weights {self.weights} of {', '.join(self.kinds)} must not be negative, nor all 0")
+            raise MetaVPTError(
+                f"arithmetic: the weights {self.weights} of {', '.join(self.kinds)} must not be negative, nor all 0"
+            )
         for name in self.kinds:
             self._block(name, seed=0)
 
@@ -66,10 +81,14 @@ class Arithmetic:
                 problem = worked(item)
                 if part_of(problem.question) == self.part:
                     repeats = 0
-                    yield problem._replace(where=f"{name} of seed {seed}, problem {block * BLOCK + index}")
+                    yield problem._replace(
+                        where=f"{name} of seed {seed}, problem {block * BLOCK + index}"
+                    )
                 repeats += 1
             if repeats > MAX_REPEATS:
-                raise MetaVPTError(f"arithmetic.kinds.{name}: no problem falls into the part {self.part!r}; raise its difficulty")
+                raise MetaVPTError(
+                    f"arithmetic.kinds.{name}: no problem falls into the part {self.part!r}; raise its difficulty"
+                )
 
     def _block(self, name: str, seed: int) -> Any:
         try:
@@ -77,9 +96,13 @@ class Arithmetic:
 
             return reasoning_gym.create_dataset(name, seed=seed, size=BLOCK, **self.kinds[name])
         except ImportError:
-            raise MetaVPTError("generated problems need the package reasoning-gym: pip install 'metavpt[language]'") from None
+            raise MetaVPTError(
+                "generated problems need the package reasoning-gym: pip install 'metavpt[language]'"
+            ) from None
         except (TypeError, ValueError, AssertionError) as error:
-            raise MetaVPTError(f"arithmetic.kinds.{name}: {error}; see reasoning-gym's generators and their options") from None
+            raise MetaVPTError(
+                f"arithmetic.kinds.{name}: {error}; see reasoning-gym's generators and their options"
+            ) from None
 
     def _distinct(self, drawn: Iterator[WordProblem]) -> Iterator[WordProblem]:
         seen: set[str] = set()
@@ -98,7 +121,9 @@ class Arithmetic:
 
 
 def part_of(question: str) -> str:
-    return HELD_OUT.get(hashlib.blake2b(question.encode(), digest_size=1).digest()[0] % 16, "stream")
+    return HELD_OUT.get(
+        hashlib.blake2b(question.encode(), digest_size=1).digest()[0] % 16, "stream"
+    )
 
 
 def _chain(item: dict[str, Any]) -> WordProblem:
@@ -110,8 +135,12 @@ def _chain(item: dict[str, Any]) -> WordProblem:
         steps.append(f"{total} {sign} {term} = {result}")
         total = result
     if str(total) != item["answer"]:
-        raise MetaVPTError(f"arithmetic.kinds.chain_sum: reasoning-gym says {item['answer']} for {item['metadata']['expression']}")
-    return WordProblem(f"What is {item['metadata']['expression']}?", "\n".join(steps), item["answer"])
+        raise MetaVPTError(
+            f"arithmetic.kinds.chain_sum: reasoning-gym says {item['answer']} for {item['metadata']['expression']}"
+        )
+    return WordProblem(
+        f"What is {item['metadata']['expression']}?", "\n".join(steps), item["answer"]
+    )
 
 
 def _gsm_symbolic(item: dict[str, Any]) -> WordProblem:
@@ -123,4 +152,7 @@ def _answer_only(item: dict[str, Any]) -> WordProblem:
     return WordProblem(item["question"], "", str(item["answer"]))
 
 
-WORKED: dict[str, Callable[[dict[str, Any]], WordProblem]] = {"chain_sum": _chain, "gsm_symbolic": _gsm_symbolic}
+WORKED: dict[str, Callable[[dict[str, Any]], WordProblem]] = {
+    "chain_sum": _chain,
+    "gsm_symbolic": _gsm_symbolic,
+}

@@ -46,7 +46,12 @@ class CachedFrames(RGBDFrames):
 
     def __init__(self, frames: RGBDFrames, max_bytes: int) -> None:
         self.frames, self.cache = frames, Cache(self._load, max_bytes)
-        self.name, self.size, self.class_names, self.splits = frames.name, frames.size, frames.class_names, frames.splits
+        self.name, self.size, self.class_names, self.splits = (
+            frames.name,
+            frames.size,
+            frames.class_names,
+            frames.splits,
+        )
 
     def __len__(self) -> int:
         return len(self.frames)

@@ -34,17 +34,27 @@ class Benchmarks:
     Case and punctuation are ignored. Long texts are compared in windows of the items' median length that overlap by a half.
     """
 
-    def __init__(self, texts: Mapping[str, Iterable[str]], ngram: int = 3, threshold: float = 0.5, num_perm: int = 128) -> None:
+    def __init__(
+        self,
+        texts: Mapping[str, Iterable[str]],
+        ngram: int = 3,
+        threshold: float = 0.5,
+        num_perm: int = 128,
+    ) -> None:
         try:
             import datasketch
         except ImportError:
-            raise MetaVPTError("decontamination needs the package datasketch: pip install 'metavpt[language]'") from None
+            raise MetaVPTError(
+                "decontamination needs the package datasketch: pip install 'metavpt[language]'"
+            ) from None
         if ngram < 1 or not 0 < threshold <= 1 or num_perm < 16:
             raise MetaVPTError(
                 f"decontaminate: ngram={ngram} must be positive, threshold={threshold} in (0, 1] and num_perm={num_perm} >= 16"
             )
         self.ngram, self.threshold = ngram, threshold
-        self.items = [(name, k, text) for name, items in texts.items() for k, text in enumerate(items)]
+        self.items = [
+            (name, k, text) for name, items in texts.items() for k, text in enumerate(items)
+        ]
         self.grams = [self._grams(_words(text)) for _, _, text in self.items]
         if not any(self.grams):
             raise MetaVPTError("decontaminate: the benchmarks hold no text; name files with items")
@@ -81,7 +91,10 @@ class Benchmarks:
 
     def _grams(self, words: list[str]) -> frozenset[str]:
         """The n-grams; all the words where there are fewer than n."""
-        return frozenset(" ".join(words[k : k + self.ngram]) for k in range(max(len(words) - self.ngram + 1, min(len(words), 1))))
+        return frozenset(
+            " ".join(words[k : k + self.ngram])
+            for k in range(max(len(words) - self.ngram + 1, min(len(words), 1)))
+        )
 
     def _minhash(self, grams: frozenset[str]):
         minhash = self.blank.copy()
@@ -118,8 +131,16 @@ class Decontaminated:
             "ngram": self.benchmarks.ngram,
             "threshold": self.benchmarks.threshold,
         }
-        rows = [counts, *(match._asdict() | {"jaccard": round(match.jaccard, 4)} for match in self.removed.values())]
-        Path(path).write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+        rows = [
+            counts,
+            *(
+                match._asdict() | {"jaccard": round(match.jaccard, 4)}
+                for match in self.removed.values()
+            ),
+        ]
+        Path(path).write_text(
+            "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8"
+        )
 
 
 def _bands(threshold: float, num_perm: int) -> tuple[int, int]:

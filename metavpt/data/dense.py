@@ -55,9 +55,15 @@ class DenseData:
                 f"of {frames.name}"
             )
         if not 0 < share <= 1:
-            raise MetaVPTError(f"data.share={share}: the share of the labelled frames that feedback has lies in (0, 1]")
+            raise MetaVPTError(
+                f"data.share={share}: the share of the labelled frames that feedback has lies in (0, 1]"
+            )
         order = torch.randperm(len(train), generator=torch.Generator().manual_seed(seed)).tolist()
-        fitting, meta, rest = order[:num_train], order[num_train : num_train + num_meta], order[num_train + num_meta :]
+        fitting, meta, rest = (
+            order[:num_train],
+            order[num_train : num_train + num_meta],
+            order[num_train + num_meta :],
+        )
         self.train = sorted(train[i] for i in fitting)
         self.heads = sorted(train[i] for i in fitting[: max(1, round(share * num_train))])
         self.meta = sorted(train[i] for i in meta[: max(1, round(share * num_meta))])
@@ -65,15 +71,24 @@ class DenseData:
         self.held_out = sorted(train[i] for i in rest or meta)
         self.val = list(frames.splits["val"])
         if leaked := set(train) & set(self.val):
-            raise MetaVPTError(f"{frames.name}: frame {min(leaked)} and {len(leaked) - 1} more are in the train and in the val split")
+            raise MetaVPTError(
+                f"{frames.name}: frame {min(leaked)} and {len(leaked) - 1} more are in the train and in the val split"
+            )
         height, width = stream_size or frames.size
         self.stream_size = size = (int(height), int(width))
         sources: list[Dataset[Tensor]] = [
-            FrameImages(self.frames, train, size) if source == FRAMES else open_images(Path(source), size) for source in unlabelled
+            FrameImages(self.frames, train, size)
+            if source == FRAMES
+            else open_images(Path(source), size)
+            for source in unlabelled
         ]
         if not sources:
-            raise MetaVPTError("data.unlabelled is empty: name at least one source, 'frames' or a path")
-        self.unlabelled: Dataset[Tensor] = sources[0] if len(sources) == 1 else ConcatDataset(sources)
+            raise MetaVPTError(
+                "data.unlabelled is empty: name at least one source, 'frames' or a path"
+            )
+        self.unlabelled: Dataset[Tensor] = (
+            sources[0] if len(sources) == 1 else ConcatDataset(sources)
+        )
         self._report_overlap()
 
     def _report_overlap(self) -> None:
@@ -85,7 +100,12 @@ class DenseData:
             )
 
 
-def nyuv2_data(path: str | None = None, num_classes: int = 13, rooms: Mapping[str, Any] | None = None, **pools: Any) -> DenseData:
+def nyuv2_data(
+    path: str | None = None,
+    num_classes: int = 13,
+    rooms: Mapping[str, Any] | None = None,
+    **pools: Any,
+) -> DenseData:
     """NYUv2 at `path` (official .mat, or the zip layout), see `open_nyuv2`; the rest as in `DenseData`.
 
     Without a path generated rooms stand in for it, with a visible line that says so.
@@ -113,7 +133,9 @@ def ade20k_data(
 
 
 def _announce_rooms(name: str, file: str) -> None:
-    _say(f"no data.path, so this trains on generated rooms; for {name} give data.path=/path/to/{file}")
+    _say(
+        f"no data.path, so this trains on generated rooms; for {name} give data.path=/path/to/{file}"
+    )
 
 
 def _say(what: str) -> None:

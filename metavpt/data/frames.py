@@ -48,7 +48,9 @@ def make_frame(image: np.ndarray, depth: np.ndarray, label: np.ndarray, source: 
     """A frame of arrays image (H,W,3), depth and label (H,W); unknown depth becomes 0, and none at all is an error."""
     depth = np.where(np.isfinite(depth) & (depth > 0), depth, 0).astype(np.float32)
     if not depth.any():
-        raise MetaVPTError(f"{source}: the depth map has no valid pixel; remove the frame or repair the file")
+        raise MetaVPTError(
+            f"{source}: the depth map has no valid pixel; remove the frame or repair the file"
+        )
     return Frame(
         torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1))),
         torch.from_numpy(np.ascontiguousarray(depth)),

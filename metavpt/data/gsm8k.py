@@ -24,7 +24,9 @@ class WordProblem(NamedTuple):
     @property
     def document(self) -> Document:
         """The steps, then `#### answer` on a line of its own; the final line alone where there are no steps."""
-        return Document(self.question, f"{self.solution}\n{FINAL} {self.answer}".lstrip(), self.where)
+        return Document(
+            self.question, f"{self.solution}\n{FINAL} {self.answer}".lstrip(), self.where
+        )
 
 
 def word_problem(row: Mapping[str, Any], where: str, annotations: bool = False) -> WordProblem:
@@ -35,7 +37,9 @@ def word_problem(row: Mapping[str, Any], where: str, annotations: bool = False) 
     if "Body" in row:
         body = text_field(row, "Body")
         stop = "" if body.endswith((".", "?", "!", ",")) else "."
-        return WordProblem(f"{body}{stop} {text_field(row, 'Question')}", "", _number(row, "Answer"), where)
+        return WordProblem(
+            f"{body}{stop} {text_field(row, 'Question')}", "", _number(row, "Answer"), where
+        )
     if "problem" in row:
         return WordProblem(text_field(row, "problem"), "", _number(row, "answer"), where)
     question, answer = text_field(row, "question"), text_field(row, "answer")
@@ -47,9 +51,13 @@ def word_problem(row: Mapping[str, Any], where: str, annotations: bool = False) 
     return WordProblem(question, solution.strip(), _number({"answer": final}, "answer"), where)
 
 
-def read_word_problems(name: str | Path, annotations: bool = False, **options: Any) -> Rows[WordProblem]:
+def read_word_problems(
+    name: str | Path, annotations: bool = False, **options: Any
+) -> Rows[WordProblem]:
     """The problems of a .jsonl or .json file, or of a Hugging Face data set; options as in `JsonLines` and `HubDataset`."""
-    convert: Callable[[Mapping[str, Any], str], WordProblem] = partial(word_problem, annotations=annotations)
+    convert: Callable[[Mapping[str, Any], str], WordProblem] = partial(
+        word_problem, annotations=annotations
+    )
     if Path(name).suffix in (".jsonl", ".json"):
         return JsonLines(name, convert, **options)
     return HubDataset(str(name), convert, **options)

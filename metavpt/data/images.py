@@ -30,7 +30,9 @@ def open_images(path: Path, size: tuple[int, int]) -> Dataset[Tensor]:
     if path.suffix == ".tar":
         return shards.Shards(shards.find_shards(str(path)), size)
     if not path.exists():
-        raise MetaVPTError(f"data.unlabelled: {path} does not exist; name a folder, zip, npz or tar shards of images, or 'frames'")
+        raise MetaVPTError(
+            f"data.unlabelled: {path} does not exist; name a folder, zip, npz or tar shards of images, or 'frames'"
+        )
     if path.is_file():
         if path.suffix == ".npz":
             return NpzImages(path, size)
@@ -45,7 +47,9 @@ def open_images(path: Path, size: tuple[int, int]) -> Dataset[Tensor]:
     archives = sorted(file for file in path.iterdir() if file.suffix in (".npz", ".zip"))
     if len(archives) == 1:
         return open_images(archives[0], size)
-    raise MetaVPTError(f"{path}: holds no image ({', '.join(sorted(SUFFIXES))}), no tar and not exactly one zip or npz")
+    raise MetaVPTError(
+        f"{path}: holds no image ({', '.join(sorted(SUFFIXES))}), no tar and not exactly one zip or npz"
+    )
 
 
 class FolderImages(Dataset[Tensor]):
@@ -88,18 +92,30 @@ class NpzImages(Dataset[Tensor]):
     def __init__(self, path: Path, size: tuple[int, int]) -> None:
         self.path, self.size = path, size
         with reading(f"{path}: not a readable npz"), np.load(path, allow_pickle=False) as file:
-            self.arrays = {name: file[name] for name in ("images", "jpeg", "offsets", "split") if name in file.files}
+            self.arrays = {
+                name: file[name]
+                for name in ("images", "jpeg", "offsets", "split")
+                if name in file.files
+            }
         if "images" not in self.arrays and not {"jpeg", "offsets"} <= self.arrays.keys():
-            raise MetaVPTError(f"{path}: needs an array `images` (N,H,W,3), or `jpeg` with `offsets`")
+            raise MetaVPTError(
+                f"{path}: needs an array `images` (N,H,W,3), or `jpeg` with `offsets`"
+            )
         images = self.arrays.get("images")
-        if images is not None and (images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3):
-            raise MetaVPTError(f"{path}: images is {images.dtype} {images.shape}; it must be uint8 (N,H,W,3)")
+        if images is not None and (
+            images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3
+        ):
+            raise MetaVPTError(
+                f"{path}: images is {images.dtype} {images.shape}; it must be uint8 (N,H,W,3)"
+            )
         if images is None:
             _check_joined(path, self.arrays["jpeg"], self.arrays["offsets"])
         total = len(images) if images is not None else len(self.arrays["offsets"]) - 1
         split = self.arrays.get("split", np.zeros(total))
         if split.shape != (total,):
-            raise MetaVPTError(f"{path}: split is {split.shape}; it must hold one number for each of the {total} images")
+            raise MetaVPTError(
+                f"{path}: split is {split.shape}; it must hold one number for each of the {total} images"
+            )
         self.indices = np.flatnonzero(split == 0)
 
     def __len__(self) -> int:
@@ -110,7 +126,9 @@ class NpzImages(Dataset[Tensor]):
         if "images" in self.arrays:
             return fit(torch.from_numpy(self.arrays["images"][k]).permute(2, 0, 1), self.size)
         first, last = self.arrays["offsets"][k : k + 2]
-        return fit(decode(self.arrays["jpeg"][first:last].tobytes(), f"{self.path}: image {k}"), self.size)
+        return fit(
+            decode(self.arrays["jpeg"][first:last].tobytes(), f"{self.path}: image {k}"), self.size
+        )
 
 
 class FrameImages(Dataset[Tensor]):
@@ -141,7 +159,9 @@ class Archive:
                 raise MetaVPTError(f"{self.path}: the zip lacks {member}; get the whole file again")
             size = self._open().getinfo(member).file_size
             if size > MAX_MEMBER:
-                raise MetaVPTError(f"{self.path}: {member} unpacks to {size / 2**20:.0f} MiB, which is no image; get the file again")
+                raise MetaVPTError(
+                    f"{self.path}: {member} unpacks to {size / 2**20:.0f} MiB, which is no image; get the file again"
+                )
             return self._open().read(member)
 
     def encoded(self, member: str) -> Encoded:
@@ -150,7 +170,9 @@ class Archive:
         return Encoded(f"{self.path}: {member}", entry.file_size, lambda: entry.CRC)
 
     def _open(self) -> zipfile.ZipFile:
-        if self._handle is None or self._process != os.getpid():  # a fork shares the position in the file with its parent
+        if (
+            self._handle is None or self._process != os.getpid()
+        ):  # a fork shares the position in the file with its parent
             with reading(f"{self.path}: not a readable zip"):
                 self._handle, self._process = zipfile.ZipFile(self.path), os.getpid()
         return self._handle
@@ -163,7 +185,9 @@ def _read(file: Path) -> bytes:
     try:
         return file.read_bytes()
     except OSError as error:
-        raise MetaVPTError(f"{file}: cannot be read ({error.strerror}); remove or replace it") from None
+        raise MetaVPTError(
+            f"{file}: cannot be read ({error.strerror}); remove or replace it"
+        ) from None
 
 
 def _check_joined(path: Path, jpeg: np.ndarray, offsets: np.ndarray) -> None:
@@ -172,4 +196,6 @@ def _check_joined(path: Path, jpeg: np.ndarray, offsets: np.ndarray) -> None:
     if not whole or jpeg.dtype != np.uint8 or jpeg.ndim != 1:
         raise MetaVPTError(f"{path}: jpeg must be uint8 (bytes,) and offsets whole numbers (N+1,)")
     if (offsets[1:] < offsets[:-1]).any() or int(offsets[0]) < 0 or int(offsets[-1]) > len(jpeg):
-        raise MetaVPTError(f"{path}: offsets must rise from 0 to at most the {len(jpeg)} bytes of jpeg")
+        raise MetaVPTError(
+            f"{path}: offsets must rise from 0 to at most the {len(jpeg)} bytes of jpeg"
+        )

@@ -72,25 +72,46 @@ class LanguageData:
         path: str | None = None,
     ) -> None:
         if path is not None and not Path(path).is_dir():
-            raise MetaVPTError(f"data.path={path}: no such folder; name the one that holds gsm8k, mathtext and generaltext")
+            raise MetaVPTError(
+                f"data.path={path}: no such folder; name the one that holds gsm8k, mathtext and generaltext"
+            )
         if not stream or not feedback or not test:
             raise MetaVPTError("data: stream, feedback and test must each name a source")
         twice = set(test) & set(general or {})
         if twice:
-            raise MetaVPTError(f"data.general.{min(twice)}: data.test has this name, and metrics go by it; choose another")
+            raise MetaVPTError(
+                f"data.general.{min(twice)}: data.test has this name, and metrics go by it; choose another"
+            )
         is_generated = all(source.is_generated for source in stream.values())
         if is_generated:
-            _say("generated arithmetic; for GSM8K and real text give data=gsm8k data.path=/path/to/folder", left_out=False)
+            _say(
+                "generated arithmetic; for GSM8K and real text give data=gsm8k data.path=/path/to/folder",
+                left_out=False,
+            )
         self.stream, self.on_error, self.report = stream, on_error, report
         self.feedback, self.held_out = {}, {}
         for domain, source in feedback.items():
-            taken = _first(source, num_feedback + num_held_out, f"data.feedback.{domain}", "num_feedback + data.num_held_out")
-            self.feedback[domain], self.held_out[domain] = taken[:num_feedback], taken[num_feedback:]
-        self.test = {name: _first(source, num_test, f"data.test.{name}", "num_test") for name, source in test.items()}
-        self.general = {
-            name: _first(source, num_general, f"data.general.{name}", "num_general") for name, source in (general or {}).items()
+            taken = _first(
+                source,
+                num_feedback + num_held_out,
+                f"data.feedback.{domain}",
+                "num_feedback + data.num_held_out",
+            )
+            self.feedback[domain], self.held_out[domain] = (
+                taken[:num_feedback],
+                taken[num_feedback:],
+            )
+        self.test = {
+            name: _first(source, num_test, f"data.test.{name}", "num_test")
+            for name, source in test.items()
         }
-        self.benchmarks = benchmarks(dict(self._questions())) if benchmarks and not is_generated else None
+        self.general = {
+            name: _first(source, num_general, f"data.general.{name}", "num_general")
+            for name, source in (general or {}).items()
+        }
+        self.benchmarks = (
+            benchmarks(dict(self._questions())) if benchmarks and not is_generated else None
+        )
 
     def texts(self) -> Iterator[str]:
         """The beginning of every source of the stream, to train a tokenizer on."""
@@ -100,34 +121,56 @@ class LanguageData:
     def encode(self, tokenizer: Any, length: int) -> "TokenData":
         """The same in tokens, at most `length` of them in a row. Longer examples of feedback and test are cut, other documents split."""
         split, cut = (Encoder(tokenizer, length, long, self.on_error) for long in ("split", "cut"))
-        whole = Encoder(tokenizer, length, "cut")  # scores on fewer test problems than asked for would pass for scores on all
+        whole = Encoder(
+            tokenizer, length, "cut"
+        )  # scores on fewer test problems than asked for would pass for scores on all
         components = [
-            Component(self._drawable(name, source, split), source.weight, source.domain, source.max_epochs)
+            Component(
+                self._drawable(name, source, split), source.weight, source.domain, source.max_epochs
+            )
             for name, source in self.stream.items()
         ]
-        parts = ((self.feedback, cut), (self.held_out, cut), (self.test, whole), (self.general, split))
-        corpora = [{name: Corpus(encoder(map(document_of, items)), name) for name, items in part.items()} for part, encoder in parts]
+        parts = (
+            (self.feedback, cut),
+            (self.held_out, cut),
+            (self.test, whole),
+            (self.general, split),
+        )
+        corpora = [
+            {name: Corpus(encoder(map(document_of, items)), name) for name, items in part.items()}
+            for part, encoder in parts
+        ]
         if cut.skipped:
-            _say(f"feedback: {len(cut.skipped)} examples have a prompt that fills the {length} tokens of a row")
+            _say(
+                f"feedback: {len(cut.skipped)} examples have a prompt that fills the {length} tokens of a row"
+            )
         return TokenData(split, components, *corpora, problems=self.test)
 
     def _drawable(self, name: str, source: Source, encoder: Encoder) -> Drawable:
         if source.is_generated:
             return Generated(source.documents, encoder)
-        documents = source.documents if self.benchmarks is None else Decontaminated(source.documents, self.benchmarks)
+        documents = (
+            source.documents
+            if self.benchmarks is None
+            else Decontaminated(source.documents, self.benchmarks)
+        )
         if source.buffer:
             return ShuffleBuffer(documents, encoder, source.buffer)
         num_skipped = len(encoder.skipped)
         corpus = Corpus(encoder(documents), f"data.stream.{name}")
         if len(encoder.skipped) > num_skipped:
-            _say(f"{name}: {len(encoder.skipped) - num_skipped} documents have a prompt that fills the {encoder.length} tokens of a row")
+            _say(
+                f"{name}: {len(encoder.skipped) - num_skipped} documents have a prompt that fills the {encoder.length} tokens of a row"
+            )
         if isinstance(documents, Decontaminated):
             self._report(name, documents)
         return corpus
 
     def _report(self, name: str, documents: Decontaminated) -> None:
         if documents.removed:
-            _say(f"{name}: {len(documents.removed)} of {documents.num_read} documents nearly equal a question of feedback or test")
+            _say(
+                f"{name}: {len(documents.removed)} of {documents.num_read} documents nearly equal a question of feedback or test"
+            )
         if self.report:
             Path(self.report).mkdir(parents=True, exist_ok=True)
             documents.write_report(Path(self.report) / f"{name}.jsonl")
@@ -135,7 +178,10 @@ class LanguageData:
     def _questions(self) -> Iterator[tuple[str, list[str]]]:
         for domain in self.feedback:
             documents = map(document_of, self.feedback[domain] + self.held_out[domain])
-            yield f"feedback {domain}", [document.question or document.answer for document in documents]
+            yield (
+                f"feedback {domain}",
+                [document.question or document.answer for document in documents],
+            )
         for name, problems in self.test.items():
             yield f"test {name}", [problem.question for problem in problems]
 
@@ -161,23 +207,45 @@ class TokenData:
         """The stream, every source by its weight."""
         return self._loader(self.components, batch_size, seed, device)
 
-    def packed_by_domain(self, batch_size: int, seed: int, device: torch.device) -> "PackedLoader | ByDomain":
+    def packed_by_domain(
+        self, batch_size: int, seed: int, device: torch.device
+    ) -> "PackedLoader | ByDomain":
         """The stream; where several domains have feedback, with as many rows of each of them."""
         if len(self.feedback) == 1:
             return self.packed(batch_size, seed, device)
         groups = {name: [c for c in self.components if c.domain == name] for name in self.feedback}
         missing = [name for name, components in groups.items() if not components]
         if missing or batch_size < len(groups):
-            what = f"the stream has no domain {missing[0]!r}" if missing else f"meta_batch_size={batch_size} has no row for each"
+            what = (
+                f"the stream has no domain {missing[0]!r}"
+                if missing
+                else f"meta_batch_size={batch_size} has no row for each"
+            )
             raise MetaVPTError(f"data.feedback has the domains {', '.join(groups)}: {what}")
         size = batch_size // len(groups)
-        return ByDomain({self.domains.index(name): self._loader(group, size, seed, device) for name, group in groups.items()})
+        return ByDomain(
+            {
+                self.domains.index(name): self._loader(group, size, seed, device)
+                for name, group in groups.items()
+            }
+        )
 
-    def examples(self, pools: Mapping[str, Corpus], batch_size: int, seed: int, device: torch.device) -> "Examples":
-        return Examples({name: ExampleLoader(pool, batch_size, seed, self.encoder.pad, device=device) for name, pool in pools.items()})
+    def examples(
+        self, pools: Mapping[str, Corpus], batch_size: int, seed: int, device: torch.device
+    ) -> "Examples":
+        return Examples(
+            {
+                name: ExampleLoader(pool, batch_size, seed, self.encoder.pad, device=device)
+                for name, pool in pools.items()
+            }
+        )
 
-    def _loader(self, components: list[Component], batch_size: int, seed: int, device: torch.device) -> PackedLoader:
-        return PackedLoader(components, self.encoder.length, batch_size, seed, self.encoder.pad, device)
+    def _loader(
+        self, components: list[Component], batch_size: int, seed: int, device: torch.device
+    ) -> PackedLoader:
+        return PackedLoader(
+            components, self.encoder.length, batch_size, seed, self.encoder.pad, device
+        )
 
 
 @dataclass(frozen=True)
@@ -207,14 +275,19 @@ class ByDomain:
 
     def __iter__(self) -> Iterator[TokenBatch]:
         for batches in zip(*self.loaders.values(), strict=False):
-            numbered = (batch._replace(domain=torch.full_like(batch.domain, k)) for k, batch in zip(self.loaders, batches, strict=True))
+            numbered = (
+                batch._replace(domain=torch.full_like(batch.domain, k))
+                for k, batch in zip(self.loaders, batches, strict=True)
+            )
             yield join(list(numbered))
 
 
 def rows_of(batch: TokenBatch, which: Tensor) -> TokenBatch:
     """The rows that `which` names, by number or by True."""
     tokens, positions, documents, loss_mask, seed, domain = batch
-    return TokenBatch(tokens[which], positions[which], documents[which], loss_mask[which], seed, domain[which])
+    return TokenBatch(
+        tokens[which], positions[which], documents[which], loss_mask[which], seed, domain[which]
+    )
 
 
 def join(batches: Sequence[TokenBatch]) -> TokenBatch:
@@ -232,9 +305,13 @@ def _first(source: Any, count: int, name: str, option: str) -> list[Any]:
     """The first `count` items; the problems themselves of a generator, which iterates over their documents."""
     items = list(islice(source.problems() if hasattr(source, "problems") else source, count))
     if len(items) < count:
-        raise MetaVPTError(f"{name}: has {len(items)} documents, fewer than data.{option} = {count}")
+        raise MetaVPTError(
+            f"{name}: has {len(items)} documents, fewer than data.{option} = {count}"
+        )
     return items
 
 
 def _say(message: str, left_out: bool = True) -> None:
-    Console(stderr=True, soft_wrap=True).print(f"[bold]data:[/bold] {message}{'; they are left out' if left_out else ''}", highlight=False)
+    Console(stderr=True, soft_wrap=True).print(
+        f"[bold]data:[/bold] {message}{'; they are left out' if left_out else ''}", highlight=False
+    )

@@ -39,9 +39,21 @@ class EndlessBatches(Sampler[list[int]]):
     """
 
     def __init__(
-        self, num_items: int, batch_size: int, seed: int, first: int = 0, part: tuple[int, int] = (0, 1), groups: Sequence[int] = ()
+        self,
+        num_items: int,
+        batch_size: int,
+        seed: int,
+        first: int = 0,
+        part: tuple[int, int] = (0, 1),
+        groups: Sequence[int] = (),
     ) -> None:
-        self.num_items, self.batch_size, self.seed, self.first, self.part = num_items, batch_size, seed, first, part
+        self.num_items, self.batch_size, self.seed, self.first, self.part = (
+            num_items,
+            batch_size,
+            seed,
+            first,
+            part,
+        )
         self.groups = groups
 
     def __iter__(self) -> Iterator[list[int]]:
@@ -66,17 +78,30 @@ class EndlessBatches(Sampler[list[int]]):
         files = torch.arange(self.num_items).split(list(self.groups))
         windows = torch.randperm(len(files), generator=rng).split(WINDOW)
         drawn = [torch.cat([files[k] for k in window.tolist()]) for window in windows]
-        return torch.cat([items[torch.randperm(len(items), generator=rng)] for items in drawn]).tolist()
+        return torch.cat(
+            [items[torch.randperm(len(items), generator=rng)] for items in drawn]
+        ).tolist()
 
 
 class ImageLoader:
     """Endless `Batch`es of a dataset of images uint8 (3,H,W), on `device`; `skip(n)` starts at batch n and decodes none before it."""
 
     def __init__(
-        self, images: Dataset[Tensor], batch_size: int, seed: int, num_workers: int = 0, device: torch.device | str = "cpu"
+        self,
+        images: Dataset[Tensor],
+        batch_size: int,
+        seed: int,
+        num_workers: int = 0,
+        device: torch.device | str = "cpu",
     ) -> None:
         _check_size(len(images), batch_size, "problem.batch_size", "images")  # type: ignore[arg-type]
-        self.images, self.batch_size, self.seed, self.num_workers, self.device = images, batch_size, seed, num_workers, device
+        self.images, self.batch_size, self.seed, self.num_workers, self.device = (
+            images,
+            batch_size,
+            seed,
+            num_workers,
+            device,
+        )
         self.first, self.part = 0, (0, 1)
 
     def skip(self, num_batches: int) -> None:
@@ -90,7 +115,9 @@ class ImageLoader:
     def __iter__(self) -> Iterator[Batch]:
         groups, count = getattr(self.images, "groups", ()), len(self.images)  # type: ignore[arg-type]
         sampler = EndlessBatches(count, self.batch_size, self.seed, self.first, self.part, groups)
-        for k, images in enumerate(_load(self.images, sampler, self.num_workers, torch.stack), start=self.first):
+        for k, images in enumerate(
+            _load(self.images, sampler, self.num_workers, torch.stack), start=self.first
+        ):
             yield Batch(images.to(self.device, non_blocking=True), mix(self.seed, k))
 
 
@@ -106,7 +133,9 @@ class FrameLoader:
         num_workers: int = 0,
         device: torch.device | str = "cpu",
     ) -> None:
-        _check_size(len(indices), batch_size, "problem.feedback_batch_size", "labelled frames of its pool")
+        _check_size(
+            len(indices), batch_size, "problem.feedback_batch_size", "labelled frames of its pool"
+        )
         self.frames, self.indices, self.batch_size, self.seed = frames, indices, batch_size, seed
         self.num_workers, self.device = num_workers, device
         self.first, self.part = 0, (0, 1)
@@ -119,18 +148,27 @@ class FrameLoader:
         self.part = (rank, size)
 
     def __iter__(self) -> Iterator[FrameBatch]:
-        sampler = EndlessBatches(len(self.indices), self.batch_size, self.seed, self.first, self.part)
-        for batch in _load(_Picked(self.frames, self.indices), sampler, self.num_workers, collate_frames):
+        sampler = EndlessBatches(
+            len(self.indices), self.batch_size, self.seed, self.first, self.part
+        )
+        for batch in _load(
+            _Picked(self.frames, self.indices), sampler, self.num_workers, collate_frames
+        ):
             yield FrameBatch(*(field.to(self.device, non_blocking=True) for field in batch))
 
     @staticmethod
     def in_order(
-        frames: RGBDFrames, indices: Sequence[int], batch_size: int, device: torch.device | str = "cpu"
+        frames: RGBDFrames,
+        indices: Sequence[int],
+        batch_size: int,
+        device: torch.device | str = "cpu",
     ) -> Lazy[Sequence[int], FrameBatch]:
         """One pass over `indices`; the last batch may be smaller."""
 
         def batch(which: Sequence[int]) -> FrameBatch:
-            return FrameBatch(*(field.to(device) for field in collate_frames([frames[i] for i in which])))
+            return FrameBatch(
+                *(field.to(device) for field in collate_frames([frames[i] for i in which]))
+            )
 
         return Lazy(batch, runs(indices, batch_size))
 
@@ -194,13 +232,17 @@ class _Batches(Dataset[Any]):
             return _Failure(str(error))
 
 
-def _load(dataset: Dataset[Any], sampler: EndlessBatches, num_workers: int, collate: Callable[[Any], Any]) -> Iterator[Any]:
+def _load(
+    dataset: Dataset[Any], sampler: EndlessBatches, num_workers: int, collate: Callable[[Any], Any]
+) -> Iterator[Any]:
     loader = DataLoader(
         _Batches(dataset, collate),
         batch_sampler=sampler,
         num_workers=num_workers,
         collate_fn=_as_it_is,
-        generator=torch.Generator().manual_seed(mix(sampler.seed, -1)),  # seeds the workers; the global generator stays where it is
+        generator=torch.Generator().manual_seed(
+            mix(sampler.seed, -1)
+        ),  # seeds the workers; the global generator stays where it is
         pin_memory=torch.cuda.is_available(),
         worker_init_fn=_give_back,
     )
@@ -224,9 +266,13 @@ def _as_it_is(batch: Any) -> Any:
 
 def _check_size(num_items: int, batch_size: int, key: str, what: str) -> None:
     if not 1 <= batch_size <= num_items:
-        raise MetaVPTError(f"{key}={batch_size} must be at least 1 and at most the {num_items} {what}")
+        raise MetaVPTError(
+            f"{key}={batch_size} must be at least 1 and at most the {num_items} {what}"
+        )
 
 
 def _check_share(batch_size: int, num_processes: int, key: str) -> None:
     if batch_size % num_processes:
-        raise MetaVPTError(f"{key}={batch_size}: {num_processes} processes cannot share it alike; choose a multiple of {num_processes}")
+        raise MetaVPTError(
+            f"{key}={batch_size}: {num_processes} processes cannot share it alike; choose a multiple of {num_processes}"
+        )

@@ -80,17 +80,34 @@ class PackedLoader:
     """
 
     def __init__(
-        self, components: Sequence[Component], length: int, batch_size: int, seed: int, pad: int, device: torch.device | str = "cpu"
+        self,
+        components: Sequence[Component],
+        length: int,
+        batch_size: int,
+        seed: int,
+        pad: int,
+        device: torch.device | str = "cpu",
     ) -> None:
         if not components or batch_size < 1:
-            raise MetaVPTError(f"a mixture needs a source (it has {len(components)}) and problem.batch_size={batch_size} 1 or more")
+            raise MetaVPTError(
+                f"a mixture needs a source (it has {len(components)}) and problem.batch_size={batch_size} 1 or more"
+            )
         for component in components:
-            if not 0 < component.weight < float("inf") or (component.max_epochs is not None and component.max_epochs < 1):
+            if not 0 < component.weight < float("inf") or (
+                component.max_epochs is not None and component.max_epochs < 1
+            ):
                 raise MetaVPTError(
                     f"mixture, domain {component.domain!r}: weight={component.weight} must be positive and "
                     f"max_epochs={component.max_epochs} 1 or more"
                 )
-        self.components, self.length, self.batch_size, self.seed, self.pad, self.device = components, length, batch_size, seed, pad, device
+        self.components, self.length, self.batch_size, self.seed, self.pad, self.device = (
+            components,
+            length,
+            batch_size,
+            seed,
+            pad,
+            device,
+        )
         self.domains = sorted({component.domain for component in components})
         self.packers: list[Packer] = []
         self.first = 0
@@ -101,7 +118,10 @@ class PackedLoader:
     @property
     def padding(self) -> float:
         """The share of padding in the rows since the last `iter`."""
-        num_tokens, num_rows = (sum(getattr(packer, name) for packer in self.packers) for name in ("num_tokens", "num_rows"))
+        num_tokens, num_rows = (
+            sum(getattr(packer, name) for packer in self.packers)
+            for name in ("num_tokens", "num_rows")
+        )
         return 1 - num_tokens / (self.length * num_rows) if num_rows else 0.0
 
     def __iter__(self) -> Iterator[TokenBatch]:
@@ -136,4 +156,6 @@ class PackedLoader:
                 num_documents += 1
                 yield document
             if num_documents == 0:
-                raise MetaVPTError(f"mixture, domain {component.domain!r}: the source is empty, it gave no document at all")
+                raise MetaVPTError(
+                    f"mixture, domain {component.domain!r}: the source is empty, it gave no document at all"
+                )

@@ -28,7 +28,9 @@ METRES_PER_CODE = 9.99547 / 255  # of the zip's 8-bit depth
 CLASSES: dict[str, Any] = json.loads((files("metavpt.data") / "nyuv2_classes.json").read_text())
 
 
-def open_nyuv2(path: str | Path | None, num_classes: int = 13, rooms: Mapping[str, Any] | None = None) -> RGBDFrames:
+def open_nyuv2(
+    path: str | Path | None, num_classes: int = 13, rooms: Mapping[str, Any] | None = None
+) -> RGBDFrames:
     """The frames at `path`: nyu_depth_v2_labeled.mat, the zip of 240x320 frames, or the folder of either; None: generated rooms.
 
     num_classes: 13 or 40 of NYUv2. Generated rooms keep the 13 classes of their own.
@@ -44,11 +46,18 @@ def open_nyuv2(path: str | Path | None, num_classes: int = 13, rooms: Mapping[st
         return NYUv2Mat(rooms_file(**(rooms or {})), num_classes)
     path = Path(path)
     if not path.exists():
-        raise MetaVPTError(f"data.path={path}: no such file; name {MAT_NAME} or {ZIP_NAME} or its folder, or null for generated rooms")
+        raise MetaVPTError(
+            f"data.path={path}: no such file; name {MAT_NAME} or {ZIP_NAME} or its folder, or null for generated rooms"
+        )
     if path.is_dir():
-        folder, path = path, next((path / name for name in (ZIP_NAME, MAT_NAME) if (path / name).is_file()), path)
+        folder, path = (
+            path,
+            next((path / name for name in (ZIP_NAME, MAT_NAME) if (path / name).is_file()), path),
+        )
         if path == folder:
-            raise MetaVPTError(f"data.path={folder}: the folder holds neither {ZIP_NAME} nor {MAT_NAME}")
+            raise MetaVPTError(
+                f"data.path={folder}: the folder holds neither {ZIP_NAME} nor {MAT_NAME}"
+            )
     return NYUv2Zip(path, num_classes) if path.suffix == ".zip" else NYUv2Mat(path, num_classes)
 
 
@@ -62,7 +71,9 @@ class NYUv2Mat(RGBDFrames):
         self.path, self.name = path, path.name
         self._file: h5py.File | None = None
         self._process = 0
-        with reading(f"{path}: its HDF5 structure cannot be read", "the file is damaged, get it again"):
+        with reading(
+            f"{path}: its HDF5 structure cannot be read", "the file is damaged, get it again"
+        ):
             self._read_layout(self._open(), num_classes)
         self.close()
 
@@ -71,15 +82,21 @@ class NYUv2Mat(RGBDFrames):
         path = self.path
         for dataset in ("images", "depths", "labels", "names"):
             if not isinstance(file.get(dataset), h5py.Dataset):
-                raise MetaVPTError(f"{path}: lacks the dataset {dataset!r}; it is not {MAT_NAME}, or not all of it")
+                raise MetaVPTError(
+                    f"{path}: lacks the dataset {dataset!r}; it is not {MAT_NAME}, or not all of it"
+                )
         shape = self._array("images").shape
         if len(shape) != 4 or shape[1] != 3 or self._array("images").dtype != np.uint8:
-            raise MetaVPTError(f"{path}: images is {self._array('images').dtype} {shape}; it must be uint8 (N,3,W,H)")
+            raise MetaVPTError(
+                f"{path}: images is {self._array('images').dtype} {shape}; it must be uint8 (N,3,W,H)"
+            )
         self.num_frames, _, width, height = shape
         self.size = (height, width)
         for dataset in ("depths", "labels"):
             if self._array(dataset).shape != (self.num_frames, width, height):
-                raise MetaVPTError(f"{path}: {dataset} is {self._array(dataset).shape}, not {(self.num_frames, width, height)} like images")
+                raise MetaVPTError(
+                    f"{path}: {dataset} is {self._array(dataset).shape}, not {(self.num_frames, width, height)} like images"
+                )
         self.class_names, self._classes = class_table(self._read_names(file), num_classes)
         self.splits = self._read_splits(file)
 
@@ -89,11 +106,17 @@ class NYUv2Mat(RGBDFrames):
     def __getitem__(self, index: int) -> Frame:
         image, depth, label = (self._read(name, index) for name in ("images", "depths", "labels"))
         if int(label.max(initial=0)) >= len(self._classes):
-            raise MetaVPTError(f"{self.path}: frame {index} has label {label.max()}, but there are only {len(self._classes) - 1} names")
-        return make_frame(image.transpose(2, 1, 0), depth.T, self._classes[label.T], f"{self.path}: frame {index}")
+            raise MetaVPTError(
+                f"{self.path}: frame {index} has label {label.max()}, but there are only {len(self._classes) - 1} names"
+            )
+        return make_frame(
+            image.transpose(2, 1, 0), depth.T, self._classes[label.T], f"{self.path}: frame {index}"
+        )
 
     def image(self, index: int) -> Tensor:
-        return torch.from_numpy(np.ascontiguousarray(self._read("images", index).transpose(0, 2, 1)))
+        return torch.from_numpy(
+            np.ascontiguousarray(self._read("images", index).transpose(0, 2, 1))
+        )
 
     def close(self) -> None:
         """Let go of the file; it opens again when read, once in each process."""
@@ -102,7 +125,9 @@ class NYUv2Mat(RGBDFrames):
             self._file = None
 
     def _read(self, dataset: str, index: int) -> np.ndarray:
-        with reading(f"{self.path}: frame {index} cannot be read", "the file is damaged, get it again"):
+        with reading(
+            f"{self.path}: frame {index} cannot be read", "the file is damaged, get it again"
+        ):
             return self._array(dataset)[index]
 
     def _array(self, name: str) -> h5py.Dataset:
@@ -112,7 +137,9 @@ class NYUv2Mat(RGBDFrames):
         if self._process != os.getpid():  # a fork shares the position in the file with its parent
             self.close()
         if self._file is None:
-            with reading(f"{self.path}: not a MATLAB 7.3 (HDF5) file, or cut off", "download it again"):
+            with reading(
+                f"{self.path}: not a MATLAB 7.3 (HDF5) file, or cut off", "download it again"
+            ):
                 self._file, self._process = h5py.File(self.path, "r"), os.getpid()
         return self._file
 
@@ -120,12 +147,17 @@ class NYUv2Mat(RGBDFrames):
         """MATLAB's cell array: references to the character codes of each name."""
         with reading(f"{self.path}: names is not a cell array of strings"):
             references = np.asarray(file["names"]).ravel()
-            return ["".join(map(chr, np.asarray(file[reference]).ravel())) for reference in references]
+            return [
+                "".join(map(chr, np.asarray(file[reference]).ravel())) for reference in references
+            ]
 
     def _read_splits(self, file: h5py.File) -> dict[str, list[int]]:
         if "trainNdxs" in file and "testNdxs" in file:
             with reading(f"{self.path}: trainNdxs and testNdxs hold no rows"):
-                train, val = ((np.asarray(file[name]).astype(int).ravel() - 1).tolist() for name in ("trainNdxs", "testNdxs"))
+                train, val = (
+                    (np.asarray(file[name]).astype(int).ravel() - 1).tolist()
+                    for name in ("trainNdxs", "testNdxs")
+                )
         elif self.num_frames == NUM_OFFICIAL_FRAMES:
             train = official_train_rows()
             val = sorted(set(range(NUM_OFFICIAL_FRAMES)) - set(train))
@@ -134,7 +166,9 @@ class NYUv2Mat(RGBDFrames):
                 f"{self.path}: has {self.num_frames} frames, not the official {NUM_OFFICIAL_FRAMES}, and no trainNdxs, testNdxs of its own"
             )
         if set(train) & set(val) or not set(train) | set(val) <= set(range(self.num_frames)):
-            raise MetaVPTError(f"{self.path}: trainNdxs and testNdxs must be disjoint rows from 1 to {self.num_frames}")
+            raise MetaVPTError(
+                f"{self.path}: trainNdxs and testNdxs must be disjoint rows from 1 to {self.num_frames}"
+            )
         return {"train": train, "val": val}
 
     def __getstate__(self) -> dict[str, Any]:
@@ -172,7 +206,9 @@ class NYUv2Zip(RGBDFrames):
         for kind, array in (("depth", codes), ("label40", label)):
             self._check_size(kind, row, array.shape)
         if int(label.max()) >= len(self._classes):
-            raise MetaVPTError(f"{self.path}: label40/{row:04d}.png has label {label.max()}, the classes end at {len(self._classes) - 1}")
+            raise MetaVPTError(
+                f"{self.path}: label40/{row:04d}.png has label {label.max()}, the classes end at {len(self._classes) - 1}"
+            )
         depth = (codes.astype(np.float32) + 0.5) * METRES_PER_CODE
         return make_frame(image, depth, self._classes[label], f"{self.path}: row {row:04d}")
 
@@ -187,14 +223,18 @@ class NYUv2Zip(RGBDFrames):
 
     def _check_size(self, kind: str, row: int, size: tuple[int, ...]) -> None:
         if tuple(size) != self.size:
-            raise MetaVPTError(f"{self.path}: {kind}/{row:04d} is {size[0]}x{size[1]}, the others are {self.size[0]}x{self.size[1]}")
+            raise MetaVPTError(
+                f"{self.path}: {kind}/{row:04d} is {size[0]}x{size[1]}, the others are {self.size[0]}x{self.size[1]}"
+            )
 
     def _map(self, kind: str, row: int) -> np.ndarray:
         member = f"{kind}/{row:04d}.png"
         with reading(f"{self.path}: {member} is not a readable image"):
             array = np.asarray(open_image(io.BytesIO(self.archive.read(member))))
         if array.ndim != 2 or array.dtype.kind not in "biu":
-            raise MetaVPTError(f"{self.path}: {member} has {array.ndim} dimensions; it must hold one value a pixel")
+            raise MetaVPTError(
+                f"{self.path}: {member} has {array.ndim} dimensions; it must hold one value a pixel"
+            )
         return array
 
 
@@ -210,8 +250,15 @@ def class_table(names: list[str], num_classes: int) -> tuple[list[str], np.ndarr
         return list(names), np.array([IGNORE, *range(len(names))])
     to40 = [0] + [names40.index(name, 1) if name in names40[1:] else 0 for name in names]
     if len(names) == NUM_RAW_CLASSES:
-        others = {raw: names40.index(name) for name in ("otherstructure", "otherfurniture") for raw in CLASSES[f"raw_{name}"]}
-        to40 = [0] + [to40[raw] or others.get(raw, names40.index("otherprop")) for raw in range(1, NUM_RAW_CLASSES + 1)]
+        others = {
+            raw: names40.index(name)
+            for name in ("otherstructure", "otherfurniture")
+            for raw in CLASSES[f"raw_{name}"]
+        }
+        to40 = [0] + [
+            to40[raw] or others.get(raw, names40.index("otherprop"))
+            for raw in range(1, NUM_RAW_CLASSES + 1)
+        ]
     if num_classes == 40:
         return names40[1:], np.array([label - 1 if label else IGNORE for label in to40])
     to13 = [CLASSES["to13"][label] for label in to40]
@@ -226,7 +273,10 @@ def official_train_rows() -> list[int]:
 def _read_split_rows(path: Path) -> dict[str, list[int]]:
     """The rows, from 0, of "train" and "val"."""
     with reading(f"{path}: must list the rows of 'train' and 'val'", "write it anew"):
-        splits = {split: [int(row) for row in json.loads(path.read_text())[split]] for split in ("train", "val")}
+        splits = {
+            split: [int(row) for row in json.loads(path.read_text())[split]]
+            for split in ("train", "val")
+        }
     if not splits["train"] or not splits["val"] or set(splits["train"]) & set(splits["val"]):
         raise MetaVPTError(f"{path}: 'train' and 'val' must both hold rows, and share none")
     return splits

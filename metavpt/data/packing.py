@@ -25,8 +25,14 @@ class Packer:
         for document in documents:
             size = len(document.tokens)
             if size > self.length:
-                raise MetaVPTError(f"packing: a document of {size} tokens does not fit into {self.length}; encode with that length")
-            best = max((k for k, used in enumerate(sizes) if used + size <= self.length), key=sizes.__getitem__, default=None)
+                raise MetaVPTError(
+                    f"packing: a document of {size} tokens does not fit into {self.length}; encode with that length"
+                )
+            best = max(
+                (k for k, used in enumerate(sizes) if used + size <= self.length),
+                key=sizes.__getitem__,
+                default=None,
+            )
             if best is not None:
                 rows[best].append(document)
                 sizes[best] += size

@@ -16,7 +16,9 @@ SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp"}
 MAX_PIXELS = 100_000_000
 PIXELS_PER_BYTE = 1000  # of the file, at most, beyond the first FREE_PIXELS: one colour alone comes to 340 as a PNG
 FREE_PIXELS = 2**22
-STRIP = 2**18  # pixels that are converted at a time: Pillow holds 4 bytes each already, and all at once would take thrice as much again
+STRIP = (
+    2**18
+)  # pixels that are converted at a time: Pillow holds 4 bytes each already, and all at once would take thrice as much again
 
 
 def is_image(name: str) -> bool:
@@ -31,13 +33,17 @@ def decode(data: bytes, source: str) -> Tensor:
         array = np.empty((image.height, image.width, 3), np.uint8)
         rows = max(1, STRIP // image.width)
         for top in range(0, image.height, rows):
-            array[top : top + rows] = np.asarray(_rgb(image.crop((0, top, image.width, min(top + rows, image.height)))))
+            array[top : top + rows] = np.asarray(
+                _rgb(image.crop((0, top, image.width, min(top + rows, image.height))))
+            )
     return torch.from_numpy(array).permute(2, 0, 1)
 
 
 def _rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I"):  # 16 bits: PIL's own conversion to RGB would clip, not scale
-        image = Image.fromarray(((np.asarray(image).clip(0, 65535).astype(np.int32) + 128) // 257).astype(np.uint8))
+        image = Image.fromarray(
+            ((np.asarray(image).clip(0, 65535).astype(np.int32) + 128) // 257).astype(np.uint8)
+        )
     return image if image.mode == "RGB" else image.convert("RGB")
 
 
@@ -52,7 +58,9 @@ def open_image(file: Path | io.BytesIO) -> Image.Image:
     num_bytes = file.stat().st_size if isinstance(file, Path) else file.getbuffer().nbytes
     most = min(MAX_PIXELS, max(FREE_PIXELS, PIXELS_PER_BYTE * num_bytes))
     if image.width * image.height > most:
-        raise ValueError(f"{image.width}x{image.height} pixels are more than the {most} that its {num_bytes} bytes may hold")
+        raise ValueError(
+            f"{image.width}x{image.height} pixels are more than the {most} that its {num_bytes} bytes may hold"
+        )
     return image
 
 
@@ -63,6 +71,14 @@ def fit(image: Tensor, size: tuple[int, int]) -> Tensor:
         return image.contiguous()
     factor = max(size[0] / height, size[1] / width)
     scaled = (max(size[0], round(height * factor)), max(size[1], round(width * factor)))
-    resized = F.interpolate(image[None].float(), scaled, mode="bilinear", antialias=True, align_corners=False)[0]
+    resized = F.interpolate(
+        image[None].float(), scaled, mode="bilinear", antialias=True, align_corners=False
+    )[0]
     top, left = (scaled[0] - size[0]) // 2, (scaled[1] - size[1]) // 2
-    return resized[:, top : top + size[0], left : left + size[1]].round().clamp(0, 255).to(torch.uint8).contiguous()
+    return (
+        resized[:, top : top + size[0], left : left + size[1]]
+        .round()
+        .clamp(0, 255)
+        .to(torch.uint8)
+        .contiguous()
+    )

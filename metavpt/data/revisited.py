@@ -38,11 +38,19 @@ def open_revisited(path: Path) -> Revisited:
     """The official layout: a folder with gnd_<name>.pkl and jpg/<image>.jpg."""
     found = sorted(path.glob("gnd_*.pkl")) if path.is_dir() else []
     if len(found) != 1:
-        raise MetaVPTError(f"{path}: must be a folder with exactly one gnd_<name>.pkl and a folder jpg beside it; it has {len(found)}")
+        raise MetaVPTError(
+            f"{path}: must be a folder with exactly one gnd_<name>.pkl and a folder jpg beside it; it has {len(found)}"
+        )
     file = found[0]
     truth = read_plain_pickle(file)
-    with reading(f"{file}: is no ground truth with imlist, qimlist and gnd of bbx, easy, hard, junk"):
-        images, names, gnd = [str(name) for name in truth["imlist"]], [str(name) for name in truth["qimlist"]], truth["gnd"]
+    with reading(
+        f"{file}: is no ground truth with imlist, qimlist and gnd of bbx, easy, hard, junk"
+    ):
+        images, names, gnd = (
+            [str(name) for name in truth["imlist"]],
+            [str(name) for name in truth["qimlist"]],
+            truth["gnd"],
+        )
         queries = [_query(name, entry, len(images)) for name, entry in zip(names, gnd, strict=True)]
     if not images or not queries:
         raise MetaVPTError(f"{file}: lists no image or no query")
@@ -62,7 +70,10 @@ def _query(name: str, entry: dict[str, Any], num_images: int) -> Query:
 
 def read_plain_pickle(file: Path) -> Any:
     """Lists, dicts, numbers, strings and numpy arrays. A pickle may run anything when read, so one that asks for more is refused."""
-    with reading(f"{file}: cannot be read as a pickle of lists, dicts and arrays"), file.open("rb") as opened:
+    with (
+        reading(f"{file}: cannot be read as a pickle of lists, dicts and arrays"),
+        file.open("rb") as opened,
+    ):
         return _PlainUnpickler(opened, encoding="latin1").load()
 
 
@@ -70,5 +81,7 @@ class _PlainUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         module = module.replace("numpy.core.", "numpy._core.")  # the name before numpy 2
         if (module, name) not in SAFE:
-            raise pickle.UnpicklingError(f"it asks for {module}.{name}, which is refused: it could run code")
+            raise pickle.UnpicklingError(
+                f"it asks for {module}.{name}, which is refused: it could run code"
+            )
         return super().find_class(module, name)

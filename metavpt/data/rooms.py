@@ -18,7 +18,21 @@ from rich.progress import track
 from metavpt.data.textures import Texture
 from metavpt.errors import MetaVPTError
 
-CLASS_NAMES = ["wall", "floor", "ceiling", "table", "chair", "bed", "sofa", "cabinet", "picture", "window", "door", "ball", "lamp"]
+CLASS_NAMES = [
+    "wall",
+    "floor",
+    "ceiling",
+    "table",
+    "chair",
+    "bed",
+    "sofa",
+    "cabinet",
+    "picture",
+    "window",
+    "door",
+    "ball",
+    "lamp",
+]
 CLASS = {name: i for i, name in enumerate(CLASS_NAMES)}
 MIN_DEPTH, MAX_DEPTH = 0.5, 10.0
 TRAIN_SHARE = 0.8
@@ -51,13 +65,31 @@ class Surface(NamedTuple):
     texture: Texture
 
 
-def generate_room(rng: np.random.Generator, size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def generate_room(
+    rng: np.random.Generator, size: tuple[int, int]
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """One frame: image uint8 (H,W,3), depth float32 (H,W) in metres along the optical axis, raw label uint16 (H,W), from 1."""
-    room = rng.uniform((3.0, 3.5, 2.3), (6.5, 8.0, 3.0)).astype(np.float32)  # x, y (away from the camera, mostly), z up
-    eye = np.array([rng.uniform(0.25, 0.75) * room[0], rng.uniform(0.08, 0.3) * room[1], rng.uniform(1.1, 1.7)], dtype=np.float32)
+    room = rng.uniform((3.0, 3.5, 2.3), (6.5, 8.0, 3.0)).astype(
+        np.float32
+    )  # x, y (away from the camera, mostly), z up
+    eye = np.array(
+        [
+            rng.uniform(0.25, 0.75) * room[0],
+            rng.uniform(0.08, 0.3) * room[1],
+            rng.uniform(1.1, 1.7),
+        ],
+        dtype=np.float32,
+    )
     rays, forward = _camera_rays(rng, size)
-    lamp = np.array([*(rng.uniform(0.25, 0.75, 2) * room[:2]), room[2] - rng.uniform(0.15, 0.5)], dtype=np.float32)
-    surfaces = [*_shell(rng, room, eye, rays), *_furniture(rng, room, eye, rays), *_balls(rng, room, eye, rays, lamp)]
+    lamp = np.array(
+        [*(rng.uniform(0.25, 0.75, 2) * room[:2]), room[2] - rng.uniform(0.15, 0.5)],
+        dtype=np.float32,
+    )
+    surfaces = [
+        *_shell(rng, room, eye, rays),
+        *_furniture(rng, room, eye, rays),
+        *_balls(rng, room, eye, rays, lamp),
+    ]
 
     distances = np.stack([surface.distance for surface in surfaces])
     nearest = distances.argmin(axis=0)
@@ -70,7 +102,9 @@ def generate_room(rng: np.random.Generator, size: tuple[int, int]) -> tuple[np.n
             normal[seen], uv = surface.at(seen)
             colour[seen] = surface.texture(uv)
     labels = np.array([surface.label for surface in surfaces])[nearest]
-    image = _shade(rng, eye + distance[:, None] * rays, normal, colour, lamp, labels == CLASS["lamp"])
+    image = _shade(
+        rng, eye + distance[:, None] * rays, normal, colour, lamp, labels == CLASS["lamp"]
+    )
     depth = np.clip(distance * (rays @ forward), MIN_DEPTH, MAX_DEPTH)
     return (
         image.reshape(*size, 3),
@@ -94,20 +128,31 @@ def _camera_rays(rng: np.random.Generator, size: tuple[int, int]) -> tuple[np.nd
     return rays.reshape(-1, 3).astype(np.float32), forward.astype(np.float32)
 
 
-def _shell(rng: np.random.Generator, room: np.ndarray, eye: np.ndarray, rays: np.ndarray) -> Iterator[Surface]:
+def _shell(
+    rng: np.random.Generator, room: np.ndarray, eye: np.ndarray, rays: np.ndarray
+) -> Iterator[Surface]:
     """Floor, ceiling, and walls with what is on them."""
     wall_texture = Texture.random(rng)
     for axis in range(3):
         for side in (0.0, room[axis]):
             with np.errstate(divide="ignore"):
                 distance = (side - eye[axis]) / rays[:, axis]
-            distance = np.where((distance > 0) & np.isfinite(distance), distance, np.float32(np.inf))
+            distance = np.where(
+                (distance > 0) & np.isfinite(distance), distance, np.float32(np.inf)
+            )
             others = [i for i in range(3) if i != axis]
             normal = np.zeros(3, dtype=np.float32)
             normal[axis] = 1.0 if side == 0 else -1.0
 
-            def at(seen: np.ndarray, distance: Any = distance, others: Any = others, normal: Any = normal) -> tuple[np.ndarray, np.ndarray]:
-                return np.broadcast_to(normal, (int(seen.sum()), 3)), eye[others] + distance[seen, None] * rays[seen][:, others]
+            def at(
+                seen: np.ndarray,
+                distance: Any = distance,
+                others: Any = others,
+                normal: Any = normal,
+            ) -> tuple[np.ndarray, np.ndarray]:
+                return np.broadcast_to(normal, (int(seen.sum()), 3)), eye[others] + distance[
+                    seen, None
+                ] * rays[seen][:, others]
 
             label = CLASS["wall"] if axis < 2 else CLASS["floor"] if side == 0 else CLASS["ceiling"]
             wall = Surface(distance, at, label, wall_texture if axis < 2 else Texture.random(rng))
@@ -130,7 +175,9 @@ def _decals(rng: np.random.Generator, wall: Surface, length: float) -> Iterator[
         yield Surface(distance, wall.at, CLASS[name], Texture.random(rng))
 
 
-def _furniture(rng: np.random.Generator, room: np.ndarray, eye: np.ndarray, rays: np.ndarray) -> Iterator[Surface]:
+def _furniture(
+    rng: np.random.Generator, room: np.ndarray, eye: np.ndarray, rays: np.ndarray
+) -> Iterator[Surface]:
     for _ in range(rng.integers(2, 7)):
         name = rng.choice(list(FURNITURE))
         size = np.array([rng.uniform(*bounds) for bounds in FURNITURE[name]])
@@ -149,8 +196,12 @@ def _parts(name: str, size: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
     w, d, h = size
     half = np.array([w / 2, d / 2])
 
-    def box(x0: float, y0: float, z0: float, x1: float, y1: float, z1: float) -> tuple[np.ndarray, np.ndarray]:
-        return np.array([x0 * half[0], y0 * half[1], z0 * h]), np.array([x1 * half[0], y1 * half[1], z1 * h])
+    def box(
+        x0: float, y0: float, z0: float, x1: float, y1: float, z1: float
+    ) -> tuple[np.ndarray, np.ndarray]:
+        return np.array([x0 * half[0], y0 * half[1], z0 * h]), np.array(
+            [x1 * half[0], y1 * half[1], z1 * h]
+        )
 
     legs = [box(x, y, 0, x + 0.14, y + 0.14, 0.92) for x in (-1, 0.86) for y in (-1, 0.86)]
     if name == "table":
@@ -159,16 +210,32 @@ def _parts(name: str, size: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
         seat, back = box(-1, -1, 0.45, 1, 1, 0.52), box(-1, 0.8, 0.5, 1, 1, 1)
         return [seat, back, box(-0.8, -0.8, 0, 0.8, 0.8, 0.1), box(-0.1, -0.1, 0, 0.1, 0.1, 0.5)]
     if name == "sofa":
-        return [box(-1, -1, 0, 1, 1, 0.5), box(-1, 0.6, 0, 1, 1, 1), box(-1, -1, 0, -0.8, 1, 0.75), box(0.8, -1, 0, 1, 1, 0.75)]
+        return [
+            box(-1, -1, 0, 1, 1, 0.5),
+            box(-1, 0.6, 0, 1, 1, 1),
+            box(-1, -1, 0, -0.8, 1, 0.75),
+            box(0.8, -1, 0, 1, 1, 0.75),
+        ]
     return [box(-1, -1, 0, 1, 1, 1)]
 
 
-def _box(low: np.ndarray, high: np.ndarray, centre: np.ndarray, turn: float, eye: np.ndarray, rays: np.ndarray) -> tuple[np.ndarray, Any]:
+def _box(
+    low: np.ndarray,
+    high: np.ndarray,
+    centre: np.ndarray,
+    turn: float,
+    eye: np.ndarray,
+    rays: np.ndarray,
+) -> tuple[np.ndarray, Any]:
     """The slab test in the box's own frame, `turn` radians about the vertical through `centre`."""
     cos, sin = np.cos(turn), np.sin(turn)
-    rotation = np.array([[cos, sin, 0.0], [-sin, cos, 0.0], [0.0, 0.0, 1.0]], dtype=np.float32)  # room -> box
+    rotation = np.array(
+        [[cos, sin, 0.0], [-sin, cos, 0.0], [0.0, 0.0, 1.0]], dtype=np.float32
+    )  # room -> box
     origin = rotation @ (eye - np.array([*centre, 0.0], dtype=np.float32))
-    directions = (rays @ rotation.T).T  # (3,P): one coordinate after the other is several times faster here
+    directions = (
+        rays @ rotation.T
+    ).T  # (3,P): one coordinate after the other is several times faster here
     with np.errstate(divide="ignore", invalid="ignore"):
         inverse = 1 / directions
         to_low = (low - origin).astype(np.float32)[:, None] * inverse
@@ -183,14 +250,22 @@ def _box(low: np.ndarray, high: np.ndarray, centre: np.ndarray, turn: float, eye
         normal = np.zeros((len(axis), 3), dtype=np.float32)
         normal[rows, axis] = -np.sign(directions[:, seen][axis, rows])
         point = origin + (enter[seen] * directions[:, seen]).T
-        return normal @ rotation, np.stack([point[rows, (axis + 1) % 3], point[rows, (axis + 2) % 3]], axis=1)
+        return normal @ rotation, np.stack(
+            [point[rows, (axis + 1) % 3], point[rows, (axis + 2) % 3]], axis=1
+        )
 
     return distance, at
 
 
-def _balls(rng: np.random.Generator, room: np.ndarray, eye: np.ndarray, rays: np.ndarray, lamp: np.ndarray) -> Iterator[Surface]:
+def _balls(
+    rng: np.random.Generator, room: np.ndarray, eye: np.ndarray, rays: np.ndarray, lamp: np.ndarray
+) -> Iterator[Surface]:
     """Balls on the floor, and the lamp."""
-    yield Surface(*_sphere(lamp, rng.uniform(0.08, 0.2), eye, rays), CLASS["lamp"], Texture.plain(np.array([1.0, 0.95, 0.8])))
+    yield Surface(
+        *_sphere(lamp, rng.uniform(0.08, 0.2), eye, rays),
+        CLASS["lamp"],
+        Texture.plain(np.array([1.0, 0.95, 0.8])),
+    )
     for _ in range(rng.integers(0, 4)):
         radius = rng.uniform(0.1, 0.35)
         centre = np.array([*rng.uniform(radius, room[:2] - radius), radius], dtype=np.float32)
@@ -198,7 +273,9 @@ def _balls(rng: np.random.Generator, room: np.ndarray, eye: np.ndarray, rays: np
             yield Surface(*_sphere(centre, radius, eye, rays), CLASS["ball"], Texture.random(rng))
 
 
-def _sphere(centre: np.ndarray, radius: float, eye: np.ndarray, rays: np.ndarray) -> tuple[np.ndarray, Any]:
+def _sphere(
+    centre: np.ndarray, radius: float, eye: np.ndarray, rays: np.ndarray
+) -> tuple[np.ndarray, Any]:
     towards = centre - eye
     along = rays @ towards
     under_root = along**2 - towards @ towards + np.float32(radius) ** 2
@@ -214,7 +291,12 @@ def _sphere(centre: np.ndarray, radius: float, eye: np.ndarray, rays: np.ndarray
 
 
 def _shade(
-    rng: np.random.Generator, point: np.ndarray, normal: np.ndarray, colour: np.ndarray, lamp: np.ndarray, shines: np.ndarray
+    rng: np.random.Generator,
+    point: np.ndarray,
+    normal: np.ndarray,
+    colour: np.ndarray,
+    lamp: np.ndarray,
+    shines: np.ndarray,
 ) -> np.ndarray:
     """Lambert's law under one lamp and ambient light, a random exposure and white balance, sensor noise; uint8 (P,3)."""
     towards = lamp - point
@@ -228,7 +310,12 @@ def _shade(
     return (np.clip(noisy, 0, 1) ** (1 / 1.6) * 255).round().astype(np.uint8)
 
 
-def rooms_file(folder: str | Path | None = None, num_frames: int = 1000, size: tuple[int, int] = (96, 128), seed: int = 0) -> Path:
+def rooms_file(
+    folder: str | Path | None = None,
+    num_frames: int = 1000,
+    size: tuple[int, int] = (96, 128),
+    seed: int = 0,
+) -> Path:
     """The rooms as a file in the layout of nyu_depth_v2_labeled.mat, written on first use; the first 80 % of frames are for training.
 
     folder: METAVPT_CACHE, else ~/.cache/metavpt. Frame i depends on (seed, i) alone, so no room is in both splits.
@@ -236,17 +323,23 @@ def rooms_file(folder: str | Path | None = None, num_frames: int = 1000, size: t
     folder = Path(folder or os.environ.get("METAVPT_CACHE") or Path.home() / ".cache" / "metavpt")
     height, width = (int(side) for side in size)
     if num_frames < 2 or min(height, width) < 1:
-        raise MetaVPTError(f"data.rooms: num_frames={num_frames} must be 2 or more, and size={height}x{width} positive")
+        raise MetaVPTError(
+            f"data.rooms: num_frames={num_frames} must be 2 or more, and size={height}x{width} positive"
+        )
     path = folder / f"rooms-{num_frames}-{height}x{width}-seed{seed}.mat"
     if path.exists():
         return path
-    partial = path.with_suffix(f".{os.getpid()}.partial")  # of this process: two runs may make the same file at once
+    partial = path.with_suffix(
+        f".{os.getpid()}.partial"
+    )  # of this process: two runs may make the same file at once
     try:
         folder.mkdir(parents=True, exist_ok=True)
         _write_rooms(partial, num_frames, (height, width), seed)
         os.replace(partial, path)
     except OSError as error:
-        raise MetaVPTError(f"{folder}: generated rooms cannot be written ({error}); set data.rooms.folder or METAVPT_CACHE") from None
+        raise MetaVPTError(
+            f"{folder}: generated rooms cannot be written ({error}); set data.rooms.folder or METAVPT_CACHE"
+        ) from None
     finally:
         with suppress(OSError):
             partial.unlink()
@@ -259,12 +352,16 @@ def _write_rooms(path: Path, num_frames: int, size: tuple[int, int], seed: int) 
         images = file.create_dataset("images", (num_frames, 3, width, height), "uint8")
         depths = file.create_dataset("depths", (num_frames, width, height), "float32")
         labels = file.create_dataset("labels", (num_frames, width, height), "uint16")
-        for i in track(range(num_frames), description=f"generating {num_frames} rooms (once)", transient=True):
+        for i in track(
+            range(num_frames), description=f"generating {num_frames} rooms (once)", transient=True
+        ):
             image, depth, label = generate_room(np.random.default_rng([seed, i]), size)
             images[i], depths[i], labels[i] = image.transpose(2, 1, 0), depth.T, label.T
         references = file.create_dataset("names", (1, len(CLASS_NAMES)), h5py.ref_dtype)
         for i, name in enumerate(CLASS_NAMES):
-            references[0, i] = file.create_dataset(f"#refs#/{i}", data=np.array([[ord(letter)] for letter in name], dtype="uint16")).ref
+            references[0, i] = file.create_dataset(
+                f"#refs#/{i}", data=np.array([[ord(letter)] for letter in name], dtype="uint16")
+            ).ref
         num_train = min(round(TRAIN_SHARE * num_frames), num_frames - 1)
         file["trainNdxs"] = np.arange(1, num_train + 1, dtype="float64")[None]
         file["testNdxs"] = np.arange(num_train + 1, num_frames + 1, dtype="float64")[None]

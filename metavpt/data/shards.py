@@ -31,7 +31,9 @@ def find_shards(pattern: str) -> list[Path]:
     for name in expand(pattern):
         files = sorted(glob.glob(name)) if glob.has_magic(name) else [name] * os.path.isfile(name)
         if not files:
-            raise MetaVPTError(f"data.unlabelled: there is no shard {name}; name files, as in train-{{000..099}}.tar or *.tar")
+            raise MetaVPTError(
+                f"data.unlabelled: there is no shard {name}; name files, as in train-{{000..099}}.tar or *.tar"
+            )
         found += files
     return [Path(name) for name in found]
 
@@ -44,7 +46,9 @@ def expand(pattern: str) -> list[str]:
         if ".." in braces:
             first, _, last = braces.partition("..")
             if not (first.isdecimal() and last.isdecimal()):
-                raise MetaVPTError(f"data.unlabelled: {{{braces}}} in {pattern} must be two numbers, as in {{000..099}}")
+                raise MetaVPTError(
+                    f"data.unlabelled: {{{braces}}} in {pattern} must be two numbers, as in {{000..099}}"
+                )
             options.append([f"{k:0{len(first)}d}" for k in range(int(first), int(last) + 1)])
         elif braces:
             options.append(braces.split(","))
@@ -61,7 +65,14 @@ class Shards(Dataset[Tensor]):
         self.paths, self.size = list(paths), size
         quiet = len(self.paths) < 10
         contents = [
-            _contents(path) for path in track(self.paths, "reading shards", console=Console(stderr=True), transient=True, disable=quiet)
+            _contents(path)
+            for path in track(
+                self.paths,
+                "reading shards",
+                console=Console(stderr=True),
+                transient=True,
+                disable=quiet,
+            )
         ]
         self.groups = [len(members) for members in contents]
         self.members = np.concatenate(contents)  # (N, 2): where the data begins, how long it is
@@ -80,7 +91,9 @@ class Shards(Dataset[Tensor]):
                 return fit(decode(self._read(shard, member), self.paths[shard].name), self.size)
             except MetaVPTError as error:
                 self._report(shard, member, error)
-        raise MetaVPTError(f"{self.paths[shard]}: none of its {count} images can be read; get the shard again")
+        raise MetaVPTError(
+            f"{self.paths[shard]}: none of its {count} images can be read; get the shard again"
+        )
 
     def _read(self, shard: int, member: int) -> bytes:
         """Opened for each read: a handle is shared with no worker, and a thousand shards leave none open."""
@@ -97,7 +110,8 @@ class Shards(Dataset[Tensor]):
             self.unreadable.add(member)
             place = member - int(self.ends[shard]) + self.groups[shard]
             Console(stderr=True, soft_wrap=True).print(
-                f"[bold]data:[/bold] {self.paths[shard]}: image {place} is left out for the next one: {error}", highlight=False
+                f"[bold]data:[/bold] {self.paths[shard]}: image {place} is left out for the next one: {error}",
+                highlight=False,
             )
 
 
@@ -105,7 +119,9 @@ def _contents(path: Path) -> np.ndarray:
     """Where the images of a shard lie, int64 (n, 2): from the cache if the file has not changed since."""
     status = path.stat()
     folder = Path(os.environ.get("METAVPT_CACHE") or Path.home() / ".cache" / "metavpt") / "shards"
-    known = hashlib.sha256(f"{path.resolve()} {status.st_size} {status.st_mtime_ns}".encode()).hexdigest()[:32]
+    known = hashlib.sha256(
+        f"{path.resolve()} {status.st_size} {status.st_mtime_ns}".encode()
+    ).hexdigest()[:32]
     file = folder / f"{known}.npy"
     with suppress(OSError, ValueError, EOFError):  # absent, or cut short by a power cut
         return np.load(file)
@@ -121,8 +137,15 @@ def _contents(path: Path) -> np.ndarray:
 
 
 def _scan(path: Path, num_bytes: int) -> np.ndarray:
-    with reading(f"{path}: not a readable, uncompressed tar", "get it again, or unpack .tar.gz to .tar"), tarfile.open(path, "r:") as tar:
-        members = [(m.offset_data, m.size) for m in tar if m.isfile() and is_image(Path(m.name).name)]
+    with (
+        reading(
+            f"{path}: not a readable, uncompressed tar", "get it again, or unpack .tar.gz to .tar"
+        ),
+        tarfile.open(path, "r:") as tar,
+    ):
+        members = [
+            (m.offset_data, m.size) for m in tar if m.isfile() and is_image(Path(m.name).name)
+        ]
     if not members:
         raise MetaVPTError(f"{path}: the shard holds no image")
     if any(not 0 <= start <= start + length <= num_bytes for start, length in members):

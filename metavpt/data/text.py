@@ -98,10 +98,18 @@ class Rows(ABC, Generic[Item]):
         if on_error not in ("raise", "skip"):
             raise MetaVPTError(f"{name}: on_error={on_error!r} must be 'raise' or 'skip'")
         if limit is not None and limit < 1:
-            raise MetaVPTError(f"{name}: limit={limit} must be 1 or more; leave it out to read everything")
+            raise MetaVPTError(
+                f"{name}: limit={limit} must be 1 or more; leave it out to read everything"
+            )
         if start < 0:
             raise MetaVPTError(f"{name}: start={start} must not be negative")
-        self.name, self.convert, self.on_error, self.limit, self.start = name, convert, on_error, limit, start
+        self.name, self.convert, self.on_error, self.limit, self.start = (
+            name,
+            convert,
+            on_error,
+            limit,
+            start,
+        )
         self.skipped: dict[str, str] = {}
 
     def __iter__(self) -> Iterator[Item]:
@@ -111,7 +119,9 @@ class Rows(ABC, Generic[Item]):
                 item = self.convert(self._decode(raw), where)
             except BadRowError as reason:
                 if self.on_error == "raise":
-                    raise MetaVPTError(f"{where}: {reason}; repair the row, or set on_error=skip to leave such rows out") from None
+                    raise MetaVPTError(
+                        f"{where}: {reason}; repair the row, or set on_error=skip to leave such rows out"
+                    ) from None
                 self.skipped[where] = str(reason)
                 continue
             count += 1
@@ -121,8 +131,12 @@ class Rows(ABC, Generic[Item]):
             if self.limit is not None and count == self.start + self.limit:
                 return
         if count <= self.start:
-            left_out = f"{len(self.skipped)} rows were skipped" + (f", {count} come before start={self.start}" if self.start else "")
-            raise MetaVPTError(f"{self.name}: the stream is empty ({left_out}); name a source with rows")
+            left_out = f"{len(self.skipped)} rows were skipped" + (
+                f", {count} come before start={self.start}" if self.start else ""
+            )
+            raise MetaVPTError(
+                f"{self.name}: the stream is empty ({left_out}); name a source with rows"
+            )
 
     @abstractmethod
     def _raw_rows(self) -> Iterator[tuple[str, Any]]:
@@ -135,7 +149,9 @@ class Rows(ABC, Generic[Item]):
 class JsonLines(Rows[Item]):
     """One JSON object a line, in UTF-8; empty lines are no rows. A file that ends in .json is one array of objects."""
 
-    def __init__(self, path: str | Path, convert: Callable[[Mapping[str, Any], str], Item], **options: Any) -> None:
+    def __init__(
+        self, path: str | Path, convert: Callable[[Mapping[str, Any], str], Item], **options: Any
+    ) -> None:
         super().__init__(str(path), convert, **options)
         self.path = Path(path)
 
@@ -143,7 +159,9 @@ class JsonLines(Rows[Item]):
         if self.path.suffix == ".json":
             rows = _json(_whole(self.path), f"{self.path}: ")
             if not isinstance(rows, list):
-                raise MetaVPTError(f"{self.path}: not an array of objects; name a file of JSON lines .jsonl")
+                raise MetaVPTError(
+                    f"{self.path}: not an array of objects; name a file of JSON lines .jsonl"
+                )
             yield from ((f"{self.path}, row {k}", row) for k, row in enumerate(rows, 1))
             return
         for number, line in enumerate(_lines(self.path), 1):
@@ -202,10 +220,16 @@ class HubDataset(Rows[Item]):
     ) -> None:
         super().__init__(name, convert, **options)
         known = convert if isinstance(convert, Format) else PLAIN
-        self.config, self.split, self.streaming = config or known.config, split or known.split, streaming
+        self.config, self.split, self.streaming = (
+            config or known.config,
+            split or known.split,
+            streaming,
+        )
 
     def _raw_rows(self) -> Iterator[tuple[str, dict[str, Any]]]:
-        with reading(f"{self.name}: the data set cannot be read", "check its name, config and split"):  # also in the middle
+        with reading(
+            f"{self.name}: the data set cannot be read", "check its name, config and split"
+        ):  # also in the middle
             for number, row in enumerate(self._load(), 1):
                 yield f"{self.name}, row {number}", row
 
@@ -213,7 +237,9 @@ class HubDataset(Rows[Item]):
         try:
             import datasets
         except ImportError:
-            raise MetaVPTError(f"{self.name}: Hugging Face data sets need the package datasets: pip install 'metavpt[language]'") from None
+            raise MetaVPTError(
+                f"{self.name}: Hugging Face data sets need the package datasets: pip install 'metavpt[language]'"
+            ) from None
         if (Path(self.name) / "dataset_dict.json").exists():
             return datasets.load_from_disk(self.name)[self.split]
         if (Path(self.name) / "state.json").exists():
@@ -222,7 +248,9 @@ class HubDataset(Rows[Item]):
         return datasets.load_dataset(self.name, config, split=self.split, streaming=self.streaming)
 
 
-def open_documents(name: str | Path, format: str | Mapping[str, Any] | Format | None = None, **options: Any) -> Rows[Document]:
+def open_documents(
+    name: str | Path, format: str | Mapping[str, Any] | Format | None = None, **options: Any
+) -> Rows[Document]:
     """Documents of a .jsonl or .json file, a text file, a local folder, or a data set of the hub.
 
     format    a name in FORMATS, or the fields {answer: ..., question: [...]}; None: that of the hub name, plain text for others
@@ -240,19 +268,29 @@ def _format(name: str, format: str | Mapping[str, Any] | Format | None) -> Forma
     if isinstance(format, Format):
         return format
     if isinstance(format, Mapping):
-        fields: dict[str, Any] = {key: tuple(value) if key in ("question", "optional") else value for key, value in format.items()}
+        fields: dict[str, Any] = {
+            key: tuple(value) if key in ("question", "optional") else value
+            for key, value in format.items()
+        }
         if "answer" not in fields or not fields.keys() <= set(Format._fields):
-            raise MetaVPTError(f"{name}: format needs `answer` and may have {', '.join(Format._fields[1:])}; it is {dict(format)}")
+            raise MetaVPTError(
+                f"{name}: format needs `answer` and may have {', '.join(Format._fields[1:])}; it is {dict(format)}"
+            )
         return Format(**fields)
     if format is not None and format not in FORMATS:
-        raise MetaVPTError(f"{name}: format={format!r} is unknown; use one of {', '.join(FORMATS)}, or name the fields")
+        raise MetaVPTError(
+            f"{name}: format={format!r} is unknown; use one of {', '.join(FORMATS)}, or name the fields"
+        )
     return FORMATS.get(format or name, PLAIN)
 
 
 def _lines(path: Path) -> Iterator[bytes]:
     try:
         with path.open("rb") as file:
-            yield from (line.removeprefix(BYTE_ORDER_MARK) if number == 0 else line for number, line in enumerate(file))
+            yield from (
+                line.removeprefix(BYTE_ORDER_MARK) if number == 0 else line
+                for number, line in enumerate(file)
+            )
     except OSError as error:
         raise MetaVPTError(f"{path}: cannot be read ({error.strerror}); check the path") from None
 
@@ -278,7 +316,10 @@ def _json(raw: bytes | str, prefix: str = "") -> Any:
         return json.loads(raw if isinstance(raw, str) else _utf8(raw))
     except BadRowError as error:
         reason = str(error)
-    except (ValueError, RecursionError) as error:  # broken, a number of thousands of digits, nested without end
+    except (
+        ValueError,
+        RecursionError,
+    ) as error:  # broken, a number of thousands of digits, nested without end
         reason = f"broken JSON ({error})"
     if prefix:
         raise MetaVPTError(f"{prefix}{reason}; repair the file")

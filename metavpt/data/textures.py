@@ -21,13 +21,23 @@ class Texture:
     def random(cls, rng: np.random.Generator) -> "Texture":
         base = rng.uniform(0.15, 0.95, 3)
         other = np.clip(base + rng.normal(0, 0.25, 3), 0.05, 1)
-        phases = np.concatenate([rng.normal(0, 1.5, (4, 2)), rng.uniform(0, 2 * np.pi, (4, 1))], axis=1).astype(np.float32)
+        phases = np.concatenate(
+            [rng.normal(0, 1.5, (4, 2)), rng.uniform(0, 2 * np.pi, (4, 1))], axis=1
+        ).astype(np.float32)
         colours = np.stack([base, other]).astype(np.float32)
-        return cls(str(rng.choice(KINDS)), colours, rng.uniform(0.08, 0.6), rng.uniform(0, np.pi), phases)
+        return cls(
+            str(rng.choice(KINDS)), colours, rng.uniform(0.08, 0.6), rng.uniform(0, np.pi), phases
+        )
 
     @classmethod
     def plain(cls, colour: np.ndarray) -> "Texture":
-        return cls("plain", np.stack([colour, colour]).astype(np.float32), 1.0, 0.0, np.zeros((4, 3), dtype=np.float32))
+        return cls(
+            "plain",
+            np.stack([colour, colour]).astype(np.float32),
+            1.0,
+            0.0,
+            np.zeros((4, 3), dtype=np.float32),
+        )
 
     def __call__(self, uv: np.ndarray) -> np.ndarray:
         mix = self._pattern(uv / self.scale)[:, None]

@@ -24,12 +24,20 @@ def load_tokenizer(name: str | Path) -> Any:
         source = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
         if not path.is_file():
             raise MetaVPTError(f"{name}: no such file; check the path")
-    with reading(f"{name}: no tokenizer can be read from it", "check the name, or get the files again"):
-        tokenizer = transformers.AutoTokenizer.from_pretrained(**source, trust_remote_code=False)  # None would ask, and wait
+    with reading(
+        f"{name}: no tokenizer can be read from it", "check the name, or get the files again"
+    ):
+        tokenizer = transformers.AutoTokenizer.from_pretrained(
+            **source, trust_remote_code=False
+        )  # None would ask, and wait
     if not tokenizer.is_fast:
-        raise MetaVPTError(f"{name}: its tokenizer gives no offsets, which tell prompt from answer; use a model with a fast tokenizer")
+        raise MetaVPTError(
+            f"{name}: its tokenizer gives no offsets, which tell prompt from answer; use a model with a fast tokenizer"
+        )
     if tokenizer.eos_token_id is None:
-        raise MetaVPTError(f"{name}: its tokenizer has no EOS token, which ends every document; set eos_token in its configuration")
+        raise MetaVPTError(
+            f"{name}: its tokenizer has no EOS token, which ends every document; set eos_token in its configuration"
+        )
     return tokenizer
 
 
@@ -40,7 +48,9 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, folder: str | Path | 
     """
     texts = list(texts)
     if vocab_size < NUM_BYTES + 2:
-        raise MetaVPTError(f"tokenizer: vocab_size={vocab_size} must be {NUM_BYTES + 2} or more: the bytes, EOS and padding")
+        raise MetaVPTError(
+            f"tokenizer: vocab_size={vocab_size} must be {NUM_BYTES + 2} or more: the bytes, EOS and padding"
+        )
     if not any(texts):
         raise MetaVPTError("tokenizer: there is no text to train it on")
     digest = hashlib.blake2b(digest_size=8)
@@ -54,16 +64,23 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, folder: str | Path | 
 
 
 def _write(path: Path, texts: list[str], vocab_size: int) -> None:
-    partial = path.with_suffix(f".{os.getpid()}.partial")  # of this process: two runs may train the same one at once
+    partial = path.with_suffix(
+        f".{os.getpid()}.partial"
+    )  # of this process: two runs may train the same one at once
     tokenizer = _transformers().PreTrainedTokenizerFast(
-        tokenizer_object=_train(texts, vocab_size), eos_token=EOS, pad_token=PAD, clean_up_tokenization_spaces=False
+        tokenizer_object=_train(texts, vocab_size),
+        eos_token=EOS,
+        pad_token=PAD,
+        clean_up_tokenization_spaces=False,
     )
     try:
         tokenizer.save_pretrained(partial)
         with suppress(OSError):  # the other run was first, and wrote the same
             partial.rename(path)
     except OSError as error:
-        raise MetaVPTError(f"{path.parent}: the tokenizer cannot be written ({error}); set METAVPT_CACHE") from None
+        raise MetaVPTError(
+            f"{path.parent}: the tokenizer cannot be written ({error}); set METAVPT_CACHE"
+        ) from None
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     if not path.exists():
@@ -75,7 +92,10 @@ def _train(texts: list[str], vocab_size: int) -> Any:
 
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(  # type: ignore[attr-defined]
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+        [
+            pre_tokenizers.Digits(individual_digits=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False),
+        ]
     )
     tokenizer.decoder = decoders.ByteLevel()  # type: ignore[attr-defined]
     trainer = trainers.BpeTrainer(
@@ -92,5 +112,7 @@ def _transformers() -> Any:
     try:
         import transformers
     except ImportError:
-        raise MetaVPTError("language problems need the package transformers: pip install 'metavpt[language]'") from None
+        raise MetaVPTError(
+            "language problems need the package transformers: pip install 'metavpt[language]'"
+        ) from None
     return transformers

@@ -42,7 +42,10 @@ class TokenBatch(NamedTuple):
     domain: Tensor
 
     def to(self, device: torch.device | str) -> "TokenBatch":
-        return tree_map(lambda part: part.to(device, non_blocking=True) if isinstance(part, Tensor) else part, self)
+        return tree_map(
+            lambda part: part.to(device, non_blocking=True) if isinstance(part, Tensor) else part,
+            self,
+        )
 
 
 class Encoded(NamedTuple):
@@ -59,7 +62,11 @@ def prompt_of(question: str, prompt: str = PROMPT) -> str:
 
 def text_of(document: Document, prompt: str = PROMPT) -> str:
     """The whole of a document as it is tokenised."""
-    return f"{prompt_of(document.question, prompt)} {document.answer}" if document.question else document.answer
+    return (
+        f"{prompt_of(document.question, prompt)} {document.answer}"
+        if document.question
+        else document.answer
+    )
 
 
 class Encoder:
@@ -74,16 +81,34 @@ class Encoder:
     """
 
     def __init__(
-        self, tokenizer: "PreTrainedTokenizerBase", length: int, long: str = "split", on_error: str = "raise", prompt: str = PROMPT
+        self,
+        tokenizer: "PreTrainedTokenizerBase",
+        length: int,
+        long: str = "split",
+        on_error: str = "raise",
+        prompt: str = PROMPT,
     ) -> None:
         if tokenizer.eos_token_id is None:
-            raise MetaVPTError(f"{tokenizer.name_or_path or 'tokenizer'}: no EOS token, which ends every document; set its eos_token")
-        if length < 2 or long not in ("split", "cut") or on_error not in ("raise", "skip") or "{question}" not in prompt:
+            raise MetaVPTError(
+                f"{tokenizer.name_or_path or 'tokenizer'}: no EOS token, which ends every document; set its eos_token"
+            )
+        if (
+            length < 2
+            or long not in ("split", "cut")
+            or on_error not in ("raise", "skip")
+            or "{question}" not in prompt
+        ):
             raise MetaVPTError(
                 f"tokens: length={length} must be 2 or more, long={long!r} 'split' or 'cut', on_error={on_error!r} 'raise' or 'skip', "
                 f"and prompt={prompt!r} must hold {{question}}"
             )
-        self.tokenizer, self.length, self.long, self.on_error, self.template = tokenizer, length, long, on_error, prompt
+        self.tokenizer, self.length, self.long, self.on_error, self.template = (
+            tokenizer,
+            length,
+            long,
+            on_error,
+            prompt,
+        )
         self.eos = int(tokenizer.eos_token_id)  # type: ignore[arg-type]
         self.skipped: dict[str, str] = {}
         self.cut: dict[str, int] = {}
@@ -102,12 +127,22 @@ class Encoder:
             prompts = [self.prompt(document.question) for document in group]
             texts = [text_of(document, self.template) for document in group]
             encoded = self.tokenizer(
-                texts, return_offsets_mapping=True, return_attention_mask=False, split_special_tokens=True, verbose=False
+                texts,
+                return_offsets_mapping=True,
+                return_attention_mask=False,
+                split_special_tokens=True,
+                verbose=False,
             )
-            for document, prompt, ids, spans in zip(group, prompts, encoded["input_ids"], encoded["offset_mapping"], strict=True):  # type: ignore[arg-type]
-                num_prompt = next((k for k, (_, end) in enumerate(spans) if end > len(prompt)), len(spans))
+            for document, prompt, ids, spans in zip(
+                group, prompts, encoded["input_ids"], encoded["offset_mapping"], strict=True
+            ):  # type: ignore[arg-type]
+                num_prompt = next(
+                    (k for k, (_, end) in enumerate(spans) if end > len(prompt)), len(spans)
+                )
                 tokens = ids if ids[-1:] == [self.eos] else [*ids, self.eos]
-                yield from self._pieces(Encoded(np.array(tokens, dtype=np.int32), num_prompt), document.where)
+                yield from self._pieces(
+                    Encoded(np.array(tokens, dtype=np.int32), num_prompt), document.where
+                )
 
     def _pieces(self, whole: Encoded, where: str) -> Iterator[Encoded]:
         tokens, num_prompt = whole
@@ -138,8 +173,14 @@ class Corpus:
             ends.append(len(tokens))
             num_prompt.append(document.num_prompt)
         if not num_prompt:
-            raise MetaVPTError(f"{name}: no document is left to train on; name a source with documents that fit")
-        self.tokens, self.ends, self.num_prompt = np.frombuffer(tokens, np.int32), np.frombuffer(ends, np.int64), num_prompt
+            raise MetaVPTError(
+                f"{name}: no document is left to train on; name a source with documents that fit"
+            )
+        self.tokens, self.ends, self.num_prompt = (
+            np.frombuffer(tokens, np.int32),
+            np.frombuffer(ends, np.int64),
+            num_prompt,
+        )
 
     def __len__(self) -> int:
         return len(self.num_prompt)
@@ -149,10 +190,15 @@ class Corpus:
 
     def draw(self, seed: int) -> Iterator[Encoded]:
         """Every document once, in an order set by `seed`."""
-        return map(self.__getitem__, torch.randperm(len(self), generator=torch.Generator().manual_seed(seed)).tolist())
+        return map(
+            self.__getitem__,
+            torch.randperm(len(self), generator=torch.Generator().manual_seed(seed)).tolist(),
+        )
 
 
-def collate(rows: Sequence[Sequence[Encoded]], length: int, pad: int, seed: int, domains: Sequence[int]) -> TokenBatch:
+def collate(
+    rows: Sequence[Sequence[Encoded]], length: int, pad: int, seed: int, domains: Sequence[int]
+) -> TokenBatch:
     """One row of the batch for the documents in each of `rows`, which must fit into `length`."""
     shape = (len(rows), length)
     tokens, positions = np.full(shape, pad, dtype=np.int64), np.zeros(shape, dtype=np.int64)
@@ -166,25 +212,47 @@ def collate(rows: Sequence[Sequence[Encoded]], length: int, pad: int, seed: int,
             documents[b, start:end] = index
             loss_mask[b, start + max(document.num_prompt, 1) : end] = True
             start = end
-    return TokenBatch(*map(torch.from_numpy, (tokens, positions, documents, loss_mask)), seed=seed, domain=torch.tensor(domains))
+    return TokenBatch(
+        *map(torch.from_numpy, (tokens, positions, documents, loss_mask)),
+        seed=seed,
+        domain=torch.tensor(domains),
+    )
 
 
 class ExampleLoader:
     """Endless batches of documents, one a row, padded to the longest of the batch; `skip(n)` starts at batch n and makes none before it."""
 
-    def __init__(self, corpus: Corpus, batch_size: int, seed: int, pad: int, domain: int = 0, device: torch.device | str = "cpu") -> None:
+    def __init__(
+        self,
+        corpus: Corpus,
+        batch_size: int,
+        seed: int,
+        pad: int,
+        domain: int = 0,
+        device: torch.device | str = "cpu",
+    ) -> None:
         if not 1 <= batch_size <= len(corpus):
             raise MetaVPTError(
                 f"problem.feedback_batch_size={batch_size} must be at least 1 and at most the {len(corpus)} feedback documents"
             )
-        self.corpus, self.batch_size, self.seed, self.pad, self.domain, self.device = corpus, batch_size, seed, pad, domain, device
+        self.corpus, self.batch_size, self.seed, self.pad, self.domain, self.device = (
+            corpus,
+            batch_size,
+            seed,
+            pad,
+            domain,
+            device,
+        )
         self.first = 0
 
     def skip(self, num_batches: int) -> None:
         self.first = num_batches
 
     def __iter__(self) -> Iterator[TokenBatch]:
-        for k, indices in enumerate(EndlessBatches(len(self.corpus), self.batch_size, self.seed, self.first), start=self.first):
+        for k, indices in enumerate(
+            EndlessBatches(len(self.corpus), self.batch_size, self.seed, self.first),
+            start=self.first,
+        ):
             yield self._batch(indices, mix(self.seed, k))
 
     def in_order(self) -> Lazy[tuple[int, Sequence[int]], TokenBatch]:
@@ -195,4 +263,10 @@ class ExampleLoader:
     def _batch(self, indices: Sequence[int], seed: int) -> TokenBatch:
         documents = [self.corpus[k] for k in indices]
         length = max(len(document.tokens) for document in documents)
-        return collate([[document] for document in documents], length, self.pad, seed, [self.domain] * len(documents)).to(self.device)
+        return collate(
+            [[document] for document in documents],
+            length,
+            self.pad,
+            seed,
+            [self.domain] * len(documents),
+        ).to(self.device)

@@ -62,4 +62,6 @@ class Readable(Dataset[Tensor]):
         self.skips.add_one()
         if index not in self._named:
             self._named.add(index)
-            Console(stderr=True, soft_wrap=True).print(f"[bold]data:[/bold] skipped: {reason}", highlight=False)
+            Console(stderr=True, soft_wrap=True).print(
+                f"[bold]data:[/bold] skipped: {reason}", highlight=False
+            )

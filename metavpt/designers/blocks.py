@@ -41,20 +41,43 @@ class BlockMasks(PatchDesigner):
     ) -> None:
         super().__init__(recipe, patch_size, network, **options)
         if not 0 < num_targets <= num_candidates:
-            raise MetaVPTError(f"designer.num_targets={num_targets} must be at least 1 and at most num_candidates={num_candidates}")
-        for name, (low, high) in {"target_scale": target_scale, "target_aspect": target_aspect, "context_scale": context_scale}.items():
+            raise MetaVPTError(
+                f"designer.num_targets={num_targets} must be at least 1 and at most num_candidates={num_candidates}"
+            )
+        for name, (low, high) in {
+            "target_scale": target_scale,
+            "target_aspect": target_aspect,
+            "context_scale": context_scale,
+        }.items():
             if not 0 < low <= high or (name.endswith("scale") and high > 1):
-                raise MetaVPTError(f"designer.{name}=({low}, {high}) must be two positive numbers in order, shares at most 1")
+                raise MetaVPTError(
+                    f"designer.{name}=({low}, {high}) must be two positive numbers in order, shares at most 1"
+                )
         if not 0 < min_visible <= self.num_patches:
-            raise MetaVPTError(f"designer.min_visible={min_visible} must be at least 1 and at most the {self.num_patches} patches")
-        self.num_targets, self.num_candidates, self.min_visible = num_targets, num_candidates, min_visible
-        self.target_scale, self.target_aspect, self.context_scale = target_scale, target_aspect, context_scale
+            raise MetaVPTError(
+                f"designer.min_visible={min_visible} must be at least 1 and at most the {self.num_patches} patches"
+            )
+        self.num_targets, self.num_candidates, self.min_visible = (
+            num_targets,
+            num_candidates,
+            min_visible,
+        )
+        self.target_scale, self.target_aspect, self.context_scale = (
+            target_scale,
+            target_aspect,
+            context_scale,
+        )
 
     def task(self, images: Tensor, logits: Tensor, seed: int, draw: int) -> MaskedImages:
-        sizes, rng = generator(seed, -1), generator(seed, draw)  # all draws of a batch have blocks of one size
+        sizes, rng = (
+            generator(seed, -1),
+            generator(seed, draw),
+        )  # all draws of a batch have blocks of one size
         target_size = block_size(self.grid, self.target_scale, self.target_aspect, sizes)
         context_size = block_size(self.grid, self.context_scale, (1.0, 1.0), sizes)
-        candidates = random_blocks(self.grid, target_size, (len(images), self.num_candidates), rng).to(images.device)
+        candidates = random_blocks(
+            self.grid, target_size, (len(images), self.num_candidates), rng
+        ).to(images.device)
         context = random_blocks(self.grid, context_size, (len(images),), rng).to(images.device)
         noise = gumbel((len(images), self.num_candidates), rng).to(logits)
         order = ranks.drawn(lambda shape: torch.rand(shape, generator=rng), logits.shape).to(logits)
@@ -64,21 +87,37 @@ class BlockMasks(PatchDesigner):
         targets = gather_patches(candidates, choice.chosen)  # (B, M, T)
         visible = context_patches(context, targets.flatten(1), order, self.min_visible)
         weight = choice.chosen_weight[..., None].expand(targets.shape)
-        return MaskedImages(images, visible, targets, order.new_ones(visible.shape), weight, choice.log_prob, block_logits)
+        return MaskedImages(
+            images,
+            visible,
+            targets,
+            order.new_ones(visible.shape),
+            weight,
+            choice.log_prob,
+            block_logits,
+        )
 
 
-def block_size(grid: tuple[int, int], scale: Range, aspect: Range, rng: Generator) -> tuple[int, int]:
+def block_size(
+    grid: tuple[int, int], scale: Range, aspect: Range, rng: Generator
+) -> tuple[int, int]:
     """(h, w) of a block whose share of the grid and height over width are uniform in `scale` and `aspect`, rounded, at most the grid."""
-    share, ratio = (low + (high - low) * float(torch.rand((), generator=rng)) for low, high in (scale, aspect))
+    share, ratio = (
+        low + (high - low) * float(torch.rand((), generator=rng)) for low, high in (scale, aspect)
+    )
     area = int(share * math.prod(grid))
     sides = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
     return max(1, min(sides[0], grid[0])), max(1, min(sides[1], grid[1]))
 
 
-def random_blocks(grid: tuple[int, int], size: tuple[int, int], shape: tuple[int, ...], rng: Generator) -> Tensor:
+def random_blocks(
+    grid: tuple[int, int], size: tuple[int, int], shape: tuple[int, ...], rng: Generator
+) -> Tensor:
     """Blocks of `size` = (h, w) at uniform places: the indices of their patches, (*shape, h w)."""
     top, left = (
-        ranks.drawn(lambda shape, ends=side - block + 1: torch.randint(ends, shape, generator=rng), shape)
+        ranks.drawn(
+            lambda shape, ends=side - block + 1: torch.randint(ends, shape, generator=rng), shape
+        )
         for side, block in zip(grid, size, strict=True)
     )
     rows = top[..., None] + torch.arange(size[0])  # (*shape, h)

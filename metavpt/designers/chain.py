@@ -18,7 +18,9 @@ class Chain(Designer):
     stages: recipe -> designer by name, in order. A PolicyDesigner makes the views anew and must stand first.
     """
 
-    def __init__(self, recipe: MultiCrop, stages: Mapping[str, Callable[[MultiCrop], Designer]]) -> None:
+    def __init__(
+        self, recipe: MultiCrop, stages: Mapping[str, Callable[[MultiCrop], Designer]]
+    ) -> None:
         super().__init__(recipe)
         if not stages:
             raise MetaVPTError("Chain: designer.stages is empty; name at least one designer")
@@ -40,7 +42,11 @@ class Chain(Designer):
         return torch.stack([stage.regularizer(task) for stage in self._stages]).sum()
 
     def figures(self, batch: Any, task: Views) -> dict[str, np.ndarray]:
-        return {name: picture for stage in self._stages for name, picture in stage.figures(batch, task).items()}
+        return {
+            name: picture
+            for stage in self._stages
+            for name, picture in stage.figures(batch, task).items()
+        }
 
     @property
     def _stages(self) -> list[Designer]:

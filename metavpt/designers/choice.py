@@ -38,7 +38,13 @@ def choose(logits: Tensor, noise: Tensor, num_chosen: int, estimator: Estimator)
     chosen, rest = order.split([num_chosen, order.shape[1] - num_chosen], dim=1)
     ones, certain = torch.ones_like(logits), logits.new_zeros(len(logits))
     if estimator == "score":
-        return Choice(chosen, rest, ones.gather(1, chosen), ones.gather(1, rest), _log_prob(logits.gather(1, order), num_chosen))
+        return Choice(
+            chosen,
+            rest,
+            ones.gather(1, chosen),
+            ones.gather(1, rest),
+            _log_prob(logits.gather(1, order), num_chosen),
+        )
     weights = _relative(logits).gather(1, chosen), _relative(-logits).gather(1, rest)
     if estimator == "straight_through":
         weights = tuple(1.0 + (weight - weight.detach()) for weight in weights)

@@ -18,12 +18,18 @@ class ImageEncoder(nn.Module):
     def __init__(self, width: int = 32, depth: int = 3, size: int = 32) -> None:
         super().__init__()
         if depth < 1 or width % 2 ** (depth - 1) or size < 2**depth:
-            raise MetaVPTError(f"ImageEncoder: {width=} must divide by 2^(depth - 1) and {size=} be at least 2^depth, {depth=}")
+            raise MetaVPTError(
+                f"ImageEncoder: {width=} must divide by 2^(depth - 1) and {size=} be at least 2^depth, {depth=}"
+            )
         self.width, self.size = width, size
         widths = [3, *(width // 2 ** (depth - 1 - level) for level in range(depth))]
         layers: list[nn.Module] = []
         for before, after in pairwise(widths):
-            layers += [nn.Conv2d(before, after, kernel_size=3, stride=2, padding=1), nn.GroupNorm(math.gcd(4, after), after), nn.SiLU()]
+            layers += [
+                nn.Conv2d(before, after, kernel_size=3, stride=2, padding=1),
+                nn.GroupNorm(math.gcd(4, after), after),
+                nn.SiLU(),
+            ]
         self.layers = nn.Sequential(*layers)
 
     def forward(self, images: Tensor) -> Tensor:

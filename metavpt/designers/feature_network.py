@@ -24,18 +24,31 @@ class FeatureNetwork(FeatureDesigner):
     hidden_width  channels between
     """
 
-    def __init__(self, recipe: RandomCrop, patch_size: int, width: int, hidden_width: int = 128, **options: Any) -> None:
+    def __init__(
+        self,
+        recipe: RandomCrop,
+        patch_size: int,
+        width: int,
+        hidden_width: int = 128,
+        **options: Any,
+    ) -> None:
         super().__init__(recipe, patch_size, width, **options)
         self.network = PatchNetwork(width, hidden_width)
 
     def forward(self, batch: Any) -> FeatureTask:
         phi: Params = dict(self.network.named_parameters())
-        if not torch.is_grad_enabled():  # handed on as they are, parameters would ask the learner's loss for gradients
-            phi = {name: p.detach().clone() for name, p in phi.items()}  # and the task would follow later steps of phi
+        if (
+            not torch.is_grad_enabled()
+        ):  # handed on as they are, parameters would ask the learner's loss for gradients
+            phi = {
+                name: p.detach().clone() for name, p in phi.items()
+            }  # and the task would follow later steps of phi
         return self.recipe_task(batch)._replace(phi=phi)
 
     def moves(self, task: FeatureTask, states: Tensor, features: Tensor) -> Tensor:
-        return task.gate[:, None, None] * functional_call(self.network, task.phi, (states, features, self.grid))
+        return task.gate[:, None, None] * functional_call(
+            self.network, task.phi, (states, features, self.grid)
+        )
 
     def loss(self, lesson: dict[str, Tensor]) -> Tensor:
         """-mean (<y, A> - |y|^2 / 2), y the network's moves and A the values (B, N, D): least where y is what A is expected to be.

@@ -38,30 +38,56 @@ class FeatureDesigner(nn.Module):
     """
 
     def __init__(
-        self, recipe: RandomCrop, patch_size: int, width: int, gate: float = 1.0, hidden: tuple[float, float] = (0.3, 0.5)
+        self,
+        recipe: RandomCrop,
+        patch_size: int,
+        width: int,
+        gate: float = 1.0,
+        hidden: tuple[float, float] = (0.3, 0.5),
     ) -> None:
         super().__init__()
         if recipe.size % patch_size:
-            raise MetaVPTError(f"recipe.size={recipe.size} does not divide into patches of {patch_size}")
+            raise MetaVPTError(
+                f"recipe.size={recipe.size} does not divide into patches of {patch_size}"
+            )
         if gate < 0:
             raise MetaVPTError(f"designer.gate={gate} must not be negative")
         if not 0 <= hidden[0] <= hidden[1] < 1:
-            raise MetaVPTError(f"designer.hidden={list(hidden)} must be two shares of the patches in order, below 1")
-        self.recipe, self.width, self.gate, self.hidden = recipe, width, gate, (hidden[0], hidden[1])
+            raise MetaVPTError(
+                f"designer.hidden={list(hidden)} must be two shares of the patches in order, below 1"
+            )
+        self.recipe, self.width, self.gate, self.hidden = (
+            recipe,
+            width,
+            gate,
+            (hidden[0], hidden[1]),
+        )
         self.grid = (recipe.size // patch_size, recipe.size // patch_size)
 
     def recipe_task(self, batch: Any) -> FeatureTask:
         """The teacher's own features. batch: `.images` (B, 3, H, W), see RandomCrop, and `.seed`."""
         images = self.recipe(batch.images, batch.seed)
-        seen = hidden_patches(len(images) * ranks.size(), self.grid, self.hidden, 1.0, mix(batch.seed, 0))
+        seen = hidden_patches(
+            len(images) * ranks.size(), self.grid, self.hidden, 1.0, mix(batch.seed, 0)
+        )
         shift = images.new_zeros(len(images), math.prod(self.grid), self.width)
-        task = FeatureTask(images, ranks.own(seen).to(images.device), shift, shift, images.new_full((len(images),), self.gate), {})
+        task = FeatureTask(
+            images,
+            ranks.own(seen).to(images.device),
+            shift,
+            shift,
+            images.new_full((len(images),), self.gate),
+            {},
+        )
         return with_map(task, images.new_zeros(self.width, self.width))
 
     def random_tasks(self, batch: Any, num_tasks: int) -> list[FeatureTask]:
         """The same images with maps of standard normal entries, which shift features of any width by about `gate`."""
         task, rng = self.recipe_task(batch), Generator().manual_seed(mix(batch.seed, 1))
-        return [with_map(task, torch.randn(self.width, self.width, generator=rng)) for _ in range(num_tasks)]
+        return [
+            with_map(task, torch.randn(self.width, self.width, generator=rng))
+            for _ in range(num_tasks)
+        ]
 
     def moves(self, task: FeatureTask, states: Tensor, features: Tensor) -> Tensor:
         """Of the task's targets by a network, (B, N, D), from what the teacher's trunk and tail say of the patches, both (B, N, D)."""
@@ -85,7 +111,9 @@ class FeatureTargets(FeatureDesigner):
     weight     of the mean squared shift before saturation, see `regularizer`
     """
 
-    def __init__(self, recipe: RandomCrop, patch_size: int, width: int, weight: float = 0.01, **options: Any) -> None:
+    def __init__(
+        self, recipe: RandomCrop, patch_size: int, width: int, weight: float = 0.01, **options: Any
+    ) -> None:
         super().__init__(recipe, patch_size, width, **options)
         self.weight = weight
         self.map = nn.Parameter(torch.zeros(width, width))
@@ -113,7 +141,9 @@ def with_map(task: FeatureTask, map: Tensor) -> FeatureTask:
 
 def moved(features: Tensor, task: FeatureTask) -> Tensor:
     """features + shift + gate * saturated(centred(features) map), all (B, N, D); unchanged bit for bit where `shift` and `map` are 0."""
-    return features + task.shift + task.gate[:, None, None] * saturated(centred(features) @ task.map)
+    return (
+        features + task.shift + task.gate[:, None, None] * saturated(centred(features) @ task.map)
+    )
 
 
 def centred(features: Tensor) -> Tensor:
@@ -136,5 +166,9 @@ def tilted(task: FeatureTask, values: Tensor, gate: float, tau: float) -> Featur
     tiny = torch.finfo(values.dtype).tiny
     squares = values.square()
     if tau == 0:
-        return task._replace(shift=gate * values / squares.mean(dim=-1, keepdim=True).sqrt().clamp_min(tiny))
-    return task._replace(shift=gate / tau * values / ranks.leave(squares.mean()).sqrt().clamp_min(tiny))
+        return task._replace(
+            shift=gate * values / squares.mean(dim=-1, keepdim=True).sqrt().clamp_min(tiny)
+        )
+    return task._replace(
+        shift=gate / tau * values / ranks.leave(squares.mean()).sqrt().clamp_min(tiny)
+    )

@@ -12,7 +12,9 @@ ASPECT = 0.3  # height / width of a block, log-uniform in [0.3, 1 / 0.3]
 NUM_ATTEMPTS = 10  # in a row without a block that fits, then the mask stays as it is
 
 
-def hidden_patches(num_images: int, grid: tuple[int, int], share: tuple[float, float], prob: float, seed: int) -> Tensor:
+def hidden_patches(
+    num_images: int, grid: tuple[int, int], share: tuple[float, float], prob: float, seed: int
+) -> Tensor:
     """(B, N) bool, patches row by row: an image hides nothing, or with probability `prob` a share uniform in `share`, rounded down.
 
     Each image has a seed of its own, so what it hides does not hang on the rest of the batch.
@@ -34,7 +36,10 @@ def blockwise_mask(grid: tuple[int, int], num_hidden: int, rng: np.random.Genera
     while (missing := num_hidden - int(mask.sum())) > 0 and failures < NUM_ATTEMPTS:
         area = rng.uniform(min((min(grid) // 3) ** 2, missing), missing)
         ratio = math.exp(rng.uniform(math.log(ASPECT), -math.log(ASPECT)))
-        height, width = max(1, round(math.sqrt(area * ratio))), max(1, round(math.sqrt(area / ratio)))
+        height, width = (
+            max(1, round(math.sqrt(area * ratio))),
+            max(1, round(math.sqrt(area / ratio))),
+        )
         failures += 1
         if height > grid[0] or width > grid[1]:
             continue

@@ -19,7 +19,9 @@ def histograms(rows: Mapping[str, Mapping[str, Pair]], num_bins: int = 30) -> np
     height = 1.1 * len(rows)
     figure = Figure(figsize=(1.25 * len(columns), height), dpi=100)
     axes = figure.subplots(len(rows), len(columns), squeeze=False)
-    figure.subplots_adjust(left=0.01, right=0.99, bottom=0.25 / height, top=1 - 0.2 / height, wspace=0.15, hspace=0.75)
+    figure.subplots_adjust(
+        left=0.01, right=0.99, bottom=0.25 / height, top=1 - 0.2 / height, wspace=0.15, hspace=0.75
+    )
     for j, column in enumerate(columns):
         bins = _bins([pair for row in rows.values() if (pair := row.get(column))], num_bins)
         for i, (name, row) in enumerate(rows.items()):
@@ -42,4 +44,6 @@ def _bins(pairs: Sequence[Pair], num_bins: int) -> np.ndarray:
 
 
 def _array(values: Tensor | tuple[()]) -> np.ndarray:
-    return np.empty(0) if isinstance(values, tuple) else values.detach().double().cpu().numpy().ravel()
+    return (
+        np.empty(0) if isinstance(values, tuple) else values.detach().double().cpu().numpy().ravel()
+    )

@@ -44,14 +44,25 @@ class MaskDesigner(Designer):
     ) -> None:
         super().__init__(recipe)
         if not (0 <= keep <= 1 and 0 <= initial_keep <= 1):
-            raise MetaVPTError(f"MaskDesigner: keep and initial_keep are shares in [0, 1], got {keep=}, {initial_keep=}")
+            raise MetaVPTError(
+                f"MaskDesigner: keep and initial_keep are shares in [0, 1], got {keep=}, {initial_keep=}"
+            )
         if crops not in ("global", "all"):
             raise MetaVPTError(f"MaskDesigner: crops must be 'global' or 'all', got {crops!r}")
         if blur_sigma <= 0:
             raise MetaVPTError(f"MaskDesigner: blur_sigma must be positive, got {blur_sigma}")
         self.network = network
-        self.keep, self.initial_keep, self.blur_sigma, self.crops = keep, initial_keep, blur_sigma, crops
-        self.sparsity_weight, self.tv_weight, self.excess_weight = sparsity_weight, tv_weight, excess_weight
+        self.keep, self.initial_keep, self.blur_sigma, self.crops = (
+            keep,
+            initial_keep,
+            blur_sigma,
+            crops,
+        )
+        self.sparsity_weight, self.tv_weight, self.excess_weight = (
+            sparsity_weight,
+            tv_weight,
+            excess_weight,
+        )
 
     def refine(self, views: Views, batch: Any) -> Views:
         global_crops, masks, excess = self._mask(views.global_crops)
@@ -59,7 +70,13 @@ class MaskDesigner(Designer):
             return views._replace(global_crops=global_crops, masks=masks, excess=excess)
         local_crops, local_masks, local_excess = self._mask(views.local_crops)
         excess = torch.cat([excess, local_excess])
-        return views._replace(global_crops=global_crops, local_crops=local_crops, masks=masks, local_masks=local_masks, excess=excess)
+        return views._replace(
+            global_crops=global_crops,
+            local_crops=local_crops,
+            masks=masks,
+            local_masks=local_masks,
+            excess=excess,
+        )
 
     def randomize(self, views: Views, batch: Any, rng: torch.Generator) -> Views:
         """The same views under smooth blobs, each keeping the share `keep`."""
@@ -68,7 +85,9 @@ class MaskDesigner(Designer):
         if self.crops == "global" or not len(views.local_crops):
             return views
         local_masks = random_masks(views.local_crops, self.keep, rng)
-        return views._replace(local_crops=self._blend(views.local_crops, local_masks), local_masks=local_masks)
+        return views._replace(
+            local_crops=self._blend(views.local_crops, local_masks), local_masks=local_masks
+        )
 
     def regularizer(self, task: Views) -> Tensor:
         """R = sparsity_weight * (mean mu - keep)^2 + tv_weight * TV(mu) + excess_weight * mean excess, a scalar.
@@ -76,19 +95,29 @@ class MaskDesigner(Designer):
         Means are over masked views and images; see `total_variation`. excess = relu(z - 1) + relu(-z) per pixel of the logits z.
         """
         if task.masks is None or task.excess is None:
-            raise MetaVPTError("MaskDesigner.regularizer: the task has no masks; it must come from the designer, not from recipe_task")
+            raise MetaVPTError(
+                "MaskDesigner.regularizer: the task has no masks; it must come from the designer, not from recipe_task"
+            )
         masks = [mu for mu in (task.masks, task.local_masks) if mu is not None]
         kept = ranks.mean(torch.cat([mu.mean(dim=(2, 3, 4)) for mu in masks]).mean())
         variation = torch.cat([total_variation(mu) for mu in masks]).mean()
-        return self.sparsity_weight * (kept - self.keep).square() + self.tv_weight * variation + self.excess_weight * task.excess.mean()
+        return (
+            self.sparsity_weight * (kept - self.keep).square()
+            + self.tv_weight * variation
+            + self.excess_weight * task.excess.mean()
+        )
 
     def figures(self, batch: Any, task: Views) -> dict[str, np.ndarray]:
         """A global crop by the recipe, the mask, and the view that the learner trains on; one image a row."""
         if task.masks is None:
-            raise MetaVPTError("MaskDesigner.figures: the task has no masks; it must come from the designer, not from recipe_task")
+            raise MetaVPTError(
+                "MaskDesigner.figures: the task has no masks; it must come from the designer, not from recipe_task"
+            )
         plain = self.recipe_task(batch)
         rows = []
-        for before, mu, after in list(zip(plain.global_crops[0], task.masks[0], task.global_crops[0], strict=True))[:NUM_PICTURES]:
+        for before, mu, after in list(
+            zip(plain.global_crops[0], task.masks[0], task.global_crops[0], strict=True)
+        )[:NUM_PICTURES]:
             photos = [pictures.photo(self.recipe.denormalize(view)) for view in (before, after)]
             rows.append([photos[0], pictures.colour(mu[0], 0.0, 1.0, "gray"), photos[1]])
         return {"masks": pictures.grid(rows)}
@@ -115,11 +144,17 @@ def random_masks(crops: Tensor, keep: float, rng: torch.Generator, cells: int = 
     """Masks (V, B, 1, H, W) of 0 and 1 for crops (V, B, 3, H, W): noise on `cells` x `cells`, enlarged; its top share `keep` is kept."""
     num_views, batch_size, _, height, width = crops.shape
     noise = (
-        ranks.drawn(lambda shape: torch.randn(shape, generator=rng), (num_views, batch_size, 1, cells, cells), dim=1)
+        ranks.drawn(
+            lambda shape: torch.randn(shape, generator=rng),
+            (num_views, batch_size, 1, cells, cells),
+            dim=1,
+        )
         .flatten(0, 1)
         .to(crops)
     )
-    smooth = F.interpolate(noise, size=(height, width), mode="bicubic", align_corners=False).flatten(1)
+    smooth = F.interpolate(
+        noise, size=(height, width), mode="bicubic", align_corners=False
+    ).flatten(1)
     num_kept = round(keep * smooth.shape[1])
     masks = torch.zeros_like(smooth).scatter_(1, smooth.topk(num_kept, dim=1).indices, 1.0)
     return masks.view(num_views, batch_size, 1, height, width)
@@ -131,7 +166,10 @@ def total_variation(mu: Tensor) -> Tensor:
     A side of one pixel adds nothing.
     """
     rows, columns = mu.diff(dim=-2).abs(), mu.diff(dim=-1).abs()
-    return sum((d.mean(dim=(-3, -2, -1)) for d in (rows, columns) if d.numel()), mu.new_zeros(mu.shape[:-3]))
+    return sum(
+        (d.mean(dim=(-3, -2, -1)) for d in (rows, columns) if d.numel()),
+        mu.new_zeros(mu.shape[:-3]),
+    )
 
 
 def gaussian_blur(images: Tensor, sigma: float) -> Tensor:
@@ -152,8 +190,13 @@ class UNet(nn.Module):
     def __init__(self, base: int = 16, depth: int = 3) -> None:
         super().__init__()
         widths = [base * 2**level for level in range(depth + 1)]
-        self.down = nn.ModuleList(_conv_block(before, after) for before, after in zip([3, *widths], widths, strict=False))
-        self.up = nn.ModuleList(_conv_block(skip + below, skip) for skip, below in zip(widths[-2::-1], widths[:0:-1], strict=True))
+        self.down = nn.ModuleList(
+            _conv_block(before, after) for before, after in zip([3, *widths], widths, strict=False)
+        )
+        self.up = nn.ModuleList(
+            _conv_block(skip + below, skip)
+            for skip, below in zip(widths[-2::-1], widths[:0:-1], strict=True)
+        )
         self.out = _zero(nn.Conv2d(base, 1, kernel_size=1))
 
     def forward(self, views: Tensor) -> Tensor:
@@ -162,7 +205,9 @@ class UNet(nn.Module):
             x = block(F.avg_pool2d(x, 2, ceil_mode=True) if level else x)
             skips.append(x)
         for block, skip in zip(self.up, skips[-2::-1], strict=True):
-            x = block(torch.cat([skip, F.interpolate(x, size=skip.shape[-2:], mode="bilinear")], dim=1))
+            x = block(
+                torch.cat([skip, F.interpolate(x, size=skip.shape[-2:], mode="bilinear")], dim=1)
+            )
         return self.out(x)
 
 
@@ -172,10 +217,14 @@ class PatchTransformer(nn.Module):
     The backbone of DiT (arXiv 2212.09748) and SiT without their conditioning. `width` must be a multiple of 4 and of `num_heads`.
     """
 
-    def __init__(self, patch_size: int = 8, width: int = 128, depth: int = 4, num_heads: int = 4) -> None:
+    def __init__(
+        self, patch_size: int = 8, width: int = 128, depth: int = 4, num_heads: int = 4
+    ) -> None:
         super().__init__()
         if width % 4 or width % num_heads:
-            raise MetaVPTError(f"PatchTransformer: width={width} must be a multiple of 4 and of num_heads={num_heads}")
+            raise MetaVPTError(
+                f"PatchTransformer: width={width} must be a multiple of 4 and of num_heads={num_heads}"
+            )
         self.patch_size = patch_size
         self.embed = nn.Conv2d(3, width, patch_size, stride=patch_size)
         self.blocks = nn.Sequential(*(Block(width, num_heads, qkv_bias=True) for _ in range(depth)))
@@ -184,11 +233,15 @@ class PatchTransformer(nn.Module):
 
     def forward(self, views: Tensor) -> Tensor:
         height, width = views.shape[-2:]
-        padded = F.pad(views, (0, -width % self.patch_size, 0, -height % self.patch_size), mode="replicate")
+        padded = F.pad(
+            views, (0, -width % self.patch_size, 0, -height % self.patch_size), mode="replicate"
+        )
         patches = self.embed(padded)  # (B, D, h, w)
         grid = list(patches.shape[-2:])
         tokens = patches.flatten(2).transpose(1, 2)
-        tokens = tokens + build_sincos2d_pos_embed(grid, tokens.shape[-1], device=tokens.device, dtype=tokens.dtype)
+        tokens = tokens + build_sincos2d_pos_embed(
+            grid, tokens.shape[-1], device=tokens.device, dtype=tokens.dtype
+        )
         logits = self.out(self.norm(self.blocks(tokens))).transpose(1, 2).unflatten(2, grid)
         return F.interpolate(logits, size=padded.shape[-2:], mode="bilinear")[..., :height, :width]
 
@@ -197,7 +250,11 @@ def _conv_block(before: int, after: int) -> nn.Sequential:
     groups = math.gcd(8, after)
     layers: list[nn.Module] = []
     for channels in (before, after):
-        layers += [nn.Conv2d(channels, after, kernel_size=3, padding=1), nn.GroupNorm(groups, after), nn.SiLU()]
+        layers += [
+            nn.Conv2d(channels, after, kernel_size=3, padding=1),
+            nn.GroupNorm(groups, after),
+            nn.SiLU(),
+        ]
     return nn.Sequential(*layers)
 
 

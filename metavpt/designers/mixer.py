@@ -23,11 +23,19 @@ class MixDesigner(Designer):
     kl_weight: weight of the divergence from the recipe, see `regularizer`.
     """
 
-    def __init__(self, recipe: MultiCrop, terms: Mapping[str, float], encoder: ImageEncoder | None = None, kl_weight: float = 0.1) -> None:
+    def __init__(
+        self,
+        recipe: MultiCrop,
+        terms: Mapping[str, float],
+        encoder: ImageEncoder | None = None,
+        kl_weight: float = 0.1,
+    ) -> None:
         super().__init__(recipe)
         self.terms = active_terms(terms)
         if len(self.terms) < 2:
-            raise MetaVPTError(f"MixDesigner: there is nothing to mix in problem.terms={dict(terms)}; give two terms a weight")
+            raise MetaVPTError(
+                f"MixDesigner: there is nothing to mix in problem.terms={dict(terms)}; give two terms a weight"
+            )
         self.encoder, self.kl_weight = encoder, kl_weight
         self.logits = nn.Parameter(torch.zeros(len(self.terms)))
         self.head = zero_linear(encoder.width, len(self.terms), bias=False) if encoder else None
@@ -42,25 +50,38 @@ class MixDesigner(Designer):
     def randomize(self, views: Views, batch: Any, rng: Generator) -> Views:
         """The same views with weights from standard normal l, for each image its own."""
         shape = len(self.terms), len(batch.images)
-        logits = ranks.drawn(lambda shape: torch.randn(shape, generator=rng), shape, dim=1).to(views.global_crops)
+        logits = ranks.drawn(lambda shape: torch.randn(shape, generator=rng), shape, dim=1).to(
+            views.global_crops
+        )
         return views._replace(mix=self._mix(logits))
 
     def regularizer(self, task: Views) -> Tensor:
         """kl_weight * mean over images of KL(w / W || p), a scalar."""
         mix = _mix_of(task)
         recipe = self._recipe(mix)
-        return self.kl_weight * ((mix / mix.sum(dim=0)) * (mix.clamp_min(torch.finfo(mix.dtype).tiny) / recipe).log()).sum(dim=0).mean()
+        return (
+            self.kl_weight
+            * ((mix / mix.sum(dim=0)) * (mix.clamp_min(torch.finfo(mix.dtype).tiny) / recipe).log())
+            .sum(dim=0)
+            .mean()
+        )
 
     def figures(self, batch: Any, task: Views) -> dict[str, np.ndarray]:
         """The distribution of each term's weight over the images; in grey the recipe's."""
         mix = _mix_of(task)
-        return {"mix": histograms({"": dict(zip(self.terms, zip(self._recipe(mix), mix, strict=True), strict=True))})}
+        return {
+            "mix": histograms(
+                {"": dict(zip(self.terms, zip(self._recipe(mix), mix, strict=True), strict=True))}
+            )
+        }
 
     def _mix(self, logits: Tensor) -> Tensor:
         """(T, B)"""
         recipe = self._recipe(logits)
         mix = recipe * (logits - logits.detach().amax(dim=0)).exp()
-        return mix * (recipe.sum(dim=0) / mix.sum(dim=0))  # both sums by one kernel: for l = 0 their ratio is exactly 1
+        return mix * (
+            recipe.sum(dim=0) / mix.sum(dim=0)
+        )  # both sums by one kernel: for l = 0 their ratio is exactly 1
 
     def _recipe(self, like: Tensor) -> Tensor:
         """The recipe's weights for each image, (T, B)."""
@@ -71,11 +92,15 @@ def mix_terms(losses: Tensor, recipe: Iterable[float], mix: Tensor | None) -> Te
     """sum_t w_t losses_t of each image, (B,): losses (T, B), w the task's mix (T, B) or, where it has none, the recipe's T weights."""
     weights = losses.new_tensor(list(recipe))[:, None] if mix is None else mix.to(losses.dtype)
     if len(weights) != len(losses):
-        raise MetaVPTError(f"MixDesigner: {len(weights)} weights for {len(losses)} terms; designer.terms must be the problem's")
+        raise MetaVPTError(
+            f"MixDesigner: {len(weights)} weights for {len(losses)} terms; designer.terms must be the problem's"
+        )
     return (weights * losses).sum(dim=0)
 
 
 def _mix_of(task: Views) -> Tensor:
     if task.mix is None:
-        raise MetaVPTError("MixDesigner: the task has no mix; it must come from the designer, not from recipe_task")
+        raise MetaVPTError(
+            "MixDesigner: the task has no mix; it must come from the designer, not from recipe_task"
+        )
     return task.mix

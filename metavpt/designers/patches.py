@@ -45,7 +45,9 @@ class PatchDesigner(nn.Module, ABC):
     ) -> None:
         super().__init__()
         if recipe.size % patch_size:
-            raise MetaVPTError(f"recipe.size={recipe.size} does not divide into patches of {patch_size}")
+            raise MetaVPTError(
+                f"recipe.size={recipe.size} does not divide into patches of {patch_size}"
+            )
         if estimator not in ESTIMATORS:
             raise MetaVPTError(f"designer.estimator={estimator}: known are {', '.join(ESTIMATORS)}")
         self.recipe, self.network, self.kl_weight = recipe, network, kl_weight
@@ -79,23 +81,36 @@ class PatchDesigner(nn.Module, ABC):
     def regularizer(self, task: MaskedImages) -> Tensor:
         """R = kl_weight * mean_b KL(softmax(logits_b) || uniform), a scalar."""
         uniform = torch.zeros_like(task.logits).log_softmax(dim=1)
-        return self.kl_weight * F.kl_div(uniform, task.logits.log_softmax(dim=1), reduction="batchmean", log_target=True)
+        return self.kl_weight * F.kl_div(
+            uniform, task.logits.log_softmax(dim=1), reduction="batchmean", log_target=True
+        )
 
 
 class PatchMasks(PatchDesigner):
     """MAE's masks (arXiv 2111.06377): the share `hidden` of the patches is hidden, the visible ones are drawn by the logits."""
 
-    def __init__(self, recipe: RandomCrop, patch_size: int, network: nn.Module, hidden: float = 0.75, **options: Any) -> None:
+    def __init__(
+        self,
+        recipe: RandomCrop,
+        patch_size: int,
+        network: nn.Module,
+        hidden: float = 0.75,
+        **options: Any,
+    ) -> None:
         super().__init__(recipe, patch_size, network, **options)
         self.num_visible = round((1 - hidden) * self.num_patches)
         if not 0 < self.num_visible < self.num_patches:
-            raise MetaVPTError(f"designer.hidden={hidden} of {self.num_patches} patches leaves nothing to see, or nothing to predict")
+            raise MetaVPTError(
+                f"designer.hidden={hidden} of {self.num_patches} patches leaves nothing to see, or nothing to predict"
+            )
 
     def task(self, images: Tensor, logits: Tensor, seed: int, draw: int) -> MaskedImages:
         noise = gumbel(tuple(logits.shape), generator(seed, draw)).to(logits)
         choice = choose(logits, noise, self.num_visible, self.estimator)
         targets, weight = choice.rest[:, None], choice.rest_weight[:, None]  # one group
-        return MaskedImages(images, choice.chosen, targets, choice.chosen_weight, weight, choice.log_prob, logits)
+        return MaskedImages(
+            images, choice.chosen, targets, choice.chosen_weight, weight, choice.log_prob, logits
+        )
 
 
 class PatchScores(nn.Module):
@@ -105,7 +120,9 @@ class PatchScores(nn.Module):
         super().__init__()
         self.embed = nn.Conv2d(3, width, patch_size, stride=patch_size)
         self.mix = nn.Conv2d(width, width, kernel_size=3, padding=1)
-        self.out = nn.Conv2d(width, 1, kernel_size=1, bias=False)  # the same for all patches, a bias would change nothing
+        self.out = nn.Conv2d(
+            width, 1, kernel_size=1, bias=False
+        )  # the same for all patches, a bias would change nothing
         nn.init.zeros_(self.out.weight)
 
     def forward(self, images: Tensor) -> Tensor:

@@ -51,7 +51,10 @@ class PolicyDesigner(Designer):
         self.num_views = 2 + recipe.num_local
         self.settings = nn.Parameter(torch.zeros(self.num_views * NUM_SETTINGS))
         self.head = zero_linear(encoder.width, len(self.settings), bias=False) if encoder else None
-        colours = {name: jitter_range(i, strength) for i, (name, strength) in enumerate(zip(COLOURS, jitter, strict=True))}
+        colours = {
+            name: jitter_range(i, strength)
+            for i, (name, strength) in enumerate(zip(COLOURS, jitter, strict=True))
+        }
         self.bounds: dict[str, Range] = {
             "scale": scale, "log_aspect": (math.log(aspect[0]), math.log(aspect[1])), "x": (-1.0, 1.0), "y": (-1.0, 1.0),
             **colours, "blur_sigma": recipe.blur_sigma,
@@ -63,17 +66,23 @@ class PolicyDesigner(Designer):
         raw = self.settings.expand(len(images), -1)
         if self.encoder is not None and self.head is not None:
             raw = raw + self.head(self.encoder(self.recipe.normalize(images)))
-        policy = self.reach * raw.unflatten(1, (self.num_views, NUM_SETTINGS)).tanh().transpose(0, 1)
+        policy = self.reach * raw.unflatten(1, (self.num_views, NUM_SETTINGS)).tanh().transpose(
+            0, 1
+        )
         return self._act(images, batch.seed, policy)
 
     def refine(self, views: Views, batch: Any) -> Views:
-        raise MetaVPTError("PolicyDesigner makes views from images and cannot refine others: it must be the first of designer.stages")
+        raise MetaVPTError(
+            "PolicyDesigner makes views from images and cannot refine others: it must be the first of designer.stages"
+        )
 
     def randomize(self, views: Views, batch: Any, rng: Generator) -> Views:
         """Settings uniform in [-reach, reach], for each view of each image; the draws that they move are the recipe's."""
         images = to_float(batch.images)
         shape = self.num_views, len(images), NUM_SETTINGS
-        uniform = ranks.drawn(lambda shape: torch.rand(shape, generator=rng), shape, dim=1).to(images)
+        uniform = ranks.drawn(lambda shape: torch.rand(shape, generator=rng), shape, dim=1).to(
+            images
+        )
         return self._act(images, batch.seed, self.reach * (2 * uniform - 1))
 
     def regularizer(self, task: Views) -> Tensor:
@@ -84,29 +93,41 @@ class PolicyDesigner(Designer):
         trust region.
         """
         if task.policy is None:
-            raise MetaVPTError("PolicyDesigner.regularizer: the task has no policy; it must come from the designer, not from recipe_task")
+            raise MetaVPTError(
+                "PolicyDesigner.regularizer: the task has no policy; it must come from the designer, not from recipe_task"
+            )
         shift, log_scale, blend = _split(task.policy)
-        divergence = ((shift.square() + (2 * log_scale).exp() - 1) / 2 - log_scale).sum(-1) + blend.square().sum(-1) / 2
+        divergence = ((shift.square() + (2 * log_scale).exp() - 1) / 2 - log_scale).sum(
+            -1
+        ) + blend.square().sum(-1) / 2
         return self.kl_weight * divergence.mean()
 
     def figures(self, batch: Any, task: Views) -> dict[str, np.ndarray]:
         """The distribution of each knob, the recipe's in grey and the policy's now, over many draws for the images of this batch."""
         if task.policy is None:
-            raise MetaVPTError("PolicyDesigner.figures: the task has no policy; it must come from the designer, not from recipe_task")
+            raise MetaVPTError(
+                "PolicyDesigner.figures: the task has no policy; it must come from the designer, not from recipe_task"
+            )
         images = to_float(batch.images)
         draws = [self.recipe.draw(images, batch.seed + k) for k in range(FIGURE_DRAWS)]
         moved = [self.turn(knobs, task.policy, images) for knobs in draws]
         kinds = {"global 1": 0, "global 2": 1} | ({"local": 2} if self.recipe.num_local else {})
         rows = {}
         for name, kind in kinds.items():
-            was, now = (_pooled([knob_values(knobs[kind], images) for knobs in drawn]) for drawn in (draws, moved))
+            was, now = (
+                _pooled([knob_values(knobs[kind], images) for knobs in drawn])
+                for drawn in (draws, moved)
+            )
             rows[name] = {knob: (was[knob], now[knob]) for knob in was if now[knob].numel()}
         return {"policy": histograms(rows)}
 
     def turn(self, knobs: Sequence[Knobs], policy: Tensor, images: Tensor) -> list[Knobs]:
         """The recipe's knobs for each kind of view, moved by the settings policy (V, B, P)."""
         by_kind = policy.split([1, 1, self.recipe.num_local] if self.recipe.num_local else [1, 1])
-        return [self._turn(drawn, settings.flatten(0, 1), images) for drawn, settings in zip(knobs, by_kind, strict=True)]
+        return [
+            self._turn(drawn, settings.flatten(0, 1), images)
+            for drawn, settings in zip(knobs, by_kind, strict=True)
+        ]
 
     def _act(self, images: Tensor, seed: int, policy: Tensor) -> Views:
         knobs = self.turn(self.recipe.draw(images, seed), policy, images)
@@ -144,7 +165,9 @@ def warp(x: Tensor, shift: Tensor, log_scale: Tensor, bounds: Range) -> Tensor:
     if high <= low:
         return x
     z = torch.special.ndtri(((x - low) / (high - low)).clamp(1e-6, 1 - 1e-6))
-    return x + (high - low) * (torch.special.ndtr(log_scale.exp() * z + shift) - torch.special.ndtr(z))
+    return x + (high - low) * (
+        torch.special.ndtr(log_scale.exp() * z + shift) - torch.special.ndtr(z)
+    )
 
 
 def knob_values(knobs: Knobs, images: Tensor) -> dict[str, Tensor]:
@@ -182,7 +205,10 @@ def _check_bounds(bounds: Mapping[str, Range], recipe: MultiCrop) -> None:
     needed = {"scale": recipe.global_scale, "log_aspect": aspect}
     needed |= {name: jitter_range(i, recipe.jitter[i]) for i, name in enumerate(COLOURS)}
     if recipe.num_local:
-        needed["scale"] = (min(recipe.global_scale[0], recipe.local_scale[0]), max(recipe.global_scale[1], recipe.local_scale[1]))
+        needed["scale"] = (
+            min(recipe.global_scale[0], recipe.local_scale[0]),
+            max(recipe.global_scale[1], recipe.local_scale[1]),
+        )
     for name, (low, high) in needed.items():
         if not bounds[name][0] <= low <= high <= bounds[name][1]:
             raise MetaVPTError(

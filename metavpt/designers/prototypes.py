@@ -17,7 +17,9 @@ from metavpt.designers.views import MultiCrop, Views
 from metavpt.errors import MetaVPTError
 from metavpt.objectives.spread import spread
 
-GREEDY_TAU = 1e-4  # log p is no less than -88 in float32: beside scores divided by this it does not count
+GREEDY_TAU = (
+    1e-4  # log p is no less than -88 in float32: beside scores divided by this it does not count
+)
 
 
 class PrototypeDesigner(Designer):
@@ -47,7 +49,9 @@ class PrototypeDesigner(Designer):
         if not 0 < max_gate <= 1:
             raise MetaVPTError(f"PrototypeDesigner: max_gate must lie in (0, 1], got {max_gate}")
         if not 2 <= support <= num_prototypes:
-            raise MetaVPTError(f"PrototypeDesigner: support={support} must lie between 2 and the {num_prototypes} prototypes")
+            raise MetaVPTError(
+                f"PrototypeDesigner: support={support} must lie between 2 and the {num_prototypes} prototypes"
+            )
         self.encoder, self.support = encoder, support
         self.max_gate, self.max_score, self.gate_weight = max_gate, max_score, gate_weight
         self.query = nn.Linear(encoder.width, rank)
@@ -59,11 +63,18 @@ class PrototypeDesigner(Designer):
         crops = views.global_crops.flatten(0, 1)
         places = self.encoder.places(crops)
         features = places.mean(dim=(2, 3)).unflatten(0, views.global_crops.shape[:2])
-        views = self._with(views, _scores(self.query(features), self.keys), self.gate(features)[..., 0].tanh())
+        views = self._with(
+            views, _scores(self.query(features), self.keys), self.gate(features)[..., 0].tanh()
+        )
         if self.patches is None:
             return views
         grid = self._grid(views)
-        patches = F.interpolate(places, grid, mode="bilinear").flatten(2).transpose(1, 2).unflatten(0, views.global_crops.shape[:2])
+        patches = (
+            F.interpolate(places, grid, mode="bilinear")
+            .flatten(2)
+            .transpose(1, 2)
+            .unflatten(0, views.global_crops.shape[:2])
+        )
         return self._with_patches(views, *self.patches(patches))
 
     def randomize(self, views: Views, batch: Any, rng: Generator) -> Views:
@@ -72,34 +83,61 @@ class PrototypeDesigner(Designer):
         views = self._with(views, *self._uniform(views, shape, rng))
         if self.patches is None:
             return views
-        return self._with_patches(views, *self._uniform(views, (*shape, math.prod(self._grid(views))), rng))
+        return self._with_patches(
+            views, *self._uniform(views, (*shape, math.prod(self._grid(views))), rng)
+        )
 
     def regularizer(self, task: Views) -> Tensor:
         """gate_weight * mean gate^2, of the crops and, once more, of the patches."""
         squares = _gates(task).square().mean()
-        return self.gate_weight * (squares if task.patch_gates is None else squares + task.patch_gates.square().mean())
+        return self.gate_weight * (
+            squares if task.patch_gates is None else squares + task.patch_gates.square().mean()
+        )
 
     def figures(self, batch: Any, task: Views) -> dict[str, np.ndarray]:
         """The distribution of the gates, and of the scores."""
         gates = _gates(task)
-        parts = {"gate": gates, "score": task.scores, "patch gate": task.patch_gates, "patch score": task.patch_scores}
+        parts = {
+            "gate": gates,
+            "score": task.scores,
+            "patch gate": task.patch_gates,
+            "patch score": task.patch_scores,
+        }
         none = gates.new_empty(0)
         return {
             "prototypes": histograms(
-                {"": {name: (none if "score" in name else torch.zeros_like(x), x) for name, x in parts.items() if x is not None}}
+                {
+                    "": {
+                        name: (none if "score" in name else torch.zeros_like(x), x)
+                        for name, x in parts.items()
+                        if x is not None
+                    }
+                }
             )
         }
 
     def _with(self, views: Views, scores: Tensor, gates: Tensor) -> Views:
-        return views._replace(scores=self.max_score * scores, gates=self.max_gate * gates, support=self.support)
+        return views._replace(
+            scores=self.max_score * scores, gates=self.max_gate * gates, support=self.support
+        )
 
     def _with_patches(self, views: Views, scores: Tensor, gates: Tensor) -> Views:
-        return views._replace(patch_scores=self.max_score * scores, patch_gates=self.max_gate * gates)
+        return views._replace(
+            patch_scores=self.max_score * scores, patch_gates=self.max_gate * gates
+        )
 
     def _uniform(self, views: Views, shape: Sequence[int], rng: Generator) -> tuple[Tensor, Tensor]:
         """Numbers in [-1, 1] for scores (*shape, K) and gates (*shape)."""
         scores, gates = (
-            (2 * ranks.drawn(lambda shape: torch.rand(shape, generator=rng), (*shape, len(self.keys) + 1), dim=1) - 1)
+            (
+                2
+                * ranks.drawn(
+                    lambda shape: torch.rand(shape, generator=rng),
+                    (*shape, len(self.keys) + 1),
+                    dim=1,
+                )
+                - 1
+            )
             .to(views.global_crops)
             .split([len(self.keys), 1], -1)
         )
@@ -108,7 +146,9 @@ class PrototypeDesigner(Designer):
     def _grid(self, views: Views) -> tuple[int, int]:
         """(h, w) of the patches of a global crop."""
         if self.recipe.patch_size is None:
-            raise MetaVPTError("PrototypeDesigner: designer.patches needs an objective with a patch term; give problem.terms.ibot a weight")
+            raise MetaVPTError(
+                "PrototypeDesigner: designer.patches needs an objective with a patch term; give problem.terms.ibot a weight"
+            )
         height, width = views.global_crops.shape[-2:]
         return height // self.recipe.patch_size, width // self.recipe.patch_size
 
@@ -139,12 +179,26 @@ def reshape(probs: Tensor, task: Views) -> Tensor:
 
 def reshape_patches(probs: Tensor, task: Views) -> Tensor:
     """The same for the probabilities (M, K) of the patches that `task.hidden` marks, in their order."""
-    if task.patch_scores is None or task.patch_gates is None or task.support is None or task.hidden is None:
+    if (
+        task.patch_scores is None
+        or task.patch_gates is None
+        or task.support is None
+        or task.hidden is None
+    ):
         return probs
-    return _reshape(probs, task.patch_scores[task.hidden], task.patch_gates[task.hidden], task.support)
+    return _reshape(
+        probs, task.patch_scores[task.hidden], task.patch_gates[task.hidden], task.support
+    )
 
 
-def tilted(task: Views, values: Mapping[str, Tensor], probs: Mapping[str, Tensor], gate: float, tau: float, num_candidates: int) -> Views:
+def tilted(
+    task: Views,
+    values: Mapping[str, Tensor],
+    probs: Mapping[str, Tensor],
+    gate: float,
+    tau: float,
+    num_candidates: int,
+) -> Views:
     """`task` with every gate at `gate` and, for scores, values / tau: the best targets in closed form (method.md, section 6).
 
     q = (1 - gate) p + gate softmax(log p + A / tau) on the `num_candidates` most probable prototypes maximises <q, A> within a trust
@@ -156,7 +210,9 @@ def tilted(task: Views, values: Mapping[str, Tensor], probs: Mapping[str, Tensor
     scores = {term: _scaled(values[term], probs[term], tau, num_candidates) for term in values}
     task = task._replace(support=num_candidates)
     if "dino" in scores:
-        task = task._replace(scores=scores["dino"], gates=torch.full_like(scores["dino"][..., 0], gate))
+        task = task._replace(
+            scores=scores["dino"], gates=torch.full_like(scores["dino"][..., 0], gate)
+        )
     if "ibot" in scores and task.hidden is not None:
         placed = scores["ibot"].new_zeros(*task.hidden.shape, scores["ibot"].shape[-1])
         placed[task.hidden] = scores["ibot"]
@@ -166,7 +222,9 @@ def tilted(task: Views, values: Mapping[str, Tensor], probs: Mapping[str, Tensor
 
 def _scaled(values: Tensor, probs: Tensor, tau: float, num_candidates: int) -> Tensor:
     if num_candidates > probs.shape[-1]:
-        raise MetaVPTError(f"strategy.num_candidates={num_candidates} is more than the {probs.shape[-1]} prototypes")
+        raise MetaVPTError(
+            f"strategy.num_candidates={num_candidates} is more than the {probs.shape[-1]} prototypes"
+        )
     top, index = probs.topk(num_candidates, dim=-1)
     tiny = torch.finfo(values.dtype).tiny
     scale = spread(values.gather(-1, index), top.clamp_min(tiny).log())
@@ -196,5 +254,7 @@ def _scores(query: Tensor, keys: Tensor) -> Tensor:
 
 def _gates(task: Views) -> Tensor:
     if task.gates is None:
-        raise MetaVPTError("PrototypeDesigner: the task has no gates; it must come from the designer, not from recipe_task")
+        raise MetaVPTError(
+            "PrototypeDesigner: the task has no gates; it must come from the designer, not from recipe_task"
+        )
     return task.gates

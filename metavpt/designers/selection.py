@@ -21,10 +21,18 @@ class SelectionDesigner(Designer):
     kl_weight: weight of the divergence from all alike, see `regularizer`.
     """
 
-    def __init__(self, recipe: MultiCrop, encoder: ImageEncoder, temperature: float = 1.0, kl_weight: float = 0.1) -> None:
+    def __init__(
+        self,
+        recipe: MultiCrop,
+        encoder: ImageEncoder,
+        temperature: float = 1.0,
+        kl_weight: float = 0.1,
+    ) -> None:
         super().__init__(recipe)
         if temperature <= 0:
-            raise MetaVPTError(f"SelectionDesigner: temperature must be positive, got {temperature}")
+            raise MetaVPTError(
+                f"SelectionDesigner: temperature must be positive, got {temperature}"
+            )
         self.encoder, self.temperature, self.kl_weight = encoder, temperature, kl_weight
         self.head = zero_linear(encoder.width, 1, bias=False)  # a bias would cancel in the softmax
 
@@ -34,13 +42,18 @@ class SelectionDesigner(Designer):
 
     def randomize(self, views: Views, batch: Any, rng: Generator) -> Views:
         """The same views with weights from standard normal logits."""
-        logits = ranks.drawn(lambda shape: torch.randn(shape, generator=rng), (len(batch.images),)).to(views.global_crops)
+        logits = ranks.drawn(
+            lambda shape: torch.randn(shape, generator=rng), (len(batch.images),)
+        ).to(views.global_crops)
         return views._replace(weights=balanced(logits / self.temperature))
 
     def regularizer(self, task: Views) -> Tensor:
         """kl_weight * KL(weights / B || uniform) = kl_weight * mean w log w, between 0 and kl_weight * log B."""
         weights = _weights(task)
-        return self.kl_weight * (weights * weights.clamp_min(torch.finfo(weights.dtype).tiny).log()).mean()
+        return (
+            self.kl_weight
+            * (weights * weights.clamp_min(torch.finfo(weights.dtype).tiny).log()).mean()
+        )
 
     def figures(self, batch: Any, task: Views) -> dict[str, np.ndarray]:
         """The images that count most, above those that count least; below each its weight, from 0 in black to twice its share in white."""
@@ -66,7 +79,9 @@ def weigh(losses: Tensor, weights: Tensor | None) -> Tensor:
 
 def _weights(task: Views) -> Tensor:
     if task.weights is None:
-        raise MetaVPTError("SelectionDesigner: the task has no weights; it must come from the designer, not from recipe_task")
+        raise MetaVPTError(
+            "SelectionDesigner: the task has no weights; it must come from the designer, not from recipe_task"
+        )
     return task.weights
 
 
@@ -74,4 +89,6 @@ def _labelled(image: Tensor, weight: Tensor) -> np.ndarray:
     """An image on a bar as bright as its weight."""
     photo = pictures.photo(image)
     level = int(255 * min(float(weight) / 2, 1.0))
-    return np.concatenate([photo, np.full((max(2, len(photo) // 8), photo.shape[1], 3), level, dtype=np.uint8)])
+    return np.concatenate(
+        [photo, np.full((max(2, len(photo) // 8), photo.shape[1], 3), level, dtype=np.uint8)]
+    )

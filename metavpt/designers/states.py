@@ -33,10 +33,16 @@ class MovedStates:
         return any(p.requires_grad for p in self.phi.values())
 
     def rule(self, prediction: Prediction) -> Rule:
-        table, moves = prediction.unembedding.detach(), moves_of(self.phi, prediction.states.detach())
+        table, moves = (
+            prediction.unembedding.detach(),
+            moves_of(self.phi, prediction.states.detach()),
+        )
 
         def rule(log_probs: Tensor, candidates: Tensor, rows: slice) -> Tensor:
-            return mixed(self.gate, (log_probs + candidate_scores(moves[rows], table, candidates)).softmax(dim=1))
+            return mixed(
+                self.gate,
+                (log_probs + candidate_scores(moves[rows], table, candidates)).softmax(dim=1),
+            )
 
         return rule
 
@@ -53,10 +59,19 @@ class StateDesigner(nn.Module):
     num_candidates, gate, tau  K, alpha and the trust region, as in `Tilt`; a gate of 0 is plain next-token prediction bit for bit
     """
 
-    def __init__(self, width: int, hidden_width: int = 128, num_candidates: int = 64, gate: float = 0.5, tau: float = 1.0) -> None:
+    def __init__(
+        self,
+        width: int,
+        hidden_width: int = 128,
+        num_candidates: int = 64,
+        gate: float = 0.5,
+        tau: float = 1.0,
+    ) -> None:
         super().__init__()
         if not 0 <= gate <= 1 or not tau > 0:
-            raise MetaVPTError(f"StateDesigner: gate={gate} must be in [0, 1] and tau={tau} positive")
+            raise MetaVPTError(
+                f"StateDesigner: gate={gate} must be in [0, 1] and tau={tau} positive"
+            )
         self.num_candidates, self.gate, self.tau = num_candidates, gate, tau
         self.features = nn.Linear(width, hidden_width)
         self.moves = nn.Linear(hidden_width, width)
@@ -65,8 +80,12 @@ class StateDesigner(nn.Module):
 
     def forward(self, batch: TokenBatch) -> TargetTask:
         phi: Params = dict(self.named_parameters())
-        if not torch.is_grad_enabled():  # handed on as they are, parameters would still ask the learner's loss for gradients
-            phi = {name: p.detach().clone() for name, p in phi.items()}  # and the task would follow later steps of phi
+        if (
+            not torch.is_grad_enabled()
+        ):  # handed on as they are, parameters would still ask the learner's loss for gradients
+            phi = {
+                name: p.detach().clone() for name, p in phi.items()
+            }  # and the task would follow later steps of phi
         return TargetTask(batch, MovedStates(phi, self.num_candidates, self.gate))
 
     def recipe_task(self, batch: TokenBatch) -> TargetTask:
@@ -77,16 +96,29 @@ class StateDesigner(nn.Module):
         """None: the trust region is part of `loss`."""
 
     @torch.no_grad()
-    def lesson(self, prediction: Prediction, w: Params, derivative: DirectionalDerivative, rows: Tensor | None) -> dict[str, Tensor]:
+    def lesson(
+        self,
+        prediction: Prediction,
+        w: Params,
+        derivative: DirectionalDerivative,
+        rows: Tensor | None,
+    ) -> dict[str, Tensor]:
         """Of the tokens on the marked `rows` (B,): states (N, D), candidates, their log_probs and their values as in `Tilted` (N, K)."""
         scores, row = prediction.scores(self.num_candidates), prediction.predicted.nonzero()[:, 0]
         kept = torch.ones_like(row, dtype=torch.bool) if rows is None else rows[row]
-        values = candidate_scores(-prediction.slope(w, derivative), prediction.unembedding, scores.candidates)[kept]
+        values = candidate_scores(
+            -prediction.slope(w, derivative), prediction.unembedding, scores.candidates
+        )[kept]
         log_probs = scores.log_probs[kept].log_softmax(dim=1)
         values = values - (log_probs.exp() * values).sum(dim=1, keepdim=True)
         if len(values):
             values = values / spread(values, log_probs).clamp_min(torch.finfo(values.dtype).tiny)
-        return {"states": prediction.states[kept], "candidates": scores.candidates[kept], "log_probs": log_probs, "values": values}
+        return {
+            "states": prediction.states[kept],
+            "candidates": scores.candidates[kept],
+            "log_probs": log_probs,
+            "values": values,
+        }
 
     def loss(self, lesson: dict[str, Tensor], table: Tensor) -> Tensor:
         """-mean_t (<r_t, A_t> - tau KL(r_t || p_t)), least where r is the closed form; table: the unembedding. 0 for an empty lesson."""
@@ -94,11 +126,19 @@ class StateDesigner(nn.Module):
         if not len(lesson["states"]):
             return torch.stack([0.0 * p.sum() for p in phi.values()]).sum()
         moves = moves_of(phi, lesson["states"])
-        log_r = (lesson["log_probs"] + candidate_scores(moves, table, lesson["candidates"])).log_softmax(dim=1)
-        return -(log_r.exp() * (lesson["values"] - self.tau * (log_r - lesson["log_probs"]))).sum(dim=1).mean()
+        log_r = (
+            lesson["log_probs"] + candidate_scores(moves, table, lesson["candidates"])
+        ).log_softmax(dim=1)
+        return (
+            -(log_r.exp() * (lesson["values"] - self.tau * (log_r - lesson["log_probs"])))
+            .sum(dim=1)
+            .mean()
+        )
 
 
 def moves_of(phi: Params, states: Tensor) -> Tensor:
     """u (N, D) of the states (N, D)."""
-    features = F.gelu(F.linear(F.rms_norm(states, states.shape[1:]), phi["features.weight"], phi["features.bias"]))
+    features = F.gelu(
+        F.linear(F.rms_norm(states, states.shape[1:]), phi["features.weight"], phi["features.bias"])
+    )
     return F.linear(features, phi["moves.weight"], phi["moves.bias"])

@@ -20,7 +20,13 @@ class TargetDesigner(nn.Module):
     body: see `designer_body`; its vocabulary must be the learner's. num_candidates: K.
     """
 
-    def __init__(self, body: LanguageModel, num_candidates: int = 64, max_gate: float = 0.5, excess_weight: float = 0.1) -> None:
+    def __init__(
+        self,
+        body: LanguageModel,
+        num_candidates: int = 64,
+        max_gate: float = 0.5,
+        excess_weight: float = 0.1,
+    ) -> None:
         super().__init__()
         if not 0 < max_gate <= 1:
             raise MetaVPTError(f"TargetDesigner: max_gate={max_gate} must be in (0, 1]")
@@ -29,8 +35,15 @@ class TargetDesigner(nn.Module):
                 f"TargetDesigner: num_candidates={num_candidates}: choose from 2 to {body.vocab_size}, the size of the vocabulary"
             )
         if not body.tied:
-            raise MetaVPTError("TargetDesigner: the body scores candidates by its embedding; build it with tie_word_embeddings=True")
-        self.body, self.num_candidates, self.max_gate, self.excess_weight = body, num_candidates, max_gate, excess_weight
+            raise MetaVPTError(
+                "TargetDesigner: the body scores candidates by its embedding; build it with tie_word_embeddings=True"
+            )
+        self.body, self.num_candidates, self.max_gate, self.excess_weight = (
+            body,
+            num_candidates,
+            max_gate,
+            excess_weight,
+        )
         self.vectors = nn.Linear(body.width, body.width, bias=False)
         self.gate = nn.Linear(body.width, 1)
         self.residual = nn.Parameter(torch.ones(()))
@@ -41,12 +54,26 @@ class TargetDesigner(nn.Module):
         states = self.body(batch)  # (B, T, d): those at t have read token t
         logits = self.gate(states).squeeze(2)
         # Not clamp alone: at the edge, where a new designer stands, it may pass no gradient (see MaskDesigner).
-        share = torch.where((logits >= 0.0) & (logits <= 1.0), logits, logits.detach().clamp(0.0, 1.0))
+        share = torch.where(
+            (logits >= 0.0) & (logits <= 1.0), logits, logits.detach().clamp(0.0, 1.0)
+        )
         excess = (logits - 1.0).relu() + (-logits).relu()
         table, residual = self.body.trunk.embed_tokens.weight, self.residual
-        if not torch.is_grad_enabled():  # handed on as they are, parameters would still ask the learner's loss for gradients
+        if (
+            not torch.is_grad_enabled()
+        ):  # handed on as they are, parameters would still ask the learner's loss for gradients
             table, residual = table.detach(), residual.detach()
-        return TargetTask(batch, SoftTargets(self.max_gate * share, self.num_candidates, residual, self.vectors(states), table, excess))
+        return TargetTask(
+            batch,
+            SoftTargets(
+                self.max_gate * share,
+                self.num_candidates,
+                residual,
+                self.vectors(states),
+                table,
+                excess,
+            ),
+        )
 
     def recipe_task(self, batch: TokenBatch) -> TargetTask:
         """Plain next-token prediction; nothing runs."""
@@ -56,11 +83,19 @@ class TargetDesigner(nn.Module):
         """excess_weight * mean_t (relu(z_t - 1) + relu(-z_t)) for the gate's logits z: outside its range a gate has no other gradient."""
         excess = getattr(task.targets, "excess", None)
         if excess is None:
-            raise MetaVPTError("TargetDesigner.regularizer: the task has no gates; it must come from the designer, not from recipe_task")
+            raise MetaVPTError(
+                "TargetDesigner.regularizer: the task has no gates; it must come from the designer, not from recipe_task"
+            )
         return self.excess_weight * excess.mean()
 
 
-def designer_body(vocab_size: int, width: int = 256, num_layers: int = 6, num_heads: int = 4, max_length: int = 2048) -> LanguageModel:
+def designer_body(
+    vocab_size: int,
+    width: int = 256,
+    num_layers: int = 6,
+    num_heads: int = 4,
+    max_length: int = 2048,
+) -> LanguageModel:
     """A Llama of the paper's size with random weights; (128, 2, 4) is enough for a learner of a few million parameters."""
     return random_language_model(
         "llama",

@@ -23,7 +23,9 @@ class TokenWeights(nn.Module):
     body: see `designer_body`. kl_weight: weight of the divergence from all alike, see `regularizer`.
     """
 
-    def __init__(self, body: LanguageModel, per: Literal["token", "row"] = "token", kl_weight: float = 0.1) -> None:
+    def __init__(
+        self, body: LanguageModel, per: Literal["token", "row"] = "token", kl_weight: float = 0.1
+    ) -> None:
         super().__init__()
         if per not in ("token", "row"):
             raise MetaVPTError(f"TokenWeights: per={per}: known are token, row")
@@ -42,13 +44,21 @@ class TokenWeights(nn.Module):
         """Weights from standard normal logits, drawn by the batch's seed."""
         rng = Generator().manual_seed(batch.seed ^ 0x77656967)
         shape = batch.tokens.shape if self.per == "token" else (len(batch.tokens), 1)
-        draws = (ranks.drawn(lambda whole: torch.randn(whole, generator=rng), shape) for _ in range(num_tasks))
-        return [self._weighted(batch, logits.to(batch.tokens.device).expand(batch.tokens.shape)) for logits in draws]
+        draws = (
+            ranks.drawn(lambda whole: torch.randn(whole, generator=rng), shape)
+            for _ in range(num_tasks)
+        )
+        return [
+            self._weighted(batch, logits.to(batch.tokens.device).expand(batch.tokens.shape))
+            for logits in draws
+        ]
 
     def regularizer(self, task: TargetTask) -> Tensor:
         """kl_weight * KL(weights / N || uniform) = kl_weight * mean w log w, between 0 and kl_weight * log N."""
         if not isinstance(task.targets, Weighted):
-            raise MetaVPTError("TokenWeights.regularizer: the task has no weights; it must come from the designer, not from recipe_task")
+            raise MetaVPTError(
+                "TokenWeights.regularizer: the task has no weights; it must come from the designer, not from recipe_task"
+            )
         weights = task.targets.weights[predicted_tokens(task.batch)]
         divergence = (weights * weights.clamp_min(torch.finfo(weights.dtype).tiny).log()).mean()
         return self.kl_weight * ranks.weighed(divergence, len(weights))

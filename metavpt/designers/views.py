@@ -39,15 +39,25 @@ class Views(NamedTuple):
     local_crops: Tensor  # (L, B, 3, h, w)
     masks: Tensor | None = None  # (2, B, 1, H, W) in [0, 1], of the global crops
     local_masks: Tensor | None = None  # (L, B, 1, h, w), of the local crops
-    excess: Tensor | None = None  # (V, B), how far mask logits lie outside [0, 1]; V = 2, or 2 + L with local masks
-    policy: Tensor | None = None  # (2 + L, B, P), the settings of `policy.PolicyDesigner` for each view
+    excess: Tensor | None = (
+        None  # (V, B), how far mask logits lie outside [0, 1]; V = 2, or 2 + L with local masks
+    )
+    policy: Tensor | None = (
+        None  # (2 + L, B, P), the settings of `policy.PolicyDesigner` for each view
+    )
     weights: Tensor | None = None  # (B,), of the images in the loss, mean 1
-    scores: Tensor | None = None  # (2, B, K), what `prototypes.reshape` adds to the log of the teacher's probabilities
+    scores: Tensor | None = (
+        None  # (2, B, K), what `prototypes.reshape` adds to the log of the teacher's probabilities
+    )
     gates: Tensor | None = None  # (2, B) in [-1, 1], and how much of that it takes over
     support: int | None = None  # on how many of the most probable prototypes
-    patch_scores: Tensor | None = None  # (2, B, N, K), and (2, B, N): the same for each patch of the global crops
+    patch_scores: Tensor | None = (
+        None  # (2, B, N, K), and (2, B, N): the same for each patch of the global crops
+    )
     patch_gates: Tensor | None = None
-    hidden: Tensor | None = None  # (2, B, N) bool, the patches of the global crops that the student does not see
+    hidden: Tensor | None = (
+        None  # (2, B, N) bool, the patches of the global crops that the student does not see
+    )
     mix: Tensor | None = None  # (T, B), weights of the terms of the objective, see `mixer`
 
 
@@ -74,16 +84,24 @@ class Knobs(NamedTuple):
 
     def to(self, images: Tensor) -> "Knobs":
         """On the device of `images`, numbers in their dtype."""
-        return tree_map_only(Tensor, lambda knob: knob.to(images) if knob.is_floating_point() else knob.to(images.device), self)
+        return tree_map_only(
+            Tensor,
+            lambda knob: knob.to(images) if knob.is_floating_point() else knob.to(images.device),
+            self,
+        )
 
     def of_rank(self) -> "Knobs":
         """What is done to the images of this process, of knobs drawn for the whole batch."""
         if ranks.size() == 1:
             return self
-        views = torch.arange(len(self.sides)).view(-1, self.batch_size)[:, ranks.rows(self.batch_size)]
+        views = torch.arange(len(self.sides)).view(-1, self.batch_size)[
+            :, ranks.rows(self.batch_size)
+        ]
         own = views.flatten()
         place = torch.full((len(self.sides),), -1).index_copy(0, own, torch.arange(len(own)))
-        jittered, gray, blurred, solarized = (place[rows] for rows in (self.jittered, self.gray, self.blurred, self.solarized))
+        jittered, gray, blurred, solarized = (
+            place[rows] for rows in (self.jittered, self.gray, self.blurred, self.solarized)
+        )
         return Knobs(
             self.sides[own], self.position[own], self.mirror[own], jittered[jittered >= 0], self.order, self.factors[:, jittered >= 0],
             gray[gray >= 0], blurred[blurred >= 0], self.sigma[blurred >= 0], solarized[solarized >= 0], views.shape[1],
@@ -98,7 +116,11 @@ def pick_views(tasks: Sequence[Views], which: Tensor, sample: Tensor) -> Views:
         if not isinstance(parts[0], Tensor):
             return parts[0]
         stacked = torch.stack(list(parts))
-        return stacked[which, sample] if stacked.ndim == 2 else stacked[which, :, sample].transpose(0, 1)
+        return (
+            stacked[which, sample]
+            if stacked.ndim == 2
+            else stacked[which, :, sample].transpose(0, 1)
+        )
 
     return Views(*(pick(parts) for parts in zip(*tasks, strict=True)))
 
@@ -140,11 +162,19 @@ class MultiCrop(nn.Module):
         super().__init__()
         for name, (low, high) in {"global_scale": global_scale, "local_scale": local_scale}.items():
             if not 0 < low <= high <= 1:
-                raise MetaVPTError(f"MultiCrop: {name} must satisfy 0 < low <= high <= 1, got ({low}, {high})")
+                raise MetaVPTError(
+                    f"MultiCrop: {name} must satisfy 0 < low <= high <= 1, got ({low}, {high})"
+                )
         if min(global_size, local_size) < 1 or num_local < 0:
-            raise MetaVPTError(f"MultiCrop: sizes must be positive, got {global_size=}, {local_size=}, {num_local=}")
-        if patch_size is not None and (global_size % patch_size or not 0 <= hidden_share[0] <= hidden_share[1] < 1):
-            raise MetaVPTError(f"MultiCrop: {global_size=} must divide into patches of {patch_size}, {hidden_share=} lie in [0, 1)")
+            raise MetaVPTError(
+                f"MultiCrop: sizes must be positive, got {global_size=}, {local_size=}, {num_local=}"
+            )
+        if patch_size is not None and (
+            global_size % patch_size or not 0 <= hidden_share[0] <= hidden_share[1] < 1
+        ):
+            raise MetaVPTError(
+                f"MultiCrop: {global_size=} must divide into patches of {patch_size}, {hidden_share=} lie in [0, 1)"
+            )
         self.mean, self.std = tuple(mean), tuple(std)
         self.global_size, self.local_size, self.num_local = global_size, local_size, num_local
         self.global_scale, self.local_scale, self.flip = global_scale, local_scale, flip
@@ -162,16 +192,28 @@ class MultiCrop(nn.Module):
         """The knobs of global view 1, of global view 2, and of the local views where there are any. Of `images` only the shape counts."""
         rng = Generator().manual_seed(seed)
         whole = len(images) * ranks.size()
-        knobs = [self._draw(whole, images.shape[-2:], kind, rng) for kind in range(3 if self.num_local else 2)]
-        first, second = (of_kind._replace(hidden=self._hide(whole, mix(seed, kind))) for kind, of_kind in enumerate(knobs[:2]))
+        knobs = [
+            self._draw(whole, images.shape[-2:], kind, rng)
+            for kind in range(3 if self.num_local else 2)
+        ]
+        first, second = (
+            of_kind._replace(hidden=self._hide(whole, mix(seed, kind)))
+            for kind, of_kind in enumerate(knobs[:2])
+        )
         return [of_kind.of_rank().to(images) for of_kind in (first, second, *knobs[2:])]
 
     def render(self, images: Tensor, knobs: Sequence[Knobs]) -> Views:
         """The views of float images (B, 3, H, W) that `knobs` describe, differentiable in the images and in every float knob."""
-        first, second, *local = (self._render(images, of_kind, kind) for kind, of_kind in enumerate(knobs))
+        first, second, *local = (
+            self._render(images, of_kind, kind) for kind, of_kind in enumerate(knobs)
+        )
         none = images.new_zeros(0, len(images), 3, self.local_size, self.local_size)
         hidden = [of_kind.hidden for of_kind in knobs[:2] if of_kind.hidden is not None]
-        return Views(torch.cat([first, second]), local[0] if local else none, hidden=torch.stack(hidden) if hidden else None)
+        return Views(
+            torch.cat([first, second]),
+            local[0] if local else none,
+            hidden=torch.stack(hidden) if hidden else None,
+        )
 
     def normalize(self, images: Tensor) -> Tensor:
         mean, std = (images.new_tensor(value).view(3, 1, 1) for value in (self.mean, self.std))
@@ -182,7 +224,9 @@ class MultiCrop(nn.Module):
         return views * std + mean
 
     def _draw(self, batch_size: int, image_size: Sequence[int], kind: int, rng: Generator) -> Knobs:
-        num_views, scale = (self.num_local, self.local_scale) if kind == 2 else (1, self.global_scale)
+        num_views, scale = (
+            (self.num_local, self.local_scale) if kind == 2 else (1, self.global_scale)
+        )
         crops = [draw_crop(batch_size, image_size, scale, self.flip, rng) for _ in range(num_views)]
         sides, position, mirror = (torch.cat(parts) for parts in zip(*crops, strict=True))
         num_rows = len(sides)
@@ -192,7 +236,19 @@ class MultiCrop(nn.Module):
         blurred = _choose(num_rows, self.blur[kind], rng)
         sigma = uniform(len(blurred), self.blur_sigma, rng)
         solarized = _choose(num_rows, self.solarize[kind], rng)
-        return Knobs(sides, position, mirror, jittered, order, factors, gray, blurred, sigma, solarized, batch_size)
+        return Knobs(
+            sides,
+            position,
+            mirror,
+            jittered,
+            order,
+            factors,
+            gray,
+            blurred,
+            sigma,
+            solarized,
+            batch_size,
+        )
 
     def _hide(self, batch_size: int, seed: int) -> Tensor | None:
         if self.patch_size is None:
@@ -203,9 +259,14 @@ class MultiCrop(nn.Module):
     def _render(self, images: Tensor, knobs: Knobs, kind: int) -> Tensor:
         """(V, B, 3, size, size)"""
         size, batch_size = self.local_size if kind == 2 else self.global_size, len(images)
-        crops = zip(*(knob.split(batch_size) for knob in (knobs.sides, knobs.position, knobs.mirror)), strict=True)
+        crops = zip(
+            *(knob.split(batch_size) for knob in (knobs.sides, knobs.position, knobs.mirror)),
+            strict=True,
+        )
         views = torch.cat([crop(images, size, *where) for where in crops])
-        views = _at(knobs.jittered, lambda chosen: self._jitter(chosen, knobs.order, knobs.factors), views)
+        views = _at(
+            knobs.jittered, lambda chosen: self._jitter(chosen, knobs.order, knobs.factors), views
+        )
         views = _blend(knobs.gray, knobs.gray_amount, _grayscale, views)
         views = _at(knobs.blurred, lambda chosen: self._gaussian_blur(chosen, knobs.sigma), views)
         views = _blend(knobs.solarized, knobs.solarize_amount, _solarize, views)
@@ -226,8 +287,14 @@ class MultiCrop(nn.Module):
         return views
 
     def _gaussian_blur(self, views: Tensor, sigma: Tensor) -> Tensor:
-        radius = min(math.ceil(3 * self.blur_sigma[1]), views.shape[-1] - 1)  # reflection reaches no further than the view
-        return gaussian_blur2d(views, (2 * radius + 1, 2 * radius + 1), sigma[:, None].expand(-1, 2)) if radius else views
+        radius = min(
+            math.ceil(3 * self.blur_sigma[1]), views.shape[-1] - 1
+        )  # reflection reaches no further than the view
+        return (
+            gaussian_blur2d(views, (2 * radius + 1, 2 * radius + 1), sigma[:, None].expand(-1, 2))
+            if radius
+            else views
+        )
 
 
 def jitter_range(adjustment: int, strength: float) -> Range:
@@ -249,14 +316,22 @@ def _at(rows: Tensor, transform: Callable[[Tensor], Tensor], views: Tensor) -> T
     return views.index_copy(0, rows, transform(views[rows])) if len(rows) else views
 
 
-def _blend(rows: Tensor, amount: Tensor | None, transform: Callable[[Tensor], Tensor], views: Tensor) -> Tensor:
+def _blend(
+    rows: Tensor, amount: Tensor | None, transform: Callable[[Tensor], Tensor], views: Tensor
+) -> Tensor:
     """(1 - amount) * view + amount * transform(view); an amount of None is 1 at `rows` and 0 elsewhere."""
     if amount is None:
         return _at(rows, transform, views)
-    others = torch.ones(len(views), dtype=torch.bool, device=views.device).index_fill(0, rows, False).nonzero()[:, 0]
+    others = (
+        torch.ones(len(views), dtype=torch.bool, device=views.device)
+        .index_fill(0, rows, False)
+        .nonzero()[:, 0]
+    )
 
     def mix(chosen: Tensor, part: Tensor) -> Tensor:
-        return torch.lerp(chosen, transform(chosen), amount[part].view(-1, 1, 1, 1).to(chosen.dtype))
+        return torch.lerp(
+            chosen, transform(chosen), amount[part].view(-1, 1, 1, 1).to(chosen.dtype)
+        )
 
     # Apart, although one call would do: what kernels make of a view may differ in its last bit with the views that it is batched with.
     views = _at(rows, lambda chosen: mix(chosen, rows), views)
@@ -277,5 +352,9 @@ def to_float(images: Tensor) -> Tensor:
     if images.dtype == torch.uint8:
         return images.float() / 255
     if not images.is_floating_point():
-        raise MetaVPTError(f"MultiCrop: images must be uint8, or float in [0, 1], got {images.dtype}")
-    return images if images.dtype == torch.float64 else images.float()  # half cannot hold the coordinates of a crop
+        raise MetaVPTError(
+            f"MultiCrop: images must be uint8, or float in [0, 1], got {images.dtype}"
+        )
+    return (
+        images if images.dtype == torch.float64 else images.float()
+    )  # half cannot hold the coordinates of a crop

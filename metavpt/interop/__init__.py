@@ -19,12 +19,23 @@ def peer(module: str) -> ModuleType:
         return importlib.import_module(module)
     except ImportError as error:
         package = module.split(".")[0]
-        raise MetaVPTError(f"{package}: cannot be imported ({error}); install the optional packages with `make peers`") from error
+        raise MetaVPTError(
+            f"{package}: cannot be imported ({error}); install the optional packages with `make peers`"
+        ) from error
 
 
-def backpropagated(outer_loss: OuterLoss, before: Params, after: Params, phi: Params, num_steps: int) -> Hypergradient:
+def backpropagated(
+    outer_loss: OuterLoss, before: Params, after: Params, phi: Params, num_steps: int
+) -> Hypergradient:
     """d L_down(after)/dphi, where `after` holds the graph of `num_steps` steps of the learner from `before`, one batch each."""
     start = float(outer_loss(params.detach(before)).detach())
     feedback_loss = outer_loss(after)
     (by_phi,) = differentiate(feedback_loss, (phi,))
-    return finite(Hypergradient(by_phi, start - float(feedback_loss.detach()), 1 + 2 * num_steps, {"feedback_loss": start}))
+    return finite(
+        Hypergradient(
+            by_phi,
+            start - float(feedback_loss.detach()),
+            1 + 2 * num_steps,
+            {"feedback_loss": start},
+        )
+    )

@@ -51,17 +51,36 @@ class Betty(ABC):
         )
         (inner,) = inner_losses
         feedback_loss, g_down = downstream(outer_loss, theta)
-        theta, phi = params.leaves(params.clone(theta)), params.leaves(phi)  # a clone, for Betty moves theta in place
+        theta, phi = (
+            params.leaves(params.clone(theta)),
+            params.leaves(phi),
+        )  # a clone, for Betty moves theta in place
         # Betty keeps <w, g_pre> to itself. It is the derivative by a factor on the loss, which rides along with phi.
-        factor = torch.ones_like(torch.stack([v.sum() for v in g_down.values()]).sum()).requires_grad_()
-        lower = Level(list(theta.values()), config, lambda: factor * inner(phi)(theta), self.adam_state(inner, theta, phi, update))
+        factor = torch.ones_like(
+            torch.stack([v.sum() for v in g_down.values()]).sum()
+        ).requires_grad_()
+        lower = Level(
+            list(theta.values()),
+            config,
+            lambda: factor * inner(phi)(theta),
+            self.adam_state(inner, theta, phi, update),
+        )
         upper = Level([factor, *phi.values()], config)
         with torch.enable_grad(), self.attention():
             minus_value, *by_phi = jvp(list(g_down.values()), lower, upper, False)
         diagnostics = {"feedback_loss": feedback_loss, "g_down_norm": float(params.norm(g_down))}
-        return finite(Hypergradient(dict(zip(phi, by_phi, strict=True)), -float(minus_value), 1 + self.grad_evals, diagnostics))
+        return finite(
+            Hypergradient(
+                dict(zip(phi, by_phi, strict=True)),
+                -float(minus_value),
+                1 + self.grad_evals,
+                diagnostics,
+            )
+        )
 
-    def adam_state(self, inner: InnerLoss, theta: Params, phi: Params, update: Update | None) -> list[dict[str, Any]] | None:
+    def adam_state(
+        self, inner: InnerLoss, theta: Params, phi: Params, update: Update | None
+    ) -> list[dict[str, Any]] | None:
         """For each parameter what Betty reads of the learner's Adam; only `Sama` reads any."""
         return None
 
@@ -96,7 +115,9 @@ class Sama(Betty):
     def grad_evals(self) -> int:
         return 3
 
-    def adam_state(self, inner: InnerLoss, theta: Params, phi: Params, update: Update | None) -> list[dict[str, Any]] | None:
+    def adam_state(
+        self, inner: InnerLoss, theta: Params, phi: Params, update: Update | None
+    ) -> list[dict[str, Any]] | None:
         if update is None:
             raise MetaVPTError("Sama: needs the learner's optimizer; pass it as `update`")
         with torch.no_grad():
@@ -110,7 +131,15 @@ class Sama(Betty):
                 raise MetaVPTError(
                     f"Sama: is defined for Adam and AdamW, not {type(rule).__name__}; use Darts, which it equals for plain SGD"
                 )
-            states.append({"lr": rule.lr, "betas": rule.betas, "eps": rule.eps, "last_grad": g_pre[name], **after.moments[name]})
+            states.append(
+                {
+                    "lr": rule.lr,
+                    "betas": rule.betas,
+                    "eps": rule.eps,
+                    "last_grad": g_pre[name],
+                    **after.moments[name],
+                }
+            )
         return states
 
 
@@ -165,7 +194,11 @@ class Level:
     optimizer = AdamOptimizer()
 
     def __init__(
-        self, parameters: list[Tensor], config: Any, loss: Callable[[], Tensor] | None = None, adam: list[dict[str, Any]] | None = None
+        self,
+        parameters: list[Tensor],
+        config: Any,
+        loss: Callable[[], Tensor] | None = None,
+        adam: list[dict[str, Any]] | None = None,
     ) -> None:
         self._parameters, self.config, self._loss, self._adam = parameters, config, loss, adam
 

@@ -35,10 +35,17 @@ def save_transformers(backbone: Backbone, folder: Path) -> Any:
     model_class = getattr(transformers, f"{family.name}Model")
     config.architectures = [model_class.__name__]
     config.save_pretrained(folder)
-    state = {key: value.contiguous() for key, value in family.layout.from_original(_original(backbone)).items()}
+    state = {
+        key: value.contiguous()
+        for key, value in family.layout.from_original(_original(backbone)).items()
+    }
     save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
     height, width = backbone.trunk.patch_embed.img_size
-    images = {"image_mean": list(backbone.mean), "image_std": list(backbone.std), "size": {"height": height, "width": width}}
+    images = {
+        "image_mean": list(backbone.mean),
+        "image_std": list(backbone.std),
+        "size": {"height": height, "width": width},
+    }
     transformers.ViTImageProcessor(**images).save_pretrained(folder)
     options = {"add_pooling_layer": False} if family.name == "ViT" else {}
     return model_class.from_pretrained(folder, **options).eval()
@@ -68,22 +75,48 @@ def _family(backbone: Backbone) -> Family:
     }
     plain, gated = type(block.mlp.act) is nn.GELU, isinstance(block.mlp, SwiGLU | GluMlp)
     known_rope = trunk.rope is None or isinstance(trunk.rope, RotaryEmbeddingDinoV3)
-    if height != width or not (plain or gated) or not known_rope or not isinstance(trunk.norm_pre, nn.Identity):
-        raise MetaVPTError("transformers has no model of this architecture; export with format=timm")
+    if (
+        height != width
+        or not (plain or gated)
+        or not known_rope
+        or not isinstance(trunk.norm_pre, nn.Identity)
+    ):
+        raise MetaVPTError(
+            "transformers has no model of this architecture; export with format=timm"
+        )
     if trunk.rope is not None:
         has_bias = getattr(block.attn, "q_bias", None) is not None
-        fields |= {"query_bias": has_bias, "value_bias": has_bias, "rope_theta": trunk.rope.temperature}
-        fields |= {"use_gated_mlp": gated, "hidden_act": "silu" if gated else "gelu", "intermediate_size": hidden}
-        fields |= {"num_register_tokens": 0 if trunk.reg_token is None else trunk.reg_token.shape[1]}
+        fields |= {
+            "query_bias": has_bias,
+            "value_bias": has_bias,
+            "rope_theta": trunk.rope.temperature,
+        }
+        fields |= {
+            "use_gated_mlp": gated,
+            "hidden_act": "silu" if gated else "gelu",
+            "intermediate_size": hidden,
+        }
+        fields |= {
+            "num_register_tokens": 0 if trunk.reg_token is None else trunk.reg_token.shape[1]
+        }
         return Family("DINOv3ViT", DINOV3_GATED if gated else DINOV3, fields)
     fields["qkv_bias"] = block.attn.qkv.bias is not None
     if hasattr(block.ls1, "gamma"):
         # A gated MLP has 2/3 of the width that the ratio asks for, rounded up to a multiple of 8.
-        fields |= {"use_swiglu_ffn": gated, "mlp_ratio": round(hidden * (1.5 if gated else 1.0) / backbone.width)}
+        fields |= {
+            "use_swiglu_ffn": gated,
+            "mlp_ratio": round(hidden * (1.5 if gated else 1.0) / backbone.width),
+        }
         if trunk.reg_token is None:
             return Family("Dinov2", DINOV2, fields)
-        return Family("Dinov2WithRegisters", DINOV2, fields | {"num_register_tokens": trunk.reg_token.shape[1]})
-    return Family("ViT" if backbone.tail.has_cls else "IJepa", VIT, fields | {"intermediate_size": hidden})
+        return Family(
+            "Dinov2WithRegisters",
+            DINOV2,
+            fields | {"num_register_tokens": trunk.reg_token.shape[1]},
+        )
+    return Family(
+        "ViT" if backbone.tail.has_cls else "IJepa", VIT, fields | {"intermediate_size": hidden}
+    )
 
 
 def _original(backbone: Backbone) -> Params:
@@ -91,7 +124,9 @@ def _original(backbone: Backbone) -> Params:
     names, state = {}, timm_state_dict(backbone)
     block, width = _first_block(backbone), backbone.width
     if backbone.trunk.rope is not None:
-        state["mask_token"] = torch.zeros(1, 1, width)  # a part of the model that features do not depend on
+        state["mask_token"] = torch.zeros(
+            1, 1, width
+        )  # a part of the model that features do not depend on
         names |= {"reg_token": "storage_tokens", "gamma_1": "ls1.gamma", "gamma_2": "ls2.gamma"}
         for key in [key for key in state if key.endswith("q_bias")]:
             query, value = state.pop(key), state.pop(key.replace("q_bias", "v_bias"))
@@ -99,9 +134,16 @@ def _original(backbone: Backbone) -> Params:
             state |= {f"{attention}q.bias": query, f"{attention}v.bias": value}
     elif "reg_token" in state:
         names["reg_token"] = "register_tokens"
-        state["pos_embed"] = F.pad(state["pos_embed"], (0, 0, 1, 0))  # in timm's model the cls token has no position
+        state["pos_embed"] = F.pad(
+            state["pos_embed"], (0, 0, 1, 0)
+        )  # in timm's model the cls token has no position
     if isinstance(block.mlp, SwiGLU | GluMlp):
-        names |= {"mlp.fc1_g": "mlp.w1", "mlp.fc1_x": "mlp.w2", "mlp.fc1.": "mlp.w12.", "mlp.fc2": "mlp.w3"}
+        names |= {
+            "mlp.fc1_g": "mlp.w1",
+            "mlp.fc1_x": "mlp.w2",
+            "mlp.fc1.": "mlp.w12.",
+            "mlp.fc2": "mlp.w3",
+        }
     if hasattr(getattr(block, "ls1", None), "gamma"):
         state["mask_token"] = torch.zeros(1, width)
     return {_renamed(key, names): value for key, value in state.items()}

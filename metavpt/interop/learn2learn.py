@@ -29,7 +29,9 @@ class MAMLUnroll:
 
     def __post_init__(self) -> None:
         if self.num_steps < 1 or not self.lr > 0:
-            raise MetaVPTError(f"MAMLUnroll: num_steps={self.num_steps} must be at least 1 and lr={self.lr} positive")
+            raise MetaVPTError(
+                f"MAMLUnroll: num_steps={self.num_steps} must be at least 1 and lr={self.lr} positive"
+            )
 
     @property
     def num_batches(self) -> int:

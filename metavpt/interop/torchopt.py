@@ -40,8 +40,16 @@ class TorchOptUnroll(Unroll):
         with sdpa_kernel(SDPBackend.MATH), torch.enable_grad():
             after = params.leaves(theta)
             for inner in inner_losses:
-                gradients = torch.autograd.grad(inner(phi)(after), list(after.values()), create_graph=True, materialize_grads=True)
-                after = {name: steppers[name](p, g) for (name, p), g in zip(after.items(), gradients, strict=True)}
+                gradients = torch.autograd.grad(
+                    inner(phi)(after),
+                    list(after.values()),
+                    create_graph=True,
+                    materialize_grads=True,
+                )
+                after = {
+                    name: steppers[name](p, g)
+                    for (name, p), g in zip(after.items(), gradients, strict=True)
+                }
             return backpropagated(outer_loss, theta, after, phi, self.num_steps)
 
 
@@ -51,25 +59,39 @@ class _Stepper:
     def __init__(self, update: Update, name: str) -> None:
         rule = update.rule.rules[name] if isinstance(update.rule, PerParameter) else update.rule
         self.transform = _transform(rule)
-        p, moments, num_steps = update.theta[name].detach(), update.state.moments[name], update.state.num_steps[name]
+        p, moments, num_steps = (
+            update.theta[name].detach(),
+            update.state.moments[name],
+            update.state.num_steps[name],
+        )
         if num_steps:
             # TorchOpt's SGD keeps "no step taken yet" in the transform, not in its state: without this the first step would forget momentum
-            self.transform.update([torch.zeros_like(p)], self.transform.init([p]), params=[p], inplace=False)
-        self.state = tuple(_filled(part, moments, num_steps, p.dtype) for part in self.transform.init([p]))
+            self.transform.update(
+                [torch.zeros_like(p)], self.transform.init([p]), params=[p], inplace=False
+            )
+        self.state = tuple(
+            _filled(part, moments, num_steps, p.dtype) for part in self.transform.init([p])
+        )
 
     def __call__(self, p: Tensor, gradient: Tensor) -> Tensor:
-        (change,), self.state = self.transform.update([gradient], self.state, params=[p], inplace=False)
+        (change,), self.state = self.transform.update(
+            [gradient], self.state, params=[p], inplace=False
+        )
         return p + change
 
 
 def _transform(rule: Rule) -> Any:
     torchopt = peer("torchopt")
     if isinstance(rule, SGD):
-        return torchopt.sgd(rule.lr, rule.momentum, rule.dampening, rule.weight_decay, rule.nesterov)
+        return torchopt.sgd(
+            rule.lr, rule.momentum, rule.dampening, rule.weight_decay, rule.nesterov
+        )
     if isinstance(rule, Adam):
         make = torchopt.adamw if rule.decoupled_weight_decay else torchopt.adam
         return make(rule.lr, rule.betas, rule.eps, rule.weight_decay)
-    raise MetaVPTError(f"TorchOptUnroll: has no counterpart of {type(rule).__name__}; use SGD, Adam or AdamW")
+    raise MetaVPTError(
+        f"TorchOptUnroll: has no counterpart of {type(rule).__name__}; use SGD, Adam or AdamW"
+    )
 
 
 def _filled(part: Any, moments: Params, num_steps: int, dtype: torch.dtype) -> Any:

@@ -22,7 +22,12 @@ _ATTENTION = {
     "attn.v": "attention.attention.value",
     "attn.proj": "attention.output.dense",
 }
-_SCALED = {"norm1": "norm1", "norm2": "norm2", "ls1.gamma": "layer_scale1.lambda1", "ls2.gamma": "layer_scale2.lambda1"}
+_SCALED = {
+    "norm1": "norm1",
+    "norm2": "norm2",
+    "ls1.gamma": "layer_scale1.lambda1",
+    "ls2.gamma": "layer_scale2.lambda1",
+}
 
 
 @dataclass(frozen=True)
@@ -39,7 +44,9 @@ class Layout:
 
     def to_original(self, state: Params) -> Params:
         """The checkpoint under the release's names. A name that the family does not have stays as it is."""
-        outside, block = ({there: here for here, there in names.items()} for names in (self.outside, self.block))
+        outside, block = (
+            {there: here for here, there in names.items()} for names in (self.outside, self.block)
+        )
         return _joined(_renamed(state, self.prefix, "blocks.", outside, block))
 
     def from_original(self, state: Params) -> Params:
@@ -50,7 +57,14 @@ class Layout:
 DINOV2 = Layout(
     "encoder.layer.",
     _EMBEDDINGS,
-    {**_ATTENTION, **_SCALED, "mlp.fc1": "mlp.fc1", "mlp.fc2": "mlp.fc2", "mlp.w12": "mlp.weights_in", "mlp.w3": "mlp.weights_out"},
+    {
+        **_ATTENTION,
+        **_SCALED,
+        "mlp.fc1": "mlp.fc1",
+        "mlp.fc2": "mlp.fc2",
+        "mlp.w12": "mlp.weights_in",
+        "mlp.w3": "mlp.weights_out",
+    },
 )
 VIT = Layout(  # MAE, I-JEPA
     "encoder.layer.",
@@ -77,9 +91,20 @@ _DINOV3_BLOCK = {
     "attn.proj": "attention.o_proj",
     **_SCALED,
 }
-DINOV3 = Layout("layer.", _DINOV3_EMBEDDINGS, {**_DINOV3_BLOCK, "mlp.fc1": "mlp.up_proj", "mlp.fc2": "mlp.down_proj"})
+DINOV3 = Layout(
+    "layer.",
+    _DINOV3_EMBEDDINGS,
+    {**_DINOV3_BLOCK, "mlp.fc1": "mlp.up_proj", "mlp.fc2": "mlp.down_proj"},
+)
 DINOV3_GATED = Layout(
-    "layer.", _DINOV3_EMBEDDINGS, {**_DINOV3_BLOCK, "mlp.w1": "mlp.gate_proj", "mlp.w2": "mlp.up_proj", "mlp.w3": "mlp.down_proj"}
+    "layer.",
+    _DINOV3_EMBEDDINGS,
+    {
+        **_DINOV3_BLOCK,
+        "mlp.w1": "mlp.gate_proj",
+        "mlp.w2": "mlp.up_proj",
+        "mlp.w3": "mlp.down_proj",
+    },
 )
 
 
@@ -92,12 +117,20 @@ def layout_of(state: Params) -> Layout | None:
     return None
 
 
-def _renamed(state: Params, old_prefix: str, new_prefix: str, outside: Mapping[str, str], block: Mapping[str, str]) -> Params:
+def _renamed(
+    state: Params,
+    old_prefix: str,
+    new_prefix: str,
+    outside: Mapping[str, str],
+    block: Mapping[str, str],
+) -> Params:
     inside = re.compile(rf"{re.escape(old_prefix)}(\d+)\.(.+)")
     renamed = {}
     for key, value in state.items():
         match = inside.fullmatch(key)
-        renamed[f"{new_prefix}{match[1]}.{_rename(match[2], block)}" if match else _rename(key, outside)] = value
+        renamed[
+            f"{new_prefix}{match[1]}.{_rename(match[2], block)}" if match else _rename(key, outside)
+        ] = value
     return renamed
 
 
@@ -131,7 +164,10 @@ def _split(state: Params) -> Params:
     split = {}
     for key, value in state.items():
         if ".attn.qkv." in key:
-            split |= {key.replace(".qkv.", f".{part}."): third for part, third in zip("qkv", value.chunk(3), strict=True)}
+            split |= {
+                key.replace(".qkv.", f".{part}."): third
+                for part, third in zip("qkv", value.chunk(3), strict=True)
+            }
         else:
             split[key] = value
     return split

@@ -23,7 +23,9 @@ class Hidden(NamedTuple):
 
     states: Tensor  # (B, T, D)
     rope: tuple[Tensor, Tensor]  # cosine and sine of the rotary positions, (B, T, D / heads) each
-    mask: Tensor | None  # (B, 1, T, T), True where the row's token sees the column's; None: all earlier ones
+    mask: (
+        Tensor | None
+    )  # (B, 1, T, T), True where the row's token sees the column's; None: all earlier ones
 
     def detach(self) -> "Hidden":
         return self._replace(states=self.states.detach())
@@ -38,7 +40,9 @@ class Trunk(nn.Module):
         super().__init__()
         self.embed_tokens: Any = model.embed_tokens
         self.rotary_emb: Any = model.rotary_emb
-        self.layers = nn.ModuleDict({str(i): layer for i, layer in enumerate(_layers(model)) if i < num_layers})
+        self.layers = nn.ModuleDict(
+            {str(i): layer for i, layer in enumerate(_layers(model)) if i < num_layers}
+        )
 
     def forward(self, batch: TokenBatch) -> Hidden:
         embedded = self.embed_tokens(batch.tokens)
@@ -69,7 +73,13 @@ def _layers(model: Any) -> nn.ModuleList:
     return model.layers
 
 
-def _run(layers: nn.ModuleDict, states: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor | None, recompute: bool) -> Tensor:
+def _run(
+    layers: nn.ModuleDict,
+    states: Tensor,
+    rope: tuple[Tensor, Tensor],
+    mask: Tensor | None,
+    recompute: bool,
+) -> Tensor:
     context = {"attention_mask": mask, "position_embeddings": rope}
     for layer in layers.values():
         states = recomputed(layer, states, **context) if recompute else layer(states, **context)
@@ -101,7 +111,9 @@ class LanguageModel(nn.Module):
         _check_supported(whole)
         self.num_layers: int = whole.config.num_hidden_layers
         if not 1 <= tail_layers <= self.num_layers:
-            raise MetaVPTError(f"tail_layers={tail_layers} is out of range: the model has {self.num_layers} layers")
+            raise MetaVPTError(
+                f"tail_layers={tail_layers} is out of range: the model has {self.num_layers} layers"
+            )
         self.trunk = Trunk(whole.model, self.num_layers - tail_layers)
         self.tail = Tail(whole.model, tail_layers)
         self.tied = whole.lm_head.weight is whole.model.embed_tokens.weight
@@ -145,24 +157,40 @@ class LanguageModel(nn.Module):
     def save(self, folder: str | Path) -> None:
         """A transformers model folder, adapters merged; load it with `AutoModelForCausalLM.from_pretrained`."""
         (model,) = self._saved
-        merged: Any = copy.deepcopy(model).merge_and_unload() if isinstance(model, PeftModel) else model
+        merged: Any = (
+            copy.deepcopy(model).merge_and_unload() if isinstance(model, PeftModel) else model
+        )
         merged.save_pretrained(folder)
 
 
 def _check_supported(model: Any) -> None:
     name = type(model).__name__
     if not isinstance(model, SUPPORTED):
-        raise MetaVPTError(f"{name}: supported language models are {', '.join(kind.__name__ for kind in SUPPORTED)}")
+        raise MetaVPTError(
+            f"{name}: supported language models are {', '.join(kind.__name__ for kind in SUPPORTED)}"
+        )
     config = model.config
     if "sliding_attention" in (getattr(config, "layer_types", None) or ()):
-        raise MetaVPTError(f"{name}: has sliding-window layers (use_sliding_window), which trunk and tail do not mask; turn them off")
+        raise MetaVPTError(
+            f"{name}: has sliding-window layers (use_sliding_window), which trunk and tail do not mask; turn them off"
+        )
     # These two scale their frequencies by the longest sequence seen: state that moves inside a loss.
     kind = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
     if kind in ("dynamic", "longrope"):
-        raise MetaVPTError(f"{name}: rope_type={kind} changes with the data it has seen; choose default, linear, yarn or llama3")
+        raise MetaVPTError(
+            f"{name}: rope_type={kind} changes with the data it has seen; choose default, linear, yarn or llama3"
+        )
     # Losses are evaluated many times a step and differentiated by differences: the forward pass must draw nothing.
-    random = [path for path, module in model.named_modules() if isinstance(module, nn.Dropout) and module.p]
+    random = [
+        path
+        for path, module in model.named_modules()
+        if isinstance(module, nn.Dropout) and module.p
+    ]
     if random or config.attention_dropout:
-        raise MetaVPTError(f"{name}: {random[0] if random else 'attention_dropout'} is random in the forward pass; leave dropout at 0")
+        raise MetaVPTError(
+            f"{name}: {random[0] if random else 'attention_dropout'} is random in the forward pass; leave dropout at 0"
+        )
     if model.config._attn_implementation != "sdpa":
-        raise MetaVPTError(f"{name}: attn_implementation={model.config._attn_implementation}; load the model with 'sdpa'")
+        raise MetaVPTError(
+            f"{name}: attn_implementation={model.config._attn_implementation}; load the model with 'sdpa'"
+        )

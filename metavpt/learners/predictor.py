@@ -18,10 +18,14 @@ class Predictor(nn.Module):
     width_in, width_out: of the encoder's tokens and of what is predicted. `width` must be a multiple of 4 and of `num_heads`.
     """
 
-    def __init__(self, width_in: int, width_out: int, width: int = 384, depth: int = 6, num_heads: int = 6) -> None:
+    def __init__(
+        self, width_in: int, width_out: int, width: int = 384, depth: int = 6, num_heads: int = 6
+    ) -> None:
         super().__init__()
         if width % 4 or width % num_heads:
-            raise MetaVPTError(f"Predictor: width={width} must be a multiple of 4 and of num_heads={num_heads}")
+            raise MetaVPTError(
+                f"Predictor: width={width} must be a multiple of 4 and of num_heads={num_heads}"
+            )
         self.embed = nn.Linear(width_in, width)
         self.mask_token = nn.Parameter(torch.empty(width))
         self.blocks = nn.Sequential(*(Block(width, num_heads, qkv_bias=True) for _ in range(depth)))
@@ -33,16 +37,22 @@ class Predictor(nn.Module):
                 nn.init.xavier_uniform_(layer.weight)
                 nn.init.zeros_(layer.bias)
 
-    def forward(self, tokens: Tensor, visible: Tensor, targets: Tensor, grid: tuple[int, int]) -> Tensor:
+    def forward(
+        self, tokens: Tensor, visible: Tensor, targets: Tensor, grid: tuple[int, int]
+    ) -> Tensor:
         """tokens (B, K, D) of the patches `visible` (B, K); targets (B, M, T): M groups of T patches -> (B, M, T, width_out).
 
         `visible` and `targets` are indices into the patches of `grid`, row by row.
         """
         num_groups, num_asked = targets.shape[1:]
-        positions = build_sincos2d_pos_embed(list(grid), self.mask_token.numel(), device=tokens.device, dtype=tokens.dtype)
+        positions = build_sincos2d_pos_embed(
+            list(grid), self.mask_token.numel(), device=tokens.device, dtype=tokens.dtype
+        )
         seen = self.embed(tokens) + positions[visible]  # (B, K, W)
         asked = self.mask_token + positions[targets]  # (B, M, T, W)
-        x = torch.cat([seen[:, None].expand(-1, num_groups, -1, -1), asked], dim=2).flatten(0, 1)  # (B M, K + T, W)
+        x = torch.cat([seen[:, None].expand(-1, num_groups, -1, -1), asked], dim=2).flatten(
+            0, 1
+        )  # (B M, K + T, W)
         return self.out(self.norm(self.blocks(x)[:, -num_asked:])).unflatten(0, (-1, num_groups))
 
 
@@ -53,9 +63,13 @@ class MaskedLearner(nn.Module):
         super().__init__()
         self.backbone, self.predictor = backbone, predictor
 
-    def forward(self, images: Tensor, visible: Tensor, targets: Tensor, weight: Tensor | None = None) -> Tensor:
+    def forward(
+        self, images: Tensor, visible: Tensor, targets: Tensor, weight: Tensor | None = None
+    ) -> Tensor:
         features = self.backbone.tail(self.backbone.trunk(images, visible, weight))
-        return self.predictor(features.patches.flatten(2).transpose(1, 2), visible, targets, self.grid(images))
+        return self.predictor(
+            features.patches.flatten(2).transpose(1, 2), visible, targets, self.grid(images)
+        )
 
     def grid(self, images: Tensor) -> tuple[int, int]:
         """(h, w), the patches along the sides of the images."""

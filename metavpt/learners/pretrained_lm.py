@@ -37,15 +37,26 @@ class LoRA:
             raise MetaVPTError(f"LoRA: rank={self.rank} must be at least 1")
 
     def __call__(self, model: Any) -> Any:
-        config = LoraConfig(r=self.rank, lora_alpha=self.alpha, target_modules=list(self.target_modules), lora_dropout=0.0)  # type: ignore[arg-type]
+        config = LoraConfig(
+            r=self.rank,
+            lora_alpha=self.alpha,
+            target_modules=list(self.target_modules),
+            lora_dropout=0.0,
+        )  # type: ignore[arg-type]
         try:
             return get_peft_model(model, config)
         except ValueError as error:
-            raise MetaVPTError(f"LoRA: target_modules={list(self.target_modules)} do not fit the model: {_first_line(error)}") from error
+            raise MetaVPTError(
+                f"LoRA: target_modules={list(self.target_modules)} do not fit the model: {_first_line(error)}"
+            ) from error
 
 
 def pretrained_language_model(
-    source: str | Path, tail_layers: int = 2, gguf_file: str | None = None, lora: LoRA | None = None, dtype: torch.dtype = torch.float32
+    source: str | Path,
+    tail_layers: int = 2,
+    gguf_file: str | None = None,
+    lora: LoRA | None = None,
+    dtype: torch.dtype = torch.float32,
 ) -> LanguageModel:
     """The model `source`: a name on the hub, a folder, or a .gguf file; `gguf_file` names one within a hub repository or folder.
 
@@ -58,29 +69,47 @@ def pretrained_language_model(
         source, gguf_file = path.parent, path.name
     disable_progress_bar()
     file = Path(source) / gguf_file if gguf_file else Path(source)
-    options: dict[str, Any] = {"gguf_file": gguf_file, "trust_remote_code": False}  # None would ask on the terminal, and wait
+    options: dict[str, Any] = {
+        "gguf_file": gguf_file,
+        "trust_remote_code": False,
+    }  # None would ask on the terminal, and wait
     try:
         config = AutoConfig.from_pretrained(str(source), **options)
         _check_size(config, file)
-        options |= {"config": config, "dtype": dtype, "attn_implementation": "sdpa", "output_loading_info": True}
+        options |= {
+            "config": config,
+            "dtype": dtype,
+            "attn_implementation": "sdpa",
+            "output_loading_info": True,
+        }
         loaded: Any = AutoModelForCausalLM.from_pretrained(str(source), **options)
         model, info = loaded
-        if missing := sorted(info["missing_keys"]):  # transformers says so on the terminal, and draws them at random
+        if missing := sorted(
+            info["missing_keys"]
+        ):  # transformers says so on the terminal, and draws them at random
             raise MetaVPTError(
                 f"{file}: has no weights for {', '.join(missing[:3])}, {len(missing)} in all, which its configuration asks for"
             )
     except MetaVPTError:
         raise
     except Exception as error:  # a download and two file formats, each with errors of its own
-        raise MetaVPTError(f"{file}: cannot be loaded as a language model ({type(error).__name__}: {_first_line(error)})") from error
+        raise MetaVPTError(
+            f"{file}: cannot be loaded as a language model ({type(error).__name__}: {_first_line(error)})"
+        ) from error
     return LanguageModel(_adapted(_plain(model) if gguf_file else model, lora), tail_layers)
 
 
 def _check_size(config: Any, file: Path) -> None:
     """Raises MetaVPTError where a local file or folder is too small for its configuration, which would be built layer by layer first."""
-    files = [file] if file.is_file() else [path for path in file.glob("*") if path.suffix in (".safetensors", ".bin")]
+    files = (
+        [file]
+        if file.is_file()
+        else [path for path in file.glob("*") if path.suffix in (".safetensors", ".bin")]
+    )
     num_bytes = sum(path.stat().st_size for path in files)
-    layers, width, heads, key_heads, middle, head_dim, vocabulary = (int(getattr(config, name, None) or 0) for name in SIZES)
+    layers, width, heads, key_heads, middle, head_dim, vocabulary = (
+        int(getattr(config, name, None) or 0) for name in SIZES
+    )
     block = width * (3 * middle + 2 * (head_dim or width // max(heads, 1)) * (heads + key_heads))
     least = vocabulary * width + layers * block
     if files and least / 8 + LAYER_BYTES * layers > num_bytes:
@@ -89,13 +118,17 @@ def _check_size(config: Any, file: Path) -> None:
         )
 
 
-def random_language_model(model_type: str = "llama", tail_layers: int = 2, lora: LoRA | None = None, **config: Any) -> LanguageModel:
+def random_language_model(
+    model_type: str = "llama", tail_layers: int = 2, lora: LoRA | None = None, **config: Any
+) -> LanguageModel:
     """Random weights for the transformers configuration `model_type` (llama, qwen2, qwen3) with `config` in place of its defaults."""
     try:
         described = AutoConfig.for_model(model_type, **config)
         model = AutoModelForCausalLM.from_config(described, attn_implementation="sdpa")
     except (ValueError, KeyError) as error:
-        raise MetaVPTError(f"model_type={model_type}: no such language model ({_first_line(error)})") from error
+        raise MetaVPTError(
+            f"model_type={model_type}: no such language model ({_first_line(error)})"
+        ) from error
     return LanguageModel(_adapted(model, lora), tail_layers)
 
 
@@ -104,7 +137,9 @@ def _plain(model: Any) -> Any:
     config = copy.deepcopy(model.config)
     del config.quantization_config
     with torch.random.fork_rng():
-        plain = AutoModelForCausalLM.from_config(config, dtype=model.dtype, attn_implementation="sdpa")
+        plain = AutoModelForCausalLM.from_config(
+            config, dtype=model.dtype, attn_implementation="sdpa"
+        )
     plain.load_state_dict(model.state_dict())
     plain.generation_config = model.generation_config
     return plain

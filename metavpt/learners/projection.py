@@ -16,7 +16,9 @@ class ProjectionHead(nn.Module):
     A 3-layer MLP with GELU into a bottleneck; the bottleneck and each prototype are l2-normalised, so logits lie in [-1, 1].
     """
 
-    def __init__(self, width: int, num_prototypes: int = 8192, hidden: int = 2048, bottleneck: int = 256) -> None:
+    def __init__(
+        self, width: int, num_prototypes: int = 8192, hidden: int = 2048, bottleneck: int = 256
+    ) -> None:
         super().__init__()
         self.mlp = nn.Sequential(
             nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, hidden), nn.GELU(), nn.Linear(hidden, bottleneck)

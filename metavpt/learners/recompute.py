@@ -16,4 +16,9 @@ def recomputed(block: nn.Module, *args: Any, **options: Any) -> Any:
     word the live ones would take their place.
     """
     own: Params = dict(block.named_parameters())
-    return checkpoint(lambda *inputs: functional_call(block, own, inputs, options), *args, use_reentrant=False, preserve_rng_state=False)
+    return checkpoint(
+        lambda *inputs: functional_call(block, own, inputs, options),
+        *args,
+        use_reentrant=False,
+        preserve_rng_state=False,
+    )

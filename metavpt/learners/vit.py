@@ -28,7 +28,9 @@ class Hidden(NamedTuple):
     """What the trunk hands to the tail."""
 
     tokens: Tensor  # (B, P + N, D): P prefix tokens (cls, registers), then N patches row by row
-    rope: Tensor | None  # (N, 2 D / heads) sine and cosine of the rotary positions; (B, 1, N, 2 D / heads) in a subset; None: it has none
+    rope: (
+        Tensor | None
+    )  # (N, 2 D / heads) sine and cosine of the rotary positions; (B, 1, N, 2 D / heads) in a subset; None: it has none
     grid: tuple[int, int]  # (h, w), N = h w; (1, N) in a subset
 
 
@@ -56,7 +58,9 @@ class Trunk(nn.Module):
         self.pos_embed = model.pos_embed
         self.rope = getattr(model, "rope", None)
         self.norm_pre = model.norm_pre
-        self.blocks = nn.ModuleDict({str(i): block for i, block in enumerate(model.blocks) if i < num_blocks})
+        self.blocks = nn.ModuleDict(
+            {str(i): block for i, block in enumerate(model.blocks) if i < num_blocks}
+        )
         self.prefix_has_position = not model.no_embed_class
 
     def forward(
@@ -84,14 +88,20 @@ class Trunk(nn.Module):
         return Hidden(_run(self.blocks, tokens, rope, self.recompute), rope, grid)
 
     def _add_positions(self, patches: Tensor, grid: tuple[int, int]) -> Tensor:
-        prefix = [token.expand(len(patches), -1, -1) for token in (self.cls_token, self.reg_token) if token is not None]
+        prefix = [
+            token.expand(len(patches), -1, -1)
+            for token in (self.cls_token, self.reg_token)
+            if token is not None
+        ]
         if self.pos_embed is None:
             return torch.cat([*prefix, patches], dim=1)
         positions = resample_abs_pos_embed(
             self.pos_embed,
             new_size=list(grid),
             old_size=list(self.patch_embed.grid_size),
-            num_prefix_tokens=sum(token.shape[1] for token in prefix) if self.prefix_has_position else 0,
+            num_prefix_tokens=sum(token.shape[1] for token in prefix)
+            if self.prefix_has_position
+            else 0,
         )
         if self.prefix_has_position:
             return torch.cat([*prefix, patches], dim=1) + positions
@@ -100,8 +110,13 @@ class Trunk(nn.Module):
     def _check_size(self, images: Tensor) -> None:
         patch, size = self.patch_size, images.shape[-2:]
         if any(side % patch or not side for side in size):
-            low, high = ("x".join(str(max(1, fit(side / patch)) * patch) for side in size) for fit in (math.floor, math.ceil))
-            raise MetaVPTError(f"images of {size[0]}x{size[1]} do not divide into patches of {patch}x{patch}; nearest: {low}, {high}")
+            low, high = (
+                "x".join(str(max(1, fit(side / patch)) * patch) for side in size)
+                for fit in (math.floor, math.ceil)
+            )
+            raise MetaVPTError(
+                f"images of {size[0]}x{size[1]} do not divide into patches of {patch}x{patch}; nearest: {low}, {high}"
+            )
 
 
 class Tail(nn.Module):
@@ -115,7 +130,9 @@ class Tail(nn.Module):
     def __init__(self, model: VisionTransformer | Eva, num_blocks: int) -> None:
         super().__init__()
         first = len(model.blocks) - num_blocks
-        self.blocks = nn.ModuleDict({str(i): block for i, block in enumerate(model.blocks) if i >= first})
+        self.blocks = nn.ModuleDict(
+            {str(i): block for i, block in enumerate(model.blocks) if i >= first}
+        )
         self.norm = model.norm
         self.has_cls = model.cls_token is not None
 
@@ -140,11 +157,19 @@ class Backbone(nn.Module):
     patch_size, width (D), num_blocks; mean, std: the normalisation that the images are expected in.
     """
 
-    def __init__(self, model: VisionTransformer | Eva, tail_blocks: int, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
+    def __init__(
+        self,
+        model: VisionTransformer | Eva,
+        tail_blocks: int,
+        mean: tuple[float, ...],
+        std: tuple[float, ...],
+    ) -> None:
         super().__init__()
         num_blocks = len(model.blocks)
         if not 1 <= tail_blocks <= num_blocks:
-            raise MetaVPTError(f"tail_blocks={tail_blocks} is out of range: the model has {num_blocks} blocks, choose 1..{num_blocks}")
+            raise MetaVPTError(
+                f"tail_blocks={tail_blocks} is out of range: the model has {num_blocks} blocks, choose 1..{num_blocks}"
+            )
         self.trunk = Trunk(model, num_blocks - tail_blocks)
         self.tail = Tail(model, tail_blocks)
         self.patch_size = self.trunk.patch_size
@@ -196,19 +221,30 @@ def create_backbone(
     """
     # No pooling and no classifier: else timm may put the final norm after the pooling, where patch tokens never meet it.
     arguments = timm_kwargs | {"num_classes": 0, "global_pool": "", "dynamic_img_size": True}
-    model = _own_model(name, pretrained, arguments) if name in OWN_MODELS else _timm_model(name, pretrained, arguments)
+    model = (
+        _own_model(name, pretrained, arguments)
+        if name in OWN_MODELS
+        else _timm_model(name, pretrained, arguments)
+    )
     _check_supported(model, name)
     if weights is not None:
         load_weights(model, Path(weights), name)
     if frozen_blocks:
         _freeze(model, frozen_blocks)
     config = getattr(model, "pretrained_cfg", None) or {}
-    return Backbone(model, tail_blocks, config.get("mean", IMAGENET_DEFAULT_MEAN), config.get("std", IMAGENET_DEFAULT_STD))
+    return Backbone(
+        model,
+        tail_blocks,
+        config.get("mean", IMAGENET_DEFAULT_MEAN),
+        config.get("std", IMAGENET_DEFAULT_STD),
+    )
 
 
 def _freeze(model: Any, num_blocks: int) -> None:
     if not 0 < num_blocks <= len(model.blocks):
-        raise MetaVPTError(f"frozen_blocks={num_blocks} is out of range: the model has {len(model.blocks)} blocks")
+        raise MetaVPTError(
+            f"frozen_blocks={num_blocks} is out of range: the model has {len(model.blocks)} blocks"
+        )
     later = [p for module in (*model.blocks[num_blocks:], model.norm) for p in module.parameters()]
     model.requires_grad_(False)
     for p in later:
@@ -217,7 +253,9 @@ def _freeze(model: Any, num_blocks: int) -> None:
 
 def _own_model(name: str, pretrained: bool, arguments: dict[str, Any]) -> Eva:
     if pretrained:
-        raise MetaVPTError(f"{name} has no released weights: set pretrained=False, or pass a local file as weights")
+        raise MetaVPTError(
+            f"{name} has no released weights: set pretrained=False, or pass a local file as weights"
+        )
     try:
         return OWN_MODELS[name](**arguments)
     except TypeError as error:
@@ -228,12 +266,16 @@ def _timm_model(name: str, pretrained: bool, arguments: dict[str, Any]) -> Any:
     if not timm.is_model(name):
         known = [*OWN_MODELS, *timm.list_models("*vit*"), *timm.list_models("eva*")]
         nearest = difflib.get_close_matches(name.split(".")[0], known, n=3, cutoff=0.3)
-        raise MetaVPTError(f"unknown backbone {name!r}; nearest: {', '.join(nearest) or 'none, see timm.list_models()'}")
+        raise MetaVPTError(
+            f"unknown backbone {name!r}; nearest: {', '.join(nearest) or 'none, see timm.list_models()'}"
+        )
     try:
         return timm.create_model(name, pretrained=pretrained, **arguments)
     except TypeError as error:
         raise MetaVPTError(f"{name}: {error}") from error
-    except Exception as error:  # the download passes through several libraries, each with its own errors
+    except (
+        Exception
+    ) as error:  # the download passes through several libraries, each with its own errors
         if not pretrained:
             raise MetaVPTError(f"{name}: timm cannot build it: {error}") from error
         raise MetaVPTError(
@@ -248,9 +290,13 @@ def _check_supported(model: Any, name: str) -> None:
             f"{name} is a {type(model).__name__}; supported are timm's VisionTransformer and Eva (DINOv2, DINOv3, I-JEPA, MAE)"
         )
     if getattr(model, "rope_mixed", False):
-        raise MetaVPTError(f"{name} has rotary positions that differ by depth (rope_type 'mixed'), which trunk and tail do not pass on")
+        raise MetaVPTError(
+            f"{name} has rotary positions that differ by depth (rope_type 'mixed'), which trunk and tail do not pass on"
+        )
     if len(set(model.patch_embed.patch_size)) > 1:
-        raise MetaVPTError(f"{name} has patches of {model.patch_embed.patch_size}; only square patches are supported")
+        raise MetaVPTError(
+            f"{name} has patches of {model.patch_embed.patch_size}; only square patches are supported"
+        )
     # Losses are evaluated many times a step and differentiated by differences: the forward pass must draw nothing.
     random = [
         path
@@ -261,4 +307,6 @@ def _check_supported(model: Any, name: str) -> None:
         or getattr(module, "aug_active", False)
     ]
     if random:
-        raise MetaVPTError(f"{name}: {random[0]} is random in the forward pass; leave dropout, drop path and rope augmentation at 0")
+        raise MetaVPTError(
+            f"{name}: {random[0]} is random in the forward pass; leave dropout, drop path and rope augmentation at 0"
+        )

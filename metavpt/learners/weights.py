@@ -22,7 +22,9 @@ from metavpt.params import Params, subset
 SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".tar", ".ckpt")
 # Inside of what a release keeps its weights, nearest first; of a student and its teacher the teacher, as their authors do.
 WRAPPERS = ("model_ema", "model", "state_dict", "module", "teacher", "encoder", "target_encoder")
-ANCHOR = re.compile(r"(.*?)(?:patch_embed\.proj|embeddings\.patch_embeddings(?:\.projection)?)\.weight")
+ANCHOR = re.compile(
+    r"(.*?)(?:patch_embed\.proj|embeddings\.patch_embeddings(?:\.projection)?)\.weight"
+)
 NOT_BACKBONE = ("head.", "classifier.", "pooler.", "decoder")
 HUB_NAME = re.compile(r"(?:hf-hub:)?([\w.-]+/[\w.-]+)(?:@([\w./-]+))?")
 
@@ -35,7 +37,11 @@ def load_weights(model: Any, source: Path, name: str) -> None:
     decoders and mask tokens are left out. Positions for another image size are resampled as timm does it; nothing else is changed to fit.
     Raises MetaVPTError for what cannot be had or read, and for another architecture.
     """
-    if not source.exists() and source.suffix not in SUFFIXES and (on_hub := HUB_NAME.fullmatch(source.as_posix())):
+    if (
+        not source.exists()
+        and source.suffix not in SUFFIXES
+        and (on_hub := HUB_NAME.fullmatch(source.as_posix()))
+    ):
         source = _download(on_hub[1], on_hub[2])
     if source.is_dir():
         _check_config(source, model, name)
@@ -49,17 +55,25 @@ def load_weights(model: Any, source: Path, name: str) -> None:
     try:
         state = _to_timm(state, model)
     except (RuntimeError, ValueError, KeyError) as error:
-        raise MetaVPTError(f"{source} does not fit {name}: {' '.join(str(error).split())[:200]}") from error
+        raise MetaVPTError(
+            f"{source} does not fit {name}: {' '.join(str(error).split())[:200]}"
+        ) from error
     if patch is not None:
-        state["patch_embed.proj.weight"] = patch  # timm resamples it: weights for patches of another size are another model
+        state["patch_embed.proj.weight"] = (
+            patch  # timm resamples it: weights for patches of another size are another model
+        )
     _check_fit(state, model.state_dict(), source, name)
     model.load_state_dict(state)
 
 
 def _check_fit(state: Params, own: Params, source: Path, name: str) -> None:
-    faults = [f"missing {key}" for key in own if key not in state] + [f"unexpected {key}" for key in state if key not in own]
+    faults = [f"missing {key}" for key in own if key not in state] + [
+        f"unexpected {key}" for key in state if key not in own
+    ]
     shapes = {key: (tuple(state[key].shape), tuple(own[key].shape)) for key in own if key in state}
-    faults += [f"{key} is {theirs}, not {ours}" for key, (theirs, ours) in shapes.items() if theirs != ours]
+    faults += [
+        f"{key} is {theirs}, not {ours}" for key, (theirs, ours) in shapes.items() if theirs != ours
+    ]
     if faults:
         more = f" and {len(faults) - 3} more" if len(faults) > 3 else ""
         raise MetaVPTError(f"{source} does not fit {name}: {'; '.join(faults[:3])}{more}")
@@ -70,7 +84,10 @@ def _check_config(folder: Path, model: Any, name: str) -> None:
     file = folder / "config.json"
     with reading(f"{file}: not a readable configuration"):
         config = dict(json.loads(file.read_text())) if file.is_file() else {}
-    own = {"num_attention_heads": model.blocks[0].attn.num_heads, "rope_theta": getattr(getattr(model, "rope", None), "temperature", None)}
+    own = {
+        "num_attention_heads": model.blocks[0].attn.num_heads,
+        "rope_theta": getattr(getattr(model, "rope", None), "temperature", None),
+    }
     for key, ours in own.items():
         if ours is not None and config.get(key, ours) != ours:
             raise MetaVPTError(f"{folder} does not fit {name}: {key} is {config[key]}, not {ours}")
@@ -78,14 +95,26 @@ def _check_config(folder: Path, model: Any, name: str) -> None:
 
 def _backbone(state: Any, source: Path) -> Params:
     """The backbone's entries alone, without what stands before their names: `module.`, `backbone.`, `dinov2.`, ..."""
-    while isinstance(state, dict) and (inside := next((state[key] for key in WRAPPERS if isinstance(state.get(key), dict)), None)):
+    while isinstance(state, dict) and (
+        inside := next((state[key] for key in WRAPPERS if isinstance(state.get(key), dict)), None)
+    ):
         state = inside
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()) or not state:
+    if (
+        not isinstance(state, dict)
+        or not all(isinstance(value, Tensor) for value in state.values())
+        or not state
+    ):
         raise MetaVPTError(f"{source}: is no state dict (name -> tensor)")
     prefixes = {match[1] for key in state if (match := ANCHOR.fullmatch(key))}
     if len(prefixes) > 1:
-        raise MetaVPTError(f"{source}: holds {len(prefixes)} backbones ({', '.join(sorted(prefixes))}); save the one that is meant")
-    return {key: value for key, value in subset(state, next(iter(prefixes), "")).items() if not key.startswith(NOT_BACKBONE)}
+        raise MetaVPTError(
+            f"{source}: holds {len(prefixes)} backbones ({', '.join(sorted(prefixes))}); save the one that is meant"
+        )
+    return {
+        key: value
+        for key, value in subset(state, next(iter(prefixes), "")).items()
+        if not key.startswith(NOT_BACKBONE)
+    }
 
 
 def _to_timm(state: Params, model: Any) -> Params:
@@ -94,7 +123,9 @@ def _to_timm(state: Params, model: Any) -> Params:
         state = _without_zero_bias(state, model)
         state.pop("mask_token", None)  # timm takes it for a sign of EVA's masked pretraining
         return eva.checkpoint_filter_fn(state, model)
-    state.setdefault("mask_token", torch.empty(0))  # timm takes it for a sign of DINOv2, whose conversion does the others no harm
+    state.setdefault(
+        "mask_token", torch.empty(0)
+    )  # timm takes it for a sign of DINOv2, whose conversion does the others no harm
     return vision_transformer.checkpoint_filter_fn(state, model)  # pyright: ignore[reportArgumentType]
 
 
@@ -108,7 +139,9 @@ def _without_zero_bias(state: Params, model: Eva) -> Params:
             if keys.any() and key.replace("bias", "bias_mask") not in state:
                 raise ValueError(f"{key} is not zero for the keys, which DINOv3 has no bias for")
             if not has_bias and (query.any() or values.any()):
-                raise ValueError(f"{key} is not zero; take the architecture with a bias (its name ends with _qkvb)")
+                raise ValueError(
+                    f"{key} is not zero; take the architecture with a bias (its name ends with _qkvb)"
+                )
             if not has_bias:
                 continue
         kept[key] = value
@@ -119,7 +152,9 @@ def _download(name: str, revision: str | None) -> Path:
     """The folder of a hub checkpoint in the local cache, downloaded where it is not there yet."""
     for weights in ("model*.safetensors*", "pytorch_model*.bin*"):
         try:
-            folder = Path(snapshot_download(name, revision=revision, allow_patterns=["config.json", weights]))
+            folder = Path(
+                snapshot_download(name, revision=revision, allow_patterns=["config.json", weights])
+            )
         except Exception as error:  # of several libraries: no network, no such name, no access
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise MetaVPTError(
@@ -128,7 +163,9 @@ def _download(name: str, revision: str | None) -> Path:
             ) from error
         if any(path.suffix != ".json" for path in folder.iterdir()):
             return folder
-    raise MetaVPTError(f"weights={name}: the repository holds neither model.safetensors nor pytorch_model.bin")
+    raise MetaVPTError(
+        f"weights={name}: the repository holds neither model.safetensors nor pytorch_model.bin"
+    )
 
 
 def _read_folder(folder: Path) -> Any:
@@ -138,9 +175,16 @@ def _read_folder(folder: Path) -> Any:
             return _read_file(folder / name)
         if index.is_file():
             with reading(f"{index}: not a readable index of weights"):
-                shards = sorted({folder / Path(shard).name for shard in json.loads(index.read_text())["weight_map"].values()})
+                shards = sorted(
+                    {
+                        folder / Path(shard).name
+                        for shard in json.loads(index.read_text())["weight_map"].values()
+                    }
+                )
             return {key: value for shard in shards for key, value in _state(shard).items()}
-    raise MetaVPTError(f"{folder}: the folder holds neither model.safetensors nor pytorch_model.bin")
+    raise MetaVPTError(
+        f"{folder}: the folder holds neither model.safetensors nor pytorch_model.bin"
+    )
 
 
 def _state(shard: Path) -> dict[str, Any]:
@@ -152,15 +196,31 @@ def _state(shard: Path) -> dict[str, Any]:
 
 def _read_file(file: Path) -> Any:
     if file.suffix not in SUFFIXES:
-        raise MetaVPTError(f"{file}: weights must be a .safetensors, .pt or .pth file, or an existing folder")
+        raise MetaVPTError(
+            f"{file}: weights must be a .safetensors, .pt or .pth file, or an existing folder"
+        )
     if not file.is_file():
         raise MetaVPTError(f"{file}: no such weights file")
     try:
         if file.suffix == ".safetensors":
             return load_file(file)
-        with torch.serialization.safe_globals([argparse.Namespace]):  # MAE's releases hold their options beside the weights
+        with torch.serialization.safe_globals(
+            [argparse.Namespace]
+        ):  # MAE's releases hold their options beside the weights
             return torch.load(file, map_location="cpu", weights_only=True)
-    except (SafetensorError, RuntimeError, OSError, EOFError, ValueError, KeyError, MemoryError) as error:
+    except (
+        SafetensorError,
+        RuntimeError,
+        OSError,
+        EOFError,
+        ValueError,
+        KeyError,
+        MemoryError,
+    ) as error:
         raise MetaVPTError(f"{file}: cannot be read as weights: {error}") from error
-    except Exception as error:  # pickle.UnpicklingError and its kin: a file that holds more than tensors
-        raise MetaVPTError(f"{file}: holds more than tensors, which weights_only refuses; save a plain state dict") from error
+    except (
+        Exception
+    ) as error:  # pickle.UnpicklingError and its kin: a file that holds more than tensors
+        raise MetaVPTError(
+            f"{file}: holds more than tensors, which weights_only refuses; save a plain state dict"
+        ) from error

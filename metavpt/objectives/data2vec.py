@@ -10,7 +10,9 @@ from torch import Tensor
 from metavpt.errors import MetaVPTError
 
 
-def data2vec_loss(predictions: Tensor, targets: Tensor, reduction: Literal["mean", "none"] = "mean") -> Tensor:
+def data2vec_loss(
+    predictions: Tensor, targets: Tensor, reduction: Literal["mean", "none"] = "mean"
+) -> Tensor:
     """1/(N D) sum_n |prediction_n - target_n|^2, predictions and targets (B, N, D). "mean": a scalar; "none": of each image, (B,).
 
     Its value and its gradient by the predictions are these; it is affine in the targets, whose own square is a constant here. So it may

@@ -15,7 +15,10 @@ from metavpt.errors import MetaVPTError
 
 
 def dino_loss(
-    student_logits: Sequence[Tensor], teacher_probs: Tensor, temperature: float = 0.1, reduction: Literal["mean", "none"] = "mean"
+    student_logits: Sequence[Tensor],
+    teacher_probs: Tensor,
+    temperature: float = 0.1,
+    reduction: Literal["mean", "none"] = "mean",
 ) -> Tensor:
     """Mean over all pairs (teacher view g, student view v != g) of -sum_k p_g[k] log softmax(s_v / temperature)[k] (DINO, eq. 1 to 3).
 
@@ -23,11 +26,15 @@ def dino_loss(
     float32. "mean" gives a scalar, "none" the loss of each image, (B,). Raises MetaVPTError for shapes that do not fit or leave no pair.
     """
     _check_views(student_logits, teacher_probs, reduction)
-    log_probs = F.log_softmax(_at_least_float32(torch.stack(list(student_logits))) / temperature, dim=-1)  # (V, B, K)
+    log_probs = F.log_softmax(
+        _at_least_float32(torch.stack(list(student_logits))) / temperature, dim=-1
+    )  # (V, B, K)
     cross_entropy = -torch.einsum("gbk,vbk->gvb", teacher_probs.to(log_probs.dtype), log_probs)
     num_globals, num_views = cross_entropy.shape[:2]
     same_view = torch.eye(num_globals, num_views, dtype=torch.bool, device=log_probs.device)
-    per_image = cross_entropy.masked_fill(same_view[:, :, None], 0.0).sum(dim=(0, 1)) / (num_globals * (num_views - 1))
+    per_image = cross_entropy.masked_fill(same_view[:, :, None], 0.0).sum(dim=(0, 1)) / (
+        num_globals * (num_views - 1)
+    )
     return per_image.mean() if reduction == "mean" else per_image
 
 
@@ -45,7 +52,9 @@ def sinkhorn_probs(logits: Tensor, temperature: float, num_iters: int = 3) -> Te
     (..., K) -> (..., K); all leading dimensions count as samples, those of other processes too. Each row sums to 1; each
     prototype's total tends to samples / K.
     """
-    log_q = _at_least_float32(logits).flatten(0, -2) / temperature  # in logs: exp of sharp logits overflows
+    log_q = (
+        _at_least_float32(logits).flatten(0, -2) / temperature
+    )  # in logs: exp of sharp logits overflows
     for _ in range(num_iters):
         log_q = log_q - ranks.logsumexp(log_q)
         log_q = log_q - log_q.logsumexp(dim=1, keepdim=True)
@@ -65,11 +74,17 @@ def _at_least_float32(logits: Tensor) -> Tensor:
 def _check_views(student_logits: Sequence[Tensor], teacher_probs: Tensor, reduction: str) -> None:
     if reduction not in ("mean", "none"):
         raise MetaVPTError(f"dino_loss: reduction must be 'mean' or 'none', got {reduction!r}")
-    if len(student_logits) < 2 or teacher_probs.ndim != 3 or len(teacher_probs) > len(student_logits):
+    if (
+        len(student_logits) < 2
+        or teacher_probs.ndim != 3
+        or len(teacher_probs) > len(student_logits)
+    ):
         raise MetaVPTError(
             f"dino_loss: needs at least 2 student views and teacher_probs (G, B, K) with G of them, got {len(student_logits)} views "
             f"and {tuple(teacher_probs.shape)}"
         )
     for view, logits in enumerate(student_logits):
         if logits.shape != teacher_probs.shape[1:]:
-            raise MetaVPTError(f"dino_loss: student view {view} is {tuple(logits.shape)}, the teacher's {tuple(teacher_probs.shape[1:])}")
+            raise MetaVPTError(
+                f"dino_loss: student view {view} is {tuple(logits.shape)}, the teacher's {tuple(teacher_probs.shape[1:])}"
+            )

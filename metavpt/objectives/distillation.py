@@ -33,39 +33,62 @@ def active_terms(terms: Mapping[str, float]) -> dict[str, float]:
     if unknown:
         raise MetaVPTError(f"problem.terms names {unknown[0]!r}; known are {', '.join(TERMS)}")
     if not all(0 <= weight < math.inf for weight in terms.values()) or not any(terms.values()):
-        raise MetaVPTError(f"problem.terms={dict(terms)}: no weight may be negative and one must be positive")
+        raise MetaVPTError(
+            f"problem.terms={dict(terms)}: no weight may be negative and one must be positive"
+        )
     return {name: float(terms[name]) for name in TERMS if terms.get(name)}
 
 
-def term_losses(outputs: Mapping[str, Tensor], goals: Mapping[str, Tensor], hidden: Tensor | None, temperature: float = 0.1) -> Tensor:
+def term_losses(
+    outputs: Mapping[str, Tensor],
+    goals: Mapping[str, Tensor],
+    hidden: Tensor | None,
+    temperature: float = 0.1,
+) -> Tensor:
     """Each term of each image, (T, B), in the order of `outputs`.
 
     outputs  dino: logits (V, B, K); ibot: logits (M, K); koleo: features (2, B, D); gram: features (2, B, N, D)
     goals    dino: probabilities (2, B, K); ibot: probabilities (M, K); gram: features (2, B, N, D'). hidden: (2, B, N) bool
     """
-    return torch.stack([_term(name, output, goals, hidden, temperature) for name, output in outputs.items()])
+    return torch.stack(
+        [_term(name, output, goals, hidden, temperature) for name, output in outputs.items()]
+    )
 
 
-def _term(name: str, output: Tensor, goals: Mapping[str, Tensor], hidden: Tensor | None, temperature: float) -> Tensor:
+def _term(
+    name: str,
+    output: Tensor,
+    goals: Mapping[str, Tensor],
+    hidden: Tensor | None,
+    temperature: float,
+) -> Tensor:
     if name == "dino":
         return dino_loss(list(output), goals["dino"], temperature, "none")
     if name == "ibot":
         return hidden_patch_loss(output, goals["ibot"], hidden_of(hidden), temperature)
     if name == "koleo":
         return torch.stack([koleo_loss(view, reduction="none") for view in output]).mean(dim=0)
-    return gram_loss(output.flatten(0, 1), goals["gram"].flatten(0, 1), "none").unflatten(0, output.shape[:2]).mean(dim=0)
+    return (
+        gram_loss(output.flatten(0, 1), goals["gram"].flatten(0, 1), "none")
+        .unflatten(0, output.shape[:2])
+        .mean(dim=0)
+    )
 
 
 def hidden_patch_loss(logits: Tensor, probs: Tensor, hidden: Tensor, temperature: float) -> Tensor:
     """`ibot_loss` of each image, (B,), meaned over its 2 views, from the hidden patches alone: logits and probs (M, K) in their order."""
-    per_patch = ibot_loss(logits[:, None], probs[:, None], torch.ones_like(logits[:, :1]), temperature, "none")
+    per_patch = ibot_loss(
+        logits[:, None], probs[:, None], torch.ones_like(logits[:, :1]), temperature, "none"
+    )
     placed = per_patch.new_zeros(hidden.shape).masked_scatter(hidden, per_patch)
     return (placed.sum(dim=2) / hidden.sum(dim=2).clamp_min(1)).mean(dim=0)
 
 
 def hidden_of(hidden: Tensor | None) -> Tensor:
     if hidden is None:
-        raise MetaVPTError("problem.terms.ibot: the views hide no patch; the recipe must be a MultiCrop, which does with a patch_size")
+        raise MetaVPTError(
+            "problem.terms.ibot: the views hide no patch; the recipe must be a MultiCrop, which does with a patch_size"
+        )
     return hidden
 
 
@@ -76,4 +99,6 @@ def pack(outputs: Mapping[str, Tensor]) -> Tensor:
 
 def unpack(packed: Tensor, shapes: Mapping[str, Sequence[int]]) -> dict[str, Tensor]:
     parts = packed.split([math.prod(shape) for shape in shapes.values()])
-    return {name: part.view(*shape) for (name, shape), part in zip(shapes.items(), parts, strict=True)}
+    return {
+        name: part.view(*shape) for (name, shape), part in zip(shapes.items(), parts, strict=True)
+    }

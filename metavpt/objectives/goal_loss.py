@@ -18,11 +18,17 @@ class GoalLoss(ComposedLoss):
     targets: Tensor  # (G + 1,)
     cost: Callable[[Tensor], Tensor]
 
-    def slopes(self, theta: Params, w: Params, derivative: DirectionalDerivative, absolute: bool = True) -> Tensor:
+    def slopes(
+        self, theta: Params, w: Params, derivative: DirectionalDerivative, absolute: bool = True
+    ) -> Tensor:
         return derivative(lambda theta_s: self.cost(self.outputs(theta_s)), theta, w)
 
 
-def goal_loss(outputs: Callable[[Params], Tensor], criterion: Callable[[Tensor, Tensor], Tensor], goals: Tensor) -> GoalLoss:
+def goal_loss(
+    outputs: Callable[[Params], Tensor],
+    criterion: Callable[[Tensor, Tensor], Tensor],
+    goals: Tensor,
+) -> GoalLoss:
     """theta -> criterion(outputs(theta), goals), for a criterion (outputs, goals (G,)) -> scalar that is affine in the goals.
 
     Its targets are the goals and a 1, for the part of the loss that no goal has a share in.
@@ -33,4 +39,6 @@ def goal_loss(outputs: Callable[[Params], Tensor], criterion: Callable[[Tensor, 
         slopes, rest = torch.func.grad_and_value(criterion, argnums=1)(given, none)
         return torch.cat([slopes, rest[None]])
 
-    return GoalLoss(outputs, lambda given: criterion(given, goals), torch.cat([goals, goals.new_ones(1)]), cost)
+    return GoalLoss(
+        outputs, lambda given: criterion(given, goals), torch.cat([goals, goals.new_ones(1)]), cost
+    )

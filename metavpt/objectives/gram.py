@@ -8,7 +8,9 @@ from torch import Tensor
 from metavpt.errors import MetaVPTError
 
 
-def gram_loss(student: Tensor, teacher: Tensor, reduction: Literal["mean", "none"] = "mean") -> Tensor:
+def gram_loss(
+    student: Tensor, teacher: Tensor, reduction: Literal["mean", "none"] = "mean"
+) -> Tensor:
     """|X_S X_S^T - X_G X_G^T|_F^2 / N^2 with the patches l2-normalised (DINOv3, equation 2, divided by its entries as released).
 
     student: (B, N, D), teacher: (B, N, D'), patch features of the same N patches; the widths may differ. Half precision is summed in

@@ -26,7 +26,11 @@ def ibot_loss(
     """
     if reduction not in ("mean", "none"):
         raise MetaVPTError(f"ibot_loss: reduction must be 'mean' or 'none', got {reduction!r}")
-    if student_logits.ndim != 3 or student_logits.shape != teacher_probs.shape or hidden.shape != student_logits.shape[:2]:
+    if (
+        student_logits.ndim != 3
+        or student_logits.shape != teacher_probs.shape
+        or hidden.shape != student_logits.shape[:2]
+    ):
         raise MetaVPTError(
             "ibot_loss: needs student_logits and teacher_probs (B, N, K) and hidden (B, N), got "
             f"{tuple(student_logits.shape)}, {tuple(teacher_probs.shape)} and {tuple(hidden.shape)}"

@@ -27,7 +27,9 @@ def ijepa_loss(
     "none" the loss of each image, (B,).
     """
     if reduction not in ("mean", "none") or distance not in DISTANCES:
-        raise MetaVPTError(f"ijepa_loss: distance is {' or '.join(DISTANCES)}, reduction mean or none; got {distance!r}, {reduction!r}")
+        raise MetaVPTError(
+            f"ijepa_loss: distance is {' or '.join(DISTANCES)}, reduction mean or none; got {distance!r}, {reduction!r}"
+        )
     if predictions.shape != features.shape or predictions.ndim != 4:
         raise MetaVPTError(
             f"ijepa_loss: predictions and features must both be (B, M, T, D), got {tuple(predictions.shape)} and {tuple(features.shape)}"

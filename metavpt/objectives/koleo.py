@@ -8,7 +8,9 @@ from torch import Tensor
 from metavpt.errors import MetaVPTError
 
 
-def koleo_loss(features: Tensor, eps: float = 1e-8, reduction: Literal["mean", "none"] = "mean") -> Tensor:
+def koleo_loss(
+    features: Tensor, eps: float = 1e-8, reduction: Literal["mean", "none"] = "mean"
+) -> Tensor:
     """-mean_i log min_{j != i} |x_i - x_j| of l2-normalised features (1806.03198, equation 2; DINOv2, section 4).
 
     features: (B, D) of one view, B at least 2. The logarithm is that of sqrt(d^2 + eps^2), so that duplicates have a
@@ -17,9 +19,13 @@ def koleo_loss(features: Tensor, eps: float = 1e-8, reduction: Literal["mean", "
     if reduction not in ("mean", "none"):
         raise MetaVPTError(f"koleo_loss: reduction must be 'mean' or 'none', got {reduction!r}")
     if features.ndim != 2 or len(features) < 2:
-        raise MetaVPTError(f"koleo_loss: features must be (B, D) with at least 2 rows, got {tuple(features.shape)}")
+        raise MetaVPTError(
+            f"koleo_loss: features must be (B, D) with at least 2 rows, got {tuple(features.shape)}"
+        )
     x = F.normalize(features if features.dtype.itemsize >= 4 else features.float(), dim=-1)
-    similarity = (x @ x.T).detach().fill_diagonal_(-2.0)  # below any cosine: nobody is its own neighbour
+    similarity = (
+        (x @ x.T).detach().fill_diagonal_(-2.0)
+    )  # below any cosine: nobody is its own neighbour
     nearest = x[similarity.argmax(dim=1)]
     per_image = -0.5 * ((x - nearest).square().sum(dim=-1) + eps**2).log()
     return per_image.mean() if reduction == "mean" else per_image

@@ -11,7 +11,12 @@ from torch import Tensor
 from metavpt.errors import MetaVPTError
 
 
-def mae_loss(predictions: Tensor, pixels: Tensor, weights: Tensor | None = None, reduction: Literal["mean", "none"] = "mean") -> Tensor:
+def mae_loss(
+    predictions: Tensor,
+    pixels: Tensor,
+    weights: Tensor | None = None,
+    reduction: Literal["mean", "none"] = "mean",
+) -> Tensor:
     """Mean over hidden patches of |prediction - pixels|^2 / (3 p^2), weighted within each image (MAE, section 3).
 
     predictions, pixels: (B, M, T, 3 p^2), the pixels from `normalized_pixels`. weights: (B, M, T), all 1 unless given; their scale does not
@@ -35,4 +40,6 @@ def normalized_pixels(images: Tensor, patch_size: int, eps: float = 1e-6) -> Ten
     The variance is the unbiased one, as in the released code.
     """
     pixels = F.unfold(images, patch_size, stride=patch_size).transpose(1, 2)
-    return (pixels - pixels.mean(dim=-1, keepdim=True)) / (pixels.var(dim=-1, keepdim=True) + eps).sqrt()
+    return (pixels - pixels.mean(dim=-1, keepdim=True)) / (
+        pixels.var(dim=-1, keepdim=True) + eps
+    ).sqrt()

@@ -29,13 +29,17 @@ def select_candidates(log_probs: Tensor, tokens: Tensor, num_candidates: int) ->
     if num_candidates == 1:  # plain next-token prediction searches for none
         return tokens[:, None]
     true, top = tokens[:, None], log_probs.topk(num_candidates, dim=1).indices
-    others = torch.where(top == true, top[:, -1:], top)  # without a copy of log_probs to strike the true token out of
+    others = torch.where(
+        top == true, top[:, -1:], top
+    )  # without a copy of log_probs to strike the true token out of
     return torch.cat([true, others[:, :-1]], dim=1)
 
 
 def check_num_candidates(num_candidates: int, vocab_size: int) -> None:
     if not 1 <= num_candidates <= vocab_size:
-        raise MetaVPTError(f"num_candidates={num_candidates}: choose from 1 to {vocab_size}, the size of the vocabulary")
+        raise MetaVPTError(
+            f"num_candidates={num_candidates}: choose from 1 to {vocab_size}, the size of the vocabulary"
+        )
 
 
 class Scores(NamedTuple):
@@ -55,7 +59,9 @@ def score(states: Tensor, unembedding: Tensor, tokens: Tensor, num_candidates: i
     return Scores(*map(torch.cat, zip(*parts, strict=True)))
 
 
-def next_token_loss(states: Tensor, unembedding: Tensor, tokens: Tensor, num_candidates: int, rule: Rule) -> Tensor:
+def next_token_loss(
+    states: Tensor, unembedding: Tensor, tokens: Tensor, num_candidates: int, rule: Rule
+) -> Tensor:
     """mean_t -sum_c q_t(c) log p_t(c), a scalar, with candidates and targets q made of the same logits on the way.
 
     states (N, D), unembedding (V, D), tokens (N,). Candidates and q count as constants: there is no gradient through `rule`.
@@ -68,7 +74,9 @@ def next_token_loss(states: Tensor, unembedding: Tensor, tokens: Tensor, num_can
     return _SoftCrossEntropy.apply(states, unembedding, None, choose, torch.is_grad_enabled())  # type: ignore[return-value]
 
 
-def soft_cross_entropy(states: Tensor, unembedding: Tensor, candidates: Tensor, targets: Tensor) -> Tensor:
+def soft_cross_entropy(
+    states: Tensor, unembedding: Tensor, candidates: Tensor, targets: Tensor
+) -> Tensor:
     """mean_t -sum_c targets_t(c) log p_t(candidates_t(c)), a scalar; candidates and targets (N, K). Differentiable, twice, by all three."""
 
     def choose(log_probs: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
@@ -78,10 +86,17 @@ def soft_cross_entropy(states: Tensor, unembedding: Tensor, candidates: Tensor, 
 
 
 @torch.no_grad()
-def token_losses(states: Tensor, unembedding: Tensor, candidates: Tensor, targets: Tensor) -> Tensor:
+def token_losses(
+    states: Tensor, unembedding: Tensor, candidates: Tensor, targets: Tensor
+) -> Tensor:
     """The loss of each token by itself, (N,), without a graph."""
     chunks = _chunks(states, unembedding)
-    return torch.cat([-(targets[rows] * log_probs.gather(1, candidates[rows])).sum(dim=1) for rows, log_probs in chunks])
+    return torch.cat(
+        [
+            -(targets[rows] * log_probs.gather(1, candidates[rows])).sum(dim=1)
+            for rows, log_probs in chunks
+        ]
+    )
 
 
 @dataclass(frozen=True)
@@ -99,10 +114,15 @@ class NextTokenLoss:
     sums_to_one: bool = True
 
     def __call__(self, theta: Params) -> Tensor:
-        return ranks.weighed(soft_cross_entropy(self.states(theta), self.unembedding, self.candidates, self.targets), len(self.targets))
+        return ranks.weighed(
+            soft_cross_entropy(self.states(theta), self.unembedding, self.candidates, self.targets),
+            len(self.targets),
+        )
 
     @torch.no_grad()
-    def slopes(self, theta: Params, w: Params, derivative: DirectionalDerivative, absolute: bool = True) -> Tensor:
+    def slopes(
+        self, theta: Params, w: Params, derivative: DirectionalDerivative, absolute: bool = True
+    ) -> Tensor:
         """-d log p_t(c)[w] / N, (N, K). Logits are linear in the states h, so only dh is derived: d log p(c) = dh . (W_c - sum_v p(v) W_v).
 
         The sum is the same for all candidates of a token. Where targets sum to 1 it cannot change by phi: then, with `absolute` False, the
@@ -116,7 +136,12 @@ class NextTokenLoss:
     def _mean_slope(self, theta: Params, moved: Tensor) -> Tensor:
         """sum_v p_t(v) dh_t . W_v, (N, 1)."""
         chunks = _chunks(self.states(theta), self.unembedding)
-        return torch.cat([(log_probs.exp() * (moved[rows] @ self.unembedding.T)).sum(dim=1, keepdim=True) for rows, log_probs in chunks])
+        return torch.cat(
+            [
+                (log_probs.exp() * (moved[rows] @ self.unembedding.T)).sum(dim=1, keepdim=True)
+                for rows, log_probs in chunks
+            ]
+        )
 
 
 def candidate_scores(vectors: Tensor, table: Tensor, candidates: Tensor) -> Tensor:
@@ -124,24 +149,39 @@ def candidate_scores(vectors: Tensor, table: Tensor, candidates: Tensor) -> Tens
     parts = []
     for start in range(0, len(vectors), CHUNK):
         rows = slice(start, start + CHUNK)
-        parts.append(checkpoint(_gathered_dot, vectors[rows], table, candidates[rows], use_reentrant=False, preserve_rng_state=False))
+        parts.append(
+            checkpoint(
+                _gathered_dot,
+                vectors[rows],
+                table,
+                candidates[rows],
+                use_reentrant=False,
+                preserve_rng_state=False,
+            )
+        )
     return torch.cat(parts)
 
 
 def _gathered_dot(vectors: Tensor, table: Tensor, candidates: Tensor) -> Tensor:
-    if 8 * candidates.shape[1] > len(table):  # a matrix product with the whole table is cheaper than so many gathered rows
+    if 8 * candidates.shape[1] > len(
+        table
+    ):  # a matrix product with the whole table is cheaper than so many gathered rows
         return (vectors @ table.T).gather(1, candidates)
     return (F.embedding(candidates, table) @ vectors[:, :, None]).squeeze(2)
 
 
 def _log_probs(states: Tensor, unembedding: Tensor) -> Tensor:
     logits = states @ unembedding.T
-    return F.log_softmax(logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits, dim=1)
+    return F.log_softmax(
+        logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits, dim=1
+    )
 
 
 def _chunks(states: Tensor, unembedding: Tensor) -> Iterator[tuple[slice, Tensor]]:
     if not len(states):
-        raise MetaVPTError("next-token loss: the batch has no token to predict; its loss_mask leaves none that has a context")
+        raise MetaVPTError(
+            "next-token loss: the batch has no token to predict; its loss_mask leaves none that has a context"
+        )
     for start in range(0, len(states), CHUNK):
         rows = slice(start, start + CHUNK)
         yield rows, _log_probs(states[rows], unembedding)
@@ -154,22 +194,39 @@ class _SoftCrossEntropy(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, states: Tensor, unembedding: Tensor, targets: Tensor | None, choose: Any, with_gradient: bool) -> Tensor:
+    def forward(
+        ctx: Any,
+        states: Tensor,
+        unembedding: Tensor,
+        targets: Tensor | None,
+        choose: Any,
+        with_gradient: bool,
+    ) -> Tensor:
         num_tokens = len(states)
         by_states = torch.empty_like(states) if with_gradient and ctx.needs_input_grad[0] else None
         by_unembedding = None
         if with_gradient and ctx.needs_input_grad[1]:
-            by_unembedding = torch.zeros_like(unembedding, dtype=torch.promote_types(unembedding.dtype, torch.float32))
+            by_unembedding = torch.zeros_like(
+                unembedding, dtype=torch.promote_types(unembedding.dtype, torch.float32)
+            )
         losses, kept = [], []
         for rows, log_probs in _chunks(states, unembedding):
             candidates, q = choose(log_probs, rows)
             picked = log_probs.gather(1, candidates)
-            losses.append(-(q * picked).sum(dim=1).sum())  # tokens are added in one order, however many candidates they have
+            losses.append(
+                -(q * picked).sum(dim=1).sum()
+            )  # tokens are added in one order, however many candidates they have
             kept.append((candidates, q, picked))
             if by_states is None and by_unembedding is None:
                 continue
             # d loss / d logits; in place, for a chunk of them is the largest thing there is
-            slope = log_probs.exp_().mul_(q.sum(dim=1, keepdim=True)).scatter_add_(1, candidates, -q).div_(num_tokens).to(states.dtype)
+            slope = (
+                log_probs.exp_()
+                .mul_(q.sum(dim=1, keepdim=True))
+                .scatter_add_(1, candidates, -q)
+                .div_(num_tokens)
+                .to(states.dtype)
+            )
             if by_states is not None:
                 by_states[rows] = slope @ unembedding
             if by_unembedding is not None:
@@ -177,33 +234,60 @@ class _SoftCrossEntropy(torch.autograd.Function):
         candidates, q, picked = (torch.cat(parts) for parts in zip(*kept, strict=True))
         if by_unembedding is not None:
             by_unembedding = by_unembedding.to(unembedding.dtype)
-        ctx.save_for_backward(states, unembedding, targets, candidates, q, picked, by_states, by_unembedding)
+        ctx.save_for_backward(
+            states, unembedding, targets, candidates, q, picked, by_states, by_unembedding
+        )
         return torch.stack(losses).sum() / num_tokens
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = grads
-        states, unembedding, targets, candidates, q, picked, by_states, by_unembedding = ctx.saved_tensors
+        states, unembedding, targets, candidates, q, picked, by_states, by_unembedding = (
+            ctx.saved_tensors
+        )
         if torch.is_grad_enabled():
             return _again(grad, (states, unembedding, targets), candidates, q, ctx.needs_input_grad)
-        by_targets = None if targets is None or not ctx.needs_input_grad[2] else -grad * picked / len(states)
+        by_targets = (
+            None if targets is None or not ctx.needs_input_grad[2] else -grad * picked / len(states)
+        )
         return _times(grad, by_states), _times(grad, by_unembedding), by_targets, None, None
 
 
 def _again(
-    grad: Tensor, inputs: tuple[Tensor, Tensor, Tensor | None], candidates: Tensor, q: Tensor, needed: tuple[bool, ...]
+    grad: Tensor,
+    inputs: tuple[Tensor, Tensor, Tensor | None],
+    candidates: Tensor,
+    q: Tensor,
+    needed: tuple[bool, ...],
 ) -> tuple[Tensor | None, ...]:
     """The gradient with a graph of its own, through torch's own operations; chunks are made anew on the way back."""
     states, unembedding, targets = inputs
     q = q if targets is None else targets
     parts = [
-        checkpoint(_chunk_loss, states[rows], unembedding, candidates[rows], q[rows], use_reentrant=False, preserve_rng_state=False)
+        checkpoint(
+            _chunk_loss,
+            states[rows],
+            unembedding,
+            candidates[rows],
+            q[rows],
+            use_reentrant=False,
+            preserve_rng_state=False,
+        )
         for rows in (slice(start, start + CHUNK) for start in range(0, len(states), CHUNK))
     ]
     loss = torch.stack(parts).sum() / len(states)
-    wanted = [tensor for tensor, need in zip(inputs, needed, strict=False) if need and tensor is not None]
+    wanted = [
+        tensor for tensor, need in zip(inputs, needed, strict=False) if need and tensor is not None
+    ]
     found = iter(torch.autograd.grad(loss, wanted, grad, create_graph=True))
-    return *(next(found) if need and tensor is not None else None for tensor, need in zip(inputs, needed, strict=False)), None, None
+    return (
+        *(
+            next(found) if need and tensor is not None else None
+            for tensor, need in zip(inputs, needed, strict=False)
+        ),
+        None,
+        None,
+    )
 
 
 def _chunk_loss(states: Tensor, unembedding: Tensor, candidates: Tensor, q: Tensor) -> Tensor:

@@ -34,26 +34,44 @@ class Prediction:
     def of(cls, learner: LanguageModel, theta: Params, batch: TokenBatch) -> "Prediction":
         hidden, predicted = learner.hidden(theta, batch), predicted_tokens(batch)
         states = before(learner.states(theta, hidden), predicted)
-        return cls(learner, theta, hidden, predicted, batch.tokens[predicted], states, learner.unembedding(theta))
+        return cls(
+            learner,
+            theta,
+            hidden,
+            predicted,
+            batch.tokens[predicted],
+            states,
+            learner.unembedding(theta),
+        )
 
     def at(self, theta_s: Params) -> Tensor:
         """The states (N, D) at theta_S = `theta_s`: the tail alone runs."""
         outside = [name for name in theta_s if not name.startswith("tail.")]
         if outside:
-            raise MetaVPTError(f"aligned_parameters names {outside[0]}, not in the learner's tail; raise tail_layers, or leave it out")
+            raise MetaVPTError(
+                f"aligned_parameters names {outside[0]}, not in the learner's tail; raise tail_layers, or leave it out"
+            )
         return before(self.learner.states({**self.theta, **theta_s}, self.hidden), self.predicted)
 
     def scores(self, num_candidates: int) -> Scores:
         """Candidates and their log-probabilities, without a graph; made once for each number of them."""
         if num_candidates not in self._scores:
-            self._scores[num_candidates] = score(self.states.detach(), self.unembedding, self.tokens, num_candidates)
+            self._scores[num_candidates] = score(
+                self.states.detach(), self.unembedding, self.tokens, num_candidates
+            )
         return self._scores[num_candidates]
 
     def slope(self, w: Params, derivative: DirectionalDerivative) -> Tensor:
         """d states [w], (N, D), detached, for a direction w in theta_S."""
         with torch.no_grad():
             own = Prediction(
-                self.learner, params.detach(self.theta), self.hidden.detach(), self.predicted, self.tokens, self.states, self.unembedding
+                self.learner,
+                params.detach(self.theta),
+                self.hidden.detach(),
+                self.predicted,
+                self.tokens,
+                self.states,
+                self.unembedding,
             )
         return derivative(own.at, {name: own.theta[name] for name in w}, w)
 

@@ -100,7 +100,10 @@ class SoftTargets:
 
     @property
     def requires_grad(self) -> bool:
-        return any(isinstance(part, Tensor) and part.requires_grad for part in (self.gate, self.residual, self.vectors, self.table))
+        return any(
+            isinstance(part, Tensor) and part.requires_grad
+            for part in (self.gate, self.residual, self.vectors, self.table)
+        )
 
     def rule(self, prediction: Prediction) -> Rule:
         gate = self.gate[prediction.predicted][:, None] if isinstance(self.gate, Tensor) else None
@@ -149,7 +152,10 @@ class Tilted:
         vectors = vectors / (self.tau * scale.clamp_min(torch.finfo(scale.dtype).tiny))
 
         def rule(log_probs: Tensor, candidates: Tensor, rows: slice) -> Tensor:
-            return mixed(self.gate, (log_probs + candidate_scores(vectors[rows], table, candidates)).softmax(dim=1))
+            return mixed(
+                self.gate,
+                (log_probs + candidate_scores(vectors[rows], table, candidates)).softmax(dim=1),
+            )
 
         return rule
 
@@ -181,8 +187,13 @@ class OnRows:
         return self.targets.sums_to_one
 
     def rule(self, prediction: Prediction) -> Rule:
-        marked, rule = self.rows[prediction.predicted.nonzero()[:, 0]][:, None], self.targets.rule(prediction)
-        return lambda log_probs, candidates, rows: mixed(marked[rows].to(log_probs.dtype), rule(log_probs, candidates, rows))
+        marked, rule = (
+            self.rows[prediction.predicted.nonzero()[:, 0]][:, None],
+            self.targets.rule(prediction),
+        )
+        return lambda log_probs, candidates, rows: mixed(
+            marked[rows].to(log_probs.dtype), rule(log_probs, candidates, rows)
+        )
 
 
 def mixed(gate: Tensor | float, r: Tensor) -> Tensor:
@@ -206,17 +217,23 @@ def own_target_loss(learner: LanguageModel, theta: Params, task: TargetTask) -> 
     """The same for the tokens of this rank, whatever others have, and their number."""
     prediction = Prediction.of(learner, theta, task.batch)
     arguments = _checked(task.targets, prediction)
-    return next_token_loss(prediction.states, prediction.unembedding, prediction.tokens, *arguments), len(prediction.tokens)
+    return next_token_loss(
+        prediction.states, prediction.unembedding, prediction.tokens, *arguments
+    ), len(prediction.tokens)
 
 
 def target_tail(learner: LanguageModel, theta: Params, task: TargetTask) -> NextTokenLoss:
     """theta_S -> `target_loss`, with the trunk run once. Candidates and the learner's part of the targets are those at theta."""
     prediction = Prediction.of(learner, theta, task.batch)
     scores, targets = _targets(task.targets, prediction)
-    return NextTokenLoss(prediction.at, prediction.unembedding, scores.candidates, targets, task.targets.sums_to_one)
+    return NextTokenLoss(
+        prediction.at, prediction.unembedding, scores.candidates, targets, task.targets.sums_to_one
+    )
 
 
-def target_loss_per_sample(learner: LanguageModel, theta: Params, task: TargetTask) -> Callable[[Params], Tensor]:
+def target_loss_per_sample(
+    learner: LanguageModel, theta: Params, task: TargetTask
+) -> Callable[[Params], Tensor]:
     """theta_S -> the mean loss of each row of the batch, (B,), without a graph; 0 for a row with nothing to predict."""
     with torch.no_grad():
         prediction = Prediction.of(learner, theta, task.batch)
@@ -224,7 +241,9 @@ def target_loss_per_sample(learner: LanguageModel, theta: Params, task: TargetTa
     row = prediction.predicted.nonzero()[:, 0]
 
     def per_sample(theta_s: Params) -> Tensor:
-        losses = token_losses(prediction.at(theta_s), prediction.unembedding, scores.candidates, targets)
+        losses = token_losses(
+            prediction.at(theta_s), prediction.unembedding, scores.candidates, targets
+        )
         total = losses.new_zeros(len(prediction.predicted)).index_add_(0, row, losses)
         return total / prediction.predicted.sum(dim=1).clamp_min(1)
 

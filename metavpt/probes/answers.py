@@ -37,12 +37,19 @@ class AnswerProbe:
         temperature: float = 0.7,
         seed: int = 0,
     ) -> None:
-        if num_samples and (temperature <= 0 or not 1 <= min(ks, default=0) <= max(ks, default=0) <= num_samples):
+        if num_samples and (
+            temperature <= 0 or not 1 <= min(ks, default=0) <= max(ks, default=0) <= num_samples
+        ):
             raise MetaVPTError(
                 f"answers: ks={list(ks)} must lie in 1 to num_samples={num_samples}, and temperature={temperature} be positive"
             )
         self.problems, self.batches, self.generator = list(problems), batches, generator
-        self.num_samples, self.ks, self.temperature, self.seed = num_samples, tuple(ks), temperature, seed
+        self.num_samples, self.ks, self.temperature, self.seed = (
+            num_samples,
+            tuple(ks),
+            temperature,
+            seed,
+        )
         self.answers: list[Answer] = []
 
     def __call__(self, learner: LanguageModel) -> dict[str, float]:
@@ -69,11 +76,19 @@ class AnswerProbe:
 
     def _right(self, texts: Sequence[str], extraction: str) -> list[bool]:
         extract, repeats = EXTRACTIONS[extraction], len(texts) // len(self.problems)
-        return [is_equal(extract(text), self.problems[k // repeats].answer) for k, text in enumerate(texts)]
+        return [
+            is_equal(extract(text), self.problems[k // repeats].answer)
+            for k, text in enumerate(texts)
+        ]
 
     def _shown(self, texts: Sequence[str]) -> Iterator[Answer]:
         for problem, text in zip(self.problems[:NUM_SHOWN], texts, strict=False):
-            yield Answer(problem.question, problem.document.answer, text.strip(), is_equal(flexible(text), problem.answer))
+            yield Answer(
+                problem.question,
+                problem.document.answer,
+                text.strip(),
+                is_equal(flexible(text), problem.answer),
+            )
 
 
 def pass_at_k(n: int, c: int, k: int) -> float:

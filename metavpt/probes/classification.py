@@ -78,7 +78,10 @@ class ClassificationProbe:
         self.batch_size = batch_size
         train, val, num_classes = open_classified(Path(path), (int(size[0]), int(size[1])))
         self.task = ClassTask(num_classes)
-        self.train, self.val = _Part(train, num_train, seed, cache_bytes), _Part(val, num_val, seed, cache_bytes)
+        self.train, self.val = (
+            _Part(train, num_train, seed, cache_bytes),
+            _Part(val, num_val, seed, cache_bytes),
+        )
 
     def __call__(self, describe: Describe, images: Dataset[Tensor]) -> dict[str, float]:
         train, val = (self._features(describe, part) for part in (self.train, self.val))
@@ -92,14 +95,26 @@ class ClassificationProbe:
     def _features(self, describe: Describe, part: "_Part") -> FeatureSet:
         vectors = summarise(describe, stack(part.images, part.indices, self.batch_size), self.pool)
         label = part.labels.to(vectors.device)[:, None, None]
-        return FeatureSet(vectors[:, :, None, None], torch.zeros(label.shape, device=label.device), label)
+        return FeatureSet(
+            vectors[:, :, None, None], torch.zeros(label.shape, device=label.device), label
+        )
 
 
 class _Part:
     """A subset of classified images, drawn by `seed`, decoded once."""
 
-    def __init__(self, part: ClassifiedImages, count: int | None, seed: int, cache_bytes: int) -> None:
+    def __init__(
+        self, part: ClassifiedImages, count: int | None, seed: int, cache_bytes: int
+    ) -> None:
         if count is not None and count < 1:
             raise MetaVPTError(f"num_train, num_val={count}: at least one image, or null for all")
-        order = torch.randperm(len(part.labels), generator=torch.Generator().manual_seed(seed))[:count].sort().values
-        self.images, self.indices, self.labels = CachedImages(part.images, cache_bytes), order.tolist(), part.labels[order]
+        order = (
+            torch.randperm(len(part.labels), generator=torch.Generator().manual_seed(seed))[:count]
+            .sort()
+            .values
+        )
+        self.images, self.indices, self.labels = (
+            CachedImages(part.images, cache_bytes),
+            order.tolist(),
+            part.labels[order],
+        )

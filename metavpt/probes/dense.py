@@ -74,7 +74,12 @@ class DenseProbe:
         """Pictures for a few images uint8 (B, 3, H, W), by `head` (the first one unless told) as the last probe fitted it."""
         name = head or next(iter(self.heads))
         if name not in self._fitted:
-            raise MetaVPTError(f"DenseProbe: head {name!r} is not fitted; call the probe first (heads: {', '.join(self.heads)})")
+            raise MetaVPTError(
+                f"DenseProbe: head {name!r} is not fitted; call the probe first (heads: {', '.join(self.heads)})"
+            )
         depth, segmentation = self._fitted[name]
         grid = features(images).to(self.device)
-        return Predictions(predict_depth(depth, grid) if depth else None, predict_label(segmentation, grid) if segmentation else None)
+        return Predictions(
+            predict_depth(depth, grid) if depth else None,
+            predict_label(segmentation, grid) if segmentation else None,
+        )

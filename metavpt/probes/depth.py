@@ -46,8 +46,14 @@ class DepthMetrics:
     def update(self, prediction: Tensor, depth: Tensor) -> None:
         """prediction, depth (B, H, W)."""
         if prediction.shape != depth.shape:
-            raise MetaVPTError(f"DepthMetrics: prediction {tuple(prediction.shape)} and depth {tuple(depth.shape)} differ in shape")
-        rows, columns = eigen_crop(depth.shape[-2], depth.shape[-1]) if self.crop else (slice(None), slice(None))
+            raise MetaVPTError(
+                f"DepthMetrics: prediction {tuple(prediction.shape)} and depth {tuple(depth.shape)} differ in shape"
+            )
+        rows, columns = (
+            eigen_crop(depth.shape[-2], depth.shape[-1])
+            if self.crop
+            else (slice(None), slice(None))
+        )
         for p, t in zip(prediction[:, rows, columns], depth[:, rows, columns], strict=True):
             valid = valid_pixels(t)
             if valid.any():
@@ -66,7 +72,9 @@ class DepthMetrics:
     def compute(self) -> dict[str, float]:
         """Raises MetaVPTError where no pixel had a truth."""
         if self.num_pixels == 0:
-            raise MetaVPTError("depth probe: no pixel of the evaluation set has a valid depth (finite and above 0)")
+            raise MetaVPTError(
+                "depth probe: no pixel of the evaluation set has a valid depth (finite and above 0)"
+            )
         return {
             "rmse": (self.squares / self.num_pixels) ** 0.5,
             "abs_rel": self.relative / self.num_pixels,
@@ -96,7 +104,9 @@ class DepthTask:
 
     def loss(self, prediction: Tensor, batch: FeatureSet) -> Tensor:
         valid = valid_pixels(batch.depth)
-        return (prediction[:, 0][valid] - clip(batch.depth[valid])).square().sum() / valid.sum().clamp_min(1)
+        return (
+            prediction[:, 0][valid] - clip(batch.depth[valid])
+        ).square().sum() / valid.sum().clamp_min(1)
 
 
 def predict_depth(head: LinearHead, features: Tensor) -> Tensor:

@@ -46,7 +46,9 @@ def _math_verify() -> tuple[Any, Any]:
     try:
         from math_verify import ExprExtractionConfig, parse, verify
     except ImportError:
-        raise MetaVPTError("answers are compared by the package math-verify: pip install 'metavpt[language]'") from None
+        raise MetaVPTError(
+            "answers are compared by the package math-verify: pip install 'metavpt[language]'"
+        ) from None
     logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns that there is no time limit
     config = [ExprExtractionConfig()]
     return (

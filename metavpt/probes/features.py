@@ -52,7 +52,9 @@ class FeatureSet(NamedTuple):
 
 
 @torch.no_grad()
-def extract(features: Features, batches: Iterable[LabelledBatch], device: torch.device | str | None = None) -> FeatureSet:
+def extract(
+    features: Features, batches: Iterable[LabelledBatch], device: torch.device | str | None = None
+) -> FeatureSet:
     """`features` of every image beside its labels, kept on `device` (None: where the features are computed); ranks share out the batches.
 
     Raises MetaVPTError for no batch, images of several sizes or labels beyond 0..255; NonFiniteError for NaN or infinite features.
@@ -60,17 +62,38 @@ def extract(features: Features, batches: Iterable[LabelledBatch], device: torch.
 
     def read(batch: LabelledBatch) -> FeatureSet:
         grid = features(batch.image)
-        if batch.label.numel() and not 0 <= int(batch.label.min()) <= int(batch.label.max()) <= IGNORE:
-            raise MetaVPTError(f"probe: labels must lie in 0..{IGNORE}; ignored pixels are {IGNORE}")
-        return FeatureSet(grid, batch.depth.to(grid.device, torch.float32), batch.label.to(grid.device, torch.uint8))
+        if (
+            batch.label.numel()
+            and not 0 <= int(batch.label.min()) <= int(batch.label.max()) <= IGNORE
+        ):
+            raise MetaVPTError(
+                f"probe: labels must lie in 0..{IGNORE}; ignored pixels are {IGNORE}"
+            )
+        return FeatureSet(
+            grid,
+            batch.depth.to(grid.device, torch.float32),
+            batch.label.to(grid.device, torch.uint8),
+        )
 
     parts = []
     for part in ranks.share_out(read, batches):
         if not torch.isfinite(part.features).all():
-            raise NonFiniteError("probe: the features of the learner are not finite; look at the losses before this step")
+            raise NonFiniteError(
+                "probe: the features of the learner are not finite; look at the losses before this step"
+            )
         parts.append(FeatureSet(*(field.to(device) for field in part)))
     if not parts:
         raise MetaVPTError("probe: there is no labelled batch to read")
-    if len({(part.features.shape[1:], part.depth.shape[1:], part.label.shape[1:]) for part in parts}) > 1:
-        raise MetaVPTError("probe: all images of a labelled set must have one size; resize or crop them in the dataset")
+    if (
+        len(
+            {
+                (part.features.shape[1:], part.depth.shape[1:], part.label.shape[1:])
+                for part in parts
+            }
+        )
+        > 1
+    ):
+        raise MetaVPTError(
+            "probe: all images of a labelled set must have one size; resize or crop them in the dataset"
+        )
     return FeatureSet(*(torch.cat(field) for field in zip(*parts, strict=True)))

@@ -53,11 +53,17 @@ class FirstOrderProbe:
         labelled, held_out = next(self.feedback), next(self.held_out)
         with self._own_heads():
             self.problem.fit_heads()
-            loss, g_down = downstream(ranks.averaged(lambda t: self.problem.feedback_loss(t, labelled)), theta)
+            loss, g_down = downstream(
+                ranks.averaged(lambda t: self.problem.feedback_loss(t, labelled)), theta
+            )
             held_out_loss = self._loss(theta, held_out)
         lr = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
         aligned = aligned_names(self.problem, theta)
-        plain = -sum(lr[id(p)] * float((g_down[name] * p.grad).sum()) for name in aligned if (p := live[name]).grad is not None)
+        plain = -sum(
+            lr[id(p)] * float((g_down[name] * p.grad).sum())
+            for name in aligned
+            if (p := live[name]).grad is not None
+        )
         return Before(theta, g_down, plain, labelled, loss, held_out, held_out_loss)
 
     def after(self, before: Before) -> dict[str, float]:
@@ -72,7 +78,9 @@ class FirstOrderProbe:
             "realised": realised,
             "realised_same": same,
             "predicted": float(params.dot(before.g_down, change)),
-            "predicted_aligned": sum(float((before.g_down[name] * change[name]).sum()) for name in aligned),
+            "predicted_aligned": sum(
+                float((before.g_down[name] * change[name]).sum()) for name in aligned
+            ),
             "predicted_plain": before.plain,
         }
 
@@ -91,14 +99,21 @@ class FirstOrderProbe:
             self._load_heads(theirs)
 
     def _head_state(self) -> dict[str, Any]:
-        return {name: copy.deepcopy(getattr(self.problem, name).state_dict()) for name in self.problem.heads()}
+        return {
+            name: copy.deepcopy(getattr(self.problem, name).state_dict())
+            for name in self.problem.heads()
+        }
 
     def _load_heads(self, state: dict[str, Any]) -> None:
         for name, value in state.items():
             getattr(self.problem, name).load_state_dict(value)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"feedback": self.feedback.state_dict(), "held_out": self.held_out.state_dict(), "heads": self._heads}
+        return {
+            "feedback": self.feedback.state_dict(),
+            "held_out": self.held_out.state_dict(),
+            "heads": self._heads,
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.feedback.load_state_dict(state["feedback"])

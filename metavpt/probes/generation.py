@@ -21,19 +21,40 @@ class Generator:
     temperature   0: greedy. Otherwise samples of the full softmax, whatever settings the model was released with
     """
 
-    def __init__(self, encoder: Encoder, max_new_tokens: int = 256, batch_size: int = 64, stop: Sequence[str] = ("Question:",)) -> None:
+    def __init__(
+        self,
+        encoder: Encoder,
+        max_new_tokens: int = 256,
+        batch_size: int = 64,
+        stop: Sequence[str] = ("Question:",),
+    ) -> None:
         if max_new_tokens < 1 or batch_size < 1:
-            raise MetaVPTError(f"generation: max_new_tokens={max_new_tokens} and batch_size={batch_size} must be positive")
-        self.encoder, self.max_new_tokens, self.batch_size, self.stop = encoder, max_new_tokens, batch_size, list(stop)
+            raise MetaVPTError(
+                f"generation: max_new_tokens={max_new_tokens} and batch_size={batch_size} must be positive"
+            )
+        self.encoder, self.max_new_tokens, self.batch_size, self.stop = (
+            encoder,
+            max_new_tokens,
+            batch_size,
+            list(stop),
+        )
 
-    def __call__(self, learner: LanguageModel, prompts: Sequence[str], temperature: float = 0.0, seed: int = 0) -> list[str]:
+    def __call__(
+        self,
+        learner: LanguageModel,
+        prompts: Sequence[str],
+        temperature: float = 0.0,
+        seed: int = 0,
+    ) -> list[str]:
         """The continuation of each prompt, in order, without the text that stopped it; ranks share out the batches.
 
         Global random numbers stay where they are. A batch's own hang on `seed` and its place alone.
         """
         device = next(learner.parameters()).device
         tokens = self._tokens(learner, prompts)
-        order = sorted(range(len(tokens)), key=lambda k: len(tokens[k]))  # alike in length: little padding
+        order = sorted(
+            range(len(tokens)), key=lambda k: len(tokens[k])
+        )  # alike in length: little padding
 
         def write(batch: tuple[int, Sequence[int]]) -> list[str]:
             number, which = batch
@@ -41,13 +62,21 @@ class Generator:
             return list(self._continue(learner, [tokens[k] for k in which], temperature, device))
 
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-            written = [text for texts in ranks.share_out(write, list(enumerate(runs(order, self.batch_size)))) for text in texts]
+            written = [
+                text
+                for texts in ranks.share_out(write, list(enumerate(runs(order, self.batch_size))))
+                for text in texts
+            ]
         return [text for _, text in sorted(zip(order, written, strict=True))]
 
     def _tokens(self, learner: LanguageModel, prompts: Sequence[str]) -> list[list[int]]:
         """The prompts as `Encoder` tokenises them in front of an answer."""
-        encoded = self.encoder.tokenizer(list(prompts), split_special_tokens=True, return_attention_mask=False, verbose=False)
-        tokens = [ids[:-1] if ids[-1:] == [self.encoder.eos] else ids for ids in encoded["input_ids"]]  # type: ignore[union-attr]
+        encoded = self.encoder.tokenizer(
+            list(prompts), split_special_tokens=True, return_attention_mask=False, verbose=False
+        )
+        tokens = [
+            ids[:-1] if ids[-1:] == [self.encoder.eos] else ids for ids in encoded["input_ids"]
+        ]  # type: ignore[union-attr]
         longest = max(map(len, tokens))
         if longest + self.max_new_tokens > learner.max_length:
             raise MetaVPTError(
@@ -57,14 +86,30 @@ class Generator:
         return tokens
 
     @torch.no_grad()
-    def _continue(self, learner: LanguageModel, prompts: list[list[int]], temperature: float, device: torch.device) -> Iterator[str]:
+    def _continue(
+        self,
+        learner: LanguageModel,
+        prompts: list[list[int]],
+        temperature: float,
+        device: torch.device,
+    ) -> Iterator[str]:
         tokens, mask = left_padded(prompts, self.encoder.pad)
         model, tokenizer = learner.transformers_model, self.encoder.tokenizer
-        released, model.generation_config = model.generation_config, self._config(temperature)  # its gaps would be filled from there
+        released, model.generation_config = (
+            model.generation_config,
+            self._config(temperature),
+        )  # its gaps would be filled from there
         try:
-            options: dict[str, Any] = {"stop_strings": self.stop, "tokenizer": tokenizer} if self.stop else {}
+            options: dict[str, Any] = (
+                {"stop_strings": self.stop, "tokenizer": tokenizer} if self.stop else {}
+            )
             # of several ranks none may stop before the others: a sharded model gathers its weights at every token
-            out = model.generate(tokens.to(device), attention_mask=mask.to(device), synced_gpus=ranks.size() > 1, **options)
+            out = model.generate(
+                tokens.to(device),
+                attention_mask=mask.to(device),
+                synced_gpus=ranks.size() > 1,
+                **options,
+            )
         finally:
             model.generation_config = released
         for text in tokenizer.batch_decode(out[:, tokens.shape[1] :], skip_special_tokens=True):
@@ -73,9 +118,17 @@ class Generator:
             yield text
 
     def _config(self, temperature: float) -> GenerationConfig:
-        sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature else {"do_sample": False}
+        sampling = (
+            {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
+            if temperature
+            else {"do_sample": False}
+        )
         return GenerationConfig(
-            max_new_tokens=self.max_new_tokens, pad_token_id=self.encoder.pad, eos_token_id=self.encoder.eos, use_cache=True, **sampling
+            max_new_tokens=self.max_new_tokens,
+            pad_token_id=self.encoder.pad,
+            eos_token_id=self.encoder.eos,
+            use_cache=True,
+            **sampling,
         )
 
 

@@ -85,17 +85,28 @@ class Ridge:
         width = train.features.shape[1]
         gram, total = self._moments(task, train)
         if total == 0:
-            raise MetaVPTError("Ridge: the labelled set has no valid pixel; check the depth and label maps of the feedback data")
+            raise MetaVPTError(
+                "Ridge: the labelled set has no valid pixel; check the depth and label maps of the feedback data"
+            )
         mean, target_mean = gram[:width, -1] / total, gram[-1, width:-1] / total
         covariance = gram[:width, :width] / total - torch.outer(mean, mean)
         cross = gram[:width, width:-1] / total - torch.outer(mean, target_mean)  # (D, C)
         variance = covariance.diagonal()
         # Rounding leaves a constant feature with a variance of about 1e-16 of its square.
-        scale = torch.where(variance > 1e-13 * gram.diagonal()[:width] / total, variance, math.inf).sqrt()
+        scale = torch.where(
+            variance > 1e-13 * gram.diagonal()[:width] / total, variance, math.inf
+        ).sqrt()
         system = covariance / torch.outer(scale, scale)
         system.diagonal().add_(self.penalty * system.diagonal().mean().clamp_min(1 / width))
-        weight = torch.cholesky_solve(cross / scale[:, None], torch.linalg.cholesky(system)) / scale[:, None]
-        return LinearHead(weight.T.contiguous(), target_mean - mean @ weight, (train.depth.shape[1], train.depth.shape[2]))
+        weight = (
+            torch.cholesky_solve(cross / scale[:, None], torch.linalg.cholesky(system))
+            / scale[:, None]
+        )
+        return LinearHead(
+            weight.T.contiguous(),
+            target_mean - mean @ weight,
+            (train.depth.shape[1], train.depth.shape[2]),
+        )
 
     def _moments(self, task: DenseTask, train: FeatureSet) -> tuple[Tensor, Tensor]:
         """sum_i s_i a_i a_i^T for a_i = (x_i, y_i, 1), of D + C + 1 rows, and sum_i s_i."""
@@ -103,7 +114,14 @@ class Ridge:
         gram = torch.zeros(size, size, dtype=torch.float64, device=train.features.device)
         for chunk in train.chunks():
             target, share = task.patch_targets(chunk)
-            rows = torch.cat([chunk.features.double(), target.double(), torch.ones_like(share, dtype=torch.float64)], dim=1)
+            rows = torch.cat(
+                [
+                    chunk.features.double(),
+                    target.double(),
+                    torch.ones_like(share, dtype=torch.float64),
+                ],
+                dim=1,
+            )
             rows = rows.movedim(1, -1).flatten(0, 2)
             gram += rows.T @ (share.double().flatten()[:, None] * rows)
         return gram, gram[-1, -1]
@@ -126,9 +144,13 @@ class LinearBN:
 
     def __post_init__(self) -> None:
         if self.num_steps < 1 or self.batch_size < 1:
-            raise MetaVPTError(f"LinearBN: num_steps={self.num_steps} and batch_size={self.batch_size} must be at least 1")
+            raise MetaVPTError(
+                f"LinearBN: num_steps={self.num_steps} and batch_size={self.batch_size} must be at least 1"
+            )
         if not 0 <= self.warmup < 1:
-            raise MetaVPTError(f"LinearBN: warmup={self.warmup} is the share of the steps that warm up, at least 0 and below 1")
+            raise MetaVPTError(
+                f"LinearBN: warmup={self.warmup} is the share of the steps that warm up, at least 0 and below 1"
+            )
 
     @torch.enable_grad()
     def fit(self, task: DenseTask, train: FeatureSet) -> LinearHead:
@@ -137,14 +159,24 @@ class LinearBN:
         kernel = 0.01 * torch.randn(task.num_outputs, width, generator=generator).to(device)
         bias = torch.zeros(task.num_outputs, device=device)
         gain, shift = torch.ones(width, device=device), torch.zeros(width, device=device)
-        mean, variance = torch.zeros(width, device=device), torch.ones(width, device=device)  # running moments of the batch norm
-        weights = [kernel.requires_grad_(), bias.requires_grad_(), gain.requires_grad_(), shift.requires_grad_()]
+        mean, variance = (
+            torch.zeros(width, device=device),
+            torch.ones(width, device=device),
+        )  # running moments of the batch norm
+        weights = [
+            kernel.requires_grad_(),
+            bias.requires_grad_(),
+            gain.requires_grad_(),
+            shift.requires_grad_(),
+        ]
         optimizer = torch.optim.AdamW(weights, lr=task.lr, weight_decay=self.weight_decay)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, self._lr_factor)
         size = (train.depth.shape[1], train.depth.shape[2])
         for index in islice(self._shuffled(len(train.features), generator), self.num_steps):
             batch = train.take(index.to(device))
-            features = F.batch_norm(batch.features.float(), mean, variance, gain, shift, training=True)
+            features = F.batch_norm(
+                batch.features.float(), mean, variance, gain, shift, training=True
+            )
             output = enlarge(F.conv2d(features, kernel[:, :, None, None], bias), size)
             optimizer.zero_grad()
             task.loss(task.activate(output), batch).backward()
@@ -152,7 +184,9 @@ class LinearBN:
             optimizer.step()
             schedule.step()
         gain = gain * (variance + 1e-5).rsqrt()  # 1e-5: the default of F.batch_norm, used above
-        return LinearHead((kernel * gain).detach(), (bias + kernel @ (shift - gain * mean)).detach(), size, task)
+        return LinearHead(
+            (kernel * gain).detach(), (bias + kernel @ (shift - gain * mean)).detach(), size, task
+        )
 
     def _lr_factor(self, step: int) -> float:
         num_warmup = round(self.warmup * self.num_steps)

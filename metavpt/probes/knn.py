@@ -25,13 +25,22 @@ class KNN:
 
     def __post_init__(self) -> None:
         if self.k < 1 or self.temperature <= 0:
-            raise MetaVPTError(f"KNN: k={self.k} must be at least 1 and temperature={self.temperature} positive")
+            raise MetaVPTError(
+                f"KNN: k={self.k} must be at least 1 and temperature={self.temperature} positive"
+            )
 
     def fit(self, task: DenseTask, train: FeatureSet) -> "Neighbours":
         """features (N, D, 1, 1), label (N, 1, 1)."""
         if len(train.features) < self.k:
-            raise MetaVPTError(f"KNN: k={self.k} is more than the {len(train.features)} training images; lower it")
-        return Neighbours(self, F.normalize(train.features.flatten(1).float(), dim=1), train.label.flatten().long(), task.num_outputs)
+            raise MetaVPTError(
+                f"KNN: k={self.k} is more than the {len(train.features)} training images; lower it"
+            )
+        return Neighbours(
+            self,
+            F.normalize(train.features.flatten(1).float(), dim=1),
+            train.label.flatten().long(),
+            task.num_outputs,
+        )
 
 
 @dataclass(frozen=True)
@@ -44,10 +53,17 @@ class Neighbours:
     num_classes: int
 
     def __call__(self, queries: Tensor) -> Tensor:
-        votes = [self._votes(F.normalize(chunk.flatten(1).float(), dim=1)) for chunk in queries.split(CHUNK)]
+        votes = [
+            self._votes(F.normalize(chunk.flatten(1).float(), dim=1))
+            for chunk in queries.split(CHUNK)
+        ]
         return torch.cat(votes)[:, :, None, None]
 
     def _votes(self, queries: Tensor) -> Tensor:
         cosine, index = (queries @ self.features.T).topk(self.knn.k, dim=1)
-        weight = ((cosine - 1) / self.knn.temperature).exp()  # cosine - 1: no overflow at a small temperature, the same order
-        return torch.zeros(len(queries), self.num_classes, device=queries.device).scatter_add_(1, self.label[index], weight)
+        weight = (
+            (cosine - 1) / self.knn.temperature
+        ).exp()  # cosine - 1: no overflow at a small temperature, the same order
+        return torch.zeros(len(queries), self.num_classes, device=queries.device).scatter_add_(
+            1, self.label[index], weight
+        )

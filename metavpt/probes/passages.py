@@ -16,11 +16,15 @@ NUM_CANDIDATES = 6
 
 
 @torch.no_grad()
-def passages(learner: LanguageModel, tokenizer: Any, task: TargetTask, num_rows: int = 3) -> list[list[Token]]:
+def passages(
+    learner: LanguageModel, tokenizer: Any, task: TargetTask, num_rows: int = 3
+) -> list[list[Token]]:
     """The first rows of the task's batch; targets are those that its rule makes for the learner as it is."""
     tail = target_tail(learner, params.detach(params.named(learner)), task)
     predicted = predicted_tokens(task.batch)
-    number = predicted.flatten().cumsum(0).view_as(predicted) - 1  # of a predicted token among all of them
+    number = (
+        predicted.flatten().cumsum(0).view_as(predicted) - 1
+    )  # of a predicted token among all of them
     shares, order = tail.targets.sort(dim=1, descending=True)
     candidates = tail.candidates.gather(1, order)[:, :NUM_CANDIDATES]
     weights = None if task.targets.sums_to_one else tail.targets[:, 0].tolist()
@@ -38,6 +42,10 @@ def passages(learner: LanguageModel, tokenizer: Any, task: TargetTask, num_rows:
                 yield Token(text, 0.0, weight=round(weights[n], 4))
                 continue
             best = zip(candidates[n].tolist(), shares[n].tolist(), strict=False)
-            yield Token(text, gates[n], [Candidate(tokenizer.decode([c]), round(q, 4)) for c, q in best if q > 0])
+            yield Token(
+                text,
+                gates[n],
+                [Candidate(tokenizer.decode([c]), round(q, 4)) for c, q in best if q > 0],
+            )
 
     return [list(row(b)) for b in range(min(num_rows, len(task.batch.tokens)))]

@@ -34,4 +34,6 @@ class PerplexityProbe:
 
     def __call__(self, learner: LanguageModel) -> dict[str, float]:
         nll = mean_nll(learner, self.batches())
-        return {"perplexity": math.exp(nll) if nll < MAX_NLL else math.inf}  # math.exp raises where the result overflows
+        return {
+            "perplexity": math.exp(nll) if nll < MAX_NLL else math.inf
+        }  # math.exp raises where the result overflows

@@ -35,13 +35,18 @@ def average_precision(ranking: np.ndarray, right: np.ndarray, junk: np.ndarray) 
     return float((before + after).sum() / 2 / len(right))
 
 
-def mean_average_precision(rankings: Sequence[np.ndarray], queries: Sequence[Query]) -> dict[str, float]:
+def mean_average_precision(
+    rankings: Sequence[np.ndarray], queries: Sequence[Query]
+) -> dict[str, float]:
     """map_easy, map_medium, map_hard: means over the queries that have a right image at that level; a level without any has no entry."""
     metrics = {}
     for level, (kinds, left_out) in LEVELS.items():
         values = []
         for ranking, query in zip(rankings, queries, strict=True):
-            right, junk = (np.concatenate([getattr(query, kind) for kind in group]) for group in (kinds, left_out))
+            right, junk = (
+                np.concatenate([getattr(query, kind) for kind in group])
+                for group in (kinds, left_out)
+            )
             if len(right):
                 values.append(average_precision(ranking, right, junk))
         if values:
@@ -64,8 +69,13 @@ class RetrievalProbe:
     def __call__(self, describe: Describe, images: Dataset[Tensor]) -> dict[str, float]:
         listed = F.normalize(summarise(describe, self._listed()), dim=1)
         queries = F.normalize(summarise(describe, self._queries()), dim=1)
-        rankings = list((queries @ listed.T).argsort(dim=1, descending=True, stable=True).cpu().numpy())
-        return {f"{self.truth.name}/{name}": value for name, value in mean_average_precision(rankings, self.truth.queries).items()}
+        rankings = list(
+            (queries @ listed.T).argsort(dim=1, descending=True, stable=True).cpu().numpy()
+        )
+        return {
+            f"{self.truth.name}/{name}": value
+            for name, value in mean_average_precision(rankings, self.truth.queries).items()
+        }
 
     def _listed(self) -> Iterable[Tensor]:
         return Lazy(lambda name: self._scaled(self._read(name)), self.truth.images)
@@ -80,7 +90,9 @@ class RetrievalProbe:
             x1, y1, x2, y2 = (max(0, round(value)) for value in query.box)
             image = image[:, y1:y2, x1:x2]
             if not image.numel():
-                raise MetaVPTError(f"{self.truth.folder}: query {query.name} has the empty box {query.box}")
+                raise MetaVPTError(
+                    f"{self.truth.folder}: query {query.name} has the empty box {query.box}"
+                )
         return image
 
     def _read(self, name: str) -> Tensor:
@@ -93,5 +105,7 @@ class RetrievalProbe:
         """(1, 3, H, W)"""
         factor = self.size / max(image.shape[1:])
         size = [max(1, round(side * factor)) for side in image.shape[1:]]
-        resized = F.interpolate(image[None].float(), size, mode="bilinear", antialias=True, align_corners=False)
+        resized = F.interpolate(
+            image[None].float(), size, mode="bilinear", antialias=True, align_corners=False
+        )
         return resized.round().clamp(0, 255).to(torch.uint8)

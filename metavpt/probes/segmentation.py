@@ -26,7 +26,9 @@ class SegmentationMetrics:
     def update(self, prediction: Tensor, label: Tensor) -> None:
         """prediction int (B, H, W) in 0..C-1, label int (B, H, W) in 0..C-1 or 255."""
         if prediction.shape != label.shape:
-            raise MetaVPTError(f"SegmentationMetrics: prediction {tuple(prediction.shape)} and label {tuple(label.shape)} differ in shape")
+            raise MetaVPTError(
+                f"SegmentationMetrics: prediction {tuple(prediction.shape)} and label {tuple(label.shape)} differ in shape"
+            )
         counted = label != IGNORE
         truth, guess = label[counted].long(), prediction[counted].long()
         check_classes(truth, self.num_classes)
@@ -35,7 +37,11 @@ class SegmentationMetrics:
 
     def compute(self) -> dict[str, float]:
         """Raises MetaVPTError where no pixel was labelled."""
-        right, truth, guess = self.confusion.diagonal().double(), self.confusion.sum(1), self.confusion.sum(0)
+        right, truth, guess = (
+            self.confusion.diagonal().double(),
+            self.confusion.sum(1),
+            self.confusion.sum(0),
+        )
         present = truth > 0
         if not present.any():
             raise MetaVPTError("segmentation probe: no pixel of the evaluation set has a label")
@@ -45,7 +51,9 @@ class SegmentationMetrics:
 
 def check_classes(truth: Tensor, num_classes: int) -> None:
     if truth.numel() and int(truth.max()) >= num_classes:
-        raise MetaVPTError(f"segmentation probe: label {int(truth.max())} with num_classes={num_classes}; ignored pixels are {IGNORE}")
+        raise MetaVPTError(
+            f"segmentation probe: label {int(truth.max())} with num_classes={num_classes}; ignored pixels are {IGNORE}"
+        )
 
 
 @dataclass(frozen=True)
@@ -57,7 +65,9 @@ class SegmentationTask:
 
     def __post_init__(self) -> None:
         if not 2 <= self.num_classes <= IGNORE:
-            raise MetaVPTError(f"segmentation probe: num_classes={self.num_classes} must lie in 2..{IGNORE}")
+            raise MetaVPTError(
+                f"segmentation probe: num_classes={self.num_classes} must lie in 2..{IGNORE}"
+            )
 
     @property
     def num_outputs(self) -> int:
@@ -79,7 +89,9 @@ class SegmentationTask:
         label = batch.label.long()
         counted = label != IGNORE
         check_classes(label[counted], self.num_classes)
-        return F.cross_entropy(prediction, label, ignore_index=IGNORE, reduction="sum") / counted.sum().clamp_min(1)
+        return F.cross_entropy(
+            prediction, label, ignore_index=IGNORE, reduction="sum"
+        ) / counted.sum().clamp_min(1)
 
 
 def predict_label(head: LinearHead, features: Tensor) -> Tensor:

@@ -21,13 +21,19 @@ class SideEffects:
         for name, probe in self.probes.items():
             measured = probe(describe, images)
             if twice := sorted(metrics.keys() & measured.keys()):
-                raise MetaVPTError(f"problem.probes.{name}: {twice[0]} is measured by another probe too; give its head another name")
+                raise MetaVPTError(
+                    f"problem.probes.{name}: {twice[0]} is measured by another probe too; give its head another name"
+                )
             metrics |= measured
         return metrics
 
     def state_dict(self) -> dict[str, Any]:
         """What probes remember from one measurement to the next."""
-        return {name: probe.state_dict() for name, probe in self.probes.items() if hasattr(probe, "state_dict")}  # type: ignore[attr-defined]
+        return {
+            name: probe.state_dict()
+            for name, probe in self.probes.items()
+            if hasattr(probe, "state_dict")
+        }  # type: ignore[attr-defined]
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         for name, value in state.items():

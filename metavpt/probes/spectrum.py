@@ -50,7 +50,11 @@ class Spectrum:
     def __call__(self, describe: Describe, images: Dataset[Tensor]) -> dict[str, float]:
         total: int = len(images)  # type: ignore[arg-type]
         count = min(self.num_images, total)
-        features = summarise(describe, stack(images, [i * total // count for i in range(count)], self.batch_size), self.pool).cpu()
+        features = summarise(
+            describe,
+            stack(images, [i * total // count for i in range(count)], self.batch_size),
+            self.pool,
+        ).cpu()
         if self.first is None:
             self.first = features
         return {"rank/rankme": rankme(features), "cka/step0": linear_cka(features, self.first)}

@@ -12,7 +12,9 @@ from metavpt.data.lazy import Lazy, runs
 from metavpt.errors import MetaVPTError, NonFiniteError
 from metavpt.learners.vit import Features
 
-Describe = Callable[[Tensor], Features]  # images uint8 (B, 3, H, W) of any size -> cls (B, D), patches (B, D, h, w)
+Describe = Callable[
+    [Tensor], Features
+]  # images uint8 (B, 3, H, W) of any size -> cls (B, D), patches (B, D, h, w)
 Pool = Literal["mean", "cls"]
 
 
@@ -39,7 +41,9 @@ def summarise(describe: Describe, batches: Iterable[Tensor], pool: Pool = "mean"
 
     summaries = torch.cat(list(ranks.share_out(summary, batches)))
     if not torch.isfinite(summaries).all():
-        raise NonFiniteError("probe: the features of the learner are not finite; look at the losses before this step")
+        raise NonFiniteError(
+            "probe: the features of the learner are not finite; look at the losses before this step"
+        )
     return summaries
 
 

@@ -27,14 +27,21 @@ class SlidingWindow:
 
     def __post_init__(self) -> None:
         if any(side < self.patch_size or side % self.patch_size for side in self.size):
-            raise MetaVPTError(f"probe_window={self.size[0]}x{self.size[1]}: patches of {self.patch_size} pixels must divide it")
+            raise MetaVPTError(
+                f"probe_window={self.size[0]}x{self.size[1]}: patches of {self.patch_size} pixels must divide it"
+            )
 
     def __call__(self, images: Tensor) -> Tensor:
         p = self.patch_size
         grid = (images.shape[-2] // p, images.shape[-1] // p)
-        height, width = (min(side // p, length) for side, length in zip(self.size, grid, strict=True))
+        height, width = (
+            min(side // p, length) for side, length in zip(self.size, grid, strict=True)
+        )
         places = [(top, left) for top in starts(grid[0], height) for left in starts(grid[1], width)]
-        seen = [self.features(images[..., p * top : p * (top + height), p * left : p * (left + width)]) for top, left in places]
+        seen = [
+            self.features(images[..., p * top : p * (top + height), p * left : p * (left + width)])
+            for top, left in places
+        ]
         total, count = seen[0].new_zeros(*seen[0].shape[:2], *grid), seen[0].new_zeros(grid)
         for (top, left), features in zip(places, seen, strict=True):
             total[..., top : top + height, left : left + width] += features

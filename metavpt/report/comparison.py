@@ -22,7 +22,13 @@ from metavpt.table import Table
 
 NUM_PICTURES = 3  # of one name and row: the first, a middle and the last step
 NUM_POINTS = 100  # of a curve of the designer's value
-PURPOSES = {"learner": "learner", "designer": "designer updates", "task": "task construction", "data": "data", "probe": "probes"}
+PURPOSES = {
+    "learner": "learner",
+    "designer": "designer updates",
+    "task": "task construction",
+    "data": "data",
+    "probe": "probes",
+}
 
 
 class Reached(NamedTuple):
@@ -100,7 +106,12 @@ def _reached(table: Table, rows: list[Row]) -> Iterator[Reached]:
     for name in filter(sign, (*table.metrics, *table.side_effects)):
         samples = {}
         for row in rows:
-            seeds = {result.seed for result in row.results} & {result.seed for result in reference.results} if reference else set()
+            seeds = (
+                {result.seed for result in row.results}
+                & {result.seed for result in reference.results}
+                if reference
+                else set()
+            )
             course, last = (one.course(name, seeds) if one else None for one in (row, reference))
             if course and last:
                 at = samples_to_reach(course, float(last.mean[-1]), sign(name))
@@ -126,7 +137,11 @@ def _first_orders(rows: list[Row]) -> list[tuple[Row, dict[str, FirstOrder], Mar
     """Row, its pooled predictions by name, and the scatter of the first of them."""
     found = [(row, row.first_orders()) for row in rows]
     return [
-        (row, {one.name: one for one in pooled}, first_order_chart(pooled[0], f"firstorder{row.colour}", row.colour))
+        (
+            row,
+            {one.name: one for one in pooled},
+            first_order_chart(pooled[0], f"firstorder{row.colour}", row.colour),
+        )
         for row, pooled in found
         if pooled
     ]
@@ -135,13 +150,30 @@ def _first_orders(rows: list[Row]) -> list[tuple[Row, dict[str, FirstOrder], Mar
 def _values(rows: list[Row]) -> Iterator[tuple[Row, Markup]]:
     for row in rows:
         if value := row.value():
-            yield row, bands([Band(row.colour, *value.thinned(NUM_POINTS))], f"value{row.colour}", "steps", small=True)
+            yield (
+                row,
+                bands(
+                    [Band(row.colour, *value.thinned(NUM_POINTS))],
+                    f"value{row.colour}",
+                    "steps",
+                    small=True,
+                ),
+            )
 
 
 def _bars(rows: list[Row]) -> list[Bar]:
     found = {row.name: row.times() for row in rows}
-    order = list(dict.fromkeys([*PURPOSES, *(purpose for times in found.values() for purpose in times)]))
-    bars = [Bar(row, {name: found[row.name].get(name, 0.0) for name in order}, sum(found[row.name].values())) for row in rows]
+    order = list(
+        dict.fromkeys([*PURPOSES, *(purpose for times in found.values() for purpose in times)])
+    )
+    bars = [
+        Bar(
+            row,
+            {name: found[row.name].get(name, 0.0) for name in order},
+            sum(found[row.name].values()),
+        )
+        for row in rows
+    ]
     return [bar for bar in bars if bar.total > 0]
 
 
@@ -151,6 +183,8 @@ def _pictures(folder: Path, rows: list[Row]) -> dict[str, list[tuple[Row, list[P
     for row in rows:
         if row.results:
             figures = run_folder(folder, row.name, row.results[0].seed) / "figures"
-            for name, pictures in gallery(figures, NUM_PICTURES, MAX_BYTES / len(rows)).groups.items():
+            for name, pictures in gallery(
+                figures, NUM_PICTURES, MAX_BYTES / len(rows)
+            ).groups.items():
                 found.setdefault(name, []).append((row, pictures))
     return found

@@ -42,9 +42,24 @@ def bands(rows: Sequence[Band], key: str, x_name: str, small: bool = False) -> M
     def paint(axes: Axes) -> None:
         for band in rows:
             colour = row_colour(band.row)
-            axes.fill_between(band.x, band.mean - band.error, band.mean + band.error, color=colour, alpha=0.16, linewidth=0)
+            axes.fill_between(
+                band.x,
+                band.mean - band.error,
+                band.mean + band.error,
+                color=colour,
+                alpha=0.16,
+                linewidth=0,
+            )
             marker = "o" if len(band.x) <= MARKED else None
-            axes.plot(band.x, band.mean, row_dashes(band.row), color=colour, linewidth=1.4, marker=marker, markersize=2.6)
+            axes.plot(
+                band.x,
+                band.mean,
+                row_dashes(band.row),
+                color=colour,
+                linewidth=1.4,
+                marker=marker,
+                markersize=2.6,
+            )
         axes.set_xlabel(x_name)
         axes.xaxis.set_major_formatter(EngFormatter(sep=""))
         short_numbers(axes.yaxis, np.concatenate([band.mean for band in rows]))
@@ -54,7 +69,9 @@ def bands(rows: Sequence[Band], key: str, x_name: str, small: bool = False) -> M
 
 def _draw(axes: Axes, points: np.ndarray) -> None:
     if len(points) > MAX_POINTS:
-        bins = [block[np.isfinite(block[:, 1])] for block in np.array_split(points, MAX_POINTS // 2)]
+        bins = [
+            block[np.isfinite(block[:, 1])] for block in np.array_split(points, MAX_POINTS // 2)
+        ]
         bins = [block for block in bins if len(block)]
         steps = [block[:, 0].mean() for block in bins]
         low, high = [block[:, 1].min() for block in bins], [block[:, 1].max() for block in bins]
@@ -62,6 +79,12 @@ def _draw(axes: Axes, points: np.ndarray) -> None:
         axes.plot(steps, [block[:, 1].mean() for block in bins], color=LINE, linewidth=1.3)
         return
     first = points[0, 1]
-    axes.plot(*points.T, color=LINE, linewidth=1.4, marker="o" if len(points) <= MARKED else None, markersize=2.8)
+    axes.plot(
+        *points.T,
+        color=LINE,
+        linewidth=1.4,
+        marker="o" if len(points) <= MARKED else None,
+        markersize=2.8,
+    )
     if len(points) <= MARKED and np.isfinite(first):
         axes.axhline(first, color=INK, alpha=0.45, linewidth=0.7, dashes=(3, 3))  # where it started

@@ -26,14 +26,29 @@ class FirstOrder(NamedTuple):
 
 def first_orders(records: Sequence[Record]) -> list[FirstOrder]:
     """One for every prediction that the `first_order` records hold, over all of them."""
-    logged = [record for record in records if record.get("kind") == "first_order" and is_number(record.get("realised"))]
+    logged = [
+        record
+        for record in records
+        if record.get("kind") == "first_order" and is_number(record.get("realised"))
+    ]
     found = []
     for name in PREDICTIONS:
-        pairs = np.array([(record[name], record["realised"]) for record in logged if is_number(record.get(name))], dtype=float)  # (N, 2)
+        pairs = np.array(
+            [
+                (record[name], record["realised"])
+                for record in logged
+                if is_number(record.get(name))
+            ],
+            dtype=float,
+        )  # (N, 2)
         pairs = pairs[np.isfinite(pairs).all(axis=1)] if len(pairs) else pairs
         if len(pairs):
             predicted, realised = pairs.T
-            found.append(FirstOrder(name, predicted, realised, pearson(predicted.tolist(), realised.tolist())))
+            found.append(
+                FirstOrder(
+                    name, predicted, realised, pearson(predicted.tolist(), realised.tolist())
+                )
+            )
     return found
 
 
@@ -44,12 +59,16 @@ def first_order_chart(first_order: FirstOrder, key: str, row: int | None = None)
     shown = np.unique(np.linspace(0, len(x) - 1, min(len(x), MAX_POINTS)).astype(int))
 
     def paint(axes: Axes) -> None:
-        axes.plot(x[shown], y[shown], "o", color=colour, alpha=0.55, markersize=2.6, markeredgewidth=0)
+        axes.plot(
+            x[shown], y[shown], "o", color=colour, alpha=0.55, markersize=2.6, markeredgewidth=0
+        )
         axes.margins(0.06)
         axes.set(xlim=axes.get_xlim(), ylim=axes.get_ylim())  # the lines below do not widen them
         axes.axline((0, 0), slope=1, color=INK, alpha=0.6, linewidth=0.8, dashes=(3, 3))
         if fit.slope is not None:
-            axes.axline((float(x.mean()), float(y.mean())), slope=fit.slope, color=colour, linewidth=1.3)
+            axes.axline(
+                (float(x.mean()), float(y.mean())), slope=fit.slope, color=colour, linewidth=1.3
+            )
         axes.set(xlabel="predicted", ylabel="realised")
         short_numbers(axes.xaxis, x)
         short_numbers(axes.yaxis, y)

@@ -10,7 +10,9 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-MAX_BYTES = 9_000_000  # of all the pictures on a page; 12 MB in base64, so the page stays below 15 MB
+MAX_BYTES = (
+    9_000_000  # of all the pictures on a page; 12 MB in base64, so the page stays below 15 MB
+)
 QUALITY = 85  # of a WebP, which is a tenth of the PNG of a photo and looks the same
 
 
@@ -41,7 +43,9 @@ def gallery(folder: Path, max_steps: int = 8, max_bytes: float = MAX_BYTES) -> G
         return sum(len(encoded[path]) for _, path in steps)
 
     count = max_steps
-    while count > 2 and sum(num_bytes(_spread(paths, count)) for paths in found.values()) > max_bytes:
+    while (
+        count > 2 and sum(num_bytes(_spread(paths, count)) for paths in found.values()) > max_bytes
+    ):
         count -= 1
     groups, room = {}, max_bytes
     for name, paths in found.items():
@@ -57,7 +61,10 @@ def _spread(paths: dict[int, Path], count: int) -> list[tuple[int, Path]]:
     steps = sorted(paths.items())
     if count == 1:
         return steps[-1:]
-    return [steps[i] for i in sorted({round(i) for i in np.linspace(0, len(steps) - 1, min(count, len(steps)))})]
+    return [
+        steps[i]
+        for i in sorted({round(i) for i in np.linspace(0, len(steps) - 1, min(count, len(steps)))})
+    ]
 
 
 def _is_readable(path: Path) -> bool:

@@ -23,9 +23,21 @@ def headline(table: Table) -> str:
     if all(pair.low is None for pair in pairs.values()):
         return f"One seed in common with {reference}: no interval, so no difference can be told from noise."
     better, worse = (_clauses(table, pairs, verdict) for verdict in VERBS)
-    better = better or [f"No row beats {reference} on a steered metric by an interval that excludes zero"]
-    few = sorted({pair.n for pair in pairs.values() if pair.verdict != "unclear" and pair.n <= MAX_RANGE_SEEDS})
-    caution = [f"With {' or '.join(map(str, few))} seeds that says only that all of them agree"] if few else []
+    better = better or [
+        f"No row beats {reference} on a steered metric by an interval that excludes zero"
+    ]
+    few = sorted(
+        {
+            pair.n
+            for pair in pairs.values()
+            if pair.verdict != "unclear" and pair.n <= MAX_RANGE_SEEDS
+        }
+    )
+    caution = (
+        [f"With {' or '.join(map(str, few))} seeds that says only that all of them agree"]
+        if few
+        else []
+    )
     return " ".join("; ".join(clauses) + "." for clauses in (better, worse, caution) if clauses)
 
 
@@ -33,7 +45,11 @@ def _clauses(table: Table, pairs: dict[tuple[str, str], Paired], verdict: str) -
     """One for all rows that have the verdict on the same metrics."""
     rows: dict[tuple[str, ...], list[str]] = {}
     for row in table.rows[1:]:
-        names = tuple(name for name in table.metrics if (row, name) in pairs and pairs[row, name].verdict == verdict)
+        names = tuple(
+            name
+            for name in table.metrics
+            if (row, name) in pairs and pairs[row, name].verdict == verdict
+        )
         if names:
             rows.setdefault(names, []).append(row)
     one, many = VERBS[verdict]

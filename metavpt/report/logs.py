@@ -13,7 +13,11 @@ from metavpt.errors import MetaVPTError
 Record = dict[str, Any]
 Series = dict[str, dict[int, float]]  # name -> step -> value
 
-COUNTERS = ("samples", "grad_evals", "seconds")  # of a train record: totals, which as a curve are a straight line
+COUNTERS = (
+    "samples",
+    "grad_evals",
+    "seconds",
+)  # of a train record: totals, which as a curve are a straight line
 MAX_WARNINGS = 50
 
 
@@ -27,18 +31,28 @@ class Warnings(NamedTuple):
 def read_log(path: Path) -> list[Record]:
     """The records of metrics.jsonl. The last line of a killed run is cut short and skipped; any other bad line becomes a warning."""
     if not path.is_file():
-        raise MetaVPTError(f"{path}: no such log; give the folder of a run (it holds metrics.jsonl)")
+        raise MetaVPTError(
+            f"{path}: no such log; give the folder of a run (it holds metrics.jsonl)"
+        )
     lines = path.read_text(errors="replace").splitlines()
     records: list[Record] = []
     for number, line in enumerate(lines, start=1):
         try:
             record = json.loads(line)
-        except (ValueError, RecursionError):  # broken, a number of thousands of digits, nested without end
+        except (
+            ValueError,
+            RecursionError,
+        ):  # broken, a number of thousands of digits, nested without end
             record = None
         if isinstance(record, dict):
             records.append(record)
         elif line.strip() and number < len(lines):
-            records.append({"kind": "warning", "message": f"{path.name} line {number} cannot be read and was left out"})
+            records.append(
+                {
+                    "kind": "warning",
+                    "message": f"{path.name} line {number} cannot be read and was left out",
+                }
+            )
     return records
 
 
@@ -47,7 +61,11 @@ def series_of(records: list[Record], kind: str) -> Series:
     series: Series = {}
     for record in records:
         values = record.get("metrics") if kind == "probe" else record
-        if record.get("kind") != kind or not _is_step(record.get("step")) or not isinstance(values, dict):
+        if (
+            record.get("kind") != kind
+            or not _is_step(record.get("step"))
+            or not isinstance(values, dict)
+        ):
             continue
         for name, value in values.items():
             if is_number(value) and name != "step":
@@ -66,14 +84,20 @@ def spent(records: list[Record]) -> dict[str, float]:
     """Steps of the last record that has one, and the totals of the last train record."""
     steps = float(max((r["step"] for r in records if _is_step(r.get("step"))), default=0))
     last = next((record for record in reversed(records) if record.get("kind") == "train"), {})
-    return {"steps": steps} | {name: float(last[name]) for name in COUNTERS if is_number(last.get(name))}
+    return {"steps": steps} | {
+        name: float(last[name]) for name in COUNTERS if is_number(last.get(name))
+    }
 
 
 def times(records: list[Record]) -> dict[str, float]:
     """Seconds by purpose, from the last time record, which holds totals."""
     last = next((record for record in reversed(records) if record.get("kind") == "time"), {})
     seconds = last.get("seconds")
-    return {name: float(value) for name, value in seconds.items() if is_number(value)} if isinstance(seconds, dict) else {}
+    return (
+        {name: float(value) for name, value in seconds.items() if is_number(value)}
+        if isinstance(seconds, dict)
+        else {}
+    )
 
 
 def warnings(records_by_place: dict[str, list[Record]]) -> Warnings:
@@ -82,9 +106,15 @@ def warnings(records_by_place: dict[str, list[Record]]) -> Warnings:
     for place, records in records_by_place.items():
         for record in records:
             if record.get("kind") == "warning":
-                found.setdefault(str(record.get("message", "")), {}).setdefault(place, []).append(record.get("step"))
+                found.setdefault(str(record.get("message", "")), {}).setdefault(place, []).append(
+                    record.get("step")
+                )
     groups = [
-        (message, sum(map(len, places.values())), "; ".join(filter(None, (_place(*item) for item in places.items()))))
+        (
+            message,
+            sum(map(len, places.values())),
+            "; ".join(filter(None, (_place(*item) for item in places.items()))),
+        )
         for message, places in found.items()
     ]
     return Warnings(groups[:MAX_WARNINGS], max(0, len(groups) - MAX_WARNINGS))
@@ -92,7 +122,9 @@ def warnings(records_by_place: dict[str, list[Record]]) -> Warnings:
 
 def is_number(value: Any) -> bool:
     """Of what JSON can hold: no truth value, and no integer beyond every float."""
-    return isinstance(value, float) or (isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**1023)
+    return isinstance(value, float) or (
+        isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**1023
+    )
 
 
 def _is_step(value: Any) -> bool:

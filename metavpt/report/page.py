@@ -17,10 +17,25 @@ from metavpt.report.texts import visible
 def write(path: Path, template: str, **values: Any) -> Path:
     """Fill `template` and put it at `path`, with config.yaml and environment.json of the folder at its end."""
     environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
     environment.filters |= {
-        function.__name__: function for function in (breakable, duration, hue, hundredths, number, sign, turn, visible, with_error)
+        function.__name__: function
+        for function in (
+            breakable,
+            duration,
+            hue,
+            hundredths,
+            number,
+            sign,
+            turn,
+            visible,
+            with_error,
+        )
     }
     environment.globals["num_colours"] = NUM_COLOURS
     folder = path.parent
@@ -43,7 +58,9 @@ def configuration(folder: Path) -> dict[str, Any]:
 def choice(config: Mapping[str, Any], axis: str) -> str:
     """What was chosen on a configuration axis: its class, or its name where it is a plain string."""
     chosen = config.get(axis, "")
-    target = chosen.get("name") or chosen.get("_target_", "") if isinstance(chosen, dict) else chosen
+    target = (
+        chosen.get("name") or chosen.get("_target_", "") if isinstance(chosen, dict) else chosen
+    )
     return str(target or "").rsplit(".")[-1]
 
 

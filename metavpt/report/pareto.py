@@ -11,7 +11,16 @@ from matplotlib.axes import Axes
 from matplotlib.transforms import Affine2D, Bbox
 
 from metavpt.metrics import sign
-from metavpt.report.svg import FONT_SIZE, INK, LETTER, chart, make_room, row_colour, short_numbers, turn
+from metavpt.report.svg import (
+    FONT_SIZE,
+    INK,
+    LETTER,
+    chart,
+    make_room,
+    row_colour,
+    short_numbers,
+    turn,
+)
 
 
 class Point(NamedTuple):
@@ -29,7 +38,10 @@ def pareto_axes(metrics: Sequence[str]) -> tuple[str, str] | None:
     """Two metrics of different tasks, by the first word of their names, or else the first two; None without two of known direction."""
     pairs = list(combinations([name for name in metrics if sign(name)], 2))
     tasks = [[name.rsplit("/")[-1].split("_")[0] for name in pair] for pair in pairs]
-    return next((pair for pair, (a, b) in zip(pairs, tasks, strict=True) if a != b), pairs[0] if pairs else None)
+    return next(
+        (pair for pair, (a, b) in zip(pairs, tasks, strict=True) if a != b),
+        pairs[0] if pairs else None,
+    )
 
 
 def front(points: Sequence[Point], x_sign: int, y_sign: int) -> list[Point]:
@@ -47,9 +59,20 @@ def pareto_chart(points: Sequence[Point], x_metric: str, y_metric: str, key: str
 
     def paint(axes: Axes) -> None:
         best = front(points, sign(x_metric), sign(y_metric))
-        axes.plot([point.x for point in best], [point.y for point in best], color=INK, alpha=0.5, linewidth=0.9)
+        axes.plot(
+            [point.x for point in best],
+            [point.y for point in best],
+            color=INK,
+            alpha=0.5,
+            linewidth=0.9,
+        )
         for point in points:
-            mark = {"color": row_colour(point.row), "markersize": 4, "linewidth": 0.9, "fillstyle": "none" if turn(point.row) else "full"}
+            mark = {
+                "color": row_colour(point.row),
+                "markersize": 4,
+                "linewidth": 0.9,
+                "fillstyle": "none" if turn(point.row) else "full",
+            }
             axes.errorbar(*point[2:4], point.y_error, point.x_error, "o", **mark)
         axes.margins(x=0.14, y=0.14)
         axes.grid(axis="x", color=INK, alpha=0.13, linewidth=0.6)
@@ -74,16 +97,35 @@ def _label(axes: Axes, points: Sequence[Point]) -> None:
     for point in points:
         ends = [(point.x + i * point.x_error, point.y + i * point.y_error) for i in (-1, 0, 1)]
         (x0, y0), (x, y), (x1, y1) = to_points.transform(ends)
-        taken += [Bbox.from_extents(x0 - 2, y - 2, x1 + 2, y + 2), Bbox.from_extents(x - 2, y0 - 2, x + 2, y1 + 2)]
+        taken += [
+            Bbox.from_extents(x0 - 2, y - 2, x1 + 2, y + 2),
+            Bbox.from_extents(x - 2, y0 - 2, x + 2, y1 + 2),
+        ]
     for point in points:
         name = re.sub(r"\S+\.(\w+=)", r"\1", point.name)  # an option without its path
         x, y = to_points.transform((point.x, point.y))
         width, height = 72 * LETTER * len(name), 1.1 * FONT_SIZE
-        places = [(dx, dy) for gap in range(3, 40, 9) for dy in (gap, -gap - height) for dx in (4, -4 - width)]
+        places = [
+            (dx, dy)
+            for gap in range(3, 40, 9)
+            for dy in (gap, -gap - height)
+            for dx in (4, -4 - width)
+        ]
         boxes = [Bbox.from_bounds(x + dx, y + dy, width, height) for dx, dy in places]
-        fits = [frame.x0 <= box.x0 and box.x1 <= frame.x1 and not any(box.overlaps(other) for other in taken) for box in boxes]
+        fits = [
+            frame.x0 <= box.x0
+            and box.x1 <= frame.x1
+            and not any(box.overlaps(other) for other in taken)
+            for box in boxes
+        ]
         if not any(fits):
             continue
         taken.append(boxes[fits.index(True)])
         dx, dy = places[fits.index(True)]
-        axes.annotate(name, (point.x, point.y), (dx, dy + 0.25 * height), textcoords="offset points", color=row_colour(point.row))
+        axes.annotate(
+            name,
+            (point.x, point.y),
+            (dx, dy + 0.25 * height),
+            textcoords="offset points",
+            color=row_colour(point.row),
+        )

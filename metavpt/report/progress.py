@@ -18,16 +18,27 @@ class Progress(NamedTuple):
     def thinned(self, num_points: int) -> "Progress":
         """At most `num_points`, each the mean of a stretch of the old ones."""
         blocks = min(num_points, len(self.samples))
-        return Progress(*(np.array([block.mean() for block in np.array_split(values, blocks)]) for values in self))
+        return Progress(
+            *(
+                np.array([block.mean() for block in np.array_split(values, blocks)])
+                for values in self
+            )
+        )
 
 
 def progress(seeds: Sequence[Mapping[float, float]]) -> Progress:
     """samples -> value of every seed, joined where any seed was measured; straight lines between, no further than the shortest seed."""
     last = min(max(seed) for seed in seeds)
     samples = sorted({at for seed in seeds for at in seed if at <= last})
-    values = np.stack([np.interp(samples, sorted(seed), [seed[at] for at in sorted(seed)]) for seed in seeds])  # (seeds, P)
+    values = np.stack(
+        [np.interp(samples, sorted(seed), [seed[at] for at in sorted(seed)]) for seed in seeds]
+    )  # (seeds, P)
     means = [mean_se(column) for column in values.T.tolist()]
-    return Progress(np.array(samples), np.array([mean.value for mean in means]), np.array([mean.se or 0.0 for mean in means]))
+    return Progress(
+        np.array(samples),
+        np.array([mean.value for mean in means]),
+        np.array([mean.se or 0.0 for mean in means]),
+    )
 
 
 def samples_to_reach(row: Progress, target: float, sign: int) -> float | None:

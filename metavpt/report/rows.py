@@ -31,26 +31,41 @@ class Row:
             log = self.logs.get(result.seed, [])
             probed = series_of(log, "probe").get(metric, {})
             seed = dict(zip(samples_at(log, probed).tolist(), probed.values(), strict=True))
-            seed |= {float(at): known[metric] for at, known in ((0, result.step0), (result.samples, result.metrics)) if metric in known}
+            seed |= {
+                float(at): known[metric]
+                for at, known in ((0, result.step0), (result.samples, result.metrics))
+                if metric in known
+            }
             seeds.append({at: value for at, value in seed.items() if math.isfinite(value)})
         seeds = [seed for seed in seeds if seed]
         return progress(seeds) if seeds else None
 
     def value(self) -> Progress | None:
         """The value that the designer's updates expected, against steps."""
-        seeds = [series_of(self.logs.get(result.seed, []), "designer").get("value", {}) for result in self.results]
-        seeds = [{float(step): value for step, value in seed.items() if math.isfinite(value)} for seed in seeds]
+        seeds = [
+            series_of(self.logs.get(result.seed, []), "designer").get("value", {})
+            for result in self.results
+        ]
+        seeds = [
+            {float(step): value for step, value in seed.items() if math.isfinite(value)}
+            for seed in seeds
+        ]
         seeds = [seed for seed in seeds if seed]
         return progress(seeds) if seeds else None
 
     def first_orders(self) -> list[FirstOrder]:
         """Pooled over the seeds."""
-        return first_orders([record for result in self.results for record in self.logs.get(result.seed, [])])
+        return first_orders(
+            [record for result in self.results for record in self.logs.get(result.seed, [])]
+        )
 
     def times(self) -> dict[str, float]:
         """Mean seconds by purpose."""
         purposes = dict.fromkeys(purpose for result in self.results for purpose in result.times)
-        return {purpose: fmean(result.times.get(purpose, 0.0) for result in self.results) for purpose in purposes}
+        return {
+            purpose: fmean(result.times.get(purpose, 0.0) for result in self.results)
+            for purpose in purposes
+        }
 
 
 def read_rows(folder: Path, results: list[Result], reference: str) -> list[Row]:
@@ -72,5 +87,9 @@ def run_folder(folder: Path, row: str, seed: int) -> Path:
 
 def read_logs(folder: Path) -> dict[int, list[Record]]:
     """The logs in seed<k>/ by k."""
-    paths = {path.parent.name.removeprefix("seed"): path for path in folder.glob("seed*/metrics.jsonl")}
-    return {int(seed): read_log(paths[seed]) for seed in sorted(filter(str.isdecimal, paths), key=int)}
+    paths = {
+        path.parent.name.removeprefix("seed"): path for path in folder.glob("seed*/metrics.jsonl")
+    }
+    return {
+        int(seed): read_log(paths[seed]) for seed in sorted(filter(str.isdecimal, paths), key=int)
+    }

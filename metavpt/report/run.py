@@ -13,7 +13,16 @@ from metavpt.report import page
 from metavpt.report.curves import curve
 from metavpt.report.first_order import PREDICTIONS, first_order_chart, first_orders
 from metavpt.report.gallery import gallery
-from metavpt.report.logs import COUNTERS, Record, is_number, read_log, series_of, spent, times, warnings
+from metavpt.report.logs import (
+    COUNTERS,
+    Record,
+    is_number,
+    read_log,
+    series_of,
+    spent,
+    times,
+    warnings,
+)
 from metavpt.report.texts import read_texts
 
 
@@ -47,7 +56,9 @@ def summary_rows(records: list[Record]) -> list[SummaryRow]:
     rows = []
     for name, values in series_of(records, "probe").items():
         first, last = min(values), max(values)
-        rows.append(SummaryRow(name, first, values[first], last, values[last] if last > first else None))
+        rows.append(
+            SummaryRow(name, first, values[first], last, values[last] if last > first else None)
+        )
     return rows
 
 
@@ -58,17 +69,25 @@ def write_report(run_folder: Path) -> Path:
     """
     records = read_log(run_folder / "metrics.jsonl")
     if not records:
-        raise MetaVPTError(f"{run_folder / 'metrics.jsonl'}: nothing has been logged yet, so there is nothing to report")
+        raise MetaVPTError(
+            f"{run_folder / 'metrics.jsonl'}: nothing has been logged yet, so there is nothing to report"
+        )
     config = page.configuration(run_folder)
     return page.write(
         run_folder / "report.html",
         "run.html.jinja",
-        title=" · ".join(filter(None, (page.choice(config, axis) for axis in ("problem", "strategy")))) or run_folder.resolve().name,
+        title=" · ".join(
+            filter(None, (page.choice(config, axis) for axis in ("problem", "strategy")))
+        )
+        or run_folder.resolve().name,
         status=_status(records, config),
         spent=spent(records),
         rows=summary_rows(records),
         curves=list(_curves(records)),
-        first_orders=[(PREDICTIONS[one.name], one.fit, first_order_chart(one, one.name)) for one in first_orders(records)],
+        first_orders=[
+            (PREDICTIONS[one.name], one.fit, first_order_chart(one, one.name))
+            for one in first_orders(records)
+        ],
         texts=read_texts(run_folder / "texts"),
         pictures=gallery(run_folder / "figures"),
         times=_shares(times(records)),
@@ -79,24 +98,46 @@ def write_report(run_folder: Path) -> Path:
 def _status(records: list[Record], config: Mapping[str, Any]) -> str:
     """`finished` once a limit of the budget is reached, else how far the run has come."""
     done, budget = spent(records), config.get("budget")
-    limits = {unit: limit for unit, limit in budget.items() if is_number(limit)} if isinstance(budget, dict) else {}
+    limits = (
+        {unit: limit for unit, limit in budget.items() if is_number(limit)}
+        if isinstance(budget, dict)
+        else {}
+    )
     if any(unit in done and done[unit] >= limit for unit, limit in limits.items()):
         return "finished"
-    share = max((done.get(unit, 0.0) / limit for unit, limit in limits.items() if limit), default=None)
-    return f"step {done['steps']:,.0f}" + (f", {share:.0%} of the budget" if share is not None else "")
+    share = max(
+        (done.get(unit, 0.0) / limit for unit, limit in limits.items() if limit), default=None
+    )
+    return f"step {done['steps']:,.0f}" + (
+        f", {share:.0%} of the budget" if share is not None else ""
+    )
 
 
 def _curves(records: list[Record]) -> Iterator[tuple[str, list[tuple[str, float, Markup]]]]:
     """Heading and curves (name, last value, svg) of each group that has any."""
     headings = {"probe": "Probes", "designer": "Task designer", "train": "Pretraining"}
     for kind, heading in headings.items():
-        series = {name: values for name, values in series_of(records, kind).items() if kind != "train" or name not in COUNTERS}
+        series = {
+            name: values
+            for name, values in series_of(records, kind).items()
+            if kind != "train" or name not in COUNTERS
+        }
         if series:
-            curves = [(name, values[max(values)], curve(values, f"{kind}{i}")) for i, (name, values) in enumerate(series.items())]
+            curves = [
+                (name, values[max(values)], curve(values, f"{kind}{i}"))
+                for i, (name, values) in enumerate(series.items())
+            ]
             yield heading, curves
 
 
 def _shares(seconds: Mapping[str, float]) -> list[tuple[str, float, float]]:
     """(purpose, seconds, share), largest first."""
     total = sum(seconds.values())
-    return [(name, value, value / total) for name, value in sorted(seconds.items(), key=lambda item: -item[1])] if total > 0 else []
+    return (
+        [
+            (name, value, value / total)
+            for name, value in sorted(seconds.items(), key=lambda item: -item[1])
+        ]
+        if total > 0
+        else []
+    )

@@ -41,8 +41,15 @@ class Standing(NamedTuple):
 
 def standing(table: Table, rows: Sequence[Row]) -> Standing:
     *metrics, cost = table.sections()
-    blocks = [_block(table, rows, name, section) for name, section in zip((*table.metrics, *table.side_effects), metrics, strict=True)]
-    failures = tuple(f"{result.row} failed on seed {result.seed}:" for result in table.results if result.error is not None)
+    blocks = [
+        _block(table, rows, name, section)
+        for name, section in zip((*table.metrics, *table.side_effects), metrics, strict=True)
+    ]
+    failures = tuple(
+        f"{result.row} failed on seed {result.seed}:"
+        for result in table.results
+        if result.error is not None
+    )
     return Standing(
         header=metrics[0].header[2:] if metrics else [],
         steered=blocks[: len(table.metrics)],
@@ -56,7 +63,15 @@ def standing(table: Table, rows: Sequence[Row]) -> Standing:
 def _block(table: Table, rows: Sequence[Row], metric: str, section: Section) -> Block:
     by_name = {row.name: row for row in rows}
     others = [line for line in section.lines if line[0] != table.reference]
-    lines = [Line(name, by_name.get(name), table.cells[name, metric], texts) for name, _, *texts in others]
+    lines = [
+        Line(name, by_name.get(name), table.cells[name, metric], texts)
+        for name, _, *texts in others
+    ]
     pairs = [line.cell.paired for line in lines if line.row and line.cell.paired]
-    ends = [abs(end) for pair in pairs for end in (pair.low, pair.high, pair.difference) if end is not None]
+    ends = [
+        abs(end)
+        for pair in pairs
+        for end in (pair.low, pair.high, pair.difference)
+        if end is not None
+    ]
     return Block(section.title, lines, max(ends, default=0.0))

@@ -85,10 +85,16 @@ def make_room(axes: Axes) -> None:
     """For the numbers on the left, and for the names of the axes where there are any."""
     width, height = axes.get_figure().get_size_inches()  # type: ignore[union-attr]
     low, high = axes.get_ylim()
-    numbers = axes.yaxis.get_major_formatter().format_ticks([at for at in axes.yaxis.get_majorticklocs() if low <= at <= high])
-    left = max(0.4, 0.12 + LETTER * max(map(len, numbers), default=0)) + 0.17 * bool(axes.get_ylabel())
+    numbers = axes.yaxis.get_major_formatter().format_ticks(
+        [at for at in axes.yaxis.get_majorticklocs() if low <= at <= high]
+    )
+    left = max(0.4, 0.12 + LETTER * max(map(len, numbers), default=0)) + 0.17 * bool(
+        axes.get_ylabel()
+    )
     bottom = 0.23 + 0.15 * bool(axes.get_xlabel())
-    axes.set_position((left / width, bottom / height, 1 - (left + 0.1) / width, 1 - (bottom + 0.12) / height))
+    axes.set_position(
+        (left / width, bottom / height, 1 - (left + 0.1) / width, 1 - (bottom + 0.12) / height)
+    )
 
 
 def _inline(svg: str, key: str) -> Markup:
@@ -97,7 +103,9 @@ def _inline(svg: str, key: str) -> Markup:
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
     svg = re.sub(r' xmlns(:\w+)?="[^"]*"', "", svg)
     svg = re.sub(r' (?:width|height)="[\d.]+pt"', "", svg, count=2)
-    svg = re.sub(r"font-family: [^;\"]*;?", "", re.sub(r"font: ([\d.]+)px [^;\"]*", r"font-size: \1px", svg))
+    svg = re.sub(
+        r"font-family: [^;\"]*;?", "", re.sub(r"font: ([\d.]+)px [^;\"]*", r"font-size: \1px", svg)
+    )
     svg = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{key}-", svg)
     svg = re.sub(r"#0300(\d\d)", lambda match: f"var(--r{int(match[1])})", svg)
     return Markup(svg.replace(INK, "currentColor").replace(LINE, "var(--line)"))

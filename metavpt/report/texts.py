@@ -30,13 +30,26 @@ class TextPage(NamedTuple):
 
 def read_texts(folder: Path) -> TextPage:
     """texts/step<N>.json of a run; a file that a killed run left half written is passed over."""
-    found = {int(path.stem.removeprefix("step")): texts for path in sorted(folder.glob("step*.json")) if (texts := _read(path))}
+    found = {
+        int(path.stem.removeprefix("step")): texts
+        for path in sorted(folder.glob("step*.json"))
+        if (texts := _read(path))
+    }
     answered = [step for step, texts in found.items() if texts.answers] or [0]
     passages = [step for step, texts in found.items() if texts.passages]
     first, last = answered[0], answered[-1]
     later = {answer.question: answer for answer in found[last].answers} if last > first else {}
-    answers = [Answers(answer, later.get(answer.question)) for answer in found[first].answers] if first in found else []
-    return TextPage(answers, (first, last), found[passages[-1]].passages if passages else [], passages[-1] if passages else None)
+    answers = (
+        [Answers(answer, later.get(answer.question)) for answer in found[first].answers]
+        if first in found
+        else []
+    )
+    return TextPage(
+        answers,
+        (first, last),
+        found[passages[-1]].passages if passages else [],
+        passages[-1] if passages else None,
+    )
 
 
 def visible(text: str) -> str:

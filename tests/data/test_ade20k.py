@@ -28,16 +28,28 @@ def folder(tmp_path: Path) -> Path:
     label = np.repeat(np.arange(SIZE[1], dtype=np.uint8)[None], SIZE[0], axis=0)
     for split, names in (("training", "ab"), ("validation", "c")):
         for k, name in enumerate(names):
-            save(tmp_path / "images" / split / f"{name}.jpg", np.full((*SIZE, 3), 50 + 50 * k, np.uint8))
+            save(
+                tmp_path / "images" / split / f"{name}.jpg",
+                np.full((*SIZE, 3), 50 + 50 * k, np.uint8),
+            )
             save(tmp_path / "annotations" / split / f"{name}.png", label)
     return tmp_path
 
 
 def test_frames(folder: Path):
     frames = ADE20K(folder, SIZE)
-    assert (len(frames), frames.size, frames.num_classes, frames.splits) == (3, SIZE, 150, {"train": [0, 1], "val": [2]})
+    assert (len(frames), frames.size, frames.num_classes, frames.splits) == (
+        3,
+        SIZE,
+        150,
+        {"train": [0, 1], "val": [2]},
+    )
     frame = frames[1]
-    assert (frame.image.dtype, frame.depth.dtype, frame.label.dtype) == (torch.uint8, torch.float32, torch.int64)
+    assert (frame.image.dtype, frame.depth.dtype, frame.label.dtype) == (
+        torch.uint8,
+        torch.float32,
+        torch.int64,
+    )
     assert frame.image.shape == (3, *SIZE)
     assert abs(int(frame.image.float().mean()) - 100) <= 1
     assert frame.depth.shape == SIZE
@@ -92,33 +104,65 @@ def as_palette(label: np.ndarray) -> Image.Image:
     return image
 
 
-@pytest.mark.parametrize("make", [as_palette, lambda label: Image.fromarray(label.astype(np.uint16))], ids=["palette", "16_bit"])
-def test_palette_and_16_bit_annotations_hold_numbers(tmp_path: Path, make: Callable[[np.ndarray], Image.Image]):
+@pytest.mark.parametrize(
+    "make",
+    [as_palette, lambda label: Image.fromarray(label.astype(np.uint16))],
+    ids=["palette", "16_bit"],
+)
+def test_palette_and_16_bit_annotations_hold_numbers(
+    tmp_path: Path, make: Callable[[np.ndarray], Image.Image]
+):
     label = np.array([[0, 1], [17, 150]], np.uint8)
     make(label).save(tmp_path / "a.png")
     assert read_annotation(tmp_path / "a.png").tolist() == [[IGNORE, 0], [16, 149]]
 
 
 @pytest.mark.parametrize(
-    "image", [np.full(SIZE, 100, np.uint8), np.full(SIZE, 100 * 257, np.uint16), np.full((*SIZE, 4), 100, np.uint8)], ids=["L", "I;16", "A"]
+    "image",
+    [
+        np.full(SIZE, 100, np.uint8),
+        np.full(SIZE, 100 * 257, np.uint16),
+        np.full((*SIZE, 4), 100, np.uint8),
+    ],
+    ids=["L", "I;16", "A"],
 )
 def test_grey_16_bit_and_transparent_images_become_rgb(folder: Path, image: np.ndarray):
     (folder / "images/training/b.jpg").unlink()
     save(folder / "images/training/b.png", image)
-    assert torch.equal(ADE20K(folder, SIZE)[1].image, torch.full((3, *SIZE), 100, dtype=torch.uint8))
+    assert torch.equal(
+        ADE20K(folder, SIZE)[1].image, torch.full((3, *SIZE), 100, dtype=torch.uint8)
+    )
 
 
 @pytest.mark.parametrize(
     ("name", "array", "message"),
     [
-        ("annotations/training/b.png", np.full(SIZE, 151, np.uint8), r"b\.png: has label 151; labels are 0 \(ignored\) and 1 to 150"),
-        ("annotations/training/b.png", np.full(SIZE, 40_000, np.uint16), r"b\.png: has label 40000"),
+        (
+            "annotations/training/b.png",
+            np.full(SIZE, 151, np.uint8),
+            r"b\.png: has label 151; labels are 0 \(ignored\) and 1 to 150",
+        ),
+        (
+            "annotations/training/b.png",
+            np.full(SIZE, 40_000, np.uint16),
+            r"b\.png: has label 40000",
+        ),
         ("annotations/training/b.png", np.zeros((*SIZE, 3), np.uint8), r"b\.png: holds colours"),
-        ("annotations/training/b.png", np.zeros((24, 31), np.uint8), r"b\.png: is 24x31, but b\.jpg is 24x32"),
-        ("images/training/b.jpg", np.zeros((1, 1, 3), np.uint8), r"b\.jpg: is 1x1 pixels, below 16 a side"),
+        (
+            "annotations/training/b.png",
+            np.zeros((24, 31), np.uint8),
+            r"b\.png: is 24x31, but b\.jpg is 24x32",
+        ),
+        (
+            "images/training/b.jpg",
+            np.zeros((1, 1, 3), np.uint8),
+            r"b\.jpg: is 1x1 pixels, below 16 a side",
+        ),
     ],
 )
-def test_bad_files_are_named_when_they_are_read(folder: Path, name: str, array: np.ndarray, message: str):
+def test_bad_files_are_named_when_they_are_read(
+    folder: Path, name: str, array: np.ndarray, message: str
+):
     save(folder / name, array)
     frames = ADE20K(folder, SIZE)
     assert frames[0].label.shape == SIZE
@@ -135,7 +179,9 @@ def test_a_damaged_file_is_named(folder: Path, name: str):
             ADE20K(folder, SIZE)[1]
 
 
-def test_what_has_no_partner_is_counted_and_left_out(folder: Path, capsys: pytest.CaptureFixture[str]):
+def test_what_has_no_partner_is_counted_and_left_out(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+):
     for name in ("d", "e"):
         save(folder / "images/training" / f"{name}.jpg", np.zeros((*SIZE, 3), np.uint8))
     save(folder / "annotations/validation/z.png", np.zeros(SIZE, np.uint8))
@@ -168,7 +214,10 @@ def test_three_real_pairs(shared_data: Path, tmp_path: Path):
         for kind, suffix in (("images", "jpg"), ("annotations", "png")):
             (tmp_path / kind / split).mkdir(parents=True)
             for i in numbers:
-                shutil.copy(shared_data / "ade20k_samples" / kind / f"ADE_val_0000000{i}.{suffix}", tmp_path / kind / split)
+                shutil.copy(
+                    shared_data / "ade20k_samples" / kind / f"ADE_val_0000000{i}.{suffix}",
+                    tmp_path / kind / split,
+                )
     listed = (shared_data / "ade20k_samples/objectInfo150.csv").read_text().splitlines()[1:]
     assert [line.split(",", 5)[5].strip('"').split(";")[0] for line in listed] == CLASS_NAMES
     frames = ADE20K(tmp_path, (128, 160))
@@ -181,4 +230,6 @@ def test_three_real_pairs(shared_data: Path, tmp_path: Path):
         sky = frame.label == CLASS_NAMES.index("sky")
         rows = torch.arange(128)[:, None].expand(128, 160)
         assert rows[sky].float().mean() < 64  # above the middle
-        assert frame.image.float().mean(0)[sky].mean() > frame.image.float().mean(0)[~sky].mean()  # and brighter than the rest
+        assert (
+            frame.image.float().mean(0)[sky].mean() > frame.image.float().mean(0)[~sky].mean()
+        )  # and brighter than the rest

@@ -12,7 +12,10 @@ BOTH = {"chain_sum": {"weight": 3, **CHAINS}, "gsm_symbolic": {"weight": 1}}
 
 def test_parts_share_no_question():
     """Also with neighbouring seeds, which reasoning-gym itself turns into the same problems, shifted by one."""
-    questions = {part: {p.question for p in Arithmetic(part, BOTH, seed, 300).problems()} for seed, part in enumerate(PARTS)}
+    questions = {
+        part: {p.question for p in Arithmetic(part, BOTH, seed, 300).problems()}
+        for seed, part in enumerate(PARTS)
+    }
     assert all(len(found) == 300 for found in questions.values())
     assert not questions["stream"] & questions["feedback"]
     assert not questions["stream"] & questions["test"]
@@ -57,11 +60,16 @@ def test_order_depends_on_the_seed_alone():
     first, again, other = (list(islice(source.draw(seed), 200)) for seed in (4, 4, 5))
     assert random.getstate() == state
     assert first == again == list(islice(source, 200))
-    assert not {document.question for document in first if "What is" not in document.question} & {document.question for document in other}
+    assert not {document.question for document in first if "What is" not in document.question} & {
+        document.question for document in other
+    }
 
 
 def test_weights_are_shares():
-    chains = [problem.question.startswith("What is") for problem in islice(Arithmetic("stream", BOTH).problems(), 2000)]
+    chains = [
+        problem.question.startswith("What is")
+        for problem in islice(Arithmetic("stream", BOTH).problems(), 2000)
+    ]
     assert abs(sum(chains) / 2000 - 0.75) < 0.04
 
 
@@ -86,8 +94,12 @@ def test_bad_options():
 def test_too_few_problems_are_named(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("metavpt.data.arithmetic.MAX_REPEATS", 5000)
     small = {"chain_sum": {"min_terms": 2, "max_terms": 2, "max_digits": 1}}
-    with pytest.raises(MetaVPTError, match=r"'test' of chain_sum has but \d+ different problems, not 100"):
+    with pytest.raises(
+        MetaVPTError, match=r"'test' of chain_sum has but \d+ different problems, not 100"
+    ):
         list(Arithmetic("test", small, limit=100))
     monkeypatch.setattr("metavpt.data.arithmetic.part_of", lambda question: "stream")
-    with pytest.raises(MetaVPTError, match=r"kinds\.chain_sum: no problem falls into the part 'test'"):
+    with pytest.raises(
+        MetaVPTError, match=r"kinds\.chain_sum: no problem falls into the part 'test'"
+    ):
         list(Arithmetic("test", small, limit=100))

@@ -13,7 +13,12 @@ from metavpt.data.frames import Frame, RGBDFrames
 class Counted(RGBDFrames):
     """Five frames of 2 x 3; counts what is decoded."""
 
-    name, size, class_names, splits = "counted", (2, 3), ["a", "b"], {"train": [0, 1, 2], "val": [3, 4]}
+    name, size, class_names, splits = (
+        "counted",
+        (2, 3),
+        ["a", "b"],
+        {"train": [0, 1, 2], "val": [3, 4]},
+    )
 
     def __init__(self) -> None:
         self.num_decoded = self.num_images = 0
@@ -23,7 +28,11 @@ class Counted(RGBDFrames):
 
     def __getitem__(self, index: int) -> Frame:
         self.num_decoded += 1
-        return Frame(torch.full((3, 2, 3), index, dtype=torch.uint8), torch.full((2, 3), index / 7), torch.tensor([[0, 1, 255]] * 2))
+        return Frame(
+            torch.full((3, 2, 3), index, dtype=torch.uint8),
+            torch.full((2, 3), index / 7),
+            torch.tensor([[0, 1, 255]] * 2),
+        )
 
     def image(self, index: int) -> Tensor:
         self.num_images += 1
@@ -33,7 +42,10 @@ class Counted(RGBDFrames):
 FRAME_BYTES = 3 * 2 * 3 + 4 * 2 * 3 + 2 * 3  # the label takes one byte a pixel
 
 
-@pytest.mark.parametrize(("max_bytes", "num_kept"), [(0, 0), (FRAME_BYTES - 1, 0), (FRAME_BYTES, 1), (3 * FRAME_BYTES + 5, 3), (10**6, 5)])
+@pytest.mark.parametrize(
+    ("max_bytes", "num_kept"),
+    [(0, 0), (FRAME_BYTES - 1, 0), (FRAME_BYTES, 1), (3 * FRAME_BYTES + 5, 3), (10**6, 5)],
+)
 def test_what_fits_is_decoded_once_and_the_rest_each_time(max_bytes: int, num_kept: int):
     frames = Counted()
     cached = CachedFrames(frames, max_bytes)
@@ -43,7 +55,12 @@ def test_what_fits_is_decoded_once_and_the_rest_each_time(max_bytes: int, num_ke
                 assert field.dtype == expected.dtype
                 assert torch.equal(field, expected)
     assert frames.num_decoded == 5 * 3 - 2 * num_kept
-    assert (len(cached), cached.size, cached.splits, cached.num_classes) == (5, (2, 3), frames.splits, 2)
+    assert (len(cached), cached.size, cached.splits, cached.num_classes) == (
+        5,
+        (2, 3),
+        frames.splits,
+        2,
+    )
 
 
 def test_an_image_comes_from_a_frame_that_is_kept():

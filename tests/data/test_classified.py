@@ -43,7 +43,9 @@ def test_validation_listed_in_a_file(folder: Path):
     (folder / "val/dog/d.jpg").unlink()
     for k in range(3):
         save(folder / f"val/images/val_{k}.JPEG", 50 + 10 * k)
-    (folder / "val/val_annotations.txt").write_text("val_2.JPEG\tcat\t0\t0\t1\t1\nval_0.JPEG\tdog\t0\t0\t1\t1\n\n")
+    (folder / "val/val_annotations.txt").write_text(
+        "val_2.JPEG\tcat\t0\t0\t1\t1\nval_0.JPEG\tdog\t0\t0\t1\t1\n\n"
+    )
     _, val, _ = open_classified(folder, SIZE)
     assert (values(val), val.labels.tolist()) == ([7, 5], [0, 1])
     (folder / "val/val_annotations.txt").write_text("val_2.JPEG cat\n")
@@ -53,7 +55,11 @@ def test_validation_listed_in_a_file(folder: Path):
 
 def arrays() -> dict[str, np.ndarray]:
     images = np.repeat(np.arange(10, 60, 10, dtype=np.uint8), 8 * 8 * 3).reshape(5, 8, 8, 3)
-    return {"images": images, "label": np.array([2, 0, 1, 0, 2], np.int16), "split": np.array([0, 1, 0, 1, 0], np.uint8)}
+    return {
+        "images": images,
+        "label": np.array([2, 0, 1, 0, 2], np.int16),
+        "split": np.array([0, 1, 0, 1, 0], np.uint8),
+    }
 
 
 def test_npz(tmp_path: Path):
@@ -76,7 +82,10 @@ def test_npz(tmp_path: Path):
     ],
 )
 def test_bad_npz(tmp_path: Path, change: dict, message: str):
-    np.savez(tmp_path / "a.npz", **{name: array for name, array in (arrays() | change).items() if array is not None})  # type: ignore[arg-type]
+    np.savez(
+        tmp_path / "a.npz",
+        **{name: array for name, array in (arrays() | change).items() if array is not None},
+    )  # type: ignore[arg-type]
     with pytest.raises(MetaVPTError, match=rf"a\.npz: .*{message}"):
         open_classified(tmp_path, SIZE)
 

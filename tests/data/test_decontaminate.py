@@ -17,10 +17,22 @@ EXACT = Document(ITEMS[0], "72", "exact")
 LOUD = Document(ITEMS[1].upper().replace(",", " --"), "10", "loud")
 ONE_WORD = Document(ITEMS[2].replace("blue", "green"), "3", "one word")
 PARAPHRASE = Document(
-    "In April 48 friends bought a clip from Natalia; in May half of that number did. What is the sum?", "72", "other words"
+    "In April 48 friends bought a clip from Natalia; in May half of that number did. What is the sum?",
+    "72",
+    "other words",
 )
-UNRELATED = Document("A train leaves at noon and goes 60 miles an hour. Where is it at two?", "120 miles off", "unrelated")
-PLAIN = Document("", "Some prose stands here first, about nothing at all. " * 8 + ITEMS[2] + " And it goes on after that. " * 9, "page")
+UNRELATED = Document(
+    "A train leaves at noon and goes 60 miles an hour. Where is it at two?",
+    "120 miles off",
+    "unrelated",
+)
+PLAIN = Document(
+    "",
+    "Some prose stands here first, about nothing at all. " * 8
+    + ITEMS[2]
+    + " And it goes on after that. " * 9,
+    "page",
+)
 CLEAN = Document("", "Some prose stands here first, about nothing at all. " * 20, "clean page")
 STREAM = [EXACT, LOUD, ONE_WORD, PARAPHRASE, UNRELATED, PLAIN, CLEAN]
 
@@ -40,7 +52,10 @@ def test_planted_near_duplicates():
         assert [document.where for document in stream] == ["other words", "unrelated", "clean page"]
         assert list(stream.removed) == ["exact", "loud", "one word", "page"]
     removed = stream.removed
-    assert [(removed[where].item, removed[where].jaccard) for where in ("exact", "loud")] == [(0, 1.0), (1, 1.0)]
+    assert [(removed[where].item, removed[where].jaccard) for where in ("exact", "loud")] == [
+        (0, 1.0),
+        (1, 1.0),
+    ]
     assert (removed["one word"].item, removed["one word"].text) == (2, ITEMS[2])
     assert removed["one word"].jaccard == pytest.approx(jaccard(ONE_WORD.question, ITEMS[2], 3))
     assert removed["page"].item == 2
@@ -64,15 +79,29 @@ def test_the_nearest_item_of_several_benchmarks_is_named():
 
 
 def test_report(tmp_path: Path):
-    stream = Decontaminated(STREAM, Benchmarks({"gsm8k": ITEMS, "other": ["Nothing of this kind is found in it."]}))
+    stream = Decontaminated(
+        STREAM, Benchmarks({"gsm8k": ITEMS, "other": ["Nothing of this kind is found in it."]})
+    )
     list(stream)
     stream.write_report(tmp_path / "report.jsonl")
-    counts, *rows = map(json.loads, (tmp_path / "report.jsonl").read_text(encoding="utf-8").splitlines())
-    assert counts == {"read": 7, "removed": 4, "by_benchmark": {"gsm8k": 4, "other": 0}, "ngram": 3, "threshold": 0.5}
+    counts, *rows = map(
+        json.loads, (tmp_path / "report.jsonl").read_text(encoding="utf-8").splitlines()
+    )
+    assert counts == {
+        "read": 7,
+        "removed": 4,
+        "by_benchmark": {"gsm8k": 4, "other": 0},
+        "ngram": 3,
+        "threshold": 0.5,
+    }
     assert [row["where"] for row in rows] == ["exact", "loud", "one word", "page"]
     assert rows[0]["text"] == ITEMS[0]
     assert rows[0]["jaccard"] == 1
-    list(again := Decontaminated(STREAM, Benchmarks({"gsm8k": ITEMS, "other": ["Nothing of this kind is found in it."]})))
+    list(
+        again := Decontaminated(
+            STREAM, Benchmarks({"gsm8k": ITEMS, "other": ["Nothing of this kind is found in it."]})
+        )
+    )
     again.write_report(tmp_path / "again.jsonl")
     assert (tmp_path / "again.jsonl").read_bytes() == (tmp_path / "report.jsonl").read_bytes()
 
@@ -91,12 +120,24 @@ def test_short_items_and_bad_options():
 @pytest.mark.shared_data
 def test_real_streams_against_gsm8k(shared_data: Path):
     """The two rows of the train split that are the same problem with other numbers as a row of the test split, and no other."""
-    benchmarks = Benchmarks({"gsm8k": [problem.question for problem in read_word_problems(shared_data / "gsm8k" / "test.jsonl")]})
-    train = Decontaminated([p.document for p in read_word_problems(shared_data / "gsm8k" / "train.jsonl")], benchmarks)
+    benchmarks = Benchmarks(
+        {
+            "gsm8k": [
+                problem.question
+                for problem in read_word_problems(shared_data / "gsm8k" / "test.jsonl")
+            ]
+        }
+    )
+    train = Decontaminated(
+        [p.document for p in read_word_problems(shared_data / "gsm8k" / "train.jsonl")], benchmarks
+    )
     assert len(list(train)) == 7471
     assert sorted(where.rsplit(" ", 1)[1] for where in train.removed) == ["1315", "5163"]
     assert all(0.55 < match.jaccard < 0.6 for match in train.removed.values())
-    mathematics = open_documents(shared_data / "mathtext" / "mathqa_test.jsonl", {"question": ["problem"], "answer": "solution"})
+    mathematics = open_documents(
+        shared_data / "mathtext" / "mathqa_test.jsonl",
+        {"question": ["problem"], "answer": "solution"},
+    )
     planted = [*mathematics, EXACT._replace(question=benchmarks.items[5][2])]
     stream = Decontaminated(planted, benchmarks)
     assert len(list(stream)) == 1000

@@ -56,7 +56,10 @@ def npz(**arrays: Any) -> bytes:
 
 def joined() -> dict[str, np.ndarray]:
     images = [encoded("JPEG") for _ in range(4)]
-    return {"jpeg": np.frombuffer(b"".join(images), np.uint8), "offsets": np.cumsum([0, *map(len, images)])}
+    return {
+        "jpeg": np.frombuffer(b"".join(images), np.uint8),
+        "offsets": np.cumsum([0, *map(len, images)]),
+    }
 
 
 def mat() -> bytes:
@@ -67,13 +70,25 @@ def mat() -> bytes:
         opened["trainNdxs"], opened["testNdxs"] = np.array([[1.0, 2.0, 3.0]]), np.array([[4.0]])
         references = opened.create_dataset("names", (1, 2), h5py.ref_dtype)
         for i, name in enumerate(("wall", "floor")):
-            references[0, i] = opened.create_dataset(f"#refs#/{i}", data=np.array([[ord(c)] for c in name], dtype="uint16")).ref
+            references[0, i] = opened.create_dataset(
+                f"#refs#/{i}", data=np.array([[ord(c)] for c in name], dtype="uint16")
+            ).ref
     return file.getvalue()
 
 
 def nyu_zip() -> bytes:
-    kinds = {"rgb": ("jpg", pixels(8, 8, 3), "JPEG"), "depth": ("png", pixels(8, 8), "PNG"), "label40": ("png", pixels(8, 8) % 40, "PNG")}
-    return zipped({f"{kind}/{i:04d}.{end}": encoded(form, a) for i in (0, 1) for kind, (end, a, form) in kinds.items()})
+    kinds = {
+        "rgb": ("jpg", pixels(8, 8, 3), "JPEG"),
+        "depth": ("png", pixels(8, 8), "PNG"),
+        "label40": ("png", pixels(8, 8) % 40, "PNG"),
+    }
+    return zipped(
+        {
+            f"{kind}/{i:04d}.{end}": encoded(form, a)
+            for i in (0, 1)
+            for kind, (end, a, form) in kinds.items()
+        }
+    )
 
 
 def tar() -> bytes:
@@ -105,8 +120,16 @@ def splits(folder: Path) -> bytes:
     return b'{"train": [0], "val": [1]}'
 
 
-GROUND = {"imlist": ["a", "b"], "qimlist": ["q"], "gnd": [{"bbx": [0.0, 1.0, 2.0, 3.0], "easy": [0], "hard": [1], "junk": []}]}
-ROWS = "".join(json.dumps({"question": f"What is {i} + {i}?", "answer": f"It is {2 * i}.\n#### {2 * i}"}) + "\n" for i in range(4))
+GROUND = {
+    "imlist": ["a", "b"],
+    "qimlist": ["q"],
+    "gnd": [{"bbx": [0.0, 1.0, 2.0, 3.0], "easy": [0], "hard": [1], "junk": []}],
+}
+ROWS = "".join(
+    json.dumps({"question": f"What is {i} + {i}?", "answer": f"It is {2 * i}.\n#### {2 * i}"})
+    + "\n"
+    for i in range(4)
+)
 
 
 FIELDS = {"answer": "answer", "question": ["question"]}
@@ -152,7 +175,9 @@ READERS = {
 
 
 @pytest.mark.parametrize("reader", READERS)
-def test_a_damaged_file_is_a_clear_error_or_is_read(reader: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_damaged_file_is_a_clear_error_or_is_read(
+    reader: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     monkeypatch.setenv("METAVPT_CACHE", str(tmp_path / "cache"))
     assert_survives(READERS[reader], tmp_path)
 
@@ -173,7 +198,9 @@ LARGE: dict[str, tuple[str, Callable[[], bytes], str, str]] = {  # the file's na
 def smooth() -> np.ndarray:
     """A photograph's kind of pixels, uint8 (SIDE, SIDE, 3)."""
     ramp = np.arange(SIDE)
-    return np.stack([(ramp[:, None] * k + ramp) // 20 % 256 for k in (1, 2, 3)], -1).astype(np.uint8)
+    return np.stack([(ramp[:, None] * k + ramp) // 20 % 256 for k in (1, 2, 3)], -1).astype(
+        np.uint8
+    )
 
 
 @pytest.mark.parametrize("reader", LARGE)
@@ -208,7 +235,9 @@ def test_a_small_file_cannot_ask_for_a_large_memory(tmp_path: Path):
         data = bytearray(encoded("PNG"))
         data[16:24] = side.to_bytes(4, "big") * 2
         data[29:33] = zlib.crc32(data[12:29]).to_bytes(4, "big")
-        with pytest.raises(MetaVPTError, match=rf"a\.png: not a readable image \({side}x{side} pixels are more"):
+        with pytest.raises(
+            MetaVPTError, match=rf"a\.png: not a readable image \({side}x{side} pixels are more"
+        ):
             decode(bytes(data), "a.png")
 
 
@@ -217,7 +246,9 @@ class Malicious:
         return (os.mkdir, ("harm",))
 
 
-def test_a_ground_truth_that_brings_code_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_ground_truth_that_brings_code_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "gnd_x.pkl").write_bytes(pickle.dumps(Malicious()))
     with pytest.raises(MetaVPTError, match=r"gnd_x\.pkl"):

@@ -18,19 +18,31 @@ def test_calculator_annotations_are_removed_or_kept():
     problem = word_problem(ROW, "here")
     assert problem.solution == "She sold 48/2 = 24 clips in May.\nShe sold 48+24 = $72 in all."
     assert problem.document == Document(ROW["question"], f"{problem.solution}\n#### 72", "here")
-    assert word_problem(ROW, "here", annotations=True).document == Document(ROW["question"], ROW["answer"], "here")
+    assert word_problem(ROW, "here", annotations=True).document == Document(
+        ROW["question"], ROW["answer"], "here"
+    )
 
 
 @pytest.mark.parametrize(
     ("row", "question", "answer"),
     [
-        ({"Body": "Ann has 3 hats.", "Question": "How many?", "Answer": 3.0, "Equation": "3"}, "Ann has 3 hats. How many?", "3"),
-        ({"Body": "There are 8 cats in a box", "Question": "How many?", "Answer": "8"}, "There are 8 cats in a box. How many?", "8"),
+        (
+            {"Body": "Ann has 3 hats.", "Question": "How many?", "Answer": 3.0, "Equation": "3"},
+            "Ann has 3 hats. How many?",
+            "3",
+        ),
+        (
+            {"Body": "There are 8 cats in a box", "Question": "How many?", "Answer": "8"},
+            "There are 8 cats in a box. How many?",
+            "8",
+        ),
         ({"problem": "Joan found 70.", "answer": 43.0, "type": "singleeq"}, "Joan found 70.", "43"),
         ({"problem": "Half of 1?", "answer": 0.5}, "Half of 1?", "0.5"),
     ],
 )
-def test_layouts_without_steps_have_the_answer_alone(row: dict[str, Any], question: str, answer: str):
+def test_layouts_without_steps_have_the_answer_alone(
+    row: dict[str, Any], question: str, answer: str
+):
     problem = word_problem(row, "here")
     assert problem == WordProblem(question, "", answer, "here")
     assert problem.document.answer == f"#### {answer}"
@@ -38,7 +50,16 @@ def test_layouts_without_steps_have_the_answer_alone(row: dict[str, Any], questi
 
 @pytest.mark.parametrize(
     ("final", "answer"),
-    [("1,600", "1600"), ("$5.50", "5.50"), ("-7", "-7"), ("10.00", "10"), ("12.", "12"), ("100", "100"), (".5", ".5"), (".0", ".0")],
+    [
+        ("1,600", "1600"),
+        ("$5.50", "5.50"),
+        ("-7", "-7"),
+        ("10.00", "10"),
+        ("12.", "12"),
+        ("100", "100"),
+        (".5", ".5"),
+        (".0", ".0"),
+    ],
 )
 def test_final_answers(final: str, answer: str):
     assert word_problem({"question": "?", "answer": f"so\n#### {final}"}, "here").answer == answer
@@ -70,8 +91,21 @@ def test_bad_rows(row: dict[str, Any], reason: str, tmp_path: Path):
 
 def test_svamp_as_it_is_released(tmp_path: Path):
     path = tmp_path / "SVAMP.json"
-    path.write_text(json.dumps([{"ID": "chal-1", "Body": "Each pack costs 76 dollars.", "Question": "How much is 1?", "Answer": 76.0}]))
-    assert list(read_word_problems(path)) == [WordProblem("Each pack costs 76 dollars. How much is 1?", "", "76", f"{path}, row 1")]
+    path.write_text(
+        json.dumps(
+            [
+                {
+                    "ID": "chal-1",
+                    "Body": "Each pack costs 76 dollars.",
+                    "Question": "How much is 1?",
+                    "Answer": 76.0,
+                }
+            ]
+        )
+    )
+    assert list(read_word_problems(path)) == [
+        WordProblem("Each pack costs 76 dollars. How much is 1?", "", "76", f"{path}, row 1")
+    ]
 
 
 @pytest.mark.shared_data

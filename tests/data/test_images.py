@@ -15,7 +15,9 @@ from metavpt.errors import MetaVPTError
 SIZE = (16, 20)
 
 
-def picture(height: int = 24, width: int = 40, value: int | None = None, mode: str = "RGB") -> Image.Image:
+def picture(
+    height: int = 24, width: int = 40, value: int | None = None, mode: str = "RGB"
+) -> Image.Image:
     array = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
     return Image.fromarray(np.full_like(array, value) if value is not None else array).convert(mode)
 
@@ -28,7 +30,13 @@ def encoded(image: Image.Image, kind: str = "PNG") -> bytes:
 
 def test_folder_of_every_kind(tmp_path: Path):
     (tmp_path / "deep" / "er").mkdir(parents=True)
-    kinds = {"a.jpg": "JPEG", "b.JPEG": "JPEG", "deep/c.png": "PNG", "deep/er/d.webp": "WEBP", "e.bmp": "BMP"}
+    kinds = {
+        "a.jpg": "JPEG",
+        "b.JPEG": "JPEG",
+        "deep/c.png": "PNG",
+        "deep/er/d.webp": "WEBP",
+        "e.bmp": "BMP",
+    }
     for k, (name, kind) in enumerate(kinds.items()):
         picture(value=40 * k).save(tmp_path / name, kind)
     (tmp_path / "notes.txt").write_text("no image")
@@ -60,7 +68,9 @@ def test_fit_covers_and_crops_the_centre():
     assert torch.equal(fit(ramp, (20, 40)), ramp)
     assert fit(ramp, (50, 33)).shape == (3, 50, 33)
     half = fit(ramp, (10, 20))[0, 5].float()
-    torch.testing.assert_close(half[1:-1], torch.arange(40).view(20, 2).float().mean(1)[1:-1], atol=1.0, rtol=0)
+    torch.testing.assert_close(
+        half[1:-1], torch.arange(40).view(20, 2).float().mean(1)[1:-1], atol=1.0, rtol=0
+    )
 
 
 def test_zip(tmp_path: Path):
@@ -83,7 +93,9 @@ def test_npz_of_arrays_and_of_jpegs(tmp_path: Path):
     jpegs = [encoded(picture(value=60 * k), "JPEG") for k in range(4)]
     offsets = np.cumsum([0, *map(len, jpegs)])
     joined = np.frombuffer(b"".join(jpegs), np.uint8)
-    np.savez(tmp_path / "jpegs.npz", jpeg=joined, offsets=offsets, split=np.array([0, 1, 0, 0], np.uint8))
+    np.savez(
+        tmp_path / "jpegs.npz", jpeg=joined, offsets=offsets, split=np.array([0, 1, 0, 0], np.uint8)
+    )
     images = open_images(tmp_path / "jpegs.npz", SIZE)
     assert [round(float(images[k].float().mean()) / 60) for k in range(len(images))] == [0, 2, 3]  # type: ignore[arg-type]
 
@@ -145,7 +157,10 @@ def test_a_cut_off_npz(tmp_path: Path, keep: int):
 
 @pytest.mark.shared_data
 def test_real_images(shared_data: Path):
-    tiny, imagenet = open_images(shared_data / "tiny_imagenet", (64, 64)), open_images(shared_data / "imagenet_sample", (96, 128))
+    tiny, imagenet = (
+        open_images(shared_data / "tiny_imagenet", (64, 64)),
+        open_images(shared_data / "imagenet_sample", (96, 128)),
+    )
     assert (len(tiny), len(imagenet)) == (10000, 1000)  # type: ignore[arg-type]
     assert torch.stack([tiny[k] for k in range(0, 10000, 200)]).shape == (50, 3, 64, 64)
     assert imagenet[999].shape == (3, 96, 128)
@@ -157,13 +172,24 @@ def test_real_images(shared_data: Path):
         ({"pictures": np.zeros(3)}, "needs an array `images`"),
         ({"images": np.zeros((2, 4, 4), np.uint8)}, r"images is uint8 \(2, 4, 4\)"),
         ({"images": np.zeros((2, 4, 4, 3), np.float32)}, "images is float32"),
-        ({"images": np.zeros((2, 4, 4, 3), np.uint8), "split": np.zeros(3)}, r"split is \(3,\).*the 2 images"),
+        (
+            {"images": np.zeros((2, 4, 4, 3), np.uint8), "split": np.zeros(3)},
+            r"split is \(3,\).*the 2 images",
+        ),
         ({"jpeg": np.zeros(9, np.uint8), "offsets": np.array([0.0, 9.0])}, "offsets whole numbers"),
-        ({"jpeg": np.zeros(9, np.uint8), "offsets": np.array([0, 5, 4])}, "must rise from 0 to at most the 9 bytes"),
-        ({"jpeg": np.zeros(9, np.uint8), "offsets": np.array([0, 10])}, "must rise from 0 to at most the 9 bytes"),
+        (
+            {"jpeg": np.zeros(9, np.uint8), "offsets": np.array([0, 5, 4])},
+            "must rise from 0 to at most the 9 bytes",
+        ),
+        (
+            {"jpeg": np.zeros(9, np.uint8), "offsets": np.array([0, 10])},
+            "must rise from 0 to at most the 9 bytes",
+        ),
     ],
 )
-def test_arrays_that_hold_no_images_are_named(tmp_path: Path, arrays: dict[str, np.ndarray], words: str):
+def test_arrays_that_hold_no_images_are_named(
+    tmp_path: Path, arrays: dict[str, np.ndarray], words: str
+):
     np.savez(tmp_path / "a.npz", **arrays)
     with pytest.raises(MetaVPTError, match=rf"a\.npz: .*{words}"):
         open_images(tmp_path / "a.npz", SIZE)

@@ -37,7 +37,9 @@ class Memory(Numbers):
 
 @pytest.fixture(scope="module")
 def frames(tmp_path_factory: pytest.TempPathFactory) -> RGBDFrames:
-    return open_nyuv2(None, rooms={"folder": tmp_path_factory.mktemp("rooms"), "num_frames": 12, "size": (12, 16)})
+    return open_nyuv2(
+        None, rooms={"folder": tmp_path_factory.mktemp("rooms"), "num_frames": 12, "size": (12, 16)}
+    )
 
 
 @pytest.mark.parametrize(("num_items", "batch_size"), [(12, 4), (13, 4), (5, 5), (7, 3)])
@@ -55,7 +57,9 @@ def test_order_depends_on_the_seed_alone():
     assert first == again != other
 
 
-@pytest.mark.parametrize(("first", "num_workers"), [(0, 0), (1, 0), (3, 0), (4, 0), (17, 0), (3, 2)])
+@pytest.mark.parametrize(
+    ("first", "num_workers"), [(0, 0), (1, 0), (3, 0), (4, 0), (17, 0), (3, 2)]
+)
 def test_skip_is_the_uninterrupted_order(first: int, num_workers: int):
     whole = list(islice(ImageLoader(Numbers(13), 4, seed=5), first + 3))
     resumed = ImageLoader(Numbers(13), 4, seed=5, num_workers=num_workers)
@@ -85,8 +89,16 @@ def test_batch_seeds_are_distinct_and_the_global_generator_stays():
 def test_frame_batches(frames: RGBDFrames):
     loader = FrameLoader(frames, frames.splits["val"], 2, seed=0)
     batch = next(iter(loader))
-    assert (batch.image.shape, batch.depth.shape, batch.label.shape) == ((2, 3, 12, 16), (2, 12, 16), (2, 12, 16))
-    assert (batch.image.dtype, batch.depth.dtype, batch.label.dtype) == (torch.uint8, torch.float32, torch.int64)
+    assert (batch.image.shape, batch.depth.shape, batch.label.shape) == (
+        (2, 3, 12, 16),
+        (2, 12, 16),
+        (2, 12, 16),
+    )
+    assert (batch.image.dtype, batch.depth.dtype, batch.label.dtype) == (
+        torch.uint8,
+        torch.float32,
+        torch.int64,
+    )
     known = {frames[i].image.numpy().tobytes() for i in frames.splits["val"]}
     for batch in islice(loader, 4):
         assert {image.numpy().tobytes() for image in batch.image} <= known
@@ -105,13 +117,20 @@ def test_too_few_items_are_named(frames: RGBDFrames):
         ImageLoader(Numbers(3), 4, seed=0)
     with pytest.raises(MetaVPTError, match=r"batch_size=0"):
         ImageLoader(Numbers(3), 0, seed=0)
-    with pytest.raises(MetaVPTError, match=r"problem\.feedback_batch_size=9 .* the 2 labelled frames"):
+    with pytest.raises(
+        MetaVPTError, match=r"problem\.feedback_batch_size=9 .* the 2 labelled frames"
+    ):
         FrameLoader(frames, [0, 1], 9, seed=0)
 
 
-@pytest.mark.skipif(sys.platform != "linux" or not hasattr(ctypes.CDLL(None), "malloc_trim"), reason="glibc's malloc_trim")
+@pytest.mark.skipif(
+    sys.platform != "linux" or not hasattr(ctypes.CDLL(None), "malloc_trim"),
+    reason="glibc's malloc_trim",
+)
 def test_loading_processes_do_not_hold_what_the_main_one_has_freed():
-    parts = [torch.ones(64 * 1024, dtype=torch.uint8) for _ in range(2048)]  # 128 MiB, too small each to be mapped by itself
+    parts = [
+        torch.ones(64 * 1024, dtype=torch.uint8) for _ in range(2048)
+    ]  # 128 MiB, too small each to be mapped by itself
     top = parts.pop()  # what lies below it is not returned when it is freed
     del parts
     freed = status("RssAnon") / MIB

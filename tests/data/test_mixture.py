@@ -24,7 +24,10 @@ def texts(word: str, num_documents: int) -> list[Document]:
 
 def equal(first: TokenBatch, second: TokenBatch) -> bool:
     pairs = zip(first, second, strict=True)
-    return all(torch.equal(a, b) if isinstance(a, Tensor) and isinstance(b, Tensor) else a == b for a, b in pairs)
+    return all(
+        torch.equal(a, b) if isinstance(a, Tensor) and isinstance(b, Tensor) else a == b
+        for a, b in pairs
+    )
 
 
 def rows_of(batches: Iterable[TokenBatch]) -> Iterator[tuple[int, Tensor, Tensor]]:
@@ -35,7 +38,10 @@ def rows_of(batches: Iterable[TokenBatch]) -> Iterator[tuple[int, Tensor, Tensor
 def documents_of(batches: Iterable[TokenBatch]) -> Counter[tuple[int, ...]]:
     """The tokens of every document in the batches, with how often it came."""
     return Counter(
-        tuple(tokens[ids == k].tolist()) for _, tokens, ids in rows_of(batches) for k in range(int(ids.max()) + 1) if (ids == k).any()
+        tuple(tokens[ids == k].tolist())
+        for _, tokens, ids in rows_of(batches)
+        for k in range(int(ids.max()) + 1)
+        if (ids == k).any()
     )
 
 
@@ -78,7 +84,9 @@ def test_a_stream_resumes_across_the_end_of_its_source(encoder: Encoder):
     assert all(equal(next(one), next(other)) for _ in range(12))
 
 
-def test_skip_makes_no_tensor_of_what_comes_before(encoder: Encoder, monkeypatch: pytest.MonkeyPatch):
+def test_skip_makes_no_tensor_of_what_comes_before(
+    encoder: Encoder, monkeypatch: pytest.MonkeyPatch
+):
     made = []
 
     def counting(*arguments: Any) -> TokenBatch:
@@ -106,11 +114,16 @@ def test_a_pass_has_every_document_once(encoder: Encoder):
     assert documents_of(batches) == expected
     assert {len(batch.tokens) for batch in batches[:-1]} == {4}
     assert 1 <= len(batches[-1].tokens) <= 4
-    num_rows, num_tokens = sum(len(batch.tokens) for batch in batches), sum(int((batch.documents >= 0).sum()) for batch in batches)
+    num_rows, num_tokens = (
+        sum(len(batch.tokens) for batch in batches),
+        sum(int((batch.documents >= 0).sum()) for batch in batches),
+    )
     assert loader.padding == pytest.approx(1 - num_tokens / (LENGTH * num_rows))
 
 
-def test_rows_keep_their_domain_and_weights_are_shares(components: list[Component], encoder: Encoder, tokenizer: Any):
+def test_rows_keep_their_domain_and_weights_are_shares(
+    components: list[Component], encoder: Encoder, tokenizer: Any
+):
     loader = PackedLoader(components, LENGTH, 8, 3, encoder.pad)
     assert loader.domains == ["held", "made", "read"]
     batches = list(islice(loader, 150))
@@ -128,7 +141,9 @@ def test_a_used_up_source_leaves_its_weight_to_the_others(encoder: Encoder):
     components = [Component(cat, 9.0, "a", max_epochs=1), Component(dog, 1.0, "b")]
     batches = list(islice(PackedLoader(components, LENGTH, 4, 0, encoder.pad), 30))
     cats = {tuple(document.tokens.tolist()) for document in encoder(texts("cat", 9))}
-    assert {document: times for document, times in documents_of(batches).items() if document in cats} == dict.fromkeys(cats, 1)
+    assert {
+        document: times for document, times in documents_of(batches).items() if document in cats
+    } == dict.fromkeys(cats, 1)
     assert all((batch.domain == 1).all() for batch in batches[15:])
 
 
@@ -141,13 +156,20 @@ def test_shuffle_buffer_keeps_every_document_and_depends_on_the_seed_alone(encod
     source = [tuple(document.tokens.tolist()) for document in encoder(texts("cat", 50))]
     assert order(1) == order(1) != order(2)
     assert sorted(order(1)) == sorted(source)
-    assert all(source.index(document) <= k + 8 for k, document in enumerate(order(1)))  # nothing comes before it was read
+    assert all(
+        source.index(document) <= k + 8 for k, document in enumerate(order(1))
+    )  # nothing comes before it was read
     assert order(1) != source
 
 
 def test_meta_stream_draws_other_problems_than_the_learner(encoder: Encoder):
-    component = Component(Generated(Arithmetic("stream", {"chain_sum": {"max_digits": 4, "max_terms": 3}}), encoder))
-    first, second = (documents_of(islice(PackedLoader([component], LENGTH, 4, seed, encoder.pad), 20)) for seed in (1, 2))
+    component = Component(
+        Generated(Arithmetic("stream", {"chain_sum": {"max_digits": 4, "max_terms": 3}}), encoder)
+    )
+    first, second = (
+        documents_of(islice(PackedLoader([component], LENGTH, 4, seed, encoder.pad), 20))
+        for seed in (1, 2)
+    )
     assert len(first.keys() & second.keys()) < 0.05 * len(first)
 
 
@@ -161,7 +183,11 @@ def test_bad_mixtures(encoder: Encoder):
         next(iter(PackedLoader([Component(Nothing())], LENGTH, 4, 0, encoder.pad)))
     with pytest.raises(MetaVPTError, match=r"needs a source \(it has 0\)"):
         PackedLoader([], LENGTH, 4, 0, encoder.pad)
-    for component in (Component(Nothing(), 0.0), Component(Nothing(), float("inf")), Component(Nothing(), max_epochs=0)):
+    for component in (
+        Component(Nothing(), 0.0),
+        Component(Nothing(), float("inf")),
+        Component(Nothing(), max_epochs=0),
+    ):
         with pytest.raises(MetaVPTError, match=r"weight=.* must be positive"):
             PackedLoader([component], LENGTH, 4, 0, encoder.pad)
     with pytest.raises(MetaVPTError, match="size=0 must be 1 or more"):

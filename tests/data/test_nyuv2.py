@@ -14,7 +14,16 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from metavpt.data.frames import IGNORE
-from metavpt.data.nyuv2 import CLASSES, MAT_NAME, ZIP_NAME, NYUv2Mat, NYUv2Zip, class_table, official_train_rows, open_nyuv2
+from metavpt.data.nyuv2 import (
+    CLASSES,
+    MAT_NAME,
+    ZIP_NAME,
+    NYUv2Mat,
+    NYUv2Zip,
+    class_table,
+    official_train_rows,
+    open_nyuv2,
+)
 from metavpt.data.rooms import CLASS_NAMES
 from metavpt.errors import MetaVPTError
 
@@ -22,17 +31,28 @@ SIZE = (6, 8)
 NAMES = ["wall", "book stand", "floor", "television", "sofa"]
 
 
-def write_mat(path: Path, num_frames: int = 5, names: list[str] = NAMES, change: Callable[[h5py.File], None] = lambda file: None):
+def write_mat(
+    path: Path,
+    num_frames: int = 5,
+    names: list[str] = NAMES,
+    change: Callable[[h5py.File], None] = lambda file: None,
+):
     """A file in the layout of the official one, and the arrays in it, upright: images (N,H,W,3), depths (N,H,W), labels (N,H,W)."""
     rng = np.random.default_rng(0)
     images = rng.integers(0, 256, (num_frames, *SIZE, 3), dtype=np.uint8)
     depths = rng.uniform(0.7, 9.9, (num_frames, *SIZE)).astype(np.float32)
     labels = rng.integers(0, len(names) + 1, (num_frames, *SIZE)).astype(np.uint16)
     with h5py.File(path, "w") as file:
-        file["images"], file["depths"], file["labels"] = images.transpose(0, 3, 2, 1), depths.swapaxes(1, 2), labels.swapaxes(1, 2)
+        file["images"], file["depths"], file["labels"] = (
+            images.transpose(0, 3, 2, 1),
+            depths.swapaxes(1, 2),
+            labels.swapaxes(1, 2),
+        )
         references = file.create_dataset("names", (1, len(names)), h5py.ref_dtype)
         for i, name in enumerate(names):
-            references[0, i] = file.create_dataset(f"#refs#/{i}", data=np.array([[ord(letter)] for letter in name], "uint16")).ref
+            references[0, i] = file.create_dataset(
+                f"#refs#/{i}", data=np.array([[ord(letter)] for letter in name], "uint16")
+            ).ref
         file["trainNdxs"], file["testNdxs"] = np.array([[1.0, 4.0, 5.0]]), np.array([[2.0, 3.0]])
         change(file)
     return images, depths, labels
@@ -44,13 +64,19 @@ def png(array: np.ndarray, kind: str = "PNG") -> bytes:
     return data.getvalue()
 
 
-def write_zip(folder: Path, change: Callable[[dict[str, bytes]], None] = lambda members: None) -> Path:
+def write_zip(
+    folder: Path, change: Callable[[dict[str, bytes]], None] = lambda members: None
+) -> Path:
     """Rows 3, 7 and 9 in the layout of the shared zip; the label of a pixel is its column, its code 20 + its row."""
     members = {}
     for row in (3, 7, 9):
         members[f"rgb/{row:04d}.jpg"] = png(np.full((*SIZE, 3), 10 * row, np.uint8), "JPEG")
-        members[f"depth/{row:04d}.png"] = png(np.repeat(np.arange(20, 20 + SIZE[0], dtype=np.uint8)[:, None], SIZE[1], axis=1))
-        members[f"label40/{row:04d}.png"] = png(np.repeat(np.arange(SIZE[1], dtype=np.uint8)[None], SIZE[0], axis=0))
+        members[f"depth/{row:04d}.png"] = png(
+            np.repeat(np.arange(20, 20 + SIZE[0], dtype=np.uint8)[:, None], SIZE[1], axis=1)
+        )
+        members[f"label40/{row:04d}.png"] = png(
+            np.repeat(np.arange(SIZE[1], dtype=np.uint8)[None], SIZE[0], axis=0)
+        )
     change(members)
     with zipfile.ZipFile(folder / ZIP_NAME, "w") as archive:
         for name, data in members.items():
@@ -64,7 +90,15 @@ def test_mat_is_read_upright(tmp_path: Path):
     frames = open_nyuv2(tmp_path / "n.mat")
     assert (len(frames), frames.size, frames.num_classes) == (5, SIZE, 13)
     assert frames.splits == {"train": [0, 3, 4], "val": [1, 2]}
-    table = np.array([IGNORE, *(frames.class_names.index(name) if name else IGNORE for name in ("wall", "", "floor", "tv", "sofa"))])
+    table = np.array(
+        [
+            IGNORE,
+            *(
+                frames.class_names.index(name) if name else IGNORE
+                for name in ("wall", "", "floor", "tv", "sofa")
+            ),
+        ]
+    )
     for i, frame in enumerate(map(frames.__getitem__, range(5))):
         assert (frame.image.numpy() == images[i].transpose(2, 0, 1)).all()
         assert (frame.depth.numpy() == depths[i]).all()
@@ -123,7 +157,14 @@ def test_class_tables():
     assert table.tolist() == [IGNORE, IGNORE, names40.index("floor"), names40.index("wall")]
     names13, table = class_table(CLASSES["names40"][1:], 13)
     assert len(names13) == 13
-    assert [names13[i] for i in table[[1, 2, 3, 25, 39, 40]]] == ["wall", "floor", "furniture", "tv", "furniture", "objects"]
+    assert [names13[i] for i in table[[1, 2, 3, 25, 39, 40]]] == [
+        "wall",
+        "floor",
+        "furniture",
+        "tv",
+        "furniture",
+        "objects",
+    ]
     for own in (CLASS_NAMES, names13, ["red", "blue"]):
         names, table = class_table(own, 40)
         assert names == own
@@ -135,7 +176,16 @@ def test_the_894_official_classes():
     raw = [f"thing {k}" for k in range(1, 895)]
     raw[21 - 1], raw[11 - 1], raw[5 - 1], raw[88 - 1] = "wall", "floor", "chair", "bookshelf"
     names, table = class_table(raw, 40)
-    known = {0: None, 1: "otherprop", 5: "chair", 11: "floor", 21: "wall", 88: "bookshelf", 94: "otherstructure", 161: "otherfurniture"}
+    known = {
+        0: None,
+        1: "otherprop",
+        5: "chair",
+        11: "floor",
+        21: "wall",
+        88: "bookshelf",
+        94: "otherstructure",
+        161: "otherfurniture",
+    }
     for k, name in known.items():
         assert table[k] == (IGNORE if name is None else names.index(name))
     assert len(table) == 895
@@ -151,9 +201,14 @@ def test_zip_frames_and_folder(tmp_path: Path):
         assert (len(frames), frames.size, frames.splits) == (3, SIZE, {"train": [0, 2], "val": [1]})
         frame = frames[2]
         assert abs(int(frame.image[0, 0, 0]) - 90) <= 1
-        np.testing.assert_allclose(frame.depth[:, 0], (np.arange(20, 26) + 0.5) * 9.99547 / 255, rtol=1e-6)
+        np.testing.assert_allclose(
+            frame.depth[:, 0], (np.arange(20, 26) + 0.5) * 9.99547 / 255, rtol=1e-6
+        )
         expected = ["wall", "floor", "furniture", "bed", "chair", "sofa", "table"]
-        assert frame.label[0].tolist() == [IGNORE, *(frames.class_names.index(name) for name in expected)]
+        assert frame.label[0].tolist() == [
+            IGNORE,
+            *(frames.class_names.index(name) for name in expected),
+        ]
     assert open_nyuv2(path, 40)[0].label[0].tolist() == [IGNORE, 0, 1, 2, 3, 4, 5, 6]
 
 
@@ -201,7 +256,10 @@ def remove(name: str) -> Callable[[h5py.File], None]:
         (remove("trainNdxs"), "5 frames, not the official 1449"),
         (replace("images", np.zeros((5, 8, 6), np.uint8)), r"images is uint8 \(5, 8, 6\)"),
         (replace("images", np.zeros((5, 3, 8, 6), np.float32)), "images is float32"),
-        (replace("labels", np.zeros((5, 6, 8), np.uint16)), r"labels is \(5, 6, 8\), not \(5, 8, 6\)"),
+        (
+            replace("labels", np.zeros((5, 6, 8), np.uint16)),
+            r"labels is \(5, 6, 8\), not \(5, 8, 6\)",
+        ),
         (replace("names", np.zeros((1, 5))), "names is not a cell array"),
         (replace("testNdxs", np.array([[4.0]])), "disjoint rows from 1 to 5"),
         (replace("testNdxs", np.array([[6.0]])), "disjoint rows from 1 to 5"),
@@ -241,7 +299,11 @@ def put(name: str, data: bytes) -> Callable[[dict[str, bytes]], None]:
     ("member", "data", "message"),
     [
         ("rgb/0009.jpg", b"not a picture", "rgb/0009.jpg"),
-        ("rgb/0009.jpg", png(np.zeros((5, 5, 3), np.uint8), "JPEG"), "rgb/0009 is 5x5, the others are 6x8"),
+        (
+            "rgb/0009.jpg",
+            png(np.zeros((5, 5, 3), np.uint8), "JPEG"),
+            "rgb/0009 is 5x5, the others are 6x8",
+        ),
         ("depth/0009.png", png(np.zeros((5, 5), np.uint8)), "depth/0009 is 5x5"),
         ("depth/0009.png", png(np.zeros((6, 8, 3), np.uint8)), "depth/0009.png has 3 dimensions"),
         ("label40/0009.png", b"\x89PNG\r\n", "label40/0009.png is not a readable image"),
@@ -285,4 +347,8 @@ def test_real_frames(shared_data: Path):
         assert frame.depth.min() > 0.7
         assert frame.depth.max() < 10
         seen |= set(frame.label.unique().tolist())
-    assert {IGNORE, frames.class_names.index("wall"), frames.class_names.index("floor")} <= seen <= {IGNORE, *range(13)}
+    assert (
+        {IGNORE, frames.class_names.index("wall"), frames.class_names.index("floor")}
+        <= seen
+        <= {IGNORE, *range(13)}
+    )

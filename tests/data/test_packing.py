@@ -24,7 +24,9 @@ def documents_of(sizes: list[tuple[int, int]]) -> list[Encoded]:
 
 @settings(deadline=None, derandomize=True)
 @given(SIZES, st.integers(1, 5))
-def test_no_token_is_lost_and_no_target_crosses_a_boundary(sizes: list[tuple[int, int]], num_open: int):
+def test_no_token_is_lost_and_no_target_crosses_a_boundary(
+    sizes: list[tuple[int, int]], num_open: int
+):
     documents = documents_of(sizes)
     packer = Packer(LENGTH, num_open)
     rows = list(packer(documents))
@@ -34,15 +36,25 @@ def test_no_token_is_lost_and_no_target_crosses_a_boundary(sizes: list[tuple[int
     if not rows:
         return
     batch = collate(rows, LENGTH, pad=0, seed=0, domains=[0] * len(rows))
-    assert sorted(batch.tokens[batch.documents >= 0].tolist()) == list(range(1, packer.num_tokens + 1))
+    assert sorted(batch.tokens[batch.documents >= 0].tolist()) == list(
+        range(1, packer.num_tokens + 1)
+    )
     assert (batch.tokens[batch.documents < 0] == 0).all()
-    expected = [token for document in documents for token in document.tokens[max(document.num_prompt, 1) :].tolist()]
+    expected = [
+        token
+        for document in documents
+        for token in document.tokens[max(document.num_prompt, 1) :].tolist()
+    ]
     assert sorted(batch.tokens[batch.loss_mask].tolist()) == expected
-    for tokens, positions, ids, mask in zip(batch.tokens, batch.positions, batch.documents, batch.loss_mask, strict=True):
+    for tokens, positions, ids, mask in zip(
+        batch.tokens, batch.positions, batch.documents, batch.loss_mask, strict=True
+    ):
         for t in mask.nonzero().flatten().tolist():
             assert t > 0
             assert ids[t] == ids[t - 1]
-            assert tokens[t] == tokens[t - 1] + 1  # the same document: its tokens follow one another
+            assert (
+                tokens[t] == tokens[t - 1] + 1
+            )  # the same document: its tokens follow one another
             assert positions[t] == positions[t - 1] + 1
         for index in ids[ids >= 0].unique():
             where = (ids == index).nonzero().flatten()
@@ -51,9 +63,16 @@ def test_no_token_is_lost_and_no_target_crosses_a_boundary(sizes: list[tuple[int
 
 
 def test_best_fit():
-    rows = list(Packer(10, num_open=2)(documents_of([(6, 0), (8, 0), (2, 0), (4, 0), (9, 0), (3, 0)])))
+    rows = list(
+        Packer(10, num_open=2)(documents_of([(6, 0), (8, 0), (2, 0), (4, 0), (9, 0), (3, 0)]))
+    )
     # 2 goes to the 8, the fullest with room; 4 to the 6; both are full when 9 comes, and one of them is given out
-    assert [[len(document.tokens) for document in row] for row in rows] == [[6, 4], [8, 2], [9], [3]]
+    assert [[len(document.tokens) for document in row] for row in rows] == [
+        [6, 4],
+        [8, 2],
+        [9],
+        [3],
+    ]
 
 
 def test_little_padding_for_short_documents():

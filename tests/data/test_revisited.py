@@ -15,7 +15,12 @@ GND = {
     "qimlist": ["all_souls_000013", "oxford_000317"],
     "gnd": [
         {"bbx": [136.5, 34.1, 648.5, 955.7], "easy": [0], "hard": [1, 2], "junk": []},
-        {"bbx": None, "easy": np.array([1]), "hard": np.array([], np.int64), "junk": np.array([0, 2])},
+        {
+            "bbx": None,
+            "easy": np.array([1]),
+            "hard": np.array([], np.int64),
+            "junk": np.array([0, 2]),
+        },
     ],
 }
 
@@ -29,7 +34,11 @@ def write(folder: Path, content: object, protocol: int = 2) -> Path:
 @pytest.mark.parametrize("protocol", range(6))
 def test_the_official_layout(tmp_path: Path, protocol: int):
     truth = open_revisited(write(tmp_path, GND, protocol))
-    assert (truth.name, truth.folder, truth.images) == ("roxford5k", tmp_path / "jpg", GND["imlist"])
+    assert (truth.name, truth.folder, truth.images) == (
+        "roxford5k",
+        tmp_path / "jpg",
+        GND["imlist"],
+    )
     first, second = truth.queries
     assert (first.name, first.box) == ("all_souls_000013", (136.5, 34.1, 648.5, 955.7))
     assert [part.tolist() for part in first[2:]] == [[0], [1, 2], []]
@@ -39,7 +48,9 @@ def test_the_official_layout(tmp_path: Path, protocol: int):
 
 def test_names_of_numpy_1(tmp_path: Path):
     """Files written before numpy 2 name its parts differently."""
-    data = pickle.dumps({"a": np.arange(3), "b": np.float64(0.5)}, 2).replace(b"numpy._core.multiarray", b"numpy.core.multiarray")
+    data = pickle.dumps({"a": np.arange(3), "b": np.float64(0.5)}, 2).replace(
+        b"numpy._core.multiarray", b"numpy.core.multiarray"
+    )
     assert b"numpy.core." in data
     (tmp_path / "a.pkl").write_bytes(data)
     read = read_plain_pickle(tmp_path / "a.pkl")
@@ -60,13 +71,24 @@ class Runs:
 @pytest.mark.parametrize("hidden_in", ["top", "list", "array", "key"])
 def test_a_pickle_that_runs_code_is_refused_before_it_does(tmp_path: Path, hidden_in: str):
     trap = Runs(tmp_path / "made")
-    content = {"top": trap, "list": [1, trap], "array": np.array([trap], dtype=object), "key": {"gnd": {"easy": trap}}}[hidden_in]
-    with pytest.raises(MetaVPTError, match=r"gnd_roxford5k\.pkl: .*asks for (posix|nt)\.mkdir, which is refused"):
+    content = {
+        "top": trap,
+        "list": [1, trap],
+        "array": np.array([trap], dtype=object),
+        "key": {"gnd": {"easy": trap}},
+    }[hidden_in]
+    with pytest.raises(
+        MetaVPTError, match=r"gnd_roxford5k\.pkl: .*asks for (posix|nt)\.mkdir, which is refused"
+    ):
         open_revisited(write(tmp_path, content))
     assert not (tmp_path / "made").exists()
 
 
-@pytest.mark.parametrize("content", [collections.OrderedDict(a=1), eval, np.load, pickle.loads], ids=lambda x: type(x).__name__)
+@pytest.mark.parametrize(
+    "content",
+    [collections.OrderedDict(a=1), eval, np.load, pickle.loads],
+    ids=lambda x: type(x).__name__,
+)
 def test_whatever_is_not_plain_is_refused(tmp_path: Path, content: object):
     with pytest.raises(MetaVPTError, match="which is refused"):
         open_revisited(write(tmp_path, content))
@@ -82,7 +104,10 @@ def test_whatever_is_not_plain_is_refused(tmp_path: Path, content: object):
         ({**GND, "gnd": [{"easy": [3], "hard": [], "junk": []}] * 2}, "beyond the 3 listed"),
         ({**GND, "gnd": [{"easy": [-1], "hard": [], "junk": []}] * 2}, "beyond the 3 listed"),
         ({**GND, "gnd": [{"easy": ["x"], "hard": [], "junk": []}] * 2}, "no ground truth"),
-        ({**GND, "gnd": [{"bbx": [1, 2], "easy": [0], "hard": [], "junk": []}] * 2}, "no ground truth"),
+        (
+            {**GND, "gnd": [{"bbx": [1, 2], "easy": [0], "hard": [], "junk": []}] * 2},
+            "no ground truth",
+        ),
     ],
 )
 def test_other_content_is_named(tmp_path: Path, content: object, message: str):
@@ -103,6 +128,8 @@ def test_damaged_and_missing_files(tmp_path: Path):
             open_revisited(tmp_path)
     for _ in range(200):  # a byte changed: read, or refused in one line, and nothing else
         at = int(rng.integers(len(whole)))
-        (tmp_path / "gnd_roxford5k.pkl").write_bytes(whole[:at] + bytes([rng.integers(256)]) + whole[at + 1 :])
+        (tmp_path / "gnd_roxford5k.pkl").write_bytes(
+            whole[:at] + bytes([rng.integers(256)]) + whole[at + 1 :]
+        )
         with suppress(MetaVPTError):
             open_revisited(tmp_path)

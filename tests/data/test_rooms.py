@@ -19,7 +19,13 @@ def camera(i: int, size: tuple[int, int] = SIZE):
     """What `generate_room` draws first, drawn again: room (3,), eye (3,), rays (P,3), optical axis (3,)."""
     rng = np.random.default_rng([0, i])
     extent = rng.uniform((3.0, 3.5, 2.3), (6.5, 8.0, 3.0))
-    eye = np.array([rng.uniform(0.25, 0.75) * extent[0], rng.uniform(0.08, 0.3) * extent[1], rng.uniform(1.1, 1.7)])
+    eye = np.array(
+        [
+            rng.uniform(0.25, 0.75) * extent[0],
+            rng.uniform(0.08, 0.3) * extent[1],
+            rng.uniform(1.1, 1.7),
+        ]
+    )
     rays, axis = rooms._camera_rays(rng, size)
     return extent, eye, rays.astype(float), axis.astype(float)
 
@@ -33,7 +39,10 @@ def test_depth_is_metric_along_the_optical_axis():
         classes = label.ravel() - 1
         free = depth.ravel() > rooms.MIN_DEPTH  # nearer things are clipped
         assert np.abs(points[(classes == CLASS["floor"]) & free, 2]).max(initial=0) < 1e-4
-        assert np.abs(points[(classes == CLASS["ceiling"]) & free, 2] - extent[2]).max(initial=0) < 1e-4
+        assert (
+            np.abs(points[(classes == CLASS["ceiling"]) & free, 2] - extent[2]).max(initial=0)
+            < 1e-4
+        )
         to_walls = np.minimum(np.abs(points[:, :2]), np.abs(points[:, :2] - extent[:2])).min(axis=1)
         assert to_walls[(classes == CLASS["wall"]) & free].max(initial=0) < 1e-4
         hung = np.isin(classes, [CLASS[name] for name in ("picture", "window", "door")]) & free
@@ -59,12 +68,24 @@ def test_boxes_and_balls_against_marched_rays():
     eye = np.array([0.1, -3.0, 1.2])
     rays = np.array([0.0, 1.0, -0.2]) + rng.uniform(-0.25, 0.25, (60, 3))
     rays /= np.linalg.norm(rays, axis=1, keepdims=True)
-    low, high, centre, turn = np.array([-0.7, -0.4, 0.1]), np.array([0.7, 0.4, 0.8]), np.array([0.2, 0.3]), 0.4
+    low, high, centre, turn = (
+        np.array([-0.7, -0.4, 0.1]),
+        np.array([0.7, 0.4, 0.8]),
+        np.array([0.2, 0.3]),
+        0.4,
+    )
     ball, radius = np.array([-0.3, 0.1, 0.5]), 0.45
 
     def in_box(points: np.ndarray) -> np.ndarray:
         x, y = (points[:, :2] - centre).T
-        turned = np.stack([np.cos(turn) * x + np.sin(turn) * y, -np.sin(turn) * x + np.cos(turn) * y, points[:, 2]], axis=1)
+        turned = np.stack(
+            [
+                np.cos(turn) * x + np.sin(turn) * y,
+                -np.sin(turn) * x + np.cos(turn) * y,
+                points[:, 2],
+            ],
+            axis=1,
+        )
         return np.asarray(((turned >= low) & (turned <= high)).all(axis=1))
 
     def in_ball(points: np.ndarray) -> np.ndarray:
@@ -87,7 +108,9 @@ def test_boxes_and_balls_against_marched_rays():
 def test_a_sphere_around_or_behind_the_camera_is_not_seen():
     rays = np.array([[0, 1, 0], [1, 0, 0]], np.float32)
     for centre in ([0, 0.1, 0], [-1, -1, 0]):
-        distance, _ = rooms._sphere(np.array(centre, np.float32), 0.3, np.zeros(3, np.float32), rays)
+        distance, _ = rooms._sphere(
+            np.array(centre, np.float32), 0.3, np.zeros(3, np.float32), rays
+        )
         assert np.isinf(distance).all()
 
 
@@ -135,8 +158,15 @@ def test_file_equals_generated_frames_and_is_reused(tmp_path: Path):
 
 
 def test_same_seed_same_bytes(tmp_path: Path):
-    paths = [rooms_file(tmp_path / name, 4, SIZE, seed) for name, seed in (("a", 0), ("b", 0), ("c", 1))]
-    first, again, other = (b"".join(frame.image.numpy().tobytes() for frame in map(NYUv2Mat(path).__getitem__, range(4))) for path in paths)
+    paths = [
+        rooms_file(tmp_path / name, 4, SIZE, seed) for name, seed in (("a", 0), ("b", 0), ("c", 1))
+    ]
+    first, again, other = (
+        b"".join(
+            frame.image.numpy().tobytes() for frame in map(NYUv2Mat(path).__getitem__, range(4))
+        )
+        for path in paths
+    )
     assert first == again != other
     assert paths[0].read_bytes() == paths[1].read_bytes()
 

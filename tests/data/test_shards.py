@@ -33,7 +33,10 @@ def write_shard(path, values, broken=()):
     """Each image beside a text, as webdataset pairs them; in the place of `broken` ones stands noise."""
     with tarfile.open(path, "w") as tar:
         for value in values:
-            for name, data in ((f"{value}.png", b"noise" if value in broken else png(value)), (f"{value}.txt", b"a caption")):
+            for name, data in (
+                (f"{value}.png", b"noise" if value in broken else png(value)),
+                (f"{value}.txt", b"a caption"),
+            ):
                 member = tarfile.TarInfo(name)
                 member.size = len(data)
                 tar.addfile(member, io.BytesIO(data))
@@ -72,12 +75,20 @@ def test_every_way_of_naming_shards(folder):
 
 def test_an_epoch_holds_every_image_once_and_stays_within_few_shards(folder):
     images = Shards(sorted(folder.glob("*.tar")), (8, 8))
-    order = [i for _, batch in zip(range(9), EndlessBatches(72, 8, 5, groups=images.groups), strict=False) for i in batch]
+    order = [
+        i
+        for _, batch in zip(range(9), EndlessBatches(72, 8, 5, groups=images.groups), strict=False)
+        for i in batch
+    ]
     assert sorted(order) == list(range(72))
     window = 3 * WINDOW
     assert len({i // 3 for i in order[:window]}) == WINDOW
     assert order[:window] != sorted(order[:window])
-    other = [i for _, batch in zip(range(9), EndlessBatches(72, 8, 6, groups=images.groups), strict=False) for i in batch]
+    other = [
+        i
+        for _, batch in zip(range(9), EndlessBatches(72, 8, 6, groups=images.groups), strict=False)
+        for i in batch
+    ]
     assert sorted(other) == sorted(order) != other != order
 
 

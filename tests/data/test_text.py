@@ -5,47 +5,107 @@ from typing import Any
 
 import pytest
 
-from metavpt.data.text import FORMATS, PLAIN, Document, Format, HubDataset, JsonLines, PlainText, open_documents
+from metavpt.data.text import (
+    FORMATS,
+    PLAIN,
+    Document,
+    Format,
+    HubDataset,
+    JsonLines,
+    PlainText,
+    open_documents,
+)
 from metavpt.errors import MetaVPTError
 
 # rows as the hub shows them, with the document that each must become
 ROWS: dict[str, tuple[dict[str, Any], str, str]] = {
     "AI-MO/NuminaMath-CoT": (
-        {"source": "synthetic_math", "problem": "What is 2+2?", "solution": "It is $\\boxed{4}$.", "messages": [{"role": "user"}]},
+        {
+            "source": "synthetic_math",
+            "problem": "What is 2+2?",
+            "solution": "It is $\\boxed{4}$.",
+            "messages": [{"role": "user"}],
+        },
         "What is 2+2?",
         "It is $\\boxed{4}$.",
     ),
     "nvidia/OpenMathReasoning": (
-        {"expected_answer": "4", "problem_type": "has_answer_extracted", "problem": "2+2?", "generated_solution": "<think>4</think>4"},
+        {
+            "expected_answer": "4",
+            "problem_type": "has_answer_extracted",
+            "problem": "2+2?",
+            "generated_solution": "<think>4</think>4",
+        },
         "2+2?",
         "<think>4</think>4",
     ),
-    "open-web-math/open-web-math": ({"url": "http://a", "text": "A page.", "date": "2020", "metadata": "{}"}, "", "A page."),
+    "open-web-math/open-web-math": (
+        {"url": "http://a", "text": "A page.", "date": "2020", "metadata": "{}"},
+        "",
+        "A page.",
+    ),
     "meta-math/MetaMathQA": (
-        {"type": "GSM_Rephrased", "query": "How many?", "original_question": "?", "response": "The answer is: 3"},
+        {
+            "type": "GSM_Rephrased",
+            "query": "How many?",
+            "original_question": "?",
+            "response": "The answer is: 3",
+        },
         "How many?",
         "The answer is: 3",
     ),
     "ise-uiuc/Magicoder-OSS-Instruct-75K": (
-        {"lang": "python", "raw_index": 1, "index": 2, "seed": "x", "problem": "Write f.", "solution": "```python\n```"},
+        {
+            "lang": "python",
+            "raw_index": 1,
+            "index": 2,
+            "seed": "x",
+            "problem": "Write f.",
+            "solution": "```python\n```",
+        },
         "Write f.",
         "```python\n```",
     ),
-    "ise-uiuc/Magicoder-Evol-Instruct-110K": ({"instruction": "Write g.", "response": "def g(): ..."}, "Write g.", "def g(): ..."),
-    "codeparrot/codeparrot-clean": ({"repo_name": "a/b", "path": "c.py", "size": "9", "content": "import os"}, "", "import os"),
-    "allenai/c4": ({"text": "Web text.", "timestamp": "2019-04-25T12:57:54Z", "url": "https://a"}, "", "Web text."),
+    "ise-uiuc/Magicoder-Evol-Instruct-110K": (
+        {"instruction": "Write g.", "response": "def g(): ..."},
+        "Write g.",
+        "def g(): ...",
+    ),
+    "codeparrot/codeparrot-clean": (
+        {"repo_name": "a/b", "path": "c.py", "size": "9", "content": "import os"},
+        "",
+        "import os",
+    ),
+    "allenai/c4": (
+        {"text": "Web text.", "timestamp": "2019-04-25T12:57:54Z", "url": "https://a"},
+        "",
+        "Web text.",
+    ),
     "tatsu-lab/alpaca": (
-        {"instruction": "Name the colour.", "input": "grass", "output": "Green.", "text": "Below is"},
+        {
+            "instruction": "Name the colour.",
+            "input": "grass",
+            "output": "Green.",
+            "text": "Below is",
+        },
         "Name the colour.\ngrass",
         "Green.",
     ),
-    "openai/gsm8k": ({"question": "How many?", "answer": "2+1 = <<2+1=3>>3\n#### 3"}, "How many?", "2+1 = <<2+1=3>>3\n#### 3"),
+    "openai/gsm8k": (
+        {"question": "How many?", "answer": "2+1 = <<2+1=3>>3\n#### 3"},
+        "How many?",
+        "2+1 = <<2+1=3>>3\n#### 3",
+    ),
     "plain": ({"text": "Prose."}, "", "Prose."),
 }
 
 
 def write_rows(path: Path, *rows: dict[str, Any] | bytes) -> Path:
-    path.write_bytes(b"".join((row if isinstance(row, bytes) else json.dumps(row).encode()) + b"\n" for row in rows))
+    path.write_bytes(
+        b"".join(
+            (row if isinstance(row, bytes) else json.dumps(row).encode()) + b"\n" for row in rows
+        )
+    )
     return path
 
 
@@ -57,11 +117,16 @@ def test_every_known_format_has_a_row_here():
 def test_formats_of_known_data_sets(name: str, tmp_path: Path):
     row, question, answer = ROWS[name]
     path = write_rows(tmp_path / "rows.jsonl", row, row)
-    assert list(open_documents(path, name)) == [Document(question, answer, f"{path}, line {k}") for k in (1, 2)]
+    assert list(open_documents(path, name)) == [
+        Document(question, answer, f"{path}, line {k}") for k in (1, 2)
+    ]
 
 
 def test_alpaca_without_an_input():
-    for row in ({"instruction": "Go.", "input": "", "output": "Gone."}, {"instruction": "Go.", "input": None, "output": "Gone."}):
+    for row in (
+        {"instruction": "Go.", "input": "", "output": "Gone."},
+        {"instruction": "Go.", "input": None, "output": "Gone."},
+    ):
         assert FORMATS["tatsu-lab/alpaca"](row, "here") == Document("Go.", "Gone.", "here")
 
 
@@ -79,8 +144,16 @@ def test_json_arrays_byte_order_marks_and_empty_lines(tmp_path: Path):
     array = tmp_path / "rows.json"
     array.write_text(json.dumps([{"text": "one"}, {"text": "two"}]), encoding="utf-8")
     assert [document.answer for document in open_documents(array)] == ["one", "two"]
-    marked = write_rows(tmp_path / "marked.jsonl", b"\xef\xbb\xbf" + json.dumps({"text": "é"}).encode(), b"", {"text": "two"})
-    assert list(open_documents(marked)) == [Document("", "é", f"{marked}, line 1"), Document("", "two", f"{marked}, line 3")]
+    marked = write_rows(
+        tmp_path / "marked.jsonl",
+        b"\xef\xbb\xbf" + json.dumps({"text": "é"}).encode(),
+        b"",
+        {"text": "two"},
+    )
+    assert list(open_documents(marked)) == [
+        Document("", "é", f"{marked}, line 1"),
+        Document("", "two", f"{marked}, line 3"),
+    ]
     array.write_text("[{]")
     with pytest.raises(MetaVPTError, match=r"rows\.json: broken JSON"):
         list(open_documents(array))
@@ -114,7 +187,9 @@ def test_bad_rows_raise_or_are_counted(line: bytes, reason: str, tmp_path: Path)
 
 def test_empty_streams_and_options(tmp_path: Path):
     path = write_rows(tmp_path / "bad.jsonl", b"{", b"}")
-    with pytest.raises(MetaVPTError, match=r"bad\.jsonl: the stream is empty \(2 rows were skipped\)"):
+    with pytest.raises(
+        MetaVPTError, match=r"bad\.jsonl: the stream is empty \(2 rows were skipped\)"
+    ):
         list(JsonLines(path, PLAIN, on_error="skip"))
     (tmp_path / "empty.txt").write_text("\n \n")
     with pytest.raises(MetaVPTError, match=r"empty\.txt: the stream is empty"):
@@ -130,7 +205,10 @@ def test_empty_streams_and_options(tmp_path: Path):
     assert len(list(open_documents(good, limit=4))) == 4
     everything = list(open_documents(good))
     assert list(open_documents(good, start=1, limit=2)) == everything[1:3]
-    with pytest.raises(MetaVPTError, match=rf"the stream is empty \(0 rows were skipped, {len(everything)} come before start=100\)"):
+    with pytest.raises(
+        MetaVPTError,
+        match=rf"the stream is empty \(0 rows were skipped, {len(everything)} come before start=100\)",
+    ):
         list(open_documents(good, start=100))
     with pytest.raises(MetaVPTError, match="start=-1 must not be negative"):
         open_documents(good, start=-1)
@@ -139,9 +217,18 @@ def test_empty_streams_and_options(tmp_path: Path):
 def test_units_of_plain_text(tmp_path: Path):
     path = tmp_path / "prose.txt"
     path.write_bytes(b"\n \nOne.\nStill one.\n \n\nTwo.\n")
-    assert list(PlainText(path)) == [Document("", "One.\nStill one.", f"{path}, line 3"), Document("", "Two.", f"{path}, line 7")]
-    assert [document.answer for document in PlainText(path, unit="line")] == ["One.", "Still one.", "Two."]
-    assert [document.answer for document in PlainText(path, unit="file")] == ["One.\nStill one.\n \n\nTwo."]
+    assert list(PlainText(path)) == [
+        Document("", "One.\nStill one.", f"{path}, line 3"),
+        Document("", "Two.", f"{path}, line 7"),
+    ]
+    assert [document.answer for document in PlainText(path, unit="line")] == [
+        "One.",
+        "Still one.",
+        "Two.",
+    ]
+    assert [document.answer for document in PlainText(path, unit="file")] == [
+        "One.\nStill one.\n \n\nTwo."
+    ]
     with pytest.raises(MetaVPTError, match="unit='page' must be one of"):
         PlainText(path, unit="page")
     path.write_bytes(b"Fine.\n\nNot \xff fine.\n\nFine again.")
@@ -166,25 +253,44 @@ def test_hugging_face_data_sets_in_local_folders(tmp_path: Path, monkeypatch: py
     for folder in ("saved", "saved_dict", "files"):
         found = open_documents(tmp_path / folder, "AI-MO/NuminaMath-CoT")
         assert isinstance(found, HubDataset)
-        assert [document[:2] for document in found] == documents == [document[:2] for document in found]
-    with pytest.raises(MetaVPTError, match=r"saved, row 1: no field 'text' \(it has 'problem', 'solution'\)"):
+        assert (
+            [document[:2] for document in found]
+            == documents
+            == [document[:2] for document in found]
+        )
+    with pytest.raises(
+        MetaVPTError, match=r"saved, row 1: no field 'text' \(it has 'problem', 'solution'\)"
+    ):
         list(open_documents(tmp_path / "saved"))
     with pytest.raises(MetaVPTError, match="files: the data set cannot be read"):
         list(open_documents(tmp_path / "files", split="test"))
 
 
 def test_hub_names_bring_their_format_config_and_split():
-    c4, reasoning = open_documents("allenai/c4"), open_documents("nvidia/OpenMathReasoning", split="tir")
+    c4, reasoning = (
+        open_documents("allenai/c4"),
+        open_documents("nvidia/OpenMathReasoning", split="tir"),
+    )
     assert isinstance(c4, HubDataset)
     assert isinstance(reasoning, HubDataset)
     assert (c4.convert, c4.config, c4.split) == (PLAIN._replace(config="en"), "en", "train")
-    assert (reasoning.convert.answer, reasoning.config, reasoning.split) == ("generated_solution", None, "tir")  # type: ignore[attr-defined]
+    assert (reasoning.convert.answer, reasoning.config, reasoning.split) == (
+        "generated_solution",
+        None,
+        "tir",
+    )  # type: ignore[attr-defined]
 
 
 @pytest.mark.shared_data
 def test_real_files(shared_data: Path):
     found = {
-        name: len(list(open_documents(shared_data / "mathtext" / f"{name}.jsonl", Format("solution", ("problem",)))))
+        name: len(
+            list(
+                open_documents(
+                    shared_data / "mathtext" / f"{name}.jsonl", Format("solution", ("problem",))
+                )
+            )
+        )
         for name in ("math_test", "mathqa_test", "ocw_test", "aqua_dev_test")
     }
     assert found == {"math_test": 5000, "mathqa_test": 1000, "ocw_test": 272, "aqua_dev_test": 508}
@@ -192,4 +298,6 @@ def test_real_files(shared_data: Path):
         path = shared_data / "generaltext" / f"{name}.txt"
         paragraphs = list(open_documents(path))
         assert len(paragraphs) > 500
-        assert sum(len(document.answer.split()) for document in paragraphs) == len(path.read_text(encoding="utf-8").split())
+        assert sum(len(document.answer.split()) for document in paragraphs) == len(
+            path.read_text(encoding="utf-8").split()
+        )

@@ -21,7 +21,9 @@ def test_round_trip_and_digits(tokenizer: Any):
     assert len(tokenizer) == 400
 
 
-def test_it_is_trained_once_and_by_what_it_is_trained_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_it_is_trained_once_and_by_what_it_is_trained_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     monkeypatch.setenv("METAVPT_CACHE", str(tmp_path))
     first = train_tokenizer(TEXTS, 270)
     (folder,) = tmp_path.iterdir()
@@ -35,9 +37,13 @@ def test_it_is_trained_once_and_by_what_it_is_trained_on(tmp_path: Path, monkeyp
 
 def test_the_same_texts_give_the_same_tokenizer_in_another_process(tmp_path: Path):
     code = f"from metavpt.data.tokenizer import train_tokenizer; train_tokenizer({TEXTS!r}, 280, {str(tmp_path / 'there')!r})"
-    subprocess.run([sys.executable, "-c", code], check=True, env={**os.environ, "PYTHONHASHSEED": "7"})
+    subprocess.run(
+        [sys.executable, "-c", code], check=True, env={**os.environ, "PYTHONHASHSEED": "7"}
+    )
     train_tokenizer(TEXTS, 280, tmp_path / "here")
-    here, there = (next((tmp_path / name).glob("bpe-280-*/tokenizer.json")) for name in ("here", "there"))
+    here, there = (
+        next((tmp_path / name).glob("bpe-280-*/tokenizer.json")) for name in ("here", "there")
+    )
     assert here.parent.name == there.parent.name
     assert here.read_bytes() == there.read_bytes()
 
@@ -60,7 +66,9 @@ def test_bad_names(tmp_path: Path, tokenizer: Any):
         load_tokenizer(tmp_path / "no.gguf")
     from transformers import PreTrainedTokenizerFast
 
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer).save_pretrained(tmp_path / "no_eos")
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer).save_pretrained(
+        tmp_path / "no_eos"
+    )
     with pytest.raises(MetaVPTError, match="no_eos: its tokenizer has no EOS token"):
         load_tokenizer(tmp_path / "no_eos")
 

@@ -10,7 +10,11 @@ from metavpt.data.text import Document
 from metavpt.data.tokens import Corpus, Encoded, Encoder, ExampleLoader, TokenBatch, collate
 from metavpt.errors import MetaVPTError
 
-DOCUMENTS = [Document("What is 2 + 40?", "2 + 40 = 42\n#### 42"), Document("", "Plain text, é 山."), Document("Why?", "Because.\n\n  So.")]
+DOCUMENTS = [
+    Document("What is 2 + 40?", "2 + 40 = 42\n#### 42"),
+    Document("", "Plain text, é 山."),
+    Document("Why?", "Because.\n\n  So."),
+]
 MANY = [Document(f"What is {k} + 1?", f"#### {k + 1}", f"line {k}") for k in range(23)]
 
 
@@ -34,8 +38,12 @@ def test_documents_are_prompt_answer_and_eos(tokenizer: Any):
         prompt = encoder.prompt(document.question)
         assert tokens[-1] == tokenizer.eos_token_id
         assert tokenizer.decode(tokens[:num_prompt]) == prompt
-        assert tokenizer.decode(tokens[num_prompt:-1]) == (f" {document.answer}" if prompt else document.answer)
-        assert tokens[:num_prompt].tolist() == tokenizer(prompt)["input_ids"]  # what a model is given when it is to answer
+        assert tokenizer.decode(tokens[num_prompt:-1]) == (
+            f" {document.answer}" if prompt else document.answer
+        )
+        assert (
+            tokens[:num_prompt].tolist() == tokenizer(prompt)["input_ids"]
+        )  # what a model is given when it is to answer
     assert encoder.prompt("Why?") == "Question: Why?\nAnswer:"
 
 
@@ -44,9 +52,15 @@ def test_bos_is_kept_and_is_no_target(tokenizer: Any):
     from transformers import PreTrainedTokenizerFast
 
     backend = type(tokenizer.backend_tokenizer).from_str(tokenizer.backend_tokenizer.to_str())
-    backend.post_processor = TemplateProcessing(single="<|pad|> $A <|endoftext|>", special_tokens=[("<|pad|>", 1), ("<|endoftext|>", 0)])
-    marked = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<|pad|>", eos_token="<|endoftext|>")
-    for plain, (tokens, num_prompt) in zip(Encoder(tokenizer, 256)(DOCUMENTS), Encoder(marked, 256)(DOCUMENTS), strict=True):
+    backend.post_processor = TemplateProcessing(
+        single="<|pad|> $A <|endoftext|>", special_tokens=[("<|pad|>", 1), ("<|endoftext|>", 0)]
+    )
+    marked = PreTrainedTokenizerFast(
+        tokenizer_object=backend, bos_token="<|pad|>", eos_token="<|endoftext|>"
+    )
+    for plain, (tokens, num_prompt) in zip(
+        Encoder(tokenizer, 256)(DOCUMENTS), Encoder(marked, 256)(DOCUMENTS), strict=True
+    ):
         assert tokens.tolist() == [1, *plain.tokens]  # one EOS, not two
         assert num_prompt == plain.num_prompt + 1
 
@@ -72,7 +86,10 @@ def test_long_documents_split_or_cut(room: int, tokenizer: Any):
     length = num_prompt + room
     pieces = list(Encoder(tokenizer, length)([document]))
     assert all(len(piece.tokens) <= length for piece in pieces)
-    assert np.concatenate([pieces[0].tokens, *(piece.tokens[1:] for piece in pieces[1:])]).tolist() == whole.tolist()
+    assert (
+        np.concatenate([pieces[0].tokens, *(piece.tokens[1:] for piece in pieces[1:])]).tolist()
+        == whole.tolist()
+    )
     targets = [piece.tokens[max(piece.num_prompt, 1) :] for piece in pieces]
     assert np.concatenate(targets).tolist() == whole[num_prompt:].tolist()
     cutting = Encoder(tokenizer, length, long="cut")
@@ -82,9 +99,15 @@ def test_long_documents_split_or_cut(room: int, tokenizer: Any):
 
 
 def test_a_prompt_longer_than_the_context(tokenizer: Any):
-    documents = [Document("why " * 50, "So.", "a.jsonl, line 3"), Document("Why?", "So.", "a.jsonl, line 4")]
+    documents = [
+        Document("why " * 50, "So.", "a.jsonl, line 3"),
+        Document("Why?", "So.", "a.jsonl, line 4"),
+    ]
     for long in ("split", "cut"):
-        with pytest.raises(MetaVPTError, match=r"a\.jsonl, line 3: the prompt has \d+ tokens, .* in 40; .*on_error=skip"):
+        with pytest.raises(
+            MetaVPTError,
+            match=r"a\.jsonl, line 3: the prompt has \d+ tokens, .* in 40; .*on_error=skip",
+        ):
             list(Encoder(tokenizer, 40, long)(documents))
         encoder = Encoder(tokenizer, 40, long, on_error="skip")
         assert len(list(encoder(documents))) == 1
@@ -103,13 +126,20 @@ def test_corpus_holds_every_document_and_draws_it_once(tokenizer: Any):
         return [tuple(document.tokens.tolist()) for document in corpus.draw(seed)]
 
     assert order(1) == order(1) != order(2)
-    assert sorted(order(1)) == sorted(order(2)) == sorted(tuple(document.tokens.tolist()) for document in encoded)
+    assert (
+        sorted(order(1))
+        == sorted(order(2))
+        == sorted(tuple(document.tokens.tolist()) for document in encoded)
+    )
     with pytest.raises(MetaVPTError, match="feedback: no document is left"):
         Corpus([], "feedback")
 
 
 def test_collate_by_hand():
-    first, second = Encoded(np.array([5, 6, 7], dtype=np.int32), 2), Encoded(np.array([8, 9], dtype=np.int32), 0)
+    first, second = (
+        Encoded(np.array([5, 6, 7], dtype=np.int32), 2),
+        Encoded(np.array([8, 9], dtype=np.int32), 0),
+    )
     batch = collate([[first, second], [second]], 6, pad=1, seed=3, domains=[0, 2])
     assert batch.tokens.tolist() == [[5, 6, 7, 8, 9, 1], [8, 9, 1, 1, 1, 1]]
     assert batch.positions.tolist() == [[0, 1, 2, 0, 1, 0], [0, 1, 0, 0, 0, 0]]
@@ -131,7 +161,10 @@ def test_examples_skip_to_the_uninterrupted_order(first: int, tokenizer: Any):
     resumed = ExampleLoader(corpus, 4, 7, encoder.pad)
     resumed.skip(first)
     for expected, batch in zip(whole[first:], islice(resumed, 3), strict=True):
-        assert all(torch.equal(torch.as_tensor(a), torch.as_tensor(b)) for a, b in zip(expected, batch, strict=True))
+        assert all(
+            torch.equal(torch.as_tensor(a), torch.as_tensor(b))
+            for a, b in zip(expected, batch, strict=True)
+        )
 
 
 def test_examples_are_whole_documents(tokenizer: Any):
@@ -139,12 +172,20 @@ def test_examples_are_whole_documents(tokenizer: Any):
     loader = ExampleLoader(Corpus(encoder(MANY)), 4, 0, encoder.pad, domain=2)
     batches = list(loader.in_order())
     assert [len(batch.tokens) for batch in batches] == [4, 4, 4, 4, 4, 3]
-    answers = [tokenizer.decode(row[mask][:-1]) for batch in batches for row, mask in zip(batch.tokens, batch.loss_mask, strict=True)]
+    answers = [
+        tokenizer.decode(row[mask][:-1])
+        for batch in batches
+        for row, mask in zip(batch.tokens, batch.loss_mask, strict=True)
+    ]
     assert answers == [f" #### {k + 1}" for k in range(23)]
     for batch in batches:
-        assert (batch.documents >= 0).sum(1).max() == batch.tokens.shape[1]  # padded to the longest, not further
+        assert (batch.documents >= 0).sum(1).max() == batch.tokens.shape[
+            1
+        ]  # padded to the longest, not further
         assert (batch.tokens[batch.documents < 0] == encoder.pad).all()
         assert batch.domain.tolist() == [2] * len(batch.tokens)
     for size in (0, 24):
-        with pytest.raises(MetaVPTError, match=rf"feedback_batch_size={size} .* the 23 feedback documents"):
+        with pytest.raises(
+            MetaVPTError, match=rf"feedback_batch_size={size} .* the 23 feedback documents"
+        ):
             ExampleLoader(loader.corpus, size, 0, encoder.pad)

@@ -45,10 +45,14 @@ def test_an_unreadable_image_is_one_line_also_from_a_worker(num_workers: int):
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
-def test_skipping_puts_the_next_image_in_its_place_and_counts(num_workers: int, capfd: pytest.CaptureFixture[str]):
+def test_skipping_puts_the_next_image_in_its_place_and_counts(
+    num_workers: int, capfd: pytest.CaptureFixture[str]
+):
     skips = Skips()
     whole = list(islice(ImageLoader(Photos(set()), 6, seed=1), 4))
-    batches = list(islice(ImageLoader(Readable(Photos({3, 4}), skips), 6, seed=1, num_workers=num_workers), 4))
+    batches = list(
+        islice(ImageLoader(Readable(Photos({3, 4}), skips), 6, seed=1, num_workers=num_workers), 4)
+    )
     for batch, plain in zip(batches, whole, strict=True):
         expected = torch.where((plain.images == 3) | (plain.images == 4), 5, plain.images)
         assert torch.equal(batch.images, expected)
@@ -61,7 +65,9 @@ def test_skipping_puts_the_next_image_in_its_place_and_counts(num_workers: int, 
 
 
 def test_a_set_of_damaged_images_is_an_error():
-    with pytest.raises(MetaVPTError, match=r"10 images in a row cannot be read, the last: photo11\.jpg"):
+    with pytest.raises(
+        MetaVPTError, match=r"10 images in a row cannot be read, the last: photo11\.jpg"
+    ):
         Readable(Photos(set(range(12))), Skips())[2]
 
 
@@ -79,6 +85,8 @@ def test_a_worker_that_dies_is_named():
     line = dead_worker(str(error.value))
     assert line is not None
     assert line.startswith("DataLoader worker (pid")
-    assert "killed by signal: Killed" in line or "exited unexpectedly" in line  # whichever torch notices first
+    assert (
+        "killed by signal: Killed" in line or "exited unexpectedly" in line
+    )  # whichever torch notices first
     assert "problem.num_workers=0" in line
     assert dead_worker("mat1 and mat2 shapes cannot be multiplied") is None

@@ -32,17 +32,27 @@ def designer(moved: bool = False, size: int = 56, **options: Any) -> BlockMasks:
 def corners(block: list[int], columns: int) -> tuple[int, int, int, int]:
     """(top, left, h, w) of a block, or an error if its patches are no full rectangle."""
     rows, cols = sorted({n // columns for n in block}), sorted({n % columns for n in block})
-    assert sorted(block) == [r * columns + c for r in range(rows[0], rows[-1] + 1) for c in range(cols[0], cols[-1] + 1)]
+    assert sorted(block) == [
+        r * columns + c for r in range(rows[0], rows[-1] + 1) for c in range(cols[0], cols[-1] + 1)
+    ]
     return rows[0], cols[0], len(rows), len(cols)
 
 
 def test_block_sizes_have_the_papers_scales_and_aspects() -> None:
     rng = Generator().manual_seed(0)
-    sizes = torch.tensor([block_size((300, 300), (0.15, 0.2), (0.75, 1.5), rng) for _ in range(2000)]).double()  # rounding is under 1 %
-    for values, (low, high) in ((sizes.prod(1) / 300**2, (0.15, 0.2)), (sizes[:, 0] / sizes[:, 1], (0.75, 1.5))):
+    sizes = torch.tensor(
+        [block_size((300, 300), (0.15, 0.2), (0.75, 1.5), rng) for _ in range(2000)]
+    ).double()  # rounding is under 1 %
+    for values, (low, high) in (
+        (sizes.prod(1) / 300**2, (0.15, 0.2)),
+        (sizes[:, 0] / sizes[:, 1], (0.75, 1.5)),
+    ):
         assert 0.99 * low < values.min() < values.max() < 1.01 * high
         assert values.mean().item() == pytest.approx((low + high) / 2, rel=0.02)  # uniform between
-    assert {block_size((14, 14), (0.85, 1.0), (1.0, 1.0), rng) for _ in range(100)} == {(13, 13), (14, 14)}
+    assert {block_size((14, 14), (0.85, 1.0), (1.0, 1.0), rng) for _ in range(100)} == {
+        (13, 13),
+        (14, 14),
+    }
     assert block_size((2, 9), (0.9, 0.9), (1.0, 1.0), rng) == (2, 4)
 
 
@@ -52,7 +62,9 @@ def test_blocks_are_rectangles_at_uniform_places() -> None:
     assert {corners(block, 5)[2:] for block in blocks.tolist()} == {(2, 3)}
     counts = [places.count((top, left)) for top in range(3) for left in range(3)]
     assert sum(counts) == 6000
-    assert max(abs(count - 6000 / 9) for count in counts) < 4.5 * math.sqrt(6000 * (1 / 9) * (8 / 9))
+    assert max(abs(count - 6000 / 9) for count in counts) < 4.5 * math.sqrt(
+        6000 * (1 / 9) * (8 / 9)
+    )
 
 
 def test_context_is_the_block_without_targets_cut_to_the_smallest() -> None:
@@ -68,7 +80,9 @@ def test_context_is_the_block_without_targets_cut_to_the_smallest() -> None:
 def test_a_context_that_targets_cover_takes_what_fewest_of_them_hold() -> None:
     context = torch.tensor([[0, 1, 2, 3]])
     targets = torch.tensor([[0, 1, 2, 0, 1, 0]])
-    visible = context_patches(context, targets, torch.rand(1, 9, generator=Generator().manual_seed(0)), min_visible=3)
+    visible = context_patches(
+        context, targets, torch.rand(1, 9, generator=Generator().manual_seed(0)), min_visible=3
+    )
     assert visible.tolist() == [[3, 2, 1]]
 
 
@@ -111,7 +125,9 @@ def test_gradient_reaches_every_parameter(estimator) -> None:
     task = blocks(batch())
     w = torch.randn(task.target_weight.shape, generator=Generator().manual_seed(1))
     value = (task.target_weight * w).sum() + (task.log_prob * w[:, 0, 0]).sum()
-    assert all(g.norm() > 0 for g in torch.autograd.grad(value, list(params.named(blocks).values())))
+    assert all(
+        g.norm() > 0 for g in torch.autograd.grad(value, list(params.named(blocks).values()))
+    )
 
 
 @pytest.mark.parametrize(

@@ -22,12 +22,16 @@ STAGES = {
 
 
 def batch(size: int = 3) -> Any:
-    return SimpleNamespace(images=torch.rand(size, 3, 24, 32, generator=Generator().manual_seed(0)), seed=7)
+    return SimpleNamespace(
+        images=torch.rand(size, 3, 24, 32, generator=Generator().manual_seed(0)), seed=7
+    )
 
 
 def chain(*names: str) -> Chain:
     torch.manual_seed(0)
-    recipe = MultiCrop((0.5, 0.5, 0.5), (0.25, 0.25, 0.25), global_size=16, local_size=8, num_local=2)
+    recipe = MultiCrop(
+        (0.5, 0.5, 0.5), (0.25, 0.25, 0.25), global_size=16, local_size=8, num_local=2
+    )
     return Chain(recipe, {name: STAGES[name] for name in names})
 
 
@@ -76,7 +80,9 @@ def test_every_stage_is_reached() -> None:
     total = (task.global_crops.sin().mean(dim=(0, 2, 3, 4)) * task.weights).sum()
     grads = torch.autograd.grad(total, list(params.named(made).values()))
     assert all(grad.isfinite().all() for grad in grads)
-    assert sum(bool(grad.any()) for grad in grads) >= len(grads) - 2  # biases right before a norm may play no part
+    assert (
+        sum(bool(grad.any()) for grad in grads) >= len(grads) - 2
+    )  # biases right before a norm may play no part
 
 
 def test_random_tasks_are_random_in_every_stage() -> None:

@@ -11,7 +11,12 @@ def test_a_normalised_random_crop_and_nothing_else() -> None:
     images = torch.randint(0, 256, (3, 3, 20, 30), dtype=torch.uint8)
     crops = RandomCrop(MEAN, STD, size=16, scale=(0.3, 0.9), flip=0.5)(images, seed=5)
     expected = random_crop(images / 255, 16, (0.3, 0.9), 0.5, torch.Generator().manual_seed(5))
-    torch.testing.assert_close(crops * torch.tensor(STD).view(3, 1, 1) + torch.tensor(MEAN).view(3, 1, 1), expected, atol=1e-6, rtol=0)
+    torch.testing.assert_close(
+        crops * torch.tensor(STD).view(3, 1, 1) + torch.tensor(MEAN).view(3, 1, 1),
+        expected,
+        atol=1e-6,
+        rtol=0,
+    )
     assert RandomCrop(MEAN, STD, size=16)((images / 255).double(), seed=5).dtype == torch.float64
 
 
@@ -31,13 +36,18 @@ def test_flip_mirrors() -> None:
     torch.testing.assert_close(mirrored.flip(-1), plain, atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("options", [{"size": 0}, {"scale": (0.0, 1.0)}, {"scale": (0.5, 0.4)}, {"flip": 1.5}])
+@pytest.mark.parametrize(
+    "options", [{"size": 0}, {"scale": (0.0, 1.0)}, {"scale": (0.5, 0.4)}, {"flip": 1.5}]
+)
 def test_options_out_of_range_are_refused(options) -> None:
     with pytest.raises(MetaVPTError, match="RandomCrop: needs"):
         RandomCrop(MEAN, STD, **options)
 
 
-@pytest.mark.parametrize("images", [torch.zeros(3, 8, 8), torch.zeros(2, 1, 8, 8), torch.zeros(2, 3, 8, 8, dtype=torch.int64)])
+@pytest.mark.parametrize(
+    "images",
+    [torch.zeros(3, 8, 8), torch.zeros(2, 1, 8, 8), torch.zeros(2, 3, 8, 8, dtype=torch.int64)],
+)
 def test_other_images_are_refused(images) -> None:
     with pytest.raises(MetaVPTError, match="RandomCrop: images must be"):
         RandomCrop(MEAN, STD, size=8)(images, 0)

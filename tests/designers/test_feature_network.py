@@ -6,14 +6,22 @@ from metavpt.data.loader import Batch
 from metavpt.designers.crop import RandomCrop
 from metavpt.designers.feature_network import FeatureNetwork
 
-IMAGES = torch.randint(0, 256, (3, 3, 24, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+IMAGES = torch.randint(
+    0, 256, (3, 3, 24, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
+)
 BATCH = Batch(IMAGES, seed=5)
 
 
 def designer(std=0.3, **options):
     """float64 but for its images, away from where it starts by `std`."""
     torch.manual_seed(0)
-    made = FeatureNetwork(RandomCrop((0.5,) * 3, (0.2,) * 3, size=16), patch_size=4, width=12, hidden_width=8, **options).double()
+    made = FeatureNetwork(
+        RandomCrop((0.5,) * 3, (0.2,) * 3, size=16),
+        patch_size=4,
+        width=12,
+        hidden_width=8,
+        **options,
+    ).double()
     for parameter in made.network.write.parameters():
         torch.nn.init.normal_(parameter, std=std)
     return made
@@ -21,7 +29,9 @@ def designer(std=0.3, **options):
 
 def described(num=3, seed=1):
     """states, features: (num, 16, 12) each."""
-    return torch.randn(2, num, 16, 12, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)).unbind()
+    return torch.randn(
+        2, num, 16, 12, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)
+    ).unbind()
 
 
 def test_moves_are_those_written_out_patch_by_patch():
@@ -29,17 +39,30 @@ def test_moves_are_those_written_out_patch_by_patch():
     (states, features), task = described(), made(BATCH)
     found = made.moves(task._replace(gate=task.gate.double()), states, features)
     network = made.network
-    seen = torch.cat([(states - states.mean(-1, keepdim=True)) / (states.var(-1, correction=0, keepdim=True) + 1e-5).sqrt(), features], -1)
+    seen = torch.cat(
+        [
+            (states - states.mean(-1, keepdim=True))
+            / (states.var(-1, correction=0, keepdim=True) + 1e-5).sqrt(),
+            features,
+        ],
+        -1,
+    )
     hidden = F.gelu(seen @ network.read.weight[:, :, 0, 0].T + network.read.bias)
     for b, row, column in [(0, 0, 0), (1, 2, 1), (2, 3, 3)]:
         mixed = network.mix.bias.clone()
         for i in (-1, 0, 1):
             for j in (-1, 0, 1):
                 if 0 <= row + i < 4 and 0 <= column + j < 4:
-                    mixed = mixed + network.mix.weight[:, :, i + 1, j + 1] @ hidden[b, 4 * (row + i) + column + j]
+                    mixed = (
+                        mixed
+                        + network.mix.weight[:, :, i + 1, j + 1]
+                        @ hidden[b, 4 * (row + i) + column + j]
+                    )
         own = hidden[b, 4 * row + column] + F.gelu(mixed)
         expected = 0.7 * (network.write.weight[:, :, 0, 0] @ own + network.write.bias)
-        torch.testing.assert_close(found[b, 4 * row + column], expected, rtol=1e-6, atol=1e-8)  # the gate was made in float32
+        torch.testing.assert_close(
+            found[b, 4 * row + column], expected, rtol=1e-6, atol=1e-8
+        )  # the gate was made in float32
 
 
 def test_an_untrained_designer_moves_nothing_and_makes_the_recipes_views():
@@ -69,16 +92,28 @@ def test_the_loss_is_minus_value_with_a_trust_region_and_its_gradient_is_finite_
     made = designer()
     states, features = described()
     values = torch.randn(3, 16, 12, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
-    lesson = {"states": states, "features": features, "values": values, "grid": torch.tensor([[4, 4]] * 3)}
+    lesson = {
+        "states": states,
+        "features": features,
+        "values": values,
+        "grid": torch.tensor([[4, 4]] * 3),
+    }
     y = made.network(states, features, (4, 4)).detach()
-    assert float(made.loss(lesson).detach()) == pytest.approx(float(-(y * values).mean() + (y * y).mean() / 2), rel=1e-12)
+    assert float(made.loss(lesson).detach()) == pytest.approx(
+        float(-(y * values).mean() + (y * y).mean() / 2), rel=1e-12
+    )
     weight = getattr(made.network, name).weight
     (gradient,) = torch.autograd.grad(made.loss(lesson), weight)
-    direction, step = torch.randn(weight.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(3)), 1e-5
+    direction, step = (
+        torch.randn(weight.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(3)),
+        1e-5,
+    )
     with torch.no_grad():
         ends = []
         for sign in (1, -1):
             weight.add_(sign * step * direction)
             ends.append(float(made.loss(lesson)))
             weight.add_(-sign * step * direction)
-    assert (ends[0] - ends[1]) / (2 * step) == pytest.approx(float((gradient * direction).sum()), rel=1e-6)
+    assert (ends[0] - ends[1]) / (2 * step) == pytest.approx(
+        float((gradient * direction).sum()), rel=1e-6
+    )

@@ -6,13 +6,17 @@ from metavpt.data.loader import Batch
 from metavpt.designers.crop import RandomCrop
 from metavpt.designers.feature_targets import FeatureTargets, FeatureTask, moved, tilted
 
-IMAGES = torch.randint(0, 256, (3, 3, 24, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+IMAGES = torch.randint(
+    0, 256, (3, 3, 24, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
+)
 BATCH = Batch(IMAGES, seed=5)
 
 
 def designer(**options):
     torch.manual_seed(0)
-    return FeatureTargets(RandomCrop((0.5,) * 3, (0.2,) * 3, size=16), patch_size=4, width=12, **options)
+    return FeatureTargets(
+        RandomCrop((0.5,) * 3, (0.2,) * 3, size=16), patch_size=4, width=12, **options
+    )
 
 
 def features():
@@ -21,7 +25,9 @@ def features():
 
 def in_float64(task):
     *tensors, phi = task
-    return FeatureTask(*(part if part.dtype == torch.bool else part.double() for part in tensors), phi)
+    return FeatureTask(
+        *(part if part.dtype == torch.bool else part.double() for part in tensors), phi
+    )
 
 
 def test_an_untrained_designer_is_the_recipe_bit_for_bit():
@@ -46,7 +52,9 @@ def test_the_map_moves_features_as_written_out_patch_by_patch_and_never_beyond_t
     task, x = in_float64(made(BATCH)), features()
     out = moved(x, task)
     mean = sum(x[b, n] for b in range(3) for n in range(16)) / 48
-    y = torch.stack([torch.stack([(x[b, n] - mean) @ made.map for n in range(16)]) for b in range(3)])
+    y = torch.stack(
+        [torch.stack([(x[b, n] - mean) @ made.map for n in range(16)]) for b in range(3)]
+    )
     expected = x + 0.7 * y / (1 + (y**2).sum() / y.numel()) ** 0.5
     torch.testing.assert_close(out, expected, rtol=1e-6, atol=1e-6)  # the task was made in float32
     assert (out - x).square().mean().sqrt() < 0.7
@@ -81,15 +89,24 @@ def test_tilted_targets_are_the_best_within_their_trust_region(tau):
     def objective(s):
         return float((s * scaled).sum() - tau / 2 * s.square().sum())
 
-    assert all(objective(shift + 0.1 * torch.randn_like(shift)) < objective(shift) for _ in range(20))
+    assert all(
+        objective(shift + 0.1 * torch.randn_like(shift)) < objective(shift) for _ in range(20)
+    )
     assert float(shift.square().mean()) == pytest.approx(1 / tau**2, rel=1e-9)
-    torch.testing.assert_close(moved(x, tilted(task, values, 0.3, tau)) - x, 0.3 * shift, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(
+        moved(x, tilted(task, values, 0.3, tau)) - x, 0.3 * shift, rtol=1e-9, atol=1e-12
+    )
 
 
 def test_greedy_targets_go_the_same_way_patch_by_patch_by_the_gate():
     values, x = torch.randn(3, 16, 12, dtype=torch.float64), features()
     shift = moved(x, tilted(in_float64(designer().recipe_task(BATCH)), values, 0.4, 0.0)) - x
-    torch.testing.assert_close(shift.square().mean(dim=-1).sqrt(), torch.full((3, 16), 0.4, dtype=torch.float64), rtol=1e-9, atol=0)
+    torch.testing.assert_close(
+        shift.square().mean(dim=-1).sqrt(),
+        torch.full((3, 16), 0.4, dtype=torch.float64),
+        rtol=1e-9,
+        atol=0,
+    )
     assert (torch.cosine_similarity(shift, values, dim=-1) > 1 - 1e-9).all()
 
 

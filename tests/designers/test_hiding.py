@@ -21,7 +21,9 @@ def images(size: int = 6) -> torch.Tensor:
 @pytest.mark.parametrize("grid", [(14, 14), (6, 8), (2, 2), (1, 5)])
 def test_a_mask_never_hides_more_than_it_is_told_and_seldom_less(grid: tuple[int, int]) -> None:
     asked = math.prod(grid) // 2
-    hidden = [int(blockwise_mask(grid, asked, np.random.default_rng(seed)).sum()) for seed in range(50)]
+    hidden = [
+        int(blockwise_mask(grid, asked, np.random.default_rng(seed)).sum()) for seed in range(50)
+    ]
     assert max(hidden) <= asked
     assert sum(hidden) >= 0.95 * asked * len(hidden)
     assert not blockwise_mask(grid, 0, np.random.default_rng(0)).any()
@@ -62,7 +64,9 @@ def test_crops_are_the_same_with_hidden_patches_and_without() -> None:
     assert torch.equal(plain.local_crops, hiding.local_crops)
 
 
-@pytest.mark.parametrize("changes", [{"patch_size": 5}, {"patch_size": 4, "hidden_share": (0.5, 0.2)}])
+@pytest.mark.parametrize(
+    "changes", [{"patch_size": 5}, {"patch_size": 4, "hidden_share": (0.5, 0.2)}]
+)
 def test_what_makes_no_sense_is_refused(changes: dict) -> None:
     with pytest.raises(MetaVPTError, match="hidden_share"):
         recipe(**changes)

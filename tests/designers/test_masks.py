@@ -8,20 +8,37 @@ from torch import Generator, Tensor, nn
 from torch.func import functional_call
 
 from metavpt import params
-from metavpt.designers.masks import MaskDesigner, PatchTransformer, UNet, gaussian_blur, random_masks, total_variation
+from metavpt.designers.masks import (
+    MaskDesigner,
+    PatchTransformer,
+    UNet,
+    gaussian_blur,
+    random_masks,
+    total_variation,
+)
 from metavpt.designers.views import MultiCrop, Views
 from metavpt.errors import MetaVPTError
 
-NETWORKS = {"unet": lambda: UNet(base=4, depth=2), "transformer": lambda: PatchTransformer(patch_size=4, width=8, depth=1, num_heads=2)}
+NETWORKS = {
+    "unet": lambda: UNet(base=4, depth=2),
+    "transformer": lambda: PatchTransformer(patch_size=4, width=8, depth=1, num_heads=2),
+}
 
 
 def batch(size: int = 2) -> Any:
-    return SimpleNamespace(images=torch.rand(size, 3, 24, 32, dtype=torch.float64, generator=Generator().manual_seed(0)), seed=7)
+    return SimpleNamespace(
+        images=torch.rand(
+            size, 3, 24, 32, dtype=torch.float64, generator=Generator().manual_seed(0)
+        ),
+        seed=7,
+    )
 
 
 def designer(network: str = "unet", randomised: bool = False, **changes: Any) -> MaskDesigner:
     torch.manual_seed(0)
-    recipe = MultiCrop((0.5, 0.5, 0.5), (0.25, 0.25, 0.25), global_size=16, local_size=8, num_local=2)
+    recipe = MultiCrop(
+        (0.5, 0.5, 0.5), (0.25, 0.25, 0.25), global_size=16, local_size=8, num_local=2
+    )
     made = MaskDesigner(recipe, NETWORKS[network](), **({"blur_sigma": 2.0} | changes)).double()
     if randomised:  # away from the clamp's kinks: mu within 0.5 +- 0.4
         nn.init.normal_(made.network.out.weight, std=0.02)
@@ -39,8 +56,12 @@ def test_a_new_designer_is_the_recipe_bit_for_bit(network: str, on: str) -> None
     assert (task.masks == 1).all()
     assert (task.excess == 0).all()
     assert plain.masks is None
-    grads = torch.autograd.grad(task.global_crops.square().sum(), list(made.network.out.parameters()))
-    assert all(grad.abs().sum() > 0 for grad in grads)  # the clamp lets the designer leave the recipe
+    grads = torch.autograd.grad(
+        task.global_crops.square().sum(), list(made.network.out.parameters())
+    )
+    assert all(
+        grad.abs().sum() > 0 for grad in grads
+    )  # the clamp lets the designer leave the recipe
 
 
 @pytest.mark.parametrize("network", NETWORKS)
@@ -48,7 +69,9 @@ def test_a_new_designer_is_the_recipe_bit_for_bit(network: str, on: str) -> None
 def test_every_parameter_is_reached(network: str, randomised: bool) -> None:
     made = designer(network, randomised)
     phi = params.named(made)
-    grads = torch.autograd.grad(made(batch()).global_crops.sin().sum(), list(phi.values()))  # raises for one that is not
+    grads = torch.autograd.grad(
+        made(batch()).global_crops.sin().sum(), list(phi.values())
+    )  # raises for one that is not
     if randomised:
         silent = [name for name, grad in zip(phi, grads, strict=True) if not grad.abs().sum()]
         assert all(name.endswith("attn.qkv.bias") for name in silent)
@@ -90,12 +113,20 @@ def naive_regularizer(made: MaskDesigner, masks: list[Tensor], excess: Tensor) -
         for mu in mask.flatten(0, 1)[:, 0].tolist():
             height, width = len(mu), len(mu[0])
             kept.append(sum(sum(row) for row in mu) / (height * width))
-            rows = sum(abs(mu[i + 1][j] - mu[i][j]) for i in range(height - 1) for j in range(width)) / ((height - 1) * width)
-            columns = sum(abs(mu[i][j + 1] - mu[i][j]) for i in range(height) for j in range(width - 1)) / (height * (width - 1))
+            rows = sum(
+                abs(mu[i + 1][j] - mu[i][j]) for i in range(height - 1) for j in range(width)
+            ) / ((height - 1) * width)
+            columns = sum(
+                abs(mu[i][j + 1] - mu[i][j]) for i in range(height) for j in range(width - 1)
+            ) / (height * (width - 1))
             variation.append(rows + columns)
     mean = sum(kept) / len(kept)
     extra = sum(sum(row) for row in excess.tolist()) / excess.numel()
-    return made.sparsity_weight * (mean - made.keep) ** 2 + made.tv_weight * sum(variation) / len(variation) + made.excess_weight * extra
+    return (
+        made.sparsity_weight * (mean - made.keep) ** 2
+        + made.tv_weight * sum(variation) / len(variation)
+        + made.excess_weight * extra
+    )
 
 
 @pytest.mark.parametrize("on", ["global", "all"])
@@ -104,11 +135,15 @@ def test_regularizer_equals_loops(on: str) -> None:
     nn.init.normal_(made.network.out.weight, std=2.0)
     task = made(batch())
     masks = [mask for mask in (task.masks, task.local_masks) if mask is not None]
-    assert made.regularizer(task).item() == pytest.approx(naive_regularizer(made, masks, task.excess), abs=1e-12)
+    assert made.regularizer(task).item() == pytest.approx(
+        naive_regularizer(made, masks, task.excess), abs=1e-12
+    )
     views = made.recipe_task(batch())
     crops = [views.global_crops, views.local_crops][: len(masks)]
     logits = [1 + made.network(crop.flatten(0, 1)) for crop in crops]
-    expected = torch.cat([((z - 1).clamp(min=0) + (-z).clamp(min=0)).mean((1, 2, 3)) for z in logits])
+    expected = torch.cat(
+        [((z - 1).clamp(min=0) + (-z).clamp(min=0)).mean((1, 2, 3)) for z in logits]
+    )
     torch.testing.assert_close(task.excess.flatten(), expected, atol=1e-14, rtol=0)
     assert task.excess.min() > 0
 
@@ -117,7 +152,9 @@ def test_the_excess_term_pulls_stuck_pixels_back() -> None:
     made = designer(initial_keep=0.5, keep=0.5, tv_weight=0.0)
     nn.init.constant_(made.network.out.bias, 2.0)  # every pixel is clamped
     task = made(batch())
-    (value_grad,) = torch.autograd.grad(task.global_crops.sum(), made.network.out.bias, retain_graph=True)
+    (value_grad,) = torch.autograd.grad(
+        task.global_crops.sum(), made.network.out.bias, retain_graph=True
+    )
     (pull,) = torch.autograd.grad(made.regularizer(task), made.network.out.bias)
     assert value_grad.item() == 0
     assert pull.item() == pytest.approx(made.excess_weight, abs=1e-12)
@@ -160,7 +197,9 @@ def test_blur_of_an_impulse_is_a_gaussian() -> None:
     image[..., 10, 10] = 1.0
     weights = torch.exp(-(torch.arange(-6, 7, dtype=torch.float64) ** 2) / (2 * 2.0**2))
     weights /= weights.sum()
-    torch.testing.assert_close(gaussian_blur(image, 2.0)[0, 0, 4:17, 4:17], weights[:, None] * weights, atol=1e-15, rtol=0)
+    torch.testing.assert_close(
+        gaussian_blur(image, 2.0)[0, 0, 4:17, 4:17], weights[:, None] * weights, atol=1e-15, rtol=0
+    )
 
 
 def test_seed_decides_and_global_state_is_left_alone() -> None:

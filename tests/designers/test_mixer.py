@@ -20,7 +20,12 @@ TERMS = {"dino": 1.0, "ibot": 1.0, "koleo": 0.1, "gram": 0.0}
 
 
 def batch(size: int = 5) -> Any:
-    return SimpleNamespace(images=torch.rand(size, 3, 24, 32, dtype=torch.float64, generator=Generator().manual_seed(0)), seed=7)
+    return SimpleNamespace(
+        images=torch.rand(
+            size, 3, 24, 32, dtype=torch.float64, generator=Generator().manual_seed(0)
+        ),
+        seed=7,
+    )
 
 
 def recipe() -> MultiCrop:
@@ -42,10 +47,15 @@ def losses(size: int = 5) -> Tensor:
     return torch.rand(3, size, dtype=torch.float64, generator=Generator().manual_seed(3))
 
 
-@pytest.mark.parametrize("terms", [TERMS, {"dino": 0.7, "ibot": 0.3}, {"dino": 1 / 3, "ibot": 0.1, "koleo": 0.07, "gram": 2.3}])
+@pytest.mark.parametrize(
+    "terms",
+    [TERMS, {"dino": 0.7, "ibot": 0.3}, {"dino": 1 / 3, "ibot": 0.1, "koleo": 0.07, "gram": 2.3}],
+)
 @pytest.mark.parametrize("per_image", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_a_new_designer_mixes_as_the_recipe_to_the_last_bit(terms: dict[str, float], per_image: bool, dtype: torch.dtype) -> None:
+def test_a_new_designer_mixes_as_the_recipe_to_the_last_bit(
+    terms: dict[str, float], per_image: bool, dtype: torch.dtype
+) -> None:
     made = designer(per_image, terms=terms).to(dtype)
     weights = [weight for weight in terms.values() if weight]
     for size in (1, 3, 49, 64):
@@ -55,7 +65,9 @@ def test_a_new_designer_mixes_as_the_recipe_to_the_last_bit(terms: dict[str, flo
         assert torch.equal(task.mix, torch.tensor(weights, dtype=dtype)[:, None].expand(-1, size))
         assert torch.equal(task.global_crops, made.recipe_task(given).global_crops)
         of_terms = torch.rand(len(weights), size, dtype=dtype)
-        assert torch.equal(mix_terms(of_terms, weights, task.mix), mix_terms(of_terms, weights, None))
+        assert torch.equal(
+            mix_terms(of_terms, weights, task.mix), mix_terms(of_terms, weights, None)
+        )
     assert made.recipe_task(given).mix is None
     assert made.regularizer(task).item() == pytest.approx(0.0, abs=1e-7)
 
@@ -66,32 +78,58 @@ def test_weights_are_the_formula_and_keep_their_sum() -> None:
     logits = made.logits + made.head(made.encoder((batch().images - 0.5) / 0.25))
     for b in range(5):
         odds = [p * math.exp(x) for p, x in zip((1.0, 1.0, 0.1), logits[b].tolist(), strict=True)]
-        torch.testing.assert_close(mix[:, b], torch.tensor([2.1 * o / sum(odds) for o in odds], dtype=torch.float64), atol=1e-12, rtol=0)
+        torch.testing.assert_close(
+            mix[:, b],
+            torch.tensor([2.1 * o / sum(odds) for o in odds], dtype=torch.float64),
+            atol=1e-12,
+            rtol=0,
+        )
     assert mix.std(dim=1).min() > 1e-4
-    torch.testing.assert_close(designer(False, True)(batch()).mix.std(dim=1), torch.zeros(3, dtype=torch.float64), atol=1e-12, rtol=0)
+    torch.testing.assert_close(
+        designer(False, True)(batch()).mix.std(dim=1),
+        torch.zeros(3, dtype=torch.float64),
+        atol=1e-12,
+        rtol=0,
+    )
 
 
 def test_the_loss_is_the_weighted_sum_of_the_terms() -> None:
     mix = designer(randomised=True)(batch()).mix.detach()
-    expected = [sum(float(w * loss) for w, loss in zip(mix[:, b], losses()[:, b], strict=True)) for b in range(5)]
-    torch.testing.assert_close(mix_terms(losses(), TERMS.values(), mix), torch.tensor(expected, dtype=torch.float64))
+    expected = [
+        sum(float(w * loss) for w, loss in zip(mix[:, b], losses()[:, b], strict=True))
+        for b in range(5)
+    ]
+    torch.testing.assert_close(
+        mix_terms(losses(), TERMS.values(), mix), torch.tensor(expected, dtype=torch.float64)
+    )
     plain = mix_terms(losses(), [1.0, 1.0, 0.1], None)
-    torch.testing.assert_close(plain, losses()[0] + losses()[1] + 0.1 * losses()[2], atol=1e-15, rtol=0)
+    torch.testing.assert_close(
+        plain, losses()[0] + losses()[1] + 0.1 * losses()[2], atol=1e-15, rtol=0
+    )
 
 
 def test_the_regularizer_is_the_divergence_from_the_recipe() -> None:
     made = designer(randomised=True, kl_weight=0.3)
     task = made(batch())
     p = [1 / 2.1, 1 / 2.1, 0.1 / 2.1]
-    kl = [sum(w / 2.1 * math.log(w / 2.1 / q) for w, q in zip(task.mix[:, b].tolist(), p, strict=True)) for b in range(5)]
+    kl = [
+        sum(
+            w / 2.1 * math.log(w / 2.1 / q) for w, q in zip(task.mix[:, b].tolist(), p, strict=True)
+        )
+        for b in range(5)
+    ]
     assert made.regularizer(task).item() == pytest.approx(0.3 * sum(kl) / 5, abs=1e-12)
-    edge = task._replace(mix=torch.tensor([[2.1], [0.0], [0.0]], dtype=torch.float64, requires_grad=True))
+    edge = task._replace(
+        mix=torch.tensor([[2.1], [0.0], [0.0]], dtype=torch.float64, requires_grad=True)
+    )
     assert made.regularizer(edge).item() == pytest.approx(0.3 * math.log(2.1), abs=1e-9)
     assert torch.autograd.grad(made.regularizer(edge), edge.mix)[0].isfinite().all()
 
 
 @pytest.mark.parametrize("per_image", [True, False])
-def test_every_parameter_is_reached_and_the_gradient_is_that_of_differences(per_image: bool) -> None:
+def test_every_parameter_is_reached_and_the_gradient_is_that_of_differences(
+    per_image: bool,
+) -> None:
     made = designer(per_image, randomised=True)
     phi = params.clone(params.named(made))
 
@@ -105,7 +143,9 @@ def test_every_parameter_is_reached_and_the_gradient_is_that_of_differences(per_
 def test_a_new_designer_has_a_gradient() -> None:
     made = designer()
     loss = mix_terms(losses(), TERMS.values(), made(batch()).mix).mean()
-    assert all(grad.abs().sum() > 0 for grad in torch.autograd.grad(loss, [made.logits, made.head.weight]))
+    assert all(
+        grad.abs().sum() > 0 for grad in torch.autograd.grad(loss, [made.logits, made.head.weight])
+    )
 
 
 def test_random_tasks_are_the_same_views_under_other_mixes() -> None:
@@ -114,7 +154,9 @@ def test_random_tasks_are_the_same_views_under_other_mixes() -> None:
     assert torch.equal(first.global_crops, made.recipe_task(batch()).global_crops)
     assert not torch.equal(first.mix, second.mix)
     assert torch.equal(first.mix, made.random_tasks(batch(), 1)[0].mix)
-    torch.testing.assert_close(first.mix.sum(dim=0), torch.full((5,), 2.1, dtype=torch.float64), atol=1e-12, rtol=0)
+    torch.testing.assert_close(
+        first.mix.sum(dim=0), torch.full((5,), 2.1, dtype=torch.float64), atol=1e-12, rtol=0
+    )
 
 
 def test_it_stands_in_a_chain_with_others() -> None:

@@ -31,7 +31,11 @@ def designer(network: nn.Module | None = None, moved: bool = False, **options: A
 
 
 @pytest.mark.parametrize("estimator", ESTIMATORS)
-@pytest.mark.parametrize("network", [PatchScores(4, 8), UNet(4, 1), PatchTransformer(4, 8, 1, 2)], ids=lambda n: type(n).__name__)
+@pytest.mark.parametrize(
+    "network",
+    [PatchScores(4, 8), UNet(4, 1), PatchTransformer(4, 8, 1, 2)],
+    ids=lambda n: type(n).__name__,
+)
 def test_a_new_designer_is_the_recipe_bit_for_bit(network, estimator) -> None:
     masks = designer(network, estimator=estimator)
     task, recipe = masks(batch()), masks.recipe_task(batch())
@@ -87,7 +91,11 @@ def test_gradient_reaches_every_parameter(estimator) -> None:
     masks = designer(moved=True, estimator=estimator)
     task = masks(batch())
     w = torch.randn(3, 1, 27, generator=torch.Generator().manual_seed(1))
-    value = (task.target_weight * w).sum() + (task.visible_weight * w[:, 0, :9]).sum() + (task.log_prob * w[:, 0, 0]).sum()
+    value = (
+        (task.target_weight * w).sum()
+        + (task.visible_weight * w[:, 0, :9]).sum()
+        + (task.log_prob * w[:, 0, 0]).sum()
+    )
     gradients = torch.autograd.grad(value, list(params.named(masks).values()))
     assert all(g.norm() > 0 for g in gradients)
 
@@ -104,7 +112,11 @@ def test_regularizer_is_the_divergence_from_uniform() -> None:
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [({"hidden": 1.0}, "hidden=1.0"), ({"hidden": 0.0}, "hidden=0.0"), ({"estimator": "reinforce"}, "known are relaxed")],
+    [
+        ({"hidden": 1.0}, "hidden=1.0"),
+        ({"hidden": 0.0}, "hidden=0.0"),
+        ({"estimator": "reinforce"}, "known are relaxed"),
+    ],
 )
 def test_options_out_of_range_are_refused(options, message) -> None:
     with pytest.raises(MetaVPTError, match=message):

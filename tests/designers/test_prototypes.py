@@ -18,15 +18,28 @@ K = 12
 
 
 def batch(size: int = 3) -> Any:
-    return SimpleNamespace(images=torch.rand(size, 3, 24, 32, dtype=torch.float64, generator=Generator().manual_seed(0)), seed=7)
+    return SimpleNamespace(
+        images=torch.rand(
+            size, 3, 24, 32, dtype=torch.float64, generator=Generator().manual_seed(0)
+        ),
+        seed=7,
+    )
 
 
 def designer(open_gates: bool = False, **changes: Any) -> PrototypeDesigner:
     torch.manual_seed(0)
-    hiding = {"patch_size": 4, "hidden_prob": 1.0, "hidden_share": (0.3, 0.5)} if changes.get("patches") else {}
-    recipe = MultiCrop((0.5, 0.5, 0.5), (0.25, 0.25, 0.25), global_size=16, local_size=8, num_local=1, **hiding)
+    hiding = (
+        {"patch_size": 4, "hidden_prob": 1.0, "hidden_share": (0.3, 0.5)}
+        if changes.get("patches")
+        else {}
+    )
+    recipe = MultiCrop(
+        (0.5, 0.5, 0.5), (0.25, 0.25, 0.25), global_size=16, local_size=8, num_local=1, **hiding
+    )
     arguments: dict[str, Any] = {"num_prototypes": K, "rank": 4, "support": 5}
-    made = PrototypeDesigner(recipe, ImageEncoder(width=8, depth=2, size=8), **(arguments | changes)).double()
+    made = PrototypeDesigner(
+        recipe, ImageEncoder(width=8, depth=2, size=8), **(arguments | changes)
+    ).double()
     if open_gates:
         nn.init.normal_(made.gate.weight, std=3.0)
         if made.patches is not None:
@@ -36,11 +49,22 @@ def designer(open_gates: bool = False, **changes: Any) -> PrototypeDesigner:
 
 def patch_teacher(task: Views) -> Tensor:
     """(M, K)"""
-    return torch.randn(int(task.hidden.sum()), K, dtype=torch.float64, generator=Generator().manual_seed(8)).mul(2).softmax(-1)
+    return (
+        torch.randn(
+            int(task.hidden.sum()), K, dtype=torch.float64, generator=Generator().manual_seed(8)
+        )
+        .mul(2)
+        .softmax(-1)
+    )
 
 
 def teacher(dtype: torch.dtype = torch.float64) -> Tensor:
-    return torch.randn(2, 3, K, dtype=torch.float64, generator=Generator().manual_seed(4)).mul(2).softmax(-1).to(dtype)
+    return (
+        torch.randn(2, 3, K, dtype=torch.float64, generator=Generator().manual_seed(4))
+        .mul(2)
+        .softmax(-1)
+        .to(dtype)
+    )
 
 
 def views(scores: Tensor, gates: Tensor, support: int = 5) -> Views:
@@ -61,8 +85,13 @@ def test_a_new_designer_leaves_the_teacher_as_it_is_bit_for_bit(dtype: torch.dty
 
 def test_a_gate_at_zero_has_a_gradient_and_so_can_open() -> None:
     made = designer()
-    loss = (reshape(teacher(), made(batch())) * torch.randn(K, dtype=torch.float64, generator=Generator().manual_seed(5))).sum()
-    assert all(grad.abs().sum() > 0 for grad in torch.autograd.grad(loss, list(made.gate.parameters())))
+    loss = (
+        reshape(teacher(), made(batch()))
+        * torch.randn(K, dtype=torch.float64, generator=Generator().manual_seed(5))
+    ).sum()
+    assert all(
+        grad.abs().sum() > 0 for grad in torch.autograd.grad(loss, list(made.gate.parameters()))
+    )
 
 
 def naive(p: list[float], r: list[float], gate: float, support: int) -> list[float]:
@@ -70,7 +99,10 @@ def naive(p: list[float], r: list[float], gate: float, support: int) -> list[flo
     top = sorted(range(len(p)), key=lambda k: -p[k])[:support]
     sign, a = (-1.0 if gate < 0 else 1.0), abs(gate)
     mass, odds = sum(p[k] for k in top), {k: p[k] * math.exp(sign * r[k]) for k in top}
-    return [(1 - a) * p[k] + a * mass * odds[k] / sum(odds.values()) if k in top else p[k] for k in range(len(p))]
+    return [
+        (1 - a) * p[k] + a * mass * odds[k] / sum(odds.values()) if k in top else p[k]
+        for k in range(len(p))
+    ]
 
 
 def test_reshape_follows_the_formula() -> None:
@@ -83,16 +115,23 @@ def test_reshape_follows_the_formula() -> None:
     for g in range(2):
         for b in range(3):
             expected = naive(p[g, b].tolist(), scores[g, b].tolist(), gates[g, b].item(), 5)
-            torch.testing.assert_close(q[g, b], torch.tensor(expected, dtype=torch.float64), atol=1e-12, rtol=0)
+            torch.testing.assert_close(
+                q[g, b], torch.tensor(expected, dtype=torch.float64), atol=1e-12, rtol=0
+            )
     torch.testing.assert_close(q.sum(-1), torch.ones(2, 3, dtype=torch.float64), atol=1e-12, rtol=0)
     assert q.min() >= 0
 
 
 def test_reshape_is_linear_in_the_gate_and_smooth_through_zero() -> None:
     scores = 1e-3 * torch.randn(2, 3, K, dtype=torch.float64, generator=Generator().manual_seed(6))
-    moved = [reshape(teacher(), views(scores, torch.full((2, 3), a, dtype=torch.float64))) - teacher() for a in (0.2, 0.4, -0.2)]
+    moved = [
+        reshape(teacher(), views(scores, torch.full((2, 3), a, dtype=torch.float64))) - teacher()
+        for a in (0.2, 0.4, -0.2)
+    ]
     torch.testing.assert_close(moved[1], 2 * moved[0], atol=1e-14, rtol=0)
-    torch.testing.assert_close(moved[2], -moved[0], atol=1e-7, rtol=0)  # all but second order in the scores
+    torch.testing.assert_close(
+        moved[2], -moved[0], atol=1e-7, rtol=0
+    )  # all but second order in the scores
     assert moved[0].abs().max() > 1e-5
 
 
@@ -136,7 +175,9 @@ def test_gates_and_scores_stay_within_bounds() -> None:
 def test_regularizer_and_figure() -> None:
     made = designer(open_gates=True, gate_weight=0.2)
     task = made(batch())
-    assert made.regularizer(task).item() == pytest.approx(0.2 * sum(g * g for g in task.gates.flatten().tolist()) / 6, abs=1e-12)
+    assert made.regularizer(task).item() == pytest.approx(
+        0.2 * sum(g * g for g in task.gates.flatten().tolist()) / 6, abs=1e-12
+    )
     assert made.figures(batch(), task)["prototypes"].dtype == "uint8"
 
 
@@ -157,7 +198,9 @@ def test_a_new_designer_leaves_the_patches_of_the_teacher_as_they_are_bit_for_bi
     assert task.patch_scores.shape == (2, 3, 16, K)
     assert (task.patch_gates == 0).all()
     assert torch.equal(reshape_patches(patch_teacher(task), task), patch_teacher(task))
-    assert torch.equal(reshape_patches(patch_teacher(task), made.recipe_task(batch())), patch_teacher(task))
+    assert torch.equal(
+        reshape_patches(patch_teacher(task), made.recipe_task(batch())), patch_teacher(task)
+    )
     assert made.regularizer(task).item() == 0
 
 
@@ -169,22 +212,30 @@ def test_hidden_patches_follow_the_formula_each_with_its_own_scores_and_gate() -
     places = task.hidden.nonzero().tolist()
     assert len(places) == len(p) > 3
     for m, (g, b, n) in enumerate(places):
-        expected = naive(p[m].tolist(), task.patch_scores[g, b, n].tolist(), task.patch_gates[g, b, n].item(), 5)
-        torch.testing.assert_close(q[m], torch.tensor(expected, dtype=torch.float64), atol=1e-12, rtol=0)
+        expected = naive(
+            p[m].tolist(), task.patch_scores[g, b, n].tolist(), task.patch_gates[g, b, n].item(), 5
+        )
+        torch.testing.assert_close(
+            q[m], torch.tensor(expected, dtype=torch.float64), atol=1e-12, rtol=0
+        )
     assert task.patch_gates.std() > 1e-3
     squares = task.gates.square().mean() + task.patch_gates.square().mean()
     torch.testing.assert_close(made.regularizer(task), 0.01 * squares)
     assert made.figures(batch(), task)["prototypes"].dtype == "uint8"
 
 
-def test_every_parameter_of_patch_targets_is_reached_and_the_gradient_is_that_of_differences() -> None:
+def test_every_parameter_of_patch_targets_is_reached_and_the_gradient_is_that_of_differences() -> (
+    None
+):
     made = designer(open_gates=True, patches=True)
     phi = params.clone(params.named(made))
     weight = torch.randn(K, dtype=torch.float64, generator=Generator().manual_seed(5))
 
     def total(at: params.Params) -> Tensor:
         task = functional_call(made, at, batch())
-        return (reshape(teacher(), task) * weight).sum() + (reshape_patches(patch_teacher(task), task) * weight).sum()
+        return (reshape(teacher(), task) * weight).sum() + (
+            reshape_patches(patch_teacher(task), task) * weight
+        ).sum()
 
     assert_gradient_is_that_of_differences(total, phi)
 

@@ -16,12 +16,19 @@ from metavpt.errors import MetaVPTError
 
 
 def batch(size: int = 5) -> Any:
-    return SimpleNamespace(images=torch.rand(size, 3, 24, 32, dtype=torch.float64, generator=Generator().manual_seed(0)), seed=7)
+    return SimpleNamespace(
+        images=torch.rand(
+            size, 3, 24, 32, dtype=torch.float64, generator=Generator().manual_seed(0)
+        ),
+        seed=7,
+    )
 
 
 def designer(randomised: bool = False, **changes: Any) -> SelectionDesigner:
     torch.manual_seed(0)
-    recipe = MultiCrop((0.5, 0.5, 0.5), (0.25, 0.25, 0.25), global_size=8, local_size=8, num_local=1)
+    recipe = MultiCrop(
+        (0.5, 0.5, 0.5), (0.25, 0.25, 0.25), global_size=8, local_size=8, num_local=1
+    )
     made = SelectionDesigner(recipe, ImageEncoder(width=8, depth=2, size=8), **changes).double()
     if randomised:
         nn.init.normal_(made.head.weight, std=10.0)
@@ -46,7 +53,9 @@ def test_a_new_designer_weighs_all_alike_to_the_last_bit(size: int, dtype: torch
 def test_weights_are_the_tempered_softmax_times_the_batch() -> None:
     made = designer(randomised=True, temperature=0.5)
     logits = made.head(made.encoder((batch().images - 0.5) / 0.25))[:, 0]
-    torch.testing.assert_close(made(batch()).weights, 5 * (logits / 0.5).softmax(0), atol=1e-12, rtol=0)
+    torch.testing.assert_close(
+        made(batch()).weights, 5 * (logits / 0.5).softmax(0), atol=1e-12, rtol=0
+    )
     assert made(batch()).weights.std() > 0.1
 
 
@@ -81,7 +90,10 @@ def test_every_parameter_is_reached_and_the_gradient_is_that_of_differences() ->
 
 def test_a_new_designer_has_a_gradient() -> None:
     made = designer()
-    loss = weigh(torch.rand(5, dtype=torch.float64, generator=Generator().manual_seed(3)), made(batch()).weights).mean()
+    loss = weigh(
+        torch.rand(5, dtype=torch.float64, generator=Generator().manual_seed(3)),
+        made(batch()).weights,
+    ).mean()
     assert torch.autograd.grad(loss, made.head.weight)[0].abs().sum() > 0
 
 
@@ -100,7 +112,9 @@ def test_the_figure_shows_the_heaviest_and_the_lightest_images() -> None:
         picture = made.figures(batch(), made(batch()))["selection"]
     rows, columns = 2, 5
     assert picture.shape == (rows * (24 + 3) + 2, columns * 32 + 2 * (columns - 1), 3)
-    assert picture[25, 0, 0] > picture[25, -1, 0]  # the bar of the heaviest is brighter than that of the lightest
+    assert (
+        picture[25, 0, 0] > picture[25, -1, 0]
+    )  # the bar of the heaviest is brighter than that of the lightest
 
 
 def test_what_makes_no_sense_is_refused() -> None:

@@ -50,14 +50,19 @@ def task_of(designer):
 def targets_of(task, learner):
     prediction = Prediction.of(learner, params.detach(params.named(learner)), task.batch)
     scores = prediction.scores(K)
-    return task.targets.rule(prediction)(scores.log_probs, scores.candidates, slice(None)), prediction, scores
+    return (
+        task.targets.rule(prediction)(scores.log_probs, scores.candidates, slice(None)),
+        prediction,
+        scores,
+    )
 
 
 def test_with_a_gate_of_0_it_is_the_recipe_bit_for_bit():
     learner, designer = tiny_lm(), state_designer(moved=0.3, gate=0.0)
     theta = params.named(learner)
     plain, own = (
-        value_and_gradient(lambda p, t=t: target_loss(learner, p, t), theta) for t in (designer.recipe_task(BATCH), task_of(designer))
+        value_and_gradient(lambda p, t=t: target_loss(learner, p, t), theta)
+        for t in (designer.recipe_task(BATCH), task_of(designer))
     )
     assert torch.equal(plain[0], own[0])
     assert all(torch.equal(plain[1][name], own[1][name]) for name in theta)
@@ -67,7 +72,13 @@ def test_targets_are_what_the_learner_predicts_from_the_moved_states():
     learner, designer = tiny_lm(), state_designer(moved=0.3)
     with torch.no_grad():
         q, prediction, scores = targets_of(task_of(designer), learner)
-        states = prediction.states / (prediction.states.square().mean(dim=1, keepdim=True) + torch.finfo(torch.float64).eps).sqrt()
+        states = (
+            prediction.states
+            / (
+                prediction.states.square().mean(dim=1, keepdim=True)
+                + torch.finfo(torch.float64).eps
+            ).sqrt()
+        )
         moves = designer.moves(torch.nn.functional.gelu(designer.features(states)))
         logits = (prediction.states + moves) @ prediction.unembedding.T
         r = logits.gather(1, scores.candidates).softmax(dim=1)
@@ -81,10 +92,15 @@ def test_with_the_states_derivative_for_a_move_it_is_the_closed_form():
     learner = tiny_lm()
     g = torch.Generator().manual_seed(5)
     theta = params.detach(params.named(learner))
-    w = {name: torch.randn(theta[name].shape, generator=g, dtype=torch.float64) for name in learner.aligned_parameters()}
+    w = {
+        name: torch.randn(theta[name].shape, generator=g, dtype=torch.float64)
+        for name in learner.aligned_parameters()
+    }
     q, prediction, scores = targets_of(TargetTask(BATCH, Tilted(w, 0.5, 2.0, K)), learner)
     moves = -prediction.slope(w, ForwardMode())
-    scale = spread((moves @ prediction.unembedding.T).gather(1, scores.candidates), scores.log_probs)
+    scale = spread(
+        (moves @ prediction.unembedding.T).gather(1, scores.candidates), scores.log_probs
+    )
     logits = (prediction.states + moves / (2.0 * scale)) @ prediction.unembedding.T
     r = logits.gather(1, scores.candidates).softmax(dim=1)
     torch.testing.assert_close(q[:, 1:], 0.5 * r[:, 1:], rtol=1e-9, atol=1e-12)
@@ -112,7 +128,9 @@ def test_a_new_designer_is_the_learners_own_prediction_and_has_a_gradient_to_lea
     assert torch.equal(q, own)
     aligned = {name: theta[name] for name in problem.aligned_parameters()}
     outer = lambda p: problem.feedback_loss({**theta, **p}, packed([[8]], seed=9))  # noqa: E731
-    new = OneStep(product=LinearProduct())([inner_loss(problem, theta, BATCH)], outer, aligned, params.named(problem.designer)).by_phi
+    new = OneStep(product=LinearProduct())(
+        [inner_loss(problem, theta, BATCH)], outer, aligned, params.named(problem.designer)
+    ).by_phi
     assert float(new["moves.bias"].abs().min()) > 0
 
 
@@ -129,7 +147,10 @@ def test_a_task_holds_no_graph_and_does_not_follow_the_designer():
 def lesson_of(learner, designer, rows=None):
     g = torch.Generator().manual_seed(5)
     theta = params.detach(params.named(learner))
-    w = {name: torch.randn(theta[name].shape, generator=g, dtype=torch.float64) for name in learner.aligned_parameters()}
+    w = {
+        name: torch.randn(theta[name].shape, generator=g, dtype=torch.float64)
+        for name in learner.aligned_parameters()
+    }
     prediction = Prediction.of(learner, theta, BATCH)
     return designer.lesson(prediction, w, ForwardMode(), rows), prediction, w
 
@@ -140,19 +161,32 @@ def test_a_lesson_is_taught_where_targets_are_the_closed_form():
     designer.tau = 0.8
     lesson, prediction, w = lesson_of(learner, designer)
     assert torch.allclose(
-        (lesson["log_probs"].exp() * lesson["values"]).sum(dim=1), torch.zeros(len(lesson["values"])).double(), atol=1e-12
+        (lesson["log_probs"].exp() * lesson["values"]).sum(dim=1),
+        torch.zeros(len(lesson["values"])).double(),
+        atol=1e-12,
     )
-    assert float((lesson["log_probs"].exp() * lesson["values"].square()).sum(dim=1).mean()) == pytest.approx(1.0, rel=1e-12)
+    assert float(
+        (lesson["log_probs"].exp() * lesson["values"].square()).sum(dim=1).mean()
+    ) == pytest.approx(1.0, rel=1e-12)
 
     def loss(scores):
         log_r = (lesson["log_probs"] + scores).log_softmax(dim=1)
-        return -(log_r.exp() * (lesson["values"] - 0.8 * (log_r - lesson["log_probs"]))).sum(dim=1).mean()
+        return (
+            -(log_r.exp() * (lesson["values"] - 0.8 * (log_r - lesson["log_probs"])))
+            .sum(dim=1)
+            .mean()
+        )
 
     best = (lesson["values"] / 0.8).requires_grad_()
     (gradient,) = torch.autograd.grad(loss(best), best)
     assert float(gradient.abs().max()) < 1e-14
     q = Tilted(w, 0.5, 0.8, K).rule(prediction)(*reversed(prediction.scores(K)), slice(None))
-    torch.testing.assert_close(0.5 * (lesson["log_probs"] + best.detach()).softmax(dim=1)[:, 1:], q[:, 1:], rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(
+        0.5 * (lesson["log_probs"] + best.detach()).softmax(dim=1)[:, 1:],
+        q[:, 1:],
+        rtol=1e-9,
+        atol=1e-12,
+    )
     own = designer.loss(lesson, prediction.unembedding).detach()
     assert float(own) > float(loss(best).detach())
     with torch.no_grad():

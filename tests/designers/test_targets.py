@@ -32,14 +32,17 @@ def hypergradient(problem):
     theta = params.detach(params.named(problem.learner))
     aligned = {name: theta[name] for name in problem.aligned_parameters()}
     outer = lambda p: problem.feedback_loss({**theta, **p}, packed([[8]], seed=9))  # noqa: E731
-    return OneStep(product=LinearProduct())([inner_loss(problem, theta, BATCH)], outer, aligned, params.named(problem.designer)).by_phi
+    return OneStep(product=LinearProduct())(
+        [inner_loss(problem, theta, BATCH)], outer, aligned, params.named(problem.designer)
+    ).by_phi
 
 
 def test_a_new_designer_is_the_recipe_bit_for_bit():
     learner, designer = tiny_lm(), tiny_designer()
     theta = params.named(learner)
     plain, own = (
-        value_and_gradient(lambda p, t=t: target_loss(learner, p, t), theta) for t in (designer.recipe_task(BATCH), task_of(designer))
+        value_and_gradient(lambda p, t=t: target_loss(learner, p, t), theta)
+        for t in (designer.recipe_task(BATCH), task_of(designer))
     )
     assert torch.equal(plain[0], own[0])
     assert all(torch.equal(plain[1][name], own[1][name]) for name in theta)
@@ -67,7 +70,9 @@ def test_gates_lie_in_their_range_and_the_regularizer_pulls_what_is_outside():
     expected = 0.1 * ((logits - 1).clamp(min=0) + (-logits).clamp(min=0)).mean()
     torch.testing.assert_close(designer.regularizer(task), expected)
     (by_bias,) = torch.autograd.grad(designer.regularizer(task), designer.gate.bias)
-    assert float(by_bias) == pytest.approx(0.1 * float((logits > 1).double().mean() - (logits < 0).double().mean()))
+    assert float(by_bias) == pytest.approx(
+        0.1 * float((logits > 1).double().mean() - (logits < 0).double().mean())
+    )
 
 
 def test_a_gate_at_either_edge_passes_the_gradient():
@@ -84,8 +89,12 @@ def test_what_is_said_of_a_token_depends_on_it_and_its_context_alone():
     vectors = task_of(designer).targets.vectors
     tokens = BATCH.tokens.clone()
     tokens[0, 3] = (tokens[0, 3] + 1) % VOCAB
-    changed = (task_of(designer, BATCH._replace(tokens=tokens)).targets.vectors - vectors).abs().amax(dim=2)[0] > 1e-9
-    assert changed.tolist() == [False] * 3 + [True] * 2 + [False] * 7  # the second document begins at 5
+    changed = (
+        task_of(designer, BATCH._replace(tokens=tokens)).targets.vectors - vectors
+    ).abs().amax(dim=2)[0] > 1e-9
+    assert (
+        changed.tolist() == [False] * 3 + [True] * 2 + [False] * 7
+    )  # the second document begins at 5
 
 
 def test_a_task_for_the_learner_holds_no_graph_and_leaves_no_gradient_in_the_designer():
@@ -118,7 +127,9 @@ def test_bad_arguments_are_named():
         TargetDesigner(body, num_candidates=41)
     with pytest.raises(MetaVPTError, match="max_gate=0"):
         TargetDesigner(body, num_candidates=4, max_gate=0)
-    untied = random_language_model("llama", 1, vocab_size=VOCAB, hidden_size=8, num_hidden_layers=1, num_attention_heads=2)
+    untied = random_language_model(
+        "llama", 1, vocab_size=VOCAB, hidden_size=8, num_hidden_layers=1, num_attention_heads=2
+    )
     with pytest.raises(MetaVPTError, match="tie_word_embeddings"):
         TargetDesigner(untied, num_candidates=4)
     with pytest.raises(MetaVPTError, match="has no gates"):

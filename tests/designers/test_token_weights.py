@@ -44,7 +44,9 @@ def test_a_new_designer_is_the_recipe_bit_for_bit(per):
     theta = params.named(learner)
     with torch.no_grad():
         tasks = made.recipe_task(BATCH), made(BATCH)
-    plain, own = (value_and_gradient(lambda p, t=t: target_loss(learner, p, t), theta) for t in tasks)
+    plain, own = (
+        value_and_gradient(lambda p, t=t: target_loss(learner, p, t), theta) for t in tasks
+    )
     assert torch.equal(plain[0], own[0])
     assert all(torch.equal(plain[1][name], own[1][name]) for name in theta)
 
@@ -64,7 +66,11 @@ def test_the_loss_is_the_weighted_mean_of_the_tokens_losses():
     with torch.no_grad():
         task = made(BATCH)
         log_probs = learner.logits(BATCH).log_softmax(2)
-        costs = -log_probs[:, :-1].gather(2, BATCH.tokens[:, 1:, None]).squeeze(2)[predicted_tokens(BATCH)[:, 1:]]
+        costs = (
+            -log_probs[:, :-1]
+            .gather(2, BATCH.tokens[:, 1:, None])
+            .squeeze(2)[predicted_tokens(BATCH)[:, 1:]]
+        )
         weights = task.targets.weights[predicted_tokens(BATCH)]
         found = target_loss(learner, params.named(learner), task)
         per_row = target_loss_per_sample(learner, params.named(learner), task)({})
@@ -82,12 +88,18 @@ def test_the_linear_product_is_the_general_one(per):
 
     def hypergradient(product):
         outer = lambda p: problem.feedback_loss({**theta, **p}, packed([[8]], seed=9))  # noqa: E731
-        return OneStep(product=product)([inner_loss(problem, theta, BATCH)], outer, aligned, params.named(problem.designer)).by_phi
+        return OneStep(product=product)(
+            [inner_loss(problem, theta, BATCH)], outer, aligned, params.named(problem.designer)
+        ).by_phi
 
     exact = hypergradient(ExactProduct())
     for name, g in exact.items():
         assert float(g.abs().max()) > 0, name
-    products = LinearProduct(), LinearProduct(CentralDifference(), absolute=False), DifferenceProduct()
+    products = (
+        LinearProduct(),
+        LinearProduct(CentralDifference(), absolute=False),
+        DifferenceProduct(),
+    )
     for product, tolerance in zip(products, (1e-12, 1e-7, 1e-7), strict=True):
         difference = params.add(hypergradient(product), exact, alpha=-1.0)
         assert float(params.norm(difference) / params.norm(exact)) < tolerance
@@ -95,7 +107,11 @@ def test_the_linear_product_is_the_general_one(per):
 
 def test_random_tasks_are_the_batchs_own():
     made = designer()
-    first, again, other = made.random_tasks(BATCH, 2), made.random_tasks(BATCH, 2), made.random_tasks(BATCH._replace(seed=5), 1)
+    first, again, other = (
+        made.random_tasks(BATCH, 2),
+        made.random_tasks(BATCH, 2),
+        made.random_tasks(BATCH._replace(seed=5), 1),
+    )
     assert torch.equal(first[0].targets.weights, again[0].targets.weights)
     assert not torch.equal(first[0].targets.weights, first[1].targets.weights)
     assert not torch.equal(first[0].targets.weights, other[0].targets.weights)

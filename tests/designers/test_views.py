@@ -11,7 +11,13 @@ from metavpt.designers.views import MultiCrop
 from metavpt.errors import MetaVPTError
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-PLAIN: dict[str, Any] = {"flip": 0.0, "jitter_prob": 0.0, "grayscale": 0.0, "blur": (0.0, 0.0, 0.0), "solarize": (0.0, 0.0, 0.0)}
+PLAIN: dict[str, Any] = {
+    "flip": 0.0,
+    "jitter_prob": 0.0,
+    "grayscale": 0.0,
+    "blur": (0.0, 0.0, 0.0),
+    "solarize": (0.0, 0.0, 0.0),
+}
 
 
 def recipe(**changes: Any) -> MultiCrop:
@@ -19,7 +25,9 @@ def recipe(**changes: Any) -> MultiCrop:
 
 
 def images(batch: int = 4, height: int = 30, width: int = 40) -> Tensor:
-    return torch.rand(batch, 3, height, width, dtype=torch.float64, generator=Generator().manual_seed(0))
+    return torch.rand(
+        batch, 3, height, width, dtype=torch.float64, generator=Generator().manual_seed(0)
+    )
 
 
 def unnormalise(views: Tensor) -> Tensor:
@@ -66,7 +74,12 @@ def test_differentiable_in_float_images() -> None:
 
 def test_without_augmentation_a_constant_stays() -> None:
     views = recipe(**PLAIN)(torch.full((2, 3, 20, 20), 0.25), seed=0)
-    torch.testing.assert_close(unnormalise(views.global_crops), torch.full_like(views.global_crops, 0.25), atol=1e-6, rtol=0)
+    torch.testing.assert_close(
+        unnormalise(views.global_crops),
+        torch.full_like(views.global_crops, 0.25),
+        atol=1e-6,
+        rtol=0,
+    )
 
 
 def ramp(height: int, width: int, batch: int) -> Tensor:
@@ -104,13 +117,19 @@ def test_each_transform_has_its_probability() -> None:
     x = images(600, 8, 8).float()
     plain = recipe(global_size=8, num_local=0, **PLAIN)(x, seed=0).global_crops
     # Solarisation and blur are drawn last, so the draws before them are the same as without.
-    solarized = recipe(global_size=8, num_local=0, **(PLAIN | {"solarize": (0.0, 0.2, 0.0)}))(x, seed=0).global_crops
+    solarized = recipe(global_size=8, num_local=0, **(PLAIN | {"solarize": (0.0, 0.2, 0.0)}))(
+        x, seed=0
+    ).global_crops
     assert torch.equal(solarized[0], plain[0])
     changed = (solarized[1] != plain[1]).flatten(1).any(1)
     assert abs(changed.float().mean() - 0.2) < 0.05
     before, after = unnormalise(plain[1][changed]), unnormalise(solarized[1][changed])
-    torch.testing.assert_close(after, torch.where(before >= 0.5, 1 - before, before), atol=1e-5, rtol=0)
-    gray = unnormalise(recipe(global_size=8, num_local=0, **(PLAIN | {"grayscale": 0.2}))(x, seed=0).global_crops)
+    torch.testing.assert_close(
+        after, torch.where(before >= 0.5, 1 - before, before), atol=1e-5, rtol=0
+    )
+    gray = unnormalise(
+        recipe(global_size=8, num_local=0, **(PLAIN | {"grayscale": 0.2}))(x, seed=0).global_crops
+    )
     is_gray = (gray[:, :, 0] - gray[:, :, 2]).abs().amax((-2, -1)) < 1e-5
     assert abs(is_gray.float().mean() - 0.2) < 0.05
 
@@ -122,13 +141,19 @@ def test_jitter_of_hue_turns_by_a_share_of_the_circle() -> None:
     turned = transform._jitter(x, order, factors.to(x))
     angles = torch.linspace(-0.1, 0.1, 2001, dtype=torch.float64) * 2 * math.pi
     for before, after in zip(x, turned, strict=True):
-        distance = (adjust_hue(before.expand(2001, -1, -1, -1), angles) - after).abs().amax((1, 2, 3))
+        distance = (
+            (adjust_hue(before.expand(2001, -1, -1, -1), angles) - after).abs().amax((1, 2, 3))
+        )
         assert distance.min() < 2e-3
     assert torch.equal(recipe(jitter=(0.0, 0.0, 0.0, 0.0))._jitter(x, order, factors.to(x)), x)
 
 
 def test_blur_on_crops_smaller_than_its_kernel() -> None:
-    assert recipe(global_size=3, local_size=1, blur=(1.0, 1.0, 1.0))(images(), seed=0).global_crops.isfinite().all()
+    assert (
+        recipe(global_size=3, local_size=1, blur=(1.0, 1.0, 1.0))(images(), seed=0)
+        .global_crops.isfinite()
+        .all()
+    )
 
 
 @pytest.mark.parametrize(

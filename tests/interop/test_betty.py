@@ -24,7 +24,9 @@ def ridge() -> Ridge:
 
 @pytest.fixture
 def theta() -> params.Params:
-    return {"theta": torch.randn(6, generator=torch.Generator().manual_seed(7), dtype=torch.float64)}
+    return {
+        "theta": torch.randn(6, generator=torch.Generator().manual_seed(7), dtype=torch.float64)
+    }
 
 
 def relative_error(found: params.Params, expected: params.Params) -> float:
@@ -36,7 +38,9 @@ def assert_same(theirs, ours, rtol: float) -> None:
     assert theirs.value == pytest.approx(ours.value, rel=rtol)
 
 
-@pytest.mark.parametrize("product", [ExactProduct(), DifferenceProduct()], ids=lambda product: type(product).__name__)
+@pytest.mark.parametrize(
+    "product", [ExactProduct(), DifferenceProduct()], ids=lambda product: type(product).__name__
+)
 def test_darts_is_one_step(ridge, theta, product):
     arguments = [ridge.inner], ridge.outer, theta, ridge.phi
     assert_same(betty.Darts()(*arguments), OneStep(product=product)(*arguments), rtol=1e-9)
@@ -46,14 +50,20 @@ def test_darts_is_one_step(ridge, theta, product):
 def test_neumann_is_ours_with_one_term_more(ridge, theta, num_iterations):
     arguments = [ridge.inner], ridge.outer, theta, ridge.phi
     ours = Implicit(Neumann(num_iterations + 1, step_size=0.3), product=ExactProduct())(*arguments)
-    assert_same(betty.Neumann(neumann_iterations=num_iterations, neumann_alpha=0.3)(*arguments), ours, rtol=1e-12)
+    assert_same(
+        betty.Neumann(neumann_iterations=num_iterations, neumann_alpha=0.3)(*arguments),
+        ours,
+        rtol=1e-12,
+    )
 
 
 @pytest.mark.parametrize("cg_alpha", [1.0, 0.1])
 def test_one_cg_iteration_is_ours(ridge, theta, cg_alpha):
     arguments = [ridge.inner], ridge.outer, theta, ridge.phi
     ours = Implicit(ConjugateGradient(1, 1e-14), product=ExactProduct())(*arguments)
-    assert_same(betty.ConjugateGradient(cg_iterations=1, cg_alpha=cg_alpha)(*arguments), ours, rtol=1e-12)
+    assert_same(
+        betty.ConjugateGradient(cg_iterations=1, cg_alpha=cg_alpha)(*arguments), ours, rtol=1e-12
+    )
 
 
 @pytest.mark.parametrize(
@@ -71,8 +81,18 @@ def test_their_cg_never_arrives(ridge, cg_alpha, errors):
     """
     arguments = [ridge.inner], ridge.outer, ridge.solution(), ridge.phi
     exact = {"log_penalty": ridge.hypergradient()}
-    assert relative_error(Implicit(ConjugateGradient(6, 1e-14), product=ExactProduct())(*arguments).by_phi, exact) < 1e-14
-    found = {n: relative_error(betty.ConjugateGradient(cg_iterations=n, cg_alpha=cg_alpha)(*arguments).by_phi, exact) for n in errors}
+    assert (
+        relative_error(
+            Implicit(ConjugateGradient(6, 1e-14), product=ExactProduct())(*arguments).by_phi, exact
+        )
+        < 1e-14
+    )
+    found = {
+        n: relative_error(
+            betty.ConjugateGradient(cg_iterations=n, cg_alpha=cg_alpha)(*arguments).by_phi, exact
+        )
+        for n in errors
+    }
     assert found == pytest.approx(errors, rel=0.01)
 
 
@@ -81,7 +101,11 @@ def test_sama_is_adam_aware_one_step_but_for_bias_correction(ridge, theta, num_s
     rule = Adam(0.05, eps=1e-14)
     rng = torch.Generator().manual_seed(3)
     exp_avg, root = (torch.randn(6, generator=rng, dtype=torch.float64) for _ in range(2))
-    update = Update(rule, theta, State({"theta": num_steps}, {"theta": {"exp_avg": exp_avg, "exp_avg_sq": root**2}}))
+    update = Update(
+        rule,
+        theta,
+        State({"theta": num_steps}, {"theta": {"exp_avg": exp_avg, "exp_avg_sq": root**2}}),
+    )
     arguments = [ridge.inner], ridge.outer, theta, ridge.phi
     ours = OneStep(AdamAware(), ExactProduct())(*arguments, update=update).by_phi
     theirs = betty.Sama()(*arguments, update=update).by_phi

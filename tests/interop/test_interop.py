@@ -16,7 +16,12 @@ from metavpt.interop import betty, learn2learn, torchopt
 from metavpt.optimizers import SGD
 from metavpt.strategies import Learned
 
-ESTIMATORS = [betty.Darts(), betty.ConjugateGradient(), torchopt.TorchOptUnroll(1, SGD(0.1)), learn2learn.MAMLUnroll(1)]
+ESTIMATORS = [
+    betty.Darts(),
+    betty.ConjugateGradient(),
+    torchopt.TorchOptUnroll(1, SGD(0.1)),
+    learn2learn.MAMLUnroll(1),
+]
 
 
 @pytest.mark.parametrize("estimator", ESTIMATORS, ids=lambda estimator: type(estimator).__name__)
@@ -25,7 +30,9 @@ def test_a_missing_package_is_an_error_that_says_how_to_get_it(estimator, monkey
         monkeypatch.setitem(sys.modules, module, None)
     ridge = Ridge.random()
     theta = {"theta": torch.zeros(6, dtype=torch.float64)}
-    with pytest.raises(MetaVPTError, match=r"(betty|torchopt|learn2learn): cannot be imported .* `make peers`"):
+    with pytest.raises(
+        MetaVPTError, match=r"(betty|torchopt|learn2learn): cannot be imported .* `make peers`"
+    ):
         estimator([ridge.inner], ridge.outer, theta, ridge.phi)
 
 
@@ -34,7 +41,12 @@ def test_nothing_imports_the_packages_before_they_are_used():
 import sys, metavpt.trainer, metavpt.interop.betty, metavpt.interop.torchopt, metavpt.interop.learn2learn
 print({"betty", "torchopt", "learn2learn"} & set(sys.modules))
 """
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "set()\n"
+    assert (
+        subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, check=True
+        ).stdout
+        == "set()\n"
+    )
 
 
 @pytest.mark.parametrize("name", ["betty", "torchopt", "learn2learn"])

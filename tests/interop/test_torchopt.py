@@ -32,14 +32,20 @@ def ridge() -> Ridge:
 
 @pytest.fixture
 def theta() -> params.Params:
-    return {"theta": torch.randn(6, generator=torch.Generator().manual_seed(7), dtype=torch.float64)}
+    return {
+        "theta": torch.randn(6, generator=torch.Generator().manual_seed(7), dtype=torch.float64)
+    }
 
 
 def state_after(rule, theta: params.Params, num_steps: int):
     """The state of an optimizer that has taken steps."""
     state, rng = rule.init(theta), torch.Generator().manual_seed(3)
     for _ in range(num_steps):
-        _, state = rule.step(theta, state, {name: torch.randn(p.shape, generator=rng, dtype=p.dtype) for name, p in theta.items()})
+        _, state = rule.step(
+            theta,
+            state,
+            {name: torch.randn(p.shape, generator=rng, dtype=p.dtype) for name, p in theta.items()},
+        )
     return state
 
 
@@ -47,7 +53,10 @@ def state_after(rule, theta: params.Params, num_steps: int):
 @pytest.mark.parametrize("rule", RULES, ids=str)
 def test_equals_unrolled_from_fresh_moments(ridge, theta, rule, num_steps):
     arguments = [ridge.inner] * num_steps, ridge.outer, theta, ridge.phi
-    ours, theirs = Unrolled(num_steps, rule, ExactProduct())(*arguments), TorchOptUnroll(num_steps, rule)(*arguments)
+    ours, theirs = (
+        Unrolled(num_steps, rule, ExactProduct())(*arguments),
+        TorchOptUnroll(num_steps, rule)(*arguments),
+    )
     torch.testing.assert_close(theirs.by_phi, ours.by_phi, rtol=1e-8, atol=1e-12)
     assert theirs.value == pytest.approx(ours.value, rel=1e-10)
 
@@ -56,7 +65,10 @@ def test_equals_unrolled_from_fresh_moments(ridge, theta, rule, num_steps):
 def test_equals_unrolled_from_the_state_of_the_real_optimizer(ridge, theta, rule):
     update = Update(rule, theta, state_after(rule, theta, 3))
     arguments = [ridge.inner] * 4, ridge.outer, theta, ridge.phi
-    ours, theirs = Unrolled(4, product=ExactProduct())(*arguments, update=update), TorchOptUnroll(4)(*arguments, update=update)
+    ours, theirs = (
+        Unrolled(4, product=ExactProduct())(*arguments, update=update),
+        TorchOptUnroll(4)(*arguments, update=update),
+    )
     torch.testing.assert_close(theirs.by_phi, ours.by_phi, rtol=1e-8, atol=1e-12)
 
 
@@ -71,7 +83,10 @@ def test_parameter_groups_have_their_own_options(ridge):
 
     arguments = [lambda phi: merged(ridge.inner(phi))] * 3, merged(ridge.outer), theta, ridge.phi
     update = Update(rule, theta, state_after(rule, theta, 2))
-    ours, theirs = Unrolled(3, product=ExactProduct())(*arguments, update=update), TorchOptUnroll(3)(*arguments, update=update)
+    ours, theirs = (
+        Unrolled(3, product=ExactProduct())(*arguments, update=update),
+        TorchOptUnroll(3)(*arguments, update=update),
+    )
     torch.testing.assert_close(theirs.by_phi, ours.by_phi, rtol=1e-8, atol=1e-12)
 
 
@@ -87,7 +102,9 @@ def test_their_own_step_count_costs_float64_its_digits(ridge, theta):
     optimizer = torchopt.MetaAdamW(module, lr=0.05, weight_decay=0.1)
     optimizer.step(ridge.inner(phi)({"theta": module.theta}))
     (theirs,) = torch.autograd.grad(ridge.outer({"theta": module.theta}), list(phi.values()))
-    ours = Unrolled(1, AdamW(0.05, weight_decay=0.1), ExactProduct())([ridge.inner], ridge.outer, theta, ridge.phi)
+    ours = Unrolled(1, AdamW(0.05, weight_decay=0.1), ExactProduct())(
+        [ridge.inner], ridge.outer, theta, ridge.phi
+    )
     error = float((theirs - ours.by_phi["log_penalty"]).norm() / theirs.norm())
     assert 1e-7 < error < 1e-4
 
@@ -96,7 +113,9 @@ def test_they_differentiate_the_root_of_zero_where_we_do_not(ridge, theta):
     """An entry whose gradient is exactly zero: NaN with TorchOpt, which is an error here, and finite with ours."""
 
     def inner(phi):
-        return lambda theta: ridge.inner(phi)({"theta": theta["theta"] * torch.tensor([0.0, 1, 1, 1, 1, 1], dtype=torch.float64)})
+        return lambda theta: ridge.inner(phi)(
+            {"theta": theta["theta"] * torch.tensor([0.0, 1, 1, 1, 1, 1], dtype=torch.float64)}
+        )
 
     arguments = [inner] * 2, ridge.outer, theta, ridge.phi
     assert params.is_finite(Unrolled(2, AdamW(0.05), ExactProduct())(*arguments).by_phi)

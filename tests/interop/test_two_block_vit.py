@@ -21,7 +21,9 @@ def test_torchopt_unrolls_adamw_as_we_do(vit):
     from metavpt.interop.torchopt import TorchOptUnroll
 
     update = warm(vit, AdamW(1e-2))
-    ours = Unrolled(3, product=ExactProduct())([vit.loss] * 3, vit.outer, vit.theta, vit.phi, update=update)
+    ours = Unrolled(3, product=ExactProduct())(
+        [vit.loss] * 3, vit.outer, vit.theta, vit.phi, update=update
+    )
     theirs = TorchOptUnroll(3)([vit.loss] * 3, vit.outer, vit.theta, vit.phi, update=update)
     assert relative(theirs.by_phi, ours.by_phi) < 1e-8
 
@@ -40,7 +42,17 @@ def test_betty_darts_is_our_one_step_and_its_neumann_ours(vit):
     from metavpt.interop import betty
 
     one_step = OneStep(product=ExactProduct())([vit.loss], vit.outer, vit.theta, vit.phi)
-    assert relative(betty.Darts(darts_alpha=1e-5)([vit.loss], vit.outer, vit.theta, vit.phi).by_phi, one_step.by_phi) < 1e-6
-    series = Implicit(Neumann(4, step_size=0.1), product=ExactProduct())([vit.loss], vit.outer, vit.theta, vit.phi)
-    theirs = betty.Neumann(neumann_iterations=3, neumann_alpha=0.1)([vit.loss], vit.outer, vit.theta, vit.phi)
+    assert (
+        relative(
+            betty.Darts(darts_alpha=1e-5)([vit.loss], vit.outer, vit.theta, vit.phi).by_phi,
+            one_step.by_phi,
+        )
+        < 1e-6
+    )
+    series = Implicit(Neumann(4, step_size=0.1), product=ExactProduct())(
+        [vit.loss], vit.outer, vit.theta, vit.phi
+    )
+    theirs = betty.Neumann(neumann_iterations=3, neumann_alpha=0.1)(
+        [vit.loss], vit.outer, vit.theta, vit.phi
+    )
     assert relative(theirs.by_phi, series.by_phi) < 1e-9

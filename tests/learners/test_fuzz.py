@@ -69,7 +69,11 @@ def test_a_damaged_file_is_a_clear_error_or_is_read(reader: str, tmp_path: Path)
 def test_reading_takes_at_most_twice_what_the_file_holds(name: str, tmp_path: Path):
     path, state = tmp_path / name, {"patch_embed.proj.weight": torch.ones(5_000_000, 3)}
     torch.save(state, path) if name.endswith("pt") else save_file(state, path)
-    grown, holds = growth_alone("from metavpt.learners.weights import _backbone, _read_file", "_backbone(_read_file(path), path)", path)
+    grown, holds = growth_alone(
+        "from metavpt.learners.weights import _backbone, _read_file",
+        "_backbone(_read_file(path), path)",
+        path,
+    )
     assert holds > 6e7
     assert grown < 2 * holds + SPARE / 8
 
@@ -88,7 +92,9 @@ def test_weights_that_bring_code_are_refused(tmp_path: Path, monkeypatch: pytest
     assert not (tmp_path / "harm").exists()
 
 
-def test_a_model_that_brings_code_is_refused_without_a_question(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_model_that_brings_code_is_refused_without_a_question(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     """transformers asks on the terminal by default, and waits."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "model.py").write_text("import os\nos.mkdir('harm')\n")

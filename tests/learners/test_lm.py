@@ -35,7 +35,9 @@ def test_packed_documents_have_the_logits_of_separate_ones(kind):
     logits = learner.logits(batch)
     for b, row in enumerate([[4, 6, 2], [3, 5]]):
         for start, length in zip([0, *torch.tensor(row).cumsum(0).tolist()], row, strict=False):
-            alone = learner.transformers_model(batch.tokens[b : b + 1, start : start + length]).logits[0]
+            alone = learner.transformers_model(
+                batch.tokens[b : b + 1, start : start + length]
+            ).logits[0]
             torch.testing.assert_close(logits[b, start : start + length], alone, atol=1e-10, rtol=0)
 
 
@@ -60,7 +62,9 @@ def test_the_mask_joins_a_token_to_the_earlier_ones_of_its_own_document():
 def test_trunk_and_tail_hold_every_parameter_once(kind):
     learner = tiny_lm(kind, tail_layers=2)
     whole = learner.transformers_model
-    assert sum(p.numel() for p in learner.parameters()) == sum(p.numel() for p in whole.parameters())
+    assert sum(p.numel() for p in learner.parameters()) == sum(
+        p.numel() for p in whole.parameters()
+    )
     assert {id(p) for p in learner.parameters()} == {id(p) for p in whole.parameters()}
     assert learner.tied == (kind != "qwen2")
     assert ("lm_head.weight" in params.named(learner)) == (kind == "qwen2")
@@ -75,13 +79,19 @@ def test_functional_calls_use_theta_alone(kind):
     learner, other, batch = tiny_lm(kind, seed=0), tiny_lm(kind, seed=3), packed([[4, 5], [7]])
     theta = params.detach(params.named(other))
     states = learner.states(theta, learner.hidden(theta, batch))
-    torch.testing.assert_close(states @ learner.unembedding(theta).T, other.logits(batch), atol=1e-12, rtol=0)
+    torch.testing.assert_close(
+        states @ learner.unembedding(theta).T, other.logits(batch), atol=1e-12, rtol=0
+    )
     assert not torch.allclose(learner.logits(batch), other.logits(batch))
 
 
 @torch.no_grad()
 def test_trunk_and_tail_say_the_same_compiled():
-    plain, learner, batch = tiny_lm("llama"), tiny_lm("llama"), packed([[4, 5], [7]])  # packed: the mask breaks the trunk's graph in two
+    plain, learner, batch = (
+        tiny_lm("llama"),
+        tiny_lm("llama"),
+        packed([[4, 5], [7]]),
+    )  # packed: the mask breaks the trunk's graph in two
     learner.trunk.compile(backend="eager")
     learner.tail.compile(backend="eager")
     torch.testing.assert_close(learner.logits(batch), plain.logits(batch), atol=1e-12, rtol=0)
@@ -95,7 +105,9 @@ def test_adapters_change_nothing_at_first_and_alone_are_trained(kind):
     names = list(params.named(adapted))
     assert len(names) == 3 * 7 * 2
     assert all("lora_" in name for name in names)
-    assert adapted.aligned_parameters() == [name for name in names if name.startswith("tail.layers.2.")]
+    assert adapted.aligned_parameters() == [
+        name for name in names if name.startswith("tail.layers.2.")
+    ]
 
 
 @pytest.mark.parametrize("lora", [None, LoRA(rank=2)], ids=["full", "lora"])
@@ -106,7 +118,9 @@ def test_what_is_saved_loads_into_transformers_with_the_same_logits(tmp_path, lo
         p.add_(0.1 * torch.randn_like(p))
     learner.save(tmp_path)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float64)
-    torch.testing.assert_close(loaded(batch.tokens).logits, learner.logits(batch), atol=1e-10, rtol=0)
+    torch.testing.assert_close(
+        loaded(batch.tokens).logits, learner.logits(batch), atol=1e-10, rtol=0
+    )
 
 
 def test_the_learner_is_saved_live_and_keeps_its_adapters(tmp_path):

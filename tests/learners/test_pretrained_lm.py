@@ -19,7 +19,9 @@ def test_a_gguf_file_gives_the_same_logits_and_can_be_saved_again(tmp_path):
     torch.testing.assert_close(loaded.logits(batch), learner.logits(batch), atol=1e-5, rtol=1e-5)
     loaded.save(tmp_path / "saved")
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
-    torch.testing.assert_close(again(batch.tokens[:1]).logits, learner.logits(batch)[:1], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(
+        again(batch.tokens[:1]).logits, learner.logits(batch)[:1], atol=1e-5, rtol=1e-5
+    )
 
 
 def test_loading_a_gguf_file_draws_no_random_number(tmp_path):
@@ -35,7 +37,9 @@ def test_a_folder_loads_with_or_without_adapters(tmp_path):
     learner.save(tmp_path)
     for lora in (None, LoRA()):
         loaded = pretrained_language_model(tmp_path, lora=lora)
-        torch.testing.assert_close(loaded.logits(batch), learner.logits(batch), atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(
+            loaded.logits(batch), learner.logits(batch), atol=1e-5, rtol=1e-5
+        )
         assert all("lora_" in name for name in params.named(loaded)) == (lora is not None)
 
 
@@ -52,12 +56,18 @@ def test_a_truncated_gguf_file_is_one_clear_error(tmp_path):
 def test_layers_without_weights_are_refused_not_drawn_at_random(tmp_path):
     tiny_lm().save(tmp_path)
     config = tmp_path / "config.json"
-    config.write_text(config.read_text().replace('"num_hidden_layers": 3', '"num_hidden_layers": 4'))
-    with pytest.raises(MetaVPTError, match=r"has no weights for model\.layers\.3\.\S+, .* 9 in all"):
+    config.write_text(
+        config.read_text().replace('"num_hidden_layers": 3', '"num_hidden_layers": 4')
+    )
+    with pytest.raises(
+        MetaVPTError, match=r"has no weights for model\.layers\.3\.\S+, .* 9 in all"
+    ):
         pretrained_language_model(tmp_path)
 
 
-@pytest.mark.parametrize("key", ["num_hidden_layers", "vocab_size", "intermediate_size", "num_key_value_heads"])
+@pytest.mark.parametrize(
+    "key", ["num_hidden_layers", "vocab_size", "intermediate_size", "num_key_value_heads"]
+)
 def test_a_configuration_beyond_the_size_of_its_file_is_refused_before_it_is_built(tmp_path, key):
     tiny_lm().save(tmp_path)
     config = tmp_path / "config.json"

@@ -31,7 +31,9 @@ def encoder(name: str) -> tuple[Backbone, Tensor]:
 
 
 def shuffled(num_patches: int) -> Tensor:
-    return torch.stack([torch.randperm(num_patches, generator=torch.Generator().manual_seed(b)) for b in range(2)])
+    return torch.stack(
+        [torch.randperm(num_patches, generator=torch.Generator().manual_seed(b)) for b in range(2)]
+    )
 
 
 def test_gather_patches() -> None:
@@ -55,7 +57,12 @@ def test_all_patches_are_the_full_forward(name: str) -> None:
     assert torch.equal(features.cls, full.cls)
     order = shuffled(tokens.shape[1])
     features = backbone.tail(backbone.trunk(images, order))
-    torch.testing.assert_close(features.patches[:, :, 0].transpose(1, 2), gather_patches(tokens, order), atol=1e-12, rtol=1e-12)
+    torch.testing.assert_close(
+        features.patches[:, :, 0].transpose(1, 2),
+        gather_patches(tokens, order),
+        atol=1e-12,
+        rtol=1e-12,
+    )
     torch.testing.assert_close(features.cls, full.cls, atol=1e-12, rtol=1e-12)
 
 
@@ -64,7 +71,9 @@ def test_some_patches_are_the_blocks_on_those_alone(name: str) -> None:
     """Against each image by itself, through the blocks by hand, with the unbatched table of rotary positions."""
     backbone, images = encoder(name)
     trunk = backbone.trunk
-    num_patches = (images.shape[2] // backbone.patch_size) * (images.shape[3] // backbone.patch_size)
+    num_patches = (images.shape[2] // backbone.patch_size) * (
+        images.shape[3] // backbone.patch_size
+    )
     visible = shuffled(num_patches)[:, :3]
     hidden = trunk(images, visible)
     features = backbone.tail(hidden)
@@ -90,7 +99,11 @@ def test_weights_of_1_change_no_bit_and_others_are_differentiable(name: str) -> 
     backbone, images = encoder(name)
     visible = shuffled(6)[:, :3]
     plain = backbone.trunk(images, visible).tokens
-    assert torch.equal(backbone.trunk(images, visible, torch.ones(2, 3, dtype=torch.float64)).tokens, plain)
+    assert torch.equal(
+        backbone.trunk(images, visible, torch.ones(2, 3, dtype=torch.float64)).tokens, plain
+    )
     weight = torch.rand(2, 3, dtype=torch.float64, requires_grad=True)
     with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
-        assert torch.autograd.gradcheck(lambda w: backbone.trunk(images, visible, w).tokens.sum(dim=(1, 2)), (weight,))
+        assert torch.autograd.gradcheck(
+            lambda w: backbone.trunk(images, visible, w).tokens.sum(dim=(1, 2)), (weight,)
+        )

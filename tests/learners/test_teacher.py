@@ -26,7 +26,12 @@ def test_update_is_the_moving_average() -> None:
         student.linear.weight += 1.0
         student.scale.fill_(3.0)
     teacher.update(student, 0.75)
-    torch.testing.assert_close(teacher.learner.linear.weight, 0.75 * before + 0.25 * student.linear.weight.detach(), atol=1e-15, rtol=0)
+    torch.testing.assert_close(
+        teacher.learner.linear.weight,
+        0.75 * before + 0.25 * student.linear.weight.detach(),
+        atol=1e-15,
+        rtol=0,
+    )
     assert teacher.learner.scale.item() == 3.0
     unchanged = teacher.learner.linear.weight.clone()
     teacher.update(student, 1.0)
@@ -56,6 +61,8 @@ def test_cosine_momentum() -> None:
     assert cosine_momentum(0, 10) == pytest.approx(0.996, abs=1e-15)
     assert cosine_momentum(5, 10) == pytest.approx(0.998, abs=1e-15)
     assert cosine_momentum(10, 10) == cosine_momentum(11, 10) == 1.0
-    assert cosine_momentum(3, 10, 0.5, 0.9) == pytest.approx(0.9 - 0.4 * (1 + math.cos(0.3 * math.pi)) / 2, abs=1e-15)
+    assert cosine_momentum(3, 10, 0.5, 0.9) == pytest.approx(
+        0.9 - 0.4 * (1 + math.cos(0.3 * math.pi)) / 2, abs=1e-15
+    )
     with pytest.raises(MetaVPTError, match="num_steps"):
         cosine_momentum(0, 0)

@@ -12,7 +12,13 @@ from metavpt.learners import tokenized
 from metavpt.learners.tokenized import from_scratch, released, smollm2_135m
 
 TEXTS = ["Question: What is 3 + 4?\nAnswer: 7", "a text of some other words"]
-SHAPE = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "tail_layers": 1}
+SHAPE = {
+    "hidden_size": 8,
+    "intermediate_size": 8,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "tail_layers": 1,
+}
 
 
 @pytest.fixture(autouse=True)
@@ -31,14 +37,18 @@ def test_a_saved_model_comes_back_with_its_tokenizer(tmp_path: Path) -> None:
     model.save(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
     again = released((), tmp_path / "model", tail_layers=1)
-    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), again.model.parameters(), strict=True))
+    assert all(
+        torch.equal(p, q) for p, q in zip(model.parameters(), again.model.parameters(), strict=True)
+    )
     assert again.tokenizer(TEXTS[0])["input_ids"] == tokenizer(TEXTS[0])["input_ids"]
 
 
 def test_a_tokenizer_of_more_tokens_than_the_model_has_is_an_error(tmp_path: Path) -> None:
     from_scratch(TEXTS, 270, **SHAPE).model.save(tmp_path / "model")
     train_tokenizer(TEXTS, 290, tmp_path).save_pretrained(tmp_path / "larger")
-    with pytest.raises(MetaVPTError, match=r"larger: its 290 tokens are more than the 270 of the model"):
+    with pytest.raises(
+        MetaVPTError, match=r"larger: its 290 tokens are more than the 270 of the model"
+    ):
         released((), tmp_path / "model", tokenizer=tmp_path / "larger", tail_layers=1)
 
 

@@ -32,13 +32,22 @@ TINY: dict[str, Any] = {"embed_dim": 32, "depth": 3, "num_heads": 4}
 def tiny(name: str, tail_blocks: int = 2) -> Backbone:
     torch.manual_seed(0)
     backbone = create_backbone(name, tail_blocks, img_size=FAMILIES[name][0], **TINY).double()
-    for parameter in backbone.parameters():  # positions, registers and layer scales are near zero at first: make all of them count
+    for parameter in (
+        backbone.parameters()
+    ):  # positions, registers and layer scales are near zero at first: make all of them count
         nn.init.normal_(parameter, std=0.2)
     return backbone
 
 
 def timm_twin(name: str, backbone: Backbone) -> Any:
-    model = timm.create_model(name, img_size=FAMILIES[name][0], num_classes=0, global_pool="", dynamic_img_size=True, **TINY).double()
+    model = timm.create_model(
+        name,
+        img_size=FAMILIES[name][0],
+        num_classes=0,
+        global_pool="",
+        dynamic_img_size=True,
+        **TINY,
+    ).double()
     model.load_state_dict(timm_state_dict(backbone))
     return model
 
@@ -55,7 +64,9 @@ def test_features_equal_timms_at_native_and_other_sizes(name: str) -> None:
         patches = expected[:, model.num_prefix_tokens :]
         cls = expected[:, 0] if model.cls_token is not None else patches.mean(dim=1)
         assert features.patches.shape == (2, 32, *grid)
-        torch.testing.assert_close(features.patches.flatten(2).transpose(1, 2), patches, atol=1e-10, rtol=0)
+        torch.testing.assert_close(
+            features.patches.flatten(2).transpose(1, 2), patches, atol=1e-10, rtol=0
+        )
         torch.testing.assert_close(features.cls, cls, atol=1e-10, rtol=0)
 
 
@@ -72,7 +83,9 @@ def test_trunk_and_tail_are_pure_functions_of_their_parameters(name: str) -> Non
     assert torch.equal(features.cls, backbone(images).cls)
     assert torch.equal(torch.get_rng_state(), random_state)
     assert all(torch.equal(before[key], value) for key, value in backbone.state_dict().items())
-    grads = torch.autograd.grad(features.cls.square().sum() + features.patches.square().sum(), list(theta.values()))
+    grads = torch.autograd.grad(
+        features.cls.square().sum() + features.patches.square().sum(), list(theta.values())
+    )
     assert all(grad.abs().sum() > 0 for grad in grads)
 
 
@@ -90,10 +103,20 @@ def test_mean_and_std_are_those_of_the_pretrained_model() -> None:
 
 def test_tiny_dinov3_is_timms_architecture_at_another_size() -> None:
     ours = create_backbone("vit_tiny_dinov3", 1)
-    theirs = timm.create_model("vit_small_patch16_dinov3", num_classes=0, patch_size=8, img_size=64, embed_dim=96, depth=6, num_heads=3)
+    theirs = timm.create_model(
+        "vit_small_patch16_dinov3",
+        num_classes=0,
+        patch_size=8,
+        img_size=64,
+        embed_dim=96,
+        depth=6,
+        num_heads=3,
+    )
     theirs.load_state_dict(timm_state_dict(ours))
     images = torch.randn(2, 3, 32, 48)
-    torch.testing.assert_close(ours(images).cls, theirs.forward_features(images)[:, 0], atol=1e-6, rtol=0)
+    torch.testing.assert_close(
+        ours(images).cls, theirs.forward_features(images)[:, 0], atol=1e-6, rtol=0
+    )
 
 
 def test_gradients_can_be_differentiated_again() -> None:
@@ -102,7 +125,9 @@ def test_gradients_can_be_differentiated_again() -> None:
     images = torch.randn(1, 3, 42, 70, dtype=torch.float64, requires_grad=True)
     theta = params.named(backbone)
     with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
-        grads = torch.autograd.grad(backbone(images).cls.square().sum(), list(theta.values()), create_graph=True)
+        grads = torch.autograd.grad(
+            backbone(images).cls.square().sum(), list(theta.values()), create_graph=True
+        )
         (second,) = torch.autograd.grad(sum(grad.sum() for grad in grads), images)
     assert second.isfinite().all()
     assert second.abs().sum() > 0
@@ -111,13 +136,19 @@ def test_gradients_can_be_differentiated_again() -> None:
 @pytest.mark.parametrize("suffix", [".safetensors", ".pt"])
 def test_local_weights(tmp_path: Path, suffix: str) -> None:
     source = create_backbone("vit_tiny_dinov3", 1)
-    state = {**{key: value.contiguous() for key, value in timm_state_dict(source).items()}, "head.weight": torch.zeros(5, 96)}
+    state = {
+        **{key: value.contiguous() for key, value in timm_state_dict(source).items()},
+        "head.weight": torch.zeros(5, 96),
+    }
     file = tmp_path / f"tiny{suffix}"
     save_file(state, file) if suffix == ".safetensors" else torch.save(state, file)
     images = torch.randn(1, 3, 32, 32)
-    assert torch.equal(create_backbone("vit_tiny_dinov3", 3, weights=file)(images).cls, source(images).cls)
+    assert torch.equal(
+        create_backbone("vit_tiny_dinov3", 3, weights=file)(images).cls, source(images).cls
+    )
     with pytest.raises(
-        MetaVPTError, match=rf"tiny{suffix} does not fit vit_tiny_dinov3.*cls_token is \(1, 1, 96\), not \(1, 1, 64\).*more"
+        MetaVPTError,
+        match=rf"tiny{suffix} does not fit vit_tiny_dinov3.*cls_token is \(1, 1, 96\), not \(1, 1, 64\).*more",
     ):
         create_backbone("vit_tiny_dinov3", 3, weights=file, embed_dim=64, num_heads=2)
 
@@ -125,7 +156,9 @@ def test_local_weights(tmp_path: Path, suffix: str) -> None:
 def test_weights_with_other_keys_name_the_first_of_them(tmp_path: Path) -> None:
     file = tmp_path / "other.safetensors"
     save_file({"cls": torch.zeros(1)}, file)
-    with pytest.raises(MetaVPTError, match=r"other.safetensors does not fit vit_tiny_dinov3: missing cls_token; "):
+    with pytest.raises(
+        MetaVPTError, match=r"other.safetensors does not fit vit_tiny_dinov3: missing cls_token; "
+    ):
         create_backbone("vit_tiny_dinov3", 3, weights=file)
 
 
@@ -153,19 +186,48 @@ def test_unreadable_weights(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"name": "vit_small_patch16_dinov4", "tail_blocks": 1}, r"unknown backbone .*nearest: vit_small_patch16_dinov3"),
+        (
+            {"name": "vit_small_patch16_dinov4", "tail_blocks": 1},
+            r"unknown backbone .*nearest: vit_small_patch16_dinov3",
+        ),
         ({"name": "vit_tiny_dino3", "tail_blocks": 1}, r"unknown backbone .*vit_tiny_dinov3"),
         ({"name": "vit_tiny_dinov3", "tail_blocks": 0}, r"tail_blocks=0 .*1\.\.6"),
         ({"name": "vit_tiny_dinov3", "tail_blocks": 7}, r"tail_blocks=7 .*6 blocks"),
-        ({"name": "vit_tiny_dinov3", "tail_blocks": 1, "pretrained": True}, "vit_tiny_dinov3 has no released weights"),
+        (
+            {"name": "vit_tiny_dinov3", "tail_blocks": 1, "pretrained": True},
+            "vit_tiny_dinov3 has no released weights",
+        ),
         ({"name": "vit_tiny_dinov3", "tail_blocks": 1, "widht": 3}, "vit_tiny_dinov3: .*widht"),
-        ({"name": "vit_small_patch16_224", "tail_blocks": 1, "widht": 3}, "vit_small_patch16_224: .*widht"),
-        ({"name": "vit_tiny_dinov3", "tail_blocks": 1, "rope_type": "mixed", "rope_rotate_half": False}, "differ by depth"),
-        ({"name": "vit_tiny_dinov3", "tail_blocks": 1, "rope_jitter_coords": 1.5}, "rope is random"),
-        ({"name": "vit_small_patch16_224", "tail_blocks": 1, "drop_path_rate": 0.1, **TINY}, "drop_path1 is random"),
-        ({"name": "vit_small_patch16_224", "tail_blocks": 1, "proj_drop_rate": 0.1, **TINY}, "is random"),
+        (
+            {"name": "vit_small_patch16_224", "tail_blocks": 1, "widht": 3},
+            "vit_small_patch16_224: .*widht",
+        ),
+        (
+            {
+                "name": "vit_tiny_dinov3",
+                "tail_blocks": 1,
+                "rope_type": "mixed",
+                "rope_rotate_half": False,
+            },
+            "differ by depth",
+        ),
+        (
+            {"name": "vit_tiny_dinov3", "tail_blocks": 1, "rope_jitter_coords": 1.5},
+            "rope is random",
+        ),
+        (
+            {"name": "vit_small_patch16_224", "tail_blocks": 1, "drop_path_rate": 0.1, **TINY},
+            "drop_path1 is random",
+        ),
+        (
+            {"name": "vit_small_patch16_224", "tail_blocks": 1, "proj_drop_rate": 0.1, **TINY},
+            "is random",
+        ),
         ({"name": "resnet18", "tail_blocks": 1}, r"resnet18"),
-        ({"name": "vit_small_patch16_224.no_such_tag", "tail_blocks": 1, "pretrained": True}, r"no_such_tag.*weights="),
+        (
+            {"name": "vit_small_patch16_224.no_such_tag", "tail_blocks": 1, "pretrained": True},
+            r"no_such_tag.*weights=",
+        ),
     ],
 )
 def test_what_cannot_be_built_is_refused(arguments: dict[str, Any], message: str) -> None:
@@ -178,7 +240,10 @@ def test_pretrained_without_network(monkeypatch: pytest.MonkeyPatch) -> None:
         raise OSError("Name or service not known")
 
     monkeypatch.setattr(vit.timm, "create_model", offline)
-    with pytest.raises(MetaVPTError, match=r"vit_small_patch16_dinov3: .*Name or service not known.*pass a local file as weights="):
+    with pytest.raises(
+        MetaVPTError,
+        match=r"vit_small_patch16_dinov3: .*Name or service not known.*pass a local file as weights=",
+    ):
         create_backbone("vit_small_patch16_dinov3", 1, pretrained=True)
 
 
@@ -193,25 +258,34 @@ def test_head_gives_cosines_of_bottleneck_and_prototypes() -> None:
     head = ProjectionHead(16, num_prototypes=5, hidden=8, bottleneck=4).double()
     x: Tensor = torch.randn(2, 3, 16, dtype=torch.float64)
     z = head.mlp(x)
-    expected = torch.stack([torch.cosine_similarity(z, prototype, dim=-1) for prototype in head.prototypes], dim=-1)
+    expected = torch.stack(
+        [torch.cosine_similarity(z, prototype, dim=-1) for prototype in head.prototypes], dim=-1
+    )
     torch.testing.assert_close(head(x), expected, atol=1e-12, rtol=0)
     assert not [name for name, _ in head.named_parameters() if name.startswith("prototypes.")]
 
 
 def test_learner_reads_the_cls_token() -> None:
-    learner = Learner(create_backbone("vit_tiny_dinov3", 2), ProjectionHead(96, num_prototypes=7, hidden=8, bottleneck=4))
+    learner = Learner(
+        create_backbone("vit_tiny_dinov3", 2),
+        ProjectionHead(96, num_prototypes=7, hidden=8, bottleneck=4),
+    )
     images = torch.randn(2, 3, 32, 32)
     assert torch.equal(learner(images), learner.head(learner.backbone(images).cls))
     assert learner(images).shape == (2, 7)
 
 
-@pytest.mark.parametrize("name", ["vit_small_patch16_dinov3", "vit_small_patch14_reg4_dinov2", "vit_small_patch16_224"])
+@pytest.mark.parametrize(
+    "name", ["vit_small_patch16_dinov3", "vit_small_patch14_reg4_dinov2", "vit_small_patch16_224"]
+)
 def test_hidden_patches_show_the_mask_token_at_their_place(name: str) -> None:
     """As if the patch embedding had said so itself: positions, rotary ones too, are kept; what the patch shows plays no part."""
     backbone = tiny(name)
     size = 3 * backbone.patch_size
     images = torch.randn(2, 3, size, size, dtype=torch.float64)
-    hidden = torch.tensor([[True, False, False, False, True, False, False, False, True], [False] * 9])
+    hidden = torch.tensor(
+        [[True, False, False, False, True, False, False, False, True], [False] * 9]
+    )
     token = torch.randn(32, dtype=torch.float64)
     seen = backbone.trunk(images, hidden=hidden, mask_token=token)
     assert torch.equal(seen.tokens[1], backbone.trunk(images).tokens[1])

@@ -15,11 +15,29 @@ from metavpt.errors import MetaVPTError
 from metavpt.learners import weights
 from metavpt.learners.vit import Backbone, create_backbone, timm_state_dict
 
-TINY: dict[str, Any] = {"embed_dim": 32, "depth": 2, "num_heads": 4, "img_size": 32, "patch_size": 8}
-LARGER, COARSER, OTHER_HEADS = (dict(TINY, **other) for other in ({"img_size": 64}, {"patch_size": 16}, {"num_heads": 2}))
-CONFIG: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "image_size": 32, "patch_size": 8}
+TINY: dict[str, Any] = {
+    "embed_dim": 32,
+    "depth": 2,
+    "num_heads": 4,
+    "img_size": 32,
+    "patch_size": 8,
+}
+LARGER, COARSER, OTHER_HEADS = (
+    dict(TINY, **other) for other in ({"img_size": 64}, {"patch_size": 16}, {"num_heads": 2})
+)
+CONFIG: dict[str, Any] = {
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "image_size": 32,
+    "patch_size": 8,
+}
 HIDDEN = {"intermediate_size": 128, "layer_norm_eps": 1e-6}
-DECODER = {"decoder_hidden_size": 32, "decoder_num_attention_heads": 4, "decoder_num_hidden_layers": 1}
+DECODER = {
+    "decoder_hidden_size": 32,
+    "decoder_num_attention_heads": 4,
+    "decoder_num_hidden_layers": 1,
+}
 DINOV3 = {"intermediate_size": 128, "num_register_tokens": 4}
 # model of transformers, its options, the architecture in timm
 TRANSFORMERS = [
@@ -46,13 +64,17 @@ def random_parameters(model: Any) -> Any:
 def transformers_model(name: str, options: dict[str, Any]) -> Any:
     transformers = pytest.importorskip("transformers")
     config = re.sub(r"(ForPreTraining|Model)$", "Config", name)
-    return random_parameters(getattr(transformers, name)(getattr(transformers, config)(**CONFIG, **options)))
+    return random_parameters(
+        getattr(transformers, name)(getattr(transformers, config)(**CONFIG, **options))
+    )
 
 
 def transformers_tokens(model: Any, images: Tensor) -> Tensor:
     if not type(model).__name__.startswith("ViTMAE"):
         return model(images).last_hidden_state
-    encoder = getattr(model, "vit", model)  # it shuffles patches by noise; with this noise they stay where they are
+    encoder = getattr(
+        model, "vit", model
+    )  # it shuffles patches by noise; with this noise they stay where they are
     return encoder(images, noise=torch.arange(16.0).expand(len(images), -1)).last_hidden_state
 
 
@@ -65,13 +87,21 @@ def assert_features_are(backbone: Backbone, tokens: Tensor, images: Tensor) -> N
 
 
 @pytest.mark.parametrize(("name", "options", "architecture"), TRANSFORMERS)
-def test_a_folder_of_transformers_gives_its_features(name: str, options: dict[str, Any], architecture: str, tmp_path: Path) -> None:
+def test_a_folder_of_transformers_gives_its_features(
+    name: str, options: dict[str, Any], architecture: str, tmp_path: Path
+) -> None:
     model = transformers_model(name, options)
     model.save_pretrained(tmp_path)
     images = torch.randn(2, 3, 32, 32)
-    sizes: dict[str, Any] = TINY | ({"mlp_ratio": 176 / 32} if "giant" in architecture else {})  # of both halves of its gated MLP
+    sizes: dict[str, Any] = TINY | (
+        {"mlp_ratio": 176 / 32} if "giant" in architecture else {}
+    )  # of both halves of its gated MLP
     with torch.no_grad():
-        assert_features_are(create_backbone(architecture, 1, weights=tmp_path, **sizes), transformers_tokens(model, images), images)
+        assert_features_are(
+            create_backbone(architecture, 1, weights=tmp_path, **sizes),
+            transformers_tokens(model, images),
+            images,
+        )
 
 
 def test_a_folder_in_several_files(tmp_path: Path) -> None:
@@ -80,7 +110,11 @@ def test_a_folder_in_several_files(tmp_path: Path) -> None:
     assert len(list(tmp_path.glob("*.safetensors"))) > 1
     images = torch.randn(1, 3, 32, 32)
     with torch.no_grad():
-        assert_features_are(create_backbone("vit_huge_patch14_gap_224", 1, weights=tmp_path, **TINY), model(images)[0], images)
+        assert_features_are(
+            create_backbone("vit_huge_patch14_gap_224", 1, weights=tmp_path, **TINY),
+            model(images)[0],
+            images,
+        )
 
 
 def dinov2(state: dict[str, Tensor]) -> Any:
@@ -91,9 +125,15 @@ def dinov2_registers(state: dict[str, Tensor]) -> Any:
     """There the cls token has a position of its own, in timm's model it is added to it."""
     state = {**state, "mask_token": torch.randn(1, 32), "register_tokens": state["reg_token"]}
     position = torch.randn(1, 1, 32)
-    state |= {"cls_token": state["cls_token"] - position, "pos_embed": torch.cat([position, state["pos_embed"]], dim=1)}
+    state |= {
+        "cls_token": state["cls_token"] - position,
+        "pos_embed": torch.cat([position, state["pos_embed"]], dim=1),
+    }
     del state["reg_token"]
-    return {"teacher": {f"backbone.{key}": value for key, value in state.items()} | {"dino_head.mlp.0.weight": torch.randn(2, 2)}}
+    return {
+        "teacher": {f"backbone.{key}": value for key, value in state.items()}
+        | {"dino_head.mlp.0.weight": torch.randn(2, 2)}
+    }
 
 
 def dinov3(state: dict[str, Tensor]) -> Any:
@@ -102,10 +142,18 @@ def dinov3(state: dict[str, Tensor]) -> Any:
     for key, value in state.items():
         if key.endswith("q_bias"):
             attention = key.removesuffix("q_bias")
-            made[f"{attention}qkv.bias"] = torch.cat([value, torch.randn(32), state[f"{attention}v_bias"]])
-            made[f"{attention}qkv.bias_mask"] = torch.cat([torch.ones(32), torch.zeros(32), torch.ones(32)])
+            made[f"{attention}qkv.bias"] = torch.cat(
+                [value, torch.randn(32), state[f"{attention}v_bias"]]
+            )
+            made[f"{attention}qkv.bias_mask"] = torch.cat(
+                [torch.ones(32), torch.zeros(32), torch.ones(32)]
+            )
         elif not key.endswith("v_bias"):
-            made[key.replace("reg_token", "storage_tokens").replace("gamma_1", "ls1.gamma").replace("gamma_2", "ls2.gamma")] = value
+            made[
+                key.replace("reg_token", "storage_tokens")
+                .replace("gamma_1", "ls1.gamma")
+                .replace("gamma_2", "ls2.gamma")
+            ] = value
     return made
 
 
@@ -121,7 +169,12 @@ def mae(state: dict[str, Tensor]) -> Any:
 def ijepa(state: dict[str, Tensor]) -> Any:
     encoder = {f"module.{key}": value for key, value in state.items()}
     other = {key: torch.zeros_like(value) for key, value in encoder.items()}
-    return {"encoder": encoder, "target_encoder": other, "predictor": {"module.predictor_embed.weight": torch.randn(2, 2)}, "epoch": 300}
+    return {
+        "encoder": encoder,
+        "target_encoder": other,
+        "predictor": {"module.predictor_embed.weight": torch.randn(2, 2)},
+        "epoch": 300,
+    }
 
 
 @pytest.mark.parametrize(
@@ -134,23 +187,37 @@ def ijepa(state: dict[str, Tensor]) -> Any:
         ("vit_huge_patch14_gap_224", ijepa),
     ],
 )
-def test_the_layouts_of_the_original_releases(architecture: str, release: Any, tmp_path: Path) -> None:
+def test_the_layouts_of_the_original_releases(
+    architecture: str, release: Any, tmp_path: Path
+) -> None:
     source = random_parameters(create_backbone(architecture, 1, **TINY))
     file = tmp_path / "checkpoint.pth.tar"
     torch.save(release(timm_state_dict(source)), file)
     images = torch.randn(2, 3, 32, 32)
     with torch.no_grad():
-        found, expected = create_backbone(architecture, 1, weights=file, **TINY)(images), source(images)
+        found, expected = (
+            create_backbone(architecture, 1, weights=file, **TINY)(images),
+            source(images),
+        )
     torch.testing.assert_close(found.cls, expected.cls, atol=1e-5, rtol=0)
     torch.testing.assert_close(found.patches, expected.patches, atol=1e-5, rtol=0)
 
 
-def test_dinov3_without_bias_takes_a_bias_of_zeros_only(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    state = dinov3(timm_state_dict(random_parameters(create_backbone("vit_small_patch16_dinov3_qkvb", 1, **TINY))))
+def test_dinov3_without_bias_takes_a_bias_of_zeros_only(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    state = dinov3(
+        timm_state_dict(
+            random_parameters(create_backbone("vit_small_patch16_dinov3_qkvb", 1, **TINY))
+        )
+    )
     torch.save(state, tmp_path / "biased.pth")
     with pytest.raises(MetaVPTError, match=r"blocks\.0\.attn\.qkv\.bias is not zero; .*_qkvb"):
         create_backbone("vit_small_patch16_dinov3", 1, weights=tmp_path / "biased.pth", **TINY)
-    torch.save({k: torch.zeros_like(v) if k.endswith("qkv.bias") else v for k, v in state.items()}, tmp_path / "zero.pth")
+    torch.save(
+        {k: torch.zeros_like(v) if k.endswith("qkv.bias") else v for k, v in state.items()},
+        tmp_path / "zero.pth",
+    )
     create_backbone("vit_small_patch16_dinov3", 1, weights=tmp_path / "zero.pth", **TINY)
     assert not capsys.readouterr().out  # timm prints there
     torch.save({k: v for k, v in state.items() if "bias_mask" not in k}, tmp_path / "keys.pth")
@@ -161,16 +228,30 @@ def test_dinov3_without_bias_takes_a_bias_of_zeros_only(tmp_path: Path, capsys: 
 def test_positions_of_another_image_size_are_resampled_and_nothing_else(tmp_path: Path) -> None:
     source = create_backbone("vit_small_patch14_dinov2", 1, **TINY)
     save_file(timm_state_dict(source), tmp_path / "a.safetensors")
-    larger = create_backbone("vit_small_patch14_dinov2", 1, weights=tmp_path / "a.safetensors", **LARGER)
+    larger = create_backbone(
+        "vit_small_patch14_dinov2", 1, weights=tmp_path / "a.safetensors", **LARGER
+    )
     images = torch.randn(1, 3, 64, 64)
-    torch.testing.assert_close(larger(images).cls, source(images).cls, atol=1e-5, rtol=0)  # which resamples as well
-    with pytest.raises(MetaVPTError, match=r"patch_embed\.proj\.weight is \(32, 3, 8, 8\), not \(32, 3, 16, 16\)"):
-        create_backbone("vit_small_patch14_dinov2", 1, weights=tmp_path / "a.safetensors", **COARSER)
+    torch.testing.assert_close(
+        larger(images).cls, source(images).cls, atol=1e-5, rtol=0
+    )  # which resamples as well
+    with pytest.raises(
+        MetaVPTError, match=r"patch_embed\.proj\.weight is \(32, 3, 8, 8\), not \(32, 3, 16, 16\)"
+    ):
+        create_backbone(
+            "vit_small_patch14_dinov2", 1, weights=tmp_path / "a.safetensors", **COARSER
+        )
 
 
-@pytest.mark.parametrize("architecture", ["vit_huge_patch14_gap_224", "vit_small_patch16_dinov3", "vit_small_patch14_reg4_dinov2"])
+@pytest.mark.parametrize(
+    "architecture",
+    ["vit_huge_patch14_gap_224", "vit_small_patch16_dinov3", "vit_small_patch14_reg4_dinov2"],
+)
 def test_weights_of_another_family_do_not_fit(architecture: str, tmp_path: Path) -> None:
-    save_file(timm_state_dict(create_backbone("vit_base_patch16_224.mae", 1, **TINY)), tmp_path / "mae.safetensors")
+    save_file(
+        timm_state_dict(create_backbone("vit_base_patch16_224.mae", 1, **TINY)),
+        tmp_path / "mae.safetensors",
+    )
     with pytest.raises(MetaVPTError, match=f"mae.safetensors does not fit {architecture}: "):
         create_backbone(architecture, 1, weights=tmp_path / "mae.safetensors", **TINY)
 
@@ -187,7 +268,10 @@ def test_what_shapes_do_not_show_is_read_from_the_configuration(tmp_path: Path) 
 
 def test_two_backbones_in_one_file_are_an_error(tmp_path: Path) -> None:
     state = timm_state_dict(create_backbone("vit_base_patch16_224.mae", 1, **TINY))
-    torch.save({f"{who}.{key}": value for who in ("student", "teacher") for key, value in state.items()}, tmp_path / "both.pt")
+    torch.save(
+        {f"{who}.{key}": value for who in ("student", "teacher") for key, value in state.items()},
+        tmp_path / "both.pt",
+    )
     with pytest.raises(MetaVPTError, match=r"holds 2 backbones \(student\., teacher\.\)"):
         create_backbone("vit_base_patch16_224.mae", 1, weights=tmp_path / "both.pt", **TINY)
 

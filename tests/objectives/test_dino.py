@@ -8,10 +8,16 @@ from metavpt.errors import MetaVPTError
 from metavpt.objectives.dino import center_update, centered_probs, dino_loss, sinkhorn_probs
 
 
-def views(num_globals: int = 2, num_views: int = 5, batch: int = 3, prototypes: int = 4) -> tuple[list[Tensor], Tensor]:
+def views(
+    num_globals: int = 2, num_views: int = 5, batch: int = 3, prototypes: int = 4
+) -> tuple[list[Tensor], Tensor]:
     generator = torch.Generator().manual_seed(0)
-    student = list(torch.randn(num_views, batch, prototypes, dtype=torch.float64, generator=generator))
-    return student, torch.randn(num_globals, batch, prototypes, dtype=torch.float64, generator=generator).softmax(-1)
+    student = list(
+        torch.randn(num_views, batch, prototypes, dtype=torch.float64, generator=generator)
+    )
+    return student, torch.randn(
+        num_globals, batch, prototypes, dtype=torch.float64, generator=generator
+    ).softmax(-1)
 
 
 def naive(student: list[Tensor], probs: Tensor, temperature: float) -> list[float]:
@@ -24,7 +30,10 @@ def naive(student: list[Tensor], probs: Tensor, temperature: float) -> list[floa
                 if v == g:
                     continue
                 scores = [math.exp(s / temperature) for s in student[v][b].tolist()]
-                total += sum(-p * math.log(s / sum(scores)) for p, s in zip(probs[g, b].tolist(), scores, strict=True))
+                total += sum(
+                    -p * math.log(s / sum(scores))
+                    for p, s in zip(probs[g, b].tolist(), scores, strict=True)
+                )
                 pairs += 1
         losses.append(total / pairs)
     return losses
@@ -34,7 +43,9 @@ def naive(student: list[Tensor], probs: Tensor, temperature: float) -> list[floa
 def test_loss_equals_the_papers_sum(num_globals: int, num_views: int) -> None:
     student, probs = views(num_globals, num_views)
     expected = torch.tensor(naive(student, probs, 0.1), dtype=torch.float64)
-    torch.testing.assert_close(dino_loss(student, probs, 0.1, reduction="none"), expected, atol=1e-12, rtol=0)
+    torch.testing.assert_close(
+        dino_loss(student, probs, 0.1, reduction="none"), expected, atol=1e-12, rtol=0
+    )
     torch.testing.assert_close(dino_loss(student, probs, 0.1), expected.mean(), atol=1e-12, rtol=0)
 
 
@@ -52,21 +63,31 @@ def test_half_precision_is_summed_in_float32(dtype: torch.dtype) -> None:
     expected = dino_loss([s.double() for s in half], probs.to(dtype).double(), 0.1)
     assert loss.dtype == torch.float32
     torch.testing.assert_close(loss.double(), expected, atol=0, rtol=1e-5)
-    assert sinkhorn_probs(half[0], 0.04).dtype == centered_probs(half[0], half[0][0], 0.04).dtype == torch.float32
+    assert (
+        sinkhorn_probs(half[0], 0.04).dtype
+        == centered_probs(half[0], half[0][0], 0.04).dtype
+        == torch.float32
+    )
 
 
 def test_centered_probs() -> None:
     student, _ = views()
     center = student[1][0]
     expected = ((student[0] - center) / 0.04).softmax(-1)
-    torch.testing.assert_close(centered_probs(student[0], center, 0.04), expected, atol=1e-15, rtol=0)
+    torch.testing.assert_close(
+        centered_probs(student[0], center, 0.04), expected, atol=1e-15, rtol=0
+    )
 
 
 def test_sinkhorn_marginals() -> None:
     logits = torch.randn(2, 12, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     probs = sinkhorn_probs(logits, 0.5, num_iters=300)
-    torch.testing.assert_close(probs.sum(-1), torch.ones(2, 12, dtype=torch.float64), atol=1e-12, rtol=0)
-    torch.testing.assert_close(probs.sum((0, 1)), torch.full((6,), 24 / 6, dtype=torch.float64), atol=1e-8, rtol=0)
+    torch.testing.assert_close(
+        probs.sum(-1), torch.ones(2, 12, dtype=torch.float64), atol=1e-12, rtol=0
+    )
+    torch.testing.assert_close(
+        probs.sum((0, 1)), torch.full((6,), 24 / 6, dtype=torch.float64), atol=1e-8, rtol=0
+    )
 
 
 def test_sinkhorn_equals_the_published_iteration() -> None:

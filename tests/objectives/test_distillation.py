@@ -6,7 +6,13 @@ from torch import Generator, Tensor
 
 from metavpt.errors import MetaVPTError
 from metavpt.objectives.dino import dino_loss
-from metavpt.objectives.distillation import active_terms, hidden_patch_loss, pack, term_losses, unpack
+from metavpt.objectives.distillation import (
+    active_terms,
+    hidden_patch_loss,
+    pack,
+    term_losses,
+    unpack,
+)
 from metavpt.objectives.gram import gram_loss
 from metavpt.objectives.ibot import ibot_loss
 from metavpt.objectives.koleo import koleo_loss
@@ -59,7 +65,9 @@ def test_a_term_alone_is_what_it_is_among_others(name: str) -> None:
 
 def test_a_batch_that_hides_nothing_has_a_patch_loss_of_zero_and_a_gradient() -> None:
     logits = torch.empty(0, K, dtype=torch.float64, requires_grad=True)
-    loss = hidden_patch_loss(logits, torch.empty(0, K, dtype=torch.float64), torch.zeros(2, B, N, dtype=torch.bool), 0.1)
+    loss = hidden_patch_loss(
+        logits, torch.empty(0, K, dtype=torch.float64), torch.zeros(2, B, N, dtype=torch.bool), 0.1
+    )
     assert torch.equal(loss, torch.zeros(B, dtype=torch.float64))
     assert torch.autograd.grad(loss.sum(), logits)[0].shape == (0, K)
 
@@ -79,7 +87,12 @@ def test_active_terms_are_those_with_a_weight_in_one_order() -> None:
 
 
 @pytest.mark.parametrize(
-    ("terms", "words"), [({"byol": 1.0}, "'byol'; known are dino"), ({"dino": -1.0}, "negative"), ({"dino": 0.0}, "one must be positive")]
+    ("terms", "words"),
+    [
+        ({"byol": 1.0}, "'byol'; known are dino"),
+        ({"dino": -1.0}, "negative"),
+        ({"dino": 0.0}, "one must be positive"),
+    ],
 )
 def test_terms_that_are_no_recipe_are_refused(terms: dict[str, float], words: str) -> None:
     with pytest.raises(MetaVPTError, match=words):

@@ -10,7 +10,9 @@ from metavpt.objectives.gram import gram_loss
 
 def parts() -> tuple[Tensor, Tensor]:
     g = torch.Generator().manual_seed(0)
-    return torch.randn(2, 3, 4, dtype=torch.float64, generator=g), torch.randn(2, 3, 5, dtype=torch.float64, generator=g)
+    return torch.randn(2, 3, 4, dtype=torch.float64, generator=g), torch.randn(
+        2, 3, 5, dtype=torch.float64, generator=g
+    )
 
 
 def cosine(x: list[float], y: list[float]) -> float:
@@ -22,7 +24,11 @@ def naive(student: Tensor, teacher: Tensor) -> list[float]:
     """The squared Frobenius norm, entry by entry, over the number of entries."""
     losses = []
     for s, t in zip(student.tolist(), teacher.tolist(), strict=True):
-        errors = [(cosine(s[i], s[j]) - cosine(t[i], t[j])) ** 2 for i in range(len(s)) for j in range(len(s))]
+        errors = [
+            (cosine(s[i], s[j]) - cosine(t[i], t[j])) ** 2
+            for i in range(len(s))
+            for j in range(len(s))
+        ]
         losses.append(sum(errors) / len(errors))
     return losses
 
@@ -47,7 +53,12 @@ def test_loss_is_differentiable_in_both_arguments() -> None:
 def test_half_precision_is_summed_in_float32() -> None:
     student, teacher = (part.bfloat16() for part in parts())
     assert gram_loss(student, teacher).dtype == torch.float32
-    torch.testing.assert_close(gram_loss(student, teacher).double(), gram_loss(student.double(), teacher.double()), atol=1e-6, rtol=0)
+    torch.testing.assert_close(
+        gram_loss(student, teacher).double(),
+        gram_loss(student.double(), teacher.double()),
+        atol=1e-6,
+        rtol=0,
+    )
 
 
 def test_other_patches_are_refused() -> None:

@@ -8,8 +8,14 @@ from metavpt.objectives.ijepa import ijepa_loss, normalized_features
 
 def parts() -> tuple[Tensor, Tensor, Tensor]:
     g = torch.Generator().manual_seed(0)
-    predictions, features = (2 * torch.randn(2, 3, 4, 5, dtype=torch.float64, generator=g) for _ in range(2))
-    return predictions, features, torch.rand(2, 3, 1, dtype=torch.float64, generator=g).expand(2, 3, 4)
+    predictions, features = (
+        2 * torch.randn(2, 3, 4, 5, dtype=torch.float64, generator=g) for _ in range(2)
+    )
+    return (
+        predictions,
+        features,
+        torch.rand(2, 3, 1, dtype=torch.float64, generator=g).expand(2, 3, 4),
+    )
 
 
 def squared(error: float) -> float:
@@ -40,9 +46,16 @@ def naive(predictions: Tensor, features: Tensor, weights: Tensor, distance) -> l
 def test_loss_equals_the_papers_sum(name, distance) -> None:
     predictions, features, weights = parts()
     for w in (None, weights):
-        expected = torch.tensor(naive(predictions, features, torch.ones_like(weights) if w is None else w, distance), dtype=torch.float64)
-        torch.testing.assert_close(ijepa_loss(predictions, features, w, name, "none"), expected, atol=1e-13, rtol=0)
-        torch.testing.assert_close(ijepa_loss(predictions, features, w, name), expected.mean(), atol=1e-13, rtol=0)
+        expected = torch.tensor(
+            naive(predictions, features, torch.ones_like(weights) if w is None else w, distance),
+            dtype=torch.float64,
+        )
+        torch.testing.assert_close(
+            ijepa_loss(predictions, features, w, name, "none"), expected, atol=1e-13, rtol=0
+        )
+        torch.testing.assert_close(
+            ijepa_loss(predictions, features, w, name), expected.mean(), atol=1e-13, rtol=0
+        )
 
 
 def test_features_are_normalised_over_channels() -> None:

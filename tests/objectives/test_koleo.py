@@ -15,12 +15,20 @@ def features() -> Tensor:
 def naive(x: Tensor) -> list[float]:
     """-log of the distance to the nearest other point on the sphere, pair by pair."""
     points = [[v / math.sqrt(sum(u * u for u in row)) for v in row] for row in x.tolist()]
-    return [-math.log(min(math.dist(p, q) for j, q in enumerate(points) if j != i)) for i, p in enumerate(points)]
+    return [
+        -math.log(min(math.dist(p, q) for j, q in enumerate(points) if j != i))
+        for i, p in enumerate(points)
+    ]
 
 
 def test_loss_equals_the_papers_formula() -> None:
     x = features()
-    torch.testing.assert_close(koleo_loss(x, reduction="none"), torch.tensor(naive(x), dtype=torch.float64), atol=1e-13, rtol=0)
+    torch.testing.assert_close(
+        koleo_loss(x, reduction="none"),
+        torch.tensor(naive(x), dtype=torch.float64),
+        atol=1e-13,
+        rtol=0,
+    )
     assert koleo_loss(x).item() == pytest.approx(sum(naive(x)) / 6, abs=1e-13)
 
 
@@ -45,7 +53,9 @@ def test_duplicates_are_finite_to_the_second_order() -> None:
 def test_half_precision_is_summed_in_float32() -> None:
     half = features().half()
     assert koleo_loss(half).dtype == torch.float32
-    torch.testing.assert_close(koleo_loss(half).double(), koleo_loss(half.double()), atol=1e-4, rtol=0)
+    torch.testing.assert_close(
+        koleo_loss(half).double(), koleo_loss(half.double()), atol=1e-4, rtol=0
+    )
 
 
 def test_one_feature_has_no_neighbour() -> None:

@@ -10,7 +10,15 @@ from metavpt.errors import MetaVPTError
 from metavpt.linear_product import CentralDifference, ForwardMode
 from metavpt.objectives.next_token import select_candidates
 from metavpt.objectives.prediction import Prediction, predicted_tokens
-from metavpt.objectives.target_task import OneHot, SoftTargets, TargetTask, Tilted, target_loss, target_loss_per_sample, target_tail
+from metavpt.objectives.target_task import (
+    OneHot,
+    SoftTargets,
+    TargetTask,
+    Tilted,
+    target_loss,
+    target_loss_per_sample,
+    target_tail,
+)
 from metavpt.products import value_and_gradient
 
 K = 6
@@ -35,7 +43,10 @@ def theta_of(learner):
 
 def direction(learner, seed=5):
     g = torch.Generator().manual_seed(seed)
-    return {name: torch.randn(theta_of(learner)[name].shape, generator=g, dtype=torch.float64) for name in learner.aligned_parameters()}
+    return {
+        name: torch.randn(theta_of(learner)[name].shape, generator=g, dtype=torch.float64)
+        for name in learner.aligned_parameters()
+    }
 
 
 def candidates_of(learner, batch=BATCH):
@@ -60,7 +71,16 @@ def advantage(learner, w):
     _, candidates = candidates_of(learner)
     picked = log_probs.gather(1, candidates)
     by = [
-        params.dot(dict(zip(aligned, torch.autograd.grad(p, list(aligned.values()), retain_graph=True), strict=True)), w)
+        params.dot(
+            dict(
+                zip(
+                    aligned,
+                    torch.autograd.grad(p, list(aligned.values()), retain_graph=True),
+                    strict=True,
+                )
+            ),
+            w,
+        )
         for p in picked.flatten()
     ]
     return -torch.stack(by).view_as(picked)
@@ -89,7 +109,10 @@ def test_soft_targets_are_the_formula_token_by_token(learner):
     q = made(SoftTargets(gate, K, residual, vectors, table), learner)
     log_probs, candidates = candidates_of(learner)
     for n, (b, t) in enumerate(BATCH.loss_mask.nonzero().tolist()):
-        scores = [residual * float(log_probs[n, c]) + float(vectors[b, t] @ table[candidates[n, c]]) for c in range(K)]
+        scores = [
+            residual * float(log_probs[n, c]) + float(vectors[b, t] @ table[candidates[n, c]])
+            for c in range(K)
+        ]
         r = torch.tensor(scores, dtype=torch.float64).softmax(dim=0)
         for c in range(K):
             true = float(candidates[n, c] == BATCH.tokens[b, t])
@@ -101,7 +124,11 @@ def test_soft_targets_are_the_formula_token_by_token(learner):
 def test_without_scores_targets_are_smoothed_or_self_distilled(learner, residual):
     q = made(SoftTargets(0.4, K, residual), learner)
     log_probs, _ = candidates_of(learner)
-    expected = 0.4 * (torch.full_like(q, 1 / K) if residual == 0 else log_probs.exp() / log_probs.exp().sum(dim=1, keepdim=True))
+    expected = 0.4 * (
+        torch.full_like(q, 1 / K)
+        if residual == 0
+        else log_probs.exp() / log_probs.exp().sum(dim=1, keepdim=True)
+    )
     expected[:, 0] += 0.6
     torch.testing.assert_close(q, expected, rtol=1e-12, atol=1e-14)
 
@@ -114,13 +141,20 @@ def test_the_tilt_is_the_formula(learner):
     scale = (base * centred**2).sum(dim=1).mean().sqrt()
     expected = 0.3 * (base.log() + centred / scale / 0.8).softmax(dim=1)
     expected[:, 0] += 0.7
-    torch.testing.assert_close(made(Tilted(w, 0.3, 0.8, K, ForwardMode()), learner), expected, rtol=1e-9, atol=1e-11)
-    torch.testing.assert_close(made(Tilted(w, 0.3, 0.8, K, CentralDifference()), learner), expected, rtol=1e-6, atol=1e-8)
+    torch.testing.assert_close(
+        made(Tilted(w, 0.3, 0.8, K, ForwardMode()), learner), expected, rtol=1e-9, atol=1e-11
+    )
+    torch.testing.assert_close(
+        made(Tilted(w, 0.3, 0.8, K, CentralDifference()), learner), expected, rtol=1e-6, atol=1e-8
+    )
 
 
 def test_the_tilt_is_indifferent_to_the_length_of_its_direction(learner):
     w = direction(learner)
-    torch.testing.assert_close(made(Tilted(params.scale(w, 1e4), num_candidates=K), learner), made(Tilted(w, num_candidates=K), learner))
+    torch.testing.assert_close(
+        made(Tilted(params.scale(w, 1e4), num_candidates=K), learner),
+        made(Tilted(w, num_candidates=K), learner),
+    )
 
 
 def test_the_tilt_is_the_best_target_within_its_trust_region(learner):
@@ -139,8 +173,12 @@ def test_the_tilt_is_the_best_target_within_its_trust_region(learner):
             value = -((r * values[n]).sum() - tau * (r * (r.log() - base[n].log())).sum())
             return float(value.detach()), torch.autograd.grad(value, z)[0].numpy()
 
-        found = minimize(loss, torch.zeros(K).numpy(), jac=True, method="BFGS", options={"gtol": 1e-10})
-        torch.testing.assert_close(torch.tensor(found.x).softmax(dim=0), tilted[n], rtol=1e-5, atol=1e-6)
+        found = minimize(
+            loss, torch.zeros(K).numpy(), jac=True, method="BFGS", options={"gtol": 1e-10}
+        )
+        torch.testing.assert_close(
+            torch.tensor(found.x).softmax(dim=0), tilted[n], rtol=1e-5, atol=1e-6
+        )
 
 
 def test_a_wide_trust_region_has_mean_kl_1_over_2_tau_squared(learner):
@@ -155,7 +193,9 @@ def test_tau_0_is_the_best_q_within_the_gate(learner):
     w = direction(learner)
     values = advantage(learner, w)
     q = made(Tilted(w, 0.5, 0.0, K), learner)
-    for n, row in enumerate(values):  # V is linear in q: its maximum stands at a vertex, all of the gate on one candidate
+    for n, row in enumerate(
+        values
+    ):  # V is linear in q: its maximum stands at a vertex, all of the gate on one candidate
         vertices = [0.5 * torch.eye(K)[0] + 0.5 * torch.eye(K)[c] for c in range(K)]
         best = max(vertices, key=lambda vertex, row=row: float((vertex * row).sum()))
         torch.testing.assert_close(q[n], best)
@@ -171,21 +211,38 @@ def test_a_direction_without_slope_leaves_the_learners_own_prediction(learner):
 @pytest.mark.parametrize("kind", ["tilted", "greedy", "soft"])
 def test_a_gate_of_0_is_plain_bit_for_bit(learner, kind):
     g = torch.Generator().manual_seed(2)
-    soft = SoftTargets(torch.zeros(2, 12), K, 1.0, torch.randn(2, 12, 3, generator=g), torch.randn(VOCAB, 3, generator=g))
+    soft = SoftTargets(
+        torch.zeros(2, 12),
+        K,
+        1.0,
+        torch.randn(2, 12, 3, generator=g),
+        torch.randn(VOCAB, 3, generator=g),
+    )
     w = direction(learner)
-    targets = {"tilted": Tilted(w, 0.0, 1.0, K), "greedy": Tilted(w, 0.0, 0.0, K), "soft": soft}[kind]
+    targets = {"tilted": Tilted(w, 0.0, 1.0, K), "greedy": Tilted(w, 0.0, 0.0, K), "soft": soft}[
+        kind
+    ]
     theta = params.named(learner)
-    plain, other = (value_and_gradient(lambda p, t=t: target_loss(learner, p, TargetTask(BATCH, t)), theta) for t in (OneHot(), targets))
+    plain, other = (
+        value_and_gradient(lambda p, t=t: target_loss(learner, p, TargetTask(BATCH, t)), theta)
+        for t in (OneHot(), targets)
+    )
     assert torch.equal(plain[0], other[0])
     assert all(torch.equal(plain[1][name], other[1][name]) for name in theta)
 
 
 @pytest.mark.parametrize("kind", ["one_hot", "self_distilled", "tilted"])
 def test_the_tail_is_the_loss(learner, kind):
-    targets = {"one_hot": OneHot(), "self_distilled": SoftTargets(0.5, K), "tilted": Tilted(direction(learner), 0.5, 1.0, K)}[kind]
+    targets = {
+        "one_hot": OneHot(),
+        "self_distilled": SoftTargets(0.5, K),
+        "tilted": Tilted(direction(learner), 0.5, 1.0, K),
+    }[kind]
     theta, task = theta_of(learner), TargetTask(BATCH, targets)
     aligned = {name: theta[name] for name in learner.aligned_parameters()}
-    whole, gradient = value_and_gradient(lambda theta_s: target_loss(learner, {**theta, **theta_s}, task), aligned)
+    whole, gradient = value_and_gradient(
+        lambda theta_s: target_loss(learner, {**theta, **theta_s}, task), aligned
+    )
     tail, by_tail = value_and_gradient(target_tail(learner, theta, task), aligned)
     torch.testing.assert_close(tail, whole, rtol=1e-13, atol=0)
     for name in aligned:
@@ -207,7 +264,9 @@ def test_the_trunk_runs_once(learner):
 
 def test_a_theta_s_outside_the_tail_is_named(learner):
     loss = target_tail(learner, theta_of(learner), TargetTask(BATCH, OneHot()))
-    with pytest.raises(MetaVPTError, match=r"trunk\.embed_tokens\.weight, not in the learner's tail"):
+    with pytest.raises(
+        MetaVPTError, match=r"trunk\.embed_tokens\.weight, not in the learner's tail"
+    ):
         loss({"trunk.embed_tokens.weight": theta_of(learner)["trunk.embed_tokens.weight"]})
 
 
@@ -219,15 +278,22 @@ def test_losses_of_samples_are_means_over_their_own_tokens(learner):
         alone = packed([[5, 7], [9], [1]])
         loss_mask = torch.zeros_like(alone.loss_mask)
         loss_mask[b] = alone.loss_mask[b]
-        expected = target_loss(learner, theta, TargetTask(alone._replace(loss_mask=loss_mask), OneHot()))
+        expected = target_loss(
+            learner, theta, TargetTask(alone._replace(loss_mask=loss_mask), OneHot())
+        )
         torch.testing.assert_close(losses[b], expected, rtol=1e-12, atol=0)
         assert int(loss_mask.sum()) == sum(row) - len(row)
     assert float(losses[2]) == 0.0
 
 
 def test_more_candidates_than_the_vocabulary_holds_is_an_error(learner):
-    for targets in (SoftTargets(0.5, VOCAB + 1), Tilted(direction(learner), num_candidates=VOCAB + 1)):
-        with pytest.raises(MetaVPTError, match=f"num_candidates={VOCAB + 1}: choose from 1 to {VOCAB}"):
+    for targets in (
+        SoftTargets(0.5, VOCAB + 1),
+        Tilted(direction(learner), num_candidates=VOCAB + 1),
+    ):
+        with pytest.raises(
+            MetaVPTError, match=f"num_candidates={VOCAB + 1}: choose from 1 to {VOCAB}"
+        ):
             target_loss(learner, theta_of(learner), TargetTask(BATCH, targets))
     with pytest.raises(MetaVPTError, match="tau=-1"):
         Tilted({}, tau=-1)

@@ -39,25 +39,47 @@ class Scripted:
     def prompt(self, question: str) -> str:
         return question
 
-    def __call__(self, learner: Any, prompts: list[str], temperature: float = 0.0, seed: int = 0) -> list[str]:
+    def __call__(
+        self, learner: Any, prompts: list[str], temperature: float = 0.0, seed: int = 0
+    ) -> list[str]:
         texts = self.sampled if temperature else self.greedy
         assert len(prompts) == len(texts)
         return texts
 
 
-PROBLEMS = [WordProblem("2 + 2?", "2 + 2 = 4", "4"), WordProblem("1000 + 600?", "", "1600"), WordProblem("0?", "", "0")]
+PROBLEMS = [
+    WordProblem("2 + 2?", "2 + 2 = 4", "4"),
+    WordProblem("1000 + 600?", "", "1600"),
+    WordProblem("0?", "", "0"),
+]
 
 
 def test_the_probe_scores_greedy_and_sampled_answers() -> None:
     greedy = ["#### 4", "It is $1,600.00", "nothing"]
-    sampled = ["#### 4", "#### 5", "#### 6", "#### 4", *["#### 1600"] * 4, *["it is 0", "1", "2", "3"]]
+    sampled = [
+        "#### 4",
+        "#### 5",
+        "#### 6",
+        "#### 4",
+        *["#### 1600"] * 4,
+        *["it is 0", "1", "2", "3"],
+    ]
     batches = [packed([[7], [5]], seed=1), packed([[9]], seed=2)]
-    probe = AnswerProbe(PROBLEMS, lambda: batches, Scripted(greedy, sampled), num_samples=4, ks=(1, 2))  # type: ignore[arg-type]
+    probe = AnswerProbe(
+        PROBLEMS, lambda: batches, Scripted(greedy, sampled), num_samples=4, ks=(1, 2)
+    )  # type: ignore[arg-type]
     learner = tiny_lm()
     metrics = probe(learner)
-    log_probs = [dense_log_probs(learner, params.detach(params.named(learner)), batch) for batch in batches]
-    true = [torch.stack([batch.tokens[b, t] for b, t in batch.loss_mask.nonzero().tolist()]) for batch in batches]
-    chosen = torch.cat([table.gather(1, ids[:, None]) for table, ids in zip(log_probs, true, strict=True)])
+    log_probs = [
+        dense_log_probs(learner, params.detach(params.named(learner)), batch) for batch in batches
+    ]
+    true = [
+        torch.stack([batch.tokens[b, t] for b, t in batch.loss_mask.nonzero().tolist()])
+        for batch in batches
+    ]
+    chosen = torch.cat(
+        [table.gather(1, ids[:, None]) for table, ids in zip(log_probs, true, strict=True)]
+    )
     nll = -float(chosen.mean())
     assert metrics.pop("nll") == pytest.approx(nll, rel=1e-12)
     assert metrics == pytest.approx({
@@ -65,7 +87,9 @@ def test_the_probe_scores_greedy_and_sampled_answers() -> None:
         "sampled_pass@1_strict": (2 / 4 + 1 + 0) / 3, "sampled_pass@2_strict": (1 - 1 / 6 + 1 + 0) / 3,
         "sampled_pass@1_flexible": (2 / 4 + 1 + 1 / 4) / 3, "sampled_pass@2_flexible": (5 / 6 + 1 + 1 / 2) / 3,
     })  # fmt: skip
-    assert [(answer.given, answer.is_right) for answer in probe.answers] == [*zip(greedy, [True, True, False], strict=True)]
+    assert [(answer.given, answer.is_right) for answer in probe.answers] == [
+        *zip(greedy, [True, True, False], strict=True)
+    ]
     assert PerplexityProbe(lambda: batches)(learner) == {"perplexity": pytest.approx(math.exp(nll))}
     assert mean_nll(learner, batches[:1]) != pytest.approx(nll)
 
@@ -80,7 +104,10 @@ def test_the_perplexity_of_a_learner_that_went_astray_is_infinite() -> None:
 
 
 def test_every_metric_says_which_way_is_good() -> None:
-    assert [sign(f"answers/{name}") for name in ("nll", "pass@1_strict", "pass@1_flexible", "sampled_pass@16_strict")] == [-1, 1, 1, 1]
+    assert [
+        sign(f"answers/{name}")
+        for name in ("nll", "pass@1_strict", "pass@1_flexible", "sampled_pass@16_strict")
+    ] == [-1, 1, 1, 1]
     assert sign("wikitext/perplexity") == -1
 
 

@@ -42,12 +42,26 @@ class Colours:
 
 def test_every_head_measures_every_task_on_one_pass_over_each_set() -> None:
     features = Colours()
-    probe = DenseProbe(lambda: batches(0), lambda: batches(1, 2), 2, {"ridge": Ridge(), "linear_bn": LinearBN(num_steps=5)})
+    probe = DenseProbe(
+        lambda: batches(0),
+        lambda: batches(1, 2),
+        2,
+        {"ridge": Ridge(), "linear_bn": LinearBN(num_steps=5)},
+    )
     metrics = probe(features)
-    names = ("depth_rmse", "depth_abs_rel", "depth_delta1", "depth_rmse_per_image", "seg_miou", "seg_acc")
+    names = (
+        "depth_rmse",
+        "depth_abs_rel",
+        "depth_delta1",
+        "depth_rmse_per_image",
+        "seg_miou",
+        "seg_acc",
+    )
     assert set(metrics) == {f"{head}/{name}" for head in ("ridge", "linear_bn") for name in names}
     assert features.calls == 5
-    assert metrics["ridge/depth_rmse"] < 0.9  # blocks are enlarged bilinearly, so not 0; depth has a deviation of 1.5
+    assert (
+        metrics["ridge/depth_rmse"] < 0.9
+    )  # blocks are enlarged bilinearly, so not 0; depth has a deviation of 1.5
     assert metrics["ridge/seg_miou"] > 0.6
     assert probe(features) == metrics
 
@@ -71,12 +85,17 @@ def test_one_task_alone() -> None:
     depth_only = DenseProbe(lambda: batches(0), lambda: batches(1), None)
     assert all("/depth_" in name for name in depth_only(features))
     assert depth_only.predict(features, batches(2)[0].image).label is None
-    assert all("/seg_" in name for name in DenseProbe(lambda: batches(0), lambda: batches(1), 2, depth=False)(features))
+    assert all(
+        "/seg_" in name
+        for name in DenseProbe(lambda: batches(0), lambda: batches(1), 2, depth=False)(features)
+    )
     with pytest.raises(MetaVPTError, match="nothing to probe"):
         DenseProbe(lambda: batches(0), lambda: batches(1), None, depth=False)
 
 
 def test_the_global_generator_is_left_alone() -> None:
     state = torch.get_rng_state()
-    DenseProbe(lambda: batches(0), lambda: batches(1), 2, {"linear_bn": LinearBN(num_steps=2)})(Colours())
+    DenseProbe(lambda: batches(0), lambda: batches(1), 2, {"linear_bn": LinearBN(num_steps=2)})(
+        Colours()
+    )
     assert torch.equal(torch.get_rng_state(), state)

@@ -22,7 +22,9 @@ def test_eigen_crop(height: int, width: int, rows: slice, columns: slice) -> Non
     assert eigen_crop(height, width) == (rows, columns)
 
 
-def naive(prediction: torch.Tensor, depth: torch.Tensor, rows: range, columns: range) -> dict[str, float]:
+def naive(
+    prediction: torch.Tensor, depth: torch.Tensor, rows: range, columns: range
+) -> dict[str, float]:
     squares, relative, close, per_image = [], [], [], []
     for p_image, t_image in zip(prediction.tolist(), depth.tolist(), strict=True):
         image = []
@@ -65,7 +67,9 @@ def test_metrics_are_the_naive_loops(maps: tuple[torch.Tensor, torch.Tensor], cr
     metrics.update(prediction[:1], depth[:1])
     metrics.update(prediction[1:], depth[1:])
     rows, columns = (range(2, 24), range(2, 31)) if crop else (range(24), range(32))
-    assert metrics.compute() == pytest.approx(naive(prediction, depth, rows, columns), rel=1e-6)  # float32 maps
+    assert metrics.compute() == pytest.approx(
+        naive(prediction, depth, rows, columns), rel=1e-6
+    )  # float32 maps
     assert metrics.num_images == 3
 
 

@@ -25,7 +25,9 @@ ANSWERS = {  # text -> (strict, flexible)
 
 
 @pytest.mark.parametrize(("text", "found"), ANSWERS.items())
-def test_strict_takes_what_follows_the_mark_and_flexible_the_last_number(text: str, found: tuple[str | None, str | None]) -> None:
+def test_strict_takes_what_follows_the_mark_and_flexible_the_last_number(
+    text: str, found: tuple[str | None, str | None]
+) -> None:
     assert (strict(text), flexible(text)) == found
 
 
@@ -47,10 +49,16 @@ def test_numerals_are_compared_as_numbers(pair: tuple[str | None, str], equal: b
     assert is_equal(*pair) is equal
 
 
-def test_it_works_in_threads_and_says_nothing(capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture) -> None:
+def test_it_works_in_threads_and_says_nothing(
+    capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
     """The time limits of math-verify are signals, which only the main thread may set."""
     is_equal.cache_clear()
     with ThreadPoolExecutor(2) as pool:
-        assert list(pool.map(is_equal, ["1,024", "7", "8"], ["1024", "7", "9"])) == [True, True, False]
+        assert list(pool.map(is_equal, ["1,024", "7", "8"], ["1024", "7", "9"])) == [
+            True,
+            True,
+            False,
+        ]
     assert capfd.readouterr().err == ""
     assert not caplog.records

@@ -24,7 +24,9 @@ class Headed(Channels):
 
     def feedback_loss(self, theta, batch):
         x, y = batch
-        return ((self.head(torch.func.functional_call(self.learner, theta, (x,))[:, :4]) - y) ** 2).mean()
+        return (
+            (self.head(torch.func.functional_call(self.learner, theta, (x,))[:, :4]) - y) ** 2
+        ).mean()
 
 
 def one_step(problem, optimizer, probe):
@@ -50,17 +52,24 @@ def problem():
 def test_sgd_by_hand(problem):
     optimizer = torch.optim.SGD(problem.learner.parameters(), lr=1e-4)
     record, _, start, gradients = one_step(problem, optimizer, FirstOrderProbe(problem, seed=3))
-    labelled, held_out = next(iter(problem.feedback_batches(3))), next(iter(problem.held_out_batches(100_003)))
+    labelled, held_out = (
+        next(iter(problem.feedback_batches(3))),
+        next(iter(problem.held_out_batches(100_003))),
+    )
     theta = params.leaves(start)
     loss = problem.feedback_loss(theta, labelled)
     g_down = dict(zip(theta, torch.autograd.grad(loss, list(theta.values())), strict=True))
     plain = -1e-4 * float(params.dot(g_down, gradients))
     after = params.named(problem.learner)
     assert record["predicted_plain"] == pytest.approx(plain, rel=1e-12)
-    assert record["predicted"] == pytest.approx(plain, rel=1e-8)  # plain SGD: the step is -lr g_pre, and all parameters are aligned
+    assert record["predicted"] == pytest.approx(
+        plain, rel=1e-8
+    )  # plain SGD: the step is -lr g_pre, and all parameters are aligned
     assert record["predicted_aligned"] == record["predicted"]
     for name, batch in {"realised": held_out, "realised_same": labelled}.items():
-        change = problem.feedback_loss(after, batch).item() - problem.feedback_loss(start, batch).item()
+        change = (
+            problem.feedback_loss(after, batch).item() - problem.feedback_loss(start, batch).item()
+        )
         assert record[name] == pytest.approx(change, abs=1e-14)
 
 
@@ -80,7 +89,9 @@ def test_only_aligned_parameters_count_where_they_are_fewer(problem):
     optimizer = torch.optim.AdamW(problem.learner.parameters(), lr=1e-3)
     record, before, start, _ = one_step(problem, optimizer, FirstOrderProbe(problem, seed=3))
     change = problem.learner[1].weight.detach() - start["1.weight"]
-    assert record["predicted_aligned"] == pytest.approx(float((before.g_down["1.weight"] * change).sum()), rel=1e-12)
+    assert record["predicted_aligned"] == pytest.approx(
+        float((before.g_down["1.weight"] * change).sum()), rel=1e-12
+    )
     assert record["predicted_aligned"] != record["predicted"]
 
 

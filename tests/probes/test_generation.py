@@ -12,7 +12,11 @@ from metavpt.learners.lm import LanguageModel
 from metavpt.learners.pretrained_lm import random_language_model
 from metavpt.probes.generation import Generator, left_padded
 
-PROMPTS = ["Question: What is 3 + 4?\nAnswer:", "Question: Who?\nAnswer:", "Question: A tale of forty words, or fewer than that?\nAnswer:"]
+PROMPTS = [
+    "Question: What is 3 + 4?\nAnswer:",
+    "Question: Who?\nAnswer:",
+    "Question: A tale of forty words, or fewer than that?\nAnswer:",
+]
 
 
 @pytest.fixture
@@ -36,7 +40,14 @@ def naive(learner: LanguageModel, encoder: Encoder, prompt: str, num_tokens: int
     start = len(tokens)
     while len(tokens) < start + num_tokens and tokens[-1] != encoder.eos:
         row = torch.tensor([tokens])
-        batch = TokenBatch(row, torch.arange(len(tokens))[None], torch.zeros_like(row), torch.ones_like(row).bool(), 0, torch.zeros(1))
+        batch = TokenBatch(
+            row,
+            torch.arange(len(tokens))[None],
+            torch.zeros_like(row),
+            torch.ones_like(row).bool(),
+            0,
+            torch.zeros(1),
+        )
         tokens = [*tokens, int(learner.logits(batch)[0, -1].argmax())]
     return tokens[start:]
 
@@ -45,7 +56,10 @@ def naive(learner: LanguageModel, encoder: Encoder, prompt: str, num_tokens: int
 def test_greedy_generation_is_the_naive_loop(encoder: Encoder, kind: str) -> None:
     learner = model_of(encoder, kind)
     texts = Generator(encoder, 12, batch_size=2, stop=())(learner, PROMPTS)
-    expected = [encoder.tokenizer.decode(naive(learner, encoder, prompt, 12), skip_special_tokens=True) for prompt in PROMPTS]
+    expected = [
+        encoder.tokenizer.decode(naive(learner, encoder, prompt, 12), skip_special_tokens=True)
+        for prompt in PROMPTS
+    ]
     assert texts == expected
     assert len(set(texts)) == 3
 
@@ -65,7 +79,9 @@ def test_it_ends_at_eos_and_at_a_text_that_stops_it(encoder: Encoder) -> None:
         encoder.eos = original
 
 
-def test_samples_are_those_of_the_seed_and_leave_the_global_generator_alone(encoder: Encoder) -> None:
+def test_samples_are_those_of_the_seed_and_leave_the_global_generator_alone(
+    encoder: Encoder,
+) -> None:
     """Whatever the model was released with: top_k=1 would make every sample the greedy one."""
     learner, generator = model_of(encoder), Generator(encoder, 8, stop=())
     released = learner.transformers_model.generation_config
@@ -77,7 +93,8 @@ def test_samples_are_those_of_the_seed_and_leave_the_global_generator_alone(enco
     assert len(set(samples[0])) > len(PROMPTS)
     assert learner.transformers_model.generation_config is released
     assert generator(learner, PROMPTS) == [
-        encoder.tokenizer.decode(naive(learner, encoder, p, 8), skip_special_tokens=True) for p in PROMPTS
+        encoder.tokenizer.decode(naive(learner, encoder, p, 8), skip_special_tokens=True)
+        for p in PROMPTS
     ]
 
 
@@ -88,7 +105,10 @@ def test_padding_is_on_the_left() -> None:
 
 
 def test_a_prompt_longer_than_the_context_is_an_error(encoder: Encoder) -> None:
-    with pytest.raises(MetaVPTError, match=r"a prompt of \d+ tokens and max_new_tokens=90 do not fit into the context of 96"):
+    with pytest.raises(
+        MetaVPTError,
+        match=r"a prompt of \d+ tokens and max_new_tokens=90 do not fit into the context of 96",
+    ):
         Generator(encoder, 90)(model_of(encoder), PROMPTS)
     with pytest.raises(MetaVPTError, match="max_new_tokens=0"):
         Generator(encoder, 0)

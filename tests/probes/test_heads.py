@@ -38,9 +38,14 @@ def patch_rows(frames: FeatureSet, num_outputs: int) -> tuple[np.ndarray, np.nda
             for j in range(w):
                 x.append(frames.features[m, :, i, j].double().numpy())
                 block = (m, slice(4 * i, 4 * i + 4), slice(4 * j, 4 * j + 4))
-                depth, label = frames.depth[block].flatten().tolist(), frames.label[block].flatten().tolist()
+                depth, label = (
+                    frames.depth[block].flatten().tolist(),
+                    frames.label[block].flatten().tolist(),
+                )
                 values = (
-                    [[v] for v in depth if v > 0] if num_outputs == 1 else [[float(v == c) for c in range(C)] for v in label if v != 255]
+                    [[v] for v in depth if v > 0]
+                    if num_outputs == 1
+                    else [[float(v == c) for c in range(C)] for v in label if v != 255]
                 )
                 y.append(np.mean(values, axis=0) if values else np.zeros(num_outputs))
                 s.append(len(values) / 16)
@@ -49,7 +54,9 @@ def patch_rows(frames: FeatureSet, num_outputs: int) -> tuple[np.ndarray, np.nda
 
 @pytest.mark.parametrize("task", [DepthTask(), SegmentationTask(C)])
 @pytest.mark.parametrize("penalty", [1e-6, 0.1])
-def test_ridge_is_the_dense_solve(frames: FeatureSet, task: DepthTask | SegmentationTask, penalty: float) -> None:
+def test_ridge_is_the_dense_solve(
+    frames: FeatureSet, task: DepthTask | SegmentationTask, penalty: float
+) -> None:
     x, y, s = patch_rows(frames, task.num_outputs)
     mean = np.average(x, axis=0, weights=s)
     z = (x - mean) / np.sqrt(np.average((x - mean) ** 2, axis=0, weights=s))
@@ -57,7 +64,9 @@ def test_ridge_is_the_dense_solve(frames: FeatureSet, task: DepthTask | Segmenta
     gram_diagonal = (root * z * root * z).sum(0).mean()
     ridge_rows = np.hstack([math.sqrt(penalty * gram_diagonal) * np.eye(D), np.zeros((D, 1))])
     system = np.vstack([root * np.hstack([z, np.ones((len(z), 1))]), ridge_rows])
-    solution = np.linalg.lstsq(system, np.vstack([root * y, np.zeros((D, task.num_outputs))]), rcond=None)[0]
+    solution = np.linalg.lstsq(
+        system, np.vstack([root * y, np.zeros((D, task.num_outputs))]), rcond=None
+    )[0]
 
     head = Ridge(penalty).fit(task, frames)
 
@@ -74,18 +83,24 @@ def test_ridge_gives_no_weight_to_a_constant_feature(frames: FeatureSet) -> None
     assert torch.isfinite(head.weight).all()
 
 
-def test_ridge_chunks_do_not_change_the_fit(frames: FeatureSet, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ridge_chunks_do_not_change_the_fit(
+    frames: FeatureSet, monkeypatch: pytest.MonkeyPatch
+) -> None:
     whole = Ridge().fit(DepthTask(), frames)
     chunks = FeatureSet.chunks
     monkeypatch.setattr(FeatureSet, "chunks", lambda self: chunks(self, 2))
-    torch.testing.assert_close(Ridge().fit(DepthTask(), frames).weight, whole.weight, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(
+        Ridge().fit(DepthTask(), frames).weight, whole.weight, rtol=1e-9, atol=1e-12
+    )
 
 
 def test_a_head_enlarges_bilinearly(frames: FeatureSet) -> None:
     weight, bias = torch.randn(C, D), torch.randn(C)
     output = LinearHead(weight, bias, (H, W))(frames.features)
     small = torch.einsum("cd,mdhw->mchw", weight, frames.features) + bias[:, None, None]
-    torch.testing.assert_close(output, torch.nn.functional.interpolate(small, (H, W), mode="bilinear", align_corners=False))
+    torch.testing.assert_close(
+        output, torch.nn.functional.interpolate(small, (H, W), mode="bilinear", align_corners=False)
+    )
 
 
 def linear_frames(num: int = 24) -> FeatureSet:
@@ -93,8 +108,12 @@ def linear_frames(num: int = 24) -> FeatureSet:
     generator = torch.Generator().manual_seed(1)
     features = torch.randn(num, D, h, w, generator=generator)
     weight = torch.randn(1, D, generator=generator) / D**0.5
-    depth = torch.nn.functional.softplus(enlarge(torch.einsum("cd,mdhw->mchw", weight, features) + 2, (H, W)))[:, 0]
-    label = enlarge(torch.einsum("cd,mdhw->mchw", torch.randn(C, D, generator=generator), features), (H, W)).argmax(1)
+    depth = torch.nn.functional.softplus(
+        enlarge(torch.einsum("cd,mdhw->mchw", weight, features) + 2, (H, W))
+    )[:, 0]
+    label = enlarge(
+        torch.einsum("cd,mdhw->mchw", torch.randn(C, D, generator=generator), features), (H, W)
+    ).argmax(1)
     return FeatureSet(features, depth, label.to(torch.uint8))
 
 
@@ -102,7 +121,10 @@ def test_linear_bn_recovers_a_linear_relation() -> None:
     frames = linear_frames()
     fit = LinearBN(num_steps=600)
     assert evaluate_depth(fit.fit(DepthTask(lr=0.03), frames), frames)["depth_rmse"] < 0.03
-    assert evaluate_segmentation(fit.fit(SegmentationTask(C, lr=0.03), frames), frames)["seg_miou"] > 0.95
+    assert (
+        evaluate_segmentation(fit.fit(SegmentationTask(C, lr=0.03), frames), frames)["seg_miou"]
+        > 0.95
+    )
 
 
 def test_linear_bn_folds_the_norm_into_the_head() -> None:
@@ -120,7 +142,11 @@ def test_fits_repeat_exactly_and_leave_the_global_generator_alone() -> None:
     frames, fit = linear_frames(10), LinearBN(num_steps=20)
     state = torch.get_rng_state()
     with torch.no_grad():  # probes are called from code that runs without gradients
-        first, second, other = fit.fit(DepthTask(), frames), fit.fit(DepthTask(), frames), LinearBN(20, seed=1).fit(DepthTask(), frames)
+        first, second, other = (
+            fit.fit(DepthTask(), frames),
+            fit.fit(DepthTask(), frames),
+            LinearBN(20, seed=1).fit(DepthTask(), frames),
+        )
         Ridge().fit(DepthTask(), frames)
     assert torch.equal(torch.get_rng_state(), state)
     assert torch.equal(first.weight, second.weight)

@@ -17,7 +17,9 @@ def scene() -> tuple[FeatureSet, torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
     label = torch.randint(0, C, (N, 1, 1), generator=generator)
     features = torch.randn(N, D, 1, 1, generator=generator) * 3
-    return FeatureSet(features, torch.zeros(N, 1, 1), label), torch.randn(M, D, 1, 1, generator=generator)
+    return FeatureSet(features, torch.zeros(N, 1, 1), label), torch.randn(
+        M, D, 1, 1, generator=generator
+    )
 
 
 def naive(train: FeatureSet, query: torch.Tensor, k: int, temperature: float) -> list[float]:
@@ -36,7 +38,9 @@ def test_votes_are_those_of_the_paper(k: int, temperature: float) -> None:
     train, queries = scene()
     votes = KNN(k, temperature).fit(ClassTask(C), train)(queries)
     assert votes.shape == (M, C, 1, 1)
-    expected = torch.tensor([naive(train, query.flatten().double(), k, temperature) for query in queries])
+    expected = torch.tensor(
+        [naive(train, query.flatten().double(), k, temperature) for query in queries]
+    )
     # float32 cosines over a temperature of 0.07
     torch.testing.assert_close(votes[:, :, 0, 0], expected, rtol=1e-4, atol=1e-7)
 

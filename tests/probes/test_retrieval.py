@@ -19,7 +19,11 @@ NO_IMAGES: Any = ()
 
 def official(rankings: list[list[int]], queries: list[Query]) -> dict[str, float]:
     """compute_map and compute_ap of the released evaluation code, written as its loops."""
-    levels = {"map_easy": ("easy", "junk hard"), "map_medium": ("easy hard", "junk"), "map_hard": ("hard", "junk easy")}
+    levels = {
+        "map_easy": ("easy", "junk hard"),
+        "map_medium": ("easy hard", "junk"),
+        "map_hard": ("hard", "junk easy"),
+    }
     result = {}
     for name, (ok_kinds, junk_kinds) in levels.items():
         total, empty = 0.0, 0
@@ -50,7 +54,9 @@ def rows(rng: np.random.Generator, num_images: int) -> tuple[np.ndarray, np.ndar
     """Disjoint easy, hard and junk rows; any of them may be empty."""
     kinds = rng.integers(0, 5, num_images)
     present = rng.random(3) < 0.8
-    easy, hard, junk = (np.flatnonzero(kinds == k) if present[k] else np.array([], np.int64) for k in range(3))
+    easy, hard, junk = (
+        np.flatnonzero(kinds == k) if present[k] else np.array([], np.int64) for k in range(3)
+    )
     return easy, hard, junk
 
 
@@ -67,7 +73,10 @@ def test_known_values() -> None:
     none = np.array([], np.int64)
     ranking = np.array([4, 0, 3, 1, 2])
     perfect = Query("q", None, np.array([4, 0]), none, none)
-    assert mean_average_precision([ranking], [perfect]) == {"map_easy": 1.0, "map_medium": 1.0}  # nothing is hard, so no map_hard
+    assert mean_average_precision([ranking], [perfect]) == {
+        "map_easy": 1.0,
+        "map_medium": 1.0,
+    }  # nothing is hard, so no map_hard
     behind_junk = Query("q", None, np.array([0]), none, np.array([4]))
     assert mean_average_precision([ranking], [behind_junk])["map_easy"] == 1.0
     second = Query("q", None, np.array([0]), none, none)
@@ -92,7 +101,9 @@ def folder(tmp_path: Path) -> Path:
     """Two landmarks, a red and a blue one; the query of the red one shows it in a box only, on green."""
     (tmp_path / "jpg").mkdir()
 
-    def save(name: str, colour: tuple[int, int, int], size: tuple[int, int] = (40, 60)) -> np.ndarray:
+    def save(
+        name: str, colour: tuple[int, int, int], size: tuple[int, int] = (40, 60)
+    ) -> np.ndarray:
         array = np.full((*size, 3), colour, np.uint8)
         Image.fromarray(array).save(tmp_path / "jpg" / f"{name}.jpg", quality=95)
         return array

@@ -19,15 +19,25 @@ def naive_miou(prediction: list[int], label: list[int], num_classes: int) -> flo
 def test_miou_is_over_the_whole_set() -> None:
     generator = torch.Generator().manual_seed(0)
     label = torch.randint(0, 4, (6, 8, 9), generator=generator)
-    prediction = torch.where(torch.rand(6, 8, 9, generator=generator) < 0.6, label, torch.randint(0, 6, (6, 8, 9), generator=generator))
+    prediction = torch.where(
+        torch.rand(6, 8, 9, generator=generator) < 0.6,
+        label,
+        torch.randint(0, 6, (6, 8, 9), generator=generator),
+    )
     label[torch.rand(6, 8, 9, generator=generator) < 0.2] = 255
-    metrics = SegmentationMetrics(7)  # 4 and 5 are predicted but absent from the truth, 6 occurs nowhere
+    metrics = SegmentationMetrics(
+        7
+    )  # 4 and 5 are predicted but absent from the truth, 6 occurs nowhere
     for image in range(6):
         metrics.update(prediction[image : image + 1], label[image : image + 1].to(torch.uint8))
     got = metrics.compute()
-    assert got["miou"] == pytest.approx(naive_miou(prediction.flatten().tolist(), label.flatten().tolist(), 7), abs=1e-12)
+    assert got["miou"] == pytest.approx(
+        naive_miou(prediction.flatten().tolist(), label.flatten().tolist(), 7), abs=1e-12
+    )
     kept = label != 255
-    assert got["acc"] == pytest.approx(float((prediction == label)[kept].double().mean()), abs=1e-12)
+    assert got["acc"] == pytest.approx(
+        float((prediction == label)[kept].double().mean()), abs=1e-12
+    )
 
 
 def test_a_predicted_class_without_truth_has_no_term_of_its_own() -> None:

@@ -41,10 +41,16 @@ def test_the_metrics_of_all_and_the_state_of_those_that_have_one() -> None:
     assert probes.state_dict() == {"a": {"count": 1}, "b": {"count": 1}}
     other = SideEffects({"a": Counter("a/count"), "b": Counter("b/count"), "c": constant})
     other.load_state_dict(probes.state_dict())
-    assert other(describe, NO_IMAGES) == probes(describe, NO_IMAGES) == {"a/count": 2.0, "b/count": 2.0, "c/one": 1.0}
+    assert (
+        other(describe, NO_IMAGES)
+        == probes(describe, NO_IMAGES)
+        == {"a/count": 2.0, "b/count": 2.0, "c/one": 1.0}
+    )
     assert SideEffects()(describe, NO_IMAGES) == {}
 
 
 def test_one_name_for_two_measurements_is_an_error() -> None:
-    with pytest.raises(MetaVPTError, match=r"problem\.probes\.b: x/count is measured by another probe"):
+    with pytest.raises(
+        MetaVPTError, match=r"problem\.probes\.b: x/count is measured by another probe"
+    ):
         SideEffects({"a": Counter("x/count"), "b": Counter("x/count")})(describe, NO_IMAGES)

@@ -30,24 +30,36 @@ def test_the_loss_is_the_students_distance_from_the_moved_features_of_the_teache
     task, (theta, *_) = problem.designer(next(iter(problem.meta_batches(1)))), at(problem)
     images, learner = task.images, problem.learner
     state = learner.backbone.trunk(images, hidden=task.hidden, mask_token=learner.mask_token)
-    told = torch.nn.functional.layer_norm(learner.backbone.tail(state).patches.flatten(2).transpose(1, 2), (24,))
-    held = torch.nn.functional.layer_norm(problem.teacher(images).patches.flatten(2).transpose(1, 2), (24,))
+    told = torch.nn.functional.layer_norm(
+        learner.backbone.tail(state).patches.flatten(2).transpose(1, 2), (24,)
+    )
+    held = torch.nn.functional.layer_norm(
+        problem.teacher(images).patches.flatten(2).transpose(1, 2), (24,)
+    )
     y = (held - held.mean(dim=(0, 1))) @ problem.designer.map
     target = held + problem.designer.gate * y / (1 + y.square().mean()).sqrt()
     expected = (told - target).square().mean(dim=(1, 2))
-    assert float(problem.pretrain_loss(theta, task).detach()) == pytest.approx(float(expected.mean()), rel=1e-10)
-    torch.testing.assert_close(problem.per_sample_tail(theta, task)({}), expected.detach(), rtol=1e-10, atol=0)
+    assert float(problem.pretrain_loss(theta, task).detach()) == pytest.approx(
+        float(expected.mean()), rel=1e-10
+    )
+    torch.testing.assert_close(
+        problem.per_sample_tail(theta, task)({}), expected.detach(), rtol=1e-10, atol=0
+    )
 
 
 def test_the_student_does_not_see_what_is_hidden(make):
     problem = make()
     task = problem.recipe(next(iter(problem.meta_batches(1))))
     side = problem.backbone.patch_size
-    covered = task.hidden.view(-1, 4, 4).repeat_interleave(side, 1).repeat_interleave(side, 2)[:, None]
+    covered = (
+        task.hidden.view(-1, 4, 4).repeat_interleave(side, 1).repeat_interleave(side, 2)[:, None]
+    )
     noise = torch.where(covered, torch.randn_like(task.images), task.images)
     with torch.no_grad():
         assert covered.any()
-        assert torch.equal(problem.learner(task.images, task.hidden), problem.learner(noise, task.hidden))
+        assert torch.equal(
+            problem.learner(task.images, task.hidden), problem.learner(noise, task.hidden)
+        )
 
 
 def test_linear_exact_and_difference_products_agree_and_are_finite_differences(make):
@@ -57,7 +69,10 @@ def test_linear_exact_and_difference_products_agree_and_are_finite_differences(m
     labelled = next(iter(problem.feedback_batches(2)))
     inner, phi = inner_loss(problem, theta, batch), params.detach(params.named(problem.designer))
     outer = lambda theta_s: problem.feedback_loss({**theta, **theta_s}, labelled)  # noqa: E731
-    by = {kind: OneStep(Dot(), kind())([inner], outer, aligned, phi) for kind in (ExactProduct, DifferenceProduct, LinearProduct)}
+    by = {
+        kind: OneStep(Dot(), kind())([inner], outer, aligned, phi)
+        for kind in (ExactProduct, DifferenceProduct, LinearProduct)
+    }
     assert params.norm(by[ExactProduct].by_phi) > 0
     assert isinstance(inner(phi), LinearLoss)
     for kind in (DifferenceProduct, LinearProduct):
@@ -67,7 +82,9 @@ def test_linear_exact_and_difference_products_agree_and_are_finite_differences(m
     assert slope == pytest.approx(-float(params.dot(by[ExactProduct].by_phi, direction)), rel=1e-6)
 
 
-def test_the_tilt_and_what_a_lesson_teaches_raise_the_value_and_a_step_of_them_lowers_the_feedback_loss(make):
+def test_the_tilt_and_what_a_lesson_teaches_raise_the_value_and_a_step_of_them_lowers_the_feedback_loss(
+    make,
+):
     """<g_down, g_pre> of a moved task is above the recipe's by exactly <shift, value>, and to first order a step lowers the loss by it."""
     problem = mapping(make("designer.gate=0.5"), std=0.0)
     theta, aligned, batch, g_down = at(problem)
@@ -76,7 +93,9 @@ def test_the_tilt_and_what_a_lesson_teaches_raise_the_value_and_a_step_of_them_l
 
     def value(task):
         leaves = params.leaves(aligned)
-        g_pre = torch.autograd.grad(problem.pretrain_tail(theta, task)(leaves), list(leaves.values()))
+        g_pre = torch.autograd.grad(
+            problem.pretrain_tail(theta, task)(leaves), list(leaves.values())
+        )
         return sum(float((g * w).sum()) for g, w in zip(g_pre, g_down.values(), strict=True))
 
     tilted = problem.tilt(theta, recipe, g_down, 0.5, 1.0, 0, derivative)
@@ -100,7 +119,9 @@ def test_taught_is_minus_the_value_of_the_designers_shift_and_its_regularizer(ma
     lesson = problem.lesson(theta, batch, g_down, CentralDifference())
     task = problem.designer(batch)
     with torch.no_grad():
-        shift = functional_call(problem.teacher, {}, (task.images,)).patches.flatten(2).transpose(1, 2)
+        shift = (
+            functional_call(problem.teacher, {}, (task.images,)).patches.flatten(2).transpose(1, 2)
+        )
         shift = torch.nn.functional.layer_norm(shift, (24,))
         shift = (shift - shift.mean(dim=(0, 1))) @ problem.designer.map
         shift = problem.designer.gate * shift / (1 + shift.square().mean()).sqrt()
@@ -133,11 +154,18 @@ def test_every_strategy_trains_and_resumes_bit_for_bit(make, tmp_path, strategy)
     assert_identical(weights(whole), weights(resumed))
 
 
-@pytest.mark.parametrize("strategy", [lambda p: Learned(optimizer=p, meta_every=1), lambda p: Amortized(p, meta_every=1)])
+@pytest.mark.parametrize(
+    "strategy", [lambda p: Learned(optimizer=p, meta_every=1), lambda p: Amortized(p, meta_every=1)]
+)
 def test_with_designer_lr_0_it_is_fixed_bit_for_bit(make, tmp_path, strategy):
     fixed, still = make(), make()
     train(tmp_path / "fixed", fixed, Fixed(), steps=2)
-    train(tmp_path / "still", still, strategy(lambda parameters: torch.optim.Adam(parameters, lr=0.0)), steps=2)
+    train(
+        tmp_path / "still",
+        still,
+        strategy(lambda parameters: torch.optim.Adam(parameters, lr=0.0)),
+        steps=2,
+    )
     assert_identical(weights(fixed), weights(still))
 
 

@@ -26,16 +26,25 @@ def moving(problem):
 def test_a_functional_lesson_is_minus_the_derivative_of_the_feedback_by_the_teachers_features(make):
     """By finite differences along a random direction, each feedback scaled to one size, in float64, to a relative 1e-6."""
     problem = moving(make("feedback.depth_weight=2.0", "feedback.penalty=0.1"))
-    theta, batch = params.detach(params.named(problem.learner)), next(iter(problem.feedback_batches(2)))
+    theta, batch = (
+        params.detach(params.named(problem.learner)),
+        next(iter(problem.feedback_batches(2))),
+    )
     lesson, frames = problem.functional_lesson(theta, batch), batch["labelled"]
     images = problem.normalize(frames.image, problem.feature_size)
-    held = torch.nn.functional.layer_norm(problem.teacher(images).patches.flatten(2).transpose(1, 2), (24,))
+    held = torch.nn.functional.layer_norm(
+        problem.teacher(images).patches.flatten(2).transpose(1, 2), (24,)
+    )
     torch.testing.assert_close(lesson["features"], held, rtol=1e-12, atol=1e-12)
     assert lesson["states"].shape == held.shape
     assert lesson["grid"].tolist() == [[4, 6]] * 4
 
     def feedback(task, features):
-        return float(problem.feedback["labelled"](features.transpose(1, 2).unflatten(2, (4, 6)), frames)[task].detach())
+        return float(
+            problem.feedback["labelled"](features.transpose(1, 2).unflatten(2, (4, 6)), frames)[
+                task
+            ].detach()
+        )
 
     gradients, rng, step = {}, torch.Generator().manual_seed(0), 1e-6
     for task, weight in {"depth": 2.0, "segmentation": 1.0}.items():
@@ -43,11 +52,15 @@ def test_a_functional_lesson_is_minus_the_derivative_of_the_feedback_by_the_teac
         loss = problem.feedback["labelled"](x.transpose(1, 2).unflatten(2, (4, 6)), frames)[task]
         (g,) = torch.autograd.grad(loss, x)
         direction = torch.randn(held.shape, dtype=torch.float64, generator=rng)
-        slope = (feedback(task, held + step * direction) - feedback(task, held - step * direction)) / (2 * step)
+        slope = (
+            feedback(task, held + step * direction) - feedback(task, held - step * direction)
+        ) / (2 * step)
         assert slope == pytest.approx(float((g * direction).sum()), rel=1e-6)
         gradients[task] = weight * g / g.square().mean().sqrt()
     expected = -(gradients["depth"] + gradients["segmentation"])
-    torch.testing.assert_close(lesson["values"], expected / expected.square().mean().sqrt(), rtol=1e-8, atol=1e-10)
+    torch.testing.assert_close(
+        lesson["values"], expected / expected.square().mean().sqrt(), rtol=1e-8, atol=1e-10
+    )
 
 
 def test_a_network_moves_the_targets_and_its_products_agree(make):
@@ -58,12 +71,19 @@ def test_a_network_moves_the_targets_and_its_products_agree(make):
         task = problem.designer(batch)
         states, features = problem._described(task.images)
         told = problem._student(theta, task)({})
-        expected = (told - features - problem.designer.moves(task, states, features)).square().mean()
-    assert float(problem.pretrain_loss(theta, task).detach()) == pytest.approx(float(expected), rel=1e-10)
+        expected = (
+            (told - features - problem.designer.moves(task, states, features)).square().mean()
+        )
+    assert float(problem.pretrain_loss(theta, task).detach()) == pytest.approx(
+        float(expected), rel=1e-10
+    )
     labelled = next(iter(problem.feedback_batches(2)))
     inner, phi = inner_loss(problem, theta, batch), params.detach(params.named(problem.designer))
     outer = lambda theta_s: problem.feedback_loss({**theta, **theta_s}, labelled)  # noqa: E731
-    by = {kind: OneStep(Dot(), kind())([inner], outer, aligned, phi) for kind in (ExactProduct, LinearProduct)}
+    by = {
+        kind: OneStep(Dot(), kind())([inner], outer, aligned, phi)
+        for kind in (ExactProduct, LinearProduct)
+    }
     assert params.norm(by[ExactProduct].by_phi) > 0
     assert relative(by[LinearProduct].by_phi, by[ExactProduct].by_phi) < 1e-6
     direction = params.zip_with(torch.randn_like, phi)
@@ -80,7 +100,9 @@ def functional(kind=Functional):
 
 
 @pytest.mark.parametrize(
-    "strategy", [functional, lambda: functional(RandomFunctional), amortized], ids=["functional", "random_functional", "amortized"]
+    "strategy",
+    [functional, lambda: functional(RandomFunctional), amortized],
+    ids=["functional", "random_functional", "amortized"],
 )
 def test_a_network_trains_and_resumes_bit_for_bit_and_differs_from_fixed(make, tmp_path, strategy):
     whole, resumed, fixed = make(), make(), make()
@@ -96,7 +118,12 @@ def test_a_network_trains_and_resumes_bit_for_bit_and_differs_from_fixed(make, t
 def test_a_network_that_learns_nothing_is_fixed_bit_for_bit(make, tmp_path):
     fixed, still = make(), make()
     train(tmp_path / "fixed", fixed, Fixed(), steps=2)
-    strategy = Functional(lambda parameters: torch.optim.Adam(parameters, lr=0.0), phi_steps=2, lesson_batch_size=2, meta_every=1)
+    strategy = Functional(
+        lambda parameters: torch.optim.Adam(parameters, lr=0.0),
+        phi_steps=2,
+        lesson_batch_size=2,
+        meta_every=1,
+    )
     train(tmp_path / "still", still, strategy, steps=2)
     assert_identical(weights(fixed), weights(still))
 
@@ -112,9 +139,14 @@ def test_the_parts_of_a_batch_share_the_network_whatever_its_width(make):
 
 
 def test_feedback_is_of_the_pool_that_is_asked_for(make):
-    every, meta = make("problem.feedback_pool=labelled", "problem.feedback_batch_size=24"), make("problem.feedback_batch_size=8")
+    every, meta = (
+        make("problem.feedback_pool=labelled", "problem.feedback_batch_size=24"),
+        make("problem.feedback_batch_size=8"),
+    )
     assert len(next(iter(every.feedback_batches(0)))["labelled"].image) == 24
     assert len(next(iter(meta.feedback_batches(0)))["labelled"].image) == 8
     assert not set(every.data.labelled) & set(every.data.val)
-    with pytest.raises(InstantiationException, match=r"problem\.feedback_pool=all: known are meta, labelled"):
+    with pytest.raises(
+        InstantiationException, match=r"problem\.feedback_pool=all: known are meta, labelled"
+    ):
         make("problem.feedback_pool=all")

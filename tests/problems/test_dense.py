@@ -42,7 +42,9 @@ def test_the_feedback_loss_is_the_weighted_sum_of_depth_and_segmentation(make):
     problem.fit_heads()
     theta, batch = params.detach(params.named(problem.learner)), labelled(problem)
     losses = problem.feedback_losses(theta, batch)
-    assert torch.equal(problem.feedback_loss(theta, batch), 2.0 * losses["depth"] + 0.5 * losses["segmentation"])
+    assert torch.equal(
+        problem.feedback_loss(theta, batch), 2.0 * losses["depth"] + 0.5 * losses["segmentation"]
+    )
 
 
 @pytest.mark.parametrize(("zero", "other"), [("depth", "segmentation"), ("segmentation", "depth")])
@@ -52,10 +54,14 @@ def test_either_weight_may_be_zero(make, tmp_path, zero, other):
     designers = []
     for name, combination in (("sum", None), ("mgda", TorchJD("MGDA"))):
         problem = make(f"feedback.{zero}_weight=0")
-        strategy = Learned(OneStep(), lambda p: torch.optim.Adam(p, lr=1e-2), meta_every=2, combination=combination)
+        strategy = Learned(
+            OneStep(), lambda p: torch.optim.Adam(p, lr=1e-2), meta_every=2, combination=combination
+        )
         budget = Budget(steps=3)
         Trainer(problem, strategy, budget, RunLog(tmp_path / name)).run()
-        assert problem.feedback_losses(params.named(problem.learner), labelled(problem)).keys() == {other}
+        assert problem.feedback_losses(params.named(problem.learner), labelled(problem)).keys() == {
+            other
+        }
         assert budget.grad_evals == 3 + 2 * (1 + OneStep().product.num_gradients)
         designers.append(params.detach(params.named(problem.designer)))
     assert all(torch.equal(designers[0][name], designers[1][name]) for name in designers[0])
@@ -66,8 +72,12 @@ def test_mgda_is_the_closed_form_on_the_gradients_of_the_tail(make):
     problem = make()
     feedback = feedback_on(problem, labelled(problem))
     record = TorchJD("MGDA")(feedback).record
-    g_d, g_s = (torch.cat([p.double().flatten() for p in g.values()]) for g in feedback.gradients().values())
+    g_d, g_s = (
+        torch.cat([p.double().flatten() for p in g.values()]) for g in feedback.gradients().values()
+    )
     gamma = float(((g_s - g_d) @ g_s / (g_d - g_s).square().sum()).clamp(0, 1))
     assert record["weight/depth"] == pytest.approx(gamma, abs=1e-4)
     assert record["weight/segmentation"] == pytest.approx(1 - gamma, abs=1e-4)
-    assert record["conflict/depth-segmentation"] == pytest.approx(float(torch.cosine_similarity(g_d, g_s, dim=0)), abs=1e-4)
+    assert record["conflict/depth-segmentation"] == pytest.approx(
+        float(torch.cosine_similarity(g_d, g_s, dim=0)), abs=1e-4
+    )

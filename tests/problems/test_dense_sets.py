@@ -24,7 +24,11 @@ SMALL = [
     "problem.head_steps=1", "problem.first_head_steps=2",
 ]  # fmt: skip
 ROOMS = {"num_frames": 24, "size": [32, 48], "seed": 0}
-NAMES = {"dino_nyuv2": ["data"], "dino_ade20k": ["data"], "dino_dense": ["data.nyuv2", "data.ade20k"]}
+NAMES = {
+    "dino_nyuv2": ["data"],
+    "dino_ade20k": ["data"],
+    "dino_dense": ["data.nyuv2", "data.ade20k"],
+}
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +39,9 @@ def make(tmp_path_factory):
     def fresh(name, *overrides, probes=None):
         data = []
         for seed, key in enumerate(NAMES[name]):
-            data += [f"{key}.rooms={{num_frames: 24, size: [32, 48], seed: {seed}, folder: {folder}}}"]
+            data += [
+                f"{key}.rooms={{num_frames: 24, size: [32, 48], seed: {seed}, folder: {folder}}}"
+            ]
             data += [f"{key}.num_train=8", f"{key}.num_meta=4", f"{key}.stream_size=[32,48]"]
         with initialize_config_module("metavpt.configs", version_base="1.3"):
             cfg = compose("run", [f"problem={name}", *SMALL, *data, *overrides])
@@ -58,17 +64,31 @@ def labelled(problem):
 
 def test_ade20k_is_fed_back_and_probed_without_depth(make):
     problem = make("dino_ade20k")
-    assert problem.feedback_losses(params.named(problem.learner), labelled(problem)).keys() == {"segmentation"}
+    assert problem.feedback_losses(params.named(problem.learner), labelled(problem)).keys() == {
+        "segmentation"
+    }
     assert problem.evaluate().keys() == {"ridge/seg_miou", "ridge/seg_acc"}
-    assert problem.figures()["predictions"].shape[1] == 3 * 48 + 2 * 2  # photograph, true and predicted classes
-    with pytest.raises(InstantiationException, match=r"feedback\.depth_weight=1.* is read without depth; set it to 0"):
+    assert (
+        problem.figures()["predictions"].shape[1] == 3 * 48 + 2 * 2
+    )  # photograph, true and predicted classes
+    with pytest.raises(
+        InstantiationException,
+        match=r"feedback\.depth_weight=1.* is read without depth; set it to 0",
+    ):
         make("dino_ade20k", "feedback.depth_weight=1")
 
 
 def test_two_sets_are_two_named_feedbacks(make):
     """Each loss is that of its own heads on its own frames."""
-    problem = make("dino_dense", "feedback.nyuv2.depth_weight=2.0", "feedback.ade20k.segmentation_weight=0.5")
-    assert problem.feedback_weights == {"nyuv2/depth": 2.0, "nyuv2/segmentation": 0, "ade20k/depth": 0, "ade20k/segmentation": 0.5}
+    problem = make(
+        "dino_dense", "feedback.nyuv2.depth_weight=2.0", "feedback.ade20k.segmentation_weight=0.5"
+    )
+    assert problem.feedback_weights == {
+        "nyuv2/depth": 2.0,
+        "nyuv2/segmentation": 0,
+        "ade20k/depth": 0,
+        "ade20k/segmentation": 0.5,
+    }
     problem.fit_heads()
     theta, batch = params.detach(params.named(problem.learner)), labelled(problem)
     assert not torch.equal(batch["nyuv2"].image, batch["ade20k"].image)
@@ -76,10 +96,14 @@ def test_two_sets_are_two_named_feedbacks(make):
     assert losses.keys() == {"nyuv2/depth", "ade20k/segmentation"}
     for name, loss in losses.items():
         where, task = name.split("/")
-        alone = problem.feedback[where](problem.patch_features(theta, batch[where].image), batch[where])
+        alone = problem.feedback[where](
+            problem.patch_features(theta, batch[where].image), batch[where]
+        )
         assert torch.equal(loss, alone[task])
     total = problem.feedback_loss(theta, batch)
-    torch.testing.assert_close(total, 2.0 * losses["nyuv2/depth"] + 0.5 * losses["ade20k/segmentation"])
+    torch.testing.assert_close(
+        total, 2.0 * losses["nyuv2/depth"] + 0.5 * losses["ade20k/segmentation"]
+    )
 
 
 def test_the_stream_is_the_images_of_both_sets(make):
@@ -88,7 +112,9 @@ def test_the_stream_is_the_images_of_both_sets(make):
     assert len(problem.unlabelled) == sum(map(len, parts))
     assert torch.equal(problem.unlabelled[0], parts[0][0])
     assert torch.equal(problem.unlabelled[len(parts[0])], parts[1][0])
-    with pytest.raises(InstantiationException, match=r"nyuv2 32x48, ade20k 8x8; set data\.<set>\.stream_size"):
+    with pytest.raises(
+        InstantiationException, match=r"nyuv2 32x48, ade20k 8x8; set data\.<set>\.stream_size"
+    ):
         make("dino_dense", "data.ade20k.stream_size=[8, 8]")
 
 
@@ -96,15 +122,23 @@ def test_what_each_set_is_steered_for_is_known_by_name(make):
     problem = make("dino_dense")
     steered = {name: problem.is_steered(name) for name in problem.evaluate()}
     assert {name for name, is_steered in steered.items() if is_steered} == {
-        *(f"nyuv2/ridge/depth_{metric}" for metric in ("rmse", "abs_rel", "delta1", "rmse_per_image")),
+        *(
+            f"nyuv2/ridge/depth_{metric}"
+            for metric in ("rmse", "abs_rel", "delta1", "rmse_per_image")
+        ),
         *(f"ade20k/ridge/seg_{metric}" for metric in ("miou", "acc")),
     }
-    assert {name for name, is_steered in steered.items() if not is_steered} == {"nyuv2/ridge/seg_miou", "nyuv2/ridge/seg_acc"}
+    assert {name for name, is_steered in steered.items() if not is_steered} == {
+        "nyuv2/ridge/seg_miou",
+        "nyuv2/ridge/seg_acc",
+    }
     assert set(problem.figures()) >= {"nyuv2_predictions", "ade20k_predictions"}
 
 
 def test_sets_and_feedbacks_must_have_the_same_names(make):
-    with pytest.raises(InstantiationException, match=r"feedback names nyuv2, data names nyuv2, ade20k"):
+    with pytest.raises(
+        InstantiationException, match=r"feedback names nyuv2, data names nyuv2, ade20k"
+    ):
         make("dino_dense", "~feedback.ade20k")
 
 
@@ -118,28 +152,54 @@ def test_two_sets_train_and_resume_exactly_with_what_probes_remember(make, tmp_p
     whole = make("dino_dense", probes=probes)
     ended = train(tmp_path / "whole", whole, strategy(), steps=3)
     train(tmp_path / "parts", make("dino_dense", probes=probes), strategy(), steps=3)
-    sorted((tmp_path / "parts" / "checkpoints").glob("*.pt"))[-1].unlink()  # as if killed after step 2
-    resumed = train(tmp_path / "parts", make("dino_dense", probes=probes), strategy(), steps=3, resume=True)
+    sorted((tmp_path / "parts" / "checkpoints").glob("*.pt"))[
+        -1
+    ].unlink()  # as if killed after step 2
+    resumed = train(
+        tmp_path / "parts", make("dino_dense", probes=probes), strategy(), steps=3, resume=True
+    )
     assert resumed.metrics == ended.metrics
     assert 0 < resumed.metrics["cka/step0"] < 1 - 1e-6
-    assert all(torch.equal(p, q) for p, q in zip(whole.learner.parameters(), resumed.problem.learner.parameters(), strict=True))
+    assert all(
+        torch.equal(p, q)
+        for p, q in zip(
+            whole.learner.parameters(), resumed.problem.learner.parameters(), strict=True
+        )
+    )
 
 
 def test_side_effects_are_measured_by_configuration(make, tmp_path):
     rng = np.random.default_rng(0)
     split = np.repeat(np.array([0, 1], np.uint8), 30)
-    np.savez(tmp_path / "a.npz", images=rng.integers(0, 256, (60, 20, 20, 3), dtype=np.uint8), label=np.arange(60) % 2, split=split)
+    np.savez(
+        tmp_path / "a.npz",
+        images=rng.integers(0, 256, (60, 20, 20, 3), dtype=np.uint8),
+        label=np.arange(60) % 2,
+        split=split,
+    )
     heads = shipped("classification")["heads"]
     heads["linear_bn"]["num_steps"] = 5
     probes = {
-        "knn": shipped("knn", path=str(tmp_path), size=[20, 20], heads={"nearest": {"_target_": "metavpt.probes.knn.KNN", "k": 3}}),
+        "knn": shipped(
+            "knn",
+            path=str(tmp_path),
+            size=[20, 20],
+            heads={"nearest": {"_target_": "metavpt.probes.knn.KNN", "k": 3}},
+        ),
         "classification": shipped("classification", path=str(tmp_path), size=[20, 20], heads=heads),
         "spectrum": shipped("spectrum", num_images=8),
     }
     problem = make("dino_nyuv2", probes=probes)
     before = copy.deepcopy(params.named(problem.learner))
     metrics = problem.evaluate()
-    added = {"nearest/accuracy", "knn/accuracy", "ridge/accuracy", "linear_bn/accuracy", "rank/rankme", "cka/step0"}
+    added = {
+        "nearest/accuracy",
+        "knn/accuracy",
+        "ridge/accuracy",
+        "linear_bn/accuracy",
+        "rank/rankme",
+        "cka/step0",
+    }
     assert metrics.keys() - make("dino_nyuv2").evaluate().keys() == added
     assert not any(problem.is_steered(name) for name in added)
     assert all(sign(name) == 1 for name in added if name.endswith("accuracy"))

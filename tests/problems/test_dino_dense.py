@@ -32,7 +32,12 @@ from metavpt.strategies import inner_loss
 
 NETWORKS = {
     "unet": UNET,
-    "dit": ["designer=dit", "designer.network.patch_size=4", "designer.network.width=8", "designer.network.depth=1"],
+    "dit": [
+        "designer=dit",
+        "designer.network.patch_size=4",
+        "designer.network.width=8",
+        "designer.network.depth=1",
+    ],
 }
 
 
@@ -43,7 +48,11 @@ def make(tmp_path_factory):
 
     def fresh(*overrides, seed=0):
         with initialize_config_module("metavpt.configs", version_base="1.3"):
-            networks = [] if any(override.startswith("designer=") for override in overrides) else NETWORKS["unet"]
+            networks = (
+                []
+                if any(override.startswith("designer=") for override in overrides)
+                else NETWORKS["unet"]
+            )
             cfg = compose("run", [*SMALL, *networks, f"data.rooms.folder={folder}", *overrides])
         torch.manual_seed(seed)
         return instantiate(cfg.problem, _convert_="all")
@@ -53,7 +62,10 @@ def make(tmp_path_factory):
 
 def measured(folder):
     clock = {"seconds", "samples_per_s"}
-    return [{k: v for k, v in json.loads(line).items() if k not in clock} for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [
+        {k: v for k, v in json.loads(line).items() if k not in clock}
+        for line in (folder / "metrics.jsonl").read_text().splitlines()
+    ]
 
 
 def in_float64(problem):
@@ -96,7 +108,10 @@ def test_exact_and_difference_products_are_finite_differences_in_phi(make, netwo
     direction = params.zip_with(lambda p: torch.randn_like(p), phi)
     step = 2e-6
     estimator = OneStep(Dot(), ExactProduct())
-    ahead, behind = (estimator([inner], outer, aligned, params.add(phi, direction, alpha=s)).value for s in (step, -step))
+    ahead, behind = (
+        estimator([inner], outer, aligned, params.add(phi, direction, alpha=s)).value
+        for s in (step, -step)
+    )
     slope = -float(params.dot(exact.by_phi, direction))
     if credit:
         assert (ahead - behind) / (2 * step) == pytest.approx(slope, rel=1e-6)
@@ -112,7 +127,10 @@ def test_cosine_exact_equals_difference_in_float64(make):
     goal = params.zip_with(torch.randn_like, aligned)
     results = [
         OneStep(Cosine(), product)(
-            [inner_loss(problem, theta, batch)], lambda t: params.dot(goal, t), aligned, params.detach(params.named(problem.designer))
+            [inner_loss(problem, theta, batch)],
+            lambda t: params.dot(goal, t),
+            aligned,
+            params.detach(params.named(problem.designer)),
         )
         for product in (ExactProduct(), DifferenceProduct())
     ]
@@ -120,26 +138,42 @@ def test_cosine_exact_equals_difference_in_float64(make):
     assert results[0].value == pytest.approx(results[1].value, rel=1e-9)
 
 
-@pytest.mark.parametrize("estimator", [OneStep(Cosine()), Unrolled(2), Implicit(damping=1e-2)], ids=lambda e: type(e).__name__)
+@pytest.mark.parametrize(
+    "estimator",
+    [OneStep(Cosine()), Unrolled(2), Implicit(damping=1e-2)],
+    ids=lambda e: type(e).__name__,
+)
 def test_learned_with_designer_lr_0_is_fixed_bit_for_bit(make, tmp_path, estimator):
     """The designer starts as the recipe, so the whole run is the same, masks or no masks."""
     fixed, learned = make(), make()
     train(tmp_path / "fixed", fixed, Fixed(), steps=6)
-    train(tmp_path / "learned", learned, Learned(estimator, lambda p: adam(p, lr=0.0), meta_every=2), steps=6)
+    train(
+        tmp_path / "learned",
+        learned,
+        Learned(estimator, lambda p: adam(p, lr=0.0), meta_every=2),
+        steps=6,
+    )
     assert_identical(weights(fixed), weights(learned))
 
 
 @pytest.mark.parametrize("targets", ["sinkhorn", "centering"])
 def test_losses_are_pure(make, targets):
     problem = make(f"problem.targets={targets}")
-    batch, labelled = next(iter(problem.pretrain_batches(0))), next(iter(problem.feedback_batches(0)))
+    batch, labelled = (
+        next(iter(problem.pretrain_batches(0))),
+        next(iter(problem.feedback_batches(0))),
+    )
     problem.fit_heads()
     theta, task = params.named(problem.learner), problem.designer(batch)
     before = copy.deepcopy(problem.state_dict())
     first = [problem.pretrain_loss(theta, task), problem.feedback_loss(theta, labelled)]
     second = [problem.pretrain_loss(theta, task), problem.feedback_loss(theta, labelled)]
     assert torch.equal(torch.stack(first), torch.stack(second))
-    flat = lambda state: {k: v for part in ("learner", "teacher", "designer", "center") for k, v in state[part].items()}  # noqa: E731
+    flat = lambda state: {
+        k: v
+        for part in ("learner", "teacher", "designer", "center")
+        for k, v in state[part].items()
+    }  # noqa: E731
     assert_identical(flat(before), flat(problem.state_dict()))
 
 
@@ -148,8 +182,12 @@ def test_the_tail_is_the_loss(make):
     theta = params.detach(params.named(problem.learner))
     task = problem.designer(next(iter(problem.pretrain_batches(0))))
     aligned = {name: theta[name] for name in problem.aligned_parameters()}
-    torch.testing.assert_close(problem.pretrain_tail(theta, task)(aligned), problem.pretrain_loss(theta, task))
-    torch.testing.assert_close(problem.per_sample_tail(theta, task)(aligned).mean(), problem.pretrain_loss(theta, task))
+    torch.testing.assert_close(
+        problem.pretrain_tail(theta, task)(aligned), problem.pretrain_loss(theta, task)
+    )
+    torch.testing.assert_close(
+        problem.per_sample_tail(theta, task)(aligned).mean(), problem.pretrain_loss(theta, task)
+    )
 
 
 def test_every_parameter_of_the_designer_is_reached(make):
@@ -204,9 +242,14 @@ def test_every_strategy_runs_resumes_exactly_and_is_charged(make, tmp_path, stra
     assert measured(tmp_path / "whole") == measured(tmp_path / "parts")
 
 
-def test_a_step_with_centering_asks_the_teacher_once_and_the_centre_moves_by_its_answers_to_that_task(make):
+def test_a_step_with_centering_asks_the_teacher_once_and_the_centre_moves_by_its_answers_to_that_task(
+    make,
+):
     problem = make("problem.targets=centering")
-    first, second = (problem.recipe(batch) for _, batch in zip(range(2), problem.pretrain_batches(0), strict=False))
+    first, second = (
+        problem.recipe(batch)
+        for _, batch in zip(range(2), problem.pretrain_batches(0), strict=False)
+    )
     teacher, asked = problem.teacher.learner, []
     teacher.backbone.register_forward_hook(lambda *arguments: asked.append(None))
     for task in (first, second):  # of the second nobody has asked yet
@@ -214,7 +257,9 @@ def test_a_step_with_centering_asks_the_teacher_once_and_the_centre_moves_by_its
         problem.pretrain_loss(params.named(problem.learner), first).backward()
         assert all(trees.same(value, before[key]) for key, value in snapshot(problem).items())
         with torch.no_grad():
-            expected = center_update(problem.center["center"], teacher(task.global_crops.flatten(0, 1)))
+            expected = center_update(
+                problem.center["center"], teacher(task.global_crops.flatten(0, 1))
+            )
         asked.clear()
         problem.after_step(task, 0.0)
         assert len(asked) == (task is second)
@@ -234,7 +279,12 @@ def test_centering_resumes_exactly(make, tmp_path):
 def test_metrics_figures_and_evaluation(make):
     problem = make()
     metrics = problem.evaluate()
-    assert {"ridge/depth_rmse", "ridge/depth_abs_rel", "ridge/depth_delta1", "ridge/seg_miou"} <= metrics.keys()
+    assert {
+        "ridge/depth_rmse",
+        "ridge/depth_abs_rel",
+        "ridge/depth_delta1",
+        "ridge/seg_miou",
+    } <= metrics.keys()
     figures = problem.figures()
     assert set(figures) == {"masks", "predictions"}
     assert all(picture.dtype == "uint8" and picture.ndim == 3 for picture in figures.values())

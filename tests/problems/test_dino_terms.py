@@ -32,11 +32,21 @@ from metavpt.strategies import inner_loss
 PATCHES = ["+backbone.patch_size=4", "recipe.hidden_prob=0.8", "recipe.hidden_share=[0.2,0.5]"]
 OBJECTIVES = {
     "dino": ["objective=dino"],
-    "ibot": ["objective=dino", "problem.terms.dino=0", "problem.terms.ibot=2.0", "problem.targets=sinkhorn"],
+    "ibot": [
+        "objective=dino",
+        "problem.terms.dino=0",
+        "problem.terms.ibot=2.0",
+        "problem.targets=sinkhorn",
+    ],
     "ibot_centering": ["objective=dinov2", "problem.terms.koleo=0", "problem.targets=centering"],
     "koleo": ["objective=dino", "problem.terms.koleo=0.5", "problem.targets=sinkhorn"],
     "gram": ["objective=dino", "problem.terms.dino=0", "problem.terms.gram=3.0"],
-    "gram_frozen": ["objective=dino", "problem.terms.dino=0", "problem.terms.gram=3.0", "problem.gram_anchor=frozen"],
+    "gram_frozen": [
+        "objective=dino",
+        "problem.terms.dino=0",
+        "problem.terms.gram=3.0",
+        "problem.gram_anchor=frozen",
+    ],
     "dinov2": ["objective=dinov2"],
     "dinov3": ["objective=dinov3", "problem.pool=cls"],
 }
@@ -52,7 +62,17 @@ def make(tmp_path_factory):
     def fresh(name, *overrides):
         designer = [] if any(override.startswith("designer=") for override in overrides) else UNET
         with initialize_config_module("metavpt.configs", version_base="1.3"):
-            cfg = compose("run", [*SMALL, *PATCHES, *designer, *OBJECTIVES[name], f"data.rooms.folder={folder}", *overrides])
+            cfg = compose(
+                "run",
+                [
+                    *SMALL,
+                    *PATCHES,
+                    *designer,
+                    *OBJECTIVES[name],
+                    f"data.rooms.folder={folder}",
+                    *overrides,
+                ],
+            )
         torch.manual_seed(0)
         problem = instantiate(cfg.problem, _convert_="all")
         disturb(problem.learner, 0.05)
@@ -90,11 +110,21 @@ def scene(problem, double=True):
 
 def by_modules(problem, task):
     """Every term from the modules themselves and the terms' own functions on whole maps of patches, by name; each (B,)."""
-    learner, teacher, batch_size = problem.learner, problem.teacher.learner, task.global_crops.shape[1]
-    tokens = lambda features: features.patches.flatten(2).transpose(1, 2).unflatten(0, (2, batch_size))  # noqa: E731
+    learner, teacher, batch_size = (
+        problem.learner,
+        problem.teacher.learner,
+        task.global_crops.shape[1],
+    )
+    tokens = lambda features: (
+        features.patches.flatten(2).transpose(1, 2).unflatten(0, (2, batch_size))
+    )  # noqa: E731
     head = lambda model: model.patch_head or model.head  # noqa: E731
     crops = task.global_crops.flatten(0, 1)
-    hiding = {"hidden": task.hidden.flatten(0, 1), "mask_token": learner.mask_token} if task.hidden is not None else {}
+    hiding = (
+        {"hidden": task.hidden.flatten(0, 1), "mask_token": learner.mask_token}
+        if task.hidden is not None
+        else {}
+    )
     seen = learner.backbone.tail(learner.backbone.trunk(crops, **hiding))
     whole = teacher.backbone(crops)
     losses = {}
@@ -105,14 +135,30 @@ def by_modules(problem, task):
         return centered_probs(logits, problem.center[center], problem.teacher_temperature)
 
     if "dino" in problem.terms:
-        logits = [*learner.head(learner.summary(seen)).unflatten(0, (2, batch_size)), *(learner(local) for local in task.local_crops)]
-        losses["dino"] = dino_loss(logits, probs(teacher(crops).unflatten(0, (2, batch_size)), "center"), 0.1, "none")
+        logits = [
+            *learner.head(learner.summary(seen)).unflatten(0, (2, batch_size)),
+            *(learner(local) for local in task.local_crops),
+        ]
+        losses["dino"] = dino_loss(
+            logits, probs(teacher(crops).unflatten(0, (2, batch_size)), "center"), 0.1, "none"
+        )
     if "ibot" in problem.terms:
-        logits, goals = head(learner)(tokens(seen)), torch.zeros(2, batch_size, tokens(seen).shape[2], 32).to(crops)
+        logits, goals = (
+            head(learner)(tokens(seen)),
+            torch.zeros(2, batch_size, tokens(seen).shape[2], 32).to(crops),
+        )
         goals[task.hidden] = probs(head(teacher)(tokens(whole))[task.hidden], "patch_center")
-        losses["ibot"] = sum(ibot_loss(logits[v], goals[v], task.hidden[v], 0.1, "none") for v in range(2)) / 2
+        losses["ibot"] = (
+            sum(ibot_loss(logits[v], goals[v], task.hidden[v], 0.1, "none") for v in range(2)) / 2
+        )
     if "koleo" in problem.terms:
-        losses["koleo"] = sum(koleo_loss(view, reduction="none") for view in learner.summary(seen).unflatten(0, (2, batch_size))) / 2
+        losses["koleo"] = (
+            sum(
+                koleo_loss(view, reduction="none")
+                for view in learner.summary(seen).unflatten(0, (2, batch_size))
+            )
+            / 2
+        )
     if "gram" in problem.terms:
         anchored = tokens(whole if problem.anchor is None else problem.anchor(crops))
         losses["gram"] = sum(gram_loss(tokens(seen)[v], anchored[v], "none") for v in range(2)) / 2
@@ -130,9 +176,15 @@ def test_the_loss_is_the_weighted_sum_of_the_terms_own_functions(make, name):
         expected = sum(problem.terms[term] * loss for term, loss in losses.items())
         assert losses.keys() == problem.terms.keys()
         assert all(loss.abs().max() > 1e-6 for loss in losses.values())
-        torch.testing.assert_close(problem.per_sample_tail(theta, task)(aligned), expected, atol=1e-10, rtol=1e-10)
-    torch.testing.assert_close(problem.pretrain_tail(theta, task)(aligned), expected.mean(), atol=1e-10, rtol=1e-10)
-    torch.testing.assert_close(problem.pretrain_loss(theta, task), expected.mean(), atol=1e-10, rtol=1e-10)
+        torch.testing.assert_close(
+            problem.per_sample_tail(theta, task)(aligned), expected, atol=1e-10, rtol=1e-10
+        )
+    torch.testing.assert_close(
+        problem.pretrain_tail(theta, task)(aligned), expected.mean(), atol=1e-10, rtol=1e-10
+    )
+    torch.testing.assert_close(
+        problem.pretrain_loss(theta, task), expected.mean(), atol=1e-10, rtol=1e-10
+    )
 
 
 @all_objectives
@@ -156,11 +208,23 @@ def test_every_parameter_of_the_learner_is_reached(make, name):
     _, _, batch = scene(problem, double=False)
     theta = params.leaves(params.named(problem.learner))
     loss = problem.pretrain_loss(theta, problem.recipe(batch))
-    grads = dict(zip(theta, torch.autograd.grad(loss, list(theta.values()), allow_unused=True, materialize_grads=True), strict=True))
+    grads = dict(
+        zip(
+            theta,
+            torch.autograd.grad(
+                loss, list(theta.values()), allow_unused=True, materialize_grads=True
+            ),
+            strict=True,
+        )
+    )
     idle = {key.split(".")[0] for key, grad in grads.items() if not grad.any()}
-    assert idle == (set() if {"dino", "ibot"} & problem.terms.keys() else {"head"})  # gram reads features alone
+    assert idle == (
+        set() if {"dino", "ibot"} & problem.terms.keys() else {"head"}
+    )  # gram reads features alone
     assert ("mask_token" in theta) == ("ibot" in problem.terms)
-    assert any(key.startswith("patch_head.") for key in theta) == (problem.patch_head == "patch_head")
+    assert any(key.startswith("patch_head.") for key in theta) == (
+        problem.patch_head == "patch_head"
+    )
 
 
 @full_objectives
@@ -174,10 +238,14 @@ def test_losses_are_pure_and_state_moves_after_the_step(make, name):
     assert moved == set()
     teacher = problem.teacher.learner
     with torch.no_grad():
-        patches = teacher.backbone(task.global_crops.flatten(0, 1)).patches.flatten(2).transpose(1, 2)
+        patches = (
+            teacher.backbone(task.global_crops.flatten(0, 1)).patches.flatten(2).transpose(1, 2)
+        )
         logits = teacher.patch_head(patches[task.hidden.flatten(0, 1)])
         problem.after_step(task, 0.0)
-    assert changed(before, problem.state_dict()) == {"teacher"} | ({"center"} if problem.targets == "centering" else set())
+    assert changed(before, problem.state_dict()) == {"teacher"} | (
+        {"center"} if problem.targets == "centering" else set()
+    )
     if problem.targets == "centering":
         torch.testing.assert_close(problem.center["patch_center"].data, 0.1 * logits.mean(0))
 
@@ -193,15 +261,22 @@ def test_a_frozen_anchor_stays_and_an_ema_one_follows(make, tmp_path):
     problem = make("gram_frozen")
     before = copy.deepcopy(problem.anchor.state_dict())
     Trainer(problem, Fixed(), Budget(steps=2), RunLog(tmp_path)).run()
-    assert all(torch.equal(value, problem.anchor.state_dict()[key]) for key, value in before.items())
-    assert not torch.equal(problem.learner.backbone.tail.norm.weight, problem.anchor.learner.tail.norm.weight)
+    assert all(
+        torch.equal(value, problem.anchor.state_dict()[key]) for key, value in before.items()
+    )
+    assert not torch.equal(
+        problem.learner.backbone.tail.norm.weight, problem.anchor.learner.tail.norm.weight
+    )
     assert make("gram").anchor is None
 
 
 def test_a_weight_of_zero_leaves_nothing_behind(make):
     """Neither parameters nor hidden patches nor heads, and the loss of DINO alone, bit for bit."""
     zero = [f"problem.terms.{term}=0" for term in ("ibot", "koleo", "gram")]
-    plain, zeros = make("dino"), make("dinov3", *zero, "problem.targets=centering", "problem.pool=mean")
+    plain, zeros = (
+        make("dino"),
+        make("dinov3", *zero, "problem.targets=centering", "problem.pool=mean"),
+    )
     assert plain.learner.state_dict().keys() == zeros.learner.state_dict().keys()
     assert (zeros.anchor, zeros.learner.patch_head, zeros.learner.mask_token) == (None, None, None)
     losses = []
@@ -226,7 +301,9 @@ def test_learned_with_designer_lr_0_is_fixed_and_a_run_resumes_bit_for_bit(make,
     trainer("fixed", 3).run()
     trainer("learned", 3).run()
     trainer("resumed", 3).run()
-    sorted((tmp_path / "resumed" / "checkpoints").glob("*.pt"))[-1].unlink()  # as if killed after step 2
+    sorted((tmp_path / "resumed" / "checkpoints").glob("*.pt"))[
+        -1
+    ].unlink()  # as if killed after step 2
     problems["resumed"], strategies["resumed"] = make(name, *mixer), frozen()
     again = trainer("resumed", 3)
     again.resume()
@@ -242,11 +319,16 @@ def test_gauss_newton_is_the_second_derivative_where_the_loss_is_convex_in_logit
     loss = problem.pretrain_tail(theta, problem.recipe(batch))
     for seed in range(3):
         generator = torch.Generator().manual_seed(seed)
-        v = params.zip_with(lambda p, g=generator: torch.randn(p.shape, generator=g, dtype=p.dtype), aligned)
+        v = params.zip_with(
+            lambda p, g=generator: torch.randn(p.shape, generator=g, dtype=p.dtype), aligned
+        )
         assert float(params.dot(v, GaussNewton()(loss, aligned, v, ExactProduct()))) > 0
 
 
-@pytest.mark.parametrize("changes", [["problem.patch_head=both"], ["problem.gram_anchor=ema"], ["problem.targets=softmax"]])
+@pytest.mark.parametrize(
+    "changes",
+    [["problem.patch_head=both"], ["problem.gram_anchor=ema"], ["problem.targets=softmax"]],
+)
 def test_unknown_choices_are_refused(make, changes):
     with pytest.raises(Exception, match="known are") as failure:
         make("dinov2", *changes)

@@ -43,23 +43,41 @@ def test_the_linear_product_is_the_exact_one_and_finite_differences_in_phi(make)
 
     products = (ExactProduct(), LinearProduct(absolute=False), LinearProduct(), DifferenceProduct())
     with Float64():  # transformers normalises in float32
-        exact, relative, absolute, difference = (OneStep(Dot(), product)([inner], outer, aligned, phi) for product in products)
+        exact, relative, absolute, difference = (
+            OneStep(Dot(), product)([inner], outer, aligned, phi) for product in products
+        )
     for estimate, tolerance in ((relative, 1e-9), (absolute, 1e-9), (difference, 1e-6)):
-        assert float(params.norm(params.add(estimate.by_phi, exact.by_phi, alpha=-1.0)) / params.norm(exact.by_phi)) < tolerance
+        assert (
+            float(
+                params.norm(params.add(estimate.by_phi, exact.by_phi, alpha=-1.0))
+                / params.norm(exact.by_phi)
+            )
+            < tolerance
+        )
     assert absolute.value == pytest.approx(exact.value, rel=1e-9)
     direction, step = params.zip_with(torch.randn_like, phi), 1e-6
     with Float64():
         moved = (params.add(phi, direction, alpha=s) for s in (step, -step))
-        ahead, behind = (OneStep(Dot(), ExactProduct())([inner], outer, aligned, there).value for there in moved)
-    assert (ahead - behind) / (2 * step) == pytest.approx(-float(params.dot(exact.by_phi, direction)), rel=1e-6)
+        ahead, behind = (
+            OneStep(Dot(), ExactProduct())([inner], outer, aligned, there).value for there in moved
+        )
+    assert (ahead - behind) / (2 * step) == pytest.approx(
+        -float(params.dot(exact.by_phi, direction)), rel=1e-6
+    )
 
 
 def test_losses_are_pure(make):
     problem = make()
-    batch, labelled = next(iter(problem.pretrain_batches(0))), next(iter(problem.feedback_batches(0)))
+    batch, labelled = (
+        next(iter(problem.pretrain_batches(0))),
+        next(iter(problem.feedback_batches(0))),
+    )
     theta, task = params.named(problem.learner), problem.designer(batch)
     before, state = weights(problem), torch.get_rng_state()
-    values = [torch.stack([problem.pretrain_loss(theta, task), problem.feedback_loss(theta, labelled)]) for _ in range(2)]
+    values = [
+        torch.stack([problem.pretrain_loss(theta, task), problem.feedback_loss(theta, labelled)])
+        for _ in range(2)
+    ]
     assert torch.equal(*values)
     assert_identical(before, weights(problem))
     assert torch.equal(state, torch.get_rng_state())
@@ -74,13 +92,20 @@ def test_the_tail_is_the_loss_and_the_mean_over_its_samples_tokens(make):
         whole = problem.pretrain_loss(theta, task)
         torch.testing.assert_close(problem.pretrain_tail(theta, task)(aligned), whole)
         counts = batch.loss_mask.sum(dim=1)
-        torch.testing.assert_close((problem.per_sample_tail(theta, task)(aligned) * counts).sum() / counts.sum(), whole)
+        torch.testing.assert_close(
+            (problem.per_sample_tail(theta, task)(aligned) * counts).sum() / counts.sum(), whole
+        )
 
 
 def test_learned_with_designer_lr_0_is_fixed_bit_for_bit(make, tmp_path):
     fixed, learned = make(), make()
     train(tmp_path / "fixed", fixed, Fixed(), steps=4)
-    train(tmp_path / "learned", learned, Learned(OneStep(), lambda p: adam(p, lr=0.0), meta_every=2), steps=4)
+    train(
+        tmp_path / "learned",
+        learned,
+        Learned(OneStep(), lambda p: adam(p, lr=0.0), meta_every=2),
+        steps=4,
+    )
     assert_identical(weights(fixed), weights(learned))
 
 
@@ -88,7 +113,11 @@ def test_feedback_reaches_the_learner_through_the_designer_alone(make, tmp_path)
     """With the designer's learning rate at 0, other feedback leaves the learner bit-identical; with tilt it does not."""
     other = "+data.feedback.math.seed=5"
     for name, strategy, equal in (
-        ("learned", lambda: Learned(OneStep(), lambda p: torch.optim.Adam(p, lr=0.0), meta_every=1), True),
+        (
+            "learned",
+            lambda: Learned(OneStep(), lambda p: torch.optim.Adam(p, lr=0.0), meta_every=1),
+            True,
+        ),
         ("tilt", lambda: instantiate(composed("strategy=tilt").strategy), False),
     ):
         learners = []
@@ -128,7 +157,10 @@ def test_every_strategy_runs_and_resumes_exactly(make, tmp_path, name):
 
 def measured(folder):
     clock = {"seconds", "samples_per_s"}
-    return [{k: v for k, v in json.loads(line).items() if k not in clock} for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [
+        {k: v for k, v in json.loads(line).items() if k not in clock}
+        for line in (folder / "metrics.jsonl").read_text().splitlines()
+    ]
 
 
 def test_domains_have_feedback_of_their_own(make, tmp_path):
@@ -141,8 +173,15 @@ def test_domains_have_feedback_of_their_own(make, tmp_path):
     }  # fmt: skip
     theta = params.detach(params.named(problem.learner))
     losses = problem.feedback_losses(theta, labelled)
-    assert problem.feedback_loss(theta, labelled) == pytest.approx(float(losses["math"] + losses["other"]))
-    strategy = Learned(OneStep(Dot(), LinearProduct(absolute=False)), None, meta_every=1, combination=DomainMatched())
+    assert problem.feedback_loss(theta, labelled) == pytest.approx(
+        float(losses["math"] + losses["other"])
+    )
+    strategy = Learned(
+        OneStep(Dot(), LinearProduct(absolute=False)),
+        None,
+        meta_every=1,
+        combination=DomainMatched(),
+    )
     train(tmp_path, problem, strategy, steps=2)
 
 
@@ -161,17 +200,27 @@ def test_picked_rows_come_from_the_batches_that_are_named(make):
     picked = problem.pick(tasks, which, sample)
     for field in ("tokens", "positions", "documents", "loss_mask", "domain"):
         for k in range(2):
-            assert torch.equal(getattr(picked.batch, field)[k], getattr(tasks[which[k]].batch, field)[sample[k]])
+            assert torch.equal(
+                getattr(picked.batch, field)[k], getattr(tasks[which[k]].batch, field)[sample[k]]
+            )
 
 
 def test_evaluation_counts_answers_as_steered_and_perplexity_as_a_side_effect(make):
     problem = make("problem.answers.num_samples=2", "problem.answers.ks=[2]")
-    names = {f"{metric}_{kind}" for metric in ("pass@1", "sampled_pass@2") for kind in ("strict", "flexible")}
+    names = {
+        f"{metric}_{kind}"
+        for metric in ("pass@1", "sampled_pass@2")
+        for kind in ("strict", "flexible")
+    }
     metrics = problem.evaluate()
-    assert metrics.keys() == {f"answers/{name}" for name in (*names, "nll")} | {"stories/perplexity"}
+    assert metrics.keys() == {f"answers/{name}" for name in (*names, "nll")} | {
+        "stories/perplexity"
+    }
     assert [name for name in metrics if not problem.is_steered(name)] == ["stories/perplexity"]
     assert problem.evaluate() == metrics
-    assert metrics["stories/perplexity"] == pytest.approx(270, rel=0.5)  # of random weights: about the size of the vocabulary
+    assert metrics["stories/perplexity"] == pytest.approx(
+        270, rel=0.5
+    )  # of random weights: about the size of the vocabulary
 
 
 def test_texts_show_answers_and_the_targets_of_the_last_task(make):
@@ -180,7 +229,9 @@ def test_texts_show_answers_and_the_targets_of_the_last_task(make):
     batch = next(iter(problem.pretrain_batches(0)))
     problem.after_step(problem.recipe(batch), 0.0)
     assert problem.texts().passages == []  # nothing was chosen
-    assert [answer.question for answer in problem.texts().answers] == [p.question for p in problem.data.problems["answers"]]
+    assert [answer.question for answer in problem.texts().answers] == [
+        p.question for p in problem.data.problems["answers"]
+    ]
     theta = params.detach(params.named(problem.learner))
     w = {name: torch.ones_like(theta[name]) for name in problem.aligned_parameters()}
     task = problem.recipe(batch)._replace(targets=Tilted(w, gate=0.4, tau=0.5, num_candidates=6))
@@ -199,7 +250,9 @@ def test_texts_show_answers_and_the_targets_of_the_last_task(make):
 def test_texts_show_the_weights_of_the_last_task(make):
     problem = make(*WEIGHTS)
     with torch.no_grad():
-        torch.nn.init.normal_(problem.designer.head.weight, generator=torch.Generator().manual_seed(0))
+        torch.nn.init.normal_(
+            problem.designer.head.weight, generator=torch.Generator().manual_seed(0)
+        )
         task = problem.designer(next(iter(problem.pretrain_batches(0))))
     problem.after_step(task, 0.5)
     chosen = [token for token in problem.texts().passages[0] if token.gate is not None]
@@ -208,7 +261,14 @@ def test_texts_show_the_weights_of_the_last_task(make):
     assert not any(token.candidates for token in chosen)
 
 
-@pytest.mark.parametrize("strategy", [Uniform, lambda: Greedy(2, refresh_every=1), lambda: Learned(OneStep(Cosine()), adam, meta_every=1)])
+@pytest.mark.parametrize(
+    "strategy",
+    [
+        Uniform,
+        lambda: Greedy(2, refresh_every=1),
+        lambda: Learned(OneStep(Cosine()), adam, meta_every=1),
+    ],
+)
 def test_strategies_choose_weights_of_tokens(make, tmp_path, strategy):
     problem = make(*WEIGHTS)
     train(tmp_path, problem, strategy(), steps=3)
@@ -218,9 +278,18 @@ def test_strategies_choose_weights_of_tokens(make, tmp_path, strategy):
 
 
 BAD = {
-    "candidates": (["designer.num_candidates=1000"], r"num_candidates=1000: choose from 2 to \d+, the size of the vocabulary"),
-    "context": (["problem.length=1000"], "problem.length=1000 is longer than the model's context of 512"),
-    "domain": (["problem.steered_domains=[maths]"], r"problem.steered_domains=\['maths'\]: name domains of the stream, math"),
+    "candidates": (
+        ["designer.num_candidates=1000"],
+        r"num_candidates=1000: choose from 2 to \d+, the size of the vocabulary",
+    ),
+    "context": (
+        ["problem.length=1000"],
+        "problem.length=1000 is longer than the model's context of 512",
+    ),
+    "domain": (
+        ["problem.steered_domains=[maths]"],
+        r"problem.steered_domains=\['maths'\]: name domains of the stream, math",
+    ),
     "feedback": (["data.num_feedback=100"], r"data\.feedback\.math: has 10 documents"),
 }
 

@@ -42,22 +42,46 @@ def options() -> list[str]:
 
 
 def test_its_rows_are_step_0_plain_the_designer_tilt_and_the_controls(options: list[str]) -> None:
-    own = [option for option in options if not option.startswith("strategy.")]  # those hold for the rows that have them
+    own = [
+        option for option in options if not option.startswith("strategy.")
+    ]  # those hold for the rows that have them
     with initialize_config_module("metavpt.configs", version_base="1.3"):
         cfg = compose("compare", own)
         assert cfg.warm_start > 0
-        assert {name: compose("compare", [*own, *row]).strategy._target_ for name, row in compare.rows(cfg)} == TARGETS
+        assert {
+            name: compose("compare", [*own, *row]).strategy._target_
+            for name, row in compare.rows(cfg)
+        } == TARGETS
 
 
-def test_it_runs_in_small_and_reports_answers_and_targets(options: list[str], tmp_path: Path) -> None:
-    folder, less = tmp_path / "comparison", ["strategies=[one_step_linear,tilt]", "controls=[fixed]", "warm_start=1", "budget.steps=2"]
-    command = [sys.executable, "-m", "metavpt.compare", *options, *SMALL, *less, "jobs=1", "threads=1", f"output={folder}"]
+def test_it_runs_in_small_and_reports_answers_and_targets(
+    options: list[str], tmp_path: Path
+) -> None:
+    folder, less = (
+        tmp_path / "comparison",
+        ["strategies=[one_step_linear,tilt]", "controls=[fixed]", "warm_start=1", "budget.steps=2"],
+    )
+    command = [
+        sys.executable,
+        "-m",
+        "metavpt.compare",
+        *options,
+        *SMALL,
+        *less,
+        "jobs=1",
+        "threads=1",
+        f"output={folder}",
+    ]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr
     found = {result.row: result for result in results.read(folder)}
     assert found.keys() == {"fixed", "one_step_linear", "tilt"}
     assert found["fixed"].step0 == found["one_step_linear"].step0
-    assert found["fixed"].steered == ["answers/nll", "answers/pass@1_strict", "answers/pass@1_flexible"]
+    assert found["fixed"].steered == [
+        "answers/nll",
+        "answers/pass@1_strict",
+        "answers/pass@1_flexible",
+    ]
     assert "step 0" in (folder / "table.md").read_text()
     for row in found:
         run = run_folder(folder, row, 0)
@@ -66,5 +90,9 @@ def test_it_runs_in_small_and_reports_answers_and_targets(options: list[str], tm
         assert len(texts.answers) == 4
         assert all(answer.last for answer in texts.answers)
         assert texts.answers[0].first.question in page.text
-        assert bool(texts.passages) == (row != "fixed")  # plain next-token prediction has no choice to show
-        assert any(name == "style" and "--gate" in str(value) for name, value in page.attributes) == (row != "fixed")
+        assert bool(texts.passages) == (
+            row != "fixed"
+        )  # plain next-token prediction has no choice to show
+        assert any(
+            name == "style" and "--gate" in str(value) for name, value in page.attributes
+        ) == (row != "fixed")

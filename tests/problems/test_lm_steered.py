@@ -20,7 +20,11 @@ def make(tmp_path_factory):
         yield fresh
 
 
-@pytest.mark.parametrize("overrides", [STATES, [*STATES, *TWO_DOMAINS[:1], "problem.steered_domains=[math]"]], ids=["states", "math alone"])
+@pytest.mark.parametrize(
+    "overrides",
+    [STATES, [*STATES, *TWO_DOMAINS[:1], "problem.steered_domains=[math]"]],
+    ids=["states", "math alone"],
+)
 def test_the_designer_that_reads_states_runs_and_resumes_exactly(make, tmp_path, overrides):
     def strategy():
         return instantiate(composed(*overrides).strategy, _convert_="all")
@@ -41,13 +45,21 @@ def test_domains_that_are_not_steered_keep_the_true_token(make, choice):
     batch, theta = next(iter(problem.meta_batches(0))), params.detach(params.named(problem.learner))
     assert sorted(batch.domain.tolist()) == [0, 1]
     w = {name: theta[name] for name in problem.aligned_parameters()}
-    task = problem.tilt(theta, problem.recipe(batch), w, 0.5, 1.0, 6, ForwardMode()) if choice == "tilt" else problem.designer(batch)
+    task = (
+        problem.tilt(theta, problem.recipe(batch), w, 0.5, 1.0, 6, ForwardMode())
+        if choice == "tilt"
+        else problem.designer(batch)
+    )
     with torch.no_grad():
         q = problem.pretrain_tail(theta, task).targets
         whole = target_tail(problem.learner, theta, task).targets
     is_math = (batch.domain == 0)[predicted_tokens(batch).nonzero()[:, 0]]
     assert torch.equal(q[is_math], whole[is_math])
-    assert torch.equal(q[~is_math], torch.eye(q.shape[1], dtype=q.dtype)[:1].expand(int((~is_math).sum()), -1))
+    assert torch.equal(
+        q[~is_math], torch.eye(q.shape[1], dtype=q.dtype)[:1].expand(int((~is_math).sum()), -1)
+    )
     losses = [problem.per_sample_tail(theta, t)({}) for t in (task, problem.recipe(batch))]
     torch.testing.assert_close(losses[0][batch.domain == 1], losses[1][batch.domain == 1])
-    torch.testing.assert_close(problem.pretrain_loss(theta, task), problem.pretrain_tail(theta, task)(w))
+    torch.testing.assert_close(
+        problem.pretrain_loss(theta, task), problem.pretrain_tail(theta, task)(w)
+    )

@@ -47,9 +47,15 @@ def make(tmp_path_factory):
     folder = tmp_path_factory.mktemp("rooms")
 
     def fresh(name, *overrides, seed=0):
-        predictor = [f"problem.{'decoder' if name == 'mae_nyuv2' else 'predictor'}.{size}" for size in PREDICTOR]
+        predictor = [
+            f"problem.{'decoder' if name == 'mae_nyuv2' else 'predictor'}.{size}"
+            for size in PREDICTOR
+        ]
         with initialize_config_module("metavpt.configs", version_base="1.3"):
-            cfg = compose("run", [f"problem={name}", *SMALL, *predictor, f"data.rooms.folder={folder}", *overrides])
+            cfg = compose(
+                "run",
+                [f"problem={name}", *SMALL, *predictor, f"data.rooms.folder={folder}", *overrides],
+            )
         torch.manual_seed(seed)
         return instantiate(cfg.problem, _convert_="all")
 
@@ -68,7 +74,12 @@ class Doubled(torch.nn.Module):
 def in_float64(problem):
     """The problem in float64 with fitted heads and a designer away from the recipe."""
     problem.fit_heads()
-    for module in (problem.learner, problem.designer, problem.feedback, getattr(problem, "teacher", problem.learner)):
+    for module in (
+        problem.learner,
+        problem.designer,
+        problem.feedback,
+        getattr(problem, "teacher", problem.learner),
+    ):
         module.double()
     torch.nn.init.normal_(problem.designer.network.out.weight, std=0.3)
     problem.designer.recipe = Doubled(problem.designer.recipe)
@@ -79,7 +90,10 @@ class Point:
     """A problem at one place: what the hypergradient of one step is taken of."""
 
     def __init__(self, problem):
-        batch, labelled = next(iter(problem.meta_batches(1))), next(iter(problem.feedback_batches(2)))
+        batch, labelled = (
+            next(iter(problem.meta_batches(1))),
+            next(iter(problem.feedback_batches(2))),
+        )
         theta = params.detach(params.named(problem.learner))
         self.aligned = {name: theta[name] for name in problem.aligned_parameters()}
         self.phi = params.detach(params.named(problem.designer))
@@ -87,21 +101,30 @@ class Point:
         self.outer = lambda theta_s: problem.feedback_loss({**theta, **theta_s}, labelled)
 
     def __call__(self, product, phi=None):
-        return OneStep(Dot(), product)([self.inner], self.outer, self.aligned, self.phi if phi is None else phi)
+        return OneStep(Dot(), product)(
+            [self.inner], self.outer, self.aligned, self.phi if phi is None else phi
+        )
 
 
 @pytest.mark.parametrize("estimator", ESTIMATORS)
 @pytest.mark.parametrize("name", NAMES)
-def test_exact_and_difference_products_agree_and_are_finite_differences_of_the_relaxed_task(make, name, estimator):
+def test_exact_and_difference_products_agree_and_are_finite_differences_of_the_relaxed_task(
+    make, name, estimator
+):
     """In float64, to a relative 1e-6. The other two tell autograd of a discrete choice what finite differences cannot see."""
     point = Point(in_float64(make(name, f"designer.estimator={estimator}")))
     exact, difference = point(ExactProduct()), point(DifferenceProduct())
     assert params.norm(exact.by_phi) > 0
     assert relative(difference.by_phi, exact.by_phi) < 1e-6
     direction, step = params.zip_with(torch.randn_like, point.phi), 2e-6
-    ahead, behind = (point(ExactProduct(), params.add(point.phi, direction, alpha=s)).value for s in (step, -step))
+    ahead, behind = (
+        point(ExactProduct(), params.add(point.phi, direction, alpha=s)).value
+        for s in (step, -step)
+    )
     if estimator == "relaxed":
-        assert (ahead - behind) / (2 * step) == pytest.approx(-float(params.dot(exact.by_phi, direction)), rel=1e-6)
+        assert (ahead - behind) / (2 * step) == pytest.approx(
+            -float(params.dot(exact.by_phi, direction)), rel=1e-6
+        )
     else:
         assert ahead == behind
 
@@ -118,18 +141,29 @@ def test_every_parameter_of_the_designer_is_reached(make, name, estimator):
 def test_learned_with_designer_lr_0_is_fixed_bit_for_bit(make, tmp_path, name, estimator):
     fixed, learned = make(name), make(name, f"designer.estimator={estimator}")
     train(tmp_path / "fixed", fixed, Fixed(), steps=2)
-    train(tmp_path / "learned", learned, Learned(OneStep(Cosine()), lambda p: adam(p, lr=0.0), meta_every=1), steps=2)
+    train(
+        tmp_path / "learned",
+        learned,
+        Learned(OneStep(Cosine()), lambda p: adam(p, lr=0.0), meta_every=1),
+        steps=2,
+    )
     assert_identical(weights(fixed), weights(learned))
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_losses_are_pure(make, name):
     problem = make(name)
-    batch, labelled = next(iter(problem.pretrain_batches(0))), next(iter(problem.feedback_batches(0)))
+    batch, labelled = (
+        next(iter(problem.pretrain_batches(0))),
+        next(iter(problem.feedback_batches(0))),
+    )
     problem.fit_heads()
     theta, task = params.named(problem.learner), problem.designer(batch)
     before, state = copy.deepcopy(weights(problem)), torch.get_rng_state()
-    values = [torch.stack([problem.pretrain_loss(theta, task), problem.feedback_loss(theta, labelled)]) for _ in range(2)]
+    values = [
+        torch.stack([problem.pretrain_loss(theta, task), problem.feedback_loss(theta, labelled)])
+        for _ in range(2)
+    ]
     assert torch.equal(*values)
     assert_identical(before, weights(problem))
     assert torch.equal(state, torch.get_rng_state())
@@ -145,7 +179,11 @@ def test_the_tail_is_the_loss_of_the_whole_learner(make, name, estimator):
     aligned = {key: theta[key] for key in problem.aligned_parameters()}
     predictions = problem.learner(task.images, task.visible, task.targets, task.visible_weight)
     if name == "mae_nyuv2":
-        loss = mae_loss(predictions, gather_patches(normalized_pixels(task.images, 4), task.targets), task.target_weight)
+        loss = mae_loss(
+            predictions,
+            gather_patches(normalized_pixels(task.images, 4), task.targets),
+            task.target_weight,
+        )
     else:
         features = normalized_features(problem.teacher(task.images).patches)
         loss = ijepa_loss(predictions, gather_patches(features, task.targets), task.target_weight)
@@ -205,25 +243,38 @@ def test_every_strategy_runs(make, tmp_path, name):
         budget = train(tmp_path / label, problem, strategy(), steps=2).budget
         assert (budget.steps, budget.samples) == (2, 8), label
         after = weights(problem)
-        moved = {key.split(".")[0] for key, value in after.items() if not torch.equal(value, before[key])}
-        assert moved >= {"learner"} | ({"designer"} if isinstance(strategy(), Learned) else set()), label
+        moved = {
+            key.split(".")[0] for key, value in after.items() if not torch.equal(value, before[key])
+        }
+        assert moved >= {"learner"} | (
+            {"designer"} if isinstance(strategy(), Learned) else set()
+        ), label
 
 
-@pytest.mark.parametrize("strategy", [STRATEGIES["one_step"], STRATEGIES["greedy"]], ids=["one_step", "greedy"])
+@pytest.mark.parametrize(
+    "strategy", [STRATEGIES["one_step"], STRATEGIES["greedy"]], ids=["one_step", "greedy"]
+)
 @pytest.mark.parametrize("name", NAMES)
 def test_runs_resume_exactly(make, tmp_path, name, strategy):
     whole, resumed = make(name), make(name)
     train(tmp_path / "whole", whole, strategy(), steps=3)
     train(tmp_path / "parts", make(name), strategy(), steps=3)
-    sorted((tmp_path / "parts" / "checkpoints").glob("*.pt"))[-1].unlink()  # as if killed after step 2
+    sorted((tmp_path / "parts" / "checkpoints").glob("*.pt"))[
+        -1
+    ].unlink()  # as if killed after step 2
     train(tmp_path / "parts", resumed, strategy(), steps=3, resume=True)
     assert_identical(weights(whole), weights(resumed))
 
 
-@pytest.mark.parametrize(("name", "one_size"), [("mae_nyuv2", []), ("ijepa_dense", ["scale=[0.25, 0.25]", "aspect=[1.0, 1.0]"])])
+@pytest.mark.parametrize(
+    ("name", "one_size"),
+    [("mae_nyuv2", []), ("ijepa_dense", ["scale=[0.25, 0.25]", "aspect=[1.0, 1.0]"])],
+)
 def test_greedy_selection_runs_where_tasks_have_one_shape(make, tmp_path, name, one_size):
     problem = make(name, *(f"designer.target_{option}" for option in one_size))
-    assert train(tmp_path, problem, GreedySelection(2, refresh_every=2), steps=2).budget.samples == 8
+    assert (
+        train(tmp_path, problem, GreedySelection(2, refresh_every=2), steps=2).budget.samples == 8
+    )
 
 
 @pytest.mark.parametrize("name", NAMES)

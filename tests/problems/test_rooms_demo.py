@@ -38,14 +38,23 @@ def test_its_rows_differ_in_their_strategy_alone(options: list[str]) -> None:
         "fixed": "metavpt.strategies.Fixed",
         "functional": "metavpt.functional.Functional",
     }
-    fixed, steered = ({key: value for key, value in row.items() if key != "strategy"} for row in made.values())
+    fixed, steered = (
+        {key: value for key, value in row.items() if key != "strategy"} for row in made.values()
+    )
     assert fixed == steered
     assert cfg.data.path is None
 
 
 def test_it_runs_in_small_and_prints_both_rows(options: list[str], tmp_path: Path) -> None:
     folder = tmp_path / "comparison"
-    small = [*SMALL, f"data.rooms.folder={tmp_path}", "budget.steps=3", "jobs=1", "threads=1", f"output={folder}"]
+    small = [
+        *SMALL,
+        f"data.rooms.folder={tmp_path}",
+        "budget.steps=3",
+        "jobs=1",
+        "threads=1",
+        f"output={folder}",
+    ]
     command = [sys.executable, "-m", "metavpt.compare", *options, *small]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr
@@ -53,7 +62,9 @@ def test_it_runs_in_small_and_prints_both_rows(options: list[str], tmp_path: Pat
     assert found.keys() == {"fixed", "functional"}
     assert found["fixed"].step0 == found["functional"].step0
     assert found["fixed"].metrics != found["functional"].metrics
-    assert found["functional"].grad_evals == 3 + 2  # a lesson before the first step and before the third
+    assert (
+        found["functional"].grad_evals == 3 + 2
+    )  # a lesson before the first step and before the third
     assert "ridge/depth_rmse" in done.stdout
     assert re.search(r"^functional\s+[\d.]+\s+[−+]?[\d.]+", done.stdout, flags=re.M)
     assert (folder / "report.html").is_file()

@@ -55,7 +55,9 @@ def test_every_part_is_there_in_order(html: str) -> None:
         "To run it again",
     ]
     page = Page(html)
-    assert page.tags.count("svg") == 3 * 4 + 4 + 1 + 4 + 2  # intervals of 3 rows, curves, front, first order, values
+    assert (
+        page.tags.count("svg") == 3 * 4 + 4 + 1 + 4 + 2
+    )  # intervals of 3 rows, curves, front, first order, values
     assert page.tags.count("img") == 2 * 4 * 3
     assert "4 rows at equal steps, seeds 0, 1, 2." in page.text
 
@@ -65,7 +67,11 @@ def test_the_numbers_are_those_of_the_table(comparison: Path, html: str) -> None
     table = Table(results.read(comparison))
     for section, name in zip(table.sections(), (*table.metrics, *table.side_effects), strict=False):
         for _, _, *texts in (line for line in section.lines if line[0] != "fixed"):
-            assert all(text in shown["Side effects" if name in table.side_effects else "Differences to fixed"] for text in texts)
+            assert all(
+                text
+                in shown["Side effects" if name in table.side_effects else "Differences to fixed"]
+                for text in texts
+            )
     assert shown["Results"].index("step 0") < shown["Results"].index("fixed 1.29")
     assert "25,600" in shown["Results"]
     for warning in table.warnings:
@@ -92,20 +98,36 @@ def test_curves_begin_at_step_0_and_end_with_the_result(comparison: Path) -> Non
     assert fixed.colour == 0
     course = fixed.course("ridge/depth_rmse")
     assert course is not None
-    assert course.samples.tolist() == [step * example.BATCH for step in range(0, example.STEPS + 1, example.EVERY)]
+    assert course.samples.tolist() == [
+        step * example.BATCH for step in range(0, example.STEPS + 1, example.EVERY)
+    ]
     table = Table(found)
     for at, name in ((0, "step 0"), (-1, "fixed")):
         mean = table.cells[name, "ridge/depth_rmse"].mean
         assert mean is not None
-        assert (course.mean[at], course.error[at]) == (pytest.approx(mean.value), pytest.approx(mean.se))
+        assert (course.mean[at], course.error[at]) == (
+            pytest.approx(mean.value),
+            pytest.approx(mean.se),
+        )
 
 
 def test_a_row_is_compared_on_the_seeds_that_it_has(tmp_path: Path) -> None:
     """A row without its hard seed does not reach the reference by that alone."""
-    for row, seed, start, end in (("fixed", 0, 4.0, 3.0), ("fixed", 1, 2.0, 1.0), ("one_step", 1, 2.0, 1.5), ("one_step", 0, None, None)):
-        known = {} if start is None else {"step0": {"loss": start}, "metrics": {"loss": end}, "samples": 100}
+    for row, seed, start, end in (
+        ("fixed", 0, 4.0, 3.0),
+        ("fixed", 1, 2.0, 1.0),
+        ("one_step", 1, 2.0, 1.5),
+        ("one_step", 0, None, None),
+    ):
+        known = (
+            {}
+            if start is None
+            else {"step0": {"loss": start}, "metrics": {"loss": end}, "samples": 100}
+        )
         results.append(tmp_path, Result(row, seed, error=None if known else "lost", **known))
-    shown = sections(write_comparison_report(tmp_path).read_text())["Samples to the final score of fixed"]
+    shown = sections(write_comparison_report(tmp_path).read_text())[
+        "Samples to the final score of fixed"
+    ]
     assert shown.endswith("fixed 100 1.00× one_step not reached")
 
 
@@ -113,10 +135,21 @@ def test_hostile_strings_stay_text(tmp_path: Path) -> None:
     name = f"a{HOSTILE}"
     for row in ("fixed", name):
         for seed in (0, 1):
-            log = [{"kind": "warning", "step": 1, "message": f"w{HOSTILE}"}, {"kind": "designer", "step": 1, "value": 1.0}]
+            log = [
+                {"kind": "warning", "step": 1, "message": f"w{HOSTILE}"},
+                {"kind": "designer", "step": 1, "value": 1.0},
+            ]
             example.write_run(run_folder(tmp_path, row, seed), log)
             results.append(
-                tmp_path, Result(row, seed, None, {f"m{HOSTILE}": 1.0, "loss": 2.0}, {f"m{HOSTILE}": 2.0, "loss": 1.0}, samples=8)
+                tmp_path,
+                Result(
+                    row,
+                    seed,
+                    None,
+                    {f"m{HOSTILE}": 1.0, "loss": 2.0},
+                    {f"m{HOSTILE}": 2.0, "loss": 1.0},
+                    samples=8,
+                ),
             )
     results.append(tmp_path, Result(name, 2, error=f"e{HOSTILE}"))
     (tmp_path / "config.yaml").write_text(f"problem: 'p{HOSTILE}'\nmatch: 'u{HOSTILE}'\n")
@@ -127,8 +160,13 @@ def test_hostile_strings_stay_text(tmp_path: Path) -> None:
         assert mark + HOSTILE in page.text
 
 
-@pytest.mark.parametrize(("rows", "seeds"), [(("fixed",), (0,)), (("fixed", "one_step"), (3,)), (("one_step", "uniform"), (0, 1))])
-def test_small_comparisons_have_a_page_too(tmp_path: Path, rows: tuple[str, ...], seeds: tuple[int, ...]) -> None:
+@pytest.mark.parametrize(
+    ("rows", "seeds"),
+    [(("fixed",), (0,)), (("fixed", "one_step"), (3,)), (("one_step", "uniform"), (0, 1))],
+)
+def test_small_comparisons_have_a_page_too(
+    tmp_path: Path, rows: tuple[str, ...], seeds: tuple[int, ...]
+) -> None:
     example.write_comparison(tmp_path, rows, seeds, figures=False)
     assert_self_contained(write_comparison_report(tmp_path).read_text())
 
@@ -151,7 +189,9 @@ def test_without_results_there_is_an_error_and_without_success_a_page(tmp_path: 
 
 def test_pictures_stay_within_the_bound(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def sizes() -> list[float]:
-        sources = re.findall(r'src="data:image/\w+;base64,([^"]*)"', write_comparison_report(tmp_path).read_text())
+        sources = re.findall(
+            r'src="data:image/\w+;base64,([^"]*)"', write_comparison_report(tmp_path).read_text()
+        )
         return [len(source) * 3 / 4 for source in sources]
 
     example.write_comparison(tmp_path, ROWS[:2], (0,))

@@ -17,13 +17,18 @@ def figures(tmp_path: Path) -> Path:
 
 
 def shown(folder: Path, **options: float) -> dict[str, list[int]]:
-    return {name: [picture.step for picture in group] for name, group in gallery(folder, **options).groups.items()}  # type: ignore[arg-type]
+    return {
+        name: [picture.step for picture in group]
+        for name, group in gallery(folder, **options).groups.items()
+    }  # type: ignore[arg-type]
 
 
 def test_many_pictures_are_thinned_to_the_bound(figures: Path) -> None:
     everything = {name: [0, 2, 3, 5, 6, 8, 9, 11] for name in ("depth", "masks")}
     assert shown(figures) == everything
-    sources = [len(picture.source) for group in gallery(figures).groups.values() for picture in group]
+    sources = [
+        len(picture.source) for group in gallery(figures).groups.values() for picture in group
+    ]
     size = max(sources) * 3 / 4  # base64
     assert shown(figures, max_bytes=16 * size) == everything
     assert shown(figures, max_bytes=6.5 * size) == {name: [0, 6, 11] for name in ("depth", "masks")}
@@ -35,7 +40,9 @@ def test_many_pictures_are_thinned_to_the_bound(figures: Path) -> None:
 def test_a_photo_becomes_a_webp_and_a_drawing_stays_as_it_was(tmp_path: Path) -> None:
     y, x = np.mgrid[0:200, 0:300] / 200
     photo = np.stack([x, y, x * y], -1) + np.random.default_rng(0).normal(0, 0.05, (200, 300, 3))
-    Image.fromarray((255 * photo.clip(0, 1)).astype(np.uint8)).save(tmp_path / "photo-step000000.png")
+    Image.fromarray((255 * photo.clip(0, 1)).astype(np.uint8)).save(
+        tmp_path / "photo-step000000.png"
+    )
     Image.new("L", (300, 200)).save(tmp_path / "drawing-step000000.png")
     groups = gallery(tmp_path).groups
     (photo_shown,), (drawing_shown,) = groups["photo"], groups["drawing"]

@@ -16,8 +16,16 @@ def table(gains: Gains, num_seeds: int = 6, steered: list[str] | None = None) ->
     for i, (row, (depth, segmentation, accuracy)) in enumerate(gains.items()):
         for seed in range(num_seeds):
             noise = 0.01 * i * (-1) ** seed
-            metrics = {"depth_rmse": 1.0 - depth + noise, "seg_miou": 0.2 + segmentation + noise, "imagenet_acc": 0.5 + accuracy + noise}
-            made.append(Result(row, seed, None, {"depth_rmse": 1.1}, metrics, 10, 640, 10, 1.0, {}, 0, steered))
+            metrics = {
+                "depth_rmse": 1.0 - depth + noise,
+                "seg_miou": 0.2 + segmentation + noise,
+                "imagenet_acc": 0.5 + accuracy + noise,
+            }
+            made.append(
+                Result(
+                    row, seed, None, {"depth_rmse": 1.1}, metrics, 10, 640, 10, 1.0, {}, 0, steered
+                )
+            )
     return Table(made)
 
 
@@ -43,7 +51,10 @@ def test_the_headline_says_what_the_intervals_say(gains: Gains, said: str) -> No
 
 def test_side_effects_are_no_headline() -> None:
     gains: Gains = {"fixed": (0, 0, 0), "one_step": (1, 1, 0), "greedy": (0, 0, 1)}
-    assert headline(table(gains, steered=["depth_rmse", "seg_miou"])) == "one_step beats fixed on all 2 steered metrics."
+    assert (
+        headline(table(gains, steered=["depth_rmse", "seg_miou"]))
+        == "one_step beats fixed on all 2 steered metrics."
+    )
 
 
 def test_few_seeds_are_told() -> None:

@@ -14,20 +14,34 @@ def points(values: np.ndarray) -> list[Point]:
 @pytest.mark.parametrize("x_sign", [-1, 1])
 @pytest.mark.parametrize("y_sign", [-1, 1])
 def test_the_front_is_what_no_other_point_beats(x_sign: int, y_sign: int) -> None:
-    everything = points(np.random.default_rng(0).integers(0, 6, (30, 2)).astype(float))  # integers: ties are many
+    everything = points(
+        np.random.default_rng(0).integers(0, 6, (30, 2)).astype(float)
+    )  # integers: ties are many
     kept = front(everything, x_sign, y_sign)
     for a, b in combinations(kept, 2):
         assert (x_sign * (a.x - b.x)) * (y_sign * (a.y - b.y)) < 0 or (a.x, a.y) == (b.x, b.y)
     for point in everything:
-        as_good = [x_sign * (best.x - point.x) >= 0 and y_sign * (best.y - point.y) >= 0 for best in kept]
+        as_good = [
+            x_sign * (best.x - point.x) >= 0 and y_sign * (best.y - point.y) >= 0 for best in kept
+        ]
         assert any(as_good)
-        assert (point in kept) == all((best.x, best.y) == (point.x, point.y) for best, good in zip(kept, as_good, strict=True) if good)
+        assert (point in kept) == all(
+            (best.x, best.y) == (point.x, point.y)
+            for best, good in zip(kept, as_good, strict=True)
+            if good
+        )
     assert [point.x for point in kept] == sorted(point.x for point in kept)
 
 
 def test_the_axes_are_two_tasks_where_there_are_two() -> None:
-    assert pareto_axes(["ridge/depth_rmse", "ridge/depth_delta1", "ridge/seg_miou"]) == ("ridge/depth_rmse", "ridge/seg_miou")
-    assert pareto_axes(["ridge/depth_rmse", "ridge/depth_delta1"]) == ("ridge/depth_rmse", "ridge/depth_delta1")
+    assert pareto_axes(["ridge/depth_rmse", "ridge/depth_delta1", "ridge/seg_miou"]) == (
+        "ridge/depth_rmse",
+        "ridge/seg_miou",
+    )
+    assert pareto_axes(["ridge/depth_rmse", "ridge/depth_delta1"]) == (
+        "ridge/depth_rmse",
+        "ridge/depth_delta1",
+    )
     assert pareto_axes(["oddness", "ridge/depth_delta1"]) is None
 
 

@@ -23,7 +23,9 @@ def test_seeds_are_joined_where_any_was_measured_and_end_with_the_shortest() -> 
         (1, 1.0, 0.0),
     ],
 )
-def test_where_the_mean_curve_reaches_a_score(sign: int, target: float, samples: float | None) -> None:
+def test_where_the_mean_curve_reaches_a_score(
+    sign: int, target: float, samples: float | None
+) -> None:
     course = Progress(np.array([0.0, 50, 100, 150]), np.array([1, 0.75, 0.25, 0.5]), np.zeros(4))
     assert samples_to_reach(course, target, sign) == samples
 

@@ -28,11 +28,37 @@ def records() -> list[dict[str, Any]]:
         }
         made.append({"kind": "probe", "step": step, "metrics": metrics})
         seconds = {"learner": 3.0 * step, "designer": 1.0 * step, "data": 0.5}
-        made.append({"kind": "train", "step": step, "loss": 9 - step / 10, "lr": 1e-5, "samples": 8 * step, "seconds": float(step)})
+        made.append(
+            {
+                "kind": "train",
+                "step": step,
+                "loss": 9 - step / 10,
+                "lr": 1e-5,
+                "samples": 8 * step,
+                "seconds": float(step),
+            }
+        )
         made.append({"kind": "time", "step": step, "seconds": seconds})
         for shift in (0, 1, 2):
-            made.append({"kind": "first_order", "step": step, "realised": 2e-4 * shift, "predicted": 1e-4 * shift, "predicted_plain": 0})
-        made.append({"kind": "designer", "step": step, "value": 1e-3 * step, "grad_norm": 1.0, "keep": 0.5, "residual": 1e-9})
+            made.append(
+                {
+                    "kind": "first_order",
+                    "step": step,
+                    "realised": 2e-4 * shift,
+                    "predicted": 1e-4 * shift,
+                    "predicted_plain": 0,
+                }
+            )
+        made.append(
+            {
+                "kind": "designer",
+                "step": step,
+                "value": 1e-3 * step,
+                "grad_norm": 1.0,
+                "keep": 0.5,
+                "residual": 1e-9,
+            }
+        )
     made.append({"kind": "warning", "step": 10, "message": f"odd {HOSTILE}"})
     made.append({"kind": "never heard of", "step": 10, "x": [1, 2]})
     return made
@@ -43,7 +69,9 @@ def write_run(folder: Path, log: list[dict[str, Any]]) -> Path:
     (folder / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in log))
     config = "problem:\n  _target_: mine.Rooms\nstrategy: one_step\nbudget:\n  steps: 40\n"
     (folder / "config.yaml").write_text(config + f"note: '{HOSTILE}'\n")
-    (folder / "environment.json").write_text(json.dumps({"torch": "2.14.0", "gpu": None, "command": HOSTILE}))
+    (folder / "environment.json").write_text(
+        json.dumps({"torch": "2.14.0", "gpu": None, "command": HOSTILE})
+    )
     return folder
 
 
@@ -62,7 +90,17 @@ def test_the_page_holds_all_that_was_logged(run: Path) -> None:
     path = report.write_report(run)
     assert path == run / "report.html"
     page = Page(path.read_text())
-    for name in ("ridge/depth_rmse", "ridge/seg_miou", "ridge/depth_delta1", "odd", "value", "grad_norm", "keep", "loss", "lr"):
+    for name in (
+        "ridge/depth_rmse",
+        "ridge/seg_miou",
+        "ridge/depth_delta1",
+        "odd",
+        "value",
+        "grad_norm",
+        "keep",
+        "loss",
+        "lr",
+    ):
         assert name in page.text
     for text in (
         "Rooms · one_step",
@@ -76,9 +114,14 @@ def test_the_page_holds_all_that_was_logged(run: Path) -> None:
     ):
         assert text in page.text
     assert page.tags.count("svg") == 4 + 4 + 2 + 2
-    assert re.search(r"the learner's optimizer\s*r = 1\.00.*?slope 2\.00\s*15 steps", page.text, re.DOTALL)
+    assert re.search(
+        r"the learner's optimizer\s*r = 1\.00.*?slope 2\.00\s*15 steps", page.text, re.DOTALL
+    )
     assert page.tags.count("img") == 2
-    assert [value for name, value in page.attributes if name == "alt"] == ["masks at step 0", "masks at step 40"]
+    assert [value for name, value in page.attributes if name == "alt"] == [
+        "masks at step 0",
+        "masks at step 40",
+    ]
     assert not list(run.glob("*.tmp"))
 
 
@@ -130,14 +173,21 @@ def test_a_log_alone_is_enough(tmp_path: Path) -> None:
 
 
 def test_the_status_tells_how_far_the_run_has_come(tmp_path: Path) -> None:
-    run = write_run(tmp_path / "run", [record for record in records() if record.get("step", 0) <= 10])
+    run = write_run(
+        tmp_path / "run", [record for record in records() if record.get("step", 0) <= 10]
+    )
     assert "Step 10, 25% of the budget" in Page(report.write_report(run).read_text()).text
 
 
 def test_summary_compares_first_and_last_step() -> None:
     rows = {row.name: row for row in report.summary_rows(records())}
     rmse, miou = rows["ridge/depth_rmse"], rows["ridge/seg_miou"]
-    assert (rmse.first_step, rmse.last_step, rmse.first, rmse.last) == (0, 40, 0.6, pytest.approx(0.56))
+    assert (rmse.first_step, rmse.last_step, rmse.first, rmse.last) == (
+        0,
+        40,
+        0.6,
+        pytest.approx(0.56),
+    )
     assert rmse.change == pytest.approx(-0.04)
     assert rmse.percent == pytest.approx(-100 / 15)
     assert rmse.better is True
@@ -146,7 +196,10 @@ def test_summary_compares_first_and_last_step() -> None:
     assert rows["odd"].better is None  # nobody knows which way is good
 
 
-@pytest.mark.parametrize(("name", "better"), [("feedback_loss", False), ("gsm8k/strict_acc", True), ("acceleration", None)])
+@pytest.mark.parametrize(
+    ("name", "better"),
+    [("feedback_loss", False), ("gsm8k/strict_acc", True), ("acceleration", None)],
+)
 def test_which_way_is_better(name: str, better: bool | None) -> None:
     assert report.SummaryRow(name, 0, 1.0, 9, 2.0).better is better
     assert report.SummaryRow(name, 0, 1.0, 9, math.nan).better is None
@@ -154,6 +207,9 @@ def test_which_way_is_better(name: str, better: bool | None) -> None:
 
 
 def test_a_step_logged_twice_counts_once() -> None:
-    log = [{"kind": "probe", "step": step, "metrics": {"acc": value}} for step, value in ((0, 0.1), (5, 0.2), (5, 0.3), (2, 0.9))]
+    log = [
+        {"kind": "probe", "step": step, "metrics": {"acc": value}}
+        for step, value in ((0, 0.1), (5, 0.2), (5, 0.3), (2, 0.9))
+    ]
     (row,) = report.summary_rows(log)
     assert (row.first, row.last_step, row.last) == (0.1, 5, 0.3)

@@ -17,7 +17,10 @@ PASSAGE = [
 
 
 def answers(given: str, right: bool) -> list[Answer]:
-    return [Answer("What is 3 + 4?", "#### 7", given, right), Answer(HOSTILE, "#### 1", HOSTILE, False)]
+    return [
+        Answer("What is 3 + 4?", "#### 7", given, right),
+        Answer(HOSTILE, "#### 1", HOSTILE, False),
+    ]
 
 
 def written(folder: Path) -> Path:
@@ -41,10 +44,21 @@ def test_what_is_saved_is_read_back(tmp_path: Path) -> None:
 def test_the_page_shows_answers_before_and_after_and_the_last_targets(tmp_path: Path) -> None:
     html = report.write_report(written(tmp_path)).read_text()
     page = Page(html)
-    for text in ("What is 3 + 4?", "no idea", "#### 7", "right", "step 40", "\N{MIDDLE DOT}8 20.0 %", "\N{RETURN SYMBOL} 5.0 %", HOSTILE):
+    for text in (
+        "What is 3 + 4?",
+        "no idea",
+        "#### 7",
+        "right",
+        "step 40",
+        "\N{MIDDLE DOT}8 20.0 %",
+        "\N{RETURN SYMBOL} 5.0 %",
+        HOSTILE,
+    ):
         assert text in page.text, text
     assert "#### 8" not in page.text
-    assert [value for name, value in page.attributes if name == "style" and "gate" in str(value)] == ["--gate: 0.250", "--gate: 0.000"] * 2
+    assert [
+        value for name, value in page.attributes if name == "style" and "gate" in str(value)
+    ] == ["--gate: 0.250", "--gate: 0.000"] * 2
     assert "script" not in page.tags
 
 
@@ -59,7 +73,9 @@ def test_the_page_shows_how_much_each_token_counts(tmp_path: Path) -> None:
     for text in ("How much each token counted", "counts 1.50 times", "counts 9.00 times", HOSTILE):
         assert text in page.text, text
     assert "trained to predict" not in page.text
-    assert [value for name, value in page.attributes if name == "style" and "gate" in str(value)] == ["--gate: 0.500", "--gate: 1.000"]
+    assert [
+        value for name, value in page.attributes if name == "style" and "gate" in str(value)
+    ] == ["--gate: 0.500", "--gate: 1.000"]
 
 
 def test_the_page_needs_no_network_and_runs_nothing(tmp_path: Path) -> None:
@@ -70,7 +86,9 @@ def test_the_page_needs_no_network_and_runs_nothing(tmp_path: Path) -> None:
     assert_self_contained(report.write_report(tmp_path).read_text())
 
 
-def test_a_run_without_texts_has_no_such_sections_and_a_broken_file_is_passed_over(tmp_path: Path) -> None:
+def test_a_run_without_texts_has_no_such_sections_and_a_broken_file_is_passed_over(
+    tmp_path: Path,
+) -> None:
     log = RunLog(tmp_path)
     log.write("probe", 0, metrics={"rmse": 1.0})
     log.save_texts(0, Texts([], []))
@@ -79,7 +97,9 @@ def test_a_run_without_texts_has_no_such_sections_and_a_broken_file_is_passed_ov
     assert "Answers" not in html
     assert "Targets" not in html
     (tmp_path / "texts").mkdir()
-    for number, text in enumerate(('{"passages": [', "[]", '{"passages": [[1]], "answers": []}', json.dumps({"answers": []}))):
+    for number, text in enumerate(
+        ('{"passages": [', "[]", '{"passages": [[1]], "answers": []}', json.dumps({"answers": []}))
+    ):
         (tmp_path / "texts" / f"step{number:06d}.json").write_text(text)
     assert read_texts(tmp_path / "texts") == read_texts(tmp_path / "nowhere")
     report.write_report(tmp_path)
