@@ -14,8 +14,8 @@ from rounds import Part, Row, Target, cells, machine, verdicts
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from vision import NUM_CLASSES, Bench, Vision, WholeNetwork, tiny
 
-from metavpt import params
-from metavpt.hypergradient import (
+from metavpt.hypergradients import params
+from metavpt.hypergradients.estimators import (
     Estimator,
     Hypergradient,
     Implicit,
@@ -24,13 +24,13 @@ from metavpt.hypergradient import (
     OuterLoss,
     Unrolled,
 )
+from metavpt.hypergradients.linear_solvers import ConjugateGradient
+from metavpt.hypergradients.mixed_products import ExactProduct
+from metavpt.hypergradients.optimizer_updates import Update
+from metavpt.hypergradients.params import Params
 from metavpt.interop import backpropagated, betty
 from metavpt.interop.learn2learn import MAMLUnroll
 from metavpt.interop.torchopt import TorchOptUnroll
-from metavpt.linear_solve import ConjugateGradient
-from metavpt.optimizers import Update
-from metavpt.params import Params
-from metavpt.products import ExactProduct
 
 SHAPE = tiny(16)
 SETTING = {

@@ -14,23 +14,23 @@ from typing import Any, NamedTuple
 import torch
 from rounds import Part, Row, Target, cells, machine, verdicts
 
-from metavpt import params
-from metavpt.budget import Budget
 from metavpt.data.tokens import TokenBatch
 from metavpt.designers.states import StateDesigner
 from metavpt.designers.targets import TargetDesigner
 from metavpt.errors import MetaVPTError
-from metavpt.hypergradient import OneStep, downstream
+from metavpt.hypergradients import params
+from metavpt.hypergradients.estimators import OneStep, downstream
+from metavpt.hypergradients.linear_targets import CentralDifference, ForwardMode, LinearProduct
+from metavpt.hypergradients.mixed_products import ExactProduct, Product
 from metavpt.learners.lm import LanguageModel
 from metavpt.learners.pretrained_lm import random_language_model
 from metavpt.learners.tokenized import TokenizedModel
-from metavpt.linear_product import CentralDifference, ForwardMode, LinearProduct
 from metavpt.objectives.next_token import NextTokenLoss, score
 from metavpt.objectives.prediction import Prediction
 from metavpt.problems.lm_gsm8k import LMGSM8K, state_designer, target_designer
-from metavpt.products import ExactProduct, Product
-from metavpt.strategies import Fixed, Learned, Strategy, feedback_on, inner_loss
-from metavpt.stream import Streams
+from metavpt.strategies.learned import Fixed, Learned, Strategy, feedback_on, inner_loss
+from metavpt.training.budget import Budget
+from metavpt.training.streams import Streams
 
 META_EVERY, DOCUMENTS = 8, 2
 

@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 from rounds import Part, Row, machine
 from vision import Bench, Shape, Vision, tiny
 
-from metavpt.hypergradient import OneStep, Unrolled
-from metavpt.statistics import power_law
+from metavpt.compare.paired_statistics import power_law
+from metavpt.hypergradients.estimators import OneStep, Unrolled
 
 BATCH, DEPTH, TAIL = 8, 12, 2
 LIMIT = 1.1  # an exponent up to which growth counts as linear

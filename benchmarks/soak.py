@@ -22,8 +22,8 @@ from hydra import compose, initialize_config_module
 from rich.console import Console
 from rounds import cpu_name, publish
 
-from metavpt.run import build
-from metavpt.trainer import Trainer
+from metavpt.training.build import build
+from metavpt.training.trainer import Trainer
 
 OPTIONS = [
     "problem=dino_nyuv2", "strategy=one_step", "strategy.burn_in=0", "strategy.meta_every=4", "trainer.probe_every=200",

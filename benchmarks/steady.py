@@ -20,16 +20,16 @@ from language import SIZES, Language, Size, tokens
 from rounds import Part, Row, Target, cells, machine, verdicts
 from vision import Shape, Vision, tiny
 
-from metavpt import breakdown, flops
-from metavpt.budget import Budget
+from metavpt.bench import flops, step_profile
 from metavpt.errors import MetaVPTError
-from metavpt.greedy import Greedy, GreedySelection
-from metavpt.hypergradient import Implicit, OneStep, Unrolled
-from metavpt.linear_solve import ConjugateGradient
+from metavpt.hypergradients.estimators import Implicit, OneStep, Unrolled
+from metavpt.hypergradients.linear_solvers import ConjugateGradient
 from metavpt.problem import Problem
-from metavpt.runlog import RunLog
-from metavpt.strategies import Fixed, Learned, Strategy
-from metavpt.trainer import Trainer
+from metavpt.strategies.learned import Fixed, Learned, Strategy
+from metavpt.strategies.selection import Greedy, GreedySelection
+from metavpt.training.budget import Budget
+from metavpt.training.run_log import RunLog
+from metavpt.training.trainer import Trainer
 
 CYCLE = 8  # steps; every strategy comes round within them
 STEERED = (
@@ -152,7 +152,7 @@ class Training:
 
     def figures(self) -> dict[str, float]:
         with self.setting.around():
-            floor = breakdown.floor(self.trainer, breakdown.synchronized)
+            floor = step_profile.floor(self.trainer, step_profile.synchronized)
         found = {} if floor is None else {"floor": floor.seconds}
         return found if self.flops is None else {**found, "flops": self.flops}
 
@@ -319,7 +319,7 @@ def section(report: dict[str, Any]) -> list[str]:
         "",
         f"Every row but the hand-written loop is the shipped trainer. Steps are means over {CYCLE}. Memory on a CPU is the peak resident "
         "size of the whole process, Python and PyTorch included; on a GPU that of its allocations. The floor is what the forward and "
-        "backward passes that the method cannot avoid take alone, each timed by itself in the process (`metavpt/passes.py` counts them); "
+        "backward passes that the method cannot avoid take alone, each timed by itself in the process (`metavpt/bench/cost_model.py` counts them); "
         "optimizer, EMA, clipping and arithmetic on parameters are above it.",
         "",
         "| | throughput | seconds | x plain | peak MiB | x plain | floor, s | measured / floor | FLOPs utilisation |",

@@ -7,21 +7,21 @@ from typing import Any, NamedTuple
 
 import torch
 
-from metavpt import params
-from metavpt.budget import Budget
 from metavpt.data.absent import AbsentFrames
 from metavpt.data.dense import DenseData
 from metavpt.designers.masks import MaskDesigner, UNet
 from metavpt.designers.views import Views
-from metavpt.feedback import DenseFeedback
-from metavpt.greedy import Greedy
-from metavpt.hypergradient import Estimator
+from metavpt.feedback.dense import DenseFeedback
+from metavpt.hypergradients import params
+from metavpt.hypergradients.estimators import Estimator
+from metavpt.hypergradients.mixed_products import Loss
+from metavpt.hypergradients.params import Params
 from metavpt.learners.vit import create_backbone
-from metavpt.params import Params
 from metavpt.problems.dino_dense import DinoDense
-from metavpt.products import Loss
-from metavpt.strategies import Learned
-from metavpt.stream import Streams
+from metavpt.strategies.learned import Learned
+from metavpt.strategies.selection import Greedy
+from metavpt.training.budget import Budget
+from metavpt.training.streams import Streams
 
 NUM_CLASSES, MAX_STEPS = 13, 32
 

@@ -15,7 +15,7 @@ matplotlib.use("svg")
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 
-from metavpt import results
+from metavpt.compare import results
 
 DOCS = Path(__file__).parent
 MASKS = ("fixed", "random_feedback", "uniform", "greedy", "one_step", "unrolled", "implicit")

@@ -3,26 +3,26 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from metavpt.budget import Budget
-from metavpt.directions import AdamAware, Clipped, Cosine, Dot, Normalized
 from metavpt.errors import MetaVPTError, NonFiniteError, UnreachedParameterError
-from metavpt.hypergradient import Hypergradient, Implicit, OneStep, Unrolled
-from metavpt.linear_solve import ConjugateGradient, Neumann, Nystrom
-from metavpt.optimizers import SGD, Adam, AdamW
-from metavpt.params import Params
+from metavpt.hypergradients.directions import AdamAware, Clipped, Cosine, Dot, Normalized
+from metavpt.hypergradients.estimators import Hypergradient, Implicit, OneStep, Unrolled
+from metavpt.hypergradients.linear_solvers import ConjugateGradient, Neumann, Nystrom
+from metavpt.hypergradients.mixed_products import DifferenceProduct, ExactProduct
+from metavpt.hypergradients.optimizer_updates import SGD, Adam, AdamW
+from metavpt.hypergradients.params import Params
 from metavpt.problem import Problem
-from metavpt.products import DifferenceProduct, ExactProduct
-from metavpt.runlog import RunLog
-from metavpt.schedule import WarmupCosine
-from metavpt.strategies import Fixed, Learned
+from metavpt.strategies.learned import Fixed, Learned
+from metavpt.training.budget import Budget
+from metavpt.training.run_log import RunLog
+from metavpt.training.schedule import WarmupCosine
 
 if TYPE_CHECKING:
-    from metavpt.checkpoint import Checkpoints
-    from metavpt.trainer import Trainer
+    from metavpt.training.checkpoint import Checkpoints
+    from metavpt.training.trainer import Trainer
 
 LATER = {
-    "Checkpoints": "metavpt.checkpoint",
-    "Trainer": "metavpt.trainer",
+    "Checkpoints": "metavpt.training.checkpoint",
+    "Trainer": "metavpt.training.trainer",
 }  # torch.distributed, which they bring, takes long to import
 
 __all__ = [

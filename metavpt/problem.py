@@ -10,13 +10,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from metavpt import params, ranks
+from metavpt.distributed import collectives
 from metavpt.errors import MetaVPTError
-from metavpt.feedback import weighted_sum
-from metavpt.linear_product import DirectionalDerivative
-from metavpt.params import Params
-from metavpt.texts import Texts
-from metavpt.watch import Sign
+from metavpt.feedback.dense import weighted_sum
+from metavpt.hypergradients import params
+from metavpt.hypergradients.linear_targets import DirectionalDerivative
+from metavpt.hypergradients.params import Params
+from metavpt.report.samples import Texts
+from metavpt.training.collapse import Sign
 
 
 class Problem(ABC):
@@ -176,7 +177,7 @@ class Problem(ABC):
 
     def parts(self, task: Any, num_parts: int) -> list[Any]:
         """A task in `num_parts` equal ones, for trainer.accumulate. Default: what is as long as the first tensor has the samples first."""
-        return [ranks.cut(task, k, num_parts) for k in range(num_parts)]
+        return [collectives.cut(task, k, num_parts) for k in range(num_parts)]
 
     def trunks(self) -> Sequence[nn.Module]:
         """Modules that parallel=fsdp shards over the processes: run by their forward alone, no aligned parameter inside. Default: none."""

@@ -8,19 +8,21 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from metavpt import params, pictures, ranks
-from metavpt.clock import phase
-from metavpt.curvature import ComposedLoss
 from metavpt.designers.crop import RandomCrop
 from metavpt.designers.feature_targets import FeatureDesigner, FeatureTask, moved, tilted
+from metavpt.distributed import collectives
 from metavpt.errors import MetaVPTError
+from metavpt.hypergradients import params
+from metavpt.hypergradients.curvature import ComposedLoss
+from metavpt.hypergradients.linear_targets import DirectionalDerivative
+from metavpt.hypergradients.params import Params
 from metavpt.learners.teacher import Teacher
 from metavpt.learners.vit import Backbone
-from metavpt.linear_product import DirectionalDerivative
 from metavpt.objectives.data2vec import data2vec_loss
 from metavpt.objectives.goal_loss import goal_loss
 from metavpt.objectives.ijepa import normalized_features
-from metavpt.params import Params
+from metavpt.report import images
+from metavpt.training.timers import phase
 
 from .dense import NUM_PICTURES, DenseProblem
 
@@ -171,12 +173,12 @@ class Data2VecDense(DenseProblem):
             )
             rows.append(
                 [
-                    pictures.photo(image),
-                    pictures.photo(image * seen),
-                    pictures.colour(length, 0.0, max(self.designer.gate, 1e-3)),
+                    images.photo(image),
+                    images.photo(image * seen),
+                    images.colour(length, 0.0, max(self.designer.gate, 1e-3)),
                 ]
             )
-        return {"targets": pictures.grid(rows), **super().figures()}
+        return {"targets": images.grid(rows), **super().figures()}
 
     def _student(self, theta: Params, task: FeatureTask) -> Callable[[Params], Tensor]:
         """theta_S -> the student's normalised features (B, N, D). The trunk runs once."""
@@ -242,6 +244,6 @@ class Data2VecDense(DenseProblem):
 
 def to_unit_size(values: Tensor) -> Tensor:
     """Scaled to a mean square of 1 over the whole batch; zeros stay zeros."""
-    return values / ranks.leave(values.square().mean()).sqrt().clamp_min(
+    return values / collectives.leave(values.square().mean()).sqrt().clamp_min(
         torch.finfo(values.dtype).tiny
     )

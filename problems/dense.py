@@ -11,14 +11,15 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils.data import ConcatDataset, Dataset
 
-from metavpt import params, pictures, ranks
 from metavpt.data.dense import DenseData
 from metavpt.data.loader import FrameLoader, ImageLoader, JointLoader
 from metavpt.data.unreadable import Readable, Skips
+from metavpt.distributed import collectives
 from metavpt.errors import MetaVPTError, check_known
-from metavpt.feedback import DenseFeedback
+from metavpt.feedback.dense import DenseFeedback
+from metavpt.hypergradients import params
+from metavpt.hypergradients.params import Params
 from metavpt.learners.vit import Backbone, Features
-from metavpt.params import Params
 from metavpt.probes.dense import DenseProbe
 from metavpt.probes.heads import Fit
 from metavpt.probes.side_effects import SideEffects
@@ -26,8 +27,9 @@ from metavpt.probes.spectrum import rankme
 from metavpt.probes.summaries import Probe, summarise
 from metavpt.probes.window import SlidingWindow
 from metavpt.problem import Problem
-from metavpt.stream import Stream
-from metavpt.watch import Sign, rank_sign
+from metavpt.report import images
+from metavpt.training.collapse import Sign, rank_sign
+from metavpt.training.streams import Stream
 
 NUM_PICTURES = 4
 NUM_WATCHED = 64  # images that tell a collapse
@@ -205,7 +207,7 @@ class DenseProblem(Problem):
                 with torch.no_grad():
                     features = self.patch_features(theta, batch[name].image)
                 heads.fit(
-                    ranks.gather(features), ranks.gather(batch[name])
+                    collectives.gather(features), collectives.gather(batch[name])
                 )  # alike on every process
 
     def evaluate(self) -> dict[str, float]:
@@ -256,20 +258,19 @@ class DenseProblem(Problem):
         predicted = self.probe[name].predict(
             self._frozen_features, torch.stack([frame.image for frame in frames])
         )
-        rows = [[pictures.photo(frame.image)] for frame in frames]
+        rows = [[images.photo(frame.image)] for frame in frames]
         for i, frame in enumerate(frames):
             if predicted.depth is not None:
                 low, high = float(frame.depth[frame.depth > 0].min()), float(frame.depth.max())
                 rows[i] += [
-                    pictures.colour(metres, low, high)
-                    for metres in (frame.depth, predicted.depth[i])
+                    images.colour(metres, low, high) for metres in (frame.depth, predicted.depth[i])
                 ]
             if predicted.label is not None:
                 rows[i] += [
-                    pictures.classes(classes, data.frames.num_classes)
+                    images.classes(classes, data.frames.num_classes)
                     for classes in (frame.label, predicted.label[i])
                 ]
-        return pictures.grid(rows)
+        return images.grid(rows)
 
     def _watched(self) -> Tensor:
         """A few of the unlabelled images, uint8 (B,3,H,W): the same ones each time."""

@@ -10,9 +10,6 @@ import torch
 from torch import Tensor
 from torch.func import functional_call
 
-from metavpt import params
-from metavpt.clock import phase
-from metavpt.curvature import ComposedLoss
 from metavpt.data.loader import Batch
 from metavpt.designers.designer import Designer
 from metavpt.designers.mixer import mix_terms
@@ -20,15 +17,18 @@ from metavpt.designers.prototypes import reshape, reshape_patches, tilted
 from metavpt.designers.selection import weigh
 from metavpt.designers.views import MultiCrop, Views, pick_views
 from metavpt.errors import MetaVPTError, check_known
+from metavpt.hypergradients import params
+from metavpt.hypergradients.curvature import ComposedLoss
+from metavpt.hypergradients.linear_targets import DirectionalDerivative
+from metavpt.hypergradients.params import Params
 from metavpt.learners.projection import Learner, ProjectionHead
 from metavpt.learners.teacher import Teacher, cosine_momentum
 from metavpt.learners.vit import Backbone, Features
-from metavpt.linear_product import DirectionalDerivative
 from metavpt.objectives.dino import center_update, centered_probs, sinkhorn_probs
 from metavpt.objectives.distillation import active_terms, hidden_of, pack, term_losses, unpack
 from metavpt.objectives.goal_loss import GoalLoss, goal_loss
-from metavpt.params import Params
-from metavpt.watch import Sign, mask_signs, outcome_signs
+from metavpt.training.collapse import Sign, mask_signs, outcome_signs
+from metavpt.training.timers import phase
 
 from .dense import DenseProblem
 

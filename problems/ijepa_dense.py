@@ -5,12 +5,12 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from metavpt.clock import phase
 from metavpt.designers.patches import MaskedImages
 from metavpt.learners.predictor import Predictor
 from metavpt.learners.teacher import Teacher
 from metavpt.learners.vit import Backbone
 from metavpt.objectives.ijepa import ijepa_loss, normalized_features
+from metavpt.training.timers import phase
 
 from .masked_dense import MaskedDense
 

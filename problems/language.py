@@ -11,16 +11,16 @@ from torch import Tensor, nn
 from metavpt.data.language import LanguageData, join, rows_of
 from metavpt.data.tokens import PADDING, Corpus, ExampleLoader, TokenBatch
 from metavpt.errors import MetaVPTError
+from metavpt.hypergradients.params import Params
 from metavpt.learners.lm import LanguageModel
 from metavpt.learners.tokenized import TokenizedModel
 from metavpt.objectives.target_task import OneHot, TargetTask, target_loss
-from metavpt.params import Params
 from metavpt.probes.answers import AnswerProbe
 from metavpt.probes.generation import Generator
 from metavpt.probes.passages import passages
 from metavpt.probes.perplexity import PerplexityProbe
 from metavpt.problem import Problem
-from metavpt.texts import Texts
+from metavpt.report.samples import Texts
 
 
 class LanguageProblem(Problem):

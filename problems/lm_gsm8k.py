@@ -6,14 +6,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from metavpt import params
 from metavpt.data.tokens import TokenBatch
 from metavpt.designers.states import StateDesigner
 from metavpt.designers.targets import TargetDesigner, designer_body
 from metavpt.designers.token_weights import TokenWeights
 from metavpt.errors import MetaVPTError
+from metavpt.hypergradients import params
+from metavpt.hypergradients.linear_targets import DirectionalDerivative
+from metavpt.hypergradients.params import Params
 from metavpt.learners.lm import LanguageModel
-from metavpt.linear_product import DirectionalDerivative
 from metavpt.objectives.prediction import Prediction
 from metavpt.objectives.target_task import (
     OneHot,
@@ -25,8 +26,7 @@ from metavpt.objectives.target_task import (
     target_loss_per_sample,
     target_tail,
 )
-from metavpt.params import Params
-from metavpt.watch import Sign, gate_signs
+from metavpt.training.collapse import Sign, gate_signs
 
 from .language import LanguageProblem
 

@@ -9,16 +9,17 @@ import torch
 from torch import Tensor
 from torch.func import functional_call
 
-from metavpt import params, pictures
-from metavpt.curvature import ComposedLoss
 from metavpt.designers.choice import expected_mean
 from metavpt.designers.crop import RandomCrop
 from metavpt.designers.patches import MaskedImages, PatchDesigner
 from metavpt.errors import MetaVPTError
+from metavpt.hypergradients import params
+from metavpt.hypergradients.curvature import ComposedLoss
+from metavpt.hypergradients.params import Params
 from metavpt.learners.predictor import MaskedLearner, Predictor
 from metavpt.learners.subset import gather_patches
 from metavpt.learners.vit import Backbone
-from metavpt.params import Params
+from metavpt.report import images
 
 from .dense import NUM_PICTURES, DenseProblem
 
@@ -135,9 +136,9 @@ class MaskedDense(DenseProblem):
             )
             rows.append(
                 [
-                    pictures.photo(image),
-                    pictures.colour(scores, -1.0, 1.0, "coolwarm"),
-                    pictures.photo(image * mask),
+                    images.photo(image),
+                    images.colour(scores, -1.0, 1.0, "coolwarm"),
+                    images.photo(image * mask),
                 ]
             )
-        return pictures.grid(rows)
+        return images.grid(rows)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from metavpt.params import Params
+from metavpt.hypergradients.params import Params
 from metavpt.problem import Problem
 
 

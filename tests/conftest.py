@@ -11,7 +11,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--kills",
         type=int,
         default=3,
-        help="random moments at which tests/test_faults.py kills a run",
+        help="random moments at which tests/training/test_faults.py kills a run",
     )
 
 

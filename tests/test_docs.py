@@ -15,7 +15,7 @@ from hydra import compose, initialize_config_module
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import OmegaConf
 
-from metavpt import compare, results
+from metavpt.compare import command, results
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -152,12 +152,12 @@ def test_every_option_of_a_command_exists(
             return
         # options of `strategy` hold for the rows that have them: the command takes them out before hydra sees them
         monkeypatch.setattr(
-            compare, "shared", [option for option in options if option.startswith("strategy.")]
+            command, "shared", [option for option in options if option.startswith("strategy.")]
         )
         own = [option for option in options if not option.startswith("strategy.")]
         config = compose("compare", own, return_hydra_config=True)
         HydraConfig.instance().set_config(config)
-        rows = compare.compositions(config)
+        rows = command.compositions(config)
     assert {"fixed", "one_step"} & set(rows) or "mask" in rows or "one_step_linear" in rows
 
 

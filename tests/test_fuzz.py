@@ -9,18 +9,19 @@ from typing import Any
 
 import pytest
 import torch
-from damaged import SPARE, Reader, assert_survives, growth_alone
+from helpers.damaged import SPARE, Reader, assert_survives, growth_alone
 from hydra import compose, initialize_config_dir
 from PIL import Image
 
-from metavpt import checkpoint, results
-from metavpt.command import USER_ERRORS, reason
+from metavpt.cli.allowed_targets import check_targets
+from metavpt.cli.one_line_errors import USER_ERRORS, reason
+from metavpt.compare import results
 from metavpt.errors import MetaVPTError
 from metavpt.report import write_report
 from metavpt.report.gallery import gallery
 from metavpt.report.texts import read_texts
-from metavpt.runfolder import read_config
-from metavpt.targets import check_targets
+from metavpt.training import checkpoint
+from metavpt.training.run_folder import read_config
 
 CONFIG = 'seed: 0\nproblem:\n  _target_: metavpt.problems.sources.Sources\n  sizes: [1, 2.5, "${seed}"]\ntrainer: {lr: 1e-3, x: null}\n'
 STATE = {

@@ -4,7 +4,8 @@ import pytest
 import torch
 from channels import Channels
 
-from metavpt import MetaVPTError, Problem, params
+from metavpt import MetaVPTError, Problem
+from metavpt.hypergradients import params
 
 
 class Named(Channels):

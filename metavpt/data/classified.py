@@ -11,8 +11,8 @@ from torch.utils.data import Dataset
 
 from metavpt.data.images import FolderImages, NpzImages
 from metavpt.data.photo import SUFFIXES
-from metavpt.disk import reading
 from metavpt.errors import MetaVPTError
+from metavpt.training.disk import reading
 
 
 class ClassifiedImages(NamedTuple):

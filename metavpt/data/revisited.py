@@ -6,8 +6,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from metavpt.disk import reading
 from metavpt.errors import MetaVPTError
+from metavpt.training.disk import reading
 
 SAFE = {  # what the protocols of pickle need to rebuild bytes, arrays and numbers
     ("__builtin__", "bytes"), ("builtins", "bytes"), ("_codecs", "encode"), ("numpy", "ndarray"), ("numpy", "dtype"),

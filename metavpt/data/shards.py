@@ -21,8 +21,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from metavpt.data.photo import decode, fit, is_image
-from metavpt.disk import reading
 from metavpt.errors import MetaVPTError
+from metavpt.training.disk import reading
 
 
 def find_shards(pattern: str) -> list[Path]:

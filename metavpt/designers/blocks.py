@@ -6,10 +6,10 @@ from typing import Any
 import torch
 from torch import Generator, Tensor, nn
 
-from metavpt import ranks
 from metavpt.designers.choice import choose, gumbel
 from metavpt.designers.crop import RandomCrop, Range
 from metavpt.designers.patches import MaskedImages, PatchDesigner, generator
+from metavpt.distributed import collectives
 from metavpt.errors import MetaVPTError
 from metavpt.learners.subset import gather_patches
 
@@ -80,7 +80,9 @@ class BlockMasks(PatchDesigner):
         ).to(images.device)
         context = random_blocks(self.grid, context_size, (len(images),), rng).to(images.device)
         noise = gumbel((len(images), self.num_candidates), rng).to(logits)
-        order = ranks.drawn(lambda shape: torch.rand(shape, generator=rng), logits.shape).to(logits)
+        order = collectives.drawn(lambda shape: torch.rand(shape, generator=rng), logits.shape).to(
+            logits
+        )
 
         block_logits = gather_patches(logits, candidates).mean(dim=2)  # (B, C)
         choice = choose(block_logits, noise, self.num_targets, self.estimator)
@@ -115,7 +117,7 @@ def random_blocks(
 ) -> Tensor:
     """Blocks of `size` = (h, w) at uniform places: the indices of their patches, (*shape, h w)."""
     top, left = (
-        ranks.drawn(
+        collectives.drawn(
             lambda shape, ends=side - block + 1: torch.randint(ends, shape, generator=rng), shape
         )
         for side, block in zip(grid, size, strict=True)

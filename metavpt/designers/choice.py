@@ -5,7 +5,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Generator, Tensor
 
-from metavpt import ranks
+from metavpt.distributed import collectives
 
 Estimator = Literal["relaxed", "straight_through", "score"]
 ESTIMATORS = ("relaxed", "straight_through", "score")
@@ -65,7 +65,9 @@ def expected_mean(losses: Tensor, log_prob: Tensor) -> Tensor:
 
 def gumbel(shape: tuple[int, ...], rng: Generator) -> Tensor:
     """Standard Gumbel noise, drawn on the CPU so that a seed gives the same numbers on every device."""
-    return ranks.drawn(lambda shape: -torch.empty(shape).exponential_(generator=rng).log(), shape)
+    return collectives.drawn(
+        lambda shape: -torch.empty(shape).exponential_(generator=rng).log(), shape
+    )
 
 
 def _relative(logits: Tensor) -> Tensor:

@@ -7,9 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
-from metavpt import ranks
-from metavpt.clock import phase
+from metavpt.distributed import collectives
 from metavpt.errors import MetaVPTError
+from metavpt.training.timers import phase
 
 Range = tuple[float, float]
 
@@ -66,8 +66,8 @@ class RandomCrop(nn.Module):
 
 def random_crop(images: Tensor, size: int, scale: Range, flip: float, rng: Generator) -> Tensor:
     """One random resized crop of each image, flipped with probability `flip`: (B, 3, H, W) -> (B, 3, size, size), bilinear."""
-    drawn = draw_crop(len(images) * ranks.size(), images.shape[-2:], scale, flip, rng)
-    return crop(images, size, *(ranks.own(knob).to(images) for knob in drawn))
+    drawn = draw_crop(len(images) * collectives.size(), images.shape[-2:], scale, flip, rng)
+    return crop(images, size, *(collectives.own(knob).to(images) for knob in drawn))
 
 
 def draw_crop(

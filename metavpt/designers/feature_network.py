@@ -12,7 +12,7 @@ from torch.func import functional_call
 
 from metavpt.designers.crop import RandomCrop
 from metavpt.designers.feature_targets import FeatureDesigner, FeatureTask
-from metavpt.params import Params
+from metavpt.hypergradients.params import Params
 
 
 class FeatureNetwork(FeatureDesigner):

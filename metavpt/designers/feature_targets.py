@@ -9,12 +9,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Generator, Tensor, nn
 
-from metavpt import ranks
 from metavpt.data.loader import mix
 from metavpt.designers.crop import RandomCrop
 from metavpt.designers.hiding import hidden_patches
+from metavpt.distributed import collectives
 from metavpt.errors import MetaVPTError
-from metavpt.params import Params
+from metavpt.hypergradients.params import Params
 
 
 class FeatureTask(NamedTuple):
@@ -68,12 +68,12 @@ class FeatureDesigner(nn.Module):
         """The teacher's own features. batch: `.images` (B, 3, H, W), see RandomCrop, and `.seed`."""
         images = self.recipe(batch.images, batch.seed)
         seen = hidden_patches(
-            len(images) * ranks.size(), self.grid, self.hidden, 1.0, mix(batch.seed, 0)
+            len(images) * collectives.size(), self.grid, self.hidden, 1.0, mix(batch.seed, 0)
         )
         shift = images.new_zeros(len(images), math.prod(self.grid), self.width)
         task = FeatureTask(
             images,
-            ranks.own(seen).to(images.device),
+            collectives.own(seen).to(images.device),
             shift,
             shift,
             images.new_full((len(images),), self.gate),
@@ -148,12 +148,12 @@ def moved(features: Tensor, task: FeatureTask) -> Tensor:
 
 def centred(features: Tensor) -> Tensor:
     """What patches differ in: (B, N, D) minus its mean over the batch. To move all of them alike is worth nothing to any head."""
-    return features - ranks.leave(features.mean(dim=(0, 1)))
+    return features - collectives.leave(features.mean(dim=(0, 1)))
 
 
 def saturated(y: Tensor) -> Tensor:
     """y / sqrt(1 + mean y^2), the mean over the batch: the root mean square stays below 1."""
-    return y / (1 + ranks.mean(y.square().mean())).sqrt()
+    return y / (1 + collectives.mean(y.square().mean())).sqrt()
 
 
 def tilted(task: FeatureTask, values: Tensor, gate: float, tau: float) -> FeatureTask:
@@ -170,5 +170,5 @@ def tilted(task: FeatureTask, values: Tensor, gate: float, tau: float) -> Featur
             shift=gate * values / squares.mean(dim=-1, keepdim=True).sqrt().clamp_min(tiny)
         )
     return task._replace(
-        shift=gate / tau * values / ranks.leave(squares.mean()).sqrt().clamp_min(tiny)
+        shift=gate / tau * values / collectives.leave(squares.mean()).sqrt().clamp_min(tiny)
     )

@@ -11,11 +11,12 @@ from timm.layers.pos_embed_sincos import build_sincos2d_pos_embed
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
-from metavpt import pictures, ranks
 from metavpt.designers.clamp import clamp_to_unit
 from metavpt.designers.designer import Designer
 from metavpt.designers.views import MultiCrop, Views
+from metavpt.distributed import collectives
 from metavpt.errors import MetaVPTError
+from metavpt.report import images
 
 NUM_PICTURES = 4
 
@@ -99,7 +100,7 @@ class MaskDesigner(Designer):
                 "MaskDesigner.regularizer: the task has no masks; it must come from the designer, not from recipe_task"
             )
         masks = [mu for mu in (task.masks, task.local_masks) if mu is not None]
-        kept = ranks.mean(torch.cat([mu.mean(dim=(2, 3, 4)) for mu in masks]).mean())
+        kept = collectives.mean(torch.cat([mu.mean(dim=(2, 3, 4)) for mu in masks]).mean())
         variation = torch.cat([total_variation(mu) for mu in masks]).mean()
         return (
             self.sparsity_weight * (kept - self.keep).square()
@@ -118,9 +119,9 @@ class MaskDesigner(Designer):
         for before, mu, after in list(
             zip(plain.global_crops[0], task.masks[0], task.global_crops[0], strict=True)
         )[:NUM_PICTURES]:
-            photos = [pictures.photo(self.recipe.denormalize(view)) for view in (before, after)]
-            rows.append([photos[0], pictures.colour(mu[0], 0.0, 1.0, "gray"), photos[1]])
-        return {"masks": pictures.grid(rows)}
+            photos = [images.photo(self.recipe.denormalize(view)) for view in (before, after)]
+            rows.append([photos[0], images.colour(mu[0], 0.0, 1.0, "gray"), photos[1]])
+        return {"masks": images.grid(rows)}
 
     def _mask(self, crops: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """crops (V, B, 3, H, W) -> masked crops, mu (V, B, 1, H, W), excess (V, B)."""
@@ -144,7 +145,7 @@ def random_masks(crops: Tensor, keep: float, rng: torch.Generator, cells: int = 
     """Masks (V, B, 1, H, W) of 0 and 1 for crops (V, B, 3, H, W): noise on `cells` x `cells`, enlarged; its top share `keep` is kept."""
     num_views, batch_size, _, height, width = crops.shape
     noise = (
-        ranks.drawn(
+        collectives.drawn(
             lambda shape: torch.randn(shape, generator=rng),
             (num_views, batch_size, 1, cells, cells),
             dim=1,

@@ -7,11 +7,11 @@ import numpy as np
 import torch
 from torch import Generator, Tensor, nn
 
-from metavpt import ranks
 from metavpt.designers.designer import Designer
 from metavpt.designers.encoder import ImageEncoder, zero_linear
 from metavpt.designers.histograms import histograms
 from metavpt.designers.views import MultiCrop, Views, to_float
+from metavpt.distributed import collectives
 from metavpt.errors import MetaVPTError
 from metavpt.objectives.distillation import active_terms
 
@@ -50,9 +50,9 @@ class MixDesigner(Designer):
     def randomize(self, views: Views, batch: Any, rng: Generator) -> Views:
         """The same views with weights from standard normal l, for each image its own."""
         shape = len(self.terms), len(batch.images)
-        logits = ranks.drawn(lambda shape: torch.randn(shape, generator=rng), shape, dim=1).to(
-            views.global_crops
-        )
+        logits = collectives.drawn(
+            lambda shape: torch.randn(shape, generator=rng), shape, dim=1
+        ).to(views.global_crops)
         return views._replace(mix=self._mix(logits))
 
     def regularizer(self, task: Views) -> Tensor:

@@ -8,13 +8,13 @@ import numpy as np
 import torch
 from torch import Generator, Tensor, nn
 
-from metavpt import ranks
 from metavpt.designers.clamp import clamp_to_unit
 from metavpt.designers.crop import ASPECT_RATIO, Range
 from metavpt.designers.designer import Designer
 from metavpt.designers.encoder import ImageEncoder, zero_linear
 from metavpt.designers.histograms import histograms
 from metavpt.designers.views import Knobs, MultiCrop, Views, jitter_range, to_float
+from metavpt.distributed import collectives
 from metavpt.errors import MetaVPTError
 
 COLOURS = ("brightness", "contrast", "saturation", "hue")
@@ -80,9 +80,9 @@ class PolicyDesigner(Designer):
         """Settings uniform in [-reach, reach], for each view of each image; the draws that they move are the recipe's."""
         images = to_float(batch.images)
         shape = self.num_views, len(images), NUM_SETTINGS
-        uniform = ranks.drawn(lambda shape: torch.rand(shape, generator=rng), shape, dim=1).to(
-            images
-        )
+        uniform = collectives.drawn(
+            lambda shape: torch.rand(shape, generator=rng), shape, dim=1
+        ).to(images)
         return self._act(images, batch.seed, self.reach * (2 * uniform - 1))
 
     def regularizer(self, task: Views) -> Tensor:

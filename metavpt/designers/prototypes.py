@@ -9,11 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
-from metavpt import ranks
 from metavpt.designers.designer import Designer
 from metavpt.designers.encoder import ImageEncoder, zero_linear
 from metavpt.designers.histograms import histograms
 from metavpt.designers.views import MultiCrop, Views
+from metavpt.distributed import collectives
 from metavpt.errors import MetaVPTError
 from metavpt.objectives.spread import spread
 
@@ -131,7 +131,7 @@ class PrototypeDesigner(Designer):
         scores, gates = (
             (
                 2
-                * ranks.drawn(
+                * collectives.drawn(
                     lambda shape: torch.rand(shape, generator=rng),
                     (*shape, len(self.keys) + 1),
                     dim=1,

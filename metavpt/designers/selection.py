@@ -6,11 +6,12 @@ import numpy as np
 import torch
 from torch import Generator, Tensor
 
-from metavpt import pictures, ranks
 from metavpt.designers.designer import Designer
 from metavpt.designers.encoder import ImageEncoder, zero_linear
 from metavpt.designers.views import MultiCrop, Views, to_float
+from metavpt.distributed import collectives
 from metavpt.errors import MetaVPTError
+from metavpt.report import images
 
 NUM_PICTURES = 6
 
@@ -42,7 +43,7 @@ class SelectionDesigner(Designer):
 
     def randomize(self, views: Views, batch: Any, rng: Generator) -> Views:
         """The same views with weights from standard normal logits."""
-        logits = ranks.drawn(
+        logits = collectives.drawn(
             lambda shape: torch.randn(shape, generator=rng), (len(batch.images),)
         ).to(views.global_crops)
         return views._replace(weights=balanced(logits / self.temperature))
@@ -63,13 +64,13 @@ class SelectionDesigner(Designer):
         rows = []
         for chosen in (order[:num_shown], order[-num_shown:]):
             rows.append([_labelled(batch.images[i], weights[i]) for i in chosen])
-        return {"selection": pictures.grid(rows)}
+        return {"selection": images.grid(rows)}
 
 
 def balanced(logits: Tensor) -> Tensor:
     """B * softmax(logits), (B,), over the whole batch, of which ranks may hold unlike numbers, so that equal logits give exactly 1."""
-    odds = (logits - ranks.leave(logits.detach().max())).exp()
-    return odds / ranks.mean(ranks.weighed(odds.mean(), len(odds)))
+    odds = (logits - collectives.leave(logits.detach().max())).exp()
+    return odds / collectives.mean(collectives.weighed(odds.mean(), len(odds)))
 
 
 def weigh(losses: Tensor, weights: Tensor | None) -> Tensor:
@@ -87,7 +88,7 @@ def _weights(task: Views) -> Tensor:
 
 def _labelled(image: Tensor, weight: Tensor) -> np.ndarray:
     """An image on a bar as bright as its weight."""
-    photo = pictures.photo(image)
+    photo = images.photo(image)
     level = int(255 * min(float(weight) / 2, 1.0))
     return np.concatenate(
         [photo, np.full((max(2, len(photo) // 8), photo.shape[1], 3), level, dtype=np.uint8)]

@@ -8,12 +8,12 @@ from torch import Tensor, nn
 
 from metavpt.data.tokens import TokenBatch
 from metavpt.errors import MetaVPTError
-from metavpt.linear_product import DirectionalDerivative
+from metavpt.hypergradients.linear_targets import DirectionalDerivative
+from metavpt.hypergradients.params import Params
 from metavpt.objectives.next_token import Rule, candidate_scores
 from metavpt.objectives.prediction import Prediction
 from metavpt.objectives.spread import spread
 from metavpt.objectives.target_task import OneHot, TargetTask, mixed
-from metavpt.params import Params
 
 
 @dataclass(frozen=True)

@@ -5,9 +5,9 @@ from typing import Literal
 import torch
 from torch import Generator, Tensor, nn
 
-from metavpt import ranks
 from metavpt.data.tokens import TokenBatch
 from metavpt.designers.selection import balanced
+from metavpt.distributed import collectives
 from metavpt.errors import MetaVPTError
 from metavpt.learners.lm import LanguageModel
 from metavpt.objectives.prediction import predicted_tokens
@@ -45,7 +45,7 @@ class TokenWeights(nn.Module):
         rng = Generator().manual_seed(batch.seed ^ 0x77656967)
         shape = batch.tokens.shape if self.per == "token" else (len(batch.tokens), 1)
         draws = (
-            ranks.drawn(lambda whole: torch.randn(whole, generator=rng), shape)
+            collectives.drawn(lambda whole: torch.randn(whole, generator=rng), shape)
             for _ in range(num_tasks)
         )
         return [
@@ -61,7 +61,7 @@ class TokenWeights(nn.Module):
             )
         weights = task.targets.weights[predicted_tokens(task.batch)]
         divergence = (weights * weights.clamp_min(torch.finfo(weights.dtype).tiny).log()).mean()
-        return self.kl_weight * ranks.weighed(divergence, len(weights))
+        return self.kl_weight * collectives.weighed(divergence, len(weights))
 
     def _weighted(self, batch: TokenBatch, logits: Tensor) -> TargetTask:
         predicted = predicted_tokens(batch)

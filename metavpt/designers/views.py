@@ -17,12 +17,12 @@ from kornia.filters import gaussian_blur2d
 from torch import Generator, Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-from metavpt import ranks
-from metavpt.clock import phase
 from metavpt.data.loader import mix
 from metavpt.designers.crop import Range, crop, draw_crop, uniform
 from metavpt.designers.hiding import hidden_patches
+from metavpt.distributed import collectives
 from metavpt.errors import MetaVPTError
+from metavpt.training.timers import phase
 
 _ADJUSTMENTS: tuple[Callable[[Tensor, Tensor], Tensor], ...] = (
     adjust_brightness_accumulative,
@@ -92,10 +92,10 @@ class Knobs(NamedTuple):
 
     def of_rank(self) -> "Knobs":
         """What is done to the images of this process, of knobs drawn for the whole batch."""
-        if ranks.size() == 1:
+        if collectives.size() == 1:
             return self
         views = torch.arange(len(self.sides)).view(-1, self.batch_size)[
-            :, ranks.rows(self.batch_size)
+            :, collectives.rows(self.batch_size)
         ]
         own = views.flatten()
         place = torch.full((len(self.sides),), -1).index_copy(0, own, torch.arange(len(own)))
@@ -191,7 +191,7 @@ class MultiCrop(nn.Module):
     def draw(self, images: Tensor, seed: int) -> list[Knobs]:
         """The knobs of global view 1, of global view 2, and of the local views where there are any. Of `images` only the shape counts."""
         rng = Generator().manual_seed(seed)
-        whole = len(images) * ranks.size()
+        whole = len(images) * collectives.size()
         knobs = [
             self._draw(whole, images.shape[-2:], kind, rng)
             for kind in range(3 if self.num_local else 2)

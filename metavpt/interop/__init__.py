@@ -6,11 +6,11 @@ The packages are optional (`make peers`) and imported when first used.
 import importlib
 from types import ModuleType
 
-from metavpt import params
 from metavpt.errors import MetaVPTError
-from metavpt.hypergradient import Hypergradient, OuterLoss, finite
-from metavpt.params import Params
-from metavpt.products import differentiate
+from metavpt.hypergradients import params
+from metavpt.hypergradients.estimators import Hypergradient, OuterLoss, finite
+from metavpt.hypergradients.mixed_products import differentiate
+from metavpt.hypergradients.params import Params
 
 
 def peer(module: str) -> ModuleType:

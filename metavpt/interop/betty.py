@@ -10,13 +10,19 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from metavpt import params
 from metavpt.errors import MetaVPTError
-from metavpt.hypergradient import Hypergradient, InnerLoss, OuterLoss, downstream, finite
+from metavpt.hypergradients import params
+from metavpt.hypergradients.estimators import (
+    Hypergradient,
+    InnerLoss,
+    OuterLoss,
+    downstream,
+    finite,
+)
+from metavpt.hypergradients.mixed_products import value_and_gradient
+from metavpt.hypergradients.optimizer_updates import Adam, PerParameter, Update
+from metavpt.hypergradients.params import Params
 from metavpt.interop import peer
-from metavpt.optimizers import Adam, PerParameter, Update
-from metavpt.params import Params
-from metavpt.products import value_and_gradient
 
 
 @dataclass(frozen=True)

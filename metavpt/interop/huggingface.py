@@ -11,9 +11,9 @@ from timm.layers.pos_embed_sincos import RotaryEmbeddingDinoV3
 from torch import nn
 
 from metavpt.errors import MetaVPTError
+from metavpt.hypergradients.params import Params
 from metavpt.learners.layouts import DINOV2, DINOV3, DINOV3_GATED, VIT, Layout
 from metavpt.learners.vit import Backbone, timm_state_dict
-from metavpt.params import Params
 
 
 class Family(NamedTuple):

@@ -7,13 +7,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from metavpt import params
 from metavpt.errors import MetaVPTError
-from metavpt.hypergradient import Hypergradient, InnerLoss, OuterLoss
+from metavpt.hypergradients import params
+from metavpt.hypergradients.estimators import Hypergradient, InnerLoss, OuterLoss
+from metavpt.hypergradients.mixed_products import Loss
+from metavpt.hypergradients.optimizer_updates import Update
+from metavpt.hypergradients.params import Params
 from metavpt.interop import backpropagated, peer
-from metavpt.optimizers import Update
-from metavpt.params import Params
-from metavpt.products import Loss
 
 
 @dataclass(frozen=True)

@@ -8,13 +8,13 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from metavpt import params
 from metavpt.errors import MetaVPTError
-from metavpt.hypergradient import Hypergradient, InnerLoss, OuterLoss
+from metavpt.hypergradients import params
+from metavpt.hypergradients.estimators import Hypergradient, InnerLoss, OuterLoss
+from metavpt.hypergradients.optimizer_updates import SGD, Adam, PerParameter, Rule, Update
+from metavpt.hypergradients.params import Params
+from metavpt.hypergradients.trajectory import Unroll
 from metavpt.interop import backpropagated, peer
-from metavpt.optimizers import SGD, Adam, PerParameter, Rule, Update
-from metavpt.params import Params
-from metavpt.trajectory import Unroll
 
 
 @dataclass(frozen=True)

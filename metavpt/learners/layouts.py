@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from metavpt.params import Params
+from metavpt.hypergradients.params import Params
 
 _EMBEDDINGS = {
     "cls_token": "embeddings.cls_token",

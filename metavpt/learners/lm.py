@@ -9,11 +9,11 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from transformers import LlamaForCausalLM, PreTrainedModel, Qwen2ForCausalLM, Qwen3ForCausalLM
 
-from metavpt import params
 from metavpt.data.tokens import PADDING, TokenBatch
 from metavpt.errors import MetaVPTError
+from metavpt.hypergradients import params
+from metavpt.hypergradients.params import Params
 from metavpt.learners.recompute import recomputed
-from metavpt.params import Params
 
 SUPPORTED = (LlamaForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM)
 

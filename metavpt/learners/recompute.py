@@ -6,7 +6,7 @@ from torch import nn
 from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
-from metavpt.params import Params
+from metavpt.hypergradients.params import Params
 
 
 def recomputed(block: nn.Module, *args: Any, **options: Any) -> Any:

@@ -18,10 +18,10 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from metavpt.errors import MetaVPTError
+from metavpt.hypergradients.params import Params, subset
 from metavpt.learners.recompute import recomputed
 from metavpt.learners.subset import restrict
 from metavpt.learners.weights import load_weights
-from metavpt.params import Params, subset
 
 
 class Hidden(NamedTuple):

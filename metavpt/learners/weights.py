@@ -14,10 +14,10 @@ from timm.models import eva, vision_transformer
 from timm.models.eva import Eva
 from torch import Tensor
 
-from metavpt.disk import reading
 from metavpt.errors import MetaVPTError
+from metavpt.hypergradients.params import Params, subset
 from metavpt.learners.layouts import layout_of
-from metavpt.params import Params, subset
+from metavpt.training.disk import reading
 
 SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".tar", ".ckpt")
 # Inside of what a release keeps its weights, nearest first; of a student and its teacher the teacher, as their authors do.

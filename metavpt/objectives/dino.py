@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from metavpt import ranks
+from metavpt.distributed import collectives
 from metavpt.errors import MetaVPTError
 
 
@@ -56,7 +56,7 @@ def sinkhorn_probs(logits: Tensor, temperature: float, num_iters: int = 3) -> Te
         _at_least_float32(logits).flatten(0, -2) / temperature
     )  # in logs: exp of sharp logits overflows
     for _ in range(num_iters):
-        log_q = log_q - ranks.logsumexp(log_q)
+        log_q = log_q - collectives.logsumexp(log_q)
         log_q = log_q - log_q.logsumexp(dim=1, keepdim=True)
     return log_q.exp().view(logits.shape)
 
@@ -64,7 +64,7 @@ def sinkhorn_probs(logits: Tensor, temperature: float, num_iters: int = 3) -> Te
 def center_update(center: Tensor, teacher_logits: Tensor, momentum: float = 0.9) -> Tensor:
     """momentum * center + (1 - momentum) * mean of the logits (..., K) over all samples (DINO, equation 4): the new centre, (K,)."""
     batch_mean = _at_least_float32(teacher_logits.detach()).flatten(0, -2).mean(dim=0)
-    return torch.lerp(ranks.leave(batch_mean).to(center.dtype), center, momentum)
+    return torch.lerp(collectives.leave(batch_mean).to(center.dtype), center, momentum)
 
 
 def _at_least_float32(logits: Tensor) -> Tensor:

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from metavpt.curvature import ComposedLoss
-from metavpt.linear_product import DirectionalDerivative
-from metavpt.params import Params
+from metavpt.hypergradients.curvature import ComposedLoss
+from metavpt.hypergradients.linear_targets import DirectionalDerivative
+from metavpt.hypergradients.params import Params
 
 
 @dataclass(frozen=True)

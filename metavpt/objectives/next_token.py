@@ -12,10 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from metavpt import ranks
+from metavpt.distributed import collectives
 from metavpt.errors import MetaVPTError
-from metavpt.linear_product import DirectionalDerivative
-from metavpt.params import Params
+from metavpt.hypergradients.linear_targets import DirectionalDerivative
+from metavpt.hypergradients.params import Params
 
 CHUNK = 256  # tokens: 50 MB of float32 at a vocabulary of 49,152
 
@@ -114,7 +114,7 @@ class NextTokenLoss:
     sums_to_one: bool = True
 
     def __call__(self, theta: Params) -> Tensor:
-        return ranks.weighed(
+        return collectives.weighed(
             soft_cross_entropy(self.states(theta), self.unembedding, self.candidates, self.targets),
             len(self.targets),
         )
@@ -131,7 +131,7 @@ class NextTokenLoss:
         moved = derivative(self.states, theta, w)
         logits = candidate_scores(moved, self.unembedding, self.candidates)
         mean = self._mean_slope(theta, moved) if absolute or not self.sums_to_one else logits[:, :1]
-        return ranks.weighed((mean - logits) / len(moved), len(moved))
+        return collectives.weighed((mean - logits) / len(moved), len(moved))
 
     def _mean_slope(self, theta: Params, moved: Tensor) -> Tensor:
         """sum_v p_t(v) dh_t . W_v, (N, 1)."""

@@ -5,13 +5,13 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from metavpt import params
 from metavpt.data.tokens import TokenBatch
 from metavpt.errors import MetaVPTError
+from metavpt.hypergradients import params
+from metavpt.hypergradients.linear_targets import DirectionalDerivative
+from metavpt.hypergradients.params import Params
 from metavpt.learners.lm import Hidden, LanguageModel
-from metavpt.linear_product import DirectionalDerivative
 from metavpt.objectives.next_token import Scores, score
-from metavpt.params import Params
 
 
 @dataclass(frozen=True)

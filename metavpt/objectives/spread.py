@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from metavpt import ranks
+from metavpt.distributed import collectives
 
 
 def spread(values: Tensor, log_probs: Tensor) -> Tensor:
@@ -10,4 +10,4 @@ def spread(values: Tensor, log_probs: Tensor) -> Tensor:
     base = log_probs.softmax(dim=-1)
     centred = values - (base * values).sum(dim=-1, keepdim=True)
     variance = (base * centred.square()).sum(dim=-1)
-    return ranks.leave(ranks.weighed(variance.mean(), variance.numel())).sqrt()
+    return collectives.leave(collectives.weighed(variance.mean(), variance.numel())).sqrt()

@@ -12,11 +12,12 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from metavpt import ranks
 from metavpt.data.tokens import TokenBatch
+from metavpt.distributed import collectives
 from metavpt.errors import MetaVPTError
+from metavpt.hypergradients.linear_targets import DirectionalDerivative, ForwardMode
+from metavpt.hypergradients.params import Params
 from metavpt.learners.lm import LanguageModel
-from metavpt.linear_product import DirectionalDerivative, ForwardMode
 from metavpt.objectives.next_token import (
     NextTokenLoss,
     Rule,
@@ -28,7 +29,6 @@ from metavpt.objectives.next_token import (
 )
 from metavpt.objectives.prediction import Prediction
 from metavpt.objectives.spread import spread
-from metavpt.params import Params
 
 
 class Targets(Protocol):
@@ -210,7 +210,7 @@ def target_loss(learner: LanguageModel, theta: Params, task: TargetTask) -> Tens
     """
     if task.targets.requires_grad and torch.is_grad_enabled():
         return target_tail(learner, theta, task)({})
-    return ranks.weighed(*own_target_loss(learner, theta, task))
+    return collectives.weighed(*own_target_loss(learner, theta, task))
 
 
 def own_target_loss(learner: LanguageModel, theta: Params, task: TargetTask) -> tuple[Tensor, int]:

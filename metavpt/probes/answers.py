@@ -11,7 +11,7 @@ from metavpt.learners.lm import LanguageModel
 from metavpt.probes.extraction import flexible, is_equal, strict
 from metavpt.probes.generation import Generator
 from metavpt.probes.perplexity import mean_nll
-from metavpt.texts import Answer
+from metavpt.report.samples import Answer
 
 EXTRACTIONS: dict[str, Callable[[str], str | None]] = {"strict": strict, "flexible": flexible}
 NUM_SHOWN = 6

@@ -9,7 +9,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from metavpt import ranks
+from metavpt.distributed import collectives
 from metavpt.errors import MetaVPTError, NonFiniteError
 
 IGNORE = 255  # the label of pixels that are neither learned from nor counted
@@ -76,7 +76,7 @@ def extract(
         )
 
     parts = []
-    for part in ranks.share_out(read, batches):
+    for part in collectives.share_out(read, batches):
         if not torch.isfinite(part.features).all():
             raise NonFiniteError(
                 "probe: the features of the learner are not finite; look at the losses before this step"

@@ -8,12 +8,13 @@ from typing import Any, NamedTuple
 import torch
 from torch.optim import Optimizer
 
-from metavpt import params, ranks
-from metavpt.hypergradient import downstream
-from metavpt.params import Params
+from metavpt.distributed import collectives
+from metavpt.hypergradients import params
+from metavpt.hypergradients.estimators import downstream
+from metavpt.hypergradients.params import Params
 from metavpt.problem import Problem
-from metavpt.strategies import aligned_names
-from metavpt.stream import Stream
+from metavpt.strategies.learned import aligned_names
+from metavpt.training.streams import Stream
 
 
 class Before(NamedTuple):
@@ -54,7 +55,7 @@ class FirstOrderProbe:
         with self._own_heads():
             self.problem.fit_heads()
             loss, g_down = downstream(
-                ranks.averaged(lambda t: self.problem.feedback_loss(t, labelled)), theta
+                collectives.averaged(lambda t: self.problem.feedback_loss(t, labelled)), theta
             )
             held_out_loss = self._loss(theta, held_out)
         lr = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
@@ -86,7 +87,7 @@ class FirstOrderProbe:
 
     @torch.no_grad()
     def _loss(self, theta: Params, batch: Any) -> float:
-        return float(ranks.leave(self.problem.feedback_loss(theta, batch)))
+        return float(collectives.leave(self.problem.feedback_loss(theta, batch)))
 
     @contextmanager
     def _own_heads(self) -> Iterator[None]:

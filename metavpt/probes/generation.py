@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig
 
-from metavpt import ranks
 from metavpt.data.lazy import runs
 from metavpt.data.loader import mix
 from metavpt.data.tokens import Encoder
+from metavpt.distributed import collectives
 from metavpt.errors import MetaVPTError
 from metavpt.learners.lm import LanguageModel
 
@@ -64,7 +64,9 @@ class Generator:
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             written = [
                 text
-                for texts in ranks.share_out(write, list(enumerate(runs(order, self.batch_size))))
+                for texts in collectives.share_out(
+                    write, list(enumerate(runs(order, self.batch_size)))
+                )
                 for text in texts
             ]
         return [text for _, text in sorted(zip(order, written, strict=True))]
@@ -107,7 +109,7 @@ class Generator:
             out = model.generate(
                 tokens.to(device),
                 attention_mask=mask.to(device),
-                synced_gpus=ranks.size() > 1,
+                synced_gpus=collectives.size() > 1,
                 **options,
             )
         finally:

@@ -5,12 +5,12 @@ from typing import Any
 
 import torch
 
-from metavpt import params
 from metavpt.data.tokens import PADDING
+from metavpt.hypergradients import params
 from metavpt.learners.lm import LanguageModel
 from metavpt.objectives.prediction import predicted_tokens
 from metavpt.objectives.target_task import TargetTask, target_tail
-from metavpt.texts import Candidate, Token
+from metavpt.report.samples import Candidate, Token
 
 NUM_CANDIDATES = 6
 

@@ -5,8 +5,9 @@ from collections.abc import Callable, Iterable
 
 import torch
 
-from metavpt import params, ranks
 from metavpt.data.tokens import TokenBatch
+from metavpt.distributed import collectives
+from metavpt.hypergradients import params
 from metavpt.learners.lm import LanguageModel
 from metavpt.objectives.target_task import OneHot, TargetTask, own_target_loss
 
@@ -22,7 +23,7 @@ def mean_nll(learner: LanguageModel, batches: Iterable[TokenBatch]) -> float:
         loss, num_tokens = own_target_loss(learner, theta, TargetTask(batch, OneHot()))
         return num_tokens * float(loss), num_tokens
 
-    totals, counts = zip(*ranks.share_out(nll, batches), strict=True)
+    totals, counts = zip(*collectives.share_out(nll, batches), strict=True)
     return sum(totals) / sum(counts)
 
 

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from metavpt import ranks
 from metavpt.data.lazy import Lazy, runs
+from metavpt.distributed import collectives
 from metavpt.errors import MetaVPTError, NonFiniteError
 from metavpt.learners.vit import Features
 
@@ -39,7 +39,7 @@ def summarise(describe: Describe, batches: Iterable[Tensor], pool: Pool = "mean"
         features = describe(images)
         return (features.cls if pool == "cls" else features.patches.mean(dim=(2, 3))).float()
 
-    summaries = torch.cat(list(ranks.share_out(summary, batches)))
+    summaries = torch.cat(list(collectives.share_out(summary, batches)))
     if not torch.isfinite(summaries).all():
         raise NonFiniteError(
             "probe: the features of the learner are not finite; look at the losses before this step"

@@ -6,8 +6,9 @@ from typing import Any, NamedTuple
 
 from markupsafe import Markup
 
-from metavpt import results
-from metavpt.metrics import sign
+from metavpt.compare import results
+from metavpt.compare.metric_directions import sign
+from metavpt.compare.table import Table
 from metavpt.report import page
 from metavpt.report.curves import Band, bands
 from metavpt.report.first_order import PREDICTIONS, FirstOrder, first_order_chart
@@ -18,7 +19,6 @@ from metavpt.report.pareto import Point, pareto_axes, pareto_chart
 from metavpt.report.progress import samples_to_reach
 from metavpt.report.rows import Row, read_logs, read_rows, run_folder
 from metavpt.report.standing import standing
-from metavpt.table import Table
 
 NUM_PICTURES = 3  # of one name and row: the first, a middle and the last step
 NUM_POINTS = 100  # of a curve of the designer's value

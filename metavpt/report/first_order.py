@@ -7,9 +7,9 @@ import numpy as np
 from markupsafe import Markup
 from matplotlib.axes import Axes
 
+from metavpt.compare.paired_statistics import Correlation, pearson
 from metavpt.report.logs import Record, is_number
 from metavpt.report.svg import INK, LINE, chart, row_colour, short_numbers
-from metavpt.statistics import Correlation, pearson
 
 PREDICTIONS = {"predicted": "the learner's optimizer", "predicted_plain": "the plain inner product"}
 MAX_POINTS = 400  # of one chart; the numbers beside it are of all

@@ -8,8 +8,8 @@ from typing import Any
 import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from metavpt.metrics import sign
-from metavpt.numerals import breakable, duration, hundredths, number, with_error
+from metavpt.compare.metric_directions import sign
+from metavpt.report.formatting import breakable, duration, hundredths, number, with_error
 from metavpt.report.svg import NUM_COLOURS, hue, turn
 from metavpt.report.texts import visible
 

@@ -10,7 +10,7 @@ from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.transforms import Affine2D, Bbox
 
-from metavpt.metrics import sign
+from metavpt.compare.metric_directions import sign
 from metavpt.report.svg import (
     FONT_SIZE,
     INK,

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from metavpt.statistics import mean_se
+from metavpt.compare.paired_statistics import mean_se
 
 
 class Progress(NamedTuple):

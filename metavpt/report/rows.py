@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 
+from metavpt.compare.results import Result
 from metavpt.report.first_order import FirstOrder, first_orders
 from metavpt.report.logs import Record, read_log, samples_at, series_of
 from metavpt.report.progress import Progress, progress
-from metavpt.results import Result
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 
 from markupsafe import Markup
 
+from metavpt.compare.metric_directions import sign
 from metavpt.errors import MetaVPTError
-from metavpt.metrics import sign
 from metavpt.report import page
 from metavpt.report.curves import curve
 from metavpt.report.first_order import PREDICTIONS, first_order_chart, first_orders

@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from metavpt.compare.table import Cell, Section, Table
 from metavpt.report.rows import Row
-from metavpt.table import Cell, Section, Table
 
 
 class Line(NamedTuple):

@@ -14,7 +14,7 @@ from typing import Any
 import h5py
 import numpy as np
 import pytest
-from damaged import SPARE, Reader, assert_survives, growth_alone
+from helpers.damaged import SPARE, Reader, assert_survives, growth_alone
 from PIL import Image
 
 from metavpt.data.ade20k import read_annotation

@@ -1,5 +1,5 @@
-from metavpt import ranks
 from metavpt.data.lazy import Lazy, runs
+from metavpt.distributed import collectives
 
 
 def test_items_are_made_when_they_are_asked_for():
@@ -17,6 +17,6 @@ def test_runs_are_in_order_and_the_last_may_be_shorter():
 def test_one_process_computes_item_after_item():
     """Nothing ahead of time: a set of images does not fit into memory."""
     seen = []
-    results = ranks.share_out(lambda k: seen.append(k) or 2 * k, iter(range(3)))
+    results = collectives.share_out(lambda k: seen.append(k) or 2 * k, iter(range(3)))
     assert (next(results), seen) == (0, [0])
     assert list(results) == [2, 4]

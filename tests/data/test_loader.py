@@ -4,7 +4,7 @@ from itertools import islice
 
 import pytest
 import torch
-from damaged import MIB, status
+from helpers.damaged import MIB, status
 from torch import Tensor
 from torch.utils.data import Dataset
 

@@ -13,7 +13,7 @@ from metavpt.data.mixture import Component, Generated, PackedLoader, ShuffleBuff
 from metavpt.data.text import Document
 from metavpt.data.tokens import Corpus, Encoded, Encoder, TokenBatch, collate
 from metavpt.errors import MetaVPTError
-from metavpt.stream import Stream
+from metavpt.training.streams import Stream
 
 LENGTH = 64
 

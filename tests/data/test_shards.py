@@ -14,7 +14,7 @@ from metavpt import MetaVPTError
 from metavpt.data.images import open_images
 from metavpt.data.loader import WINDOW, EndlessBatches, ImageLoader
 from metavpt.data.shards import Shards, expand, find_shards
-from metavpt.stream import Stream
+from metavpt.training.streams import Stream
 
 
 @pytest.fixture(autouse=True)
@@ -93,7 +93,7 @@ def test_an_epoch_holds_every_image_once_and_stays_within_few_shards(folder):
 
 
 def test_resuming_in_the_middle_of_a_shard_goes_on_exactly(folder):
-    source = lambda seed: ImageLoader(open_images(folder, (8, 8)), 5, seed)  # noqa: E731
+    source = lambda seed: ImageLoader(open_images(folder, (8, 8)), 5, seed)
     whole = Stream(source, 3)
     expected = [next(whole) for _ in range(20)]  # through the end of an epoch
     stream = Stream(source, 3)
@@ -185,7 +185,7 @@ def test_a_member_that_claims_more_than_the_shard_is_refused(tmp_path):
 def test_workers_read_the_same_and_none_stays_behind(folder):
     images = open_images(folder, (8, 8))
     alone = iter(ImageLoader(images, 6, 1))
-    source = lambda seed: ImageLoader(images, 6, seed, num_workers=2)  # noqa: E731
+    source = lambda seed: ImageLoader(images, 6, seed, num_workers=2)
     stream = Stream(source, 1)
     for _ in range(3):
         assert torch.equal(next(stream).images, next(alone).images)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from metavpt.command import dead_worker
+from metavpt.cli.one_line_errors import dead_worker
 from metavpt.data.loader import ImageLoader
 from metavpt.data.unreadable import Readable, Skips
 from metavpt.errors import MetaVPTError

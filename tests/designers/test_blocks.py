@@ -5,11 +5,11 @@ import pytest
 import torch
 from torch import Generator, Tensor, nn
 
-from metavpt import params
 from metavpt.designers.blocks import BlockMasks, block_size, context_patches, random_blocks
 from metavpt.designers.crop import RandomCrop
 from metavpt.designers.patches import PatchScores
 from metavpt.errors import MetaVPTError
+from metavpt.hypergradients import params
 
 
 class Batch(NamedTuple):

@@ -5,7 +5,6 @@ import pytest
 import torch
 from torch import Generator, nn
 
-from metavpt import params
 from metavpt.designers.chain import Chain
 from metavpt.designers.encoder import ImageEncoder
 from metavpt.designers.masks import MaskDesigner, UNet
@@ -13,6 +12,7 @@ from metavpt.designers.policy import PolicyDesigner
 from metavpt.designers.selection import SelectionDesigner
 from metavpt.designers.views import MultiCrop
 from metavpt.errors import MetaVPTError
+from metavpt.hypergradients import params
 
 STAGES = {
     "policy": lambda recipe: PolicyDesigner(recipe, ImageEncoder(width=8, depth=2, size=8)),

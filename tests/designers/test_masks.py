@@ -3,11 +3,10 @@ from typing import Any
 
 import pytest
 import torch
-from differences import assert_gradient_is_that_of_differences
+from helpers.differences import assert_gradient_is_that_of_differences
 from torch import Generator, Tensor, nn
 from torch.func import functional_call
 
-from metavpt import params
 from metavpt.designers.masks import (
     MaskDesigner,
     PatchTransformer,
@@ -18,6 +17,7 @@ from metavpt.designers.masks import (
 )
 from metavpt.designers.views import MultiCrop, Views
 from metavpt.errors import MetaVPTError
+from metavpt.hypergradients import params
 
 NETWORKS = {
     "unet": lambda: UNet(base=4, depth=2),

@@ -4,17 +4,17 @@ from typing import Any
 
 import pytest
 import torch
-from differences import assert_gradient_is_that_of_differences
+from helpers.differences import assert_gradient_is_that_of_differences
 from torch import Generator, Tensor, nn
 from torch.func import functional_call
 
-from metavpt import params
 from metavpt.designers.chain import Chain
 from metavpt.designers.encoder import ImageEncoder
 from metavpt.designers.mixer import MixDesigner, mix_terms
 from metavpt.designers.selection import SelectionDesigner
 from metavpt.designers.views import MultiCrop
 from metavpt.errors import MetaVPTError
+from metavpt.hypergradients import params
 
 TERMS = {"dino": 1.0, "ibot": 1.0, "koleo": 0.1, "gram": 0.0}
 

@@ -4,11 +4,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from metavpt import params
 from metavpt.designers.crop import RandomCrop
 from metavpt.designers.masks import PatchTransformer, UNet
 from metavpt.designers.patches import PatchMasks, PatchScores
 from metavpt.errors import MetaVPTError
+from metavpt.hypergradients import params
 
 ESTIMATORS = ["straight_through", "relaxed", "score"]
 

@@ -5,12 +5,11 @@ from typing import Any
 
 import pytest
 import torch
-from differences import assert_gradient_is_that_of_differences
+from helpers.differences import assert_gradient_is_that_of_differences
 from scipy.stats import ks_2samp
 from torch import Generator, Tensor
 from torch.func import functional_call
 
-from metavpt import params
 from metavpt.designers.encoder import ImageEncoder
 from metavpt.designers.policy import (
     BLENDED,
@@ -22,6 +21,7 @@ from metavpt.designers.policy import (
 )
 from metavpt.designers.views import MultiCrop
 from metavpt.errors import MetaVPTError
+from metavpt.hypergradients import params
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 NUM_LOCAL = 2

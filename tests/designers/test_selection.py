@@ -4,15 +4,15 @@ from typing import Any
 
 import pytest
 import torch
-from differences import assert_gradient_is_that_of_differences
+from helpers.differences import assert_gradient_is_that_of_differences
 from torch import Generator, Tensor, nn
 from torch.func import functional_call
 
-from metavpt import params
 from metavpt.designers.encoder import ImageEncoder
 from metavpt.designers.selection import SelectionDesigner, balanced, weigh
 from metavpt.designers.views import MultiCrop, Views
 from metavpt.errors import MetaVPTError
+from metavpt.hypergradients import params
 
 
 def batch(size: int = 5) -> Any:

@@ -1,21 +1,25 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny_lm import TinyLanguage, packed, tiny_lm
+from helpers.tiny_lm import TinyLanguage, packed, tiny_lm
 
-from metavpt import params
-from metavpt.checks.modes import Float64
+from metavpt.check.modes import Float64
 from metavpt.designers.states import StateDesigner
-from metavpt.directions import Dot
 from metavpt.errors import MetaVPTError
-from metavpt.hypergradient import OneStep
-from metavpt.linear_product import ForwardMode, LinearProduct
+from metavpt.hypergradients import params
+from metavpt.hypergradients.directions import Dot
+from metavpt.hypergradients.estimators import OneStep
+from metavpt.hypergradients.linear_targets import ForwardMode, LinearProduct
+from metavpt.hypergradients.mixed_products import (
+    DifferenceProduct,
+    ExactProduct,
+    value_and_gradient,
+)
 from metavpt.objectives.next_token import candidate_scores
 from metavpt.objectives.prediction import Prediction
 from metavpt.objectives.spread import spread
 from metavpt.objectives.target_task import SoftTargets, TargetTask, Tilted, target_loss
-from metavpt.products import DifferenceProduct, ExactProduct, value_and_gradient
-from metavpt.strategies import inner_loss
+from metavpt.strategies.learned import inner_loss
 
 K = 6
 BATCH = packed([[5, 7], [9]])
@@ -110,7 +114,7 @@ def test_its_linear_product_is_the_exact_one():
     problem = problem_with(state_designer(moved=0.2))
     theta = params.detach(params.named(problem.learner))
     aligned = {name: theta[name] for name in problem.aligned_parameters()}
-    outer = lambda p: problem.feedback_loss({**theta, **p}, packed([[8]], seed=9))  # noqa: E731
+    outer = lambda p: problem.feedback_loss({**theta, **p}, packed([[8]], seed=9))
     inner, phi = inner_loss(problem, theta, BATCH), params.named(problem.designer)
     products = (LinearProduct(), ExactProduct(), DifferenceProduct())
     by = [OneStep(Dot(), product)([inner], outer, aligned, phi).by_phi for product in products]
@@ -127,7 +131,7 @@ def test_a_new_designer_is_the_learners_own_prediction_and_has_a_gradient_to_lea
     own, _, _ = targets_of(TargetTask(BATCH, SoftTargets(0.5, K)), problem.learner)
     assert torch.equal(q, own)
     aligned = {name: theta[name] for name in problem.aligned_parameters()}
-    outer = lambda p: problem.feedback_loss({**theta, **p}, packed([[8]], seed=9))  # noqa: E731
+    outer = lambda p: problem.feedback_loss({**theta, **p}, packed([[8]], seed=9))
     new = OneStep(product=LinearProduct())(
         [inner_loss(problem, theta, BATCH)], outer, aligned, params.named(problem.designer)
     ).by_phi

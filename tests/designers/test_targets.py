@@ -1,17 +1,17 @@
 import pytest
 import torch
-from tiny_lm import VOCAB, TinyLanguage, packed, tiny_designer, tiny_lm
+from helpers.tiny_lm import VOCAB, TinyLanguage, packed, tiny_designer, tiny_lm
 
-from metavpt import params
-from metavpt.checks.modes import Float64
+from metavpt.check.modes import Float64
 from metavpt.designers.targets import TargetDesigner, designer_body
 from metavpt.errors import MetaVPTError
-from metavpt.hypergradient import OneStep
+from metavpt.hypergradients import params
+from metavpt.hypergradients.estimators import OneStep
+from metavpt.hypergradients.linear_targets import LinearProduct
+from metavpt.hypergradients.mixed_products import value_and_gradient
 from metavpt.learners.pretrained_lm import random_language_model
-from metavpt.linear_product import LinearProduct
 from metavpt.objectives.target_task import target_loss
-from metavpt.products import value_and_gradient
-from metavpt.strategies import inner_loss
+from metavpt.strategies.learned import inner_loss
 
 BATCH = packed([[5, 7], [9]])
 
@@ -31,7 +31,7 @@ def task_of(designer, batch=BATCH):
 def hypergradient(problem):
     theta = params.detach(params.named(problem.learner))
     aligned = {name: theta[name] for name in problem.aligned_parameters()}
-    outer = lambda p: problem.feedback_loss({**theta, **p}, packed([[8]], seed=9))  # noqa: E731
+    outer = lambda p: problem.feedback_loss({**theta, **p}, packed([[8]], seed=9))
     return OneStep(product=LinearProduct())(
         [inner_loss(problem, theta, BATCH)], outer, aligned, params.named(problem.designer)
     ).by_phi

@@ -1,18 +1,22 @@
 import pytest
 import torch
-from tiny_lm import VOCAB, TinyLanguage, packed, tiny_lm
+from helpers.tiny_lm import VOCAB, TinyLanguage, packed, tiny_lm
 
-from metavpt import params
-from metavpt.checks.modes import Float64
+from metavpt.check.modes import Float64
 from metavpt.designers.targets import designer_body
 from metavpt.designers.token_weights import TokenWeights
 from metavpt.errors import MetaVPTError
-from metavpt.hypergradient import OneStep
-from metavpt.linear_product import CentralDifference, LinearProduct
+from metavpt.hypergradients import params
+from metavpt.hypergradients.estimators import OneStep
+from metavpt.hypergradients.linear_targets import CentralDifference, LinearProduct
+from metavpt.hypergradients.mixed_products import (
+    DifferenceProduct,
+    ExactProduct,
+    value_and_gradient,
+)
 from metavpt.objectives.prediction import predicted_tokens
 from metavpt.objectives.target_task import target_loss, target_loss_per_sample
-from metavpt.products import DifferenceProduct, ExactProduct, value_and_gradient
-from metavpt.strategies import inner_loss
+from metavpt.strategies.learned import inner_loss
 
 BATCH = packed([[5, 7], [9]])
 
@@ -87,7 +91,7 @@ def test_the_linear_product_is_the_general_one(per):
     aligned = {name: theta[name] for name in problem.aligned_parameters()}
 
     def hypergradient(product):
-        outer = lambda p: problem.feedback_loss({**theta, **p}, packed([[8]], seed=9))  # noqa: E731
+        outer = lambda p: problem.feedback_loss({**theta, **p}, packed([[8]], seed=9))
         return OneStep(product=product)(
             [inner_loss(problem, theta, BATCH)], outer, aligned, params.named(problem.designer)
         ).by_phi

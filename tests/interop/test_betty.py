@@ -2,16 +2,16 @@
 
 import pytest
 import torch
-from ridge import Ridge
+from helpers.ridge import Ridge
 
-from metavpt import params
-from metavpt.directions import AdamAware
 from metavpt.errors import MetaVPTError
-from metavpt.hypergradient import Implicit, OneStep
+from metavpt.hypergradients import params
+from metavpt.hypergradients.directions import AdamAware
+from metavpt.hypergradients.estimators import Implicit, OneStep
+from metavpt.hypergradients.linear_solvers import ConjugateGradient, Neumann
+from metavpt.hypergradients.mixed_products import DifferenceProduct, ExactProduct
+from metavpt.hypergradients.optimizer_updates import SGD, Adam, State, Update
 from metavpt.interop import betty
-from metavpt.linear_solve import ConjugateGradient, Neumann
-from metavpt.optimizers import SGD, Adam, State, Update
-from metavpt.products import DifferenceProduct, ExactProduct
 
 pytestmark = pytest.mark.peers
 pytest.importorskip("betty")

@@ -7,14 +7,14 @@ from pathlib import Path
 import hydra
 import pytest
 import torch
+from helpers.ridge import Ridge
 from omegaconf import OmegaConf
-from ridge import Ridge
 
 import metavpt.configs
 from metavpt.errors import MetaVPTError
+from metavpt.hypergradients.optimizer_updates import SGD
 from metavpt.interop import betty, learn2learn, torchopt
-from metavpt.optimizers import SGD
-from metavpt.strategies import Learned
+from metavpt.strategies.learned import Learned
 
 ESTIMATORS = [
     betty.Darts(),
@@ -38,7 +38,7 @@ def test_a_missing_package_is_an_error_that_says_how_to_get_it(estimator, monkey
 
 def test_nothing_imports_the_packages_before_they_are_used():
     code = """
-import sys, metavpt.trainer, metavpt.interop.betty, metavpt.interop.torchopt, metavpt.interop.learn2learn
+import sys, metavpt.training.trainer, metavpt.interop.betty, metavpt.interop.torchopt, metavpt.interop.learn2learn
 print({"betty", "torchopt", "learn2learn"} & set(sys.modules))
 """
     assert (

@@ -2,13 +2,13 @@
 
 import pytest
 import torch
-from ridge import Ridge
+from helpers.ridge import Ridge
 
 from metavpt.errors import MetaVPTError
-from metavpt.hypergradient import Unrolled
+from metavpt.hypergradients.estimators import Unrolled
+from metavpt.hypergradients.mixed_products import ExactProduct
+from metavpt.hypergradients.optimizer_updates import SGD
 from metavpt.interop.learn2learn import MAMLUnroll
-from metavpt.optimizers import SGD
-from metavpt.products import ExactProduct
 
 pytestmark = pytest.mark.peers
 pytest.importorskip("learn2learn")

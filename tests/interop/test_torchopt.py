@@ -4,14 +4,14 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from ridge import Ridge
+from helpers.ridge import Ridge
 
-from metavpt import params
 from metavpt.errors import MetaVPTError, NonFiniteError
-from metavpt.hypergradient import Unrolled
+from metavpt.hypergradients import params
+from metavpt.hypergradients.estimators import Unrolled
+from metavpt.hypergradients.mixed_products import ExactProduct
+from metavpt.hypergradients.optimizer_updates import SGD, Adam, AdamW, PerParameter, Update
 from metavpt.interop.torchopt import TorchOptUnroll
-from metavpt.optimizers import SGD, Adam, AdamW, PerParameter, Update
-from metavpt.products import ExactProduct
 
 pytestmark = pytest.mark.peers
 torchopt = pytest.importorskip("torchopt")

@@ -1,12 +1,12 @@
 """The peers on a two-block ViT, where their method is ours: DINO, MAE-like and cross-entropy losses, float64."""
 
 import pytest
-from two_block_vit import TwoBlockViT, relative, warm
+from helpers.two_block_vit import TwoBlockViT, relative, warm
 
-from metavpt.hypergradient import Implicit, OneStep, Unrolled
-from metavpt.linear_solve import Neumann
-from metavpt.optimizers import SGD, AdamW
-from metavpt.products import ExactProduct
+from metavpt.hypergradients.estimators import Implicit, OneStep, Unrolled
+from metavpt.hypergradients.linear_solvers import Neumann
+from metavpt.hypergradients.mixed_products import ExactProduct
+from metavpt.hypergradients.optimizer_updates import SGD, AdamW
 
 pytestmark = pytest.mark.peers
 

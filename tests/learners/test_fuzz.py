@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-from damaged import SPARE, Reader, assert_survives, growth_alone
+from helpers.damaged import SPARE, Reader, assert_survives, growth_alone
+from helpers.tiny_gguf import write_gguf
+from helpers.tiny_lm import tiny_lm
 from safetensors.torch import save_file
-from tiny_gguf import write_gguf
-from tiny_lm import tiny_lm
 
 from metavpt.errors import MetaVPTError
 from metavpt.learners.pretrained_lm import pretrained_language_model

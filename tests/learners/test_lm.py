@@ -1,11 +1,11 @@
 import pytest
 import torch
-from tiny_lm import VOCAB, packed, tiny_lm
+from helpers.tiny_lm import VOCAB, packed, tiny_lm
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
-from metavpt import params
-from metavpt.checks.modes import Float64
+from metavpt.check.modes import Float64
 from metavpt.errors import MetaVPTError
+from metavpt.hypergradients import params
 from metavpt.learners.lm import LanguageModel, document_mask
 from metavpt.learners.pretrained_lm import LoRA
 

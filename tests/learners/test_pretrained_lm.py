@@ -2,12 +2,12 @@ import re
 
 import pytest
 import torch
-from tiny_gguf import write_gguf
-from tiny_lm import packed, tiny_lm
+from helpers.tiny_gguf import write_gguf
+from helpers.tiny_lm import packed, tiny_lm
 from transformers import AutoModelForCausalLM
 
-from metavpt import params
 from metavpt.errors import MetaVPTError
+from metavpt.hypergradients import params
 from metavpt.learners.pretrained_lm import LoRA, pretrained_language_model, random_language_model
 
 

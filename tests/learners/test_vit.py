@@ -9,8 +9,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from metavpt import params
 from metavpt.errors import MetaVPTError
+from metavpt.hypergradients import params
 from metavpt.learners import vit
 from metavpt.learners.projection import Learner, ProjectionHead
 from metavpt.learners.vit import Backbone, Hidden, create_backbone, timm_state_dict

@@ -100,7 +100,7 @@ def test_targets_that_do_not_sum_to_one_are_differentiated_alike():
 
 def test_first_and_second_derivatives_are_those_of_finite_differences():
     states, unembedding, _, candidates, targets = inputs()
-    loss = lambda h, w, q: soft_cross_entropy(h, w, candidates, q)  # noqa: E731
+    loss = lambda h, w, q: soft_cross_entropy(h, w, candidates, q)
     assert torch.autograd.gradcheck(loss, (states, unembedding, targets))
     assert torch.autograd.gradgradcheck(loss, (states, unembedding, targets))
 
@@ -137,7 +137,7 @@ def test_the_fused_loss_may_be_differentiated_twice():
     states, unembedding, tokens, _, _ = inputs()
     loss = lambda h, w: next_token_loss(
         h, w, tokens, V, lambda log_probs, own, rows: torch.full_like(log_probs, 1 / V)
-    )  # noqa: E731
+    )
     assert torch.autograd.gradgradcheck(loss, (states, unembedding))
 
 

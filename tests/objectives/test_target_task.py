@@ -1,13 +1,14 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers.tiny_lm import VOCAB, dense_log_probs, packed, tiny_lm
 from scipy.optimize import minimize
-from tiny_lm import VOCAB, dense_log_probs, packed, tiny_lm
 
-from metavpt import params
-from metavpt.checks.modes import Float64
+from metavpt.check.modes import Float64
 from metavpt.errors import MetaVPTError
-from metavpt.linear_product import CentralDifference, ForwardMode
+from metavpt.hypergradients import params
+from metavpt.hypergradients.linear_targets import CentralDifference, ForwardMode
+from metavpt.hypergradients.mixed_products import value_and_gradient
 from metavpt.objectives.next_token import select_candidates
 from metavpt.objectives.prediction import Prediction, predicted_tokens
 from metavpt.objectives.target_task import (
@@ -19,7 +20,6 @@ from metavpt.objectives.target_task import (
     target_loss_per_sample,
     target_tail,
 )
-from metavpt.products import value_and_gradient
 
 K = 6
 BATCH = packed([[5, 7], [9]])

@@ -6,12 +6,12 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_lm import dense_log_probs, packed, tiny_lm
+from helpers.tiny_lm import dense_log_probs, packed, tiny_lm
 
-from metavpt import params
+from metavpt.compare.metric_directions import sign
 from metavpt.data.gsm8k import WordProblem
 from metavpt.errors import MetaVPTError
-from metavpt.metrics import sign
+from metavpt.hypergradients import params
 from metavpt.probes.answers import AnswerProbe, pass_at_k
 from metavpt.probes.perplexity import PerplexityProbe, mean_nll
 

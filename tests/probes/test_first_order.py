@@ -4,7 +4,7 @@ import pytest
 import torch
 from channels import Channels
 
-from metavpt import params
+from metavpt.hypergradients import params
 from metavpt.probes.first_order import FirstOrderProbe
 
 

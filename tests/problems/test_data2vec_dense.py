@@ -2,18 +2,19 @@
 
 import pytest
 import torch
-from differences import relative
-from small_data2vec import at, in_float64, maker, slope_of_value
+from helpers.differences import relative
+from helpers.small_data2vec import at, in_float64, maker, slope_of_value
+from helpers.training import adam, assert_identical, train, weights
 from torch.func import functional_call
-from training import adam, assert_identical, train, weights
 
-from metavpt import DifferenceProduct, Dot, ExactProduct, Fixed, Learned, OneStep, params
-from metavpt.amortized import Amortized
-from metavpt.controls import Direct, Uniform
-from metavpt.greedy import Greedy, GreedySelection
-from metavpt.linear_product import CentralDifference, LinearLoss, LinearProduct
-from metavpt.strategies import inner_loss
-from metavpt.tilt import RandomTilt, Tilt
+from metavpt import DifferenceProduct, Dot, ExactProduct, Fixed, Learned, OneStep
+from metavpt.hypergradients import params
+from metavpt.hypergradients.linear_targets import CentralDifference, LinearLoss, LinearProduct
+from metavpt.strategies.amortized import Amortized
+from metavpt.strategies.controls import Direct, Uniform
+from metavpt.strategies.learned import inner_loss
+from metavpt.strategies.selection import Greedy, GreedySelection
+from metavpt.strategies.tilted_targets import RandomTilt, Tilt
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +69,7 @@ def test_linear_exact_and_difference_products_agree_and_are_finite_differences(m
     theta, aligned, batch, g_down = at(problem)
     labelled = next(iter(problem.feedback_batches(2)))
     inner, phi = inner_loss(problem, theta, batch), params.detach(params.named(problem.designer))
-    outer = lambda theta_s: problem.feedback_loss({**theta, **theta_s}, labelled)  # noqa: E731
+    outer = lambda theta_s: problem.feedback_loss({**theta, **theta_s}, labelled)
     by = {
         kind: OneStep(Dot(), kind())([inner], outer, aligned, phi)
         for kind in (ExactProduct, DifferenceProduct, LinearProduct)

@@ -2,16 +2,17 @@
 
 import pytest
 import torch
-from differences import relative
+from helpers.differences import relative
+from helpers.small_data2vec import at, in_float64, maker, slope_of_value
+from helpers.training import adam, assert_identical, train, weights
 from hydra.errors import InstantiationException
-from small_data2vec import at, in_float64, maker, slope_of_value
-from training import adam, assert_identical, train, weights
 
-from metavpt import Dot, ExactProduct, Fixed, OneStep, params
-from metavpt.amortized import Amortized
-from metavpt.functional import Functional, RandomFunctional
-from metavpt.linear_product import CentralDifference, LinearProduct
-from metavpt.strategies import inner_loss
+from metavpt import Dot, ExactProduct, Fixed, OneStep
+from metavpt.hypergradients import params
+from metavpt.hypergradients.linear_targets import CentralDifference, LinearProduct
+from metavpt.strategies.amortized import Amortized
+from metavpt.strategies.function_space import Functional, RandomFunctional
+from metavpt.strategies.learned import inner_loss
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +80,7 @@ def test_a_network_moves_the_targets_and_its_products_agree(make):
     )
     labelled = next(iter(problem.feedback_batches(2)))
     inner, phi = inner_loss(problem, theta, batch), params.detach(params.named(problem.designer))
-    outer = lambda theta_s: problem.feedback_loss({**theta, **theta_s}, labelled)  # noqa: E731
+    outer = lambda theta_s: problem.feedback_loss({**theta, **theta_s}, labelled)
     by = {
         kind: OneStep(Dot(), kind())([inner], outer, aligned, phi)
         for kind in (ExactProduct, LinearProduct)

@@ -5,9 +5,10 @@ import torch
 from hydra import compose, initialize_config_module
 from hydra.utils import instantiate
 
-from metavpt import Budget, Learned, OneStep, RunLog, Trainer, params
-from metavpt.combination import TorchJD
-from metavpt.strategies import feedback_on
+from metavpt import Budget, Learned, OneStep, RunLog, Trainer
+from metavpt.feedback.aggregation import TorchJD
+from metavpt.hypergradients import params
+from metavpt.strategies.learned import feedback_on
 
 SMALL = [
     "problem=dino_nyuv2", "backbone.tail_blocks=1", "backbone.embed_dim=24", "backbone.depth=2", "backbone.num_heads=2",

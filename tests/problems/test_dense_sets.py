@@ -6,14 +6,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from helpers.training import adam, train
 from hydra import compose, initialize_config_module
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
-from training import adam, train
 
-from metavpt import Learned, OneStep, params
-from metavpt.metrics import sign
+from metavpt import Learned, OneStep
+from metavpt.compare.metric_directions import sign
+from metavpt.hypergradients import params
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 SMALL = [

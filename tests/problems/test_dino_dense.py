@@ -5,11 +5,11 @@ import json
 
 import pytest
 import torch
-from differences import relative
+from helpers.differences import relative
+from helpers.small_dino import SMALL, UNET
+from helpers.training import adam, assert_identical, train, weights
 from hydra import compose, initialize_config_module
 from hydra.utils import instantiate
-from small_dino import SMALL, UNET
-from training import adam, assert_identical, train, weights
 
 from metavpt import (
     Cosine,
@@ -21,14 +21,13 @@ from metavpt import (
     Learned,
     OneStep,
     Unrolled,
-    params,
-    trees,
 )
-from metavpt.checks.purity import snapshot
-from metavpt.controls import Adversarial, Direct, Hardest, RandomFeedback, Uniform
-from metavpt.greedy import Greedy, GreedySelection
+from metavpt.check.purity import snapshot
+from metavpt.hypergradients import params, trees
 from metavpt.objectives.dino import center_update
-from metavpt.strategies import inner_loss
+from metavpt.strategies.controls import Adversarial, Direct, Hardest, RandomFeedback, Uniform
+from metavpt.strategies.learned import inner_loss
+from metavpt.strategies.selection import Greedy, GreedySelection
 
 NETWORKS = {
     "unet": UNET,
@@ -173,7 +172,7 @@ def test_losses_are_pure(make, targets):
         k: v
         for part in ("learner", "teacher", "designer", "center")
         for k, v in state[part].items()
-    }  # noqa: E731
+    }
     assert_identical(flat(before), flat(problem.state_dict()))
 
 

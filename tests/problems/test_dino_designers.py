@@ -2,19 +2,20 @@
 
 import pytest
 import torch
-from differences import assert_products_are_differences, relative
+from helpers.differences import assert_products_are_differences, relative
+from helpers.small_dino import ENCODER, SMALL
+from helpers.training import adam, train
 from hydra import compose, initialize_config_module
 from hydra.utils import instantiate
-from small_dino import ENCODER, SMALL
-from training import adam, train
 
-from metavpt import Cosine, ExactProduct, Fixed, Learned, OneStep, params
-from metavpt.controls import Uniform
+from metavpt import Cosine, ExactProduct, Fixed, Learned, OneStep
 from metavpt.errors import MetaVPTError
-from metavpt.greedy import Greedy, GreedySelection
-from metavpt.linear_product import ForwardMode, LinearProduct
-from metavpt.strategies import inner_loss
-from metavpt.tilt import Tilt
+from metavpt.hypergradients import params
+from metavpt.hypergradients.linear_targets import ForwardMode, LinearProduct
+from metavpt.strategies.controls import Uniform
+from metavpt.strategies.learned import inner_loss
+from metavpt.strategies.selection import Greedy, GreedySelection
+from metavpt.strategies.tilted_targets import Tilt
 
 PATCHES = [
     "objective=dinov2",

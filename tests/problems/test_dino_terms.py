@@ -4,10 +4,10 @@ import copy
 
 import pytest
 import torch
-from differences import assert_products_are_differences
+from helpers.differences import assert_products_are_differences
+from helpers.small_dino import ENCODER, SMALL, UNET
 from hydra import compose, initialize_config_module
 from hydra.utils import instantiate
-from small_dino import ENCODER, SMALL, UNET
 
 from metavpt import (
     Budget,
@@ -19,15 +19,15 @@ from metavpt import (
     OneStep,
     RunLog,
     Trainer,
-    params,
 )
-from metavpt.curvature import GaussNewton
 from metavpt.errors import MetaVPTError
+from metavpt.hypergradients import params
+from metavpt.hypergradients.curvature import GaussNewton
 from metavpt.objectives.dino import centered_probs, dino_loss, sinkhorn_probs
 from metavpt.objectives.gram import gram_loss
 from metavpt.objectives.ibot import ibot_loss
 from metavpt.objectives.koleo import koleo_loss
-from metavpt.strategies import inner_loss
+from metavpt.strategies.learned import inner_loss
 
 PATCHES = ["+backbone.patch_size=4", "recipe.hidden_prob=0.8", "recipe.hidden_share=[0.2,0.5]"]
 OBJECTIVES = {
@@ -117,8 +117,8 @@ def by_modules(problem, task):
     )
     tokens = lambda features: (
         features.patches.flatten(2).transpose(1, 2).unflatten(0, (2, batch_size))
-    )  # noqa: E731
-    head = lambda model: model.patch_head or model.head  # noqa: E731
+    )
+    head = lambda model: model.patch_head or model.head
     crops = task.global_crops.flatten(0, 1)
     hiding = (
         {"hidden": task.hidden.flatten(0, 1), "mask_token": learner.mask_token}
@@ -292,9 +292,9 @@ def test_a_weight_of_zero_leaves_nothing_behind(make):
 def test_learned_with_designer_lr_0_is_fixed_and_a_run_resumes_bit_for_bit(make, tmp_path, name):
     mixer = ["designer=mixer", *ENCODER]
     problems = {part: make(name, *mixer) for part in ("fixed", "learned", "resumed")}
-    frozen = lambda: Learned(OneStep(Cosine()), lambda p: torch.optim.Adam(p, lr=0.0), meta_every=2)  # noqa: E731
+    frozen = lambda: Learned(OneStep(Cosine()), lambda p: torch.optim.Adam(p, lr=0.0), meta_every=2)
     strategies = {"fixed": Fixed(), "learned": frozen(), "resumed": frozen()}
-    trainer = lambda part, steps: Trainer(  # noqa: E731
+    trainer = lambda part, steps: Trainer(
         problems[part], strategies[part], Budget(steps=steps), RunLog(tmp_path / part), Checkpoints(tmp_path / part / "checkpoints"),
         log_every=1, checkpoint_every=1,
     )  # fmt: skip

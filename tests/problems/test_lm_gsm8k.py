@@ -5,20 +5,21 @@ import json
 
 import pytest
 import torch
+from helpers.small_language import TWO_DOMAINS, composed, fresh_problems, in_float64
+from helpers.training import adam, assert_identical, train, weights
 from hydra.utils import instantiate
-from small_language import TWO_DOMAINS, composed, fresh_problems, in_float64
-from training import adam, assert_identical, train, weights
 
-from metavpt import Cosine, Dot, ExactProduct, Fixed, Learned, OneStep, params
-from metavpt.checks.modes import Float64
-from metavpt.combination import DomainMatched
-from metavpt.controls import Uniform
+from metavpt import Cosine, Dot, ExactProduct, Fixed, Learned, OneStep
+from metavpt.check.modes import Float64
 from metavpt.errors import MetaVPTError
-from metavpt.greedy import Greedy
-from metavpt.linear_product import LinearProduct
+from metavpt.feedback.aggregation import DomainMatched
+from metavpt.hypergradients import params
+from metavpt.hypergradients.linear_targets import LinearProduct
+from metavpt.hypergradients.mixed_products import DifferenceProduct
 from metavpt.objectives.target_task import Tilted
-from metavpt.products import DifferenceProduct
-from metavpt.strategies import inner_loss
+from metavpt.strategies.controls import Uniform
+from metavpt.strategies.learned import inner_loss
+from metavpt.strategies.selection import Greedy
 
 WEIGHTS = ["designer=token_weights"]
 

@@ -7,22 +7,22 @@ import sys
 from pathlib import Path
 
 import pytest
-from html_page import Page
+from helpers.html_page import Page
 from hydra import compose, initialize_config_module
 
-from metavpt import compare, results
+from metavpt.compare import command, results
 from metavpt.report.rows import run_folder
 from metavpt.report.texts import read_texts
 
 MAKEFILE = Path(__file__).parents[2] / "Makefile"
 TARGETS = {  # what each row trains on
-    "fixed": "metavpt.strategies.Fixed",
-    "random_feedback": "metavpt.controls.RandomFeedback",
-    "uniform": "metavpt.softened.Softened",
-    "greedy": "metavpt.tilt.Tilt",
-    "self_distillation": "metavpt.softened.Softened",
-    "one_step_linear": "metavpt.strategies.Learned",
-    "tilt": "metavpt.tilt.Tilt",
+    "fixed": "metavpt.strategies.learned.Fixed",
+    "random_feedback": "metavpt.strategies.controls.RandomFeedback",
+    "uniform": "metavpt.strategies.smoothing.Softened",
+    "greedy": "metavpt.strategies.tilted_targets.Tilt",
+    "self_distillation": "metavpt.strategies.smoothing.Softened",
+    "one_step_linear": "metavpt.strategies.learned.Learned",
+    "tilt": "metavpt.strategies.tilted_targets.Tilt",
 }
 SMALL = [
     "learner.vocab_size=400", "learner.hidden_size=16", "learner.intermediate_size=24", "learner.num_attention_heads=2",
@@ -50,7 +50,7 @@ def test_its_rows_are_step_0_plain_the_designer_tilt_and_the_controls(options: l
         assert cfg.warm_start > 0
         assert {
             name: compose("compare", [*own, *row]).strategy._target_
-            for name, row in compare.rows(cfg)
+            for name, row in command.rows(cfg)
         } == TARGETS
 
 

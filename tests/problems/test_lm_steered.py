@@ -2,12 +2,13 @@
 
 import pytest
 import torch
+from helpers.small_language import TWO_DOMAINS, composed, fresh_problems, in_float64
+from helpers.training import assert_identical, train, weights
 from hydra.utils import instantiate
-from small_language import TWO_DOMAINS, composed, fresh_problems, in_float64
-from training import assert_identical, train, weights
 
-from metavpt import Fixed, params
-from metavpt.linear_product import ForwardMode
+from metavpt import Fixed
+from metavpt.hypergradients import params
+from metavpt.hypergradients.linear_targets import ForwardMode
 from metavpt.objectives.prediction import predicted_tokens
 from metavpt.objectives.target_task import target_tail
 

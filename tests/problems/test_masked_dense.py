@@ -4,10 +4,10 @@ import copy
 
 import pytest
 import torch
-from differences import relative
+from helpers.differences import relative
+from helpers.training import adam, assert_identical, train, weights
 from hydra import compose, initialize_config_module
 from hydra.utils import instantiate
-from training import adam, assert_identical, train, weights
 
 from metavpt import (
     Cosine,
@@ -20,14 +20,14 @@ from metavpt import (
     MetaVPTError,
     OneStep,
     Unrolled,
-    params,
 )
-from metavpt.controls import Hardest, Uniform
-from metavpt.greedy import Greedy, GreedySelection
+from metavpt.hypergradients import params
 from metavpt.learners.subset import gather_patches
 from metavpt.objectives.ijepa import ijepa_loss, normalized_features
 from metavpt.objectives.mae import mae_loss, normalized_pixels
-from metavpt.strategies import inner_loss
+from metavpt.strategies.controls import Hardest, Uniform
+from metavpt.strategies.learned import inner_loss
+from metavpt.strategies.selection import Greedy, GreedySelection
 
 SMALL = [
     "backbone.tail_blocks=1", "backbone.embed_dim=24", "backbone.depth=2", "backbone.num_heads=2", "+backbone.patch_size=4",

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from hydra import compose, initialize_config_module
 
-from metavpt import compare, results
+from metavpt.compare import command, results
 
 MAKEFILE = Path(__file__).parents[2] / "Makefile"
 SMALL = [
@@ -33,10 +33,10 @@ def options() -> list[str]:
 def test_its_rows_differ_in_their_strategy_alone(options: list[str]) -> None:
     with initialize_config_module("metavpt.configs", version_base="1.3"):
         cfg = compose("compare", options)
-        made = {name: compose("compare", [*options, *row]) for name, row in compare.rows(cfg)}
+        made = {name: compose("compare", [*options, *row]) for name, row in command.rows(cfg)}
     assert {name: row.strategy._target_ for name, row in made.items()} == {
-        "fixed": "metavpt.strategies.Fixed",
-        "functional": "metavpt.functional.Functional",
+        "fixed": "metavpt.strategies.learned.Fixed",
+        "functional": "metavpt.strategies.function_space.Functional",
     }
     fixed, steered = (
         {key: value for key, value in row.items() if key != "strategy"} for row in made.values()

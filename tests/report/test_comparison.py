@@ -5,16 +5,16 @@ import re
 import shutil
 from pathlib import Path
 
-import example_folders as example
 import pytest
-from html_page import HOSTILE, Page, assert_self_contained
+from helpers import example_folders as example
+from helpers.html_page import HOSTILE, Page, assert_self_contained
 
-from metavpt import results
+from metavpt.compare import results
+from metavpt.compare.results import Result
+from metavpt.compare.table import Table
 from metavpt.errors import MetaVPTError
 from metavpt.report.comparison import write_comparison_report
 from metavpt.report.rows import read_rows, run_folder
-from metavpt.results import Result
-from metavpt.table import Table
 
 ROWS = ("fixed", "uniform", "one_step", "unrolled")
 MAX_PAGE_BYTES = 15_000_000

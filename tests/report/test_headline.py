@@ -1,8 +1,8 @@
 import pytest
 
+from metavpt.compare.results import Result
+from metavpt.compare.table import Table
 from metavpt.report.headline import headline
-from metavpt.results import Result
-from metavpt.table import Table
 
 NONE = "No row beats fixed on a steered metric by an interval that excludes zero."
 CAUTION = "With 3 seeds that says only that all of them agree."

@@ -9,12 +9,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from html_page import HOSTILE, Page, assert_self_contained
+from helpers.html_page import HOSTILE, Page, assert_self_contained
 from PIL import Image
 from rich.console import Console
 
-from metavpt import report, summary
+from metavpt import report
 from metavpt.errors import MetaVPTError
+from metavpt.run import summary
 
 
 def records() -> list[dict[str, Any]]:

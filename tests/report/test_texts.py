@@ -3,11 +3,11 @@
 import json
 from pathlib import Path
 
-from html_page import HOSTILE, Page, assert_self_contained
+from helpers.html_page import HOSTILE, Page, assert_self_contained
 
 from metavpt import RunLog, report
+from metavpt.report.samples import Answer, Candidate, Texts, Token
 from metavpt.report.texts import read_texts, visible
-from metavpt.texts import Answer, Candidate, Texts, Token
 
 PASSAGE = [
     Token("Question:"),

@@ -1,0 +1,50 @@
+"""python -m metavpt.bench problem=dino_nyuv2 [strategy=...]: where the time of a step goes, and what it must take."""
+
+import json
+from pathlib import Path
+
+import hydra
+import torch
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig, OmegaConf, open_dict
+from rich.console import Console
+
+from metavpt.bench import step_profile
+from metavpt.cli.one_line_errors import reporting
+from metavpt.training import run_folder
+from metavpt.training.build import build
+
+
+def bench(cfg: DictConfig) -> None:
+    """Print the breakdown of the configured run's steps, and leave it in `step.json` of a new folder."""
+    console = Console()
+    if cfg.threads:
+        torch.set_num_threads(cfg.threads)
+    choices = HydraConfig.get().runtime.choices
+    folder = run_folder.create(
+        Path(cfg.output) if cfg.output else None,
+        Path(cfg.runs),
+        f"bench-{choices['problem']}-{choices['strategy']}",
+    )
+    (folder / "config.yaml").write_text(OmegaConf.to_yaml(cfg, resolve=True))
+    run_folder.write_environment(folder, cfg.seed, command="bench")
+    with open_dict(cfg):  # whatever limit the run would have, its steps are what is measured
+        cfg.budget = {"_target_": cfg.budget._target_, "steps": 10**9}
+    trainer = build(cfg, folder, console)
+    now = step_profile.synchronized
+    steps = step_profile.num_steps(cfg.measure.steps, trainer.strategy)
+    measured = step_profile.measure(trainer, cfg.measure.warmup, steps, now, cfg.measure.flops)
+    card = torch.cuda.get_device_name() if torch.cuda.is_initialized() else None
+    found = step_profile.report(measured, step_profile.floor(trainer, now), card)
+    (folder / "step.json").write_text(json.dumps(found, indent=1) + "\n")
+    console.print(step_profile.table(measured))
+    for line in step_profile.lines(found):
+        console.print(line, soft_wrap=True, highlight=False)
+    console.print(f"{folder / 'step.json'}", soft_wrap=True, highlight=False)
+    trainer.log.close()
+
+
+@hydra.main(version_base="1.3", config_path="pkg://metavpt.configs", config_name="bench")
+def main(cfg: DictConfig) -> None:
+    with reporting():
+        bench(cfg)

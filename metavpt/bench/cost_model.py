@@ -1,0 +1,243 @@
+"""The forward and backward passes that a strategy cannot do without: how many of each, and how long one takes alone.
+
+    learner     pretraining loss of a task and its derivative by theta: all that a plain step has
+    design      the designer's task of a batch, without a graph
+    heads       the feedback heads fitted
+    g_down      feedback loss and its derivative by theta_S
+    inner       task, teacher and trunk of a meta batch, with the graph to phi; `inner_free` without one
+    tail        from there to the pretraining loss; `tail_back` its derivative by theta_S
+    phi_back    from the loss back to phi: one tail, trunk and designer
+    slopes      the costs of a `LinearLoss` differentiated along w
+    score       the loss of each sample of a random task, trunk included; `score_tail` the tail alone
+
+Counts are lower bounds: what is elementwise (optimizers, EMA, arithmetic on parameters), data and augmentation are not in them. A backward
+pass through activations alone costs what a forward pass does, and is counted as one.
+"""
+
+import statistics
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping
+from functools import cached_property
+from typing import Any
+
+import torch
+
+from metavpt.hypergradients import params
+from metavpt.hypergradients.curvature import Hessian
+from metavpt.hypergradients.estimators import Estimator, Implicit, OneStep, Unrolled, downstream
+from metavpt.hypergradients.linear_targets import LinearProduct
+from metavpt.hypergradients.mixed_products import DifferenceProduct, ExactProduct, Product
+from metavpt.strategies.learned import Fixed, Learned, Strategy, feedback_on, inner_loss
+from metavpt.strategies.selection import Greedy, GreedySelection
+from metavpt.training.streams import Streams
+from metavpt.training.timers import Clock
+
+Passes = Mapping[str, float]
+OUTSIDE = frozenset({"data", "augment"})  # phases that are no pass of either network
+REPEATS = 3
+
+
+def of_product(product: Product, by_phi: bool = True, by_theta: bool = False) -> Passes | None:
+    """Of one product on one batch, whose inner loss has been made."""
+    if isinstance(product, LinearProduct):
+        return (
+            of_product(product.general, by_phi, by_theta)
+            if by_theta
+            else {"slopes": 1, "phi_back": 1}
+        )
+    if isinstance(product, DifferenceProduct):
+        # Both ends forward and backward; by phi alone the second end's way back meets no weight, by both it is part of phi_back.
+        passes = {
+            (1, 0): {"tail": 3},
+            (0, 1): {"tail": 2, "tail_back": 2},
+            (1, 1): {"tail": 1, "tail_back": 2},
+        }
+    elif isinstance(product, ExactProduct):
+        # The gradient, forward and backward, and back through both.
+        passes = {
+            (1, 0): {"tail": 1, "tail_back": 2},
+            (0, 1): {"tail": 1, "tail_back": 4},
+            (1, 1): {"tail": 1, "tail_back": 4},
+        }
+    else:
+        return None
+    return {**passes[by_phi, by_theta], **({"phi_back": 1} if by_phi else {})}
+
+
+def of_update(estimator: Estimator, curvature_products: float = 0.0) -> Passes | None:
+    """Of one designer update, heads and g_down included, and so many products of a linear solve; None where it is not known."""
+    if isinstance(estimator, OneStep):
+        needs_g_pre = {"tail": 1, "tail_back": 1} if estimator.direction.needs_g_pre else {}
+        return _sum(
+            (1, {"heads": 1, "g_down": 1}),
+            (estimator.num_batches, {"inner": 1}, needs_g_pre, of_product(estimator.product)),
+        )
+    if isinstance(estimator, Implicit) and isinstance(estimator.curvature, Hessian):
+        curvature = of_product(estimator.product, by_phi=False, by_theta=True)
+        count = estimator.num_batches
+        one = {"inner_free": 1, "inner": 1}
+        return _sum(
+            (1, {"heads": 1, "g_down": 1}),
+            (count, one, of_product(estimator.product)),
+            (count * curvature_products, curvature),
+        )
+    if isinstance(estimator, Unrolled):
+        steps, kept = estimator.num_steps, min(estimator.kept_graphs, estimator.num_steps)
+        back, first = of_product(estimator.product, by_theta=True), of_product(estimator.product)
+        made = {"inner": steps, "inner_free": steps - kept, "tail": steps, "tail_back": steps}
+        return _sum((1, {"heads": 1, "g_down": 1}, made), (steps - 1, back), (1, first))
+    return None
+
+
+def of_step(strategy: Strategy, curvature_products: float = 0.0) -> Passes | None:
+    """Of a step of the learner, an update every so many steps shared out among them; None for a strategy that is not known."""
+    if isinstance(strategy, GreedySelection):
+        pool = strategy.pool_batches
+        return _sum(
+            (1, {"learner": 1, "score": pool, "score_tail": pool}),
+            (1 / strategy.refresh_every, {"heads": 1, "g_down": 1}),
+        )
+    if isinstance(strategy, Greedy):
+        scored = {"score": strategy.num_candidates, "score_tail": strategy.num_candidates}
+        return _sum(
+            (1, {"learner": 1}, scored), (1 / strategy.refresh_every, {"heads": 1, "g_down": 1})
+        )
+    if isinstance(strategy, Learned) and type(strategy).hypergradient is Learned.hypergradient:
+        return _sum(
+            (1, {"learner": 1, "design": 1}),
+            (1 / strategy.meta_every, of_update(strategy.estimator, curvature_products)),
+        )
+    return {"learner": 1} if type(strategy) is Fixed else None
+
+
+def seconds(passes: Passes, each: Callable[[str], float]) -> float:
+    """What `passes` take, if each takes as long as it does alone."""
+    return sum(count * each(name) for name, count in passes.items() if count)
+
+
+class Stopwatch:
+    """`stopwatch(name)`: the seconds of one pass alone, the median of a few, on the next batches of `streams`.
+
+    It fits the feedback heads and draws from the streams, but leaves learner and designer as they are. `now` as in `Clock`.
+    """
+
+    def __init__(
+        self,
+        problem: Any,
+        strategy: Strategy,
+        streams: Streams,
+        now: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        self.problem, self.strategy, self.streams, self.now = problem, strategy, streams, now
+        self._known: dict[str, float] = {}
+
+    def __call__(self, name: str) -> float:
+        if name not in self._known:
+            prepare, run = getattr(self, f"_{name}")()
+            run(prepare())
+            self._known[name] = statistics.median(
+                self._once(run, prepare()) for _ in range(REPEATS)
+            )
+        return self._known[name]
+
+    def _once(self, run: Callable[[Any], Any], prepared: Any) -> float:
+        clock = Clock(self.now, by_path=True)
+        with clock.listen("pass"):
+            run(prepared)
+        return sum(
+            spent for path, spent in clock.seconds.items() if path.rpartition("/")[2] not in OUTSIDE
+        )
+
+    @cached_property
+    def _feedback(self) -> Any:
+        return feedback_on(self.problem, next(self.streams.feedback))
+
+    @cached_property
+    def _batch(self) -> Any:
+        return next(self.streams.pretrain)
+
+    @cached_property
+    def _meta(self) -> Any:
+        return inner_loss(self.problem, self._feedback.theta, next(self.streams.meta))
+
+    @cached_property
+    def _phi(self) -> params.Params:
+        return params.named(self.problem.designer)
+
+    @property
+    def _theta(self) -> params.Params:
+        return params.leaves(self._feedback.aligned)
+
+    def _learner(self) -> Any:
+        theta = params.named(self.problem.learner)
+        with torch.no_grad():
+            task = (
+                self.problem.designer if isinstance(self.strategy, Learned) else self.problem.recipe
+            )(self._batch)
+        return lambda: None, lambda _: torch.autograd.grad(
+            self.problem.pretrain_loss(theta, task), list(theta.values()), materialize_grads=True
+        )
+
+    def _design(self) -> Any:
+        return lambda: None, torch.no_grad()(lambda _: self.problem.designer(self._batch))
+
+    def _heads(self) -> Any:
+        return lambda: None, lambda _: self.problem.fit_heads()
+
+    def _g_down(self) -> Any:
+        return lambda: None, lambda _: downstream(self._feedback.loss, self._feedback.aligned)
+
+    def _inner(self) -> Any:
+        return lambda: None, lambda _: self._meta(self._phi)
+
+    def _inner_free(self) -> Any:
+        return lambda: None, torch.no_grad()(lambda _: self._meta(self._phi))
+
+    def _tail(self) -> Any:
+        return lambda: self._meta(self._phi), lambda loss: loss(self._theta)
+
+    def _tail_back(self) -> Any:
+        def prepare() -> Any:
+            with torch.no_grad():
+                loss = self._meta(self._phi)
+            theta = self._theta
+            return loss(theta), list(theta.values())
+
+        return prepare, lambda made: torch.autograd.grad(*made, materialize_grads=True)
+
+    def _phi_back(self) -> Any:
+        return lambda: self._meta(self._phi)(self._theta), lambda loss: torch.autograd.grad(
+            loss, list(self._phi.values())
+        )
+
+    def _slopes(self) -> Any:
+        product: Any = getattr(self.strategy, "estimator", None)
+        derivative, absolute = product.product.derivative, product.product.absolute
+        w = downstream(self._feedback.loss, self._feedback.aligned)[1]
+        return lambda: self._meta(self._phi), lambda loss: loss.slopes(
+            self._feedback.aligned, w, derivative, absolute
+        )
+
+    def _scored(self) -> Callable[[], Any]:
+        task = self.problem.recipe(self._batch)
+        return torch.no_grad()(lambda: self.problem.per_sample_tail(self._feedback.theta, task))
+
+    def _score(self) -> Any:
+        scored = self._scored()
+        return lambda: None, torch.no_grad()(lambda _: scored()(self._feedback.aligned))
+
+    def _score_tail(self) -> Any:
+        return self._scored(), torch.no_grad()(lambda losses: losses(self._feedback.aligned))
+
+
+def _sum(*groups: Any) -> Passes | None:
+    """Each group is a count and what it counts; None where any part is not known."""
+    total: Counter[str] = Counter()
+    for times, *parts in groups:
+        for part in parts:
+            if part is None:
+                return None
+            for name, count in part.items():
+                total[name] += times * count
+    return {name: count for name, count in total.items() if count}

@@ -1,0 +1,261 @@
+"""What the steps of a run are made of: the seconds of each phase, the floor under them, FLOPs and memory."""
+
+import math
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from rich.progress import track
+from rich.table import Table
+
+from metavpt.bench import cost_model, flops
+from metavpt.bench.memory import PeakMemory
+from metavpt.errors import MetaVPTError
+from metavpt.training.timers import Clock
+from metavpt.training.trainer import Trainer
+
+STEP, UPDATE = "step", "designer"
+TITLES = {
+    "data": "data",
+    "augment": "augmentation",
+    "task": "task construction",
+    "teacher": "teacher",
+    "heads": "heads",
+    "g_down": "g_down",
+    "solve": "linear solve",
+    "product": "product",
+    "phi": "phi step",
+    "forward": "student forward",
+    "backward": "student backward",
+    "optimizer": "optimizer",
+    "learner": "clipping, checks",
+    "ema": "EMA, centre",
+    UPDATE: "other",
+    STEP: "other",
+}
+
+
+class Spent(NamedTuple):
+    """`seconds` of a phase in a step in which it occurs, which is the share `frequency` of all steps."""
+
+    part: str  # of the step itself, STEP, or of what the strategy does for the designer, UPDATE
+    phase: str
+    seconds: float
+    frequency: float
+
+    @property
+    def per_step(self) -> float:
+        return self.seconds * self.frequency
+
+
+def spent(steps: Sequence[dict[str, float]]) -> list[Spent]:
+    """Of the seconds by path of each step, see `Clock`: medians over the steps in which a phase occurs, in the order of TITLES."""
+    found: dict[tuple[str, str], list[float]] = {}
+    for step in steps:
+        own: dict[tuple[str, str], float] = {}
+        for path, seconds in step.items():
+            names = path.split("/")
+            key = UPDATE if UPDATE in names else STEP, names[-1]
+            own[key] = own.get(key, 0.0) + seconds
+        for key, seconds in own.items():
+            found.setdefault(key, []).append(seconds)
+    known = list(TITLES)
+    order = sorted(
+        found,
+        key=lambda key: (
+            key[0] == UPDATE,
+            known.index(key[1]) if key[1] in TITLES else len(known),
+            key[1],
+        ),
+    )
+    return [
+        Spent(*key, statistics.median(found[key]), len(found[key]) / len(steps)) for key in order
+    ]
+
+
+@dataclass
+class Measured:
+    """Some steps of a run. `flops` and `peak_bytes` by kind of step, "plain" and "update"; what was not measured is missing."""
+
+    seconds: list[dict[str, float]] = field(default_factory=list)  # by path, of each step
+    peak_bytes: dict[str, int] = field(default_factory=dict)
+    flops: dict[str, int] = field(default_factory=dict)
+    samples: int = 0  # of a step
+
+    @property
+    def phases(self) -> list[Spent]:
+        return spent(self.seconds)
+
+    @property
+    def per_step(self) -> float:
+        """Seconds of a step, updates shared out."""
+        return sum(phase.per_step for phase in self.phases)
+
+    def per_step_without(self, names: frozenset[str]) -> float:
+        return sum(phase.per_step for phase in self.phases if phase.phase not in names)
+
+
+def period(strategy: Any) -> int:
+    """After how many steps what a strategy does comes round again."""
+    return next(
+        (
+            getattr(strategy, name)
+            for name in ("meta_every", "refresh_every", "every")
+            if hasattr(strategy, name)
+        ),
+        1,
+    )
+
+
+def num_steps(asked: int, strategy: Any) -> int:
+    """At least `asked`, and whole periods of the strategy."""
+    if asked < 1:
+        raise MetaVPTError(f"measure.steps={asked} must be at least 1")
+    return math.ceil(asked / period(strategy)) * period(strategy)
+
+
+def measure(
+    trainer: Trainer, warmup: int, steps: int, now: Callable[[], float], count_flops: bool = True
+) -> Measured:
+    """`steps` steps of `trainer` after `warmup` ones, and one more period under a FLOP counter. It trains; probes are left out."""
+    if hasattr(trainer.strategy, "burn_in"):
+        trainer.strategy.burn_in = 0  # pyright: ignore[reportAttributeAccessIssue]
+    trainer.first_order_every = 0
+    measured, memory = Measured(), PeakMemory()
+    for number in track(
+        range(warmup + steps), "measuring", console=trainer.log.console, transient=True
+    ):
+        before, clock = trainer.budget.samples, Clock(now, by_path=True)
+        memory.restart()
+        with clock.listen(STEP):
+            trainer.step()
+        if number >= warmup:
+            measured.seconds.append(clock.seconds)
+            kind = _kind(clock)
+            measured.peak_bytes[kind] = max(measured.peak_bytes.get(kind, 0), memory.peak)
+            measured.samples = trainer.budget.samples - before
+    for _ in range(period(trainer.strategy) if count_flops else 0):
+        clock = Clock(by_path=True)
+        with clock.listen(STEP):
+            counted = flops.count(trainer.step)
+        measured.flops.setdefault(_kind(clock), counted)
+    return measured
+
+
+def _kind(clock: Clock) -> str:
+    """Of a step: one that paid for feedback, or one that did not."""
+    return "update" if any("g_down" in path for path in clock.seconds) else "plain"
+
+
+class Floor(NamedTuple):
+    """Seconds that the passes of a step take alone, updates shared out; `each` and `passes` by name, see `metavpt.bench.cost_model`."""
+
+    seconds: float
+    passes: dict[str, float]
+    each: dict[str, float]
+
+
+def floor(trainer: Trainer, now: Callable[[], float]) -> Floor | None:
+    """None for a strategy or an estimator whose passes nobody has counted. Linear solves count as they went in the steps so far."""
+    records = trainer.log.records() if trainer.log.path.exists() else []
+    products = [
+        record["curvature_products"] for record in records if "curvature_products" in record
+    ]
+    counts = cost_model.of_step(trainer.strategy, statistics.mean(products) if products else 0.0)
+    if counts is None:
+        return None
+    stopwatch = cost_model.Stopwatch(trainer.problem, trainer.strategy, trainer.streams, now)
+    each = {name: stopwatch(name) for name in counts}
+    return Floor(cost_model.seconds(counts, each.__getitem__), dict(counts), each)
+
+
+def report(measured: Measured, floor: Floor | None, card: str | None) -> dict[str, Any]:
+    """All that was found, for JSON."""
+    busy = measured.per_step_without(cost_model.OUTSIDE)
+    plain = sum(phase.per_step for phase in measured.phases if phase.part == STEP)
+    return {
+        "phases": [{**phase._asdict(), "per_step": phase.per_step} for phase in measured.phases],
+        "seconds_per_step": measured.per_step,
+        "samples_per_second": measured.samples / measured.per_step,
+        "floor": floor._asdict() if floor else None,
+        "over_floor": measured.per_step / floor.seconds if floor else None,
+        "over_floor_without_data_and_augmentation": busy / floor.seconds if floor else None,
+        "flops": measured.flops,
+        "model_flops_utilisation": flops.utilisation(measured.flops["plain"], plain, card)
+        if "plain" in measured.flops
+        else None,
+        "peak_bytes": measured.peak_bytes,
+        "steps": asdict(measured)["seconds"],
+    }
+
+
+def table(measured: Measured) -> Table:
+    """One row for each phase: seconds where it occurs, in how many of the steps, seconds a step, share."""
+    rows = Table(
+        "",
+        *(f"[dim]{title}" for title in ("seconds", "in steps", "seconds a step", "share")),
+        box=None,
+    )
+    for column in rows.columns[1:]:
+        column.justify = "right"
+    for part, title in ((STEP, "step"), (UPDATE, "designer update")):
+        own = [phase for phase in measured.phases if phase.part == part]
+        if own:
+            rows.add_row(
+                f"[bold]{title}",
+                "",
+                "",
+                *_shown(sum(phase.per_step for phase in own), measured.per_step),
+            )
+        for phase in own:
+            shown = _shown(phase.per_step, measured.per_step)
+            rows.add_row(
+                f"  {TITLES.get(phase.phase, phase.phase)}",
+                f"{phase.seconds:.4f}",
+                f"{phase.frequency:.0%}",
+                *shown,
+            )
+    return rows
+
+
+def _shown(per_step: float, whole: float) -> tuple[str, str]:
+    return f"{per_step:.4f}", f"{per_step / whole:.1%}"
+
+
+def lines(found: dict[str, Any]) -> list[str]:
+    """A report's numbers beside the phases, one a line."""
+    said = [
+        f"{found['seconds_per_step']:.4f} s a step, {found['samples_per_second']:.4g} samples/s"
+    ]
+    if floor := found["floor"]:
+        counted = " + ".join(
+            f"{count:.4g} {name} x {floor['each'][name]:.4f}"
+            for name, count in floor["passes"].items()
+        )
+        over, busy = found["over_floor"], found["over_floor_without_data_and_augmentation"]
+        said.append(f"floor {floor['seconds']:.4f} s a step = {counted}")
+        said.append(f"measured / floor {over:.2f}; without data and augmentation {busy:.2f}")
+    else:
+        said.append(
+            "floor unknown: the passes of this strategy or estimator are not counted in metavpt.bench.cost_model"
+        )
+    said += [f"FLOPs of a step, {kind}: {number:.3e}" for kind, number in found["flops"].items()]
+    share = found["model_flops_utilisation"]
+    said.append(
+        f"model FLOPs utilisation of a plain step: {'unknown' if share is None else f'{share:.1%} of the peak in bfloat16'}"
+    )
+    said += [
+        f"peak memory of a step, {kind}: {size / 2**20:,.0f} MiB"
+        for kind, size in found["peak_bytes"].items()
+    ]
+    return said
+
+
+def synchronized() -> float:
+    """Seconds, once the GPU has done what it was given."""
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+    return time.perf_counter()

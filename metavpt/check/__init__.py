@@ -1,0 +1,12 @@
+"""Whether a problem's hypergradients can be trusted: measured on the user's own problem, before a run is spent on it.
+
+from metavpt.check import check, check_product
+
+for finding in check(problem): print(finding)
+"""
+
+from metavpt.check.derivatives import check_product
+from metavpt.check.finding import Finding
+from metavpt.check.suite import check
+
+__all__ = ["Finding", "check", "check_product"]

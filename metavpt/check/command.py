@@ -1,0 +1,67 @@
+"""python -m metavpt.check problem=dino_nyuv2 [strategy=...]: whether its hypergradients can be trusted, before a run is spent."""
+
+import sys
+from collections import Counter
+
+import hydra
+import torch
+from hydra.utils import instantiate
+from omegaconf import DictConfig
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from metavpt.check import Finding, check
+from metavpt.cli.allowed_targets import asked_for, check_targets
+
+COLOURS = {"ok": "green", "warning": "yellow", "failed": "bold red"}
+
+
+def table(findings: list[Finding]) -> Table:
+    """One row for each finding, what to do below what was measured."""
+    rows = Table("check", "verdict", "measured")
+    for finding in findings:
+        colour = COLOURS[finding.verdict]
+        measured = escape(finding.measured)
+        if finding.advice:
+            measured += f"\n[{colour}]->[/] {escape(finding.advice)}"
+        rows.add_row(finding.name, f"[{colour}]{finding.verdict}[/]", measured)
+    return rows
+
+
+def verdict(findings: list[Finding]) -> str:
+    """The last line: `verdict: failed (2 failed, 1 warning, 9 ok): tail, compile`."""
+    counts = Counter(finding.verdict for finding in findings)
+    worst = next(level for level in ("failed", "warning", "ok") if counts[level] or level == "ok")
+    said = ", ".join(
+        f"{counts[level]} {level}" for level in ("failed", "warning", "ok") if counts[level]
+    )
+    names = (
+        ", ".join(finding.name for finding in findings if finding.verdict == worst)
+        if worst != "ok"
+        else ""
+    )
+    return f"verdict: {worst} ({said})" + (f": {names}" if names else "")
+
+
+@hydra.main(version_base="1.3", config_path="pkg://metavpt.configs", config_name="run")
+def main(cfg: DictConfig) -> None:
+    if cfg.threads:
+        torch.set_num_threads(cfg.threads)
+    torch.manual_seed(cfg.seed)
+    console = Console()
+    check_targets(cfg, asked_for())
+    problem = instantiate(cfg.problem)
+    problem.to(cfg.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    estimator = getattr(instantiate(cfg.strategy), "estimator", None)
+    with console.status("checking"):
+        findings = check(
+            problem,
+            estimator=estimator,
+            optimizer=instantiate(cfg.trainer.optimizer),
+            seed=cfg.seed,
+        )
+    console.print(table(findings))
+    console.print(verdict(findings), soft_wrap=True, highlight=False)
+    if any(finding.verdict == "failed" for finding in findings):
+        sys.exit(1)

@@ -1,0 +1,150 @@
+"""How well the first-order value of a step predicts what the step does to the feedback loss."""
+
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from metavpt.check.finding import Finding
+from metavpt.check.scene import Scene
+from metavpt.hypergradients import params
+from metavpt.hypergradients.mixed_products import value_and_gradient
+from metavpt.hypergradients.optimizer_updates import Update, first_order_value, from_torch
+from metavpt.hypergradients.params import Params
+from metavpt.problem import Problem
+from metavpt.training.streams import Stream
+
+MakeOptimizer = Callable[[list[Tensor]], Optimizer]
+NUM_PAIRS = 16
+FEWEST_PAIRS = 8
+WARM_UP = 4  # steps before the first pair: an AdamW without moments steps by the sign of the gradient alone
+FORESEEN = 0.5
+
+
+class Pair(NamedTuple):
+    """The drop of the feedback loss in one step: predicted to first order, and real."""
+
+    plain: float  # lr <g_down, g_pre>
+    aware: float  # <g_down, theta - theta'> through AdamW's moments
+    same: float  # real, on the labelled batch that g_down was taken on
+    held_out: float  # real, on another one
+
+
+def first_order(
+    scene: Scene,
+    optimizer: MakeOptimizer | None = None,
+    seed: int = 0,
+    deadline: float = float("inf"),
+) -> Finding:
+    """Pearson's r of prediction and reality over pairs of batches, each from the same learner after a short warm-up of its optimizer."""
+    pairs = _pairs(
+        scene.problem,
+        optimizer or (lambda parameters: torch.optim.AdamW(parameters, lr=1e-4)),
+        seed,
+        deadline,
+    )
+    columns = {name: np.array([getattr(pair, name) for pair in pairs]) for name in Pair._fields}
+    r = {
+        (a, b): _pearson(columns[a], columns[b])
+        for a in ("plain", "aware")
+        for b in ("same", "held_out")
+    }
+    measured = (
+        f"r of predicted and real change in {len(pairs)} single steps: AdamW-aware {r['aware', 'same']:.2f} on the same labelled batch, "
+        f"{r['aware', 'held_out']:.2f} on another; plain inner product {r['plain', 'same']:.2f} and {r['plain', 'held_out']:.2f}"
+    )
+    name = "first_order"
+    if not r["aware", "same"] >= FORESEEN:
+        advice = "the step is too long for a first-order value, or theta_S holds too little of what moves: lower the learning rate, enlarge S"
+        return Finding(name, "warning", measured, advice)
+    return Finding(name, "ok", measured)
+
+
+def _pairs(
+    problem: Problem, make_optimizer: MakeOptimizer, seed: int, deadline: float
+) -> list[Pair]:
+    """On copies of theta alone; the problem does not move."""
+    unlabelled = Stream(problem.pretrain_batches, seed, "pretrain_batches")
+    feedback = Stream(problem.feedback_batches, seed, "feedback_batches")
+    theta = params.leaves(params.clone(params.named(problem.learner)))
+    optimizer = make_optimizer(list(theta.values()))
+    for _ in range(WARM_UP):
+        _step(optimizer, theta, _gradient(problem, theta, next(unlabelled)))
+    start, state = params.clone(theta), _copy_state(optimizer)
+    labelled, pairs = next(feedback), []
+    while len(pairs) < NUM_PAIRS and not (
+        len(pairs) >= FEWEST_PAIRS and time.monotonic() > deadline
+    ):
+        _restore(optimizer, theta, start, state)
+        g_pre = _gradient(problem, theta, next(unlabelled))
+        another = next(feedback)
+        pairs.append(_pair(problem, optimizer, theta, g_pre, labelled, another))
+        labelled = another
+    return pairs
+
+
+def _pair(
+    problem: Problem,
+    optimizer: Optimizer,
+    theta: Params,
+    g_pre: Params,
+    labelled: Any,
+    another: Any,
+) -> Pair:
+    names = list(problem.aligned_parameters())
+    loss, g_down = value_and_gradient(
+        lambda theta_s: problem.feedback_loss({**theta, **theta_s}, labelled),
+        {n: theta[n] for n in names},
+    )
+    update: Update = from_torch(optimizer, {name: theta[name] for name in names})
+    g_pre_s = {name: g_pre[name] for name in names}
+    plain = float(optimizer.param_groups[0]["lr"] * params.dot(g_down, g_pre_s))
+    aware = float(first_order_value(update, g_pre_s, g_down)[1])
+    with torch.no_grad():
+        before = float(loss), float(problem.feedback_loss(theta, another))
+        _step(optimizer, theta, g_pre)
+        after = (
+            float(problem.feedback_loss(theta, labelled)),
+            float(problem.feedback_loss(theta, another)),
+        )
+    return Pair(plain, aware, before[0] - after[0], before[1] - after[1])
+
+
+def _gradient(problem: Problem, theta: Params, batch: Any) -> Params:
+    with torch.no_grad():
+        task = problem.designer(batch)
+    return value_and_gradient(lambda theta: problem.pretrain_loss(theta, task), theta)[1]
+
+
+def _step(optimizer: Optimizer, theta: Params, gradient: Params) -> None:
+    for name, p in theta.items():
+        p.grad = gradient[name]
+    optimizer.step()
+
+
+def _copy_state(optimizer: Optimizer) -> dict[Tensor, dict[str, Any]]:
+    return {
+        p: {k: v.clone() if isinstance(v, Tensor) else v for k, v in held.items()}
+        for p, held in optimizer.state.items()
+    }
+
+
+@torch.no_grad()
+def _restore(
+    optimizer: Optimizer, theta: Params, start: Params, state: dict[Tensor, dict[str, Any]]
+) -> None:
+    for name, p in theta.items():
+        p.copy_(start[name])
+    for p, held in state.items():
+        optimizer.state[p] = {k: v.clone() if isinstance(v, Tensor) else v for k, v in held.items()}
+
+
+def _pearson(x: np.ndarray, y: np.ndarray) -> float:
+    """NaN where either does not vary."""
+    if not (np.ptp(x) > 0 and np.ptp(y) > 0):
+        return float("nan")
+    return float(np.corrcoef(x, y)[0, 1])

@@ -1,0 +1,1 @@
+"""What the commands share: one-line errors and the targets that a configuration may name."""

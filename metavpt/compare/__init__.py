@@ -1,0 +1,1 @@
+"""`python -m metavpt.compare`: strategies at equal cost, with paired statistics."""

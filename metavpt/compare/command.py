@@ -1,0 +1,236 @@
+"""python -m metavpt.compare problem=... strategies=[fixed,greedy,one_step] seeds=[0,1,2] match=steps: strategies at equal cost."""
+
+import itertools
+import os
+import shlex
+from collections.abc import Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import cast
+
+import hydra
+import torch
+from hydra import compose
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig, OmegaConf, open_dict
+from rich.console import Console
+
+from metavpt import report
+from metavpt.cli.allowed_targets import asked_for, check_targets
+from metavpt.cli.one_line_errors import reporting
+from metavpt.compare.runner import Comparison, Job
+from metavpt.compare.table import Table
+from metavpt.errors import MetaVPTError
+from metavpt.report.rows import run_folder as row_folder
+from metavpt.training import run_folder
+from metavpt.training.budget import UNITS
+from metavpt.training.build import build as build_trainer
+from metavpt.training.trainer import Trainer
+
+WARM_START = "warm start"
+OWN = {
+    "strategies",
+    "controls",
+    "vary",
+    "seeds",
+    "match",
+    "warm_start",
+    "jobs",
+}  # what a single run does not have
+GROWS = {
+    "strategies",
+    "controls",
+    "vary",
+    "seeds",
+    "jobs",
+    "strategy",
+    "seed",
+}  # what may differ when a comparison goes on
+PLACE = {"resume", "output", "runs", "allow_targets"}
+
+Row = tuple[str, list[str]]  # a name and the overrides that make it
+
+shared: list[
+    str
+] = []  # strategy.<option>=... of the command line: for every row that has the option
+
+
+def rows(cfg: DictConfig) -> list[Row]:
+    """The controls, then the strategies, each of these repeated over the values of `vary`."""
+    found: dict[str, list[str]] = {}
+    for entry in cfg.controls or []:
+        found |= dict([_row(entry)])
+    for entry in cfg.strategies:
+        name, overrides = _row(entry)
+        if found.get(name, overrides) != overrides:
+            raise MetaVPTError(f"strategies: {name} names two rows; give one of them another name")
+        for values in _combinations(cfg.vary) if name not in found else [[]]:
+            found[" ".join([name, *values])] = overrides + values
+    if not found:
+        raise MetaVPTError("strategies=[]: name at least one row")
+    return list(found.items())
+
+
+def compositions(cfg: DictConfig) -> dict[str, DictConfig]:
+    """The configuration of each row, and of the warm start, by name."""
+    command_line = [
+        o
+        for o in HydraConfig.get().overrides.task
+        if o.partition("=")[0].lstrip("+") not in OWN | PLACE
+    ]
+    made = {
+        name: _compose(command_line, overrides)
+        for name, overrides in [(WARM_START, ["strategy=fixed"]), *rows(cfg)]
+    }
+    for name, row in made.items():
+        check_targets(row, asked_for())
+        for unit in UNITS:
+            if unit != cfg.match and row.budget[unit] != cfg.budget[unit]:
+                raise MetaVPTError(
+                    f"{name}: budget.{unit}={row.budget[unit]}: rows are matched by {cfg.match}; set budget.{cfg.match}"
+                )
+    for option in shared:
+        if not any(_has(row, option) for row in made.values()):
+            raise MetaVPTError(f"{option}: no row has this option")
+    return made
+
+
+def jobs(cfg: DictConfig, made: dict[str, DictConfig], folder: Path) -> Iterator[Job]:
+    """The warm start of each seed and its rows; the configuration of each stands in its folder."""
+    for seed in cfg.seeds:
+        warm = folder / "warm" / f"seed{seed}"
+        for name, row in made.items():
+            if name == WARM_START:
+                row.trainer.first_order_every = 0  # it steers nothing
+                build = _prepare(row, seed, cfg, warm, {"steps": cfg.warm_start or 1})
+                yield Job(name, seed, warm, build, untrained=not cfg.warm_start)
+            else:
+                place = row_folder(folder, name, seed)
+                if cfg.warm_start:
+                    row.trainer.head_warmup_steps = 0  # they are over with the warm start
+                yield Job(
+                    name,
+                    seed,
+                    place,
+                    _prepare(row, seed, cfg, place, {cfg.match: row.budget[cfg.match]}),
+                    warm,
+                )
+
+
+def build(cfg: DictConfig, folder: Path) -> Trainer:
+    """The trainer of one job, in the job's own process."""
+    torch.set_num_threads(cfg.threads)
+    return build_trainer(cfg, folder, Console(quiet=True))
+
+
+def compare(cfg: DictConfig) -> Path:
+    """Run what is missing, print the table, write it and the report; the folder of the comparison."""
+    _validate(cfg)
+    made = compositions(cfg)
+    console = Console()
+    output, parent = Path(cfg.output) if cfg.output else None, Path(cfg.runs)
+    config = OmegaConf.to_yaml(
+        OmegaConf.masked_copy(cfg, [str(k) for k in cfg if k not in GROWS | PLACE]), resolve=True
+    )
+    if cfg.resume:
+        folder = run_folder.find(output, parent, config)
+    else:
+        folder = run_folder.create(
+            output, parent, f"compare-{HydraConfig.get().runtime.choices['problem']}"
+        )
+        (folder / "config.yaml").write_text(config)
+        run_folder.write_environment(folder, command="compare", also=shared)
+    comparison = Comparison(folder, jobs(cfg, made, folder), cfg.jobs, console)
+    results = comparison.run()
+    table = Table(results)
+    table.write(folder)
+    console.print(table.rich())
+    console.print(f"report: {report.write_comparison_report(folder)}")
+    failed = [result for result in results if result.error]
+    if failed:
+        first = failed[0]
+        raise MetaVPTError(
+            f"{len(failed)} of {len(results)} rows failed; {first.row} on seed {first.seed}: {first.error}"
+        )
+    return folder
+
+
+def _validate(cfg: DictConfig) -> None:
+    seeds = list(cfg.seeds)
+    if not seeds or len(set(seeds)) < len(seeds):
+        raise MetaVPTError(f"seeds={seeds}: name each seed once, and at least one")
+    if cfg.match not in UNITS:
+        raise MetaVPTError(f"match={cfg.match}: known are {', '.join(UNITS)}")
+    if not cfg.budget[cfg.match]:
+        raise MetaVPTError(
+            f"match={cfg.match}: say how much each row may spend with budget.{cfg.match}=N"
+        )
+    if cfg.jobs < 1:
+        raise MetaVPTError(f"jobs={cfg.jobs}: at least one row must run at a time")
+    if cfg.warm_start < 0:
+        raise MetaVPTError(
+            f"warm_start={cfg.warm_start}: the number of its steps must not be negative"
+        )
+
+
+def _row(entry: str | DictConfig) -> Row:
+    """`one_step`, `one_step strategy.meta_every=4` or {name: 'one_step ...'}."""
+    if OmegaConf.is_dict(entry):
+        ((name, text),) = entry.items()  # type: ignore[union-attr]
+    else:
+        name = text = entry
+    choice, *options = shlex.split(str(text))
+    return str(name), [f"strategy={choice}", *options]
+
+
+def _combinations(vary: DictConfig | None) -> list[list[str]]:
+    if not vary:
+        return [[]]
+    return [
+        list(values)
+        for values in itertools.product(
+            *([f"{key}={value}" for value in values] for key, values in vary.items())
+        )
+    ]
+
+
+def _compose(command_line: Sequence[str], overrides: Sequence[str]) -> DictConfig:
+    """The configuration of one row, with what is shared by all rows that have the option; its own `overrides` come last."""
+    plain = compose("compare", overrides=[*command_line, *overrides])
+    applying = [option for option in shared if _has(plain, option)]
+    return (
+        compose("compare", overrides=[*command_line, *applying, *overrides]) if applying else plain
+    )
+
+
+def _has(cfg: DictConfig, option: str) -> bool:
+    node = cfg
+    for key in option.partition("=")[0].split("."):
+        if not OmegaConf.is_dict(node) or key not in node:
+            return False
+        node = node[key]
+    return True
+
+
+def _prepare(
+    row: DictConfig, seed: int, cfg: DictConfig, folder: Path, limits: dict[str, float]
+) -> partial[Trainer]:
+    """The row's own configuration, written to its folder, and the constructor of its trainer."""
+    row = OmegaConf.masked_copy(row, [str(key) for key in row if key not in OWN | PLACE])
+    with open_dict(row):
+        row.seed, row.threads = seed, cfg.threads or max(1, (os.cpu_count() or 1) // cfg.jobs)
+        row.budget = {"_target_": row.budget._target_, **dict.fromkeys(UNITS), **limits}
+    text, file = OmegaConf.to_yaml(row, resolve=True), folder / "config.yaml"
+    if file.is_file() and file.read_text() != text:
+        raise MetaVPTError(
+            f"{folder}: holds this row with another configuration; name the row differently, or choose another output="
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    file.write_text(text)
+    return partial(build, cast(DictConfig, OmegaConf.create(text)))
+
+
+@hydra.main(version_base="1.3", config_path="pkg://metavpt.configs", config_name="compare")
+def main(cfg: DictConfig) -> None:
+    with reporting():
+        compare(cfg)

@@ -1,0 +1,377 @@
+"""The table of a comparison: what every row is worth, against the reference on the same seeds, and what it cost."""
+
+import csv
+import io
+import math
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from statistics import fmean
+from typing import NamedTuple
+
+from rich.console import Group
+from rich.table import Table as RichTable
+from rich.text import Text
+
+from metavpt.compare.metric_directions import sign
+from metavpt.compare.paired_statistics import (
+    LEVEL,
+    MAX_RANGE_SEEDS,
+    Mean,
+    Paired,
+    mean_se,
+    paired,
+    range_coverage,
+    smallest_p,
+)
+from metavpt.compare.results import Result
+from metavpt.errors import MetaVPTError
+from metavpt.report.formatting import number, with_error
+
+STEP0 = "step 0"
+MIB = 2**20
+COLUMNS = (
+    "row",
+    "metric",
+    "block",
+    "mean",
+    "se",
+    "seeds",
+    "difference",
+    "low",
+    "high",
+    "p",
+    "wins",
+    "n",
+    "verdict",
+)  # of the CSV
+STYLES = {"better": "green", "worse": "red"}
+
+Values = dict[str, dict[str, dict[int, float]]]  # row -> metric -> seed -> value
+
+
+class Cell(NamedTuple):
+    """One row on one metric: over its seeds, and against the reference; None where it has no finite value or no seed in common."""
+
+    mean: Mean | None
+    paired: Paired | None
+
+
+class Cost(NamedTuple):
+    """Means over the seeds that finished; throughput in samples a second relative to the reference."""
+
+    seeds: int
+    steps: float | None = None
+    samples: float | None = None
+    grad_evals: float | None = None
+    seconds: float | None = None
+    peak_mib: float | None = None
+    throughput: float | None = None
+
+
+class Section(NamedTuple):
+    """A part of the table as text; `verdicts` has one for each line."""
+
+    title: str
+    header: list[str]
+    lines: list[list[str]]
+    verdicts: list[str]
+
+
+class Table:
+    """Results by row and metric, first of all step 0: the warm start that the rows of a seed share.
+
+    rows          step 0, then the rows in the order in which they appear
+    metrics       those that the feedback is about
+    side_effects  the other ones
+    warnings      side effects on which a row is worse than step 0 or the reference by more than the interval
+    notes         what a reader must know: rows that failed, values that are missing, how much the seeds can show
+    """
+
+    def __init__(self, results: Sequence[Result], reference: str = "fixed") -> None:
+        if not results:
+            raise MetaVPTError("no row of the comparison has finished, so there is no table yet")
+        self.results = list(results)
+        self.reference = reference
+        self.rows = [STEP0, *dict.fromkeys(result.row for result in results)]
+        self.values = _values(results)
+        self.has_reference = any(self.values.get(reference, {}).values())
+        names = list(
+            dict.fromkeys(name for by_metric in self.values.values() for name in by_metric)
+        )
+        self.steered = _steered(results, names)
+        everywhere = set().union(*self.steered.values())
+        self.metrics = [name for name in names if name in everywhere]
+        self.side_effects = [name for name in names if name not in everywhere]
+        self.cells = {(row, name): self._cell(row, name) for row in self.rows for name in names}
+        self.warnings = list(self._warnings())
+        self.notes = list(dict.fromkeys(self._notes()))
+
+    def difference(self, row: str, other: str, metric: str) -> Paired | None:
+        """`row` minus `other` on the seeds that both have; None where there is none."""
+        a, b = (self.values.get(name, {}).get(metric, {}) for name in (row, other))
+        seeds = sorted(a.keys() & b.keys())
+        return (
+            paired([a[seed] for seed in seeds], [b[seed] for seed in seeds], sign(metric))
+            if seeds
+            else None
+        )
+
+    def cost(self, row: str) -> Cost:
+        finished = {
+            result.seed: result
+            for result in self.results
+            if result.row == row and result.error is None
+        }
+        if not finished:
+            return Cost(0)
+        steps, samples, grad_evals, seconds, memory = (
+            fmean(getattr(result, unit) for result in finished.values())
+            for unit in ("steps", "samples", "grad_evals", "seconds", "peak_memory")
+        )
+        others = {
+            result.seed: result
+            for result in self.results
+            if result.row == self.reference and result.error is None
+        }
+        ratios = [
+            finished[seed].samples_per_s / others[seed].samples_per_s
+            for seed in finished.keys() & others
+            if others[seed].samples
+        ]
+        return Cost(
+            len(finished),
+            steps,
+            samples,
+            grad_evals,
+            seconds,
+            memory / MIB or None,
+            fmean(ratios) if ratios else None,
+        )
+
+    def sections(self) -> list[Section]:
+        """Steered metrics, side effects, cost; each line begins with the name of its row."""
+        steered = [self._metric_section(name) for name in self.metrics]
+        return [
+            *steered,
+            *(self._metric_section(name, "side effect: ") for name in self.side_effects),
+            self._cost_section(),
+        ]
+
+    def rich(self) -> Group:
+        """For a terminal of 100 columns. A difference whose interval excludes zero is green or red."""
+        parts: list[RichTable | Text] = []
+        for section in self.sections():
+            made = RichTable(box=None, header_style="dim", pad_edge=False)
+            for i, name in enumerate(section.header):
+                made.add_column(
+                    name, justify="right" if i else "left", no_wrap=i > 0, overflow="fold"
+                )
+            for line, verdict in zip(section.lines, section.verdicts, strict=True):
+                made.add_row(
+                    *(
+                        Text(text, STYLES.get(verdict, "") if i == 2 else "")
+                        for i, text in enumerate(line)
+                    )
+                )
+            parts += [Text(section.title, "bold"), made, Text()]
+        parts += [Text(f"warning: {warning}", "yellow") for warning in self.warnings]
+        return Group(*parts, *(Text(note, "dim") for note in self.notes))
+
+    def markdown(self) -> str:
+        parts = []
+        for section in self.sections():
+            rule = ["---", *["---:"] * (len(section.header) - 1)]
+            lines = [section.header, rule, *section.lines]
+            parts.append(
+                f"**{_escaped(section.title)}**\n\n"
+                + "\n".join(f"| {' | '.join(map(_escaped, line))} |" for line in lines)
+            )
+        closing = [
+            *(f"- **Warning:** {_escaped(text)}" for text in self.warnings),
+            *(f"- {_escaped(note)}" for note in self.notes),
+        ]
+        return "\n\n".join([*parts, "\n".join(closing)]).rstrip() + "\n"
+
+    def csv(self) -> str:
+        """One line for each row and metric, numbers in full; what is not known is empty. `n` counts the seeds of the difference."""
+        file = io.StringIO()
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow([*COLUMNS, *Cost._fields[1:]])
+        for name in (*self.metrics, *self.side_effects):
+            block = "steered" if name in self.metrics else "side effect"
+            for row in self.rows:
+                mean, against = self.cells[row, name]
+                means = [mean.value, mean.se, mean.n] if mean else [None, None, 0]
+                pairs = [*against[:6], against.verdict] if against else [None] * 7
+                writer.writerow([row, name, block, *means, *pairs, *self.cost(row)[1:]])
+        return file.getvalue()
+
+    def write(self, folder: Path) -> None:
+        """table.md and table.csv in `folder`; a reader finds the old file or the new one, never a part."""
+        for name, text in (("table.md", self.markdown()), ("table.csv", self.csv())):
+            unfinished = folder / f"{name}.tmp"
+            unfinished.write_text(text, encoding="utf-8")
+            os.replace(unfinished, folder / name)
+
+    def _cell(self, row: str, metric: str) -> Cell:
+        values = self.values.get(row, {}).get(metric, {})
+        compared = self.difference(row, self.reference, metric) if row != self.reference else None
+        return Cell(mean_se(list(values.values())) if values else None, compared)
+
+    def _metric_section(self, metric: str, prefix: str = "") -> Section:
+        direction = {
+            -1: "lower is better",
+            1: "higher is better",
+            0: "lower or higher may be better",
+        }[sign(metric)]
+        against = (
+            [f"minus {self.reference}", f"{LEVEL:.0%} interval", "p", "wins"]
+            if self.has_reference
+            else []
+        )
+        lines, verdicts = [], []
+        for row in self.rows:
+            mean, compared = self.cells[row, metric]
+            lines.append([row, _mean(mean), *(_compared(compared) if against else [])])
+            verdicts.append(compared.verdict if compared else "unclear")
+        return Section(
+            f"{prefix}{metric} ({direction})", ["row", "mean ± s.e.", *against], lines, verdicts
+        )
+
+    def _cost_section(self) -> Section:
+        relative = f", throughput relative to {self.reference}" if self.has_reference else ""
+        header = [
+            "row",
+            "seeds",
+            "steps",
+            "samples",
+            "grad. evals",
+            "seconds",
+            "peak MiB",
+            *(["throughput"] if relative else []),
+        ]
+        lines = []
+        for row in self.rows[1:]:
+            cost = self.cost(row)
+            counts = [_count(value) for value in (cost.steps, cost.samples, cost.grad_evals)]
+            throughput = [number(cost.throughput)] if relative else []
+            lines.append(
+                [
+                    row,
+                    str(cost.seeds),
+                    *counts,
+                    _count(cost.seconds, 1),
+                    _count(cost.peak_mib),
+                    *throughput,
+                ]
+            )
+        return Section(f"cost (mean over seeds{relative})", header, lines, ["unclear"] * len(lines))
+
+    def _warnings(self) -> Iterator[str]:
+        for metric in (*self.metrics, *self.side_effects):
+            for row in self.rows[1:]:
+                if metric in self.steered[row]:
+                    continue
+                for other in dict.fromkeys((STEP0, self.reference)):
+                    change = self.difference(row, other, metric) if row != other else None
+                    if change and change.verdict == "worse":
+                        by = f"{number(change.difference, sign=True)} {_interval(change)}, {change.n} seeds"
+                        yield f"side effect: {row} is worse than {other} on {metric} by more than the interval: {by}"
+
+    def _notes(self) -> Iterator[str]:
+        for result in self.results:
+            if result.error is not None:
+                yield f"{result.row} failed on seed {result.seed}: {' '.join(result.error.split())}"
+            for row, values in ((STEP0, result.step0), (result.row, result.metrics)):
+                lost = [
+                    f"{name} is {value}"
+                    for name, value in values.items()
+                    if not math.isfinite(value)
+                ]
+                if lost:
+                    yield f"{row}, seed {result.seed}: left out, since {', '.join(lost)}"
+        yield from self._uneven_starts()
+        unknown = [name for name in (*self.metrics, *self.side_effects) if not sign(name)]
+        if unknown:
+            yield f"No wins and no warnings on {', '.join(unknown)}: nobody said whether lower or higher is better."
+        if any(cell.mean and cell.mean.n == 1 for cell in self.cells.values()):
+            yield "One seed has no standard error, interval or p-value: nothing is known of its noise."
+        if not self.has_reference:
+            yield f"No differences: there is no finished row {self.reference} to take them to."
+            return
+        yield (
+            f"Differences are to {self.reference} on the seeds that both have: {LEVEL:.0%} bootstrap interval, two-sided sign-flip test, "
+            "not corrected for the number of rows and metrics; a tie is half a win."
+        )
+        yield from map(
+            _strength, sorted({cell.paired.n for cell in self.cells.values() if cell.paired} - {1})
+        )
+
+    def _uneven_starts(self) -> Iterator[str]:
+        """The rows of a seed begin at the same learner, so they have the same step 0."""
+        for result in self.results:
+            for name, value in result.step0.items():
+                first = self.values[STEP0].get(name, {}).get(result.seed, value)
+                if math.isfinite(value) and not math.isclose(first, value, rel_tol=1e-6):
+                    who = f"{result.row}, seed {result.seed}"
+                    yield f"{who}: {name} starts at {number(value)}, the first row of that seed at {number(first)}"
+
+
+def _values(results: Sequence[Result]) -> Values:
+    """The finite metrics of the rows; step 0 of a seed is that of its first result."""
+    values: Values = {STEP0: {}}
+    for result in results:
+        for name, value in result.step0.items():
+            if math.isfinite(value):
+                values[STEP0].setdefault(name, {}).setdefault(result.seed, value)
+    for result in results:
+        for name, value in result.metrics.items():
+            if math.isfinite(value):
+                values.setdefault(result.row, {}).setdefault(name, {})[result.seed] = value
+    return values
+
+
+def _steered(results: Sequence[Result], names: Sequence[str]) -> Mapping[str, set[str]]:
+    """What the feedback of each row is about. A row that does not say has what the other ones say together, or all."""
+    said: dict[str, set[str]] = {}
+    for result in results:
+        if result.steered is not None:
+            said.setdefault(result.row, set()).update(result.steered)
+    rest = set().union(*said.values()) if said else set(names)
+    return {result.row: said.get(result.row, rest) for result in results}
+
+
+def _strength(n: int) -> str:
+    """What n > 1 seeds can show at most."""
+    least = f"With {n} seeds no p-value is below {number(smallest_p(n))}"
+    if n > MAX_RANGE_SEEDS:
+        return f"{least}."
+    return f"{least}, and the interval is the range of the differences, which holds the truth {range_coverage(n):.1%} of the time at best."
+
+
+def _mean(mean: Mean | None) -> str:
+    return number(None) if mean is None else with_error(mean.value, mean.se)
+
+
+def _compared(against: Paired | None) -> list[str]:
+    """Difference, interval, p-value, wins of seeds."""
+    if against is None:
+        return [number(None)] * 4
+    wins = number(None) if against.wins is None else f"{against.wins:g}/{against.n}"
+    return [number(against.difference, sign=True), _interval(against), number(against.p), wins]
+
+
+def _interval(against: Paired) -> str:
+    if against.low is None or against.high is None:
+        return number(None)
+    return f"[{number(against.low, sign=True)}, {number(against.high, sign=True)}]"
+
+
+def _count(value: float | None, digits: int = 0) -> str:
+    return number(None) if value is None else f"{value:,.{digits}f}"
+
+
+def _escaped(text: str) -> str:
+    return re.sub(r"([\\|<>*`])", r"\\\1", text)

@@ -1,0 +1,1 @@
+"""`python -m metavpt.debug`: run a failed step again and show where it stops being finite."""

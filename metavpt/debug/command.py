@@ -1,0 +1,221 @@
+"""python -m metavpt.debug run=<run folder>: the step at which a run ended because something was not finite, taken again and watched."""
+
+import math
+import tempfile
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import hydra
+import torch
+from omegaconf import DictConfig
+from rich.console import Console
+from torch import Tensor, nn
+
+from metavpt.cli.allowed_targets import asked_for, check_targets
+from metavpt.errors import MetaVPTError, NonFiniteError
+from metavpt.hypergradients import params, trees
+from metavpt.problem import Problem
+from metavpt.strategies.learned import Learned
+from metavpt.training import checkpoint, non_finite
+from metavpt.training.build import build
+from metavpt.training.run_folder import read_config
+from metavpt.training.trainer import Trainer
+
+
+@dataclass
+class Replay:
+    """What the step comes to: `findings` in the order of the computation, the first one being where it begins.
+
+    loss, grad_norm   of the learner's step, taken again; `saved` holds those of the run, none where a designer update ended it
+    same_task         whether the data gave the task that was saved; the loss is that of the saved one
+    """
+
+    step: int
+    saved: dict[str, float]
+    loss: float
+    grad_norm: float
+    same_task: bool
+    findings: list[str] = field(default_factory=list)
+
+    @property
+    def is_reproduced(self) -> bool:
+        if not self.saved:
+            return bool(self.findings)
+        return all(
+            _same(self.saved[name], value)
+            for name, value in (("loss", self.loss), ("grad_norm", self.grad_norm))
+        )
+
+    def lines(self) -> Iterator[str]:
+        yield f"step {self.step}: loss {self.loss:.6g}, gradient norm {self.grad_norm:.6g}"
+        if self.saved:
+            yield f"in the run: loss {self.saved['loss']:.6g}, gradient norm {self.saved['grad_norm']:.6g}"
+        if not self.same_task:
+            yield "the data give another task than the run had; the loss is that of the saved one"
+        yield f"reproduced: {'yes' if self.is_reproduced else 'no; another device, version or thread count rounds differently'}"
+        for rank, finding in enumerate(self.findings):
+            yield f"{'first not finite' if rank == 0 else 'then'}: {finding}"
+
+
+def replay(trainer: Trainer, file: Path) -> Replay:
+    """Take the last step in non_finite.pt again, with `trainer` as the run had it; nothing is trained."""
+    saved = checkpoint.read(file)
+    if not {"trainer", "random", "task", "values"} <= saved.keys():
+        raise MetaVPTError(f"{file}: not written by a run that ended on something not finite")
+    problem, findings = trainer.problem, []
+    _restore(trainer, saved)
+    step = trainer.budget.steps
+    findings += [
+        f"the parameter {name} of the {part}, before the step"
+        for part, name in _bad_parameters(problem)
+    ]
+    findings += _watch_update(trainer)
+    _restore(trainer, saved)
+    with first_not_finite(problem) as seen:
+        proposal = trainer.strategy.next_task(
+            problem, trainer.streams, trainer.optimizer, trainer.budget
+        )
+    task, same_task = _as_saved(proposal.task, saved["task"])
+    if not trees.is_finite(task):
+        findings += [*seen, "the task that the learner is given"]
+    with first_not_finite(problem) as seen:
+        theta = params.named(problem.learner)
+        loss = proposal._replace(task=task).loss(problem, theta)
+    findings += seen
+    if not torch.isfinite(loss):
+        findings.append("the pretraining loss")
+    grad_norm, of_gradient = _gradient(loss, theta)
+    return Replay(
+        step, saved["values"], float(loss.detach()), grad_norm, same_task, findings + of_gradient
+    )
+
+
+@contextmanager
+def first_not_finite(problem: Problem) -> Iterator[list[str]]:
+    """The list that is given gets one line: the first module, of all that the problem has, whose output is not finite."""
+    seen: list[str] = []
+    handles = []
+
+    def watch(name: str, module: nn.Module) -> None:
+        def look(module: nn.Module, given: Any, output: Any) -> None:
+            if not seen and not trees.is_finite(output):
+                seen.append(
+                    f"the output of {name} ({type(module).__name__})"
+                    + ("" if trees.is_finite(given) else ", of an input that is not finite either")
+                )
+
+        handles.append(module.register_forward_hook(look))
+
+    for attribute, value in vars(problem).items():
+        if isinstance(value, nn.Module):
+            for name, module in value.named_modules():
+                watch(f"{attribute}.{name}".rstrip("."), module)
+    try:
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _restore(trainer: Trainer, saved: dict[str, Any]) -> None:
+    try:
+        trainer.load_state_dict(saved["trainer"])
+    except (RuntimeError, KeyError, ValueError, AttributeError, TypeError) as error:
+        raise MetaVPTError(
+            f"failure.pt is of another model or configuration ({' '.join(str(error).split())[:200]})"
+        ) from error
+    checkpoint.set_random_state(saved["random"])
+    trainer._schedule()
+
+
+def _bad_parameters(problem: Problem) -> Iterator[tuple[str, str]]:
+    for part in ("learner", "designer"):
+        bad = [
+            name
+            for name, p in getattr(problem, part).named_parameters()
+            if not torch.isfinite(p).all()
+        ]
+        if bad:
+            yield part, bad[0]
+
+
+def _watch_update(trainer: Trainer) -> list[str]:
+    """What a designer update of this step fails by, where there is one."""
+    strategy, budget = trainer.strategy, trainer.budget
+    if not isinstance(strategy, Learned) or not strategy.updates_at(budget.steps):
+        return []
+    with first_not_finite(trainer.problem) as seen:
+        try:
+            strategy.attempt_update(trainer.problem, trainer.streams, trainer.optimizer, budget)
+        except NonFiniteError as error:
+            return [
+                *(f"in the designer update, {line}" for line in seen),
+                f"the designer update: {error}",
+            ]
+    return []
+
+
+def _as_saved(task: Any, kept: list[Tensor]) -> tuple[Any, bool]:
+    """`task` with the tensors that were saved of it in the run, and whether it had them anyway."""
+    own = trees.tensors(task)
+    if [tensor.shape for tensor in own] != [tensor.shape for tensor in kept]:
+        raise MetaVPTError(
+            "failure.pt holds a task of other shapes than this configuration makes; the code of the problem has changed"
+        )
+    same = all(trees.same(a.detach().cpu(), b) for a, b in zip(own, kept, strict=True))
+    rest = iter(kept)
+    return trees.map_tensors(lambda tensor: next(rest).to(tensor.device), task), same
+
+
+def _gradient(loss: Tensor, theta: params.Params) -> tuple[float, list[str]]:
+    """Its norm, and where on the way back it stops being finite."""
+    findings = []
+    with warnings.catch_warnings():
+        warnings.simplefilter(
+            "ignore"
+        )  # anomaly detection prints a page for what becomes one line here
+        gradients = torch.autograd.grad(
+            loss, list(theta.values()), retain_graph=True, materialize_grads=True
+        )
+        bad = [
+            name
+            for name, gradient in zip(theta, gradients, strict=True)
+            if not torch.isfinite(gradient).all()
+        ]
+        if bad and torch.isfinite(loss):
+            try:
+                with torch.autograd.detect_anomaly(check_nan=True):
+                    torch.autograd.grad(loss, list(theta.values()), materialize_grads=True)
+            except RuntimeError as error:
+                findings.append(f"the gradient: {str(error).splitlines()[0]}")
+    if bad:
+        findings.append(
+            f"the gradient of {bad[0]}"
+            + (f" and {len(bad) - 1} other parameters" if len(bad) > 1 else "")
+        )
+    return float(params.norm(dict(zip(theta, gradients, strict=True)))), findings
+
+
+def _same(a: float, b: float) -> bool:
+    return a == b or (math.isnan(a) and math.isnan(b))
+
+
+@hydra.main(version_base="1.3", config_path="pkg://metavpt.configs", config_name="debug")
+def main(cfg: DictConfig) -> None:
+    folder = Path(cfg.run)
+    file = folder / non_finite.FILE
+    if not file.is_file():
+        raise MetaVPTError(
+            f"{file}: no such file; a run writes it when it ends on a loss or gradient that is not finite"
+        )
+    config = read_config(folder)
+    check_targets(config, asked_for())
+    config.tracker = None
+    console = Console(soft_wrap=True)
+    with tempfile.TemporaryDirectory() as scratch:
+        for line in replay(build(config, Path(scratch), console), file).lines():
+            console.print(line, highlight=False, markup=False)

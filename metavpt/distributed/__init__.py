@@ -1,0 +1,1 @@
+"""Several processes: collectives that autograd differentiates, and FSDP."""

@@ -1,0 +1,284 @@
+"""The processes that train one learner together, each on its share of every batch, and the means over them that derivatives pass through.
+
+Rank r of n holds rows [r B/n, (r+1) B/n) of a batch of B and computes F_r with them; what is meant is F, the mean of the F_r. Two marks on
+the border between what all ranks hold alike and a rank's own share of the work make autograd differentiate F:
+
+    enter(x)   x on the way in;      backwards the mean of what the ranks find
+    leave(x)   the mean on the way out;      backwards the same for every rank
+
+Each is the other's derivative, so that derivatives of every order, products with a Hessian among them, are those of F, on every rank the
+same bits. DistributedDataParallel does no such thing for gradients of gradients (pytorch #63929). With one process, and without
+torch.distributed, everything here returns what it is given.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import islice
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from metavpt.errors import MetaVPTError
+from metavpt.hypergradients.curvature import ComposedLoss
+from metavpt.hypergradients.linear_targets import DirectionalDerivative, LinearLoss
+from metavpt.hypergradients.mixed_products import Loss
+from metavpt.hypergradients.params import Params
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+
+
+def size() -> int:
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def enter(theta: Params) -> Params:
+    """`theta`, whose derivative is the mean over the ranks: one all-reduce for all of it."""
+    if size() == 1 or not theta:
+        return theta
+    return dict(zip(theta, _Enter.apply(*theta.values()), strict=True))  # type: ignore[arg-type]
+
+
+def leave(x: Tensor) -> Tensor:
+    """The mean of x over the ranks."""
+    return x if size() == 1 else _Leave.apply(x)[0]  # type: ignore[index]
+
+
+def mean(x: Tensor) -> Tensor:
+    """The mean of x over the ranks, for a rank's own work to go on with: a statistic of the whole batch in the midst of a loss."""
+    return enter({"": leave(x)})[""] if size() > 1 else x
+
+
+def averaged(loss: Loss) -> Loss:
+    """The mean of the ranks' losses, as a loss of the same kind."""
+    if size() == 1:
+        return loss
+    if isinstance(loss, ComposedLoss):
+        return replace(
+            loss,
+            outputs=lambda theta: loss.outputs(enter(theta)),
+            criterion=lambda outputs: leave(loss.criterion(outputs)),
+        )
+    return _AveragedLinear(loss) if isinstance(loss, LinearLoss) else _Averaged(loss)
+
+
+def own(x: Any) -> Any:
+    """This rank's rows of a batch, or of a tensor, that every rank holds whole."""
+    return x if size() == 1 else cut(x, rank(), size())
+
+
+def cut(x: Any, k: int, num_parts: int) -> Any:
+    """The k-th of equal parts of a batch or task. Its first tensor has the samples first, and so has every other one of its length."""
+    num = next((len(leaf) for leaf in tree_leaves(x) if isinstance(leaf, Tensor) and leaf.ndim), 0)
+    if num % num_parts:
+        raise MetaVPTError(
+            f"a batch of {num} does not make {num_parts} equal parts; choose a batch size that {num_parts} divides"
+        )
+    count = num // num_parts
+    own = slice(k * count, (k + 1) * count)
+    return tree_map_only(
+        Tensor, lambda tensor: tensor[own] if tensor.ndim and len(tensor) == num else tensor, x
+    )
+
+
+def rows(num: int) -> slice:
+    """This rank's rows among `num`."""
+    count = num // size()
+    return slice(rank() * count, (rank() + 1) * count)
+
+
+def drawn(draw: Callable[[tuple[int, ...]], Tensor], shape: Sequence[int], dim: int = 0) -> Tensor:
+    """What `draw` gives for a batch of `shape` with its samples along `dim`: what is random in a sample does not hang on who holds it."""
+    whole = [count * (size() if k == dim else 1) for k, count in enumerate(shape)]
+    return draw(tuple(whole)).narrow(dim, rank() * shape[dim], shape[dim])
+
+
+def mean_count(count: Tensor) -> Tensor:
+    """What a rank divides its sum by for the mean over the ranks to be the whole sum by the whole count, which is at least 1."""
+    return count.clamp_min(1) if size() == 1 else leave(count.float()).clamp_min(1 / size())
+
+
+def weighed(loss: Tensor, count: int) -> Tensor:
+    """A rank's mean over `count` items, weighed so that the mean over the ranks is that over the items of all."""
+    return loss if size() == 1 else loss * count / leave(loss.new_tensor(float(count)))
+
+
+def gather(x: Any) -> Any:
+    """The inverse of `own`: what the ranks hold, one after the other, without a graph."""
+    if size() == 1:
+        return x
+    return tree_map_only(Tensor, lambda tensor: torch.cat(_all_gather(tensor.detach())), x)
+
+
+def joined(x: Tensor) -> Tensor:
+    """`gather` of one tensor, with a graph: for a loss of the whole batch that no mean of the ranks' losses is."""
+    return (
+        x
+        if size() == 1
+        else mean(
+            torch.cat([size() * x if k == rank() else torch.zeros_like(x) for k in range(size())])
+        )
+    )
+
+
+def share_out(compute: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
+    """compute(item) for each item, in order: one rank computes it, and all are given it. Every rank calls it with the same items.
+
+    All ranks compute as often, since under FSDP2 they gather weights together. Of items with an index, a rank reads its own alone.
+    """
+    if size() == 1:
+        yield from map(compute, items)
+        return
+    indexed: Any = items if hasattr(items, "__getitem__") else None
+    read = (
+        (partial(indexed.__getitem__, k) for k in range(len(indexed)))
+        if indexed is not None
+        else (partial(_same, x) for x in items)
+    )
+    while group := list(islice(read, size())):
+        yield from every(compute(group[min(rank(), len(group) - 1)]()))[: len(group)]
+
+
+def _same(x: Any) -> Any:
+    return x
+
+
+def logsumexp(x: Tensor) -> Tensor:
+    """log sum exp over dim 0 and over the ranks, keeping the dimension; x (..., K) -> (1, K)."""
+    local = x.logsumexp(dim=0, keepdim=True)
+    if size() == 1:
+        return local
+    highest = local.detach().clone()
+    dist.all_reduce(highest, dist.ReduceOp.MAX)
+    return highest + (size() * mean((local - highest).exp())).log()
+
+
+def total(count: int) -> int:
+    """The sum of the ranks' counts."""
+    if size() == 1:
+        return count
+    summed = torch.tensor(count)
+    dist.all_reduce(summed)
+    return int(summed)
+
+
+def first(value: Any) -> Any:
+    """What rank 0 has for it."""
+    if size() == 1:
+        return value
+    held = [value]
+    dist.broadcast_object_list(held, src=0, device=torch.device("cpu"))
+    return held[0]
+
+
+def every(value: Any) -> list[Any]:
+    """What each rank has for it, in their order: plain data, and as many tensors on each, of any shape."""
+    if size() == 1:
+        return [value]
+    held: list[Any] = [None] * size()
+    dist.all_gather_object(held, tree_map_only(Tensor, lambda tensor: tensor.to("meta"), value))
+    found: list[list[Tensor]] = [[] for _ in held]
+    for tensor, *shapes in zip(_tensors(value), *map(_tensors, held), strict=True):
+        flat = tensor.new_zeros(max(shape.numel() for shape in shapes))
+        flat[: tensor.numel()] = tensor.detach().flatten()
+        for own, part, shape in zip(found, _all_gather(flat), shapes, strict=True):
+            own.append(part[: shape.numel()].view(shape.shape))
+    rest = iter([tensor for own in found for tensor in own])
+    return tree_map_only(Tensor, lambda _: next(rest), held)
+
+
+def _tensors(x: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(x) if isinstance(leaf, Tensor)]
+
+
+def any_of(value: Any) -> Any:
+    """What the first rank has that has other than None."""
+    return next((found for found in every(value) if found is not None), None)
+
+
+@dataclass(frozen=True)
+class _Averaged:
+    loss: Any
+
+    def __call__(self, theta: Params) -> Tensor:
+        return leave(self.loss(enter(theta)))
+
+
+@dataclass(frozen=True)
+class _AveragedLinear(_Averaged):
+    """A `LinearLoss` of which every rank holds the targets of its own share: what they say of phi is averaged where phi was entered."""
+
+    @property
+    def targets(self) -> Tensor:
+        return self.loss.targets
+
+    def slopes(
+        self, theta: Params, w: Params, derivative: DirectionalDerivative, absolute: bool = True
+    ) -> Tensor:
+        return self.loss.slopes(theta, w, derivative, absolute)
+
+
+class _Enter(torch.autograd.Function):
+    @staticmethod
+    def forward(*tensors: Tensor) -> tuple[Tensor, ...]:
+        return tuple(tensor.view_as(tensor) for tensor in tensors)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.set_materialize_grads(False)  # what no rank's loss depends on must stay known as such
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        return _where_there_are_any(_Leave, grads)
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Tensor) -> tuple[Tensor, ...]:
+        return tuple(tangent.view_as(tangent) for tangent in tangents)
+
+
+class _Leave(torch.autograd.Function):
+    @staticmethod
+    def forward(*tensors: Tensor) -> tuple[Tensor, ...]:
+        return tuple(_means(tensors))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        return _where_there_are_any(_Enter, grads)
+
+
+def _where_there_are_any(
+    function: type[torch.autograd.Function], grads: Sequence[Tensor | None]
+) -> tuple[Tensor | None, ...]:
+    there = [grad for grad in grads if grad is not None]
+    found = iter(function.apply(*there) if there else ())  # type: ignore[arg-type]
+    return tuple(None if grad is None else next(found) for grad in grads)
+
+
+def _means(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """One all-reduce for the tensors of each dtype."""
+    means: dict[int, Tensor] = {}
+    for dtype in dict.fromkeys(tensor.dtype for tensor in tensors):
+        chosen = [k for k, tensor in enumerate(tensors) if tensor.dtype == dtype]
+        flat = torch.cat([tensors[k].detach().reshape(-1) for k in chosen])
+        dist.all_reduce(flat)
+        parts = flat.div_(size()).split([tensors[k].numel() for k in chosen])
+        means |= {k: part.view(tensors[k].shape) for k, part in zip(chosen, parts, strict=True)}
+    return [means[k] for k in range(len(tensors))]
+
+
+def _all_gather(tensor: Tensor) -> list[Tensor]:
+    parts = [torch.empty_like(tensor, memory_format=torch.contiguous_format) for _ in range(size())]
+    dist.all_gather(parts, tensor.contiguous())
+    return parts

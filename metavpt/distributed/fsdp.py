@@ -1,0 +1,116 @@
+"""A learner in parts: the trunk sharded over the processes (FSDP2), the aligned parameters whole on each.
+
+Hypergradients ask for gradients of gradients by theta_S alone, and fully_shard frees the storage that a second derivative needs (pytorch
+#172543). So theta_S, and whatever else is no trunk, stays whole: it is small beside the trunk, products with it are those of one device,
+and `DifferenceProduct` runs through the sharded trunk once, with first derivatives only.
+"""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+from torch.utils._pytree import tree_map_only
+
+from metavpt.distributed import collectives
+from metavpt.errors import MetaVPTError
+
+
+def shard(loss: Any, mesh: DeviceMesh) -> nn.Module:
+    """Shard the trunks of the problem of `loss`, a `PretrainLoss`: each block by itself, then what is left of the trunk."""
+    trunks, aligned = list(loss.problem.trunks()), set(loss.problem.aligned_parameters())
+    if not trunks:
+        raise MetaVPTError(
+            f"parallel=fsdp: {type(loss.problem).__name__}.trunks names nothing to shard; define it, or use parallel=ddp"
+        )
+    inside = {id(p) for trunk in trunks for p in trunk.parameters()}
+    for name, p in loss.learner.named_parameters():
+        if name in aligned and id(p) in inside:
+            raise MetaVPTError(
+                f"parallel=fsdp: {name} is one of aligned_parameters and lies in a trunk; theta_S must stay whole"
+            )
+    shared = _shared(loss.problem, trunks)
+    data = mesh["data_parallel"]
+    for trunk in trunks:
+        for block in _blocks(trunk):
+            fully_shard(block, mesh=data, reshard_after_forward=True, ignored_params=shared)
+        # not kept after a forward pass either: a teacher's, which has no backward pass to free it, would then miss its next update
+        fully_shard(trunk, mesh=data, reshard_after_forward=True, ignored_params=shared)
+    loss.is_sharded = True
+    return loss
+
+
+def _blocks(trunk: nn.Module) -> Iterable[nn.Module]:
+    for child in trunk.children():
+        if isinstance(child, nn.ModuleList | nn.ModuleDict | nn.Sequential):
+            yield from (
+                block for block in child.children() if any(True for _ in block.parameters())
+            )
+
+
+def _shared(problem: Any, trunks: Iterable[nn.Module]) -> set[nn.Parameter]:
+    """Parameters of trunks that losses also read by themselves, as an embedding that is the unembedding too."""
+    names = set(problem.whole_parameters())
+    return {p for trunk in trunks for name, p in trunk.named_parameters() if name in names}
+
+
+def clip_grad_norm(parameters: Iterable[Tensor], max_norm: float) -> Tensor:
+    """`torch.nn.utils.clip_grad_norm_`, for parameters of which some are sharded: the norm is that of all of them."""
+    groups: dict[bool, list[Tensor]] = {}
+    for p in parameters:
+        if p.grad is not None:
+            groups.setdefault(isinstance(p, DTensor), []).append(p)
+    norms = [
+        _whole(get_total_norm([p.grad for p in group if p.grad is not None]))
+        for group in groups.values()
+    ]
+    norm = (
+        norms[0]
+        if len(norms) == 1
+        else torch.linalg.vector_norm(torch.stack(norms))
+        if norms
+        else torch.tensor(0.0)
+    )
+    for group in groups.values():
+        clip_grads_with_norm_(group, max_norm, norm)
+    return norm
+
+
+def gathered(state: Any) -> Any:
+    """`state` with whole tensors on the CPU in the place of shards, on rank 0; with None on the others. Every rank must call it."""
+
+    def gather(tensor: DTensor) -> Tensor | None:
+        whole = _whole(tensor.detach())
+        return whole.cpu() if collectives.rank() == 0 else None
+
+    return tree_map_only(DTensor, gather, state)
+
+
+def scattered(state: Any, like: Any) -> Any:
+    """The inverse of `gathered`, on every rank: whole tensors become shards where `like` has them.
+
+    A tensor in `like` stands for all below it that has its shape, as a parameter for its moments.
+    """
+    if isinstance(state, Mapping):
+        return {
+            name: scattered(value, like.get(name) if isinstance(like, Mapping) else like)
+            for name, value in state.items()
+        }
+    if (
+        isinstance(like, DTensor)
+        and isinstance(state, Tensor)
+        and not isinstance(state, DTensor)
+        and state.shape == like.shape
+    ):
+        return distribute_tensor(
+            state.to(like.device), like.device_mesh, like.placements, src_data_rank=None
+        )
+    return state
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

@@ -1,0 +1,1 @@
+"""`python -m metavpt.export`: the trained learner in formats that others read."""

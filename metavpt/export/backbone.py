@@ -1,0 +1,192 @@
+"""A run's vision transformer as checkpoints of timm and transformers."""
+
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import timm
+import torch
+from omegaconf import DictConfig, OmegaConf
+from timm.models import save_for_hf
+from torch import Tensor
+
+from metavpt.errors import MetaVPTError
+from metavpt.export.model_card import Description, Usage, class_name
+from metavpt.hypergradients import params
+from metavpt.interop.huggingface import save_transformers
+from metavpt.learners.vit import OWN_MODELS, Backbone, create_backbone, timm_state_dict
+from metavpt.training.run_folder import newest_state
+
+Part = Literal["student", "teacher"]
+# The attribute of the problem that holds it, and what may stand before the backbone's names in there.
+PARTS = {
+    "student": ("learner", ("backbone.",)),
+    "teacher": ("teacher", ("learner.backbone.", "learner.")),
+}
+FORMATS = {"timm": ("timm",), "transformers": ("transformers",), "both": ("timm", "transformers")}
+TIMM_NAMES = {
+    "vit_tiny_dinov3": "vit_small_patch16_dinov3"
+}  # the architecture in timm of which a model of our own is another size
+NOT_TIMM = ("_target_", "name", "tail_blocks", "pretrained", "weights", "frozen_blocks")
+TOLERANCE = (
+    1e-4  # of the largest feature: other kernels round differently, another model is far off
+)
+
+
+def export_backbone(
+    run: Path, config: DictConfig, folder: Path, part: Part, format: str
+) -> Description:
+    """The backbone of the newest checkpoint of `run` in `folder`/<format> for each format, read back by its own library and compared."""
+    if format not in FORMATS:
+        raise MetaVPTError(f"format={format}: known are {', '.join(FORMATS)}")
+    backbone = load_backbone(run, config, part)
+    usages = []
+    for library in FORMATS[format]:
+        place = folder / library
+        place.mkdir(parents=True)
+        usages.append(
+            _save_timm(backbone, config, place)
+            if library == "timm"
+            else _save_transformers(backbone, place)
+        )
+    side = (
+        " The teacher, the student's moving average, was not measured." if part == "teacher" else ""
+    )
+    return Description(
+        f"{config.backbone.name}, continued by metavpt ({part})",
+        "feature-extraction",
+        _about(config),
+        f"Frozen features of the student.{side}",
+        _data(config),
+        _licence(config),
+        usages,
+    )
+
+
+def load_backbone(run: Path, config: DictConfig, part: Part) -> Backbone:
+    """The student's or the teacher's backbone in the newest checkpoint of `run`."""
+    problem, path = newest_state(run)
+    if part not in PARTS:
+        raise MetaVPTError(f"part={part}: known are {', '.join(PARTS)}")
+    module, prefixes = PARTS[part]
+    if module not in problem:
+        raise MetaVPTError(
+            f"part={part}: the run has no {part}, its checkpoint holds {', '.join(problem) or 'nothing'}"
+        )
+    found = (params.subset(problem[module], prefix) for prefix in prefixes)
+    state = next((state for state in found if any(key.startswith("trunk.") for key in state)), None)
+    if state is None:
+        raise MetaVPTError(
+            f"part={part}: the {module} in {path} has no vision transformer as its backbone"
+        )
+    options = {**_options(config), "pretrained": False, "weights": None, "frozen_blocks": 0}
+    backbone = create_backbone(**options).eval()
+    try:
+        backbone.load_state_dict(state)
+    except RuntimeError as error:
+        raise MetaVPTError(
+            f"{path} does not fit the backbone in {run / 'config.yaml'}: {' '.join(str(error).split())[:200]}"
+        ) from error
+    return backbone
+
+
+def _options(config: DictConfig) -> dict[str, Any]:
+    options: Any = OmegaConf.to_container(config.backbone)
+    return {key: value for key, value in options.items() if key != "_target_"}
+
+
+def _save_timm(backbone: Backbone, config: DictConfig, folder: Path) -> Usage:
+    """config.json and model.safetensors, for `local-dir:<folder>` as for `checkpoint_path=<folder>/model.safetensors`."""
+    name = str(config.backbone.name)
+    arguments: dict[str, Any] = {
+        key: value for key, value in _options(config).items() if key not in NOT_TIMM
+    }
+    if name in OWN_MODELS:
+        patches, block = (
+            backbone.trunk.patch_embed,
+            cast(Any, next(iter(backbone.tail.blocks.values()))),
+        )
+        arguments = {
+            "img_size": patches.img_size[0],
+            "patch_size": backbone.patch_size,
+            "embed_dim": backbone.width,
+        }
+        arguments |= {"depth": backbone.num_blocks, "num_heads": block.attn.num_heads}
+    arguments |= {
+        "dynamic_img_size": True,
+        "global_pool": "token" if backbone.tail.has_cls else "avg",
+    }
+    model = timm.create_model(TIMM_NAMES.get(name, name), num_classes=0, **arguments)
+    model.load_state_dict(timm_state_dict(backbone))
+    ours = {
+        "pretrained_cfg": {"tag": "metavpt"}
+    }  # not the release that timm knows the architecture by
+    save_for_hf(
+        model, str(folder), model_config=ours, model_args=arguments, safe_serialization=True
+    )
+    read: Any = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+    _compare(backbone, read.forward_features, "timm")
+    return Usage("timm", 'timm.create_model("local-dir:timm", pretrained=True)')
+
+
+def _save_transformers(backbone: Backbone, folder: Path) -> Usage:
+    model = save_transformers(backbone, folder)
+    _compare(backbone, lambda images: model(images).last_hidden_state, "transformers")
+    options = ", add_pooling_layer=False" if type(model).__name__ == "ViTModel" else ""
+    return Usage(
+        "transformers",
+        f'transformers.{type(model).__name__}.from_pretrained("transformers"{options})',
+    )
+
+
+@torch.no_grad()
+def _compare(backbone: Backbone, tokens: Any, library: str) -> None:
+    """Raises MetaVPTError where `tokens`, images -> (B, P + N, D), are not the backbone's."""
+    images = torch.rand(
+        1, 3, *backbone.trunk.patch_embed.img_size, generator=torch.Generator().manual_seed(0)
+    )
+    expected, found = backbone(images).patches.flatten(2).transpose(1, 2), tokens(images)
+    difference: Tensor = (
+        found[:, -expected.shape[1] :] - expected
+    ).abs().max() / expected.abs().max()
+    if not difference <= TOLERANCE:
+        raise MetaVPTError(
+            f"{library} gives other features than the run's backbone (relative difference {float(difference):.1e}); nothing was exported"
+        )
+
+
+def _about(config: DictConfig) -> str:
+    backbone = config.backbone
+    source = "random weights"
+    if backbone.get("weights"):
+        source = f"the weights of `{backbone.weights}`"
+    elif backbone.get("pretrained"):
+        source = f"timm's released weights `{backbone.name}`"
+    return (
+        f"The vision transformer `{backbone.name}` from {source}, trained on with `{class_name(config.problem)}` on unlabelled images, "
+        f"its tasks made by `{class_name(config.strategy)}`."
+    )
+
+
+def _data(config: DictConfig) -> list[str]:
+    data: Any = config.get("data") or {}
+    if "_target_" in data:
+        return [_source(data)]
+    return [f"{name}: {_source(of)}" for name, of in data.items()]
+
+
+def _source(data: Any) -> str:
+    unlabelled = ", ".join(str(name) for name in data.get("unlabelled") or [])
+    return f"{data.get('path') or 'generated rooms'}, unlabelled images from {unlabelled or 'the same'}"
+
+
+def _licence(config: DictConfig) -> str:
+    backbone = config.backbone
+    if backbone.get("weights"):
+        start = f"These weights derive from `{backbone.weights}`; the licence of that file holds for them too."
+    elif backbone.get("pretrained"):
+        known = timm.get_pretrained_cfg(backbone.name)
+        licence = (known and known.license) or "see its page"
+        start = f"These weights derive from `{backbone.name}`, whose licence holds for them too: {licence}."
+    else:
+        start = "These weights were trained from random ones, so no released weights restrict them."
+    return start

@@ -1,0 +1,69 @@
+"""python -m metavpt.export run=<run folder> to=<new folder> [part=student|teacher] [format=...]: what a run trained, for others."""
+
+import os
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import hydra
+from omegaconf import DictConfig
+from rich.console import Console
+
+from metavpt.cli.allowed_targets import asked_for, check_targets
+from metavpt.errors import MetaVPTError
+from metavpt.export.backbone import Part, export_backbone
+from metavpt.export.model_card import Description, model_card
+from metavpt.training.run_folder import read_config
+
+
+def export(
+    run: Path,
+    to: Path,
+    part: Part = "student",
+    format: str = "both",
+    allow_targets: Sequence[str] = (),
+) -> Path:
+    """The learner of the newest checkpoint of `run` in the new folder `to`: <format>/ for each format, and README.md, a model card.
+
+    A backbone is written for timm and transformers, a language model for transformers, with its tokenizer. Each is read back and
+    compared before anything appears at `to`; then all of it does.
+    """
+    if to.exists():
+        raise MetaVPTError(f"to={to}: is there already; name a new folder")
+    config = _config(run)
+    check_targets(config, allow_targets)  # a language model's problem is built again
+    to.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=to.parent, prefix=f".{to.name}-") as scratch:
+        made = Path(scratch) / to.name
+        description = _write(run, config, made, part, format)
+        (made / "README.md").write_text(model_card(run, config, description))
+        try:
+            os.rename(made, to)
+        except OSError as error:  # someone else made it meanwhile
+            raise MetaVPTError(f"to={to}: cannot be made ({error.strerror})") from error
+    return to
+
+
+def _write(run: Path, config: DictConfig, folder: Path, part: Part, format: str) -> Description:
+    if config.get("learner"):
+        from metavpt.export.language_model import (
+            export_language_model,
+        )  # needs the extra `language`, as the run did
+
+        return export_language_model(run, config, folder, part, format)
+    return export_backbone(run, config, folder, part, format)
+
+
+def _config(run: Path) -> DictConfig:
+    config = read_config(run)
+    if not (config.get("learner") or "name" in (config.get("backbone") or {})):
+        raise MetaVPTError(
+            f"{run / 'config.yaml'}: names neither a backbone of create_backbone nor a language model; no other learner can be exported"
+        )
+    return config
+
+
+@hydra.main(version_base="1.3", config_path="pkg://metavpt.configs", config_name="export")
+def main(cfg: DictConfig) -> None:
+    folder = export(Path(cfg.run), Path(cfg.to), cfg.part, cfg.format, asked_for())
+    Console(soft_wrap=True).print(f"exported: {folder}")

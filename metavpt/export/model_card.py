@@ -1,0 +1,121 @@
+"""The README of exported weights: what they were trained on, how, and what it changed."""
+
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from omegaconf import DictConfig, OmegaConf
+
+from metavpt.report import read_log, summary_rows
+from metavpt.report.formatting import number
+from metavpt.training.disk import reading
+
+CARD = """\
+---
+tags: [{tag}, self-supervised, metavpt]
+---
+# {name}
+
+{about}
+
+```python
+{usages}
+```
+
+## Metrics
+
+At step {first} (before any training here) and at step {last}. {measured}
+
+{metrics}
+
+## Training
+
+{training}
+
+```
+{command}
+```
+
+```yaml
+{config}
+```
+
+## Versions
+
+{versions}
+
+## Licence
+
+{licence}
+"""
+SECTIONS = ("problem", "data", "strategy", "budget", "seed")
+NOT_VERSIONS = ("command", "seed")
+
+
+class Usage(NamedTuple):
+    """How the weights are read: a library, and the expression that gives the model from the folder of the card."""
+
+    library: str
+    expression: str
+
+
+class Description(NamedTuple):
+    """What the kind of model alone can say of itself: the title, a tag of the hub, sentences, and lines on what it was trained on."""
+
+    name: str
+    tag: str
+    about: str
+    measured: str
+    data: list[str]
+    licence: str
+    usages: list[Usage]
+
+
+def model_card(run: Path, config: DictConfig, of: Description) -> str:
+    """Markdown, made of what `run` wrote: config.yaml, metrics.jsonl, environment.json."""
+    file = run / "environment.json"
+    with reading(f"{file}: cannot be read", "delete it: the card then names no versions"):
+        environment = dict[str, Any](json.loads(file.read_text()) if file.is_file() else {})
+    rows = summary_rows(read_log(run / "metrics.jsonl"))
+    last = max((row.last_step for row in rows), default=0)
+    lines = ["| metric | before | after | change |", "|---|---|---|---|"]
+    lines += [
+        f"| {row.name} | {number(row.first)} | {number(row.last)} | {number(row.change, sign=True)} |"
+        for row in rows
+    ]
+    training: Any = OmegaConf.masked_copy(config, [key for key in SECTIONS if key in config])
+    return CARD.format(
+        name=of.name,
+        tag=of.tag,
+        about=of.about,
+        usages="\n".join(f"model = {usage.expression}  # {usage.library}" for usage in of.usages),
+        first=min((row.first_step for row in rows), default=0),
+        last=last,
+        measured=of.measured,
+        metrics="\n".join(lines),
+        training=_training(config, of.data, last),
+        command=environment.get("command", "unknown"),
+        config=OmegaConf.to_yaml(training).strip(),
+        versions="\n".join(
+            f"- {name}: {value}" for name, value in environment.items() if name not in NOT_VERSIONS
+        ),
+        licence=f"{of.licence} The data named above have licences of their own. metavpt itself is under the MIT licence.",
+    )
+
+
+def _training(config: DictConfig, data: list[str], last: int) -> str:
+    lines = [f"- data: {line}" for line in data]
+    lines.append(f"- strategy: `{config.strategy._target_}`")
+    if estimator := config.strategy.get("estimator"):
+        lines.append(f"- estimator: `{class_name(estimator)}`")
+    limits = ", ".join(
+        f"{value} {unit}"
+        for unit, value in config.budget.items()
+        if value is not None and unit != "_target_"
+    )
+    return "\n".join([*lines, f"- budget: {limits}; {last} steps taken", f"- seed: {config.seed}"])
+
+
+def class_name(node: Any) -> str:
+    """Of a configuration node, what `_target_` names."""
+    return str(node._target_).rpartition(".")[2]

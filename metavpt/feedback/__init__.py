@@ -1,0 +1,1 @@
+"""Feedback losses: heads on frozen features, and the aggregation of several feedbacks."""

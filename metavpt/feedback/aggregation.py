@@ -1,0 +1,278 @@
+"""How several named feedbacks become the outer losses that hypergradients are taken of.
+
+A rule is a value object, called on a labelled batch at theta. `WeightedSum` and `TorchJD` answer with one outer loss,
+sum_j lambda_j w_j L_j with lambda held constant, so that every estimator takes it as it is; `DomainMatched` with one for each domain.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial, reduce
+from importlib import import_module
+from itertools import combinations
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from metavpt.distributed import collectives
+from metavpt.errors import MetaVPTError
+from metavpt.feedback.dense import weighted
+from metavpt.hypergradients import params
+from metavpt.hypergradients.estimators import Hypergradient, OuterLoss
+from metavpt.hypergradients.params import Params
+from metavpt.problem import Problem
+
+# Those of torchjd's weightings that read the Gramian alone: no random numbers, and no state that a checkpoint would have to hold.
+WEIGHTINGS = ("AlignedMTL", "CAGrad", "DualProj", "FairGrad", "IMTLG", "MGDA", "Sum", "UPGrad")
+
+
+@dataclass(frozen=True)
+class Feedback:
+    """A labelled batch at `theta`, which is detached; losses are functions of theta_S, which is `aligned` now."""
+
+    problem: Problem
+    theta: Params
+    aligned: Params
+    labelled: Any
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """w_j by name, without those that are 0."""
+        weights = {name: weight for name, weight in self.problem.feedback_weights.items() if weight}
+        if not weights:
+            raise MetaVPTError(
+                f"{type(self.problem).__name__}.feedback_weights: every weight is 0, so there is no feedback"
+            )
+        return weights
+
+    def loss(self, theta_s: Params) -> Tensor:
+        """The feedback loss as the problem has it."""
+        return collectives.averaged(
+            lambda own: self.problem.feedback_loss({**self.theta, **own}, self.labelled)
+        )(theta_s)
+
+    def terms(self, weights: Mapping[str, float], theta_s: Params) -> dict[str, Tensor]:
+        """weight * L_j for each name in `weights`."""
+        losses = self.problem.feedback_losses(
+            {**self.theta, **collectives.enter(theta_s)}, self.labelled
+        )
+        weighted(losses, self.problem.feedback_weights)  # names that do not match are an error
+        return {name: weight * collectives.leave(losses[name]) for name, weight in weights.items()}
+
+    def gradients(self) -> dict[str, Params]:
+        """d(w_j L_j)/d theta_S by name, detached: one forward pass, a backward pass each."""
+        theta_s = params.leaves(self.aligned)
+        with torch.enable_grad():
+            losses = self.terms(self.weights, theta_s)
+        return {name: _gradient(name, loss, theta_s) for name, loss in losses.items()}
+
+
+class Pair(NamedTuple):
+    """An outer loss, the unlabelled batches to take its hypergradient through, and its share in the mean over pairs."""
+
+    outer_loss: OuterLoss
+    unlabelled: Sequence[Any]
+    share: float = 1.0
+
+
+@dataclass(frozen=True)
+class Combined:
+    """What a rule answers: pairs by name, the gradient evaluations that it took to find them, and what it measured for the log."""
+
+    pairs: dict[str, Pair]
+    grad_evals: int = 0
+    record: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def outer_loss(self) -> OuterLoss:
+        """Of the only pair."""
+        (pair,) = self.pairs.values()
+        return pair.outer_loss
+
+    def mean(self, estimates: Mapping[str, Hypergradient]) -> Hypergradient:
+        """The estimates of the pairs by name as one; several keep their diagnostics as `<diagnostic>/<pair>`."""
+        if len(estimates) == 1:
+            (one,) = estimates.values()
+            return replace(
+                one,
+                grad_evals=one.grad_evals + self.grad_evals,
+                diagnostics={**one.diagnostics, **self.record},
+            )
+        shared = [
+            params.scale(estimate.by_phi, self.pairs[name].share)
+            for name, estimate in estimates.items()
+        ]
+        measured = {
+            name: {"value": estimate.value, **estimate.diagnostics}
+            for name, estimate in estimates.items()
+        }
+        return Hypergradient(
+            reduce(params.add, shared),
+            sum(self.pairs[name].share * estimate.value for name, estimate in estimates.items()),
+            self.grad_evals + sum(estimate.grad_evals for estimate in estimates.values()),
+            {
+                **self.record,
+                **{
+                    f"{key}/{name}": value
+                    for name, group in measured.items()
+                    for key, value in group.items()
+                },
+            },
+        )
+
+
+class Combination(Protocol):
+    """`pairs_batches` says whether it needs `unlabelled`, which only strategies with a learned designer have."""
+
+    @property
+    def pairs_batches(self) -> bool: ...
+
+    def __call__(self, feedback: Feedback, unlabelled: Sequence[Any] = ()) -> Combined: ...
+
+
+@dataclass(frozen=True)
+class WeightedSum:
+    """sum_j w_j L_j with the problem's own weights, which is its `feedback_loss`."""
+
+    pairs_batches = False
+
+    def __call__(self, feedback: Feedback, unlabelled: Sequence[Any] = ()) -> Combined:
+        return Combined({"feedback": Pair(feedback.loss, unlabelled)})
+
+
+class TorchJD:
+    """sum_j lambda_j w_j L_j, lambda from the inner products of the gradients of w_j L_j by theta_S: feedbacks in conflict are reconciled.
+
+    weighting   MGDA (the point of least norm in the convex hull of the gradients; Désidéri 2012), UPGrad (Quinton and Rey 2024) or another
+                of `WEIGHTINGS`, as the package torchjd has them; Sum changes nothing and only logs
+    options     the weighting's own, as torchjd names them
+    normalize   scale the gradients to one length, their root mean square, first: where they point decides, not how long they are
+
+    One gradient for each feedback beside those of the estimator. `weight/<name>` in the log is lambda_j w_j, `conflict/<a>-<b>` the cosine
+    between two gradients, negative where they conflict. A single feedback is left as it is.
+    """
+
+    pairs_batches = False
+
+    def __init__(
+        self,
+        weighting: str = "MGDA",
+        options: Mapping[str, Any] | None = None,
+        normalize: bool = False,
+    ) -> None:
+        if weighting not in WEIGHTINGS:
+            raise MetaVPTError(
+                f"strategy.combination.weighting={weighting}: known are {', '.join(WEIGHTINGS)}"
+            )
+        self.normalize = normalize
+        try:
+            torchjd = import_module("torchjd.aggregation")
+        except ImportError as error:
+            raise MetaVPTError(
+                f"strategy.combination: torchjd cannot be imported ({error}); pip install 'metavpt[torchjd]'"
+            ) from error
+        try:
+            self.weighting = getattr(torchjd, f"{weighting}Weighting")(**(options or {}))
+        except ImportError as error:  # its solver is a package of its own
+            raise MetaVPTError(f"strategy.combination.weighting={weighting}: {error}") from error
+        except (TypeError, ValueError) as error:
+            raise MetaVPTError(f"strategy.combination.options of {weighting}: {error}") from error
+
+    def __call__(self, feedback: Feedback, unlabelled: Sequence[Any] = ()) -> Combined:
+        weights = feedback.weights
+        if len(weights) == 1:
+            return WeightedSum()(feedback, unlabelled)
+        gradients = feedback.gradients()
+        gramian = _gramian(list(gradients.values()))
+        lambdas = dict(zip(gradients, self.lambdas(gramian).tolist(), strict=True))
+        combined = {name: lambdas[name] * weight for name, weight in weights.items()}
+        record = {
+            **{f"weight/{name}": weight for name, weight in combined.items()},
+            **_conflicts(list(gradients), gramian),
+        }
+
+        def outer_loss(theta_s: Params) -> Tensor:
+            return torch.stack(list(feedback.terms(combined, theta_s).values())).sum()
+
+        return Combined({"feedback": Pair(outer_loss, unlabelled)}, len(gradients), record)
+
+    def lambdas(self, gramian: Tensor) -> Tensor:
+        """lambda (J,) from <g_i, g_j> (J,J); NaN where a gradient is not finite, as the sum then is, which is skipped and counted."""
+        if not torch.isfinite(gramian).all():
+            return torch.full_like(gramian[0], torch.nan)
+        norms = gramian.diagonal().sqrt()
+        scale = torch.ones_like(norms)
+        if self.normalize:
+            scale = torch.where(norms > 0, norms.square().mean().sqrt() / norms, scale)
+            gramian = scale[:, None] * gramian * scale
+        # torchjd's tolerances are absolute, and below 1e-4 some of its solvers take the gradients for zero: hand over a trace of one.
+        return scale * self.weighting(
+            gramian / gramian.trace().clamp_min(torch.finfo(gramian.dtype).tiny)
+        )
+
+
+@dataclass(frozen=True)
+class DomainMatched:
+    """Hypergradients of each domain's feedback through the same domain's unlabelled batches; their mean by the problem's weights.
+
+    Language multitask in V-Pretraining, section 4. Domains are the names of the feedbacks; `problem.by_domain` finds them in an unlabelled
+    batch. Costs an estimate for each.
+    """
+
+    pairs_batches = True
+
+    def __call__(self, feedback: Feedback, unlabelled: Sequence[Any] = ()) -> Combined:
+        weights = feedback.weights
+        domains = [feedback.problem.by_domain(batch) for batch in unlabelled]
+        for parts in domains:
+            if set(weights) - set(parts) or set(parts) - set(feedback.problem.feedback_weights):
+                raise MetaVPTError(
+                    f"strategy.combination=DomainMatched: by_domain gives {', '.join(parts) or 'nothing'}, the feedbacks are "
+                    f"{', '.join(weights)}; every unlabelled batch must hold each domain that has feedback, and no other"
+                )
+        total = sum(weights.values())
+        return Combined({
+            name: Pair(partial(_term, feedback, name), [parts[name] for parts in domains], weight / total)
+            for name, weight in weights.items()
+        })  # fmt: skip
+
+
+def unpaired(combination: Combination | None) -> Combination:
+    """The same, or `WeightedSum` for None; refuses one that pairs batches, for strategies that take no hypergradient."""
+    combination = combination or WeightedSum()
+    if combination.pairs_batches:
+        raise MetaVPTError(
+            f"strategy.combination={type(combination).__name__} pairs unlabelled batches with feedback, which only strategies that "
+            "learn a designer do; use WeightedSum or TorchJD"
+        )
+    return combination
+
+
+def _gradient(name: str, loss: Tensor, theta_s: Params) -> Params:
+    if not loss.requires_grad:
+        raise MetaVPTError(
+            f"feedback_losses: {name} depends on none of aligned_parameters, so it cannot be weighed by its gradient"
+        )
+    parts = torch.autograd.grad(
+        loss, list(theta_s.values()), retain_graph=True, materialize_grads=True
+    )
+    return dict(zip(theta_s, parts, strict=True))
+
+
+def _term(feedback: Feedback, name: str, theta_s: Params) -> Tensor:
+    return feedback.terms({name: 1.0}, theta_s)[name]
+
+
+def _gramian(gradients: Sequence[Params]) -> Tensor:
+    """<g_i, g_j>, (J,J) float64 on the CPU."""
+    rows = [torch.stack([params.dot(a, b) for b in gradients]) for a in gradients]
+    return torch.stack(rows).to("cpu", torch.float64)
+
+
+def _conflicts(names: Sequence[str], gramian: Tensor) -> dict[str, float]:
+    norms = gramian.diagonal().sqrt().clamp_min(torch.finfo(gramian.dtype).tiny)
+    cosines = gramian / norms / norms[:, None]
+    return {
+        f"conflict/{names[i]}-{names[j]}": float(cosines[i, j])
+        for i, j in combinations(range(len(names)), 2)
+    }

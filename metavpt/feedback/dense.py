@@ -1,0 +1,225 @@
+"""Downstream feedback on dense labels: light heads on frozen patch features, and the losses that they give the learner."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from metavpt.distributed import collectives
+from metavpt.errors import MetaVPTError
+from metavpt.probes.depth import DepthTask, clip, valid_pixels
+from metavpt.probes.features import IGNORE, FeatureSet
+from metavpt.probes.heads import LinearHead, Ridge
+from metavpt.probes.segmentation import SegmentationTask
+
+
+class LabelledFrames(Protocol):
+    """depth (B,H,W) in metres, 0 where unknown; label (B,H,W) int64, 255 where ignored."""
+
+    @property
+    def depth(self) -> Tensor: ...
+
+    @property
+    def label(self) -> Tensor: ...
+
+
+class DenseFeedback(nn.Module):
+    """L_down = depth_weight * L1(depth in metres, valid pixels) + segmentation_weight * CE(classes), through linear-BN heads.
+
+    `fit` trains the heads on detached features of labelled train batches; `forward` gives both losses of features (B,D,h,w) by name,
+    without one of weight 0, and is pure: it reads the batch statistics that `fit` has gathered and moves nothing (V-Pretraining,
+    section 3: heads first, then g_down on separate batches).
+    """
+
+    fitted_by_steps = True
+
+    def __init__(
+        self,
+        width: int,
+        num_classes: int,
+        depth_weight: float = 1.0,
+        segmentation_weight: float = 1.0,
+        lr: float = 1e-2,
+    ) -> None:
+        super().__init__()
+        self.weights = _weights(depth_weight, segmentation_weight)
+        self.norm = nn.BatchNorm2d(width, affine=False)
+        self.depth = nn.Conv2d(width, 1, kernel_size=1)
+        self.segmentation = nn.Conv2d(width, num_classes, kernel_size=1)
+        nn.init.zeros_(self.depth.weight)
+        nn.init.zeros_(self.segmentation.weight)
+        self.optimizer = torch.optim.AdamW(self.parameters(), lr=lr)
+
+    def forward(self, features: Tensor, frames: LabelledFrames) -> dict[str, Tensor]:
+        statistics = self.norm.running_mean, self.norm.running_var
+        return self._losses(F.batch_norm(features, *statistics, eps=self.norm.eps), frames)
+
+    def fit(self, features: Tensor, frames: LabelledFrames) -> float:
+        """One AdamW step of the heads on features (B,D,h,w); the loss before it."""
+        with torch.enable_grad():
+            loss = weighted_sum(
+                self._losses(self.norm.train()(features.detach()), frames), self.weights
+            )
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        self.optimizer.step()
+        return float(loss.detach())
+
+    def _losses(self, normalized: Tensor, frames: LabelledFrames) -> dict[str, Tensor]:
+        losses = {}
+        size = frames.depth.shape[-2:]
+        if self.weights["depth"]:
+            metres = F.softplus(upsample(self.depth(normalized), size)[:, 0])
+            valid = frames.depth > 0
+            losses["depth"] = (
+                (metres - frames.depth).abs() * valid
+            ).sum() / collectives.mean_count(valid.sum())
+        if self.weights["segmentation"]:
+            logits = upsample(self.segmentation(normalized), size)
+            labelled = collectives.mean_count((frames.label != IGNORE).sum())
+            losses["segmentation"] = (
+                F.cross_entropy(logits, frames.label, ignore_index=IGNORE, reduction="sum")
+                / labelled
+            )
+        return losses
+
+    def get_extra_state(self) -> dict[str, Any]:
+        return self.optimizer.state_dict()
+
+    def set_extra_state(self, state: dict[str, Any]) -> None:
+        self.optimizer.load_state_dict(state)
+
+
+class RidgeFeedback(nn.Module):
+    """L_down = depth_weight * squared error (m^2, valid pixels) + segmentation_weight * squared error to one-hot classes (Brier score),
+    of ridge heads that were fitted to other frames: what features are worth **after** a head has been refitted to them.
+
+    The frames of a labelled batch are cut into `num_folds` parts; each is scored with the heads that `Ridge`, as the probes have it, fits
+    to the others in closed form. Both the scored features and, through the solve of the normal equations, the fitted ones carry the
+    gradient: g_down is the total derivative. It asks for nothing that a refit absorbs: where `penalty` is small, an invertible linear map
+    of the features changes neither the predictions nor the loss. A head held fixed would ask for it.
+
+    There is no state: `forward` of features (B,D,h,w) with their labels is all, and a pure function of them. It solves in float64. The
+    folds are those of the whole batch: each of several processes solves all of them, on the features of all.
+    """
+
+    fitted_by_steps = False
+
+    def __init__(
+        self,
+        width: int,
+        num_classes: int,
+        depth_weight: float = 1.0,
+        segmentation_weight: float = 1.0,
+        penalty: float = 1e-3,
+        num_folds: int = 2,
+    ) -> None:
+        super().__init__()
+        if num_folds < 2:
+            raise MetaVPTError(
+                f"feedback.num_folds={num_folds}: heads are scored on frames that they were not fitted to; at least 2"
+            )
+        self.weights = _weights(depth_weight, segmentation_weight)
+        self.ridge, self.num_folds = Ridge(penalty), num_folds
+        tasks: dict[str, DepthTask | SegmentationTask] = {
+            "depth": DepthTask(),
+            "segmentation": SegmentationTask(num_classes),
+        }
+        self.tasks = {name: tasks[name] for name, weight in self.weights.items() if weight}
+
+    def forward(self, features: Tensor, frames: LabelledFrames) -> dict[str, Tensor]:
+        features, depth, label = (
+            collectives.joined(features),
+            collectives.gather(frames.depth),
+            collectives.gather(frames.label),
+        )
+        if len(features) < self.num_folds:
+            raise MetaVPTError(
+                f"feedback.num_folds={self.num_folds}: a labelled batch of {len(features)} frames is too small; raise "
+                "problem.feedback_batch_size"
+            )
+        frame = torch.arange(len(features), device=features.device)
+        every = FeatureSet(features, depth, label)
+        errors = {name: ([], []) for name in self.tasks}
+        for part in frame.tensor_split(self.num_folds):
+            rest = frame[(frame < part[0]) | (frame > part[-1])]
+            for name, task in self.tasks.items():
+                head = self.ridge.fit(task, every.take(rest))
+                for chunk in every.take(part).chunks():
+                    for total, value in zip(
+                        errors[name], _squares_again(task, head, chunk), strict=True
+                    ):
+                        total.append(value)
+        return {
+            name: torch.stack(squares).sum() / torch.stack(counts).sum().clamp_min(1)
+            for name, (squares, counts) in errors.items()
+        }
+
+
+def _squares_again(
+    task: DepthTask | SegmentationTask, head: LinearHead, frames: FeatureSet
+) -> tuple[Tensor, Tensor]:
+    """`_squares`, made again on the way back: outputs at full size of all frames of a large batch would not fit into memory."""
+
+    def squares(weight: Tensor, bias: Tensor, features: Tensor) -> tuple[Tensor, Tensor]:
+        return _squares(
+            task, replace(head, weight=weight, bias=bias), frames._replace(features=features)
+        )
+
+    return checkpoint(
+        squares,
+        head.weight,
+        head.bias,
+        frames.features,
+        use_reentrant=False,
+        preserve_rng_state=False,
+    )
+
+
+def _squares(
+    task: DepthTask | SegmentationTask, head: LinearHead, frames: FeatureSet
+) -> tuple[Tensor, Tensor]:
+    """The sum of squared errors over the pixels that have a truth, and their number."""
+    output = head(frames.features)
+    if isinstance(task, DepthTask):
+        counted = valid_pixels(frames.depth)
+        squares = (output[:, 0] - clip(frames.depth.where(counted, 0.0))).square()
+    else:
+        label = frames.label.long()
+        counted = label != IGNORE
+        own = output.gather(1, label.where(counted, 0)[:, None])[:, 0]
+        squares = output.square().sum(dim=1) - 2 * own + 1  # |output - onehot|^2
+    return (squares * counted).sum(), counted.sum()
+
+
+def _weights(depth: float, segmentation: float) -> dict[str, float]:
+    if min(depth, segmentation) < 0 or depth + segmentation == 0:
+        raise MetaVPTError(
+            f"feedback.depth_weight={depth}, feedback.segmentation_weight={segmentation}: neither may be negative and one must be positive"
+        )
+    return {"depth": depth, "segmentation": segmentation}
+
+
+def upsample(maps: Tensor, size: torch.Size | tuple[int, int]) -> Tensor:
+    """Maps (B,C,h,w) at the resolution `size` of the labels, bilinearly."""
+    return F.interpolate(maps, size=tuple(size), mode="bilinear", align_corners=False)
+
+
+def weighted(losses: Mapping[str, Tensor], weights: Mapping[str, float]) -> dict[str, Tensor]:
+    """weight * loss by name, in the order of `weights`, without what weighs nothing."""
+    active = [name for name, weight in weights.items() if weight]
+    if not active or set(active) - set(losses) or set(losses) - set(weights):
+        raise MetaVPTError(
+            f"feedback_losses gives {', '.join(losses) or 'nothing'}; feedback_weights names {', '.join(weights) or 'nothing'}: "
+            "every loss needs a weight, every weight but 0 a loss, and one must not be 0"
+        )
+    return {name: weights[name] * losses[name] for name in active}
+
+
+def weighted_sum(losses: Mapping[str, Tensor], weights: Mapping[str, float]) -> Tensor:
+    """The sum of weight * loss, a scalar."""
+    return torch.stack(list(weighted(losses, weights).values())).sum()

@@ -1,0 +1,76 @@
+"""The matrix that implicit differentiation inverts: the Hessian of the pretraining loss, or its Gauss-Newton part."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from metavpt.errors import MetaVPTError
+from metavpt.hypergradients import params
+from metavpt.hypergradients.mixed_products import Loss, Product
+from metavpt.hypergradients.params import Params
+
+
+@dataclass(frozen=True)
+class ComposedLoss:
+    """theta -> criterion(outputs(theta)): a loss that shows what it is a loss of, which Gauss-Newton needs."""
+
+    outputs: Callable[[Params], Tensor]
+    criterion: Callable[[Tensor], Tensor]
+
+    def __call__(self, theta: Params) -> Tensor:
+        return self.criterion(self.outputs(theta))
+
+
+class Curvature(Protocol):
+    """v -> A v for the curvature A of `loss` at theta; `product` is the estimator's own."""
+
+    def __call__(self, loss: Loss, theta: Params, v: Params, product: Product) -> Params: ...
+
+
+@dataclass(frozen=True)
+class Hessian:
+    """A = d2L/dtheta2: exact, and indefinite away from a minimum."""
+
+    def __call__(self, loss: Loss, theta: Params, v: Params, product: Product) -> Params:
+        return product(loss, theta, v, (theta,)).by[0]
+
+
+@dataclass(frozen=True)
+class GaussNewton:
+    """A = J^T H_out J with J = d outputs / d theta and H_out the Hessian of the criterion by the outputs (Schraudolph, 2002).
+
+    Positive semi-definite wherever the criterion is convex in its outputs, as cross-entropy is in logits. Needs a `ComposedLoss`.
+    It is taken by reverse mode alone: forward mode through a norm cannot be trusted to be differentiated (see the check command).
+    """
+
+    def __call__(self, loss: Loss, theta: Params, v: Params, product: Product) -> Params:
+        if not isinstance(loss, ComposedLoss):
+            raise MetaVPTError(
+                "GaussNewton: the pretraining loss must be a ComposedLoss(outputs, criterion); return one from pretrain_tail"
+            )
+        theta = params.leaves(theta)
+        leaves = list(theta.values())
+        with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
+            outputs = loss.outputs(theta)
+            # J v without forward mode: u -> J^T u is linear, and its derivative along v is J v
+            u = torch.zeros_like(outputs, requires_grad=True)
+            pulled = torch.autograd.grad(
+                outputs, leaves, u, create_graph=True, materialize_grads=True
+            )
+            (pushed,) = torch.autograd.grad(
+                params.dot(dict(zip(theta, pulled, strict=True)), v), u, retain_graph=True
+            )
+            at = outputs.detach().requires_grad_()
+            (slope,) = torch.autograd.grad(loss.criterion(at), at, create_graph=True)
+            (bent,) = torch.autograd.grad(slope, at, pushed)
+            return dict(
+                zip(
+                    theta,
+                    torch.autograd.grad(outputs, leaves, bent, materialize_grads=True),
+                    strict=True,
+                )
+            )

@@ -1,0 +1,131 @@
+"""From the feedback gradient g_down to the direction w along which the pretraining gradient g_pre is valued.
+
+V = <g_down, g_pre> is the drop of the feedback loss per unit of learning rate, to first order (V-Pretraining, section 3).
+A direction returns the detached w with dV/dphi = d<w, g_pre>/dphi, so that every variant of the value costs the same one product.
+"""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from metavpt.errors import MetaVPTError
+from metavpt.hypergradients import params
+from metavpt.hypergradients.optimizer_updates import Update, first_order_value
+from metavpt.hypergradients.params import Params
+
+
+class Aim(NamedTuple):
+    """`w` to take the product along, and the value V where it is not simply <w, g_pre>."""
+
+    w: Params
+    value: Tensor | None = None
+
+
+class Direction(Protocol):
+    """Depends, where it says so, on the pretraining gradient and on the learner's real optimizer at this step; they are None otherwise."""
+
+    @property
+    def needs_g_pre(self) -> bool: ...
+
+    @property
+    def needs_update(self) -> bool: ...
+
+    def __call__(self, g_down: Params, g_pre: Params | None, update: Update | None) -> Aim: ...
+
+
+@dataclass(frozen=True)
+class Dot:
+    """V = <g_down, g_pre>, w = g_down: the value of a plain gradient step."""
+
+    needs_g_pre = False
+    needs_update = False
+
+    def __call__(self, g_down: Params, g_pre: Params | None, update: Update | None = None) -> Aim:
+        return Aim(g_down)
+
+
+@dataclass(frozen=True)
+class Cosine:
+    """V = cos(g_down, g_pre), w = (g_down/|g_down| - V g_pre/|g_pre|) / |g_pre|: indifferent to the size of either gradient."""
+
+    needs_g_pre = True
+    needs_update = False
+
+    def __call__(self, g_down: Params, g_pre: Params | None, update: Update | None = None) -> Aim:
+        if g_pre is None:
+            raise MetaVPTError("Cosine: needs the pretraining gradient g_pre")
+        tiny = torch.finfo(next(iter(g_pre.values())).dtype).tiny
+        down = params.scale(g_down, 1 / params.norm(g_down).clamp_min(tiny))
+        size = params.norm(g_pre).clamp_min(tiny)
+        cosine = params.dot(down, g_pre) / size
+        return Aim(params.scale(params.add(down, g_pre, alpha=-cosine / size), 1 / size), cosine)
+
+
+@dataclass(frozen=True)
+class AdamAware:
+    """V = <g_down, theta - theta'> for the step theta -> theta' that the learner's own optimizer takes on g_pre; w = dV/dg_pre.
+
+    The first-order value under Adam's moments and weight decay, which V-Pretraining leaves to the plain inner product. Gradient clipping is
+    not part of it.
+    """
+
+    needs_g_pre = True
+    needs_update = True
+
+    def __call__(self, g_down: Params, g_pre: Params | None, update: Update | None = None) -> Aim:
+        if g_pre is None or update is None:
+            raise MetaVPTError(
+                "AdamAware: needs the pretraining gradient and the learner's optimizer; pass it to the estimator as update="
+            )
+        return Aim(*first_order_value(update, g_pre, g_down))
+
+
+class Rescaled(ABC):
+    """The direction `of` at another length; V is scaled alike."""
+
+    of: Direction
+
+    @property
+    def needs_g_pre(self) -> bool:
+        return self.of.needs_g_pre
+
+    @property
+    def needs_update(self) -> bool:
+        return self.of.needs_update
+
+    @abstractmethod
+    def factor(self, length: Tensor) -> Tensor:
+        """What a w of that length is multiplied by."""
+
+    def __call__(self, g_down: Params, g_pre: Params | None, update: Update | None = None) -> Aim:
+        w, value = self.of(g_down, g_pre, update)
+        factor = self.factor(params.norm(w))
+        return Aim(params.scale(w, factor), None if value is None else value * factor)
+
+
+@dataclass(frozen=True)
+class Normalized(Rescaled):
+    """The direction `of`, scaled to unit length: only where to go, not how far."""
+
+    of: Direction = field(default_factory=Dot)
+
+    def factor(self, length: Tensor) -> Tensor:
+        return 1 / length.clamp_min(torch.finfo(length.dtype).tiny)
+
+
+@dataclass(frozen=True)
+class Clipped(Rescaled):
+    """The direction `of`, shortened to `max_norm` where it is longer."""
+
+    max_norm: float
+    of: Direction = field(default_factory=Dot)
+
+    def __post_init__(self) -> None:
+        if not self.max_norm > 0:
+            raise MetaVPTError(f"max_norm={self.max_norm}: must be positive")
+
+    def factor(self, length: Tensor) -> Tensor:
+        return self.max_norm / length.clamp_min(self.max_norm)

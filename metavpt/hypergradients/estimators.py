@@ -1,0 +1,313 @@
+"""Hypergradients: how the feedback loss, after the learner has trained on a task, changes with the designer that made it.
+
+An estimator is a value object of its own hyper-parameters. It is called on closures and knows no Problem:
+
+    inner_losses  phi -> (theta -> pretraining loss), one for each unlabelled batch; what does not depend on theta runs once, in between
+    outer_loss    theta -> feedback loss
+    theta, phi    where the derivative is taken; neither is changed
+
+Every estimator is a sum of one product, d<w, dL_pre/dtheta>/dphi, with a detached direction w (see `products`).
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import reduce
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from metavpt.errors import MetaVPTError, NonFiniteError
+from metavpt.hypergradients import params
+from metavpt.hypergradients.curvature import Curvature, Hessian
+from metavpt.hypergradients.directions import Direction, Dot
+from metavpt.hypergradients.linear_solvers import ConjugateGradient, LinearSolver, Solution
+from metavpt.hypergradients.mixed_products import (
+    DifferenceProduct,
+    Loss,
+    Product,
+    value_and_gradient,
+)
+from metavpt.hypergradients.optimizer_updates import Update, vjp
+from metavpt.hypergradients.params import Params
+from metavpt.hypergradients.trajectory import Trajectory, Unroll
+from metavpt.training.timers import phase
+
+InnerLoss = Callable[[Params], Loss]
+OuterLoss = Callable[[Params], Tensor]
+
+
+@dataclass(frozen=True)
+class Hypergradient:
+    """`by_phi`, shaped like phi, is the gradient for the designer's optimizer to descend.
+
+    value         V, the drop of the feedback loss that the estimator expects, per unit of `step_size`
+    grad_evals    cost in forward and backward passes through the learner, on one batch each
+    diagnostics   scalars worth logging: feedback loss, norms, residuals
+    solution      the solution of an implicit solve, to start the next one from; None where it is no better than none
+    """
+
+    by_phi: Params
+    value: float
+    grad_evals: int
+    diagnostics: dict[str, float] = field(default_factory=dict)
+    solution: Params | None = None
+
+
+class Estimator(Protocol):
+    """`num_batches` unlabelled batches are asked for, and `update`, the learner's real optimizer at this step, where `needs_update`.
+
+    `start` is an earlier `solution`, for estimators that solve something.
+    """
+
+    @property
+    def num_batches(self) -> int: ...
+
+    @property
+    def needs_update(self) -> bool: ...
+
+    def __call__(
+        self,
+        inner_losses: Sequence[InnerLoss],
+        outer_loss: OuterLoss,
+        theta: Params,
+        phi: Params,
+        *,
+        update: Update | None = None,
+        start: Params | None = None,
+    ) -> Hypergradient: ...
+
+
+@dataclass(frozen=True)
+class OneStep:
+    """d L_down(theta - step_size * g_pre(theta; phi)) / dphi to first order in step_size: -step_size * d<w, g_pre>/dphi.
+
+    Averaged over the batches. One-step gradient alignment (V-Pretraining, section 3). With `Dot` w is g_down; other directions
+    value the same step differently.
+    """
+
+    direction: Direction = field(default_factory=Dot)
+    product: Product = field(default_factory=DifferenceProduct)
+    step_size: float = 1.0
+    num_batches: int = 1
+
+    def __post_init__(self) -> None:
+        _positive("OneStep", step_size=self.step_size, num_batches=self.num_batches)
+
+    @property
+    def needs_update(self) -> bool:
+        return self.direction.needs_update
+
+    def __call__(
+        self,
+        inner_losses: Sequence[InnerLoss],
+        outer_loss: OuterLoss,
+        theta: Params,
+        phi: Params,
+        *,
+        update: Update | None = None,
+        start: Params | None = None,
+    ) -> Hypergradient:
+        theta, phi = params.leaves(theta), params.leaves(phi)
+        feedback_loss, g_down = downstream(outer_loss, theta)
+        total, total_value, grad_evals = params.zeros_like(phi), 0.0, 1
+        for inner in inner_losses:
+            with torch.enable_grad():
+                loss = inner(phi)
+            g_pre = value_and_gradient(loss, theta)[1] if self.direction.needs_g_pre else None
+            w, value = self.direction(g_down, g_pre, update)
+            (by_phi,), inner_product = self.product(loss, theta, w, (phi,))
+            total = params.add(total, by_phi)
+            total_value += float(inner_product if value is None else value)
+            grad_evals += self.product.num_gradients + self.direction.needs_g_pre
+        count = len(inner_losses)
+        diagnostics = {"feedback_loss": feedback_loss, "g_down_norm": float(params.norm(g_down))}
+        return finite(
+            Hypergradient(
+                params.scale(total, -self.step_size / count),
+                total_value / count,
+                grad_evals,
+                diagnostics,
+            )
+        )
+
+
+@dataclass(frozen=True)
+class Implicit:
+    """dL_down(theta*(phi))/dphi = -d<w, g_pre>/dphi with (H + damping I) w = g_down, H the curvature of the pretraining loss.
+
+    Implicit differentiation (Lorraine et al. 2020) at theta, which the learner's own training keeps near a stationary point.
+    H and the product are averages over the batches. The solver says whether it converged: residual, iterations and smallest
+    curvature are diagnostics.
+    """
+
+    solve: LinearSolver = field(default_factory=ConjugateGradient)
+    damping: float = 0.0
+    product: Product = field(default_factory=DifferenceProduct)
+    curvature: Curvature = field(default_factory=Hessian)
+    num_batches: int = 1
+    needs_update = False
+
+    def __post_init__(self) -> None:
+        _positive("Implicit", num_batches=self.num_batches)
+        if self.damping < 0:
+            raise MetaVPTError(f"Implicit: damping={self.damping} must not be negative")
+
+    def __call__(
+        self,
+        inner_losses: Sequence[InnerLoss],
+        outer_loss: OuterLoss,
+        theta: Params,
+        phi: Params,
+        *,
+        update: Update | None = None,
+        start: Params | None = None,
+    ) -> Hypergradient:
+        theta, phi = params.leaves(theta), params.leaves(phi)
+        feedback_loss, g_down = downstream(outer_loss, theta)
+        solution, num_products = self._solve(inner_losses, g_down, theta, phi, start)
+        total, value = params.zeros_like(phi), 0.0
+        for inner in inner_losses:
+            with torch.enable_grad():
+                loss = inner(phi)
+            (by_phi,), inner_product = self.product(loss, theta, solution.x, (phi,))
+            total, value = params.add(total, by_phi), value + float(inner_product)
+        count = len(inner_losses)
+        diagnostics = {
+            "feedback_loss": feedback_loss,
+            "g_down_norm": float(params.norm(g_down)),
+            "residual": solution.residual,
+            "iterations": float(solution.num_iterations),
+            "curvature_products": float(num_products),
+            "min_curvature": solution.min_curvature,
+            "converged": float(solution.converged),
+        }
+        grad_evals = 1 + (num_products + 1) * self.product.num_gradients * count
+        # one that is no better than none would make the next solve start worse, and the one after that: on an indefinite H, without bound
+        useful = solution.x if solution.residual < 1 else None
+        return finite(
+            Hypergradient(
+                params.scale(total, -1 / count), value / count, grad_evals, diagnostics, useful
+            )
+        )
+
+    def _solve(
+        self,
+        inner_losses: Sequence[InnerLoss],
+        g_down: Params,
+        theta: Params,
+        phi: Params,
+        start: Params | None,
+    ) -> tuple[Solution, int]:
+        """(H + damping I) w = g_down, and how many products with the mean H of the batches it took."""
+        with torch.no_grad():
+            fixed = [
+                inner(phi) for inner in inner_losses
+            ]  # H does not differentiate the task: its trunk runs once, without a graph
+        num_products = 0
+
+        def hessian_product(v: Params) -> Params:
+            nonlocal num_products
+            num_products += 1
+            products = [self.curvature(loss, theta, v, self.product) for loss in fixed]
+            return params.scale(reduce(params.add, products), 1 / len(products))
+
+        with phase("solve"):
+            return self.solve(hessian_product, g_down, damping=self.damping, x0=start), num_products
+
+
+@dataclass(frozen=True)
+class Unrolled(Unroll):
+    """dL_down(theta_K(phi))/dphi through K = `num_steps` steps of the learner's optimizer, one unlabelled batch each.
+
+    The discrete adjoint, replayed backwards one step at a time: with (theta', moments') = U(theta, moments, g) and cotangents of the
+    left side, w is U's pullback to g, and d<w, g_k>/d(theta, phi) carries it through the gradient. Exact for SGD, Adam and AdamW.
+
+    offload       whether what is kept of the steps waits in the CPU's memory
+    kept_graphs   of how many last steps the graph to phi is kept rather than made again on the way back: time for memory
+
+    Memory is that of `kept_graphs` steps beside K gradients of theta's size and every sqrt(K)-th theta with its moments, from which
+    those in between are replayed elementwise.
+    """
+
+    product: Product = field(default_factory=DifferenceProduct)
+    offload: bool = False
+    kept_graphs: int = 1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.kept_graphs < 0:
+            raise MetaVPTError(f"Unrolled: kept_graphs={self.kept_graphs} must not be negative")
+
+    def __call__(
+        self,
+        inner_losses: Sequence[InnerLoss],
+        outer_loss: OuterLoss,
+        theta: Params,
+        phi: Params,
+        *,
+        update: Update | None = None,
+        start: Params | None = None,
+    ) -> Hypergradient:
+        phi = params.leaves(phi)
+        if len(inner_losses) != self.num_steps:
+            raise MetaVPTError(
+                f"Unrolled: num_steps={self.num_steps} takes as many inner losses, not {len(inner_losses)}"
+            )
+        rule, _, state = self.begin(theta, update)
+        before = float(outer_loss(params.detach(theta)).detach())
+        trajectory = Trajectory(
+            rule, params.detach(theta), state, math.isqrt(self.num_steps), self.offload
+        )
+        kept: list[Loss] = []
+        for k, inner in enumerate(inner_losses, start=1):
+            keep = k > self.num_steps - self.kept_graphs
+            with torch.set_grad_enabled(keep):
+                loss = inner(phi)
+            trajectory.advance(value_and_gradient(loss, trajectory.theta)[1])
+            kept += [loss] * keep
+        feedback_loss, ct_theta = downstream(outer_loss, trajectory.theta)
+        diagnostics = {"feedback_loss": before, "g_down_norm": float(params.norm(ct_theta))}
+
+        total, ct_moments = params.zeros_like(phi), None
+        for k, (theta_k, state_k, gradient) in zip(
+            reversed(range(self.num_steps)), trajectory.backwards(), strict=True
+        ):
+            pulled = vjp(rule, theta_k, state_k, gradient, ct_theta, ct_moments)
+            theta_k = params.leaves(theta_k)
+            with torch.enable_grad():
+                loss = kept.pop() if kept else inner_losses[k](phi)
+            wrt = (
+                (phi, theta_k) if k else (phi,)
+            )  # before the first step theta does not depend on phi
+            by_phi, *by_theta = self.product(loss, theta_k, pulled.grad, wrt).by
+            total = params.add(total, by_phi)
+            if by_theta:
+                ct_theta, ct_moments = params.add(pulled.theta, by_theta[0]), pulled.moments
+        grad_evals = 1 + self.num_steps * (1 + self.product.num_gradients)
+        return finite(Hypergradient(total, before - feedback_loss, grad_evals, diagnostics))
+
+
+@phase("g_down")
+def downstream(outer_loss: OuterLoss, theta: Params) -> tuple[float, Params]:
+    """The feedback loss and its gradient g_down, detached; a non-finite one raises `NonFiniteError`."""
+    loss, g_down = value_and_gradient(outer_loss, theta)
+    if not (torch.isfinite(loss) and params.is_finite(g_down)):
+        raise NonFiniteError(
+            f"the feedback loss is {float(loss):.3g} and the norm of its gradient {float(params.norm(g_down)):.3g}"
+        )
+    return float(loss), g_down
+
+
+def finite(hypergradient: Hypergradient) -> Hypergradient:
+    """The same, or `NonFiniteError`: a NaN never reaches the designer silently."""
+    if not params.is_finite(hypergradient.by_phi):
+        raise NonFiniteError("the hypergradient is not finite")
+    return hypergradient
+
+
+def _positive(owner: str, **values: float) -> None:
+    for name, value in values.items():
+        if not value > 0:
+            raise MetaVPTError(f"{owner}: {name}={value} must be positive")

@@ -1,0 +1,184 @@
+"""The derivative of <w, dL/dtheta>: the one product that every hypergradient is made of.
+
+With respect to phi it is the mixed product, with respect to theta the Hessian product. Both ways of taking it share one call:
+
+    (by_theta, by_phi), value = product(loss, theta, w, (theta, phi))
+
+`loss` maps parameters to a scalar and may hold a graph to phi (the designer's, and the trunk's that ran once on its task).
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from metavpt.errors import MetaVPTError, UnreachedParameterError
+from metavpt.hypergradients import params
+from metavpt.hypergradients.params import Params
+
+Loss = Callable[[Params], Tensor]
+
+UNUSED = "appears to not have been used"  # autograd's words for a tensor that nothing depends on
+
+
+class Derivative(NamedTuple):
+    """`by[i]` is d<w, dL/dtheta>/d wrt[i]; `value` is <w, dL/dtheta>, a detached scalar."""
+
+    by: tuple[Params, ...]
+    value: Tensor
+
+
+class Product(Protocol):
+    """d<w, dL/dtheta>/d wrt for each dict in `wrt`; `theta` and every entry of `wrt` ask for a gradient.
+
+    `num_gradients` is the cost in evaluations of dL/dtheta. The graph that `loss` holds is freed unless `retain_graph`.
+    """
+
+    num_gradients: int
+
+    def __call__(
+        self,
+        loss: Loss,
+        theta: Params,
+        w: Params,
+        wrt: Sequence[Params],
+        *,
+        retain_graph: bool = False,
+    ) -> Derivative: ...
+
+
+@dataclass(frozen=True)
+class ExactProduct:
+    """Double backward, in the dtype of theta.
+
+    Fused attention has no second derivative, so attention runs unfused inside (pytorch #116350).
+    """
+
+    num_gradients = 2
+
+    def __call__(
+        self,
+        loss: Loss,
+        theta: Params,
+        w: Params,
+        wrt: Sequence[Params],
+        *,
+        retain_graph: bool = False,
+    ) -> Derivative:
+        with sdpa_kernel(SDPBackend.MATH), torch.enable_grad():
+            gradient = differentiate(loss(theta), (theta,), create_graph=True)[0]
+            value = params.dot(w, gradient)
+            return Derivative(differentiate(value, wrt, retain_graph=retain_graph), value.detach())
+
+
+@dataclass(frozen=True)
+class DifferenceProduct:
+    """The central difference (dL(theta + eps w) - dL(theta - eps w)) / (2 eps): first-order autodiff only.
+
+    The trunk, held in `loss`, runs once; only what depends on theta runs twice. Fused attention stays as it is.
+    The step is relative, eps |w| = relative_step |theta|, so that scaling w or theta changes nothing but the scale.
+    The error is O(relative_step^2) from truncation and O(machine eps / relative_step) from rounding, which balance near the cube root of
+    the machine epsilon. `relative_step=None` takes a fifth of that, in the dtype that the loss is computed in: the losses of
+    transformers bend on a scale shorter than |theta|, and there a fifth was the more exact in float32 and float64 alike.
+    """
+
+    relative_step: float | None = None
+    num_gradients = 1
+
+    def __post_init__(self) -> None:
+        if self.relative_step is not None and not self.relative_step > 0:
+            raise MetaVPTError(
+                f"relative_step={self.relative_step}: the step of a difference must be positive"
+            )
+
+    def __call__(
+        self,
+        loss: Loss,
+        theta: Params,
+        w: Params,
+        wrt: Sequence[Params],
+        *,
+        retain_graph: bool = False,
+    ) -> Derivative:
+        eps = self.step(theta, w)
+        with torch.enable_grad():
+            above = loss(params.add(theta, w, alpha=eps))
+            below = loss(params.add(theta, w, alpha=-eps))
+            value = (above - below) / (2 * eps)
+            return Derivative(differentiate(value, wrt, retain_graph=retain_graph), value.detach())
+
+    def step(self, theta: Params, w: Params) -> Tensor:
+        """eps."""
+        first = next(iter(theta.values()))
+        relative_step = self.relative_step or default_relative_step(first)
+        tiny = torch.finfo(first.dtype).tiny
+        with torch.no_grad():
+            return (
+                relative_step * params.norm(theta).clamp_min(tiny) / params.norm(w).clamp_min(tiny)
+            )
+
+
+def default_relative_step(p: Tensor) -> float:
+    """A fifth of the cube root of the machine epsilon of p's dtype, or of autocast's where that is on, which rounds p for the loss."""
+    device = p.device.type
+    dtype = (
+        torch.get_autocast_dtype(device)
+        if torch.is_autocast_enabled(device) and p.dtype == torch.float32
+        else p.dtype
+    )
+    return torch.finfo(dtype).eps ** (1 / 3) / 5
+
+
+def differentiate(
+    value: Tensor, wrt: Sequence[Params], *, create_graph: bool = False, retain_graph: bool = False
+) -> tuple[Params, ...]:
+    """d value / d wrt, one dict for each in `wrt`; a tensor that `value` does not depend on is an error that names it."""
+    names = [name for group in wrt for name in group]
+    inputs = [p for group in wrt for p in group.values()]
+    if not value.requires_grad:
+        raise UnreachedParameterError(_unreached(names))
+    try:
+        gradients = torch.autograd.grad(
+            value, inputs, create_graph=create_graph, retain_graph=retain_graph or create_graph
+        )
+    except RuntimeError as error:
+        if UNUSED not in str(error):
+            raise
+        missing = [name for name, p in zip(names, inputs, strict=True) if not _reaches(value, p)]
+        raise UnreachedParameterError(_unreached(missing)) from None
+    flat = iter(gradients)
+    return tuple({name: next(flat) for name in group} for group in wrt)
+
+
+def value_and_gradient(loss: Loss, theta: Params) -> tuple[Tensor, Params]:
+    """L and dL/dtheta, detached; zero for a parameter that plays no part in `loss` (a projection head in a downstream loss).
+
+    The graph to phi that `loss` holds outlives it: what is freed lies between theta and the value, and each call makes that anew.
+    """
+    theta = params.leaves(theta)
+    with torch.enable_grad():
+        value = loss(theta)
+    if not value.requires_grad:
+        return value, params.zeros_like(theta)
+    gradients = torch.autograd.grad(value, list(theta.values()), materialize_grads=True)
+    return value.detach(), dict(zip(theta, gradients, strict=True))
+
+
+def _reaches(value: Tensor, p: Tensor) -> bool:
+    """Whether there is a path from p to `value`. That its buffers have been freed by now is another error than that there is none."""
+    try:
+        torch.autograd.grad(value, p, retain_graph=True)
+    except RuntimeError as error:
+        return UNUSED not in str(error)
+    return True
+
+
+def _unreached(names: list[str]) -> str:
+    shown = ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+    return (
+        f"the pretraining loss does not depend on {shown}: its hypergradient would be a silent zero. "
+        "Use the parameter in the task, drop it from the designer, or look for a no_grad or detach on the way to the loss"
+    )

@@ -1,0 +1,292 @@
+"""An optimizer's own update as a pure function, to differentiate the steps that a learner takes.
+
+    rule, theta, state = from_torch(optimizer, theta)   # as the learner's optimizer stands now
+    theta, state = rule.step(theta, state, grad)        # equal to torch.optim's step, and differentiable
+    ct_theta, ct_moments, ct_grad = vjp(rule, theta, state, grad, ct_theta, ct_moments)
+
+Formulas and names are torch.optim's.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from metavpt.errors import MetaVPTError
+from metavpt.hypergradients import params
+from metavpt.hypergradients.params import Params
+
+Moments = dict[
+    str, Params
+]  # parameter -> moment -> tensor of the parameter's shape, as {"head.weight": {"exp_avg": m, "exp_avg_sq": v}}
+
+
+class State(NamedTuple):
+    """What an optimizer remembers; `num_steps` are the steps that each parameter has taken."""
+
+    num_steps: dict[str, int]
+    moments: Moments
+
+
+class Rule(ABC):
+    """An update that treats each parameter by itself, and each of its entries alike."""
+
+    @abstractmethod
+    def moment_names(self, name: str) -> tuple[str, ...]:
+        """The moments kept for parameter `name`."""
+
+    @abstractmethod
+    def update(
+        self, name: str, p: Tensor, moments: Params, num_steps: int, grad: Tensor
+    ) -> tuple[Tensor, Params]:
+        """The change of parameter `name` of value `p` in its step number `num_steps` + 1, and its moments after it."""
+
+    def init(self, theta: Params) -> State:
+        """The state before the first step."""
+        moments = {
+            name: {moment: torch.zeros_like(p) for moment in self.moment_names(name)}
+            for name, p in theta.items()
+        }
+        return State(dict.fromkeys(theta, 0), moments)
+
+    def step(self, theta: Params, state: State, grad: Params) -> tuple[Params, State]:
+        """theta and state after one step on `grad`: differentiable by theta, the moments and grad."""
+        after, moments = {}, {}
+        for name, p in theta.items():
+            change, moments[name] = self.update(
+                name, p, state.moments[name], state.num_steps[name], grad[name]
+            )
+            after[name] = p + change
+        return after, State({name: state.num_steps[name] + 1 for name in theta}, moments)
+
+
+@dataclass(frozen=True)
+class SGD(Rule):
+    """torch.optim.SGD: theta' = theta - lr b', b' = momentum b + (1 - dampening) (grad + weight_decay theta); the first b' is undamped."""
+
+    lr: float
+    momentum: float = 0.0
+    dampening: float = 0.0
+    weight_decay: float = 0.0
+    nesterov: bool = False
+
+    def moment_names(self, name: str) -> tuple[str, ...]:
+        return ("momentum_buffer",) if self.momentum else ()
+
+    def update(
+        self, name: str, p: Tensor, moments: Params, num_steps: int, grad: Tensor
+    ) -> tuple[Tensor, Params]:
+        grad = grad + self.weight_decay * p if self.weight_decay else grad
+        if not self.momentum:
+            return -self.lr * grad, {}
+        buffer = (
+            self.momentum * moments["momentum_buffer"] + (1 - self.dampening) * grad
+            if num_steps
+            else grad
+        )
+        direction = grad + self.momentum * buffer if self.nesterov else buffer
+        return -self.lr * direction, {"momentum_buffer": buffer}
+
+
+@dataclass(frozen=True)
+class Adam(Rule):
+    """torch.optim.Adam: theta' = theta - lr m_hat / (sqrt(v_hat) + eps) for the bias-corrected moments of grad + weight_decay theta.
+
+    With `decoupled_weight_decay` the decay is -lr weight_decay theta instead, outside the moments.
+    """
+
+    lr: float = 1e-3
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    decoupled_weight_decay: bool = False
+
+    def moment_names(self, name: str) -> tuple[str, ...]:
+        return "exp_avg", "exp_avg_sq"
+
+    def update(
+        self, name: str, p: Tensor, moments: Params, num_steps: int, grad: Tensor
+    ) -> tuple[Tensor, Params]:
+        beta1, beta2 = self.betas
+        if self.weight_decay and not self.decoupled_weight_decay:
+            grad = grad + self.weight_decay * p
+        exp_avg = torch.lerp(moments["exp_avg"], grad, 1 - beta1)
+        exp_avg_sq = beta2 * moments["exp_avg_sq"] + (1 - beta2) * grad * grad
+        correction1, correction2 = 1 - beta1 ** (num_steps + 1), 1 - beta2 ** (num_steps + 1)
+        change = (
+            -self.lr / correction1 * exp_avg / (_sqrt(exp_avg_sq) / correction2**0.5 + self.eps)
+        )
+        if self.weight_decay and self.decoupled_weight_decay:
+            change = change - self.lr * self.weight_decay * p
+        return change, {"exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq}
+
+
+@dataclass(frozen=True)
+class AdamW(Adam):
+    """torch.optim.AdamW: Adam with decoupled weight decay (Loshchilov & Hutter, 2019)."""
+
+    weight_decay: float = 1e-2
+    decoupled_weight_decay: bool = True
+
+
+@dataclass(frozen=True)
+class PerParameter(Rule):
+    """A rule for each parameter name: the parameter groups of torch.optim."""
+
+    rules: Mapping[str, Rule]
+
+    def moment_names(self, name: str) -> tuple[str, ...]:
+        return self.rules[name].moment_names(name)
+
+    def update(
+        self, name: str, p: Tensor, moments: Params, num_steps: int, grad: Tensor
+    ) -> tuple[Tensor, Params]:
+        return self.rules[name].update(name, p, moments, num_steps, grad)
+
+
+class Cotangents(NamedTuple):
+    """The derivative of a scalar by the theta, the moments and the gradient that went into a step."""
+
+    theta: Params
+    moments: Moments
+    grad: Params
+
+
+class Update(NamedTuple):
+    """The step that a learner's optimizer is about to take, short of its gradient."""
+
+    rule: Rule
+    theta: Params
+    state: State
+
+
+def vjp(
+    rule: Rule,
+    theta: Params,
+    state: State,
+    grad: Params,
+    ct_theta: Params,
+    ct_moments: Moments | None = None,
+) -> Cotangents:
+    """The pullback of (theta', moments') = rule.step(theta, state, grad): from the cotangents of its results to those of its arguments.
+
+    `ct_moments` None stands for zeros: no later step follows. The graph that is held is that of one tensor at a time. All detached.
+    """
+    pulled = Cotangents({}, {}, {})
+    for name in theta:
+        p, g = theta[name].detach().requires_grad_(), grad[name].detach().requires_grad_()
+        moments = params.leaves(state.moments[name])
+        with torch.enable_grad():
+            change, after = rule.update(name, p, moments, state.num_steps[name], g)
+            outputs, cotangents = [p + change], [ct_theta[name]]
+            if ct_moments is not None:
+                outputs += after.values()
+                cotangents += [ct_moments[name][moment] for moment in after]
+            # a moment that the step does not read (SGD's buffer before its first step) has derivative zero
+            pulled.theta[name], pulled.grad[name], *rest = torch.autograd.grad(
+                outputs, [p, g, *moments.values()], cotangents, materialize_grads=True
+            )
+        pulled.moments[name] = dict(zip(moments, rest, strict=True))
+    return pulled
+
+
+def first_order_value(update: Update, grad: Params, g_down: Params) -> tuple[Params, Tensor]:
+    """w = dV/dgrad of V = <g_down, theta - theta'>, the drop of the feedback loss in the step on `grad` to first order; and V.
+
+    For Adam w is V's derivative through both moments: g_down in the learner's own metric, near zero where the sign of the step is settled.
+    V includes the drop by weight decay and momentum, which w, of course, does not. Both are detached.
+    An entry that never had a gradient is where Adam steps furthest for it: there w is g_down lr / eps.
+    """
+    rule, theta, state = update
+    w: Params = {}
+    values: list[Tensor] = []
+    for name, p in theta.items():
+        g = grad[name].detach().requires_grad_()
+        with torch.enable_grad():
+            change, _ = rule.update(
+                name, p.detach(), params.detach(state.moments[name]), state.num_steps[name], g
+            )
+            # theta - theta' by subtraction would lose the step's digits in those of theta
+            value = -(g_down[name].detach() * change).sum()
+            (w[name],) = torch.autograd.grad(value, g)
+        values.append(value.detach())
+    return w, torch.stack(values).sum()
+
+
+def from_torch(optimizer: torch.optim.Optimizer, theta: Params) -> Update:
+    """The step that a learner's optimizer is about to take on the live parameters `theta`, by name, that it holds.
+
+    Parameters and moments are views of the optimizer's own, which its next step overwrites: read them again after it.
+    Raises MetaVPTError, naming it, on a class or an option that has no rule here and on a parameter that the optimizer does not hold.
+    """
+    rules = {name: _rule(optimizer, _group(optimizer, name, p)) for name, p in theta.items()}
+    num_steps: dict[str, int] = {}
+    moments: Moments = {}
+    for name, p in theta.items():
+        # .get, for `state` is a defaultdict: reading must not add to what the optimizer saves
+        held: dict[str, Any] = optimizer.state.get(p, {})
+        names = rules[name].moment_names(name)
+        taken = all(held.get(moment) is not None for moment in names)
+        # SGD does not count its steps; all that matters to it is whether there was one
+        num_steps[name] = int(held.get("step", 1)) if taken else 0
+        moments[name] = {
+            moment: held[moment].detach() if taken else torch.zeros_like(p.detach())
+            for moment in names
+        }
+    first, *others = rules.values()
+    rule = first if all(other == first for other in others) else PerParameter(rules)
+    return Update(rule, params.detach(theta), State(num_steps, moments))
+
+
+def _group(optimizer: torch.optim.Optimizer, name: str, p: Tensor) -> dict[str, Any]:
+    for group in optimizer.param_groups:
+        if any(p is q for q in group["params"]):
+            return group
+    raise MetaVPTError(
+        f"{name}: is not among the parameters of the learner's optimizer; give it the optimizer of the live parameters"
+    )
+
+
+def _rule(optimizer: torch.optim.Optimizer, group: dict[str, Any]) -> Rule:
+    kind = type(optimizer)
+    for flag in ("amsgrad", "maximize"):
+        if group.get(flag):
+            raise MetaVPTError(
+                f"{kind.__name__}({flag}=True): this option of the learner's optimizer cannot be unrolled; turn it off"
+            )
+    lr, weight_decay = float(group["lr"]), float(group["weight_decay"])
+    if kind is torch.optim.SGD:
+        return SGD(
+            lr,
+            float(group["momentum"]),
+            float(group["dampening"]),
+            weight_decay,
+            bool(group["nesterov"]),
+        )
+    if kind in (torch.optim.Adam, torch.optim.AdamW):
+        beta1, beta2 = (float(beta) for beta in group["betas"])
+        rule = AdamW if kind is torch.optim.AdamW else Adam
+        return rule(
+            lr,
+            (beta1, beta2),
+            float(group["eps"]),
+            weight_decay,
+            bool(group["decoupled_weight_decay"]),
+        )
+    raise MetaVPTError(
+        f"{kind.__name__}: the learner's optimizer cannot be unrolled; use torch.optim.SGD, Adam or AdamW"
+    )
+
+
+def _sqrt(v: Tensor) -> Tensor:
+    """sqrt(v), with derivative 0 where v is 0.
+
+    There autograd's infinite 1 / (2 sqrt(0)) meets dv/dgrad = 0 and makes every hypergradient NaN (higher #125, TorchOpt #26), while the
+    chain's limit is finite: |grad| has subgradient 0, and in Adam's step it is multiplied by exp_avg, which is zero as well.
+    Both branches must be finite, hence the inner where. Values are those of sqrt; NaN stays NaN.
+    """
+    is_zero = v == 0
+    return torch.where(is_zero, 0.0, torch.where(is_zero, 1.0, v).sqrt())

@@ -1,0 +1,188 @@
+"""python -m metavpt.run problem=dino_nyuv2 [strategy=...] [seed=0] [resume=true]: one run, from step 0 to its report; with -m a sweep."""
+
+import math
+import os
+import shlex
+import shutil
+import sys
+from pathlib import Path
+from signal import Signals
+
+import hydra
+import torch
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from lightning_fabric import Fabric
+from omegaconf import DictConfig, OmegaConf
+from rich.console import Console
+from rich.markup import escape
+
+from metavpt import report
+from metavpt.cli.allowed_targets import asked_for, check_targets
+from metavpt.cli.one_line_errors import dead_worker, reporting
+from metavpt.distributed import collectives
+from metavpt.errors import MetaVPTError, NonFiniteError
+from metavpt.run import dry_run, summary
+from metavpt.run.sweep import Objective
+from metavpt.training import non_finite, run_folder
+from metavpt.training.build import build
+from metavpt.training.checkpoint import Checkpoints
+from metavpt.training.disk import writing
+from metavpt.training.fabric import make_fabric
+from metavpt.training.signals import Stopped, StopRequest
+from metavpt.training.trainer import Trainer
+
+# does not change what a run comes to
+NOT_CONFIGURATION = (
+    "resume",
+    "output",
+    "minimise",
+    "tracker",
+    "allow_targets",
+    "devices",
+    "nodes",
+    "parallel",
+)
+
+
+def run(cfg: DictConfig) -> float | None:
+    """Train, print the table of step 0 against the end, write the report; the value of `cfg.minimise`, None without one."""
+    console = Console()
+    check_targets(cfg, asked_for())
+    if cfg.trainer.get("dry_run"):
+        return describe(cfg, console)
+    objective = Objective.parse(cfg.minimise)
+    if cfg.threads:
+        torch.set_num_threads(cfg.threads)
+    fabric = make_fabric(cfg.device, cfg.precision, cfg.devices, cfg.nodes, cfg.parallel)
+    folder, resume = collectives.first(_folder(cfg) if collectives.rank() == 0 else None)
+    stop = StopRequest()
+    try:
+        with stop.listening():
+            metrics = _train(cfg, folder, resume, objective, console, fabric, stop)
+    except Stopped as stopped:
+        if collectives.rank() == 0:
+            console.print(_how_it_goes_on(folder, stopped.signal), soft_wrap=True, highlight=False)
+        sys.exit(stopped.status)
+    if collectives.rank() == 0:
+        console.print(summary.table(folder))
+        console.print(f"report: {report.write_report(folder)}")
+    return objective(metrics) if objective else None
+
+
+def describe(cfg: DictConfig, console: Console) -> None:
+    """Print what the run would take; no data and no weights are read, nothing is written."""
+    with torch.device("meta"):
+        trainer = build(dry_run.without_files(cfg), Path(cfg.runs), console)
+    console.print(dry_run.plan(trainer))
+
+
+def _train(
+    cfg: DictConfig,
+    folder: Path,
+    resume: bool,
+    objective: Objective | None,
+    console: Console,
+    fabric: Fabric,
+    stop: StopRequest,
+) -> dict[str, float]:
+    """The metrics at the end. A run that fails before its first step leaves nothing behind."""
+    trainer: Trainer | None = None
+    try:
+        trainer = build(cfg, folder, console, fabric)
+        trainer.stop = stop
+        if trainer.checkpoints and trainer.checkpoints.paths():
+            trainer.resume()
+        else:
+            trainer.log.discard()  # of an attempt that reached no checkpoint
+            trainer.measure()
+        if objective and trainer.metrics:
+            objective(
+                trainer.metrics
+            )  # a name that no probe has is known before the training, not after it
+        trainer.run()
+        return trainer.metrics
+    except RuntimeError as error:
+        if stop.signal is None or not dead_worker(str(error)):
+            raise
+        raise Stopped(
+            stop.signal
+        ) from error  # the signal went to the loading processes too, and they did not wait
+    except BaseException:
+        nothing = (
+            not resume
+            and (trainer is None or not trainer.budget.steps)
+            and not (folder / non_finite.FILE).exists()
+        )
+        if collectives.rank() == 0 and nothing:
+            shutil.rmtree(folder)
+        raise
+    finally:
+        if trainer is not None:
+            trainer.log.close()
+
+
+def _how_it_goes_on(folder: Path, signal: Signals) -> str:
+    """The line that a run ends with which was asked to stop."""
+    saved = Checkpoints(folder / "checkpoints").paths()
+    if not saved:
+        return f"stopped by {signal.name} before the first checkpoint: nothing was trained"
+    multirun = HydraConfig.get().mode is RunMode.MULTIRUN
+    place = f"hydra.sweep.dir={folder.parent}" if multirun else f"output={folder}"
+    options = [
+        option
+        for option in sys.argv[1:]
+        if not option.startswith(("resume=", place.partition("=")[0] + "="))
+    ]
+    command = shlex.join(["python", "-m", "metavpt.run", *options, place, "resume=true"])
+    return f"stopped by {signal.name}, saved in {saved[-1]}; go on with\n{escape(command)}"
+
+
+def _folder(cfg: DictConfig) -> tuple[Path, bool]:
+    """The folder of the run, and whether one is continued there. A job of a sweep has its own in the sweep's."""
+    hydra_cfg = HydraConfig.get()
+    output, resume = Path(cfg.output) if cfg.output else None, cfg.resume or _is_restarted()
+    if hydra_cfg.mode is RunMode.MULTIRUN:
+        if output:
+            raise MetaVPTError(
+                f"output={output}: the runs of a sweep cannot share a folder; name that of the sweep with hydra.sweep.dir="
+            )
+        if not cfg.minimise and not hydra_cfg.sweeper._target_.endswith(".BasicSweeper"):
+            raise MetaVPTError(
+                "minimise=null: this sweeper minimises a metric; name it, as in minimise=ridge/depth_rmse"
+            )
+        output = Path(hydra_cfg.runtime.output_dir)
+        resume = (
+            resume and (output / "config.yaml").is_file()
+        )  # the jobs that an interrupted sweep never reached begin
+    config = OmegaConf.to_yaml(
+        OmegaConf.masked_copy(cfg, [str(key) for key in cfg if key not in NOT_CONFIGURATION]),
+        resolve=True,
+    )
+    if resume:
+        return run_folder.find(output, Path(cfg.runs), config), True
+    name = f"{hydra_cfg.runtime.choices['problem']}-{hydra_cfg.runtime.choices['strategy']}-seed{cfg.seed}"
+    folder = run_folder.create(output, Path(cfg.runs), name)
+    with writing(folder):
+        (folder / "config.yaml").write_text(config)
+        run_folder.write_environment(folder, cfg.seed)
+    return folder, False
+
+
+def _is_restarted() -> bool:
+    """Whether torchrun has started the processes anew, after one of them failed (--max-restarts)."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+
+
+@hydra.main(version_base="1.3", config_path="pkg://metavpt.configs", config_name="run")
+def main(cfg: DictConfig) -> float | None:
+    with reporting():
+        try:
+            return run(cfg)
+        except (NonFiniteError, torch.OutOfMemoryError) as error:
+            if HydraConfig.get().mode is not RunMode.MULTIRUN:
+                raise
+            Console(stderr=True, soft_wrap=True).print(
+                f"[yellow]this job of the sweep failed: {error}[/yellow]"
+            )
+            return math.inf  # an outcome of the values that were tried: the sweep goes on

@@ -1,0 +1,169 @@
+"""What a run would take, without its data, weights or GPU: parameters, memory, schedule. `trainer.dry_run=true` prints it."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from omegaconf import DictConfig, open_dict
+from rich.console import Group
+from rich.table import Table
+from torch import nn
+from torch.utils._pytree import tree_map_only
+
+from metavpt.bench import memory_estimate
+from metavpt.data.absent import ABSENT
+from metavpt.data.loader import Batch
+from metavpt.errors import MetaVPTError
+from metavpt.hypergradients import params
+from metavpt.training.trainer import Trainer
+
+NUM_IMAGES = 2  # that activations are counted on
+NOTE = (
+    "activations: what autograd keeps of the pretraining loss of {images} images, counted on the meta device with fused attention, "
+    "times batch_size / {images}. float32. Not in it: what lives for the length of one operation, the GPU's own context, probes, and a "
+    "designer update (the graph of meta_batch_size images through trunk and designer, the tail once more)."
+)
+
+
+def without_files(cfg: DictConfig) -> DictConfig:
+    """`cfg` on the meta device, with random weights and with stand-ins for its labelled sets; nothing is tracked."""
+    cfg = cfg.copy()
+    with open_dict(cfg):
+        cfg.device, cfg.tracker = "meta", {}
+        for key, value in {"pretrained": False, "weights": None}.items():
+            if key in (cfg.get("backbone") or {}):
+                cfg.backbone[key] = value
+        if "probes" in cfg.problem:
+            cfg.problem.probes = None
+        data: Any = cfg.get("data")
+        if not cfg.get("backbone") or not data:
+            raise MetaVPTError(
+                "trainer.dry_run=true: only a problem with the groups backbone and data can be planned without its files"
+            )
+        for node in [data] if "_target_" in data else data.values():
+            if node._target_ not in ABSENT:
+                raise MetaVPTError(
+                    f"trainer.dry_run=true: there is no stand-in for {node._target_}, only for {', '.join(ABSENT)}"
+                )
+            node._target_, node.path, node.unlabelled = ABSENT[node._target_], None, None
+    return cfg
+
+
+def plan(trainer: Trainer) -> Group:
+    """Tables of a trainer whose problem is on the meta device."""
+    return Group(
+        _parameters(trainer),
+        "",
+        _memory(trainer),
+        NOTE.format(images=NUM_IMAGES),
+        "",
+        *_schedule(trainer),
+    )
+
+
+def _parameters(trainer: Trainer) -> Table:
+    problem, learner = trainer.problem, params.named(trainer.problem.learner)
+    aligned, fresh = set(problem.aligned_parameters()), set(problem.warm_up_parameters())
+    table = _table("parameters", "number")
+    for name, counted in {
+        "learner": learner.values(),
+        "  backbone": (p for name, p in learner.items() if name not in fresh),
+        "  head": (p for name, p in learner.items() if name in fresh),
+        "  aligned (S)": (p for name, p in learner.items() if name in aligned),
+        "designer": problem.designer.parameters(),
+        **{name: module.parameters() for name, module in _others(trainer)},
+    }.items():
+        table.add_row(name, f"{sum(p.numel() for p in counted):,}")
+    return table
+
+
+def _memory(trainer: Trainer) -> Table:
+    problem = trainer.problem
+    learner, designer = list(problem.learner.parameters()), list(problem.designer.parameters())
+    optimizer = getattr(trainer.strategy, "optimizer", None)
+    rows = {
+        "learner: weights": memory_estimate.num_bytes(learner),
+        "learner: gradients": memory_estimate.num_bytes(p for p in learner if p.requires_grad),
+        "learner: optimizer": memory_estimate.state_bytes(trainer.optimizer),
+        "designer: weights, gradients": 2 * memory_estimate.num_bytes(designer),
+        "designer: optimizer": memory_estimate.state_bytes(optimizer) if optimizer else 0,
+        **{
+            name: memory_estimate.num_bytes([*module.parameters(), *module.buffers()])
+            for name, module in _others(trainer)
+        },
+        "activations": activation_bytes(problem) * problem.batch_size,  # pyright: ignore[reportAttributeAccessIssue]
+    }
+    table = _table("memory", "")
+    for name, size in {**rows, "together": sum(rows.values())}.items():
+        table.add_row(name, _size(size))
+    return table
+
+
+def activation_bytes(problem: Any) -> float:
+    """What autograd keeps of the pretraining loss for each image, with a batch of the recipe."""
+    with (
+        torch.no_grad()
+    ):  # the recipe's draws are made for real: they decide how much a batch shows
+        task = problem.recipe(Batch(torch.zeros(NUM_IMAGES, 3, 64, 64, dtype=torch.uint8), seed=0))
+    task = tree_map_only(torch.Tensor, lambda tensor: tensor.to("meta"), task)
+    theta = params.named(problem.learner)
+    modules = [module for module in vars(problem).values() if isinstance(module, nn.Module)]
+    kept = [tensor for module in modules for tensor in (*module.parameters(), *module.buffers())]
+    with torch.device("meta"):
+        return (
+            memory_estimate.saved_bytes(lambda: problem.pretrain_loss(theta, task), kept)
+            / NUM_IMAGES
+        )
+
+
+def _schedule(trainer: Trainer) -> Iterable[Table | str]:
+    total = trainer.budget.limits.get("steps")
+    if total is None:
+        yield "schedule: the budget has no limit in steps, so the learning rate follows the share of it that is spent"
+        return
+    table = _table("step", "learning rate", "of the heads")
+    steps = {
+        0,
+        trainer.head_warmup_steps,
+        trainer.schedule.warmup_steps,
+        total // 4,
+        total // 2,
+        3 * total // 4,
+        total,
+    }
+    for step in sorted(step for step in steps if step <= total):
+        trainer.budget.steps = int(step)
+        trainer._schedule()
+        by_warmth = {group["warm"]: group["lr"] for group in trainer.optimizer.param_groups}
+        table.add_row(
+            f"{step:,.0f}",
+            *(f"{by_warmth[warm]:.3g}" if warm in by_warmth else "" for warm in (False, True)),
+        )
+    yield table
+    every, burn_in = (getattr(trainer.strategy, name, None) for name in ("meta_every", "burn_in"))
+    if every and burn_in is not None:
+        count = len(range(-(-burn_in // every) * every, int(total), every))
+        lr = trainer.strategy.optimizer.param_groups[0]["lr"]  # pyright: ignore[reportAttributeAccessIssue]
+        yield f"designer: an update every {every} steps from step {burn_in:,} on, {count:,} in all, learning rate {lr:.3g}"
+
+
+def _others(trainer: Trainer) -> list[tuple[str, nn.Module]]:
+    """Modules of the problem beside learner and designer: teacher, feedback heads."""
+    own = ("learner", "designer")
+    found = [
+        (name, module)
+        for name, module in vars(trainer.problem).items()
+        if isinstance(module, nn.Module) and name not in own
+    ]
+    return [(name, module) for name, module in found if any(True for _ in module.parameters())]
+
+
+def _size(count: float) -> str:
+    return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.2f} MiB"
+
+
+def _table(*columns: str) -> Table:
+    table = Table(columns[0], box=None, header_style="dim")
+    for title in columns[1:]:
+        table.add_column(title, justify="right")
+    return table

@@ -1,0 +1,222 @@
+"""A sweep's outcome: a table of its jobs, best first, and the best configuration as an experiment to run again."""
+
+import csv
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.utils import JobReturn
+from hydra.experimental.callback import Callback
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+from rich.console import Console
+from rich.table import Table
+
+from metavpt.compare.metric_directions import sign
+from metavpt.errors import MetaVPTError
+from metavpt.report import read_log, series_of
+from metavpt.report.formatting import number
+
+# where a run stood and who watched it
+NOT_WHAT_RAN = {
+    "runs",
+    "output",
+    "resume",
+    "minimise",
+    "tracker",
+    "device",
+    "devices",
+    "nodes",
+    "parallel",
+}
+
+Row = dict[str, str | float | None]
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What a sweep minimises: a metric of the last probe, or with factor -1 its negative."""
+
+    metric: str
+    factor: int = 1
+
+    @classmethod
+    def parse(cls, text: str | None) -> "Objective | None":
+        """`ridge/depth_rmse`, `-ridge/seg_miou`; None for None. Raises MetaVPTError on the wrong sign, as far as the name tells."""
+        if text is None:
+            return None
+        objective = cls(text.removeprefix("-"), -1 if text.startswith("-") else 1)
+        if sign(objective.metric) == objective.factor:
+            right = objective.metric if objective.factor < 0 else f"-{text}"
+            raise MetaVPTError(
+                f"minimise={text} would look for the worst run; write minimise={right}"
+            )
+        return objective
+
+    def __call__(self, metrics: Mapping[str, float]) -> float:
+        if self.metric not in metrics:
+            raise MetaVPTError(
+                f"minimise={self.metric}: no such metric; known: {', '.join(metrics)}"
+            )
+        return self.factor * metrics[self.metric]
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run of a sweep; kept as job.json in its folder, because jobs may run on other machines."""
+
+    number: int
+    overrides: list[str]
+    groups: list[
+        str
+    ]  # the configuration groups, told from other keys by nothing in the overrides themselves
+    value: float | None  # None: no objective, or not finite
+    failed: bool = (
+        False  # the run diverged or ran out of memory: of its metrics only the first ones are known
+    )
+
+    def write(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "job.json").write_text(json.dumps(asdict(self)) + "\n")
+
+
+class Sweep(Callback):
+    """Writes table.md, table.csv and experiment/best.yaml into the folder of a finished sweep."""
+
+    def on_job_end(self, config: DictConfig, job_return: JobReturn, **kwargs: Any) -> None:
+        hydra = config.hydra
+        if hydra.mode is RunMode.MULTIRUN:
+            value = job_return._return_value  # the property would raise what the job raised
+            finite = isinstance(value, float) and math.isfinite(value)
+            groups = [str(group) for group in hydra.runtime.choices]
+            job = Job(
+                hydra.job.num,
+                list(hydra.overrides.task),
+                groups,
+                value if finite else None,
+                failed=value == math.inf,
+            )
+            job.write(Path(hydra.runtime.output_dir))
+
+    def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
+        folder = Path(config.hydra.sweep.dir)
+        jobs = [
+            (Job(**json.loads(path.read_text())), path.parent) for path in folder.glob("*/job.json")
+        ]
+        jobs.sort(
+            key=lambda pair: (math.inf if pair[0].value is None else pair[0].value, pair[0].number)
+        )
+        rows = _rows(jobs)
+        write_table(folder, rows)
+        console = Console()
+        console.print(rich_table(rows))
+        console.print(f"table: {folder / 'table.md'}")
+        if jobs and jobs[0][0].value is not None:
+            path = folder / "experiment" / "best.yaml"
+            path.parent.mkdir(exist_ok=True)
+            path.write_text(experiment(jobs[0][0]))
+            console.print(f"best:  {path}", soft_wrap=True)
+
+
+def write_table(folder: Path, rows: Sequence[Row]) -> None:
+    """table.csv with every digit, table.md to read."""
+    names = _names(rows)
+    with (folder / "table.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, names)
+        writer.writeheader()
+        writer.writerows(rows)
+    lines = [
+        names,
+        ["---"] * len(names),
+        *([_cell(row.get(name)) for name in names] for row in rows),
+    ]
+    (folder / "table.md").write_text(
+        "".join(f"| {' | '.join(cell.replace('|', '/') for cell in line)} |\n" for line in lines)
+    )
+
+
+def rich_table(rows: Sequence[Row]) -> Table:
+    """For a terminal: up to the objective where there is one, all metrics where there is none."""
+    names = _names(rows)
+    if any(row["objective"] is not None for row in rows):
+        names = names[: names.index("objective") + 1]
+    table = Table(box=None, header_style="dim")
+    for name in names:
+        table.add_column(name, overflow="fold")
+    for row in rows:
+        table.add_row(*(_cell(row.get(name)) for name in names))
+    return table
+
+
+def experiment(job: Job) -> str:
+    """The overrides of `job` as an experiment file: choices of groups in its defaults list, everything else below it."""
+    parents: list[Any] = []
+    chosen: list[Any] = []
+    values = OmegaConf.create()
+    left_out = []
+    for override in OverridesParser.create().parse_overrides(job.overrides):
+        key = override.key_or_group + (f"@{override.package}" if override.package else "")
+        value = override.value()
+        if key in NOT_WHAT_RAN:
+            continue
+        if key == "experiment":
+            parents += value if isinstance(value, list) else [value]
+        elif key in job.groups:
+            (parents if override.is_add() else chosen).append(
+                {f"/{key}" if override.is_add() else f"override /{key}": value}
+            )
+        elif override.is_delete():
+            left_out.append(override.input_line)
+        else:
+            OmegaConf.update(values, key, value, force_add=True)
+    lines = [
+        "# @package _global_",
+        f"# Job {job.number} of a sweep, objective {job.value}. Run it with experiment=best and the folder above `experiment`",
+        "# as --config-dir, or beside another one as 'hydra.searchpath=[file://<folder>]'.",
+    ]
+    lines += [f"# and {line} on the command line, which a file cannot say" for line in left_out]
+    defaults = yaml.safe_dump({"defaults": [*parents, "_self_", *chosen]}, sort_keys=False)
+    return "\n".join(lines) + "\n" + defaults + (OmegaConf.to_yaml(values) if values else "")
+
+
+def _rows(jobs: Sequence[tuple[Job, Path]]) -> list[Row]:
+    """Job number, what the jobs differ in, objective and last metrics of each."""
+    settings = [_setting(job) for job, _ in jobs]
+    keys = list(dict.fromkeys(key for setting in settings for key in setting))
+    swept = [key for key in keys if len({setting.get(key) for setting in settings}) > 1]
+    return [
+        {
+            "job": job.number,
+            **{key: setting.get(key) for key in swept},
+            "objective": job.value,
+            **_outcome(job, folder),
+        }
+        for (job, folder), setting in zip(jobs, settings, strict=True)
+    ]
+
+
+def _setting(job: Job) -> dict[str, str]:
+    pairs = (override.partition("=") for override in job.overrides)
+    return {key: value for key, _, value in pairs}
+
+
+def _outcome(job: Job, folder: Path) -> Row:
+    """The metrics of the last probe."""
+    path = folder / "metrics.jsonl"
+    if job.failed or not path.is_file():
+        return {"objective": "failed"}
+    series = series_of(read_log(path), "probe")
+    return {name: values[max(values)] for name, values in series.items()}
+
+
+def _names(rows: Sequence[Row]) -> list[str]:
+    return list(dict.fromkeys(name for row in rows for name in row))
+
+
+def _cell(value: str | float | None) -> str:
+    return value if isinstance(value, str) else number(value)

@@ -1,0 +1,106 @@
+"""What a run may spend and what it has spent, in steps, samples, gradient evaluations and seconds."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+from metavpt.bench.memory import PeakMemory
+from metavpt.distributed import collectives
+from metavpt.errors import MetaVPTError
+from metavpt.training.timers import Clock, phase
+
+UNITS = ("steps", "samples", "grad_evals", "seconds")
+UNCOUNTED = frozenset({"probe"})  # purposes that are timed but are no training
+
+
+class Budget:
+    """Limits in any of the four units; the run ends with the step that reaches the first of them.
+
+    steps       updates of the learner
+    samples     unlabelled samples (images, tokens) that the learner trained on
+    grad_evals  forward and backward passes through the learner, on one batch each: its own steps and what designing tasks takes
+    seconds     training time: data, task design and learner; probes, figures, checkpoints and reports are left out
+
+    Time is kept by purpose; `timed("designer")` inside `timed("learner")` stops the outer clock. Peak memory is that of training too.
+    """
+
+    def __init__(
+        self,
+        steps: int | None = None,
+        samples: int | None = None,
+        grad_evals: int | None = None,
+        seconds: float | None = None,
+    ) -> None:
+        limits = {"steps": steps, "samples": samples, "grad_evals": grad_evals, "seconds": seconds}
+        self.limits = {unit: limit for unit, limit in limits.items() if limit is not None}
+        if not self.limits:
+            raise MetaVPTError(
+                "budget: no limit is set; set at least one of "
+                + ", ".join(f"budget.{unit}" for unit in UNITS)
+            )
+        for unit, limit in self.limits.items():
+            if limit <= 0:
+                raise MetaVPTError(f"budget.{unit}={limit}: a budget must be positive")
+        self.steps = 0
+        self.samples = 0
+        self.grad_evals = 0
+        self.clock = Clock()
+        self.memory = PeakMemory()
+
+    @property
+    def times(self) -> dict[str, float]:
+        """Seconds by purpose."""
+        return self.clock.seconds
+
+    @property
+    def seconds(self) -> float:
+        return sum(spent for purpose, spent in self.times.items() if purpose not in UNCOUNTED)
+
+    @property
+    def progress(self) -> float:
+        """The share of the tightest limit that is spent, in [0, 1]."""
+        return min(1.0, max(getattr(self, unit) / limit for unit, limit in self.limits.items()))
+
+    @property
+    def exhausted(self) -> bool:
+        return self.progress >= 1.0
+
+    def check_first_step(self) -> None:
+        """After the first step: a limit that even this one overran is an error."""
+        for unit, limit in self.limits.items():
+            if (spent := getattr(self, unit)) > limit:
+                raise MetaVPTError(
+                    f"budget.{unit}={limit}: no step fits, the first one took {spent:.4g} {unit}"
+                )
+
+    def agree(self) -> None:
+        """Every process goes by the clock of the first, where a limit is in seconds: else they would not end with the same step."""
+        if "seconds" in self.limits:
+            self.clock.seconds = collectives.first(self.times)
+
+    def charge(self, *, steps: int = 0, samples: int = 0, grad_evals: int = 0) -> None:
+        self.steps += steps
+        self.samples += samples
+        self.grad_evals += grad_evals
+
+    @contextmanager
+    def timed(self, purpose: str) -> Iterator[None]:
+        """Count the seconds inside towards `purpose`; "probe" is kept apart from the time and the memory of training."""
+        with (
+            self.clock.timed(purpose),
+            phase(purpose),
+            self.memory.paused() if purpose in UNCOUNTED else nullcontext(),
+        ):
+            yield
+
+    def state_dict(self) -> dict[str, Any]:
+        counters = {"steps": self.steps, "samples": self.samples, "grad_evals": self.grad_evals}
+        return {**counters, "times": dict(self.times), "peak_memory": self.memory.peak}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.steps, self.samples, self.grad_evals = (
+            state["steps"],
+            state["samples"],
+            state["grad_evals"],
+        )
+        self.clock.seconds, self.memory.earlier = dict(state["times"]), state["peak_memory"]

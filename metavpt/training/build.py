@@ -1,0 +1,44 @@
+"""A trainer from a configuration."""
+
+from pathlib import Path
+
+from hydra.utils import instantiate
+from lightning_fabric import Fabric
+from omegaconf import DictConfig, OmegaConf
+from rich.console import Console
+
+from metavpt.distributed import collectives
+from metavpt.training.checkpoint import Checkpoints, seed_generators
+from metavpt.training.fabric import make_fabric
+from metavpt.training.run_log import RunLog, UnwrittenLog
+from metavpt.training.trainer import Trainer
+
+
+def build(cfg: DictConfig, folder: Path, console: Console, fabric: Fabric | None = None) -> Trainer:
+    """The trainer that `cfg` describes, with its log and checkpoints in `folder`; all that is random comes from `cfg.seed`.
+
+    `fabric` None: one process.
+    """
+    fabric = fabric or make_fabric(cfg.device, cfg.precision)
+    log: RunLog = UnwrittenLog(folder)
+    if collectives.rank() == 0:
+        log = RunLog(
+            folder,
+            console,
+            {name: instantiate(tracker) for name, tracker in (cfg.get("tracker") or {}).items()},
+        )
+    seed_generators(cfg.seed)
+    problem = instantiate(cfg.problem, _convert_="all")
+    problem.to("meta" if cfg.device == "meta" else fabric.device)
+    trainer = instantiate(
+        cfg.trainer,
+        problem=problem,
+        strategy=instantiate(cfg.strategy),
+        budget=instantiate(cfg.budget),
+        log=log,
+        checkpoints=Checkpoints(folder / "checkpoints"),
+        seed=cfg.seed,
+        fabric=fabric,
+    )
+    log.start_trackers(OmegaConf.to_container(cfg, resolve=True))  # type: ignore[arg-type]
+    return trainer

@@ -1,0 +1,196 @@
+"""What a run leaves behind while it goes: metrics.jsonl, figures, and a progress bar for whoever watches."""
+
+import json
+import math
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+from metavpt.errors import MetaVPTError
+from metavpt.report.samples import Texts
+from metavpt.training.budget import Budget
+from metavpt.training.disk import writing
+from metavpt.training.trackers import Tracker
+
+
+class RunLog:
+    """Appends one JSON object a line to `folder`/metrics.jsonl, shows progress on `console`, passes numbers and figures on to `trackers`.
+
+    A checkpoint holds the length of the file; loading it cuts off what came later, so a resumed run logs every step once.
+    A tracker that fails is left out from then on, with a warning: the run is worth more.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        console: Console | None = None,
+        trackers: Mapping[str, Tracker] | None = None,
+    ) -> None:
+        self.folder = folder
+        self.path = folder / "metrics.jsonl"
+        self.console = console or Console(quiet=True)
+        self.trackers = dict(trackers or {})
+        self._step = 0
+        self._bar: Progress | None = None
+        self._shown: dict[str, float] = {}
+
+    def start_trackers(self, config: dict[str, Any]) -> None:
+        """Raises MetaVPTError where one does not start: a server or an account is then better mended before the run than after it."""
+        for name, tracker in self.trackers.items():
+            try:
+                tracker.start(config, self.folder)
+            except Exception as error:
+                raise MetaVPTError(f"tracker={name}: does not start ({_line(error)})") from error
+
+    def write(self, kind: str, step: int, **values: Any) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with writing(self.path), self.path.open("a") as file:
+            file.write(
+                json.dumps(
+                    {
+                        "kind": kind,
+                        "step": step,
+                        **{name: _jsonable(value) for name, value in values.items()},
+                    }
+                )
+                + "\n"
+            )
+        self._shown.update({name: values[name] for name in ("loss", "value") if name in values})
+        self._step = step
+        numbers = dict(_numbers(kind, values))
+        if numbers:
+            self._track(lambda tracker: tracker.log(step, numbers))
+
+    def warn(self, step: int, message: str) -> None:
+        self.write("warning", step, message=message)
+        self.console.print(f"[yellow]step {step}: {message}[/yellow]")
+
+    def records(self) -> list[dict[str, Any]]:
+        """Everything written so far."""
+        return [json.loads(line) for line in self.path.read_text().splitlines()]
+
+    def save_figures(self, step: int, figures: dict[str, np.ndarray]) -> None:
+        """One PNG each: figures/<name>-step<NNNNNN>.png."""
+        for name, pixels in figures.items():
+            path = self.folder / "figures" / f"{name}-step{step:06d}.png"
+            with writing(path):
+                path.parent.mkdir(exist_ok=True)
+                Image.fromarray(pixels).save(path)
+        for name, pixels in figures.items():
+            self._track(
+                lambda tracker, name=name, pixels=pixels: tracker.figure(name, step, pixels)
+            )
+
+    def save_texts(self, step: int, texts: Texts) -> None:
+        """texts/step<NNNNNN>.json, where there are any."""
+        if any(texts):
+            path = self.folder / "texts" / f"step{step:06d}.json"
+            with writing(path):
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_text(json.dumps(texts._asdict(), ensure_ascii=False), encoding="utf-8")
+
+    def discard(self) -> None:
+        """Forget what was written."""
+        self.path.unlink(missing_ok=True)
+
+    def close(self) -> None:
+        """Let the trackers finish what they hold back; nothing is tracked after it."""
+        self._track(lambda tracker: tracker.close())
+        self.trackers.clear()
+
+    def _track(self, send: Callable[[Tracker], None]) -> None:
+        for name, tracker in list(self.trackers.items()):
+            try:
+                send(tracker)
+            except Exception as error:
+                del self.trackers[name]
+                self.warn(
+                    self._step,
+                    f"tracker {name} failed and is left out from here on ({_line(error)})",
+                )
+
+    @contextmanager
+    def progress(self, budget: Budget) -> Iterator[None]:
+        """A bar over the budget for as long as the block runs."""
+        columns = (
+            BarColumn(),
+            TextColumn("{task.percentage:3.0f}%"),
+            TextColumn("{task.description}"),
+            TimeRemainingColumn(),
+        )
+        with Progress(*columns, console=self.console) as self._bar:
+            self._bar.add_task("", total=1.0)
+            yield
+        self._bar = None
+
+    def advance(self, budget: Budget) -> None:
+        if self._bar is None:
+            return
+        loss, value = self._shown.get("loss"), self._shown.get("value")
+        parts = [
+            f"step {budget.steps}",
+            f"{budget.samples / max(budget.seconds, 1e-9):.0f} samples/s",
+        ]
+        parts += [f"loss {loss:.4f}"] if loss is not None else []
+        parts += [f"V {value:+.3g}"] if value is not None else []
+        self._bar.update(
+            self._bar.task_ids[0], completed=budget.progress, description="  ".join(parts)
+        )
+
+    def state_dict(self) -> dict[str, int]:
+        return {"bytes": self.path.stat().st_size if self.path.exists() else 0}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        if self.path.exists():
+            os.truncate(self.path, min(state["bytes"], self.path.stat().st_size))
+
+
+class UnwrittenLog(RunLog):
+    """Writes nothing: that of every process but the first."""
+
+    def write(self, kind: str, step: int, **values: Any) -> None:
+        pass
+
+    def save_figures(self, step: int, figures: dict[str, np.ndarray]) -> None:
+        pass
+
+    def save_texts(self, step: int, texts: Texts) -> None:
+        pass
+
+    def discard(self) -> None:
+        pass
+
+    def state_dict(self) -> dict[str, int]:
+        return {}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        pass
+
+
+def _jsonable(value: Any) -> Any:
+    """JSON has no NaN and no infinity: null stands for both."""
+    if isinstance(value, dict):
+        return {name: _jsonable(item) for name, item in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _numbers(kind: str, values: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
+    """<kind>/<name> of every finite number, also of those a level down: the metrics of a probe, the seconds of each purpose."""
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _numbers(kind, value)
+        elif (
+            isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+        ):
+            yield f"{kind}/{name}", float(value)
+
+
+def _line(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"

@@ -1,0 +1,89 @@
+"""Endless batches with a position that a checkpoint can hold."""
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, NamedTuple
+
+from metavpt.distributed import collectives
+from metavpt.errors import MetaVPTError
+from metavpt.training.timeouts import time_limit
+from metavpt.training.timers import phase
+
+TIMEOUT = 600.0  # seconds
+
+
+class Stream:
+    """The batches of `source(seed)`, then of `source(seed + 1)` and so on, for ever.
+
+    `state_dict` is the position alone. Loading it begins the source again and skips: through the iterable's own `skip(n)` where it has one
+    (no decoding), by drawing and dropping batches otherwise. A batch that is not there after `timeout` seconds is an error; 0: no limit.
+
+    Of several processes each gets its own rows of the same batches, see `metavpt.distributed.collectives`: again through the iterable's own
+    `share(rank, size)` where it has one, by cutting whole batches otherwise. The position does not depend on how many there are.
+    """
+
+    def __init__(
+        self,
+        source: Callable[[int], Iterable[Any]],
+        seed: int,
+        name: str = "stream",
+        timeout: float = TIMEOUT,
+    ) -> None:
+        self.source, self.seed, self.name, self.timeout = source, seed, name, timeout
+        self.epoch = 0
+        self.position = 0
+        self._batches: Iterator[Any] | None = None
+        self._is_shared = False
+
+    @phase("data")
+    def __next__(self) -> Any:
+        if self._batches is None:
+            self._batches = self._begin()
+        try:
+            batch = self._draw(self._batches)
+        except StopIteration:
+            if self.position == 0:
+                raise MetaVPTError(
+                    f"{self.name}: the source is empty, it gave no batch at all"
+                ) from None
+            self.epoch, self.position = self.epoch + 1, 0
+            self._batches = self._begin()
+            return next(self)
+        self.position += 1
+        return batch if self._is_shared else collectives.own(batch)
+
+    @property
+    def has_begun(self) -> bool:
+        return self.epoch > 0 or self.position > 0
+
+    def _begin(self) -> Iterator[Any]:
+        batches = self.source(self.seed + self.epoch)
+        self._is_shared = hasattr(batches, "share")
+        if self._is_shared:
+            batches.share(collectives.rank(), collectives.size())  # type: ignore[attr-defined]
+        if self.position and hasattr(batches, "skip"):
+            batches.skip(self.position)  # type: ignore[attr-defined]
+            return iter(batches)
+        iterator = iter(batches)
+        for _ in range(self.position):
+            self._draw(iterator)
+        return iterator
+
+    def _draw(self, batches: Iterator[Any]) -> Any:
+        hung = f"{self.name}: no batch came within {self.timeout:g} s; look at the disk that the data is on, or raise trainer.data_timeout"
+        with time_limit(self.timeout, hung):
+            return next(batches)
+
+    def state_dict(self) -> dict[str, int]:
+        return {"epoch": self.epoch, "position": self.position}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.epoch, self.position = state["epoch"], state["position"]
+        self._batches = None
+
+
+class Streams(NamedTuple):
+    """What strategies draw from; `meta` is unlabelled data for the designer alone, so that the learner's own order stays as it is."""
+
+    pretrain: Stream
+    meta: Stream
+    feedback: Stream

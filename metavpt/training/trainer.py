@@ -1,0 +1,318 @@
+"""The loop, readable top to bottom: ask the strategy for a task, take one ordinary pretraining step on it, count, measure, save."""
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.optim import Optimizer
+
+from metavpt.distributed import collectives, fsdp
+from metavpt.errors import MetaVPTError
+from metavpt.hypergradients import trees
+from metavpt.probes.first_order import Before, FirstOrderProbe
+from metavpt.problem import Problem
+from metavpt.strategies.learned import Strategy
+from metavpt.training.budget import Budget
+from metavpt.training.checkpoint import Checkpoints
+from metavpt.training.collapse import Watch
+from metavpt.training.engine import Execution
+from metavpt.training.leak_guard import untouched
+from metavpt.training.non_finite import Failures
+from metavpt.training.run_log import RunLog
+from metavpt.training.schedule import WarmupCosine, parameter_groups
+from metavpt.training.signals import Stopped, StopRequest
+from metavpt.training.streams import TIMEOUT, Stream, Streams
+from metavpt.training.timers import phase
+
+if TYPE_CHECKING:
+    from lightning_fabric import Fabric
+
+MISMATCH = (
+    RuntimeError,
+    KeyError,
+    ValueError,
+    AttributeError,
+    TypeError,
+)  # what loading the state of another model raises
+
+
+class Trainer:
+    """Pretrains `problem.learner` on the tasks of `strategy` until the budget is spent.
+
+    The learner's parameters and their `.grad` are written in `step` alone, and there only by the pretraining loss of a detached task.
+    While `stop` listens, SIGTERM and Ctrl-C end `run` by `Stopped` after the step in progress and a checkpoint of it.
+
+    head_warmup_steps   first steps that train `problem.warm_up_parameters()` only: fresh SSL heads on a released backbone
+    head_warmup_lr      peak learning rate of these steps; None: the optimizer's, which a released backbone wants low
+    first_order_every   steps between two measurements of how well first-order value predicts a step; 0: none
+    accumulate          parts that a batch is taken in, one after the other: activations of a part, the gradient of the whole. What a loss
+                        does across samples (Sinkhorn, KoLeo) it does within a part
+    recompute           activations of blocks on the way back, instead of keeping them
+    compile             the blocks, for the learner's step alone, by this backend of torch.compile (inductor); None: not
+    fabric              device, precision and processes, launched; None: one process, in float32
+    max_failures        learner's steps, or designer updates, in a row that were skipped as not finite, after which the run stops
+    data_timeout        seconds that a batch may take to come, after which the run stops; 0: no limit
+    dry_run             `python -m metavpt.run` describes this run instead, see `metavpt.run.dry_run`; nothing trains it
+    """
+
+    def __init__(
+        self,
+        problem: Problem,
+        strategy: Strategy,
+        budget: Budget,
+        log: RunLog,
+        checkpoints: Checkpoints | None = None,
+        optimizer: Callable[[list[dict[str, Any]]], Optimizer] | None = None,
+        schedule: WarmupCosine | None = None,
+        weight_decay: float = 0.04,
+        clip_norm: float = 1.0,
+        head_warmup_steps: int = 0,
+        head_warmup_lr: float | None = None,
+        seed: int = 0,
+        log_every: int = 10,
+        probe_every: int = 0,
+        checkpoint_every: int = 0,
+        first_order_every: int = 0,
+        max_failures: int = 10,
+        data_timeout: float = TIMEOUT,
+        dry_run: bool = False,
+        accumulate: int = 1,
+        recompute: bool = False,
+        compile: str | None = None,
+        fabric: "Fabric | None" = None,
+    ) -> None:
+        self.problem, self.strategy, self.budget, self.log, self.checkpoints = (
+            problem,
+            strategy,
+            budget,
+            log,
+            checkpoints,
+        )
+        self.schedule = schedule or WarmupCosine()
+        self.head_warmup_steps, self.head_warmup_lr = head_warmup_steps, head_warmup_lr
+        self.log_every, self.probe_every, self.checkpoint_every = (
+            log_every,
+            probe_every,
+            checkpoint_every,
+        )
+        self.first_order_every, self.dry_run, self.clip_norm = first_order_every, dry_run, clip_norm
+        self.failures = Failures(max_failures, log.folder)
+        self.watch, self.stop = Watch(), StopRequest()
+        self.metrics: dict[str, float] = {}  # of the last measurement
+        self.execution = Execution(
+            problem, fabric, accumulate, recompute, compile
+        )  # first: sharding makes other parameters of them
+        strategy.start(problem)
+        groups = parameter_groups(problem, weight_decay)
+        self.optimizer = optimizer(groups) if optimizer else torch.optim.AdamW(groups, lr=1e-4)
+        self.peak_lr = [group["lr"] for group in self.optimizer.param_groups]
+        self._draw_from(
+            1_000_000 * seed, data_timeout
+        )  # a stream takes one more seed for every pass: room for 300,000 passes
+
+    def _draw_from(self, first: int, timeout: float) -> None:
+        """The streams and the first-order probe, with seeds from `first` on."""
+        problem = self.problem
+        self.streams = Streams(
+            pretrain=Stream(problem.pretrain_batches, first, "pretrain_batches", timeout),
+            meta=Stream(problem.meta_batches, first + 300_000, "meta_batches", timeout),
+            feedback=Stream(problem.feedback_batches, first + 600_000, "feedback_batches", timeout),
+        )
+        self.first_order = FirstOrderProbe(problem, first + 800_000)
+
+    def run(self) -> None:
+        """From where the run stands to the end of the budget; step 0 is measured before anything is trained."""
+        if self.dry_run:
+            raise MetaVPTError(
+                "trainer.dry_run=true: this run is only to be described, which python -m metavpt.run does"
+            )
+        if self.budget.exhausted:
+            return  # resumed at its very end, which is measured and saved
+        if self.budget.steps == 0 and not self.metrics:
+            self.measure()
+        self.budget.memory.restart()
+        with self.log.progress(self.budget), self.stop.deferred():
+            while not self.budget.exhausted:
+                self.step()
+                if self.budget.steps == 1:
+                    self.budget.check_first_step()
+                if not self.budget.exhausted:
+                    self._between_steps()
+            self.measure()
+            self.save()
+
+    def _between_steps(self) -> None:
+        """Measure, save, and end where the run is asked to."""
+        step, stopping = self.budget.steps, collectives.any_of(self.stop.signal)
+        if self.probe_every and step % self.probe_every == 0:
+            self.measure()
+        if stopping or (self.checkpoint_every and step % self.checkpoint_every == 0):
+            self.save()
+        if stopping:
+            raise Stopped(stopping)
+
+    def start_from(self, problem_state: dict[str, Any], metrics: dict[str, float]) -> None:
+        """Begin where another run ended: its learner and what belongs to it, and `metrics` as step 0."""
+        try:
+            self.problem.load_state_dict(problem_state)
+        except MISMATCH as error:
+            what = "the learner that all rows begin with is built otherwise; compare options of the learner one comparison at a time"
+            raise MetaVPTError(f"{what} ({_brief(error)})") from error
+        self.log.write("probe", 0, metrics=metrics)
+        self.metrics = metrics
+
+    def resume(self) -> None:
+        """Go on from the newest checkpoint that can be read."""
+        if self.checkpoints is None:
+            raise MetaVPTError("Trainer.resume: the trainer was made without checkpoints")
+        state, path, unreadable = self.checkpoints.load(self._layout())
+        try:
+            self.load_state_dict(state)
+        except MISMATCH as error:
+            raise MetaVPTError(
+                f"{path}: is the checkpoint of another model or configuration ({_brief(error)})"
+            ) from error
+        for line in unreadable:
+            self.log.warn(self.budget.steps, f"{line}; this run goes on from {path.name}")
+
+    def measure(self) -> None:
+        """Probe metrics, figures and texts of the learner as it is; a warning where it collapses."""
+        with self.budget.timed("probe"), self.execution.eager():
+            self.metrics = self.problem.evaluate()
+            self.log.write("probe", self.budget.steps, metrics=self.metrics)
+            self.log.save_figures(self.budget.steps, self.problem.figures())
+            self.log.save_texts(self.budget.steps, self.problem.texts())
+            if signs := self.problem.vital_signs():
+                self.log.write(
+                    "watch", self.budget.steps, **{name: sign.value for name, sign in signs.items()}
+                )
+            for line in self.watch(signs):
+                self.log.warn(self.budget.steps, line)
+
+    def step(self) -> None:
+        """1. a task from the strategy  2. its pretraining loss  3. the learner's optimizer  4. the state that follows (EMA, centre)."""
+        self._schedule()  # first: strategies read the learning rate that the coming step will have
+        self.failures.prepare(lambda: fsdp.gathered(self.state_dict()))
+        self.optimizer.zero_grad(set_to_none=True)
+        with (
+            self.execution.eager(),
+            untouched(self.problem.learner, f"{type(self.strategy).__name__}.next_task"),
+        ):
+            proposal = self.strategy.next_task(
+                self.problem, self.streams, self.optimizer, self.budget
+            )
+        self.failures.count_update(proposal.record, proposal.task)
+        with self.budget.timed("learner"):
+            loss = self.execution.backward(proposal)
+            grad_norm = self.execution.clip_gradients(self.optimizer, self.clip_norm)
+            if torch.isfinite(grad_norm) and torch.isfinite(loss):
+                before = self._before_step()
+                with phase("optimizer"):
+                    self.execution.take_step(self.optimizer)
+                self._after_step(before)
+                with phase("ema"):
+                    self.problem.after_step(proposal.task, self.budget.progress)
+                self.failures.steps = 0
+            else:
+                self._skip(proposal.task, loss, grad_norm)
+        self.budget.charge(steps=1, samples=collectives.total(proposal.num_samples), grad_evals=1)
+        self.budget.agree()
+        if proposal.record:
+            self.log.write("designer", self.budget.steps, **proposal.record)
+        if self.budget.steps % self.log_every == 0 or self.budget.exhausted:
+            self._log_train(float(loss), float(grad_norm))
+        self.log.advance(self.budget)
+
+    def save(self) -> None:
+        if self.checkpoints:
+            self.checkpoints.save(self.budget.steps, self.state_dict())
+
+    def _schedule(self) -> None:
+        factor = self.schedule(self.budget.steps, self.budget.progress)
+        warming_up = self.budget.steps < self.head_warmup_steps
+        for group, peak_lr in zip(self.optimizer.param_groups, self.peak_lr, strict=True):
+            if warming_up:
+                peak_lr = (self.head_warmup_lr or peak_lr) if group["warm"] else 0.0
+            group["lr"] = peak_lr * factor
+
+    def _skip(self, task: Any, loss: torch.Tensor, grad_norm: torch.Tensor) -> None:
+        what = "" if trees.is_finite(task) else ", and the designer's task is not finite either"
+        self.log.warn(
+            self.budget.steps,
+            f"step skipped: loss {float(loss):.4g}, gradient norm {float(grad_norm):.4g}{what}",
+        )
+        self.execution.skip_step()
+        self.failures.count_step(task, loss, grad_norm)
+
+    def _before_step(self) -> Before | None:
+        if not self.first_order_every or (self.budget.steps + 1) % self.first_order_every:
+            return None
+        with self.budget.timed("probe"), self.execution.eager():
+            return self.first_order.before(self.optimizer)
+
+    def _after_step(self, before: Before | None) -> None:
+        if before is not None:
+            with self.budget.timed("probe"), self.execution.eager():
+                self.log.write(
+                    "first_order", self.budget.steps + 1, **self.first_order.after(before)
+                )
+
+    def _log_train(self, loss: float, grad_norm: float) -> None:
+        budget = self.budget
+        self.log.write(
+            "train",
+            budget.steps,
+            loss=loss,
+            grad_norm=grad_norm,
+            lr=self.optimizer.param_groups[0]["lr"],
+            samples=budget.samples,
+            grad_evals=budget.grad_evals,
+            seconds=budget.seconds,
+            samples_per_s=budget.samples / max(budget.seconds, 1e-9),
+            **self.problem.counters(),
+        )
+        self.log.write("time", budget.steps, seconds=dict(budget.times))
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "problem": self.problem.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "precision": self.execution.precision.state_dict(),
+            "strategy": self.strategy.state_dict(),
+            "streams": {
+                name: stream.state_dict() for name, stream in self.streams._asdict().items()
+            },
+            "budget": self.budget.state_dict(),
+            "first_order": self.first_order.state_dict(),
+            "log": self.log.state_dict(),
+            "failures": self.failures.state_dict(),
+            "metrics": self.metrics,
+            "watch": self.watch.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        state = fsdp.scattered(state, self._layout())
+        self.problem.load_state_dict(state["problem"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.execution.precision.load_state_dict(state["precision"])
+        self.strategy.load_state_dict(state["strategy"])
+        for name, stream in self.streams._asdict().items():
+            stream.load_state_dict(state["streams"][name])
+        self.budget.load_state_dict(state["budget"])
+        self.first_order.load_state_dict(state["first_order"])
+        self.log.load_state_dict(state["log"])
+        self.failures.load_state_dict(state["failures"])
+        self.metrics = state["metrics"]
+        self.watch.load_state_dict(state["watch"])
+
+    def _layout(self) -> dict[str, Any]:
+        """Which parts of `state_dict` are sharded, and how: the optimizer, before its first step, by its parameters."""
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        return {
+            "problem": self.problem.state_dict(),
+            "optimizer": {"state": dict(enumerate(parameters))},
+        }
+
+
+def _brief(error: Exception) -> str:
+    return " ".join(str(error).split())[:200]

@@ -1,0 +1,56 @@
+"""python -m metavpt.check, as a user runs it."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+
+BROKEN = """
+import torch
+from channels import Channels
+
+class Broken(Channels):
+    def pretrain_loss(self, theta, task):
+        return super().pretrain_loss(theta, task) * (1 + torch.rand(()))
+"""
+
+
+def run(*arguments, folder):
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join([str(folder), str(EXAMPLES)]),
+        "OMP_NUM_THREADS": "1",
+        "COLUMNS": "160",
+    }
+    command = [sys.executable, "-m", "metavpt.check", *arguments]
+    return subprocess.run(
+        command, cwd=folder, env=environment, capture_output=True, text=True, timeout=120
+    )
+
+
+def test_a_sound_problem_ends_with_its_verdict_and_status_0():
+    done = run("--config-dir", "conf", "problem=channels", "threads=1", folder=EXAMPLES)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1].startswith("verdict: ok (")
+    assert "exact_product" in done.stdout
+    assert done.stderr == ""
+
+
+def test_a_broken_problem_names_what_failed_and_ends_with_status_1(tmp_path):
+    (tmp_path / "broken.py").write_text(BROKEN)
+    (tmp_path / "conf" / "problem").mkdir(parents=True)
+    (tmp_path / "conf" / "problem" / "broken.yaml").write_text("_target_: broken.Broken\n")
+    done = run("--config-dir", "conf", "problem=broken", folder=tmp_path)
+    assert done.returncode == 1
+    assert done.stdout.splitlines()[-1].startswith("verdict: failed (1 failed")
+    assert done.stdout.splitlines()[-1].endswith(": pretrain_purity")
+    assert "another loss" in done.stdout
+    assert list(tmp_path.glob("runs*")) == []
+
+
+def test_a_wrong_name_is_one_line_and_status_2(tmp_path):
+    done = run("problem=dino_nyu2", folder=tmp_path)
+    assert done.returncode == 2
+    assert len(done.stderr.splitlines()) == 1

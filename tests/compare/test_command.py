@@ -1,0 +1,383 @@
+"""The whole comparison on the toy whose answer is known: rows, fairness, budgets, resume, bad input."""
+
+import json
+import multiprocessing as mp
+import os
+import subprocess
+import sys
+import time
+from functools import partial
+
+import pytest
+import torch
+from helpers.telling import telling
+
+from metavpt.compare import results
+from metavpt.compare.runner import Comparison, Job
+
+LEARNED = ["strategy.optimizer.lr=0.1", "strategy.burn_in=0"]
+ROWS = "strategies=[one_step,unrolled,implicit,{again:fixed},{still:'one_step strategy.optimizer.lr=0'}]"
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+def command(folder, *options):
+    return [
+        sys.executable,
+        "-m",
+        "metavpt.compare",
+        "problem=toy_sources",
+        "jobs=2",
+        f"output={folder}",
+        *options,
+    ]
+
+
+def compare(folder, *options):
+    return subprocess.run(
+        command(folder, *options), capture_output=True, text=True, env=ENVIRONMENT, timeout=300
+    )
+
+
+def error_of(done):
+    """The one line of a bad input."""
+    assert done.returncode == 2, done.stderr
+    (line,) = done.stderr.strip().splitlines()
+    return line
+
+
+def learner(folder, row, seed):
+    newest = max((folder / "rows" / row / f"seed{seed}" / "checkpoints").glob("step-*.pt"))
+    return torch.load(newest, weights_only=True)["problem"]["learner"]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """Five seeds of every row, and what the command printed."""
+    folder = tmp_path_factory.mktemp("toy") / "comparison"
+    done = compare(folder, ROWS, "seeds=[0,1,2,3,4]", *LEARNED)
+    assert done.returncode == 0, done.stderr
+    return folder, done.stdout
+
+
+@pytest.fixture(scope="module")
+def found(finished):
+    folder, _ = finished
+    return {(result.row, result.seed): result for result in results.read(folder)}
+
+
+def test_learned_designers_beat_greedy_which_beats_fixed_on_every_seed(found):
+    for seed in range(5):
+        error = {
+            row: found[row, seed].metrics["error"]
+            for row in ("fixed", "greedy", "one_step", "unrolled", "implicit")
+        }
+        assert (
+            max(error["one_step"], error["unrolled"], error["implicit"]) < 0.5 * error["greedy"]
+        ), error
+        assert error["greedy"] < 0.5 * error["fixed"], error
+
+
+def test_the_rows_that_are_always_there(found):
+    assert {row for row, _ in found} == {
+        *("fixed", "random_feedback", "uniform", "greedy"),
+        *("one_step", "unrolled", "implicit", "again", "still"),
+    }
+    assert all(result.error is None for result in found.values())
+
+
+@pytest.mark.parametrize("row", ["again", "still"])
+def test_fixed_under_another_name_and_a_designer_of_lr_0_are_fixed_bit_for_bit(
+    finished, found, row
+):
+    for seed in range(5):
+        assert found[row, seed].metrics == found["fixed", seed].metrics
+        ours, theirs = learner(finished[0], row, seed), learner(finished[0], "fixed", seed)
+        assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_rows_of_a_seed_share_step_0_and_seeds_do_not(found):
+    step0 = {
+        seed: {json.dumps(result.step0) for (_, s), result in found.items() if s == seed}
+        for seed in range(5)
+    }
+    assert all(len(values) == 1 for values in step0.values())
+    assert len(set.union(*step0.values())) == 5
+
+
+def test_steps_are_exact_and_costs_are_charged(found):
+    assert {result.steps for result in found.values()} == {300}
+    assert {result.samples for result in found.values()} == {300 * 64}
+    fixed, one_step, greedy = (found[row, 0].grad_evals for row in ("fixed", "one_step", "greedy"))
+    assert fixed == 300
+    updates = 300 // 8 + 1
+    assert one_step == 300 + updates * 3  # g_down, g_pre for the cosine, the difference product
+    assert greedy == 300 + updates + 300 * 8
+    assert all(result.peak_memory > 2**20 and result.seconds > 0 for result in found.values())
+
+
+def test_the_table_and_the_report_are_written_and_printed(finished):
+    folder, printed = finished
+    assert "step 0" in printed
+    assert "implicit" in printed
+    assert (folder / "table.md").read_text().count("implicit") >= 2
+    assert "one_step" in (folder / "table.csv").read_text()
+    assert (
+        "strategy.optimizer.lr=0.1"
+        in json.loads((folder / "environment.json").read_text())["command"]
+    )
+    assert (folder / "report.html").stat().st_size > 10_000
+    assert (folder / "rows" / "one_step" / "seed3" / "report.html").is_file()
+
+
+def test_resuming_a_finished_comparison_reruns_nothing_and_new_seeds_are_added(tmp_path):
+    options = ["controls=[]", "strategies=[fixed]", "budget.steps=20"]
+    assert compare(tmp_path / "c", *options, "seeds=[0]").returncode == 0
+    before = (tmp_path / "c" / "rows.jsonl").read_text()
+    done = compare(tmp_path / "c", *options, "seeds=[0,1]", "resume=true")
+    assert done.returncode == 0, done.stderr
+    after = (tmp_path / "c" / "rows.jsonl").read_text()
+    assert after.startswith(before)
+    assert [(result.row, result.seed) for result in results.read(tmp_path / "c")] == [
+        ("fixed", 0),
+        ("fixed", 1),
+    ]
+
+
+def test_an_interrupted_comparison_goes_on_to_the_same_numbers(tmp_path):
+    options = [
+        "controls=[fixed]",
+        "strategies=[one_step]",
+        "seeds=[0,1]",
+        "budget.steps=400",
+        "trainer.checkpoint_every=20",
+        *LEARNED,
+    ]
+    assert compare(tmp_path / "whole", *options).returncode == 0
+    running = subprocess.Popen(
+        command(tmp_path / "cut", *options),
+        env=ENVIRONMENT,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    deadline = time.monotonic() + 120
+    while (
+        not list((tmp_path / "cut").glob("rows/*/seed0/checkpoints/step-*.pt"))
+        and time.monotonic() < deadline
+    ):
+        time.sleep(0.02)
+    running.kill()
+    running.wait()
+    cut = {(result.row, result.seed) for result in results.read(tmp_path / "cut")}
+    assert len(cut) < 4
+    done = compare(tmp_path / "cut", *options, "resume=true")
+    assert done.returncode == 0, done.stderr
+    whole = {
+        (r.row, r.seed): (r.metrics, r.steps, r.samples, r.grad_evals)
+        for r in results.read(tmp_path / "whole")
+    }
+    assert {
+        (r.row, r.seed): (r.metrics, r.steps, r.samples, r.grad_evals)
+        for r in results.read(tmp_path / "cut")
+    } == whole
+
+
+def test_a_row_may_have_a_budget_of_its_own(tmp_path):
+    options = [
+        "controls=[fixed]",
+        "strategies=[{longer: 'fixed budget.steps=7'}]",
+        "seeds=[0]",
+        "match=steps",
+        "budget.steps=4",
+    ]
+    assert compare(tmp_path / "c", *options).returncode == 0
+    assert {result.row: result.steps for result in results.read(tmp_path / "c")} == {
+        "fixed": 4,
+        "longer": 7,
+    }
+    assert "2 rows, seed 0." in (tmp_path / "c" / "report.html").read_text()  # not "at equal steps"
+
+
+def test_a_budget_in_seconds_ends_with_the_step_that_reaches_it(tmp_path):
+    options = [
+        "controls=[]",
+        "strategies=[fixed,one_step]",
+        "seeds=[0]",
+        "match=seconds",
+        "budget.seconds=0.5",
+        "trainer.log_every=1",
+    ]
+    done = compare(tmp_path / "c", *options)
+    assert done.returncode == 0, done.stderr
+    for result in results.read(tmp_path / "c"):
+        log = (
+            (tmp_path / "c" / "rows" / result.row / "seed0" / "metrics.jsonl")
+            .read_text()
+            .splitlines()
+        )
+        seconds = [
+            record["seconds"] for record in map(json.loads, log) if record["kind"] == "train"
+        ]
+        assert len(seconds) == result.steps
+        assert seconds[-2] < 0.5 <= result.seconds
+        assert (
+            abs(
+                sum(value for name, value in result.times.items() if name != "probe")
+                - result.seconds
+            )
+            < 1e-9
+        )
+
+
+def test_a_row_that_fails_is_reported_and_the_others_go_on(tmp_path):
+    done = compare(
+        tmp_path / "c",
+        "controls=[]",
+        "strategies=[{broken:'one_step +strategy.estimator.num_batches=0'},fixed]",
+        "seeds=[0]",
+    )
+    assert done.returncode == 2
+    assert "num_batches=0" in done.stderr
+    rows = {result.row: result for result in results.read(tmp_path / "c")}
+    assert "num_batches=0" in (rows["broken"].error or "")
+    assert rows["fixed"].error is None
+    assert "num_batches=0" in (tmp_path / "c" / "table.md").read_text()
+
+
+def test_rows_are_repeated_over_the_values_of_a_key(tmp_path):
+    done = compare(
+        tmp_path / "c",
+        "controls=[fixed]",
+        "strategies=[one_step]",
+        "seeds=[0]",
+        "budget.steps=10",
+        "vary={problem.noise:[0.5,2]}",
+    )
+    assert done.returncode == 0, done.stderr
+    assert [result.row for result in results.read(tmp_path / "c")].count("fixed") == 1
+    assert {result.row for result in results.read(tmp_path / "c")} == {
+        "fixed",
+        "one_step problem.noise=0.5",
+        "one_step problem.noise=2",
+    }
+
+
+def test_a_shared_warm_start_is_trained_once_and_begins_every_row(tmp_path):
+    done = compare(
+        tmp_path / "c",
+        "controls=[fixed]",
+        "strategies=[one_step]",
+        "seeds=[0]",
+        "budget.steps=10",
+        "warm_start=50",
+    )
+    assert done.returncode == 0, done.stderr
+    log = (tmp_path / "c" / "warm" / "seed0" / "metrics.jsonl").read_text().splitlines()
+    probes = [record for record in map(json.loads, log) if record["kind"] == "probe"]
+    assert [probe["step"] for probe in probes] == [0, 50]
+    assert all(result.step0 == probes[-1]["metrics"] for result in results.read(tmp_path / "c"))
+    assert probes[-1]["metrics"]["error"] < probes[0]["metrics"]["error"]
+
+
+def test_rows_with_designers_of_their_own_begin_at_the_same_warm_start(tmp_path):
+    rows = "strategies=[one_step,{three: 'one_step problem.num_sources=3'}]"  # weights of three sources: another shape of phi
+    done = compare(
+        tmp_path / "c", "controls=[]", rows, "seeds=[0]", "budget.steps=10", "warm_start=5"
+    )
+    assert done.returncode == 0, done.stderr
+    one, other = results.read(tmp_path / "c")
+    assert one.step0 == other.step0
+    assert not one.error
+    assert not other.error
+
+
+def test_a_row_whose_learner_is_built_otherwise_than_the_warm_start_says_so_in_one_line(tmp_path):
+    rows = "strategies=[{narrow: 'one_step problem.num_inputs=8'}]"
+    compare(tmp_path / "c", "controls=[fixed]", rows, "seeds=[0]", "budget.steps=5")
+    errors = {result.row: result.error for result in results.read(tmp_path / "c")}
+    assert errors["fixed"] is None
+    assert errors["narrow"].startswith(
+        "the learner that all rows begin with is built otherwise; compare options of the learner one comp"
+    )
+    assert "size mismatch" in errors["narrow"]
+    assert "\n" not in errors["narrow"]
+    assert len(errors["narrow"]) < 400
+
+
+def test_a_row_that_cannot_be_built_says_why_in_one_line_and_the_others_go_on(tmp_path):
+    rows = "strategies=[{never: 'one_step strategy.meta_every=0'}]"
+    done = compare(tmp_path / "c", "controls=[fixed]", rows, "seeds=[0]", "budget.steps=5")
+    errors = {result.row: result.error for result in results.read(tmp_path / "c")}
+    assert errors == {
+        "fixed": None,
+        "never": "strategy: meta_every=0 must be at least 1 and burn_in=40 at least 0",
+    }
+    assert "never failed on seed 0" in " ".join(done.stdout.split())
+
+
+BAD = {
+    "unknown strategy": (["strategies=[one_stepp]"], ["one_stepp", "one_step", "greedy"]),
+    "seeds twice": (["seeds=[0,1,0]"], ["seeds", "once"]),
+    "no seed": (["seeds=[]"], ["seeds"]),
+    "unknown unit": (["match=minutes"], ["match=minutes", "seconds"]),
+    "no budget in that unit": (["match=seconds"], ["budget.seconds=N"]),
+    "a row's budget in another unit": (
+        ["strategies=[{a: 'fixed budget.seconds=5'}]"],
+        ["a: budget.seconds=5", "set budget.steps"],
+    ),
+    "an option that no row has": (["strategy.num_candidate=3"], ["strategy.num_candidate=3"]),
+    "one name for two rows": (["strategies=[{a:fixed},{a:greedy}]"], ["a names two rows"]),
+    "no row": (["strategies=[]", "controls=[]"], ["strategies=[]"]),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_one_line_and_writes_nothing(tmp_path, case):
+    options, words = BAD[case]
+    line = error_of(compare(tmp_path / "c", "seeds=[0]", *options))
+    assert all(word in line for word in words), line
+    assert not (tmp_path / "c").exists()
+
+
+def test_rows_start_their_loading_processes_as_a_run_does(tmp_path):
+    build = partial(telling, method=mp.get_start_method())
+    warm = Job("warm", 0, tmp_path / "warm", build, untrained=True)
+    (result,) = Comparison(
+        tmp_path, [warm, Job("fixed", 0, tmp_path / "row", build, warm=warm.folder)]
+    ).run()
+    assert result.metrics == {"as asked": 1.0}, result.error
+
+
+def test_a_budget_that_no_step_fits(tmp_path):
+    done = compare(
+        tmp_path / "c",
+        "controls=[]",
+        "strategies=[fixed]",
+        "seeds=[0]",
+        "match=samples",
+        "budget.samples=10",
+    )
+    assert done.returncode == 2
+    assert "budget.samples=10: no step fits, the first one took 64" in " ".join(done.stderr.split())
+
+
+def test_the_folder_of_another_comparison_is_left_alone(tmp_path):
+    options = ["controls=[]", "strategies=[fixed]", "seeds=[0]", "budget.steps=5"]
+    assert compare(tmp_path / "c", *options).returncode == 0
+    files = {path: path.read_bytes() for path in (tmp_path / "c").rglob("*") if path.is_file()}
+    assert "not empty" in error_of(compare(tmp_path / "c", *options))
+    assert "another configuration" in error_of(
+        compare(tmp_path / "c", *options, "resume=true", "problem.noise=3")
+    )
+    assert "another configuration" in error_of(
+        compare(
+            tmp_path / "c",
+            "resume=true",
+            *options[:3],
+            "budget.steps=5",
+            "match=samples",
+            "budget.samples=640",
+        )
+    )
+    assert {
+        path: path.read_bytes() for path in (tmp_path / "c").rglob("*") if path.is_file()
+    } == files

@@ -1,0 +1,177 @@
+"""Files with damage in them: what a reader may make of one, how long it may take over it, and how much memory.
+
+METAVPT_FUZZ=400 pytest -k damaged tests      10,000 files and more; the default is few, and always the same ones
+"""
+
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from metavpt.errors import MetaVPTError
+from metavpt.training.timeouts import time_limit
+
+NUM_EXAMPLES = int(os.environ.get("METAVPT_FUZZ", "15"))
+SECONDS = 60  # what reading one file of a few kB may take at most, on a machine that is busy with other things
+MIB = 2**20
+SPARE = (
+    64 * MIB
+)  # beside twice what a file holds: libraries loaded late, buffers, images that claim somewhat more than they hold
+KEYS = (
+    "_target_",
+    "tail_layers",
+    "attention_dropout",
+)  # named instead of the file, where that can be read and says what cannot be
+STATUS, RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+ALONE = """
+import ctypes
+import sys
+from pathlib import Path
+
+from helpers.damaged import growth, held
+{imports}
+
+path, found = Path(sys.argv[1]), []
+{read}  # libraries loaded late, pages of code: no part of what it takes
+ctypes.CDLL(None).malloc_trim(0)  # what that freed would be used again unseen
+print(growth(lambda: found.append({read})), held(found))
+"""
+
+
+class Reader(NamedTuple):
+    """The file's name; the bytes of a valid one, and what lies beside it, in a folder; how it is read; how many times slower than most;
+    whether damage is an error, and not as a rule an empty part of a page.
+    """
+
+    file: str
+    make: Callable[[Path], bytes]
+    read: Callable[[Path], Any]
+    slower: int = 1
+    refuses: bool = True
+
+
+place = st.floats(0, 1, exclude_max=True)
+KINDS = ["flip", "set", "cut", "drop", "insert", "splice", "number"]
+Change = tuple[str, float, float, bytes]
+changes = st.lists(
+    st.tuples(st.sampled_from(KINDS), place, place, st.binary(min_size=1, max_size=8)),
+    min_size=1,
+    max_size=4,
+)
+
+
+def damage(data: bytes, change: list[Change]) -> bytes:
+    for kind, first, second, junk in change:
+        at, to = sorted((int(first * len(data)), int(second * len(data))))
+        match kind:
+            case "flip" if data:
+                data = data[:at] + bytes([data[at] ^ (1 << junk[0] % 8)]) + data[at + 1 :]
+            case "set":
+                data = data[:at] + junk + data[at + len(junk) :]
+            case "cut":
+                data = data[:to]
+            case "drop":
+                data = data[:at] + data[min(to, at + 64) :]
+            case "insert":
+                data = data[:at] + junk + data[at:]
+            case "splice":
+                data = data[:at] + data[to:] + data[at:to]
+            case "number":
+                number = str(int.from_bytes(junk)).encode()
+                data = data[:at] + re.sub(rb"\d+", number, data[at:], count=1)
+    return data
+
+
+def complaint(read: Callable[[Path], Any], path: Path) -> str:
+    """The error that the user sees, none where the file could be read."""
+    try:
+        with time_limit(SECONDS, "HANGS"):
+            read(path)
+    except MetaVPTError as error:
+        return str(error)
+    return ""
+
+
+def assert_survives(reader: Reader, folder: Path) -> None:
+    """Every damaged file is read, or is a MetaVPTError that names it, in time and within `SPARE`; some are errors where any may be."""
+    path = folder / "file" / reader.file
+    path.parent.mkdir()
+    whole = reader.make(path.parent)
+    path.write_bytes(whole)
+    reader.read(path)  # the whole file is valid, so whatever fails below fails by the damage
+
+    complaints: list[str] = []
+
+    @given(change=changes)
+    @settings(
+        max_examples=max(2, NUM_EXAMPLES // reader.slower),
+        deadline=None,
+        derandomize=NUM_EXAMPLES < 100,
+        database=None,
+        suppress_health_check=list(HealthCheck),
+    )
+    def fuzz(change: list[Change]) -> None:
+        path.write_bytes(damage(whole, change))
+        grown = growth(lambda: complaints.append(complaint(reader.read, path)))
+        assert "HANGS" not in complaints[-1]
+        assert not complaints[-1] or any(
+            name in complaints[-1] for name in (path.name, str(path.parent), *KEYS)
+        ), complaints[-1]
+        assert grown < SPARE, f"{grown / MIB:.0f} MiB"
+
+    fuzz()
+    assert any(complaints) or not reader.refuses
+
+
+def growth(call: Callable[[], Any]) -> int:
+    """Bytes by which the resident memory rises at most while `call` runs; 0 where the system cannot tell."""
+    if not RESET.exists():
+        call()
+        return 0
+    RESET.write_text("5")  # the peak becomes what is resident now
+    before = status("VmRSS")
+    call()
+    return status("VmHWM") - before
+
+
+def growth_alone(imports: str, read: str, path: Path) -> tuple[int, int]:
+    """`growth` in an expression `read` of `path`, and what it then holds, in bytes.
+
+    In a process of its own: with the small holes that other tests leave in the heap, the same call takes up to twice as much.
+    """
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    command = [sys.executable, "-c", ALONE.format(imports=imports, read=read), str(path)]
+    grown, holds = subprocess.run(
+        command, check=True, stdout=subprocess.PIPE, text=True, env=environment
+    ).stdout.split()
+    return int(grown), int(holds)
+
+
+def held(item: Any) -> int:
+    """Bytes that what was read takes by itself."""
+    if isinstance(item, Tensor):
+        return item.nbytes
+    if isinstance(item, np.ndarray):
+        return item.nbytes
+    inside = (
+        item.values() if isinstance(item, dict) else item if isinstance(item, (list, tuple)) else ()
+    )
+    return (
+        sys.getsizeof(item)
+        + sum(map(held, inside))
+        + (sum(map(held, item)) if isinstance(item, dict) else 0)
+    )
+
+
+def status(key: str) -> int:
+    """A figure of /proc/self/status, in bytes; 0 where there is none."""
+    found = re.search(rf"{key}:\s+(\d+) kB", STATUS.read_text())
+    return int(found[1]) * 1024 if found else 0

@@ -1,0 +1,95 @@
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.func import hessian, jacrev
+
+from metavpt.errors import MetaVPTError
+from metavpt.hypergradients import params
+from metavpt.hypergradients.curvature import ComposedLoss, GaussNewton, Hessian
+from metavpt.hypergradients.estimators import Implicit
+from metavpt.hypergradients.linear_solvers import ConjugateGradient
+from metavpt.hypergradients.mixed_products import DifferenceProduct, ExactProduct
+
+LABELS = torch.tensor([0, 2, 1, 1])
+
+
+def network():
+    """Logits of a small network that is not linear in theta, and its cross-entropy."""
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(4, 3, generator=g, dtype=torch.float64)
+    theta = {
+        "a": torch.randn(3, 5, generator=g, dtype=torch.float64),
+        "b": torch.randn(5, 3, generator=g, dtype=torch.float64),
+    }
+    loss = ComposedLoss(
+        lambda t: F.layer_norm(x @ t["a"], (5,)).tanh() @ t["b"],
+        lambda z: F.cross_entropy(z, LABELS),
+    )
+    return (
+        loss,
+        theta,
+        params.zip_with(lambda p: torch.randn(p.shape, generator=g, dtype=p.dtype), theta),
+    )
+
+
+def flat(p):
+    return torch.cat([value.reshape(-1) for value in p.values()])
+
+
+def unflat(vector):
+    return {"a": vector[:15].view(3, 5), "b": vector[15:].view(5, 3)}
+
+
+def test_gauss_newton_is_the_dense_matrix():
+    loss, theta, v = network()
+    jacobian = jacrev(lambda vector: loss.outputs(unflat(vector)).reshape(-1))(flat(theta))
+    inner = hessian(lambda z: loss.criterion(z.view(4, 3)))(loss.outputs(theta).reshape(-1))
+    expected = jacobian.T @ inner @ jacobian @ flat(v)
+    torch.testing.assert_close(
+        flat(GaussNewton()(loss, params.leaves(theta), v, ExactProduct())),
+        expected,
+        rtol=1e-12,
+        atol=1e-12,
+    )
+
+
+@pytest.mark.parametrize(
+    "product", [ExactProduct(), DifferenceProduct()], ids=["exact", "difference"]
+)
+def test_hessian_is_the_dense_matrix(product):
+    loss, theta, v = network()
+    dense = hessian(lambda vector: loss(unflat(vector)))(flat(theta))
+    torch.testing.assert_close(
+        flat(Hessian()(loss, params.leaves(theta), v, product)),
+        dense @ flat(v),
+        rtol=1e-7,
+        atol=1e-8,
+    )
+
+
+def test_implicit_with_gauss_newton_meets_no_negative_curvature_where_the_hessian_does():
+    loss, theta, goal = network()
+    phi = {"scale": torch.ones((), dtype=torch.float64)}
+    inner = lambda phi: ComposedLoss(
+        loss.outputs, lambda z: F.cross_entropy(z * phi["scale"], LABELS)
+    )
+    runs = {
+        curvature: Implicit(
+            ConjugateGradient(60, 1e-8), damping=1e-2, product=ExactProduct(), curvature=curvature
+        )([inner], lambda t: params.dot(goal, t), theta, phi).diagnostics
+        for curvature in (Hessian(), GaussNewton())
+    }
+    assert runs[Hessian()]["min_curvature"] < 0
+    assert runs[Hessian()]["converged"] == 0
+    assert runs[GaussNewton()]["min_curvature"] > 0
+    assert runs[GaussNewton()]["converged"] == 1
+
+
+def test_gauss_newton_needs_to_see_the_outputs():
+    with pytest.raises(MetaVPTError, match="ComposedLoss"):
+        GaussNewton()(
+            lambda theta: theta["a"].sum(),
+            {"a": torch.ones(1)},
+            {"a": torch.ones(1)},
+            ExactProduct(),
+        )

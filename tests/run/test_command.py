@@ -1,0 +1,232 @@
+"""The command from outside: kill and resume, and every bad input in one clear line with exit status 2."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import zipfile
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+import torch
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+OPTIONS = [
+    "problem=channels",
+    "strategy=one_step",
+    "strategy.burn_in=0",
+    "budget.steps=400",
+    "trainer.checkpoint_every=20",
+    "trainer.log_every=5",
+]
+SMALL_DINO = [
+    "problem=dino_nyuv2", "budget.steps=1", "backbone.tail_blocks=1", "backbone.embed_dim=24", "backbone.depth=2", "backbone.num_heads=2",
+    "recipe.global_size=16", "recipe.local_size=8", "data.num_train=2", "data.num_meta=1", "problem.feature_size=[16,16]",
+    "problem.batch_size=2", "problem.meta_batch_size=2", "problem.feedback_batch_size=1",
+]  # fmt: skip
+
+
+def start(folder, *options, **popen):
+    command = [
+        sys.executable,
+        "-m",
+        "metavpt.run",
+        "--config-dir",
+        str(EXAMPLES / "conf"),
+        *options,
+    ]
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": os.pathsep.join(
+            [str(EXAMPLES), *filter(None, [os.environ.get("PYTHONPATH")])]
+        ),
+        "METAVPT_CACHE": str(folder / "cache"),
+        "HF_HUB_OFFLINE": "1",
+    }
+    return subprocess.Popen(
+        command,
+        cwd=folder,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        **popen,
+    )
+
+
+def run(folder, *options):
+    process = start(folder, *options)
+    out, err = process.communicate(timeout=120)
+    return process.returncode, out, err
+
+
+def final_weights(folder):
+    return torch.load(sorted((folder / "checkpoints").glob("*.pt"))[-1], weights_only=True)
+
+
+def measured(folder):
+    clock = {"seconds", "samples_per_s"}
+    return [
+        {k: v for k, v in json.loads(line).items() if k not in clock}
+        for line in (folder / "metrics.jsonl").read_text().splitlines()
+    ]
+
+
+def test_kill_9_and_resume_equals_the_uninterrupted_run_bit_for_bit(tmp_path):
+    assert run(tmp_path, *OPTIONS, "output=whole")[0] == 0
+    killed = start(tmp_path, *OPTIONS, "output=parts")
+    while killed.poll() is None and not list(
+        (tmp_path / "parts" / "checkpoints").glob("step-*.pt")
+    ):
+        time.sleep(0.005)
+    killed.send_signal(signal.SIGKILL)
+    assert killed.wait() == -signal.SIGKILL
+    assert final_weights(tmp_path / "parts")["budget"]["steps"] < 400
+    status, out, err = run(tmp_path, *OPTIONS, "output=parts", "resume=true")
+    assert status == 0, err
+    whole, parts = (final_weights(tmp_path / name) for name in ("whole", "parts"))
+    for part in ("learner", "designer"):
+        assert all(
+            torch.equal(whole["problem"][part][name], value)
+            for name, value in parts["problem"][part].items()
+        )
+    assert measured(tmp_path / "whole") == measured(tmp_path / "parts")
+    assert "useful_mse" in out
+    assert (tmp_path / "parts" / "report.html").is_file()
+
+
+def test_two_runs_never_share_a_folder_and_resume_finds_its_own(tmp_path):
+    for _ in range(2):
+        assert run(tmp_path, *OPTIONS, "budget.steps=3")[0] == 0
+    folders = sorted((tmp_path / "runs").iterdir())
+    assert len(folders) == 2
+    assert {"config.yaml", "metrics.jsonl", "checkpoints", "report.html", "environment.json"} <= {
+        path.name for path in folders[0].iterdir()
+    }
+    status, _, err = run(tmp_path, *OPTIONS, "budget.steps=4", "resume=true")
+    assert status == 2
+    assert "no run under runs has this configuration" in err
+
+
+def mat(path, **changes):
+    """A file in the official layout with two frames of 16x16."""
+    arrays = {
+        "images": np.zeros((4, 3, 16, 16), "uint8"), "depths": np.ones((4, 16, 16), "float32"), "labels": np.ones((4, 16, 16), "uint16"),
+        "trainNdxs": np.array([[1.0, 2.0, 3.0]]), "testNdxs": np.array([[4.0]]), **changes,
+    }  # fmt: skip
+    with h5py.File(path, "w") as file:
+        for name, array in arrays.items():
+            if array is not None:
+                file[name] = array
+        references = file.create_dataset("names", (1, 2), h5py.ref_dtype)
+        for i, name in enumerate(("wall", "floor")):
+            references[0, i] = file.create_dataset(
+                f"#refs#/{i}", data=np.array([[ord(c)] for c in name], dtype="uint16")
+            ).ref
+    return path
+
+
+def truncated(folder):
+    path = mat(folder / "cut.mat")
+    path.write_bytes(path.read_bytes()[:3000])
+    return [f"data.path={path}"]
+
+
+def not_hdf5(folder):
+    (folder / "text.mat").write_text("MATLAB 5.0 MAT-file")
+    return [f"data.path={folder / 'text.mat'}"]
+
+
+def zip_without_a_member(folder):
+    with zipfile.ZipFile(folder / "nyuv2_labeled_240x320.zip", "w") as archive:
+        archive.writestr("rgb/0000.jpg", b"x")
+    (folder / "splits.json").write_text(json.dumps({"train": [0], "val": [1]}))
+    return [f"data.path={folder}"]
+
+
+def no_valid_depth(folder):
+    return [f"data.path={mat(folder / 'nan.mat', depths=np.full((4, 16, 16), np.nan, 'float32'))}"]
+
+
+def foreign_checkpoint(folder):
+    return ["backbone.weights=" + str(_weights(folder))]
+
+
+def _weights(folder):
+    torch.save({"layer.weight": torch.zeros(2)}, folder / "other.pt")
+    return folder / "other.pt"
+
+
+BAD = {
+    "missing_path": (
+        lambda folder: [f"data.path={folder}/absent.mat"],
+        ["data.path", "absent.mat"],
+    ),
+    "truncated_mat": (truncated, ["cut.mat"]),
+    "not_hdf5": (not_hdf5, ["text.mat", "HDF5"]),
+    "missing_dataset": (
+        lambda folder: [f"data.path={mat(folder / 'part.mat', depths=None)}"],
+        ["part.mat", "depths"],
+    ),
+    "zip_without_a_member": (zip_without_a_member, ["nyuv2_labeled_240x320.zip", "lacks"]),
+    "no_valid_depth": (no_valid_depth, ["nan.mat", "depth"]),
+    "unknown_key": (
+        lambda folder: ["trainer.clip_nrm=2"],
+        ["trainer.clip_nrm", "trainer.clip_norm"],
+    ),
+    "unknown_problem": (lambda folder: ["problem=dino_nyu2"], ["problem=dino_nyu2", "dino_nyuv2"]),
+    "unknown_strategy": (lambda folder: ["strategy=onestep"], ["strategy=onestep", "one_step"]),
+    "patch_does_not_divide": (
+        lambda folder: [f"data.path={mat(folder / 'a.mat')}", "problem.feature_size=[16,20]"],
+        ["16x20", "8x8"],
+    ),
+    "no_network": (
+        lambda folder: ["backbone=vit_small_dinov3", f"data.path={mat(folder / 'a.mat')}"],
+        ["vit_small_patch16_dinov3", "weights="],
+    ),
+    "foreign_weights": (foreign_checkpoint, ["other.pt", "vit_tiny_dinov3"]),
+    "budget_without_limit": (
+        lambda folder: ["budget.steps=null", f"data.path={mat(folder / 'a.mat')}"],
+        ["budget.steps"],
+    ),
+    "output_is_taken": (
+        lambda folder: [f"output={mat(folder / 'a.mat').parent}", f"data.path={folder}/a.mat"],
+        ["not empty"],
+    ),
+}
+
+
+@pytest.mark.parametrize(("make", "words"), BAD.values(), ids=BAD)
+def test_bad_input_is_one_clear_line_and_leaves_nothing_behind(tmp_path, make, words):
+    options = make(tmp_path)
+    base = (
+        []
+        if any(option.startswith(("problem=", "backbone=")) for option in options)
+        else SMALL_DINO
+    )
+    before = {path for path in tmp_path.rglob("*") if "cache" not in path.parts}
+    status, _, err = run(tmp_path, *base, *options)
+    lines = [line for line in err.splitlines() if line.strip() and not line.startswith("data:")]
+    assert status == 2, err
+    assert len(lines) == 1, err
+    assert all(word in lines[0] for word in words), lines[0]
+    left = {path for path in tmp_path.rglob("*") if "cache" not in path.parts} - before
+    assert not [path for path in left if path.is_file()]
+    assert not left - {tmp_path / "runs"}
+
+
+def test_a_checkpoint_of_another_model_is_named(tmp_path):
+    assert run(tmp_path, *OPTIONS, "budget.steps=3", "output=a")[0] == 0
+    newest = sorted((tmp_path / "a" / "checkpoints").glob("*.pt"))[-1]
+    state = torch.load(newest, weights_only=True)
+    state["problem"]["learner"]["0.weight"] = torch.zeros(2, 2)
+    torch.save(state, newest)
+    status, _, err = run(tmp_path, *OPTIONS, "budget.steps=3", "output=a", "resume=true")
+    assert status == 2
+    assert len(err.strip().splitlines()) == 1
+    assert "step-00000003.pt" in err

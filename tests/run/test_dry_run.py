@@ -1,0 +1,177 @@
+"""What is printed of a run that is only planned: full size, no files, nothing written."""
+
+import io
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+from hydra import compose, initialize_config_module
+from rich.console import Console
+
+from metavpt.bench import memory_estimate
+from metavpt.cli.one_line_errors import run_command
+from metavpt.errors import MetaVPTError
+from metavpt.hypergradients import params
+from metavpt.run import command, dry_run
+from metavpt.training.build import build
+
+# The table of hyper-parameters of V-Pretraining (arXiv 2601.22108): lr, batch, meta every, meta SSL batch, aligned blocks, designer,
+# designer lr, keep, sparsity, total variation, weight of segmentation, of depth (ADE20K's labels have none)
+PAPER = {
+    "paper_ade20k_vitb": (4.15e-6, 256, 4, 32, 2, "UNet", 1.54e-4, 0.6, 0.131, 0.144, 1, 0),
+    "paper_ade20k_vitl": (4.50e-5, 50, 4, 16, 4, "UNet", 2.17e-4, 0.5, 0.196, 0.0399, 4, 0),
+    "paper_nyuv2_vitb": (
+        8.58e-6,
+        256,
+        8,
+        64,
+        3,
+        "PatchTransformer",
+        2.21e-4,
+        0.4,
+        0.111,
+        0.0417,
+        16,
+        2,
+    ),
+    "paper_nyuv2_vitl": (1.94e-6, 50, 2, 32, 4, "UNet", 8.03e-4, 0.4, 0.401, 0.159, 32, 16),
+}
+
+
+def composed(*overrides: str) -> Any:
+    with initialize_config_module("metavpt.configs", version_base="1.3"):
+        return compose("run", [*overrides, "trainer.dry_run=true"])
+
+
+def printed(cfg: Any) -> str:
+    console = Console(width=200, record=True, file=io.StringIO())
+    command.describe(cfg, console)
+    return console.export_text()
+
+
+@pytest.mark.parametrize("name", PAPER)
+def test_the_papers_rows_hold_its_figures(name: str) -> None:
+    cfg = composed(f"experiment={name}")
+    designer, feedback, strategy = cfg.designer, cfg.feedback, cfg.strategy
+    assert PAPER[name] == (
+        cfg.trainer.optimizer.lr, cfg.problem.batch_size, strategy.meta_every, cfg.problem.meta_batch_size, cfg.backbone.tail_blocks,
+        designer.network._target_.rpartition(".")[2], strategy.optimizer.lr, designer.keep, designer.sparsity_weight, designer.tv_weight,
+        feedback.segmentation_weight, feedback.depth_weight,
+    )  # fmt: skip
+    assert (
+        cfg.budget.steps,
+        cfg.problem.num_prototypes,
+        cfg.recipe.global_size,
+        cfg.recipe.num_local,
+    ) == (20000, 8192, 224, 6)
+    assert cfg.data.path == (
+        "ADEChallengeData2016" if "ade20k" in name else "nyu_depth_v2_labeled.mat"
+    )  # no path would mean rooms
+
+
+def test_full_size_without_data_weights_or_network(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """ViT-B with DINO's head and the patchwise designer; the numbers of parameters follow from the widths."""
+    monkeypatch.chdir(tmp_path)
+    asked: list[bool] = []
+    create_model = timm.create_model
+    monkeypatch.setattr(
+        timm,
+        "create_model",
+        lambda *args, **options: (
+            asked.append(options["pretrained"]) or create_model(*args, **options)
+        ),
+    )
+    text = printed(composed("experiment=paper_nyuv2_vitb"))
+    assert asked == [False]
+    width, hidden, bottleneck, prototypes = 768, 2048, 256, 8192
+    head = (
+        (width + 1) * hidden
+        + (hidden + 1) * hidden
+        + (hidden + 1) * bottleneck
+        + prototypes * bottleneck
+    )
+    block = (
+        3 * width * width
+        + (width + 1) * width
+        + 2 * (4 * width * width)
+        + 5 * width
+        + 4 * width
+        + 2 * width
+    )
+    tail = 3 * block + 2 * width
+    assert re.search(rf"  head +{head:,}\b", text)
+    assert re.search(rf"  aligned \(S\) +{tail:,}\b", text)
+    assert re.search(r"learner: weights +358\.71 MiB", text)  # 94,034,176 parameters of 4 bytes
+    assert "2,375 in all, learning rate 0.000221" in text  # steps 1000, 1008, ... 19992
+    assert re.search(r"\n 0 +0 +5e-07\b", text)  # head warm-up: the backbone rests
+    assert re.search(r"\n 10,000 +4\.29e-06", text)  # half of the peak in the middle of the cosine
+    assert not list(tmp_path.iterdir())
+
+
+def test_activations_are_those_of_the_real_loss(tmp_path: Path) -> None:
+    """Of four images on the CPU, against what two make it expect on the meta device."""
+    cfg = composed(
+        "problem=dino_nyuv2",
+        f"data.rooms.folder={tmp_path}",
+        "data.rooms.num_frames=8",
+        "data.num_train=2",
+        "data.num_meta=1",
+    )
+    with torch.device("meta"):
+        planned = build(dry_run.without_files(cfg), tmp_path, Console(quiet=True)).problem
+    cfg.problem.batch_size = 4
+    problem = build(cfg, tmp_path, Console(quiet=True)).problem
+    with torch.no_grad():
+        task = problem.recipe(next(iter(problem.pretrain_batches(0))))
+    kept = [
+        tensor for name in ("learner", "teacher") for tensor in getattr(problem, name).parameters()
+    ]
+    real = memory_estimate.saved_bytes(
+        lambda: problem.pretrain_loss(params.named(problem.learner), task), kept
+    )
+    assert 4 * dry_run.activation_bytes(planned) == pytest.approx(real, rel=0.02)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["problem=ijepa_dense"],
+        ["problem=mae_nyuv2", "strategy=fixed"],
+        ["problem=dino_ade20k", "budget.steps=null", "budget.seconds=60"],
+    ],
+)
+def test_every_dense_problem_can_be_planned(options: list[str]) -> None:
+    text = printed(composed(*options))
+    assert "activations" in text
+    assert ("follows the share" in text) == ("budget.steps=null" in options)
+    assert ("designer: an update every" in text) == (options == ["problem=ijepa_dense"])
+
+
+def test_a_problem_without_the_groups_is_refused() -> None:
+    with pytest.raises(MetaVPTError, match="only a problem with the groups backbone and data"):
+        printed(composed("problem=toy_sources"))
+
+
+def test_a_planned_run_is_not_trained() -> None:
+    with torch.device("meta"):
+        trainer = build(
+            dry_run.without_files(composed("problem=dino_nyuv2")), Path("runs"), Console(quiet=True)
+        )
+    with pytest.raises(MetaVPTError, match="only to be described"):
+        trainer.run()
+
+
+def test_the_command_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["run", "experiment=paper_ijepa_vith", "trainer.dry_run=true"])
+    run_command(command.main)
+    assert "activations" in capsys.readouterr().out
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,162 @@
+"""The hypergradient in function space, on learners small enough to write everything out: features are theta x, targets x W + phi x."""
+
+from functools import partial
+
+import pytest
+import torch
+from helpers import regression
+from helpers.regression import Regression, X, Y, assert_resumes, last_drawn, sgd
+from torch.func import functional_call
+
+from metavpt import (
+    ConjugateGradient,
+    ExactProduct,
+    Fixed,
+    Implicit,
+    MetaVPTError,
+    NonFiniteError,
+    Problem,
+)
+from metavpt.strategies.function_space import Functional, RandomFunctional
+
+
+class Functions(Regression):
+    """`Regression`, of whose outputs the feedback is asked as they are."""
+
+    def functional_lesson(self, theta, batch):
+        outputs = (X[batch] @ theta["weight"]).requires_grad_()
+        with torch.enable_grad():
+            loss = (outputs - Y[batch]).square().sum() / 2
+        return {"rows": batch, "values": -torch.autograd.grad(loss, outputs)[0]}
+
+
+trainer_of = partial(regression.trainer_of, problem=Functions)
+
+
+def functional(kind=Functional, lr=0.5, **options):
+    return kind(
+        sgd(lr),
+        **{"phi_steps": 5, "lesson_batch_size": 4, "meta_every": 2, "max_norm": 1e9, **options},
+    )
+
+
+def test_it_is_implicit_differentiation_where_the_learner_can_tell_any_targets():
+    """A table of outputs f, told targets t_phi by squares: Implicit at the solution = -d<values, t_phi>/dphi, values = -dL_down/df."""
+    torch.manual_seed(0)
+    network = torch.nn.Sequential(
+        torch.nn.Linear(6, 5), torch.nn.Tanh(), torch.nn.Linear(5, 3)
+    ).double()
+    phi = {name: p.detach() for name, p in network.named_parameters()}
+
+    def targets(phi):
+        return functional_call(network, phi, (X,))
+
+    def outer(theta):
+        return ((theta["f"].sin() - Y) ** 2).mean() + theta["f"].prod(dim=1).square().mean()
+
+    solution = {"f": targets(phi)}
+    implicit = Implicit(ConjugateGradient(), damping=0.0, product=ExactProduct())
+    found = implicit(
+        [lambda phi: lambda theta: (theta["f"] - targets(phi)).square().sum() / 2],
+        outer,
+        solution,
+        phi,
+    )
+
+    f = solution["f"].clone().requires_grad_()
+    values = -torch.autograd.grad(outer({"f": f}), f)[0]
+    leaves = {name: p.clone().requires_grad_() for name, p in phi.items()}
+    expected = torch.autograd.grad(-(values * targets(leaves)).sum(), list(leaves.values()))
+    for g, e in zip(found.by_phi.values(), expected, strict=True):
+        torch.testing.assert_close(g, e, rtol=1e-10, atol=1e-13)
+
+
+def test_the_steps_of_phi_are_gradient_steps_on_rows_of_the_labelled_lesson(tmp_path):
+    trainer = trainer_of(tmp_path, functional())
+    phi, generator = torch.zeros(6, 3, dtype=torch.float64), torch.Generator().manual_seed(0)
+    for step in range(6):
+        theta = trainer.problem.learner.weight.detach().clone()
+        trainer.step()
+        if step % 2 == 0:
+            labelled = last_drawn(trainer.streams.feedback)
+            a = Y[labelled] - X[labelled] @ theta
+            for _ in range(5):
+                rows = torch.randint(len(labelled), (4,), generator=generator)
+                x = X[labelled][rows]
+                phi = phi - 0.5 * x.T @ (x @ phi - a[rows]) / a[rows].numel()
+        torch.testing.assert_close(
+            trainer.problem.designer.weight.detach(), phi, rtol=1e-9, atol=1e-12
+        )
+    assert phi.norm() > 0
+
+
+def test_with_lr_0_it_is_fixed_bit_for_bit(tmp_path):
+    fixed, still = (
+        trainer_of(tmp_path / "fixed", Fixed()),
+        trainer_of(tmp_path / "still", functional(lr=0.0)),
+    )
+    fixed.run()
+    still.run()
+    assert torch.equal(fixed.problem.learner.weight, still.problem.learner.weight)
+
+
+@pytest.mark.parametrize("kind", [Functional, RandomFunctional])
+def test_resumes_bit_for_bit_and_differs_from_fixed(tmp_path, kind):
+    assert_resumes(trainer_of, lambda: functional(kind), tmp_path)
+
+
+def test_labels_reach_the_learner_through_phi_alone(tmp_path):
+    """A lesson that is not finite changes nothing but the count, and neither does a feedback loss that is not."""
+
+    def broken(*_):
+        raise NonFiniteError("the feedback loss is not finite")
+
+    fixed = trainer_of(tmp_path / "fixed", Fixed())
+    fixed.run()
+    nan = {"rows": torch.arange(2), "values": torch.full((2, 3), torch.nan, dtype=torch.float64)}
+    for name, lesson in {"values": lambda *_: nan, "loss": broken}.items():
+        trainer = trainer_of(tmp_path / name, functional())
+        trainer.problem.functional_lesson = lesson
+        trainer.run()
+        assert trainer.strategy.num_skipped + trainer.strategy.lessons.num_skipped == 6
+        assert torch.equal(fixed.problem.learner.weight, trainer.problem.learner.weight)
+
+
+def test_true_values_teach_what_those_of_other_samples_do_not(tmp_path):
+    """The loss of the feedback after 60 steps, where pretraining alone leads elsewhere."""
+    losses = {}
+    for name, strategy in {
+        "fixed": Fixed(),
+        "true": functional(),
+        "random": functional(RandomFunctional),
+    }.items():
+        trainer = trainer_of(tmp_path / name, strategy, steps=60)
+        trainer.run()
+        losses[name] = trainer.metrics["loss"]
+    assert losses["true"] < 0.8 * min(losses["fixed"], losses["random"])
+
+
+def test_a_lesson_is_charged_and_read_at_its_steps_alone(tmp_path):
+    trainer = trainer_of(tmp_path, functional(meta_every=4, burn_in=1), steps=9)
+    trainer.run()
+    assert trainer.streams.feedback.state_dict()["position"] == 2  # before the steps after 4 and 8
+    assert trainer.budget.grad_evals == 9 + 2
+
+
+def test_random_values_are_those_of_other_samples_with_signs_of_their_own():
+    strategy = functional(RandomFunctional)
+    values = torch.arange(1.0, 41.0).view(20, 2)
+    seen = strategy.seen({"rows": torch.arange(20), "values": values})
+    assert torch.equal(seen["rows"], torch.arange(20))
+    assert torch.equal(seen["values"].abs().sort(dim=0).values, values)
+    assert not torch.equal(seen["values"].abs(), values)
+    signs = seen["values"].sign()
+    assert torch.equal(signs[:, 0], signs[:, 1])  # of a sample as a whole
+    assert set(signs[:, 0].tolist()) == {-1.0, 1.0}
+
+
+def test_problems_without_it_say_so(tmp_path):
+    trainer = trainer_of(tmp_path, functional())
+    trainer.problem.functional_lesson = lambda *a: Problem.functional_lesson(trainer.problem, *a)
+    with pytest.raises(MetaVPTError, match="has no functional_lesson"):
+        trainer.step()

@@ -1,0 +1,136 @@
+"""Collapse is told from health, and the warning names what to turn."""
+
+import math
+
+import pytest
+import torch
+from channels import Channels
+from helpers.small_dino import SMALL, UNET
+from hydra import compose, initialize_config_module
+from hydra.utils import instantiate
+
+from metavpt import Budget, Fixed, RunLog, Trainer
+from metavpt.probes.spectrum import rankme
+from metavpt.training.collapse import (
+    Sign,
+    Spread,
+    Watch,
+    gate_signs,
+    mask_signs,
+    outcome_signs,
+    rank_sign,
+)
+
+
+def test_a_sign_is_held_against_its_bounds_and_against_what_it_was_at_first():
+    watch = Watch()
+    assert (
+        watch({"rank": Sign(8.0, "turn this", keep=0.5), "share": Sign(0.2, "turn that", high=0.9)})
+        == []
+    )
+    assert watch({"rank": Sign(4.0, "turn this", keep=0.5)}) == []
+    assert watch({"rank": Sign(3.9, "turn this", keep=0.5)}) == [
+        "rank is 3.9, at first it was 8: turn this"
+    ]
+    assert watch({"share": Sign(0.95, "turn that", high=0.9)}) == [
+        "share is 0.95, at first it was 0.2: turn that"
+    ]
+    assert len(watch({"rank": Sign(math.nan, "turn this")})) == 1
+
+
+def test_what_was_first_survives_a_checkpoint():
+    watch, resumed = Watch(), Watch()
+    watch({"rank": Sign(8.0, "")})
+    resumed.load_state_dict(watch.state_dict())
+    assert resumed({"rank": Sign(1.0, "turn this", keep=0.5)})
+
+
+@pytest.mark.parametrize(
+    ("probs", "entropy", "information"),
+    [
+        (torch.eye(8), 0.0, 1.0),
+        (torch.full((5, 8), 1 / 8), 1.0, 0.0),
+        (torch.eye(8)[[3] * 5], 0.0, 0.0),
+        (torch.tensor([[0.5, 0.5, 0.0, 0.0], [0.0, 0.0, 0.5, 0.5]]), 0.5, 0.5),
+    ],
+    ids=["healthy", "uniform", "one outcome", "half"],
+)
+def test_entropy_and_information_of_known_distributions(probs, entropy, information):
+    spread = Spread.of(probs)
+    assert spread.entropy == pytest.approx(entropy, abs=1e-12)
+    assert spread.information == pytest.approx(information, abs=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("probs", "knob"),
+    [
+        (torch.full((8, 8), 1 / 8), "teacher_temperature"),
+        (torch.eye(8)[[3] * 8], "problem.targets=sinkhorn"),
+    ],
+)
+def test_both_collapses_of_prototypes_are_told_apart(probs, knob):
+    watch = Watch()
+    assert watch(outcome_signs(torch.eye(8))) == []
+    (line,) = watch(outcome_signs(probs))
+    assert line.startswith("output_information is")
+    assert knob in line
+
+
+def test_features_on_a_line_have_lost_their_rank():
+    rng = torch.Generator().manual_seed(0)
+    healthy, line = (
+        torch.randn(64, 16, generator=rng),
+        torch.randn(64, 1, generator=rng) * torch.ones(16),
+    )
+    watch = Watch()
+    assert watch({"feature_rank": rank_sign(rankme(healthy))}) == []
+    assert "trainer.optimizer.lr" in watch({"feature_rank": rank_sign(rankme(line))})[0]
+
+
+def test_a_dino_learner_that_answers_all_images_alike_is_told():
+    with initialize_config_module("metavpt.configs", version_base="1.3"):
+        cfg = compose("run", [*SMALL, *UNET])
+    torch.manual_seed(0)
+    problem, watch = instantiate(cfg.problem, _convert_="all"), Watch()
+    signs = problem.vital_signs()
+    assert signs.keys() == {"feature_rank", "hidden_share", "output_entropy", "output_information"}
+    assert signs["hidden_share"].value == 0.0
+    assert watch(signs) == []
+    assert {name: sign.value for name, sign in problem.vital_signs().items()} == {
+        name: sign.value for name, sign in signs.items()
+    }
+    with torch.no_grad():
+        for module in (problem.learner, problem.teacher):
+            for name, p in module.named_parameters():
+                if name.endswith("trunk.patch_embed.proj.weight"):
+                    p.zero_()  # every image looks the same
+    lines = watch(problem.vital_signs())
+    assert [line.split()[0] for line in lines] == ["feature_rank", "output_information"]
+
+
+def test_masks_and_gates_at_the_end_of_their_range():
+    assert Watch()(mask_signs([torch.ones(4), None])) == []
+    assert mask_signs([None]) == {}
+    assert "designer.keep" in Watch()(mask_signs([torch.zeros(2, 3), torch.zeros(4)]))[0]
+    assert Watch()(gate_signs(torch.zeros(2, 3), 0.5)) == []
+    assert "designer.excess_weight" in Watch()(gate_signs(torch.full((2, 3), 0.5), 0.5))[0]
+
+
+def test_a_run_logs_its_signs_at_every_probe_and_warns(tmp_path):
+    class Watched(Channels):
+        def vital_signs(self):
+            self.looks = getattr(self, "looks", 0) + 1
+            return {"rank": Sign(8.0 / self.looks, "turn this", keep=0.3)}
+
+    trainer = Trainer(Watched(), Fixed(), Budget(steps=6), RunLog(tmp_path), probe_every=2)
+    trainer.run()
+    logged = trainer.log.records()
+    assert [(r["step"], r["rank"]) for r in logged if r["kind"] == "watch"] == [
+        (0, 8.0),
+        (2, 4.0),
+        (4, 8 / 3),
+        (6, 2.0),
+    ]
+    assert [r["message"] for r in logged if r["kind"] == "warning"] == [
+        "rank is 2, at first it was 8: turn this"
+    ]
