@@ -16,6 +16,7 @@ import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 
 from metavpt.compare import results
+from metavpt.report import command
 
 DOCS = Path(__file__).parent
 MASKS = ("fixed", "random_feedback", "uniform", "greedy", "one_step", "unrolled", "implicit")
@@ -172,7 +173,7 @@ def report_picture(path: Path, browser: str) -> None:
         page = playwright.chromium.launch(executable_path=browser, chromium_sandbox=False).new_page(
             viewport={"width": 1000, "height": 900}
         )
-        page.goto((DOCS / "results" / "toy_sources" / "report.html").as_uri())
+        page.goto(command.write(DOCS / "results" / "toy_sources").as_uri())
         page.screenshot(path=path)
     Image.open(path).convert("RGB").quantize(256).save(path, optimize=True)
 

@@ -3,7 +3,7 @@
 import runpy
 import sys
 
-COMMANDS = ("run", "compare", "check", "bench", "export", "debug")
+COMMANDS = ("run", "compare", "check", "bench", "export", "report", "debug")
 
 
 def main() -> None:

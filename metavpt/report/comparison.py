@@ -83,13 +83,15 @@ def write_comparison_report(folder: Path, reference: str = "fixed") -> Path:
 
 
 def _matched(folder: Path, rows: list[Row], config: dict[str, Any]) -> str | None:
-    """What all rows may spend alike; None where one has a budget of its own."""
+    """The unit of the budget that all rows share; None if budgets differ or one is not known."""
     unit, limits = config.get("match"), set[str]()
     for row in rows:
         for result in row.results[:1]:
             budget = page.configuration(run_folder(folder, row.name, result.seed)).get("budget")
-            limits |= {str(budget.get(unit))} if isinstance(budget, dict) else set()
-    return unit if len(limits) <= 1 else None
+            if not isinstance(budget, dict):
+                return None
+            limits.add(str(budget.get(unit)))
+    return unit if len(limits) == 1 else None
 
 
 def _curves(table: Table, rows: list[Row]) -> Iterator[tuple[str, Markup]]:

@@ -1,0 +1,72 @@
+"""Reports written anew from the folders of runs and comparisons."""
+
+import shutil
+import sys
+import tarfile
+from pathlib import Path
+
+import pytest
+from helpers import example_folders as example
+
+from metavpt.errors import MetaVPTError
+from metavpt.report import command
+from metavpt.report.comparison import write_comparison_report
+
+
+@pytest.fixture
+def comparison(tmp_path: Path) -> Path:
+    folder = tmp_path / "made" / "comparison"
+    return example.write_comparison(folder, ("fixed", "one_step"), figures=False)
+
+
+def test_write_gives_the_report_of_run_folders_from_their_archive(
+    comparison: Path, tmp_path: Path
+) -> None:
+    expected = write_comparison_report(comparison).read_text()
+    kept = tmp_path / "kept" / "comparison"
+    kept.mkdir(parents=True)
+    with tarfile.open(kept / command.LOGS, "w:gz") as archive:
+        for path in sorted(comparison.glob("**/seed*/*")):
+            if path.name in ("metrics.jsonl", "config.yaml"):
+                archive.add(path, path.relative_to(comparison))
+    for name in ("rows.jsonl", "config.yaml", "environment.json"):
+        shutil.copy(comparison / name, kept)
+    report = command.write(kept)
+    assert report == kept / "report.html"
+    assert report.read_text() == expected
+    assert not (kept / "rows").exists()
+
+
+def test_write_names_a_damaged_archive(comparison: Path) -> None:
+    (comparison / command.LOGS).write_bytes(b"no archive")
+    with pytest.raises(MetaVPTError, match=command.LOGS):
+        command.write(comparison)
+
+
+def test_write_refuses_an_archive_that_leaves_its_folder(comparison: Path, tmp_path: Path) -> None:
+    (tmp_path / "escaped").write_text("x")
+    with tarfile.open(comparison / command.LOGS, "w:gz") as archive:
+        archive.add(tmp_path / "escaped", "../../../escaped_by_archive")
+    with pytest.raises(MetaVPTError, match=command.LOGS):
+        command.write(comparison)
+
+
+def test_main_reports_runs_and_comparisons(
+    comparison: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = next((comparison / "rows" / "fixed").iterdir())
+    monkeypatch.setattr(sys, "argv", ["metavpt.report", str(comparison), str(run)])
+    command.main()
+    written = [Path(line) for line in capsys.readouterr().out.splitlines()]
+    assert written == [comparison / "report.html", run / "report.html"]
+    assert all(path.is_file() for path in written)
+
+
+def test_main_ends_with_one_line_where_there_is_nothing_to_report(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["metavpt.report", str(tmp_path)])
+    with pytest.raises(SystemExit) as stopped:
+        command.main()
+    assert stopped.value.code == 2
+    assert str(tmp_path) in " ".join(capsys.readouterr().err.split()).replace(" ", "")
