@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from metavpt.distributed import collectives
 from metavpt.errors import MetaVPTError
-from metavpt.probes.depth import DepthTask, clip, valid_pixels
+from metavpt.probes.depth import DepthTask, valid_pixels
 from metavpt.probes.features import IGNORE, FeatureSet
 from metavpt.probes.heads import LinearHead, Ridge
 from metavpt.probes.segmentation import SegmentationTask
@@ -74,9 +74,9 @@ class DenseFeedback(nn.Module):
         size = frames.depth.shape[-2:]
         if self.weights["depth"]:
             metres = F.softplus(upsample(self.depth(normalized), size)[:, 0])
-            valid = frames.depth > 0
+            valid = valid_pixels(frames.depth)
             losses["depth"] = (
-                (metres - frames.depth).abs() * valid
+                (metres - frames.depth.where(valid, 0.0)).abs() * valid
             ).sum() / collectives.mean_count(valid.sum())
         if self.weights["segmentation"]:
             logits = upsample(self.segmentation(normalized), size)
@@ -187,7 +187,7 @@ def _squares(
     output = head(frames.features)
     if isinstance(task, DepthTask):
         counted = valid_pixels(frames.depth)
-        squares = (output[:, 0] - clip(frames.depth.where(counted, 0.0))).square()
+        squares = (output[:, 0] - frames.depth.where(counted, 0.0)).square()
     else:
         label = frames.label.long()
         counted = label != IGNORE

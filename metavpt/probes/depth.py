@@ -14,10 +14,15 @@ MIN_DEPTH, MAX_DEPTH = 1e-3, 10.0  # metres
 
 
 def valid_pixels(depth: Tensor) -> Tensor:
-    return torch.isfinite(depth) & (depth > 0)
+    """Mark the pixels with a usable true depth.
+
+    Eigen's protocol leaves out what is not strictly between 1e-3 m and 10 m. NaN is left out too.
+    """
+    return (depth > MIN_DEPTH) & (depth < MAX_DEPTH)
 
 
 def clip(depth: Tensor) -> Tensor:
+    """Clamp predicted depth to [1e-3, 10] m. NaN stays NaN."""
     return depth.clamp(MIN_DEPTH, MAX_DEPTH)
 
 
@@ -28,20 +33,24 @@ def eigen_crop(height: int, width: int) -> tuple[slice, slice]:
 
 
 class DepthMetrics:
-    """Sums over the set, in float64, of predictions and truth clipped to [1e-3, 10] m.
+    """Depth errors by Eigen's protocol, summed over the set in float64.
 
-    Pixels outside the Eigen crop (unless `crop=False`) and pixels without a truth (depth <= 0, NaN, infinite) are left out.
+    Predictions are clipped to [1e-3, 10] m. Pixels outside the Eigen crop (unless `crop=False`) and
+    pixels whose truth is not strictly between 1e-3 m and 10 m are left out. A prediction that is
+    not finite makes every metric NaN.
 
-        rmse            sqrt(mean (p - t)^2) over all pixels of the set, metres
-        abs_rel         mean |p - t| / t over all pixels
-        delta1          share of pixels with max(p/t, t/p) < 1.25
-        rmse_per_image  mean over images of each image's own rmse, metres; other papers report this one
+        rmse       sqrt(mean (p - t)^2) over all pixels of the set, metres
+        abs_rel    mean |p - t| / t over all pixels
+        delta1     share of pixels with max(p/t, t/p) < 1.25
+        rmse_per_image, abs_rel_per_image, delta1_per_image
+                   mean over images of each image's own value: what DINOv2, DINOv3 and others report
     """
 
     def __init__(self, crop: bool = True) -> None:
         self.crop = crop
         self.num_pixels = self.num_images = 0
-        self.squares = self.relative = self.close = self.image_rmse = 0.0
+        self.squares = self.relative = self.close = 0.0
+        self.image_rmse = self.image_abs_rel = self.image_delta1 = 0.0
 
     def update(self, prediction: Tensor, depth: Tensor) -> None:
         """prediction, depth (B, H, W)."""
@@ -57,35 +66,45 @@ class DepthMetrics:
         for p, t in zip(prediction[:, rows, columns], depth[:, rows, columns], strict=True):
             valid = valid_pixels(t)
             if valid.any():
-                self._add(clip(p[valid].double()), clip(t[valid].double()))
+                self._add(p[valid].double(), t[valid].double())
 
     def _add(self, p: Tensor, t: Tensor) -> None:
-        """The valid pixels of one image, (N,) each."""
+        """Add the valid pixels of one image, (N,) each."""
+        # Clipping would hide an infinite prediction, and NaN < 1.25 counts as a miss.
+        p = clip(p) if torch.isfinite(p).all() else torch.full_like(p, torch.nan)
+        ratio = torch.maximum(p / t, t / p)
         squares = float((p - t).square().sum())
+        relative = float(((p - t).abs() / t).sum())
+        close = float(torch.where(ratio.isnan(), torch.nan, (ratio < 1.25).double()).sum())
         self.num_pixels += len(t)
         self.num_images += 1
         self.squares += squares
-        self.relative += float(((p - t).abs() / t).sum())
-        self.close += float((torch.maximum(p / t, t / p) < 1.25).sum())
+        self.relative += relative
+        self.close += close
         self.image_rmse += (squares / len(t)) ** 0.5
+        self.image_abs_rel += relative / len(t)
+        self.image_delta1 += close / len(t)
 
     def compute(self) -> dict[str, float]:
         """Raises MetaVPTError where no pixel had a truth."""
         if self.num_pixels == 0:
             raise MetaVPTError(
-                "depth probe: no pixel of the evaluation set has a valid depth (finite and above 0)"
+                "depth probe: no pixel of the evaluation set has a valid depth, "
+                f"between {MIN_DEPTH:g} and {MAX_DEPTH:g} m"
             )
         return {
             "rmse": (self.squares / self.num_pixels) ** 0.5,
             "abs_rel": self.relative / self.num_pixels,
             "delta1": self.close / self.num_pixels,
             "rmse_per_image": self.image_rmse / self.num_images,
+            "abs_rel_per_image": self.image_abs_rel / self.num_images,
+            "delta1_per_image": self.image_delta1 / self.num_images,
         }
 
 
 @dataclass(frozen=True)
 class DepthTask:
-    """One output in metres; truth is clipped to [1e-3, 10] m in the fit as in the metrics, invalid pixels carry no weight."""
+    """One output in metres. The fit leaves out the same pixels as the metrics (`valid_pixels`)."""
 
     lr: float = 1e-3
 
@@ -95,7 +114,7 @@ class DepthTask:
 
     def patch_targets(self, batch: FeatureSet) -> tuple[Tensor, Tensor]:
         valid = valid_pixels(batch.depth)[:, None]
-        depth = torch.where(valid, clip(batch.depth)[:, None], 0.0)
+        depth = torch.where(valid, batch.depth[:, None], 0.0)
         share = F.adaptive_avg_pool2d(valid.float(), batch.grid)
         return F.adaptive_avg_pool2d(depth, batch.grid) / share.clamp_min(1e-9), share
 
@@ -105,7 +124,7 @@ class DepthTask:
     def loss(self, prediction: Tensor, batch: FeatureSet) -> Tensor:
         valid = valid_pixels(batch.depth)
         return (
-            prediction[:, 0][valid] - clip(batch.depth[valid])
+            prediction[:, 0][valid] - batch.depth[valid]
         ).square().sum() / valid.sum().clamp_min(1)
 
 
@@ -116,7 +135,7 @@ def predict_depth(head: LinearHead, features: Tensor) -> Tensor:
 
 @torch.no_grad()
 def evaluate_depth(head: LinearHead, val: FeatureSet) -> dict[str, float]:
-    """The metrics of DepthMetrics under the names depth_rmse, depth_abs_rel, depth_delta1, depth_rmse_per_image."""
+    """The metrics of DepthMetrics, each with `depth_` before its name."""
     metrics = DepthMetrics()
     for chunk in val.chunks():
         metrics.update(predict_depth(head, chunk.features), chunk.depth)

@@ -12,11 +12,14 @@ from metavpt.probes.heads import LinearHead
 
 
 class SegmentationMetrics:
-    """One confusion matrix (C, C) over the set, rows truth, columns prediction; pixels labelled 255 are left out.
+    """One confusion matrix (C, C) over the set, rows truth, columns prediction.
 
-    miou  mean over the classes that occur in the truth of TP / (TP + FP + FN). A class absent from the truth has no term of its own, and
-          where it is predicted it costs the true class a miss: the convention of mmseg and of the ADE20K and NYUv2 tables
-    acc   share of labelled pixels that are right
+    Pixels labelled 255 are left out. The IoU of a class is TP / (TP + FP + FN).
+
+        miou          mean IoU of the classes that occur in the truth or in the prediction: a class
+                      that is predicted but absent from the truth counts 0 (mmseg, DINOv2, DINOv3)
+        miou_present  mean IoU of the classes that occur in the truth
+        acc           share of labelled pixels that are right
     """
 
     def __init__(self, num_classes: int) -> None:
@@ -42,11 +45,14 @@ class SegmentationMetrics:
             self.confusion.sum(1),
             self.confusion.sum(0),
         )
-        present = truth > 0
-        if not present.any():
+        if not truth.any():
             raise MetaVPTError("segmentation probe: no pixel of the evaluation set has a label")
-        iou = right[present] / (truth + guess - self.confusion.diagonal())[present]
-        return {"miou": float(iou.mean()), "acc": float(right.sum() / truth.sum())}
+        iou = right / (truth + guess - right)  # NaN for a class that occurs in neither
+        return {
+            "miou": float(iou.nanmean()),
+            "miou_present": float(iou[truth > 0].mean()),
+            "acc": float(right.sum() / truth.sum()),
+        }
 
 
 def check_classes(truth: Tensor, num_classes: int) -> None:
@@ -101,7 +107,7 @@ def predict_label(head: LinearHead, features: Tensor) -> Tensor:
 
 @torch.no_grad()
 def evaluate_segmentation(head: LinearHead, val: FeatureSet) -> dict[str, float]:
-    """seg_miou and seg_acc, as SegmentationMetrics defines them."""
+    """The metrics of SegmentationMetrics, each with `seg_` before its name."""
     metrics = SegmentationMetrics(num_classes=len(head.bias))
     for chunk in val.chunks():
         metrics.update(predict_label(head, chunk.features), chunk.label)

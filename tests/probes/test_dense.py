@@ -54,7 +54,10 @@ def test_every_head_measures_every_task_on_one_pass_over_each_set() -> None:
         "depth_abs_rel",
         "depth_delta1",
         "depth_rmse_per_image",
+        "depth_abs_rel_per_image",
+        "depth_delta1_per_image",
         "seg_miou",
+        "seg_miou_present",
         "seg_acc",
     )
     assert set(metrics) == {f"{head}/{name}" for head in ("ridge", "linear_bn") for name in names}

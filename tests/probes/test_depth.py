@@ -25,26 +25,23 @@ def test_eigen_crop(height: int, width: int, rows: slice, columns: slice) -> Non
 def naive(
     prediction: torch.Tensor, depth: torch.Tensor, rows: range, columns: range
 ) -> dict[str, float]:
-    squares, relative, close, per_image = [], [], [], []
+    """The metrics of the pixels of all images, and the mean over images of each image's own."""
+    pixels = []
     for p_image, t_image in zip(prediction.tolist(), depth.tolist(), strict=True):
-        image = []
-        for i in rows:
-            for j in columns:
-                t, p = t_image[i][j], p_image[i][j]
-                if not math.isfinite(t) or t <= 0:
-                    continue
-                t, p = min(max(t, 1e-3), 10.0), min(max(p, 1e-3), 10.0)
-                image.append((p - t) ** 2)
-                relative.append(abs(p - t) / t)
-                close.append(max(p / t, t / p) < 1.25)
-        squares += image
-        if image:
-            per_image.append(math.sqrt(sum(image) / len(image)))
+        pairs = [(p_image[i][j], t_image[i][j]) for i in rows for j in columns]
+        pixels.append([(min(max(p, 1e-3), 10.0), t) for p, t in pairs if 1e-3 < t < 10.0])
+    per_image = [errors(image) for image in pixels if image]
+    return errors(sum(pixels, [])) | {
+        f"{name}_per_image": sum(image[name] for image in per_image) / len(per_image)
+        for name in per_image[0]
+    }
+
+
+def errors(pairs: list[tuple[float, float]]) -> dict[str, float]:
     return {
-        "rmse": math.sqrt(sum(squares) / len(squares)),
-        "abs_rel": sum(relative) / len(relative),
-        "delta1": sum(close) / len(close),
-        "rmse_per_image": sum(per_image) / len(per_image),
+        "rmse": math.sqrt(sum((p - t) ** 2 for p, t in pairs) / len(pairs)),
+        "abs_rel": sum(abs(p - t) / t for p, t in pairs) / len(pairs),
+        "delta1": sum(max(p / t, t / p) < 1.25 for p, t in pairs) / len(pairs),
     }
 
 
@@ -81,6 +78,30 @@ def test_a_frame_of_nan_depth_changes_nothing(maps: tuple[torch.Tensor, torch.Te
     assert with_frame.compute() == without.compute()
 
 
+def test_the_range_of_true_depths_is_open_as_in_the_protocol_of_eigen() -> None:
+    """Truth at and beyond both ends is left out, whatever is predicted there."""
+    depth = torch.tensor([[[2.0, 10.0, 15.0, 1e-3, 4.0]]])
+    prediction = torch.tensor([[[2.0, 1.0, 1.0, 1.0, 20.0]]])
+    metrics = DepthMetrics(crop=False)
+    metrics.update(prediction, depth)
+    assert metrics.num_pixels == 2
+    assert metrics.compute()["rmse"] == pytest.approx(math.sqrt((0 + 6**2) / 2))  # 20 m clipped
+    batch = FeatureSet(torch.zeros(1, 1, 1, 1), depth, torch.zeros(1, 1, 5, dtype=torch.uint8))
+    target, share = DepthTask().patch_targets(batch)
+    assert (target.item(), share.item()) == pytest.approx((3.0, 2 / 5))
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_a_prediction_that_is_not_finite_makes_every_metric_nan(
+    maps: tuple[torch.Tensor, torch.Tensor], value: float
+) -> None:
+    prediction, depth = maps
+    prediction[1] = value
+    metrics = DepthMetrics()
+    metrics.update(prediction, depth)
+    assert all(math.isnan(found) for found in metrics.compute().values())
+
+
 def test_errors_name_the_reason() -> None:
     metrics = DepthMetrics()
     metrics.update(torch.ones(1, 24, 32), torch.zeros(1, 24, 32))
@@ -95,7 +116,7 @@ def test_loss_reads_valid_pixels_only() -> None:
     batch = FeatureSet(torch.zeros(1, 1, 1, 1), depth, torch.zeros(1, 2, 2, dtype=torch.uint8))
     prediction = torch.tensor([[[[3.0, 50.0], [50.0, 8.0]]]], requires_grad=True)
     loss = DepthTask().loss(prediction, batch)
-    assert loss.item() == pytest.approx((1 + 4) / 2)  # 20 m is clipped to 10 m
+    assert loss.item() == pytest.approx(1.0)  # 20 m is left out, as in the metrics
     (gradient,) = torch.autograd.grad(loss, prediction)
-    assert gradient.tolist() == [[[[1.0, 0.0], [0.0, -2.0]]]]
+    assert gradient.tolist() == [[[[2.0, 0.0], [0.0, 0.0]]]]
     assert DepthTask().loss(prediction, batch._replace(depth=torch.zeros(1, 2, 2))).item() == 0

@@ -7,13 +7,15 @@ from metavpt.errors import MetaVPTError
 from metavpt.probes.segmentation import SegmentationMetrics
 
 
-def naive_miou(prediction: list[int], label: list[int], num_classes: int) -> float:
-    ious = []
+def naive_mious(prediction: list[int], label: list[int], num_classes: int) -> tuple[float, float]:
+    """Over the classes that are predicted or true, and over those that are true."""
+    ious, present = [], []
     for c in range(num_classes):
         pairs = [(p == c, t == c) for p, t in zip(prediction, label, strict=True) if t != 255]
-        if any(t for _, t in pairs):
-            ious.append(sum(p and t for p, t in pairs) / sum(p or t for p, t in pairs))
-    return sum(ious) / len(ious)
+        if union := sum(p or t for p, t in pairs):
+            ious.append(sum(p and t for p, t in pairs) / union)
+            present += ious[-1:] if any(t for _, t in pairs) else []
+    return sum(ious) / len(ious), sum(present) / len(present)
 
 
 def test_miou_is_over_the_whole_set() -> None:
@@ -31,19 +33,22 @@ def test_miou_is_over_the_whole_set() -> None:
     for image in range(6):
         metrics.update(prediction[image : image + 1], label[image : image + 1].to(torch.uint8))
     got = metrics.compute()
-    assert got["miou"] == pytest.approx(
-        naive_miou(prediction.flatten().tolist(), label.flatten().tolist(), 7), abs=1e-12
-    )
+    expected = naive_mious(prediction.flatten().tolist(), label.flatten().tolist(), 7)
+    assert (got["miou"], got["miou_present"]) == pytest.approx(expected, abs=1e-12)
     kept = label != 255
     assert got["acc"] == pytest.approx(
         float((prediction == label)[kept].double().mean()), abs=1e-12
     )
 
 
-def test_a_predicted_class_without_truth_has_no_term_of_its_own() -> None:
-    metrics = SegmentationMetrics(3)
+def test_a_predicted_class_without_truth_counts_zero_as_in_mmseg() -> None:
+    metrics = SegmentationMetrics(4)  # class 3 occurs nowhere and has no term
     metrics.update(torch.tensor([[[0, 0], [2, 1]]]), torch.tensor([[[0, 0], [0, 1]]]))
-    assert metrics.compute() == {"miou": pytest.approx((2 / 3 + 1) / 2), "acc": 0.75}
+    assert metrics.compute() == {
+        "miou": pytest.approx((2 / 3 + 1 + 0) / 3),
+        "miou_present": pytest.approx((2 / 3 + 1) / 2),
+        "acc": 0.75,
+    }
 
 
 def test_errors_name_the_reason() -> None:

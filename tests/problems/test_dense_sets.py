@@ -68,7 +68,11 @@ def test_ade20k_is_fed_back_and_probed_without_depth(make):
     assert problem.feedback_losses(params.named(problem.learner), labelled(problem)).keys() == {
         "segmentation"
     }
-    assert problem.evaluate().keys() == {"ridge/seg_miou", "ridge/seg_acc"}
+    assert problem.evaluate().keys() == {
+        "ridge/seg_miou",
+        "ridge/seg_miou_present",
+        "ridge/seg_acc",
+    }
     assert (
         problem.figures()["predictions"].shape[1] == 3 * 48 + 2 * 2
     )  # photograph, true and predicted classes
@@ -124,13 +128,15 @@ def test_what_each_set_is_steered_for_is_known_by_name(make):
     steered = {name: problem.is_steered(name) for name in problem.evaluate()}
     assert {name for name, is_steered in steered.items() if is_steered} == {
         *(
-            f"nyuv2/ridge/depth_{metric}"
-            for metric in ("rmse", "abs_rel", "delta1", "rmse_per_image")
+            f"nyuv2/ridge/depth_{metric}{mean}"
+            for metric in ("rmse", "abs_rel", "delta1")
+            for mean in ("", "_per_image")
         ),
-        *(f"ade20k/ridge/seg_{metric}" for metric in ("miou", "acc")),
+        *(f"ade20k/ridge/seg_{metric}" for metric in ("miou", "miou_present", "acc")),
     }
     assert {name for name, is_steered in steered.items() if not is_steered} == {
         "nyuv2/ridge/seg_miou",
+        "nyuv2/ridge/seg_miou_present",
         "nyuv2/ridge/seg_acc",
     }
     assert set(problem.figures()) >= {"nyuv2_predictions", "ade20k_predictions"}
