@@ -20,8 +20,9 @@ from metavpt.learners.layouts import layout_of
 from metavpt.training.disk import reading
 
 SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".tar", ".ckpt")
-# Inside of what a release keeps its weights, nearest first; of a student and its teacher the teacher, as their authors do.
-WRAPPERS = ("model_ema", "model", "state_dict", "module", "teacher", "encoder", "target_encoder")
+# Entries in which a release keeps its weights, the preferred one first. Of a student and its
+# teacher the teacher is evaluated (I-JEPA, section 5: the target encoder, an average of "encoder").
+WRAPPERS = ("model_ema", "model", "state_dict", "module", "teacher", "target_encoder", "encoder")
 ANCHOR = re.compile(
     r"(.*?)(?:patch_embed\.proj|embeddings\.patch_embeddings(?:\.projection)?)\.weight"
 )

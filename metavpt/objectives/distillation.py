@@ -2,7 +2,7 @@
 
     dino   the prototypes of an image are the same from crop to crop
     ibot   the prototypes of patches that the student did not see
-    koleo  the images of a batch lie apart
+    koleo  the images of a batch lie apart; summed over the 2 global views, as released
     gram   patches are as alike as an anchor finds them
 
 Each has one output of the student and, but for koleo, one goal; dicts hold them by the term's name. koleo's derivative jumps where another
@@ -45,7 +45,10 @@ def term_losses(
     hidden: Tensor | None,
     temperature: float = 0.1,
 ) -> Tensor:
-    """Each term of each image, (T, B), in the order of `outputs`.
+    """Return each term of each image, (T, B), in the order of `outputs`.
+
+    Terms are means over the views (dino: over the pairs of views), koleo is the sum over the two
+    global ones: the weights of the releases are for these.
 
     outputs  dino: logits (V, B, K); ibot: logits (M, K); koleo: features (2, B, D); gram: features (2, B, N, D)
     goals    dino: probabilities (2, B, K); ibot: probabilities (M, K); gram: features (2, B, N, D'). hidden: (2, B, N) bool
@@ -67,7 +70,8 @@ def _term(
     if name == "ibot":
         return hidden_patch_loss(output, goals["ibot"], hidden_of(hidden), temperature)
     if name == "koleo":
-        return torch.stack([koleo_loss(view, reduction="none") for view in output]).mean(dim=0)
+        # The released weight (0.1) is for the sum over the global crops, not for their mean.
+        return torch.stack([koleo_loss(view, reduction="none") for view in output]).sum(dim=0)
     return (
         gram_loss(output.flatten(0, 1), goals["gram"].flatten(0, 1), "none")
         .unflatten(0, output.shape[:2])

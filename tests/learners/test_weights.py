@@ -167,11 +167,12 @@ def mae(state: dict[str, Tensor]) -> Any:
 
 
 def ijepa(state: dict[str, Tensor]) -> Any:
-    encoder = {f"module.{key}": value for key, value in state.items()}
-    other = {key: torch.zeros_like(value) for key, value in encoder.items()}
+    """As the released training code saves it; the target encoder is the one that is evaluated."""
+    target = {f"module.{key}": value for key, value in state.items()}
+    context = {key: torch.zeros_like(value) for key, value in target.items()}
     return {
-        "encoder": encoder,
-        "target_encoder": other,
+        "encoder": context,
+        "target_encoder": target,
         "predictor": {"module.predictor_embed.weight": torch.randn(2, 2)},
         "epoch": 300,
     }

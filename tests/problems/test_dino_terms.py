@@ -152,12 +152,9 @@ def by_modules(problem, task):
             sum(ibot_loss(logits[v], goals[v], task.hidden[v], 0.1, "none") for v in range(2)) / 2
         )
     if "koleo" in problem.terms:
-        losses["koleo"] = (
-            sum(
-                koleo_loss(view, reduction="none")
-                for view in learner.summary(seen).unflatten(0, (2, batch_size))
-            )
-            / 2
+        losses["koleo"] = sum(
+            koleo_loss(view, reduction="none")
+            for view in learner.summary(seen).unflatten(0, (2, batch_size))
         )
     if "gram" in problem.terms:
         anchored = tokens(whole if problem.anchor is None else problem.anchor(crops))
