@@ -8,12 +8,15 @@ from metavpt.data.gsm8k import WordProblem
 from metavpt.data.tokens import TokenBatch
 from metavpt.errors import MetaVPTError
 from metavpt.learners.lm import LanguageModel
-from metavpt.probes.extraction import flexible, is_equal, strict
+from metavpt.probes.extraction import is_flexible_match, is_strict_match
 from metavpt.probes.generation import Generator
 from metavpt.probes.perplexity import mean_nll
 from metavpt.report.samples import Answer
 
-EXTRACTIONS: dict[str, Callable[[str], str | None]] = {"strict": strict, "flexible": flexible}
+MATCHES: dict[str, Callable[[str, str], bool]] = {  # of a text and the answer
+    "strict": is_strict_match,
+    "flexible": is_flexible_match,
+}
 NUM_SHOWN = 6
 
 
@@ -21,7 +24,7 @@ class AnswerProbe:
     """NLL and Pass@1 on `problems`; `batches()` is one pass over the same with their answers.
 
         nll                            mean over answer tokens, in nats
-        pass@1_strict, pass@1_flexible   greedy; the number after `####`, or the last number of the text
+        pass@1_strict, pass@1_flexible   greedy; `is_strict_match` (lm-evaluation-harness's), `is_flexible_match`
         sampled_pass@k_strict, ..._flexible   for each k in `ks`, of `num_samples` samples at `temperature`; 0 samples: none
 
     `answers` holds the first greedy answers of the last call.
@@ -56,7 +59,7 @@ class AnswerProbe:
         metrics = {"nll": mean_nll(learner, self.batches())}
         prompts = [self.generator.encoder.prompt(problem.question) for problem in self.problems]
         texts = self.generator(learner, prompts)
-        for name in EXTRACTIONS:
+        for name in MATCHES:
             metrics[f"pass@1_{name}"] = fmean(self._right(texts, name))
         self.answers = list(self._shown(texts))
         if self.num_samples:
@@ -67,18 +70,17 @@ class AnswerProbe:
     def _sampled(self, texts: Sequence[str]) -> dict[str, float]:
         """Texts: `num_samples` of each problem, one problem after the other."""
         n, metrics = self.num_samples, {}
-        for name in EXTRACTIONS:
+        for name in MATCHES:
             right = self._right(texts, name)
             counts = [sum(right[start : start + n]) for start in range(0, len(right), n)]
             for k in self.ks:
                 metrics[f"sampled_pass@{k}_{name}"] = fmean(pass_at_k(n, c, k) for c in counts)
         return metrics
 
-    def _right(self, texts: Sequence[str], extraction: str) -> list[bool]:
-        extract, repeats = EXTRACTIONS[extraction], len(texts) // len(self.problems)
+    def _right(self, texts: Sequence[str], name: str) -> list[bool]:
+        repeats = len(texts) // len(self.problems)
         return [
-            is_equal(extract(text), self.problems[k // repeats].answer)
-            for k, text in enumerate(texts)
+            MATCHES[name](text, self.problems[k // repeats].answer) for k, text in enumerate(texts)
         ]
 
     def _shown(self, texts: Sequence[str]) -> Iterator[Answer]:
@@ -87,7 +89,7 @@ class AnswerProbe:
                 problem.question,
                 problem.document.answer,
                 text.strip(),
-                is_equal(flexible(text), problem.answer),
+                is_flexible_match(text, problem.answer),
             )
 
 

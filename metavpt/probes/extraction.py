@@ -10,13 +10,29 @@ from metavpt.errors import MetaVPTError
 
 # A sign, unless it takes away from a number; dollars; digits in groups of three or not; decimals.
 NUMERAL = r"(?:(?<!\d)-)?\$?(?:\d{1,3}(?:,\d{3})+(?![\d])|\d+)(?:\.\d+)?|(?:(?<!\d)-)?\$?\.\d+"
-STRICT = re.compile(rf"{FINAL}\s*({NUMERAL})")
 FLEXIBLE = re.compile(NUMERAL)
+# The filter "strict-match" of the task gsm8k in lm-evaluation-harness, version 3 of the task.
+STRICT = re.compile(rf"{FINAL} (-?[0-9.,]+)")
+
+
+def is_strict_match(text: str, answer: str) -> bool:
+    """Score a text as lm-evaluation-harness does under "exact_match,strict-match" of gsm8k.
+
+    What stands after the first `#### ` must be the answer, character by character, but for commas
+    and a full stop at the end: `####42`, `#### $42` and `#### 42.0` do not match 42.
+    """
+    given = strict(text)
+    return given is not None and _exact(given) == _exact(answer)
+
+
+def is_flexible_match(text: str, answer: str) -> bool:
+    """Whether the last number of the text equals the answer as a number. This metric is ours."""
+    return is_equal(flexible(text), answer)
 
 
 def strict(text: str) -> str | None:
-    """The number after the first `####` that has one, as GSM8K writes it."""
-    found = STRICT.search(_plain(text))
+    """The number after the first `#### ` that has one, as lm-evaluation-harness extracts it."""
+    found = STRICT.search(text)
     return found[1] if found else None
 
 
@@ -24,6 +40,10 @@ def flexible(text: str) -> str | None:
     """The last number of the text."""
     found = FLEXIBLE.findall(_plain(text))
     return found[-1] if found else None
+
+
+def _exact(number: str) -> str:
+    return number.replace(",", "").removesuffix(".")
 
 
 def _plain(text: str) -> str:

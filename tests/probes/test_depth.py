@@ -31,7 +31,7 @@ def naive(
         pairs = [(p_image[i][j], t_image[i][j]) for i in rows for j in columns]
         pixels.append([(min(max(p, 1e-3), 10.0), t) for p, t in pairs if 1e-3 < t < 10.0])
     per_image = [errors(image) for image in pixels if image]
-    return errors(sum(pixels, [])) | {
+    return errors([pair for image in pixels for pair in image]) | {
         f"{name}_per_image": sum(image[name] for image in per_image) / len(per_image)
         for name in per_image[0]
     }
