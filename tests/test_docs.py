@@ -18,7 +18,12 @@ from metavpt.compare import command, results
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
-PAGES = [ROOT / "README.md", *sorted(DOCS.glob("*.md")), DOCS / "results" / "README.md"]
+PAGES = [
+    ROOT / "README.md",
+    ROOT / "CONTRIBUTING.md",
+    *sorted(DOCS.glob("*.md")),
+    DOCS / "results" / "README.md",
+]
 FENCE = re.compile(
     r"(?:<!-- test: (?P<mark>\w+) -->\n)?^```(?P<language>\w*)\n(?P<text>.*?)^```$",
     re.DOTALL | re.MULTILINE,
@@ -175,6 +180,17 @@ def test_files_named_in_the_text_exist() -> None:
     }
     assert names
     assert not [name for name in names if not (ROOT / name).exists()]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_links_lead_to_files(page: Path) -> None:
+    text = FENCE.sub("", page.read_text())
+    links = [link.partition("#")[0] for link in re.findall(r"\]\(([^)\s]+)\)", text)]
+    assert not [
+        link
+        for link in links
+        if link and "://" not in link and not (page.parent / link).resolve().exists()
+    ]
 
 
 def test_every_extra_that_is_named_exists() -> None:

@@ -21,10 +21,12 @@ def test_every_name_is_there_once_in_order_and_documented() -> None:
 def test_what_the_pages_import_from_the_top_is_public() -> None:
     pages = [ROOT / "README.md", *(ROOT / "docs").glob("*.md"), *(ROOT / "examples").glob("*.py")]
     asked = {
-        name.strip()
+        name
         for page in pages
-        for names in re.findall(r"^from metavpt import (.+)$", page.read_text(), re.MULTILINE)
-        for name in names.split(",")
+        for names in re.findall(
+            r"^from metavpt import (\([^)]+\)|.+)$", page.read_text(), re.MULTILINE
+        )
+        for name in re.findall(r"\w+", names)
     }
     assert asked
     assert asked <= set(metavpt.__all__)

@@ -1,8 +1,11 @@
 """`python -m metavpt.report FOLDER...`: write report.html of runs and comparisons anew from their logs."""
 
+import re
 import shutil
 import sys
 import tarfile
+import zlib
+from io import BytesIO
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -12,7 +15,9 @@ from metavpt.errors import MetaVPTError
 from metavpt.report.comparison import write_comparison_report
 from metavpt.report.run import write_report
 
-LOGS = "logs.tar.gz"  # rows/<row>/seed<k>/metrics.jsonl of a comparison that is kept without its run folders
+LOGS = "logs.tar.gz"  # in place of the run folders of a comparison
+MEMBER = re.compile(r"(?:rows/[\w=+-][\w.=+-]*|warm)/seed\d+/(?:metrics\.jsonl|config\.yaml)")
+MAX_BYTES = 1_000_000_000
 USAGE = "usage: python -m metavpt.report FOLDER [FOLDER ...]"
 
 
@@ -34,14 +39,32 @@ def write(folder: Path) -> Path:
     if not (folder / LOGS).is_file():
         return write_comparison_report(folder)
     with TemporaryDirectory() as place:
-        unpacked = Path(place) / folder.resolve().name
-        shutil.copytree(folder, unpacked)
-        try:
-            with tarfile.open(unpacked / LOGS) as archive:
-                archive.extractall(unpacked, filter="data")
-        except (tarfile.TarError, EOFError, OSError) as error:
-            raise MetaVPTError(f"{folder / LOGS}: not a readable archive ({error})") from None
-        return Path(shutil.copy(write_comparison_report(unpacked), folder / "report.html"))
+        copy = Path(place) / folder.resolve().name
+        copy.mkdir()
+        for name in (results.FILE, "config.yaml", "environment.json"):
+            if (folder / name).is_file():
+                shutil.copy(folder / name, copy)
+        _unpack(folder / LOGS, copy)
+        return Path(shutil.copy(write_comparison_report(copy), folder / "report.html"))
+
+
+def _unpack(path: Path, folder: Path) -> None:
+    """Write the logs and configurations of rows in the archive `path` to `folder`, and nothing else."""
+    num_bytes = 0
+    try:
+        with tarfile.open(path) as archive:
+            for member in archive:
+                if not (MEMBER.fullmatch(member.name) and member.isfile()):
+                    raise MetaVPTError(f"{path}: {member.name!r} is not the log of a row")
+                num_bytes += max(member.size, 0)
+                if num_bytes > MAX_BYTES:
+                    raise MetaVPTError(f"{path}: its logs take more than {MAX_BYTES:,} bytes")
+                place = folder / member.name
+                place.parent.mkdir(parents=True, exist_ok=True)
+                with archive.extractfile(member) or BytesIO() as log, place.open("wb") as file:
+                    shutil.copyfileobj(log, file)
+    except (tarfile.TarError, EOFError, OSError, zlib.error) as error:
+        raise MetaVPTError(f"{path}: not a readable archive ({error})") from None
 
 
 def main() -> None:

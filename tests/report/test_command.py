@@ -43,11 +43,28 @@ def test_write_names_a_damaged_archive(comparison: Path) -> None:
         command.write(comparison)
 
 
-def test_write_refuses_an_archive_that_leaves_its_folder(comparison: Path, tmp_path: Path) -> None:
-    (tmp_path / "escaped").write_text("x")
+@pytest.mark.parametrize(
+    "name", ["../../../escaped", "/tmp/escaped", "rows/../seed0/metrics.jsonl", "rows.jsonl"]
+)
+def test_write_refuses_an_archive_of_anything_but_logs(comparison: Path, name: str) -> None:
     with tarfile.open(comparison / command.LOGS, "w:gz") as archive:
-        archive.add(tmp_path / "escaped", "../../../escaped_by_archive")
-    with pytest.raises(MetaVPTError, match=command.LOGS):
+        member = archive.gettarinfo(comparison / "config.yaml")
+        member.name = name
+        archive.addfile(member, (comparison / "config.yaml").open("rb"))
+    before = sorted(comparison.parent.rglob("*"))
+    with pytest.raises(MetaVPTError, match="is not the log of a row"):
+        command.write(comparison)
+    assert sorted(comparison.parent.rglob("*")) == before
+
+
+def test_write_refuses_an_archive_that_unpacks_without_end(
+    comparison: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(command, "MAX_BYTES", 1000)
+    (comparison / "zeros").write_bytes(bytes(2000))
+    with tarfile.open(comparison / command.LOGS, "w:gz") as archive:
+        archive.add(comparison / "zeros", "rows/fixed/seed0/metrics.jsonl")
+    with pytest.raises(MetaVPTError, match=r"1,000 bytes"):
         command.write(comparison)
 
 
