@@ -120,6 +120,10 @@ def _open_npz(path: Path, size: tuple[int, int]) -> ClassifiedSet:
         raise MetaVPTError(
             f"{path}: label and split must hold one whole number, from 0, for each of the {total} images"
         )
+    if int(labels.max(initial=0)) >= total:
+        raise MetaVPTError(
+            f"{path}: has label {labels.max()}; {total} images have at most {total} classes, numbered from 0"
+        )
     parts = []
     for k in (0, 1):
         part = copy.copy(images)

@@ -74,6 +74,10 @@ class DenseData:
             raise MetaVPTError(
                 f"{frames.name}: frame {min(leaked)} and {len(leaked) - 1} more are in the train and in the val split"
             )
+        if stream_size is not None and (len(stream_size) != 2 or min(stream_size) < 1):
+            raise MetaVPTError(
+                f"data.stream_size={list(stream_size)}: must be two positive numbers, height and width"
+            )
         height, width = stream_size or frames.size
         self.stream_size = size = (int(height), int(width))
         sources: list[Dataset[Tensor]] = [

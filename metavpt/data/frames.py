@@ -45,8 +45,13 @@ class RGBDFrames(Dataset[Frame]):
 
 
 def make_frame(image: np.ndarray, depth: np.ndarray, label: np.ndarray, source: str) -> Frame:
-    """A frame of arrays image (H,W,3), depth and label (H,W); unknown depth becomes 0, and none at all is an error."""
-    depth = np.where(np.isfinite(depth) & (depth > 0), depth, 0).astype(np.float32)
+    """A frame of arrays image (H,W,3), depth and label (H,W).
+
+    Depth that is not positive and finite in float32 is unknown and becomes 0; a frame without any known depth is an error.
+    """
+    with np.errstate(over="ignore"):
+        depth = depth.astype(np.float32)
+    depth = np.where(np.isfinite(depth) & (depth > 0), depth, np.float32(0))
     if not depth.any():
         raise MetaVPTError(
             f"{source}: the depth map has no valid pixel; remove the frame or repair the file"

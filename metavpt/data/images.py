@@ -103,10 +103,13 @@ class NpzImages(Dataset[Tensor]):
             )
         images = self.arrays.get("images")
         if images is not None and (
-            images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3
+            images.dtype != np.uint8
+            or images.ndim != 4
+            or images.shape[3] != 3
+            or min(images.shape[1:3]) < 1
         ):
             raise MetaVPTError(
-                f"{path}: images is {images.dtype} {images.shape}; it must be uint8 (N,H,W,3)"
+                f"{path}: images is {images.dtype} {images.shape}; it must be uint8 (N,H,W,3), with H and W at least 1"
             )
         if images is None:
             _check_joined(path, self.arrays["jpeg"], self.arrays["offsets"])

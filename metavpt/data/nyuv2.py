@@ -90,12 +90,19 @@ class NYUv2Mat(RGBDFrames):
             raise MetaVPTError(
                 f"{path}: images is {self._array('images').dtype} {shape}; it must be uint8 (N,3,W,H)"
             )
+        if min(shape) < 1:
+            raise MetaVPTError(f"{path}: images is {shape}; a frame has at least one pixel")
         self.num_frames, _, width, height = shape
         self.size = (height, width)
-        for dataset in ("depths", "labels"):
-            if self._array(dataset).shape != (self.num_frames, width, height):
+        for dataset, kinds in (("depths", "fiu"), ("labels", "iu")):
+            array = self._array(dataset)
+            if array.shape != (self.num_frames, width, height):
                 raise MetaVPTError(
-                    f"{path}: {dataset} is {self._array(dataset).shape}, not {(self.num_frames, width, height)} like images"
+                    f"{path}: {dataset} is {array.shape}, not {(self.num_frames, width, height)} like images"
+                )
+            if array.dtype.kind not in kinds:
+                raise MetaVPTError(
+                    f"{path}: {dataset} is {array.dtype}; it must hold {'whole ' * ('f' not in kinds)}numbers"
                 )
         self.class_names, self._classes = class_table(self._read_names(file), num_classes)
         self.splits = self._read_splits(file)
@@ -105,10 +112,11 @@ class NYUv2Mat(RGBDFrames):
 
     def __getitem__(self, index: int) -> Frame:
         image, depth, label = (self._read(name, index) for name in ("images", "depths", "labels"))
-        if int(label.max(initial=0)) >= len(self._classes):
-            raise MetaVPTError(
-                f"{self.path}: frame {index} has label {label.max()}, but there are only {len(self._classes) - 1} names"
-            )
+        for extreme in (label.min(), label.max()):
+            if not 0 <= int(extreme) < len(self._classes):
+                raise MetaVPTError(
+                    f"{self.path}: frame {index} has label {extreme}; labels are 0 (unlabelled) and 1 to {len(self._classes) - 1}"
+                )
         return make_frame(
             image.transpose(2, 1, 0), depth.T, self._classes[label.T], f"{self.path}: frame {index}"
         )

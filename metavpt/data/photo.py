@@ -2,12 +2,13 @@
 
 import io
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, UnidentifiedImageError
+from PIL import ExifTags, Image, UnidentifiedImageError
 from torch import Tensor
 
 from metavpt.training.disk import reading
@@ -16,6 +17,15 @@ SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp"}
 MAX_PIXELS = 100_000_000
 PIXELS_PER_BYTE = 1000  # of the file, at most, beyond the first FREE_PIXELS: one colour alone comes to 340 as a PNG
 FREE_PIXELS = 2**22
+TURNS: dict[int, Callable[[Tensor], Tensor]] = {  # EXIF orientation -> what makes (3,H,W) upright
+    2: lambda image: image.flip(2),
+    3: lambda image: image.flip(1, 2),
+    4: lambda image: image.flip(1),
+    5: lambda image: image.transpose(1, 2),
+    6: lambda image: image.transpose(1, 2).flip(2),
+    7: lambda image: image.transpose(1, 2).flip(1, 2),
+    8: lambda image: image.transpose(1, 2).flip(1),
+}
 STRIP = (
     2**18
 )  # pixels that are converted at a time: Pillow holds 4 bytes each already, and all at once would take thrice as much again
@@ -26,8 +36,17 @@ def is_image(name: str) -> bool:
     return Path(name).suffix.lower() in SUFFIXES and not name.startswith(".")
 
 
-def decode(data: bytes, source: str) -> Tensor:
-    """An encoded image as RGB uint8 (3,H,W); grey, palette and 16-bit images are converted."""
+def decode(data: bytes, source: str, upright: bool = True) -> Tensor:
+    """Decode an image to RGB; grey, palette and 16-bit images are converted.
+
+    Args:
+        data: The bytes of the file.
+        source: The name of the image in errors.
+        upright: Apply the rotation in the EXIF data. False keeps the pixels as the file stores them.
+
+    Returns:
+        uint8 (3, H, W).
+    """
     with reading(f"{source}: not a readable image", "remove or replace it"):
         image = open_image(io.BytesIO(data))
         array = np.empty((image.height, image.width, 3), np.uint8)
@@ -36,7 +55,19 @@ def decode(data: bytes, source: str) -> Tensor:
             array[top : top + rows] = np.asarray(
                 _rgb(image.crop((0, top, image.width, min(top + rows, image.height))))
             )
-    return torch.from_numpy(array).permute(2, 0, 1)
+        turn = TURNS.get(_orientation(image)) if upright else None
+    pixels = torch.from_numpy(array).permute(2, 0, 1)
+    return turn(pixels).contiguous() if turn else pixels
+
+
+def _orientation(image: Image.Image) -> int:
+    """The EXIF orientation; 1, upright, where there is none or the EXIF data cannot be read."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            return int(image.getexif().get(ExifTags.Base.Orientation, 1))
+        except Exception:  # damaged EXIF data fail in many ways; the pixels are good without them
+            return 1
 
 
 def _rgb(image: Image.Image) -> Image.Image:

@@ -99,7 +99,8 @@ class RetrievalProbe:
         file = self.truth.folder / f"{name}.jpg"
         if not file.is_file():
             raise MetaVPTError(f"{file}: is in the ground truth but not there; get all images")
-        return decode(file.read_bytes(), str(file))
+        # as the official code reads them: the boxes count pixels as stored
+        return decode(file.read_bytes(), str(file), upright=False)
 
     def _scaled(self, image: Tensor) -> Tensor:
         """(1, 3, H, W)"""

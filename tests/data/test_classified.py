@@ -115,3 +115,11 @@ def test_tiny_imagenet(shared_data: Path):
     assert train.labels.bincount().tolist() == [50] * 200
     assert val.labels.bincount().tolist() == [10] * 200
     assert train.images[9_999].shape == val.images[1_999].shape == (3, 64, 64)
+
+
+def test_more_classes_than_images_are_an_error(tmp_path: Path):
+    given = arrays()
+    given["label"] = np.array([2, 0, 1, 0, 10**9])
+    np.savez(tmp_path / "c.npz", **given)
+    with pytest.raises(MetaVPTError, match=r"c\.npz: has label 1000000000; 5 images"):
+        open_classified(tmp_path / "c.npz", SIZE)

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import ExifTags, Image, ImageOps
 
 from metavpt.data.images import FrameImages, open_images
 from metavpt.data.nyuv2 import open_nyuv2
@@ -207,3 +207,31 @@ def test_an_image_that_went_away_is_named(tmp_path: Path):
     zipped.members.append("b.png")  # type: ignore[attr-defined]
     with pytest.raises(MetaVPTError, match=r"a\.zip: the zip lacks b\.png"):
         zipped[1]
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
+def test_exif_rotation_is_applied(kind: str, orientation: int):
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = orientation
+    data = io.BytesIO()
+    picture(24, 40).save(data, kind, exif=exif)
+    stored = Image.open(io.BytesIO(data.getvalue()))
+    upright = np.asarray(ImageOps.exif_transpose(stored).convert("RGB"))
+    assert (decode(data.getvalue(), "x").permute(1, 2, 0).numpy() == upright).all()
+    as_stored = decode(data.getvalue(), "x", upright=False)
+    assert (as_stored.permute(1, 2, 0).numpy() == np.asarray(stored.convert("RGB"))).all()
+
+
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF data")
+def test_damaged_exif_data_are_ignored():
+    data = io.BytesIO()
+    picture(24, 40).save(data, "JPEG", exif=b"Exif\0\0II*\0\xff\xff\xff\xff")
+    assert decode(data.getvalue(), "x").shape == (3, 24, 40)
+
+
+@pytest.mark.parametrize("size", [(0, 0), (0, 4), (4, 0)])
+def test_images_without_pixels_are_an_error(tmp_path: Path, size: tuple[int, int]):
+    np.savez(tmp_path / "i.npz", images=np.zeros((2, *size, 3), np.uint8))
+    with pytest.raises(MetaVPTError, match=r"i\.npz: images is uint8 \(2, "):
+        open_images(tmp_path / "i.npz", SIZE)

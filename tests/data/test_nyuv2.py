@@ -352,3 +352,56 @@ def test_real_frames(shared_data: Path):
         <= seen
         <= {IGNORE, *range(13)}
     )
+
+
+def overwrite(name: str, index: tuple, value: float, dtype: str) -> Callable[[h5py.File], None]:
+    """Replace the dataset `name` by one of another type that holds `value` at `index`."""
+
+    def change(file: h5py.File) -> None:
+        array = np.asarray(file[name]).astype(dtype)
+        array[index] = value
+        del file[name]
+        file[name] = array
+
+    return change
+
+
+@pytest.mark.parametrize("label", [-1, -5, len(NAMES) + 1])
+def test_a_mat_label_outside_the_names_is_an_error(tmp_path: Path, label: int):
+    write_mat(tmp_path / "n.mat", change=overwrite("labels", (0, 2, 3), label, "int16"))
+    frames = open_nyuv2(tmp_path / "n.mat")
+    assert frames[1].label.shape == SIZE
+    with pytest.raises(MetaVPTError, match=f"frame 0 has label {label}"):
+        frames[0]
+
+
+def test_mat_labels_must_be_whole_numbers(tmp_path: Path):
+    write_mat(tmp_path / "n.mat", change=overwrite("labels", (0, 0, 0), 1.5, "float32"))
+    with pytest.raises(MetaVPTError, match="labels is float32"):
+        open_nyuv2(tmp_path / "n.mat")
+
+
+@pytest.mark.parametrize("depth", [1e300, -1e300, np.nan, np.inf])
+def test_depth_that_float32_cannot_hold_is_unknown(tmp_path: Path, depth: float):
+    write_mat(tmp_path / "n.mat", change=overwrite("depths", (0, 2, 3), depth, "float64"))
+    frame = open_nyuv2(tmp_path / "n.mat")[0]
+    assert frame.depth[3, 2] == 0
+    assert torch.isfinite(frame.depth).all()
+    assert int((frame.depth == 0).sum()) == 1
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 0, 0), (2, 3, 4, 0), (0, 3, 4, 4)])
+def test_a_mat_without_pixels_is_an_error(tmp_path: Path, shape: tuple[int, ...]):
+    def empty(file: h5py.File) -> None:
+        for name, size in (
+            ("images", shape),
+            ("depths", (shape[0], *shape[2:])),
+            ("labels", (shape[0], *shape[2:])),
+        ):
+            kind = file[name].dtype
+            del file[name]
+            file[name] = np.zeros(size, kind)
+
+    write_mat(tmp_path / "n.mat", change=empty)
+    with pytest.raises(MetaVPTError, match=r"n\.mat: images is"):
+        open_nyuv2(tmp_path / "n.mat")
