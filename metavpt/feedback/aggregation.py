@@ -4,7 +4,7 @@ A rule is a value object, called on a labelled batch at theta. `WeightedSum` and
 sum_j lambda_j w_j L_j with lambda held constant, so that every estimator takes it as it is; `DomainMatched` with one for each domain.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial, reduce
 from importlib import import_module
@@ -12,6 +12,7 @@ from itertools import combinations
 from typing import Any, NamedTuple, Protocol
 
 import torch
+from scipy.optimize import nnls
 from torch import Tensor
 
 from metavpt.distributed import collectives
@@ -143,9 +144,9 @@ class WeightedSum:
 class TorchJD:
     """sum_j lambda_j w_j L_j, lambda from the inner products of the gradients of w_j L_j by theta_S: feedbacks in conflict are reconciled.
 
-    weighting   MGDA (the point of least norm in the convex hull of the gradients; Désidéri 2012), UPGrad (Quinton and Rey 2024) or another
-                of `WEIGHTINGS`, as the package torchjd has them; Sum changes nothing and only logs
-    options     the weighting's own, as torchjd names them
+    weighting   MGDA (the point of least norm in the convex hull of the gradients, see `min_norm_weights`), UPGrad (Quinton and Rey 2024)
+                or another of `WEIGHTINGS`. All but MGDA come from the package torchjd; Sum changes nothing and only logs
+    options     the weighting's own, as torchjd names them; MGDA has none
     normalize   scale the gradients to one length, their root mean square, first: where they point decides, not how long they are
 
     One gradient for each feedback beside those of the estimator. `weight/<name>` in the log is lambda_j w_j, `conflict/<a>-<b>` the cosine
@@ -165,6 +166,17 @@ class TorchJD:
                 f"strategy.combination.weighting={weighting}: known are {', '.join(WEIGHTINGS)}"
             )
         self.normalize = normalize
+        self.weighting = self._weighting(weighting, options or {})
+
+    @staticmethod
+    def _weighting(name: str, options: Mapping[str, Any]) -> Callable[[Tensor], Tensor]:
+        if name == "MGDA":
+            if options:
+                raise MetaVPTError(
+                    f"strategy.combination.options of MGDA: remove {', '.join(options)}; "
+                    "it is solved exactly and has no options"
+                )
+            return min_norm_weights
         try:
             torchjd = import_module("torchjd.aggregation")
         except ImportError as error:
@@ -172,11 +184,11 @@ class TorchJD:
                 f"strategy.combination: torchjd cannot be imported ({error}); pip install 'metavpt[torchjd]'"
             ) from error
         try:
-            self.weighting = getattr(torchjd, f"{weighting}Weighting")(**(options or {}))
+            return getattr(torchjd, f"{name}Weighting")(**options)
         except ImportError as error:  # its solver is a package of its own
-            raise MetaVPTError(f"strategy.combination.weighting={weighting}: {error}") from error
+            raise MetaVPTError(f"strategy.combination.weighting={name}: {error}") from error
         except (TypeError, ValueError) as error:
-            raise MetaVPTError(f"strategy.combination.options of {weighting}: {error}") from error
+            raise MetaVPTError(f"strategy.combination.options of {name}: {error}") from error
 
     def __call__(self, feedback: Feedback, unlabelled: Sequence[Any] = ()) -> Combined:
         weights = feedback.weights
@@ -205,7 +217,7 @@ class TorchJD:
         if self.normalize:
             scale = torch.where(norms > 0, norms.square().mean().sqrt() / norms, scale)
             gramian = scale[:, None] * gramian * scale
-        # torchjd's tolerances are absolute, and below 1e-4 some of its solvers take the gradients for zero: hand over a trace of one.
+        # The solvers' tolerances are absolute: hand over a trace of one.
         return scale * self.weighting(
             gramian / gramian.trace().clamp_min(torch.finfo(gramian.dtype).tiny)
         )
@@ -235,6 +247,28 @@ class DomainMatched:
             name: Pair(partial(_term, feedback, name), [parts[name] for parts in domains], weight / total)
             for name, weight in weights.items()
         })  # fmt: skip
+
+
+def min_norm_weights(gramian: Tensor) -> Tensor:
+    """Solve for the convex combination of vectors that has the least norm (Désidéri, 2012).
+
+    The minimizer x >= 0 of |F x|^2 + (sum x - 1)^2 with F^T F = G is a multiple of the answer: for
+    x = s lambda with sum lambda = 1, the minimum over s is q / (1 + q) with q = |F lambda|^2, which
+    grows with q. An active-set method solves this non-negative least squares problem exactly.
+
+    Args:
+        gramian: inner products <g_i, g_j> of the vectors, (J, J), with a trace of about 1.
+
+    Returns:
+        lambda (J,): lambda >= 0, sum lambda = 1, lambda^T G lambda minimal.
+    """
+    values, vectors = torch.linalg.eigh(gramian.to("cpu", torch.float64))
+    factor = values.clamp_min(0).sqrt()[:, None] * vectors.T
+    system = torch.cat([factor, factor.new_ones(1, len(factor))])
+    goal = torch.zeros(len(system), dtype=system.dtype)
+    goal[-1] = 1.0
+    x = torch.from_numpy(nnls(system.numpy(), goal.numpy())[0])
+    return (x / x.sum()).to(gramian)
 
 
 def unpaired(combination: Combination | None) -> Combination:

@@ -93,7 +93,6 @@ def test_weights_and_conflict_stand_in_the_log_of_a_run(tmp_path):
 
 
 def test_a_feedback_that_theta_s_does_not_reach_is_named():
-    pytest.importorskip("torchjd")
     problem = Pulled(CONFLICT)
     reached = problem.feedback_losses
     problem.feedback_losses = lambda theta, batch: {**reached(theta, batch), "b": torch.zeros(())}
@@ -105,8 +104,8 @@ def test_a_feedback_that_theta_s_does_not_reach_is_named():
     ("arguments", "words"),
     [
         (("MGAD",), r"combination.weighting=MGAD: known are AlignedMTL, .*MGDA"),
-        (("MGDA", {"epsilon": -1.0}), r"combination.options of MGDA: epsilon must be positive"),
-        (("MGDA", {"eps": 1.0}), r"combination.options of MGDA: .*'eps'"),
+        (("FairGrad", {"eps": 1.0}), r"combination.options of FairGrad: .*'eps'"),
+        (("MGDA", {"epsilon": 1e-3}), r"combination.options of MGDA: .*epsilon"),
     ],
 )
 def test_bad_options_are_named(arguments, words):
@@ -120,7 +119,14 @@ def test_torchjd_missing_is_an_error_that_names_the_extra(monkeypatch):
     with pytest.raises(
         MetaVPTError, match=r"torchjd cannot be imported .* pip install 'metavpt\[torchjd\]'"
     ):
-        TorchJD("MGDA")
+        TorchJD("UPGrad")
+
+
+def test_mgda_needs_no_torchjd(monkeypatch):
+    monkeypatch.setitem(sys.modules, "torchjd.aggregation", None)
+    problem = Pulled(CONFLICT)
+    g, _ = gradient(TorchJD("MGDA"), problem)
+    assert float(g.norm()) < min(float(g.norm()) for g in problem.gradients.values())
 
 
 def test_a_missing_solver_is_an_error_that_says_how_to_get_it(monkeypatch):
