@@ -13,10 +13,12 @@ from metavpt.errors import MetaVPTError
 def data2vec_loss(
     predictions: Tensor, targets: Tensor, reduction: Literal["mean", "none"] = "mean"
 ) -> Tensor:
-    """1/(N D) sum_n |prediction_n - target_n|^2, predictions and targets (B, N, D). "mean": a scalar; "none": of each image, (B,).
+    """Mean squared error 1/(N D) sum_n |prediction_n - target_n|^2.
 
-    Its value and its gradient by the predictions are these; it is affine in the targets, whose own square is a constant here. So it may
-    stand in a `GoalLoss`: no gradient of the learner sees the difference, and the loss itself is no objective for targets.
+    Args:
+        predictions: (B, N, D).
+        targets: (B, N, D).
+        reduction: "mean" over the batch gives a scalar, "none" the loss of each image, (B,).
     """
     if reduction not in ("mean", "none"):
         raise MetaVPTError(f"data2vec_loss: reduction must be 'mean' or 'none', got {reduction!r}")
@@ -24,5 +26,5 @@ def data2vec_loss(
         raise MetaVPTError(
             f"data2vec_loss: predictions and targets must both be (B, N, D), got {tuple(predictions.shape)} and {tuple(targets.shape)}"
         )
-    squares = predictions.square() - 2 * predictions * targets + targets.detach().square()
+    squares = (predictions - targets).square()
     return squares.mean() if reduction == "mean" else squares.mean(dim=(1, 2))

@@ -13,7 +13,7 @@ from metavpt.hypergradients.params import Params
 
 @dataclass(frozen=True)
 class GoalLoss(ComposedLoss):
-    """theta -> <targets, cost(outputs(theta))>: a `LinearLoss` that also shows its outputs, as Gauss-Newton wants it. See `goal_loss`."""
+    """A `LinearLoss` that also shows its outputs, as Gauss-Newton needs it. See `goal_loss`."""
 
     targets: Tensor  # (G + 1,)
     cost: Callable[[Tensor], Tensor]
@@ -29,9 +29,17 @@ def goal_loss(
     criterion: Callable[[Tensor, Tensor], Tensor],
     goals: Tensor,
 ) -> GoalLoss:
-    """theta -> criterion(outputs(theta), goals), for a criterion (outputs, goals (G,)) -> scalar that is affine in the goals.
+    """Build theta -> criterion(outputs(theta), goals) with costs that are linear in the goals.
 
-    Its targets are the goals and a 1, for the part of the loss that no goal has a share in.
+    Args:
+        outputs: theta -> the learner's outputs.
+        criterion: (outputs, goals) -> scalar, affine in the goals up to a term that depends on the
+            goals alone, as the square of the goals in a squared error. `slopes` omits that term: it
+            has no derivative by theta.
+        goals: (G,), may hold a graph to phi.
+
+    Returns:
+        A loss whose targets are the goals and a 1, for the part of the loss without goals.
     """
 
     def cost(given: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
 """Controls: what a learned designer has to beat before its gain can be put down to feedback."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -81,7 +81,18 @@ class Hardest(Fixed):
 
 
 class Adversarial(Learned):
-    """The designer is trained to raise the pretraining loss (ADIOS, arXiv 2201.13100): it learns as much as `Learned`, from no label."""
+    """Train the designer to raise the pretraining loss, without labels (ADIOS, arXiv 2201.13100)."""
+
+    def __init__(
+        self,
+        optimizer: Callable[[Iterable[Tensor]], Optimizer] | None = None,
+        meta_every: int = 8,
+        burn_in: int = 0,
+        max_norm: float = 1.0,
+    ) -> None:
+        super().__init__(
+            optimizer=optimizer, meta_every=meta_every, burn_in=burn_in, max_norm=max_norm
+        )
 
     def hypergradient(
         self, problem: Problem, streams: Streams, optimizer: Optimizer, budget: Budget

@@ -1,5 +1,8 @@
 """data2vec with a linear map of features for its designer."""
 
+import copy
+from functools import partial
+
 import pytest
 import torch
 from helpers.differences import relative
@@ -11,7 +14,7 @@ from metavpt import DifferenceProduct, Dot, ExactProduct, Fixed, Learned, OneSte
 from metavpt.hypergradients import params
 from metavpt.hypergradients.linear_targets import CentralDifference, LinearLoss, LinearProduct
 from metavpt.strategies.amortized import Amortized
-from metavpt.strategies.controls import Direct, Uniform
+from metavpt.strategies.controls import Adversarial, Direct, Uniform
 from metavpt.strategies.learned import inner_loss
 from metavpt.strategies.selection import Greedy, GreedySelection
 from metavpt.strategies.tilted_targets import RandomTilt, Tilt
@@ -81,6 +84,25 @@ def test_linear_exact_and_difference_products_agree_and_are_finite_differences(m
     direction = params.zip_with(torch.randn_like, phi)
     slope = slope_of_value(inner, aligned, g_down, phi, direction)
     assert slope == pytest.approx(-float(params.dot(by[ExactProduct].by_phi, direction)), rel=1e-6)
+
+
+def test_adversarial_moves_the_designer_up_the_slope_of_the_pretraining_loss(make, tmp_path):
+    """The slope by a central difference of the loss itself, in float64."""
+    problem = mapping(make("designer.weight=0.0"))
+    before = copy.deepcopy(problem)
+    theta, phi = (params.detach(params.named(m)) for m in (before.learner, before.designer))
+    direction = params.zip_with(torch.randn_like, phi)
+    strategy = Adversarial(partial(torch.optim.SGD, lr=1.0), meta_every=1, max_norm=1e9)
+    seed = train(tmp_path, problem, strategy, steps=1).streams.meta.seed
+    moved = params.add(params.detach(params.named(problem.designer)), phi, alpha=-1)
+    batch = next(iter(before.meta_batches(seed)))
+
+    def loss(step):
+        task = functional_call(before.designer, params.add(phi, direction, alpha=step), (batch,))
+        return float(before.pretrain_loss(theta, task).detach())
+
+    slope = (loss(1e-5) - loss(-1e-5)) / 2e-5
+    assert slope == pytest.approx(float(params.dot(moved, direction)), rel=1e-6)
 
 
 def test_the_tilt_and_what_a_lesson_teaches_raise_the_value_and_a_step_of_them_lowers_the_feedback_loss(

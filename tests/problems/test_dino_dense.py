@@ -221,7 +221,7 @@ def test_pick_takes_each_image_from_the_task_that_is_named(make):
 STRATEGIES = {
     "greedy": lambda: Greedy(2, refresh_every=2), "greedy_cosine": lambda: Greedy(2, Cosine(), refresh_every=2),
     "selection": lambda: GreedySelection(2, refresh_every=2), "uniform": Uniform, "hardest": lambda: Hardest(2), "direct": Direct,
-    "random_feedback": lambda: RandomFeedback(OneStep(), adam, meta_every=2), "adversarial": lambda: Adversarial(None, adam, meta_every=2),
+    "random_feedback": lambda: RandomFeedback(OneStep(), adam, meta_every=2), "adversarial": lambda: Adversarial(adam, meta_every=2),
     "one_step": lambda: Learned(OneStep(Cosine()), adam, meta_every=2), "unrolled": lambda: Learned(Unrolled(2), adam, meta_every=2),
     "implicit": lambda: Learned(Implicit(damping=1e-2), adam, meta_every=2),
 }  # fmt: skip
