@@ -84,7 +84,10 @@ class AdamAware:
 
 
 class Rescaled(ABC):
-    """The direction `of` at another length; V is scaled alike."""
+    """The direction `of` for a g_down of another length.
+
+    g_down does not depend on phi, so w remains the derivative of the value: dV/dphi = d<w, g_pre>/dphi.
+    """
 
     of: Direction
 
@@ -98,17 +101,16 @@ class Rescaled(ABC):
 
     @abstractmethod
     def factor(self, length: Tensor) -> Tensor:
-        """What a w of that length is multiplied by."""
+        """Return the factor for a g_down of this length."""
 
     def __call__(self, g_down: Params, g_pre: Params | None, update: Update | None = None) -> Aim:
-        w, value = self.of(g_down, g_pre, update)
-        factor = self.factor(params.norm(w))
-        return Aim(params.scale(w, factor), None if value is None else value * factor)
+        factor = self.factor(params.norm(g_down))
+        return self.of(params.scale(g_down, factor), g_pre, update)
 
 
 @dataclass(frozen=True)
 class Normalized(Rescaled):
-    """The direction `of`, scaled to unit length: only where to go, not how far."""
+    """The direction `of` for g_down scaled to unit length: the size of the feedback gradient plays no part."""
 
     of: Direction = field(default_factory=Dot)
 
@@ -118,7 +120,7 @@ class Normalized(Rescaled):
 
 @dataclass(frozen=True)
 class Clipped(Rescaled):
-    """The direction `of`, shortened to `max_norm` where it is longer."""
+    """The direction `of` for g_down clipped to norm `max_norm`: one batch with a large feedback gradient does not dominate."""
 
     max_norm: float
     of: Direction = field(default_factory=Dot)

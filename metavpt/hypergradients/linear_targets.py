@@ -19,9 +19,10 @@ from metavpt.hypergradients.mixed_products import (
     DifferenceProduct,
     Loss,
     Product,
+    central_difference,
     differentiate,
 )
-from metavpt.hypergradients.params import Params, add
+from metavpt.hypergradients.params import Params
 
 
 class DirectionalDerivative(Protocol):
@@ -53,9 +54,9 @@ class CentralDifference:
     relative_step: float | None = None
 
     def __call__(self, fn: Callable[[Params], Tensor], theta: Params, w: Params) -> Tensor:
-        eps = DifferenceProduct(self.relative_step).step(theta, w)
         with torch.no_grad():
-            return (fn(add(theta, w, alpha=eps)) - fn(add(theta, w, alpha=-eps))) / (2 * eps)
+            slope, scale = central_difference(fn, theta, w, self.relative_step)
+            return slope * scale
 
 
 @runtime_checkable

@@ -7,6 +7,7 @@ With respect to phi it is the mixed product, with respect to theta the Hessian p
 `loss` maps parameters to a scalar and may hold a graph to phi (the designer's, and the trunk's that ran once on its task).
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
@@ -103,22 +104,42 @@ class DifferenceProduct:
         *,
         retain_graph: bool = False,
     ) -> Derivative:
-        eps = self.step(theta, w)
         with torch.enable_grad():
-            above = loss(params.add(theta, w, alpha=eps))
-            below = loss(params.add(theta, w, alpha=-eps))
-            value = (above - below) / (2 * eps)
-            return Derivative(differentiate(value, wrt, retain_graph=retain_graph), value.detach())
-
-    def step(self, theta: Params, w: Params) -> Tensor:
-        """eps."""
-        first = next(iter(theta.values()))
-        relative_step = self.relative_step or default_relative_step(first)
-        tiny = torch.finfo(first.dtype).tiny
-        with torch.no_grad():
-            return (
-                relative_step * params.norm(theta).clamp_min(tiny) / params.norm(w).clamp_min(tiny)
+            slope, scale = central_difference(loss, theta, w, self.relative_step)
+            by = differentiate(slope, wrt, retain_graph=retain_graph)
+            return Derivative(
+                tuple(params.scale(group, scale) for group in by), slope.detach() * scale
             )
+
+
+def central_difference(
+    fn: Callable[[Params], Tensor], theta: Params, w: Params, relative_step: float | None = None
+) -> tuple[Tensor, float]:
+    """Take the derivative of `fn` at theta along w / scale by a central difference.
+
+    `scale` is the power of two for which the largest entry of w / scale lies in [1/2, 1). Scaling
+    by it is exact, and no length of w, zero included, leaves the range of the dtype.
+
+    Args:
+        fn: Maps parameters to a tensor of any shape.
+        theta: Where to differentiate. Where all of it is zero, the step is absolute.
+        w: The direction, shaped like `theta`.
+        relative_step: As in `DifferenceProduct`.
+
+    Returns:
+        The derivative along w / scale, and scale. Their product is the derivative along w.
+    """
+    first = next(iter(theta.values()))
+    with torch.no_grad():
+        largest = max(float(torch.linalg.vector_norm(p, math.inf)) for p in w.values() if p.numel())
+        scale = 2.0 ** math.frexp(largest)[1]
+        w = params.zip_with(lambda p: p / scale, w)
+        length = params.norm(theta)
+        length = torch.where(length > 0, length, torch.ones_like(length))
+        step = (relative_step or default_relative_step(first)) * length
+        step = step / params.norm(w).clamp_min(0.5)  # below 0.5 w is zero
+    above, below = fn(params.add(theta, w, alpha=step)), fn(params.add(theta, w, alpha=-step))
+    return (above - below) / (2 * step), scale
 
 
 def default_relative_step(p: Tensor) -> float:

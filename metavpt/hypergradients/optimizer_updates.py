@@ -252,6 +252,11 @@ def _group(optimizer: torch.optim.Optimizer, name: str, p: Tensor) -> dict[str, 
 
 def _rule(optimizer: torch.optim.Optimizer, group: dict[str, Any]) -> Rule:
     kind = type(optimizer)
+    if kind not in (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW):
+        raise MetaVPTError(
+            f"{kind.__name__}: no differentiable update is known for this optimizer of the learner; "
+            "use torch.optim.SGD, Adam or AdamW, or an estimator that needs none, such as OneStep(Dot())"
+        )
     for flag in ("amsgrad", "maximize"):
         if group.get(flag):
             raise MetaVPTError(
@@ -266,18 +271,14 @@ def _rule(optimizer: torch.optim.Optimizer, group: dict[str, Any]) -> Rule:
             weight_decay,
             bool(group["nesterov"]),
         )
-    if kind in (torch.optim.Adam, torch.optim.AdamW):
-        beta1, beta2 = (float(beta) for beta in group["betas"])
-        rule = AdamW if kind is torch.optim.AdamW else Adam
-        return rule(
-            lr,
-            (beta1, beta2),
-            float(group["eps"]),
-            weight_decay,
-            bool(group["decoupled_weight_decay"]),
-        )
-    raise MetaVPTError(
-        f"{kind.__name__}: the learner's optimizer cannot be unrolled; use torch.optim.SGD, Adam or AdamW"
+    beta1, beta2 = (float(beta) for beta in group["betas"])
+    rule = AdamW if kind is torch.optim.AdamW else Adam
+    return rule(
+        lr,
+        (beta1, beta2),
+        float(group["eps"]),
+        weight_decay,
+        bool(group["decoupled_weight_decay"]),
     )
 
 

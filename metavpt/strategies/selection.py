@@ -18,7 +18,7 @@ from metavpt.feedback.aggregation import Combination, unpaired
 from metavpt.hypergradients import params
 from metavpt.hypergradients.directions import Direction, Dot
 from metavpt.hypergradients.estimators import downstream
-from metavpt.hypergradients.mixed_products import DifferenceProduct, value_and_gradient
+from metavpt.hypergradients.mixed_products import central_difference, value_and_gradient
 from metavpt.hypergradients.optimizer_updates import from_torch
 from metavpt.problem import Problem
 from metavpt.strategies.learned import Fixed, Proposal, feedback_on
@@ -107,16 +107,13 @@ class Greedy(Fixed):
         self, problem: Problem, theta: params.Params, w: params.Params, budget: Budget
     ) -> Callable[[Any], Tensor]:
         aligned = {name: theta[name] for name in w}
-        eps = DifferenceProduct().step(aligned, w)
 
         @torch.no_grad()
         def score(task: Any) -> Tensor:
             budget.charge(grad_evals=1)
             losses = problem.per_sample_tail(theta, task)
-            return (
-                losses(params.add(aligned, w, alpha=eps))
-                - losses(params.add(aligned, w, alpha=-eps))
-            ) / (2 * eps)
+            slope, scale = central_difference(losses, aligned, w)
+            return slope * scale
 
         return score
 

@@ -181,7 +181,20 @@ def test_unrolled_starts_from_the_state_of_the_real_optimizer(ridge, theta):
 
 @pytest.mark.parametrize("product", PRODUCTS.values(), ids=PRODUCTS)
 @pytest.mark.parametrize(
-    "direction", [Dot(), Cosine(), AdamAware(), Normalized(), Clipped(0.1), Clipped(1e6)], ids=str
+    "direction",
+    [
+        Dot(),
+        Cosine(),
+        AdamAware(),
+        Normalized(),
+        Normalized(Cosine()),
+        Normalized(AdamAware()),
+        Clipped(0.1),
+        Clipped(0.1, Cosine()),
+        Clipped(0.1, AdamAware()),
+        Clipped(1e6),
+    ],
+    ids=str,
 )
 def test_one_step_is_the_derivative_of_the_value_that_it_reports(ridge, theta, direction, product):
     rule = AdamW(0.05)

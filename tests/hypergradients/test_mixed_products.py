@@ -7,6 +7,7 @@ from metavpt.hypergradients import params
 from metavpt.hypergradients.mixed_products import (
     DifferenceProduct,
     ExactProduct,
+    central_difference,
     default_relative_step,
     differentiate,
     value_and_gradient,
@@ -56,6 +57,52 @@ def test_difference_product_of_a_zero_direction_is_zero(ridge):
     result = DifferenceProduct()(ridge.inner(phi), theta, params.scale(w, 0.0), (phi,))
     assert float(result.value) == 0.0
     assert float(params.norm(result.by[0])) == 0.0
+
+
+def float32_case(length: float, size: float):
+    """L = <phi, theta^2> / 2, so d<w, dL/dtheta>/dphi = theta w; |w| = `length` and |theta| = `size`."""
+    generator = torch.Generator().manual_seed(2)
+    theta, w = (torch.randn(50, generator=generator, dtype=torch.float64) for _ in range(2))
+    theta, w = (size / theta.norm() * theta).float(), (length / w.norm() * w).float()
+    phi = {"phi": torch.ones(50, requires_grad=True)}
+    loss = lambda theta: (phi["phi"] * theta["theta"] ** 2).sum() / 2
+    return loss, {"theta": theta.requires_grad_()}, {"theta": w}, phi
+
+
+@pytest.mark.parametrize("length", [1e-37, 1e-30, 1e-20, 1.0, 1e20, 1e30])
+@pytest.mark.parametrize("size", [1e-10, 1.0, 5000.0])
+def test_difference_product_in_float32_at_any_length_of_w_and_theta(length, size):
+    if not 1e-38 < length * size**2 < 1e38:
+        pytest.skip("the result itself leaves the range of float32")
+    loss, theta, w, phi = float32_case(length, size)
+    (by_phi,), value = DifferenceProduct()(loss, theta, w, (phi,))
+    expected = theta["theta"].detach().double() * w["theta"].double()
+    torch.testing.assert_close(
+        by_phi["phi"].double() / length, expected / length, rtol=0.02, atol=2e-3 * size
+    )
+    assert float(by_phi["phi"].double().norm()) == pytest.approx(float(expected.norm()), rel=1e-2)
+    assert float(value) / length / size == pytest.approx(
+        float(expected.sum()) / length / size, abs=1e-2
+    )
+
+
+@pytest.mark.parametrize("size", [1e-10, 1.0, 5000.0])
+def test_difference_product_in_float32_of_a_zero_direction_is_zero(size):
+    loss, theta, w, phi = float32_case(0.0, size)
+    (by_phi,), value = DifferenceProduct()(loss, theta, w, (phi,))
+    assert float(value) == 0.0
+    assert by_phi["phi"].tolist() == [0.0] * 50
+
+
+def test_difference_product_at_a_theta_of_zero(ridge):
+    """A learner that starts at zero has no size of its own to take a step relative to."""
+    theta, w, phi = point(ridge)
+    theta = params.leaves(params.zeros_like(params.detach(theta)))
+    (by_theta, by_phi), _ = DifferenceProduct()(ridge.inner(phi), theta, w, (theta, phi))
+    torch.testing.assert_close(
+        by_theta["theta"], ridge.hessian() @ w["theta"], rtol=1e-8, atol=1e-9
+    )
+    assert float(by_phi["log_penalty"].abs().max()) < 1e-9
 
 
 def test_difference_product_rejects_a_step_that_is_not_positive():
@@ -205,7 +252,15 @@ def test_the_default_step_is_that_of_the_dtype_in_which_the_loss_is_computed():
         assert default_relative_step(single) == pytest.approx(2.0 ** (-7 / 3) / 5, rel=1e-12)
         assert default_relative_step(double) == pytest.approx(2.0 ** (-52 / 3) / 5, rel=1e-12)
     assert DifferenceProduct(0.5).relative_step == 0.5
+
+
+@pytest.mark.parametrize("relative_step", [None, 0.5])
+def test_the_step_of_a_difference_is_relative_to_theta(relative_step):
     theta, w = ({"x": torch.full((4,), value, dtype=torch.float64)} for value in (3.0, 2.0))
-    assert float(DifferenceProduct().step(theta, w)) == pytest.approx(
-        default_relative_step(double) * 1.5, rel=1e-12
+    ends: list[torch.Tensor] = []
+    central_difference(
+        lambda theta: ends.append(theta["x"]) or theta["x"].sum(), theta, w, relative_step
     )
+    expected = (relative_step or default_relative_step(theta["x"])) * 3.0
+    torch.testing.assert_close(ends[0] - 3.0, torch.full_like(ends[0], expected), rtol=1e-8, atol=0)
+    torch.testing.assert_close(3.0 - ends[1], torch.full_like(ends[1], expected), rtol=1e-8, atol=0)

@@ -199,6 +199,9 @@ def test_from_torch_changes_nothing_in_the_optimizer() -> None:
     ("make", "names"),
     [
         (lambda p: torch.optim.RMSprop(p), "RMSprop"),
+        (lambda p: torch.optim.LBFGS(p), "LBFGS: .* use torch.optim.SGD, Adam or AdamW"),
+        (lambda p: torch.optim.Rprop(p), "Rprop: .* use torch.optim.SGD, Adam or AdamW"),
+        (lambda p: torch.optim.SparseAdam(p), "SparseAdam: .* use torch.optim.SGD, Adam or AdamW"),
         (
             lambda p: type("Own", (torch.optim.AdamW,), {})(p),
             "Own",
