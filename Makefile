@@ -2,7 +2,7 @@
 # make demo-language   next-token prediction with designed targets beside its controls, on generated arithmetic
 # make toy    a whole comparison, with reports, on a toy whose answer is known
 # make test   install what is needed and run the tests
-# make check  lint and types
+# make check  lint, types and the order of imports
 # make peers  the libraries to compare with: Betty, learn2learn; needs a C compiler
 # make docs   build the documentation into build/site, strictly and without network
 # make coverage   the tests, with lines and branches of metavpt/ that they reach
@@ -37,6 +37,7 @@ test: $(DEV)
 check: $(DEV)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports --no-logo
 	$(BIN)/pyright
 
 docs: $(DOCS)

@@ -1,5 +1,9 @@
 """The errors that a user can do something about."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
 
 class MetaVPTError(Exception):
     """One line that names the file or key at fault and says what to do.
@@ -20,3 +24,29 @@ def check_known(value: str, key: str, *known: str) -> None:
     """Raises MetaVPTError where the value of an option is none of those `known`."""
     if value not in known:
         raise MetaVPTError(f"{key}={value}: known are {', '.join(known)}")
+
+
+@contextmanager
+def reading(fault: str, remedy: str = "get the file again") -> Iterator[None]:
+    """Raises MetaVPTError `<fault> (<reason>); <remedy>` for whatever goes wrong inside the block, which is for decoders alone.
+
+    Of every error, not of a list of them: a damaged file fails in as many ways as its format has fields.
+    """
+    try:
+        yield
+    except MetaVPTError:
+        raise
+    except Exception as error:
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise MetaVPTError(f"{fault} ({reason}); {remedy}") from None
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Raises MetaVPTError with the reason where `path` cannot be written inside the block: a full disk, a quota, no permission."""
+    try:
+        yield
+    except OSError as error:
+        raise MetaVPTError(
+            f"{path}: cannot be written ({error.strerror or error}); what was there before is intact: make room and go on with resume=true"
+        ) from error

@@ -16,7 +16,7 @@ from metavpt.feedback.dense import weighted_sum
 from metavpt.hypergradients import params
 from metavpt.hypergradients.linear_targets import DirectionalDerivative
 from metavpt.hypergradients.params import Params
-from metavpt.report.samples import Texts
+from metavpt.probes.samples import Texts
 from metavpt.training.collapse import Sign
 
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from metavpt.designers import figures
 from metavpt.designers.crop import RandomCrop
 from metavpt.designers.feature_targets import FeatureDesigner, FeatureTask, moved, tilted
 from metavpt.distributed import collectives
@@ -21,8 +22,7 @@ from metavpt.learners.vit import Backbone
 from metavpt.objectives.data2vec import data2vec_loss
 from metavpt.objectives.goal_loss import goal_loss
 from metavpt.objectives.ijepa import normalized_features
-from metavpt.report import images
-from metavpt.training.timers import phase
+from metavpt.profiling.timers import phase
 
 from .dense import NUM_PICTURES, DenseProblem
 
@@ -173,12 +173,12 @@ class Data2VecDense(DenseProblem):
             )
             rows.append(
                 [
-                    images.photo(image),
-                    images.photo(image * seen),
-                    images.colour(length, 0.0, max(self.designer.gate, 1e-3)),
+                    figures.photo(image),
+                    figures.photo(image * seen),
+                    figures.colour(length, 0.0, max(self.designer.gate, 1e-3)),
                 ]
             )
-        return {"targets": images.grid(rows), **super().figures()}
+        return {"targets": figures.grid(rows), **super().figures()}
 
     def _student(self, theta: Params, task: FeatureTask) -> Callable[[Params], Tensor]:
         """theta_S -> the student's normalised features (B, N, D). The trunk runs once."""

@@ -14,6 +14,7 @@ from torch.utils.data import ConcatDataset, Dataset
 from metavpt.data.dense import DenseData
 from metavpt.data.loader import FrameLoader, ImageLoader, JointLoader
 from metavpt.data.unreadable import Readable, Skips
+from metavpt.designers import figures
 from metavpt.distributed import collectives
 from metavpt.errors import MetaVPTError, check_known
 from metavpt.feedback.dense import DenseFeedback
@@ -27,7 +28,6 @@ from metavpt.probes.spectrum import rankme
 from metavpt.probes.summaries import Probe, summarise
 from metavpt.probes.window import SlidingWindow
 from metavpt.problem import Problem
-from metavpt.report import images
 from metavpt.training.collapse import Sign, rank_sign
 from metavpt.training.streams import Stream
 
@@ -258,19 +258,20 @@ class DenseProblem(Problem):
         predicted = self.probe[name].predict(
             self._frozen_features, torch.stack([frame.image for frame in frames])
         )
-        rows = [[images.photo(frame.image)] for frame in frames]
+        rows = [[figures.photo(frame.image)] for frame in frames]
         for i, frame in enumerate(frames):
             if predicted.depth is not None:
                 low, high = float(frame.depth[frame.depth > 0].min()), float(frame.depth.max())
                 rows[i] += [
-                    images.colour(metres, low, high) for metres in (frame.depth, predicted.depth[i])
+                    figures.colour(metres, low, high)
+                    for metres in (frame.depth, predicted.depth[i])
                 ]
             if predicted.label is not None:
                 rows[i] += [
-                    images.classes(classes, data.frames.num_classes)
+                    figures.classes(classes, data.frames.num_classes)
                     for classes in (frame.label, predicted.label[i])
                 ]
-        return images.grid(rows)
+        return figures.grid(rows)
 
     def _watched(self) -> Tensor:
         """A few of the unlabelled images, uint8 (B,3,H,W): the same ones each time."""

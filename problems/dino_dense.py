@@ -27,8 +27,8 @@ from metavpt.learners.vit import Backbone, Features
 from metavpt.objectives.dino import center_update, centered_probs, sinkhorn_probs
 from metavpt.objectives.distillation import active_terms, hidden_of, pack, term_losses, unpack
 from metavpt.objectives.goal_loss import GoalLoss, goal_loss
+from metavpt.profiling.timers import phase
 from metavpt.training.collapse import Sign, mask_signs, outcome_signs
-from metavpt.training.timers import phase
 
 from .dense import DenseProblem
 

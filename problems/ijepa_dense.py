@@ -10,7 +10,7 @@ from metavpt.learners.predictor import Predictor
 from metavpt.learners.teacher import Teacher
 from metavpt.learners.vit import Backbone
 from metavpt.objectives.ijepa import ijepa_loss, normalized_features
-from metavpt.training.timers import phase
+from metavpt.profiling.timers import phase
 
 from .masked_dense import MaskedDense
 

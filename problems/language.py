@@ -19,8 +19,8 @@ from metavpt.probes.answers import AnswerProbe
 from metavpt.probes.generation import Generator
 from metavpt.probes.passages import passages
 from metavpt.probes.perplexity import PerplexityProbe
+from metavpt.probes.samples import Texts
 from metavpt.problem import Problem
-from metavpt.report.samples import Texts
 
 
 class LanguageProblem(Problem):

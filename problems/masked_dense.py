@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.func import functional_call
 
+from metavpt.designers import figures
 from metavpt.designers.choice import expected_mean
 from metavpt.designers.crop import RandomCrop
 from metavpt.designers.patches import MaskedImages, PatchDesigner
@@ -19,7 +20,6 @@ from metavpt.hypergradients.params import Params
 from metavpt.learners.predictor import MaskedLearner, Predictor
 from metavpt.learners.subset import gather_patches
 from metavpt.learners.vit import Backbone
-from metavpt.report import images
 
 from .dense import NUM_PICTURES, DenseProblem
 
@@ -136,9 +136,9 @@ class MaskedDense(DenseProblem):
             )
             rows.append(
                 [
-                    images.photo(image),
-                    images.colour(scores, -1.0, 1.0, "coolwarm"),
-                    images.photo(image * mask),
+                    figures.photo(image),
+                    figures.colour(scores, -1.0, 1.0, "coolwarm"),
+                    figures.photo(image * mask),
                 ]
             )
-        return images.grid(rows)
+        return figures.grid(rows)

@@ -28,10 +28,10 @@ from metavpt.hypergradients.curvature import Hessian
 from metavpt.hypergradients.estimators import Estimator, Implicit, OneStep, Unrolled, downstream
 from metavpt.hypergradients.linear_targets import LinearProduct
 from metavpt.hypergradients.mixed_products import DifferenceProduct, ExactProduct, Product
+from metavpt.profiling.timers import Clock
 from metavpt.strategies.learned import Fixed, Learned, Strategy, feedback_on, inner_loss
 from metavpt.strategies.selection import Greedy, GreedySelection
 from metavpt.training.streams import Streams
-from metavpt.training.timers import Clock
 
 Passes = Mapping[str, float]
 OUTSIDE = frozenset({"data", "augment"})  # phases that are no pass of either network

@@ -12,9 +12,9 @@ from rich.progress import track
 from rich.table import Table
 
 from metavpt.bench import cost_model, flops
-from metavpt.bench.memory import PeakMemory
 from metavpt.errors import MetaVPTError
-from metavpt.training.timers import Clock
+from metavpt.profiling.memory import PeakMemory
+from metavpt.profiling.timers import Clock
 from metavpt.training.trainer import Trainer
 
 STEP, UPDATE = "step", "designer"

@@ -14,8 +14,7 @@ from torch import Tensor
 from metavpt.data.frames import IGNORE, Frame, RGBDFrames
 from metavpt.data.overlap import Encoded, encoded_file
 from metavpt.data.photo import SUFFIXES, decode, open_image
-from metavpt.errors import MetaVPTError
-from metavpt.training.disk import reading
+from metavpt.errors import MetaVPTError, reading
 
 FOLDERS = {"train": "training", "val": "validation"}
 CLASS_NAMES: list[str] = json.loads((files("metavpt.data") / "ade20k_classes.json").read_text())

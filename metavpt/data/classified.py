@@ -11,8 +11,7 @@ from torch.utils.data import Dataset
 
 from metavpt.data.images import FolderImages, NpzImages
 from metavpt.data.photo import SUFFIXES
-from metavpt.errors import MetaVPTError
-from metavpt.training.disk import reading
+from metavpt.errors import MetaVPTError, reading
 
 
 class ClassifiedImages(NamedTuple):

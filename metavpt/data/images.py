@@ -15,8 +15,7 @@ from metavpt.data import shards
 from metavpt.data.frames import RGBDFrames
 from metavpt.data.overlap import Encoded, encoded_file
 from metavpt.data.photo import SUFFIXES, decode, fit, is_image
-from metavpt.errors import MetaVPTError
-from metavpt.training.disk import reading
+from metavpt.errors import MetaVPTError, reading
 
 MAX_MEMBER = 2**28  # bytes that an encoded image may take
 

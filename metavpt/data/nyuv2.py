@@ -19,8 +19,7 @@ from metavpt.data.overlap import Encoded
 from metavpt.data.photo import decode, open_image
 from metavpt.data.rooms import CLASS_NAMES as ROOM_CLASSES
 from metavpt.data.rooms import rooms_file
-from metavpt.errors import MetaVPTError
-from metavpt.training.disk import reading
+from metavpt.errors import MetaVPTError, reading
 
 ZIP_NAME, MAT_NAME = "nyuv2_labeled_240x320.zip", "nyu_depth_v2_labeled.mat"
 NUM_OFFICIAL_FRAMES, NUM_RAW_CLASSES = 1449, 894

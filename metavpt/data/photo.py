@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from PIL import ExifTags, Image, UnidentifiedImageError
 from torch import Tensor
 
-from metavpt.training.disk import reading
+from metavpt.errors import reading
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp"}
 MAX_PIXELS = 100_000_000

@@ -6,8 +6,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from metavpt.errors import MetaVPTError
-from metavpt.training.disk import reading
+from metavpt.errors import MetaVPTError, reading
 
 SAFE = {  # what the protocols of pickle need to rebuild bytes, arrays and numbers
     ("__builtin__", "bytes"), ("builtins", "bytes"), ("_codecs", "encode"), ("numpy", "ndarray"), ("numpy", "dtype"),

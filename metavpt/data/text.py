@@ -6,8 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Generic, NamedTuple, TypeVar
 
-from metavpt.errors import MetaVPTError
-from metavpt.training.disk import reading
+from metavpt.errors import MetaVPTError, reading
 
 Item = TypeVar("Item")
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"

@@ -11,12 +11,12 @@ from timm.layers.pos_embed_sincos import build_sincos2d_pos_embed
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
+from metavpt.designers import figures
 from metavpt.designers.clamp import clamp_to_unit
 from metavpt.designers.designer import Designer
 from metavpt.designers.views import MultiCrop, Views
 from metavpt.distributed import collectives
 from metavpt.errors import MetaVPTError
-from metavpt.report import images
 
 NUM_PICTURES = 4
 
@@ -119,9 +119,9 @@ class MaskDesigner(Designer):
         for before, mu, after in list(
             zip(plain.global_crops[0], task.masks[0], task.global_crops[0], strict=True)
         )[:NUM_PICTURES]:
-            photos = [images.photo(self.recipe.denormalize(view)) for view in (before, after)]
-            rows.append([photos[0], images.colour(mu[0], 0.0, 1.0, "gray"), photos[1]])
-        return {"masks": images.grid(rows)}
+            photos = [figures.photo(self.recipe.denormalize(view)) for view in (before, after)]
+            rows.append([photos[0], figures.colour(mu[0], 0.0, 1.0, "gray"), photos[1]])
+        return {"masks": figures.grid(rows)}
 
     def _mask(self, crops: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """crops (V, B, 3, H, W) -> masked crops, mu (V, B, 1, H, W), excess (V, B)."""

@@ -6,12 +6,12 @@ import numpy as np
 import torch
 from torch import Generator, Tensor
 
+from metavpt.designers import figures
 from metavpt.designers.designer import Designer
 from metavpt.designers.encoder import ImageEncoder, zero_linear
 from metavpt.designers.views import MultiCrop, Views, to_float
 from metavpt.distributed import collectives
 from metavpt.errors import MetaVPTError
-from metavpt.report import images
 
 NUM_PICTURES = 6
 
@@ -64,7 +64,7 @@ class SelectionDesigner(Designer):
         rows = []
         for chosen in (order[:num_shown], order[-num_shown:]):
             rows.append([_labelled(batch.images[i], weights[i]) for i in chosen])
-        return {"selection": images.grid(rows)}
+        return {"selection": figures.grid(rows)}
 
 
 def balanced(logits: Tensor) -> Tensor:
@@ -88,7 +88,7 @@ def _weights(task: Views) -> Tensor:
 
 def _labelled(image: Tensor, weight: Tensor) -> np.ndarray:
     """An image on a bar as bright as its weight."""
-    photo = images.photo(image)
+    photo = figures.photo(image)
     level = int(255 * min(float(weight) / 2, 1.0))
     return np.concatenate(
         [photo, np.full((max(2, len(photo) // 8), photo.shape[1], 3), level, dtype=np.uint8)]

@@ -22,7 +22,7 @@ from metavpt.designers.crop import Range, crop, draw_crop, uniform
 from metavpt.designers.hiding import hidden_patches
 from metavpt.distributed import collectives
 from metavpt.errors import MetaVPTError
-from metavpt.training.timers import phase
+from metavpt.profiling.timers import phase
 
 _ADJUSTMENTS: tuple[Callable[[Tensor, Tensor], Tensor], ...] = (
     adjust_brightness_accumulative,

@@ -12,7 +12,6 @@ torch.distributed, everything here returns what it is given.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
 from typing import Any, TypeVar
@@ -23,10 +22,6 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from metavpt.errors import MetaVPTError
-from metavpt.hypergradients.curvature import ComposedLoss
-from metavpt.hypergradients.linear_targets import DirectionalDerivative, LinearLoss
-from metavpt.hypergradients.mixed_products import Loss
-from metavpt.hypergradients.params import Params
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -40,7 +35,7 @@ def size() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
-def enter(theta: Params) -> Params:
+def enter(theta: dict[str, Tensor]) -> dict[str, Tensor]:
     """`theta`, whose derivative is the mean over the ranks: one all-reduce for all of it."""
     if size() == 1 or not theta:
         return theta
@@ -55,19 +50,6 @@ def leave(x: Tensor) -> Tensor:
 def mean(x: Tensor) -> Tensor:
     """The mean of x over the ranks, for a rank's own work to go on with: a statistic of the whole batch in the midst of a loss."""
     return enter({"": leave(x)})[""] if size() > 1 else x
-
-
-def averaged(loss: Loss) -> Loss:
-    """The mean of the ranks' losses, as a loss of the same kind."""
-    if size() == 1:
-        return loss
-    if isinstance(loss, ComposedLoss):
-        return replace(
-            loss,
-            outputs=lambda theta: loss.outputs(enter(theta)),
-            criterion=lambda outputs: leave(loss.criterion(outputs)),
-        )
-    return _AveragedLinear(loss) if isinstance(loss, LinearLoss) else _Averaged(loss)
 
 
 def own(x: Any) -> Any:
@@ -202,28 +184,6 @@ def _tensors(x: Any) -> list[Tensor]:
 def any_of(value: Any) -> Any:
     """What the first rank has that has other than None."""
     return next((found for found in every(value) if found is not None), None)
-
-
-@dataclass(frozen=True)
-class _Averaged:
-    loss: Any
-
-    def __call__(self, theta: Params) -> Tensor:
-        return leave(self.loss(enter(theta)))
-
-
-@dataclass(frozen=True)
-class _AveragedLinear(_Averaged):
-    """A `LinearLoss` of which every rank holds the targets of its own share: what they say of phi is averaged where phi was entered."""
-
-    @property
-    def targets(self) -> Tensor:
-        return self.loss.targets
-
-    def slopes(
-        self, theta: Params, w: Params, derivative: DirectionalDerivative, absolute: bool = True
-    ) -> Tensor:
-        return self.loss.slopes(theta, w, derivative, absolute)
 
 
 class _Enter(torch.autograd.Function):

@@ -19,6 +19,7 @@ from metavpt.distributed import collectives
 from metavpt.errors import MetaVPTError
 from metavpt.feedback.dense import weighted
 from metavpt.hypergradients import params
+from metavpt.hypergradients.distributed_losses import averaged
 from metavpt.hypergradients.estimators import Hypergradient, OuterLoss
 from metavpt.hypergradients.params import Params
 from metavpt.problem import Problem
@@ -48,7 +49,7 @@ class Feedback:
 
     def loss(self, theta_s: Params) -> Tensor:
         """The feedback loss as the problem has it."""
-        return collectives.averaged(
+        return averaged(
             lambda own: self.problem.feedback_loss({**self.theta, **own}, self.labelled)
         )(theta_s)
 

@@ -32,7 +32,7 @@ from metavpt.hypergradients.mixed_products import (
 from metavpt.hypergradients.optimizer_updates import Update, vjp
 from metavpt.hypergradients.params import Params
 from metavpt.hypergradients.trajectory import Trajectory, Unroll
-from metavpt.training.timers import phase
+from metavpt.profiling.timers import phase
 
 InnerLoss = Callable[[Params], Loss]
 OuterLoss = Callable[[Params], Tensor]

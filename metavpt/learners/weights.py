@@ -14,10 +14,9 @@ from timm.models import eva, vision_transformer
 from timm.models.eva import Eva
 from torch import Tensor
 
-from metavpt.errors import MetaVPTError
+from metavpt.errors import MetaVPTError, reading
 from metavpt.hypergradients.params import Params, subset
 from metavpt.learners.layouts import layout_of
-from metavpt.training.disk import reading
 
 SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".tar", ".ckpt")
 # Entries in which a release keeps its weights, the preferred one first. Of a student and its

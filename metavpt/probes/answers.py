@@ -11,7 +11,7 @@ from metavpt.learners.lm import LanguageModel
 from metavpt.probes.extraction import is_flexible_match, is_strict_match
 from metavpt.probes.generation import Generator
 from metavpt.probes.perplexity import mean_nll
-from metavpt.report.samples import Answer
+from metavpt.probes.samples import Answer
 
 MATCHES: dict[str, Callable[[str, str], bool]] = {  # of a text and the answer
     "strict": is_strict_match,

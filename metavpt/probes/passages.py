@@ -10,7 +10,7 @@ from metavpt.hypergradients import params
 from metavpt.learners.lm import LanguageModel
 from metavpt.objectives.prediction import predicted_tokens
 from metavpt.objectives.target_task import TargetTask, target_tail
-from metavpt.report.samples import Candidate, Token
+from metavpt.probes.samples import Candidate, Token
 
 NUM_CANDIDATES = 6
 

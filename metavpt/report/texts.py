@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import NamedTuple
 
-from metavpt.report.samples import Answer, Texts, Token
+from metavpt.probes.samples import Answer, Texts, Token
 
 
 class Answers(NamedTuple):

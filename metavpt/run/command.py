@@ -21,13 +21,12 @@ from metavpt import report
 from metavpt.cli.allowed_targets import asked_for, check_targets
 from metavpt.cli.one_line_errors import dead_worker, reporting
 from metavpt.distributed import collectives
-from metavpt.errors import MetaVPTError, NonFiniteError
+from metavpt.errors import MetaVPTError, NonFiniteError, writing
 from metavpt.run import dry_run, summary
 from metavpt.run.sweep import Objective
 from metavpt.training import non_finite, run_folder
 from metavpt.training.build import build
 from metavpt.training.checkpoint import Checkpoints
-from metavpt.training.disk import writing
 from metavpt.training.fabric import make_fabric
 from metavpt.training.signals import Stopped, StopRequest
 from metavpt.training.trainer import Trainer

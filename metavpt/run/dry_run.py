@@ -10,11 +10,11 @@ from rich.table import Table
 from torch import nn
 from torch.utils._pytree import tree_map_only
 
-from metavpt.bench import memory_estimate
 from metavpt.data.absent import ABSENT
 from metavpt.data.loader import Batch
 from metavpt.errors import MetaVPTError
 from metavpt.hypergradients import params
+from metavpt.run import memory_estimate
 from metavpt.training.trainer import Trainer
 
 NUM_IMAGES = 2  # that activations are counted on

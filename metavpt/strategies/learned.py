@@ -12,6 +12,7 @@ from metavpt.distributed import collectives
 from metavpt.errors import MetaVPTError, NonFiniteError
 from metavpt.feedback.aggregation import Combination, Feedback, Pair, WeightedSum
 from metavpt.hypergradients import params
+from metavpt.hypergradients.distributed_losses import averaged
 from metavpt.hypergradients.estimators import (
     Estimator,
     Hypergradient,
@@ -23,9 +24,9 @@ from metavpt.hypergradients.mixed_products import Loss
 from metavpt.hypergradients.optimizer_updates import from_torch
 from metavpt.hypergradients.params import Params
 from metavpt.problem import Problem
+from metavpt.profiling.timers import phase
 from metavpt.training.budget import Budget
 from metavpt.training.streams import Streams
-from metavpt.training.timers import phase
 
 
 class Proposal(NamedTuple):
@@ -273,7 +274,7 @@ def inner_loss(problem: Problem, theta: Params, batch: Any) -> InnerLoss:
     def at_phi(phi: Params) -> Loss:
         with phase("task"):
             task = functional_call(problem.designer, collectives.enter(phi), (batch,))
-        return collectives.averaged(problem.pretrain_tail(theta, task))
+        return averaged(problem.pretrain_tail(theta, task))
 
     return at_phi
 

@@ -11,8 +11,8 @@ from metavpt.distributed import collectives
 from metavpt.errors import MetaVPTError
 from metavpt.hypergradients import params
 from metavpt.problem import Problem
+from metavpt.profiling.timers import phase
 from metavpt.training.schedule import WarmupCosine
-from metavpt.training.timers import phase
 
 Lesson = dict[str, Tensor]  # see `Problem.lesson`, `Problem.functional_lesson`
 

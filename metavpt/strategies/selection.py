@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from metavpt.distributed import collectives
 from metavpt.errors import MetaVPTError, NonFiniteError
 from metavpt.feedback.aggregation import Combination, unpaired
 from metavpt.hypergradients import params
 from metavpt.hypergradients.directions import Direction, Dot
+from metavpt.hypergradients.distributed_losses import averaged
 from metavpt.hypergradients.estimators import downstream
 from metavpt.hypergradients.mixed_products import central_difference, value_and_gradient
 from metavpt.hypergradients.optimizer_updates import from_torch
@@ -132,7 +132,7 @@ class Greedy(Fixed):
             with torch.no_grad():
                 loss = problem.pretrain_tail(theta, problem.recipe(self._reference_batch(batch)))
             budget.charge(grad_evals=1)
-            g_pre = value_and_gradient(collectives.averaged(loss), aligned)[1]
+            g_pre = value_and_gradient(averaged(loss), aligned)[1]
         live = params.named(problem.learner)
         update = (
             from_torch(optimizer, {name: live[name] for name in aligned})

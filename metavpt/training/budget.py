@@ -4,10 +4,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
-from metavpt.bench.memory import PeakMemory
 from metavpt.distributed import collectives
 from metavpt.errors import MetaVPTError
-from metavpt.training.timers import Clock, phase
+from metavpt.profiling.memory import PeakMemory
+from metavpt.profiling.timers import Clock, phase
 
 UNITS = ("steps", "samples", "grad_evals", "seconds")
 UNCOUNTED = frozenset({"probe"})  # purposes that are timed but are no training

@@ -16,9 +16,8 @@ from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_flatten_with_path, tree_leaves, tree_map_only, tree_unflatten
 
 from metavpt.distributed import collectives
-from metavpt.errors import MetaVPTError
+from metavpt.errors import MetaVPTError, writing
 from metavpt.training import checkpoint_shards
-from metavpt.training.disk import writing
 
 STATE = "state.pt"  # in the folder of a checkpoint: all but the shards, which meta tensors stand for, and the sums of their files
 

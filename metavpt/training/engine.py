@@ -12,8 +12,8 @@ from torch.optim import Optimizer
 from metavpt.distributed import collectives, fsdp
 from metavpt.errors import MetaVPTError
 from metavpt.problem import Problem
+from metavpt.profiling.timers import phase
 from metavpt.strategies.learned import Proposal
-from metavpt.training.timers import phase
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric

@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
 
-from metavpt.distributed import collectives, fsdp
+from metavpt.distributed import fsdp
 from metavpt.errors import MetaVPTError
 from metavpt.hypergradients import params
+from metavpt.hypergradients.distributed_losses import averaged
 from metavpt.hypergradients.params import Params
 from metavpt.problem import Problem
 from metavpt.strategies.learned import Proposal
@@ -108,4 +109,4 @@ class PretrainLoss(nn.Module):
         def loss(theta: Params) -> Tensor:
             return proposal.loss(self.problem, theta)
 
-        return (collectives.averaged(loss) if self.is_sharded else loss)(params.named(self.learner))
+        return (averaged(loss) if self.is_sharded else loss)(params.named(self.learner))

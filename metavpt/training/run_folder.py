@@ -15,9 +15,8 @@ from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from rich.markup import escape
 
-from metavpt.errors import MetaVPTError
+from metavpt.errors import MetaVPTError, reading
 from metavpt.training.checkpoint import Checkpoints
-from metavpt.training.disk import reading
 
 PACKAGES = ("metavpt", "torch", "torchvision", "timm", "kornia", "hydra-core", "numpy")
 

@@ -13,10 +13,9 @@ from PIL import Image
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from metavpt.errors import MetaVPTError
-from metavpt.report.samples import Texts
+from metavpt.errors import MetaVPTError, writing
+from metavpt.probes.samples import Texts
 from metavpt.training.budget import Budget
-from metavpt.training.disk import writing
 from metavpt.training.trackers import Tracker
 
 

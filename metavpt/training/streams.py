@@ -5,8 +5,8 @@ from typing import Any, NamedTuple
 
 from metavpt.distributed import collectives
 from metavpt.errors import MetaVPTError
+from metavpt.profiling.timers import phase
 from metavpt.training.timeouts import time_limit
-from metavpt.training.timers import phase
 
 TIMEOUT = 600.0  # seconds
 

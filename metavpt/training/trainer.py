@@ -9,20 +9,20 @@ from torch.optim import Optimizer
 from metavpt.distributed import collectives, fsdp
 from metavpt.errors import MetaVPTError
 from metavpt.hypergradients import trees
-from metavpt.probes.first_order import Before, FirstOrderProbe
 from metavpt.problem import Problem
+from metavpt.profiling.timers import phase
 from metavpt.strategies.learned import Strategy
 from metavpt.training.budget import Budget
 from metavpt.training.checkpoint import Checkpoints
 from metavpt.training.collapse import Watch
 from metavpt.training.engine import Execution
+from metavpt.training.first_order import Before, FirstOrderProbe
 from metavpt.training.leak_guard import untouched
 from metavpt.training.non_finite import Failures
 from metavpt.training.run_log import RunLog
 from metavpt.training.schedule import WarmupCosine, parameter_groups
 from metavpt.training.signals import Stopped, StopRequest
 from metavpt.training.streams import TIMEOUT, Stream, Streams
-from metavpt.training.timers import phase
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric

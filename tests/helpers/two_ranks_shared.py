@@ -11,6 +11,7 @@ from metavpt.data.tokens import Encoder
 from metavpt.designers.selection import balanced
 from metavpt.distributed import collectives
 from metavpt.feedback.dense import RidgeFeedback
+from metavpt.hypergradients.distributed_losses import averaged
 from metavpt.objectives.spread import spread
 from metavpt.probes.generation import Generator
 from metavpt.probes.perplexity import mean_nll
@@ -20,7 +21,7 @@ from metavpt.probes.summaries import summarise
 def derivatives(loss, x):
     """Value and gradient of the mean over the ranks of loss({"x": x}), and the product of its Hessian with ones."""
     x = x.clone().requires_grad_()
-    value = collectives.averaged(loss)({"x": x})
+    value = averaged(loss)({"x": x})
     (gradient,) = torch.autograd.grad(value, x, create_graph=True)
     (product,) = torch.autograd.grad(gradient.sum(), x)
     return [value.detach(), gradient.detach(), product]

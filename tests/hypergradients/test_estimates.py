@@ -15,7 +15,7 @@ from metavpt.hypergradients.linear_solvers import ConjugateGradient, Neumann
 from metavpt.hypergradients.mixed_products import DifferenceProduct, ExactProduct
 from metavpt.hypergradients.optimizer_updates import SGD
 from metavpt.hypergradients.params import Params
-from metavpt.training.timers import Clock
+from metavpt.profiling.timers import Clock
 
 
 @pytest.fixture

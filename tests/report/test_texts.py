@@ -6,7 +6,7 @@ from pathlib import Path
 from helpers.html_page import HOSTILE, Page, assert_self_contained
 
 from metavpt import RunLog, report
-from metavpt.report.samples import Answer, Candidate, Texts, Token
+from metavpt.probes.samples import Answer, Candidate, Texts, Token
 from metavpt.report.texts import read_texts, visible
 
 PASSAGE = [

@@ -12,11 +12,10 @@ import torch
 from hydra import compose, initialize_config_module
 from rich.console import Console
 
-from metavpt.bench import memory_estimate
 from metavpt.cli.one_line_errors import run_command
 from metavpt.errors import MetaVPTError
 from metavpt.hypergradients import params
-from metavpt.run import command, dry_run
+from metavpt.run import command, dry_run, memory_estimate
 from metavpt.training.build import build
 
 # The table of hyper-parameters of V-Pretraining (arXiv 2601.22108): lr, batch, meta every, meta SSL batch, aligned blocks, designer,

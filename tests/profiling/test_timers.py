@@ -2,7 +2,7 @@
 
 import pytest
 
-from metavpt.training.timers import Clock, phase
+from metavpt.profiling.timers import Clock, phase
 
 
 class Ticks:

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from metavpt.bench import memory_estimate
 from metavpt.learners.vit import create_backbone
+from metavpt.run import memory_estimate
 
 TINY: dict[str, Any] = {
     "embed_dim": 64,

@@ -5,7 +5,7 @@ import torch
 from channels import Channels
 
 from metavpt.hypergradients import params
-from metavpt.probes.first_order import FirstOrderProbe
+from metavpt.training.first_order import FirstOrderProbe
 
 
 class Headed(Channels):

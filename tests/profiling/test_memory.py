@@ -5,7 +5,7 @@ import sys
 import pytest
 import torch
 
-from metavpt.bench.memory import PeakMemory
+from metavpt.profiling.memory import PeakMemory
 
 MIB = 2**20
 

@@ -10,6 +10,7 @@ from torch.optim import Optimizer
 
 from metavpt.distributed import collectives
 from metavpt.hypergradients import params
+from metavpt.hypergradients.distributed_losses import averaged
 from metavpt.hypergradients.estimators import downstream
 from metavpt.hypergradients.params import Params
 from metavpt.problem import Problem
@@ -55,7 +56,7 @@ class FirstOrderProbe:
         with self._own_heads():
             self.problem.fit_heads()
             loss, g_down = downstream(
-                collectives.averaged(lambda t: self.problem.feedback_loss(t, labelled)), theta
+                averaged(lambda t: self.problem.feedback_loss(t, labelled)), theta
             )
             held_out_loss = self._loss(theta, held_out)
         lr = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
