@@ -28,8 +28,10 @@ from metavpt.learners.tokenized import TokenizedModel
 from metavpt.objectives.next_token import NextTokenLoss, score
 from metavpt.objectives.prediction import Prediction
 from metavpt.problems.lm_gsm8k import LMGSM8K, state_designer, target_designer
-from metavpt.strategies.learned import Fixed, Learned, Strategy, feedback_on, inner_loss
+from metavpt.strategies.fixed import Fixed
+from metavpt.strategies.learned import Learned, feedback_on, inner_loss
 from metavpt.training.budget import Budget
+from metavpt.training.strategy import Strategy, TrainState
 from metavpt.training.streams import Streams
 
 META_EVERY, DOCUMENTS = 8, 2
@@ -88,7 +90,7 @@ SHAPES = [
 ]
 SETTING = {
     "learner": f"Llama with random weights and tied embeddings, deep and thin as SmolLM2: {'; '.join(SHAPES[1:])}",
-    "v": f"V: meta_every {META_EVERY}, S = last 2 layers and final norm, K = {SIZES['20m'].num_candidates}, meta batch and feedback "
+    "v": f"V: every {META_EVERY}, S = last 2 layers and final norm, K = {SIZES['20m'].num_candidates}, meta batch and feedback "
     "a quarter of a batch each; designer 2 layers of width 128 (GPU: 6 of 256)",
     "tokens": f"Random tokens, {DOCUMENTS} documents a row, all predicted but their first",
 }
@@ -174,8 +176,12 @@ class Bench:
         self.optimizer = torch.optim.AdamW(self.problem.learner.parameters(), lr=1e-4)
         strategy.start(self.problem)
 
+    @property
+    def state(self) -> TrainState:
+        return TrainState(self.problem, self.streams, self.optimizer, self.budget)
+
     def step(self) -> None:
-        proposal = self.strategy.next_task(self.problem, self.streams, self.optimizer, self.budget)
+        proposal = self.strategy.next_task(self.state)
         theta = params.named(self.problem.learner)
         self.problem.pretrain_loss(theta, proposal.task).backward()
         torch.nn.utils.clip_grad_norm_(theta.values(), 1.0)
@@ -189,9 +195,7 @@ def training(size: Size, product: Product | None) -> Callable[[], Callable[[], N
     return lambda: (
         Bench(
             size,
-            Fixed()
-            if product is None
-            else Learned(OneStep(product=product), meta_every=META_EVERY),
+            Fixed() if product is None else Learned(OneStep(product=product), every=META_EVERY),
         ).step
     )
 

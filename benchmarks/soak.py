@@ -26,7 +26,7 @@ from metavpt.training.build import build
 from metavpt.training.trainer import Trainer
 
 OPTIONS = [
-    "problem=dino_nyuv2", "strategy=one_step", "strategy.burn_in=0", "strategy.meta_every=4", "trainer.probe_every=200",
+    "problem=dino_nyuv2", "strategy=one_step", "strategy.burn_in=0", "strategy.every=4", "trainer.probe_every=200",
     "trainer.checkpoint_every=50", "trainer.first_order_every=40", "backbone.tail_blocks=1", "backbone.embed_dim=24", "backbone.depth=2",
     "backbone.num_heads=2", "recipe.global_size=32", "recipe.local_size=16", "problem.batch_size=16", "problem.meta_batch_size=8",
     "problem.feedback_batch_size=8", "problem.first_head_steps=10", "problem.feature_size=[32,32]", "data.rooms.num_frames=200",

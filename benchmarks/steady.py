@@ -25,10 +25,12 @@ from metavpt.errors import MetaVPTError
 from metavpt.hypergradients.estimators import Implicit, OneStep, Unrolled
 from metavpt.hypergradients.linear_solvers import ConjugateGradient
 from metavpt.problem import Problem
-from metavpt.strategies.learned import Fixed, Learned, Strategy
+from metavpt.strategies.fixed import Fixed
+from metavpt.strategies.learned import Learned
 from metavpt.strategies.selection import Greedy, GreedySelection
 from metavpt.training.budget import Budget
 from metavpt.training.run_log import RunLog
+from metavpt.training.strategy import Strategy
 from metavpt.training.trainer import Trainer
 
 CYCLE = 8  # steps; every strategy comes round within them
@@ -219,12 +221,12 @@ def rows_of(name: str, setting: Setting) -> dict[str, Row]:
     one_step = OneStep(product=setting.of.linear) if isinstance(setting.of, Size) else OneStep()
     strategies: dict[str, tuple[str, Callable[[], Strategy]]] = {
         "plain": ("plain", Fixed),
-        "one_step_8": ("one_step, meta every 8", lambda: Learned(one_step, meta_every=8)),
-        "one_step_4": ("one_step, meta every 4", lambda: Learned(one_step, meta_every=4)),
-        "unrolled": ("unrolled(4) every 8", lambda: Learned(Unrolled(4), meta_every=8)),
+        "one_step_8": ("one_step, meta every 8", lambda: Learned(one_step, every=8)),
+        "one_step_4": ("one_step, meta every 4", lambda: Learned(one_step, every=4)),
+        "unrolled": ("unrolled(4) every 8", lambda: Learned(Unrolled(4), every=8)),
         "implicit": (
             "implicit(CG 5) every 8",
-            lambda: Learned(Implicit(ConjugateGradient(5, 1e-12), damping=1e-2), meta_every=8),
+            lambda: Learned(Implicit(ConjugateGradient(5, 1e-12), damping=1e-2), every=8),
         ),
         "greedy": ("greedy, the best rows of 4 batches", lambda: GreedySelection(4))
         if text

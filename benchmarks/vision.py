@@ -17,10 +17,12 @@ from metavpt.hypergradients.estimators import Estimator
 from metavpt.hypergradients.mixed_products import Loss
 from metavpt.hypergradients.params import Params
 from metavpt.learners.vit import create_backbone
+from metavpt.problem import move_to_device
 from metavpt.problems.dino_dense import DinoDense
 from metavpt.strategies.learned import Learned
 from metavpt.strategies.selection import Greedy
 from metavpt.training.budget import Budget
+from metavpt.training.strategy import TrainState
 from metavpt.training.streams import Streams
 
 NUM_CLASSES, MAX_STEPS = 13, 32
@@ -92,7 +94,7 @@ class Vision(DinoDense):
         ]
         for layer in (*heads, self.designer.network.out):
             torch.nn.init.normal_(layer.weight, std=0.02)
-        self.to(device)
+        move_to_device(self, device)
 
     def fit_heads(self) -> None:
         pass
@@ -151,6 +153,10 @@ class Bench:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
 
+    @property
+    def state(self) -> TrainState:
+        return TrainState(self.problem, self.streams, self.optimizer, Budget(steps=1))
+
     def plain_step(self) -> None:
         """What Trainer.step does under `strategy=fixed`, short of data, EMA and log."""
         task = self.problem.recipe(next(self.streams.pretrain))
@@ -160,15 +166,11 @@ class Bench:
 
     def update(self, estimator: Estimator) -> None:
         """What Learned does for one hypergradient: tasks by the designer, g_down, the estimator."""
-        Learned(estimator).hypergradient(
-            self.problem, self.streams, self.optimizer, Budget(steps=1)
-        )
+        Learned(estimator).estimate(self.state)
 
     def score(self, num_candidates: int) -> None:
         """A greedy choice, its feedback direction refreshed."""
-        Greedy(num_candidates).next_task(
-            self.problem, self.streams, self.optimizer, Budget(steps=1)
-        )
+        Greedy(num_candidates).next_task(self.state)
 
 
 def unlabelled(

@@ -148,7 +148,7 @@ def train(strategy: Fixed | Learned) -> tuple[float, Sums]:
 
 plain, _ = train(Fixed())
 steered, problem = train(
-    Learned(optimizer=lambda phi: torch.optim.Adam(phi, lr=0.1), meta_every=4, burn_in=20)
+    Learned(optimizer=lambda phi: torch.optim.Adam(phi, lr=0.1), every=4, burn_in=20)
 )
 print(f"NLL of an answer (a guess has 1.609): plain {plain:.3f}, steered {steered:.3f}")
 

@@ -11,7 +11,8 @@ from metavpt.hypergradients.mixed_products import DifferenceProduct, ExactProduc
 from metavpt.hypergradients.optimizer_updates import SGD, Adam, AdamW
 from metavpt.hypergradients.params import Params
 from metavpt.problem import Problem
-from metavpt.strategies.learned import Fixed, Learned
+from metavpt.strategies.fixed import Fixed
+from metavpt.strategies.learned import Learned
 from metavpt.training.budget import Budget
 from metavpt.training.run_log import RunLog
 from metavpt.training.schedule import WarmupCosine

@@ -1,229 +1,105 @@
 """The class that a user subclasses: a learner, a task designer, and the two losses that join them."""
 
+import importlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from types import MappingProxyType
-from typing import Any, Self
+from collections.abc import Iterable, Mapping, Sequence
+from importlib.resources import files
+from typing import Any, TypeGuard, TypeVar
 
-import numpy as np
-import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map
+from typing_extensions import get_protocol_members
 
-from metavpt.distributed import collectives
 from metavpt.errors import MetaVPTError
-from metavpt.feedback.dense import weighted_sum
 from metavpt.hypergradients import params
-from metavpt.hypergradients.linear_targets import DirectionalDerivative
 from metavpt.hypergradients.params import Params
-from metavpt.probes.samples import Texts
-from metavpt.training.collapse import Sign
+
+Capability = TypeVar("Capability")
 
 
 class Problem(ABC):
-    """What is pretrained, on which tasks, and for whose benefit.
+    """What is pretrained, on which tasks, and which feedback steers the tasks.
 
-    learner            theta: trained only by `pretrain_loss` on detached tasks
-    designer           phi: forward(batch) -> task; trained only by the value of the learner's update for `feedback_loss`
-    feedback_weights   name -> weight of each of `feedback_losses`; needed by a problem that defines those
+    Both losses are pure: equal arguments give equal values, and nothing is written. Estimators
+    evaluate them many times per step. So a batch carries its own randomness (seeds, noise), and all
+    state moves in `after_step`. A checkpoint holds every attribute that has a `state_dict`.
 
-    Both losses are pure: same arguments, same value, nothing written. Estimators evaluate them many times a step, so a batch
-    carries its own randomness (seeds, noise) and all state moves in `after_step`. Every attribute with a `state_dict` is part of
-    a checkpoint.
+    Some strategies and commands need more than this class, for example per-sample losses. Each such
+    capability is a protocol beside the code that needs it, and the check happens before step 0.
+
+    Attributes:
+        learner: The model whose parameters are theta. Only `pretrain_loss` trains it.
+        designer: The module whose parameters are phi. `designer(batch)` returns a task. Only the
+            value of the learner's update for `feedback_loss` trains it.
     """
 
     learner: nn.Module
     designer: nn.Module
-    feedback_weights: Mapping[str, float] = MappingProxyType({"feedback": 1.0})
-
-    def __new__(cls, *args: Any, **options: Any) -> Self:
-        if (
-            cls.feedback_loss is Problem.feedback_loss
-            and cls.feedback_losses is Problem.feedback_losses
-        ):
-            raise MetaVPTError(
-                f"{cls.__name__} has no feedback; define feedback_loss, or feedback_losses with feedback_weights"
-            )
-        return super().__new__(cls)
 
     @abstractmethod
     def pretrain_batches(self, seed: int) -> Iterable[Any]:
-        """Unlabelled batches in an order set by `seed`; begun again with another seed when it ends."""
+        """Return unlabelled batches in an order set by `seed`.
+
+        When they end, the trainer calls this again with another seed.
+        """
 
     @abstractmethod
     def feedback_batches(self, seed: int) -> Iterable[Any]:
-        """Labelled batches in an order set by `seed`; they reach the learner only through the designer."""
+        """Return labelled batches in an order set by `seed`.
+
+        They influence the learner only through the designer.
+        """
 
     @abstractmethod
     def pretrain_loss(self, theta: Params, task: Any) -> Tensor:
-        """L_pre(theta; task), a scalar; theta names the learner's parameters, see `torch.func.functional_call`."""
+        """Compute the pretraining loss, a scalar.
 
-    def feedback_loss(self, theta: Params, batch: Any) -> Tensor:
-        """L_down(theta; batch), a scalar. Define this, or `feedback_losses`, of which it is then the weighted sum."""
-        return weighted_sum(self.feedback_losses(theta, batch), self.feedback_weights)
-
-    def feedback_losses(self, theta: Params, batch: Any) -> dict[str, Tensor]:
-        """Several feedbacks: a scalar for each name in `feedback_weights`; one of weight 0 may be left out. Default: `feedback_loss`."""
-        return {"feedback": self.feedback_loss(theta, batch)}
+        Args:
+            theta: The learner's parameters by name, as `torch.func.functional_call` takes them.
+            task: What the designer made of an unlabelled batch.
+        """
 
     @abstractmethod
-    def evaluate(self) -> dict[str, float]:
-        """Metrics of the learner as it is, on data that neither loop sees."""
+    def feedback_loss(self, theta: Params, batch: Any) -> Tensor:
+        """Compute the feedback loss of a labelled batch, a scalar."""
 
-    # What follows has a default that suits most problems.
+    @abstractmethod
+    def evaluate(self) -> Mapping[str, float]:
+        """Measure the learner on data that neither loop uses, and return metrics by name."""
 
     def recipe(self, batch: Any) -> Any:
-        """The task of the ordinary recipe, which `strategy=fixed` trains on. Default: the designer, never trained."""
+        """Make the task of the baseline recipe, which `strategy=fixed` trains on.
+
+        Default: the task of the designer, which then is never trained.
+        """
         return self.designer(batch)
 
-    def held_out_batches(self, seed: int) -> Iterable[Any]:
-        """Labelled batches that no designer update sees, to measure on them what it predicts. Default: as `feedback_batches`."""
-        return self.feedback_batches(seed)
-
-    def meta_batches(self, seed: int) -> Iterable[Any]:
-        """Unlabelled batches that only the designer's updates see. Default: as `pretrain_batches`."""
-        return self.pretrain_batches(seed)
-
-    def by_domain(self, batch: Any) -> dict[str, Any]:
-        """An unlabelled meta batch split by the names in `feedback_weights`. For the combination `DomainMatched`."""
-        raise MetaVPTError(
-            f"{type(self).__name__} has no by_domain, which strategy.combination=DomainMatched needs; define it"
-        )
-
     def aligned_parameters(self) -> Sequence[str]:
-        """Names of theta_S, the parameters through which value is measured. Default: all."""
+        """Return the names of theta_S, the parameters that hypergradients pass through.
+
+        Default: all parameters of the learner.
+        """
         return list(params.named(self.learner))
 
-    def pretrain_tail(self, theta: Params, task: Any) -> Callable[[Params], Tensor]:
-        """theta_S -> L_pre. What does not depend on theta_S is best computed once, before the function is returned."""
-        return lambda theta_s: self.pretrain_loss({**theta, **theta_s}, task)
-
-    def per_sample_tail(self, theta: Params, task: Any) -> Callable[[Params], Tensor]:
-        """theta_S -> the pretraining loss of each sample, (B,). For strategies that select: greedy, selection, hardest."""
-        raise MetaVPTError(
-            f"{type(self).__name__} has no per_sample_tail, which strategies that select samples or tasks need; define it"
-        )
-
-    def candidates(self, batch: Any, num_candidates: int) -> list[Any]:
-        """Tasks for `batch` drawn at random from the designer's space by the batch's own randomness. For greedy, hardest, uniform."""
-        raise MetaVPTError(
-            f"{type(self).__name__} has no candidates, which strategies that draw tasks at random need; define it"
-        )
-
-    def pick(self, tasks: Sequence[Any], which: Tensor, sample: Tensor) -> Any:
-        """The task whose k-th sample is sample[k] of tasks[which[k]]; both (n,) int64. Default: every tensor has the samples first."""
-        return tree_map(
-            lambda *parts: torch.stack(parts)[
-                which.to(parts[0].device), sample.to(parts[0].device)
-            ],
-            *tasks,
-        )
-
-    def tilt(
-        self,
-        theta: Params,
-        task: Any,
-        w: Params,
-        gate: float,
-        tau: float,
-        num_candidates: int,
-        derivative: DirectionalDerivative,
-    ) -> Any:
-        """`task` with the share `gate` of its targets tilted towards those of highest value along w. For `Tilt`, which says how far."""
-        raise MetaVPTError(
-            f"{type(self).__name__} has no tilt, which strategies that tilt targets need; define it"
-        )
-
-    def lesson(
-        self, theta: Params, batch: Any, w: Params, derivative: DirectionalDerivative
-    ) -> dict[str, Tensor]:
-        """What value along w says of the targets of an unlabelled batch, and what `taught` needs beside it, detached. For `Amortized`."""
-        raise MetaVPTError(
-            f"{type(self).__name__} has no lesson, which strategy=amortized needs; define it and taught"
-        )
-
-    def functional_lesson(self, theta: Params, batch: Any) -> dict[str, Tensor]:
-        """What feedback says of the learner's outputs themselves on a labelled batch: `values` of the targets they are told, minus the
-        derivative of the feedback loss by the outputs, and what `taught` needs beside them, rows by sample, detached. For `Functional`.
-        """
-        raise MetaVPTError(
-            f"{type(self).__name__} has no functional_lesson, which strategy=functional needs; define it and taught"
-        )
-
-    def taught(self, lesson: dict[str, Tensor]) -> Tensor:
-        """Minus the value of the designer's targets on a lesson, with its trust region: a scalar, by phi alone; no learner runs."""
-        raise MetaVPTError(
-            f"{type(self).__name__} has no taught, which strategies that teach the designer lessons need; define it"
-        )
-
     def regularizer(self, task: Any) -> Tensor | None:
-        """R(phi), added to the designer's loss through the task that it made. Default: none."""
+        """Compute R(phi) from a task, a scalar added to the designer's loss. Default: none."""
         return None
 
     def fit_heads(self) -> None:  # noqa: B027 - a hook that may stay empty
-        """Called before each designer update: fit what `feedback_loss` reads the learner with, the learner frozen."""
+        """Fit the heads that `feedback_loss` reads, with the learner frozen.
 
-    def heads(self) -> Sequence[str]:
-        """Names of the attributes that `fit_heads` writes, so that a measurement can fit heads of its own. Default: none."""
-        return ()
-
-    def is_steered(self, metric: str) -> bool:
-        """Whether the feedback is about this metric of `evaluate`; the others are side effects. Default: all are."""
-        return True
-
-    def warm_up_parameters(self) -> Sequence[str]:
-        """Names trained during the trainer's head warm-up, the rest frozen: a fresh SSL head on a released backbone. Default: all."""
-        return [name for name, p in self.learner.named_parameters() if p.requires_grad]
-
-    def parts(self, task: Any, num_parts: int) -> list[Any]:
-        """A task in `num_parts` equal ones, for trainer.accumulate. Default: what is as long as the first tensor has the samples first."""
-        return [collectives.cut(task, k, num_parts) for k in range(num_parts)]
-
-    def trunks(self) -> Sequence[nn.Module]:
-        """Modules that parallel=fsdp shards over the processes: run by their forward alone, no aligned parameter inside. Default: none."""
-        return []
-
-    def whole_parameters(self) -> Sequence[str]:
-        """Names, within a trunk, of parameters that losses also read outside its forward, so that they stay whole. Default: none."""
-        return []
+        Strategies call this before every update of the designer.
+        """
 
     def after_step(self, task: Any, progress: float) -> None:  # noqa: B027
-        """State that moves with the learner's step: EMA teacher, centre. `progress` in [0, 1] is the share of the budget spent."""
+        """Update state that follows a step of the learner, such as an EMA teacher.
 
-    def figures(self) -> dict[str, np.ndarray]:
-        """Pictures for the report by name, uint8 arrays (H, W, 3)."""
-        return {}
-
-    def texts(self) -> Texts:
-        """Answers, and tokens with their targets, for the report."""
-        return Texts([], [])
-
-    def num_samples(self, batch: Any) -> int:
-        """Samples in an unlabelled batch. Default: the first dimension of its first tensor."""
-        tensor = next(
-            (leaf for leaf in tree_leaves(batch) if isinstance(leaf, Tensor) and leaf.ndim), None
-        )
-        if tensor is None:
-            raise MetaVPTError(
-                f"{type(self).__name__}.num_samples: the batch holds no tensor; override num_samples to count its samples"
-            )
-        return len(tensor)
-
-    def vital_signs(self) -> dict[str, Sign]:
-        """Numbers that tell a collapse, cheap enough for every probe. Default: none."""
-        return {}
-
-    def counters(self) -> dict[str, float]:
-        """Totals for the log that grow beside the steps: images passed over. Default: none."""
-        return {}
-
-    def to(self, device: torch.device | str) -> None:
-        """Move every module to `device`."""
-        for value in vars(self).values():
-            if isinstance(value, nn.Module):
-                value.to(device)
+        Args:
+            task: The task of the step.
+            progress: The share of the budget that is spent, in [0, 1].
+        """
 
     def state_dict(self) -> dict[str, Any]:
+        """Return the states of all attributes that have one, by name."""
         return {
             name: value.state_dict()
             for name, value in vars(self).items()
@@ -231,5 +107,85 @@ class Problem(ABC):
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore what `state_dict` returned."""
         for name, value in state.items():
             getattr(self, name).load_state_dict(value)
+
+
+def supports(problem: object, capability: type[Capability]) -> TypeGuard[Capability]:
+    """Return whether `problem` has all members of a capability, which is a protocol."""
+    return not missing_members(problem, capability)
+
+
+def missing_members(problem: object, capability: type) -> list[str]:
+    """List the members of a capability that `problem` lacks."""
+    return [name for name in sorted(get_protocol_members(capability)) if not hasattr(problem, name)]
+
+
+def require(problem: Problem, capability: type[Capability], needed_by: str) -> Capability:
+    """Return `problem` if it has a capability.
+
+    Args:
+        problem: The problem to check.
+        capability: The protocol that lists the members.
+        needed_by: Who needs it, for the message: "strategy Greedy".
+
+    Raises:
+        MetaVPTError: Members are missing. The message names them and the shipped problems that
+            have them.
+    """
+    if supports(problem, capability):
+        return problem
+    missing = ", ".join(missing_members(problem, capability))
+    able = ", ".join(_shipped_with(capability)) or "none"
+    raise MetaVPTError(
+        f"{needed_by} needs {missing} ({capability.__name__}), which the problem "
+        f"{type(problem).__name__} does not have; define it, or choose another strategy. "
+        f"Shipped problems that have it: {able}"
+    )
+
+
+def aligned_names(problem: Problem, theta: Params) -> list[str]:
+    """Return the names of theta_S.
+
+    Raises:
+        MetaVPTError: A name is no parameter of the learner, or there is none.
+    """
+    names = list(problem.aligned_parameters())
+    unknown = [name for name in names if name not in theta]
+    if unknown or not names:
+        what = (
+            f"names {unknown[0]!r}, which is no parameter of the learner"
+            if unknown
+            else ("is empty")
+        )
+        raise MetaVPTError(
+            f"{type(problem).__name__}.aligned_parameters {what}; "
+            f"the learner's begin with {', '.join(list(theta)[:3])}"
+        )
+    return names
+
+
+def move_to_device(problem: Problem, device: Any) -> None:
+    """Move every module of `problem` to `device`."""
+    for value in vars(problem).values():
+        if isinstance(value, nn.Module):
+            value.to(device)
+
+
+def _shipped_with(capability: type) -> list[str]:
+    """List the choices of the configuration group `problem` whose class has a capability."""
+    from omegaconf import OmegaConf  # only for this message
+
+    found: list[str] = []
+    for file in sorted(files("metavpt.configs").joinpath("problem").iterdir(), key=str):
+        config = OmegaConf.create(file.read_text())
+        target = str(OmegaConf.select(config, "problem._target_", default=""))
+        module, _, name = target.rpartition(".")
+        try:
+            problem = getattr(importlib.import_module(module), name)
+        except (ImportError, ValueError, AttributeError):  # an extra that is not installed
+            continue
+        if supports(problem, capability):
+            found.append(file.name.removesuffix(".yaml"))
+    return found

@@ -23,6 +23,12 @@ from metavpt.objectives.data2vec import data2vec_loss
 from metavpt.objectives.goal_loss import goal_loss
 from metavpt.objectives.ijepa import normalized_features
 from metavpt.profiling.timers import phase
+from metavpt.strategies.amortized import SupportsReplay
+from metavpt.strategies.function_space import SupportsFunctionSpace
+from metavpt.strategies.learned import SharedTrunk
+from metavpt.strategies.selection import SupportsCandidates, SupportsSelection
+from metavpt.strategies.tilted_targets import SupportsTilting
+from metavpt.training.engine import Splittable
 
 from .dense import NUM_PICTURES, DenseProblem
 
@@ -41,7 +47,16 @@ class HidingLearner(nn.Module):
         ).patches
 
 
-class Data2VecDense(DenseProblem):
+class Data2VecDense(
+    DenseProblem,
+    SharedTrunk,
+    SupportsCandidates,
+    SupportsSelection,
+    SupportsTilting,
+    SupportsReplay,
+    SupportsFunctionSpace,
+    Splittable,
+):
     """A student that does not see all patches tells its EMA teacher's features of them (data2vec, without its regression head: released
     backbones have none). The designer, or the tilt, says how these differ from what the student is to tell.
 
@@ -76,10 +91,11 @@ class Data2VecDense(DenseProblem):
     def candidates(self, batch: Any, num_candidates: int) -> list[FeatureTask]:
         return self.designer.random_tasks(batch, num_candidates)
 
-    def parts(self, task: FeatureTask, num_parts: int) -> list[FeatureTask]:
+    def microbatches(self, task: FeatureTask, num_parts: int) -> list[FeatureTask]:
         """The network is no part of the batch, whatever its shape."""
         return [
-            part._replace(phi=task.phi) for part in super().parts(task._replace(phi={}), num_parts)
+            collectives.cut(task._replace(phi={}), k, num_parts)._replace(phi=task.phi)
+            for k in range(num_parts)
         ]
 
     def pretrain_loss(self, theta: Params, task: FeatureTask) -> Tensor:
@@ -112,18 +128,18 @@ class Data2VecDense(DenseProblem):
         """The value of a target is how fast the student's own feature moves its way as the learner descends along w."""
         return tilted(task, self._values(theta, task, w, derivative), gate, tau)
 
-    def lesson(
+    def replay_batch(
         self, theta: Params, batch: Any, w: Params, derivative: DirectionalDerivative
     ) -> dict[str, Tensor]:
         """What the teacher says of the patches and the values of their targets, both (B, N, D)."""
         task = self.recipe(batch)
-        return self._lesson(
+        return self._replay(
             *self._described(task.images),
             self._values(theta, task, w, derivative),
             self.designer.grid,
         )
 
-    def functional_lesson(self, theta: Params, batch: Any) -> dict[str, Tensor]:
+    def output_values(self, theta: Params, batch: Any) -> dict[str, Tensor]:
         """The same of labelled frames, the values of their features as they are. Feedbacks are scaled to one size before they are weighted,
         so that their weights say how much each counts, whatever its unit.
         """
@@ -143,11 +159,11 @@ class Data2VecDense(DenseProblem):
             raise MetaVPTError(
                 "labelled sets whose frames differ in size make no lesson together; set problem.feature_size"
             )
-        lessons = [self._lesson(*parts) for parts in values]
-        return {key: torch.cat([lesson[key] for lesson in lessons]) for key in lessons[0]}
+        replays = [self._replay(*parts) for parts in values]
+        return {key: torch.cat([replay[key] for replay in replays]) for key in replays[0]}
 
-    def taught(self, lesson: dict[str, Tensor]) -> Tensor:
-        return self.designer.loss(lesson)
+    def designer_loss(self, replay: dict[str, Tensor]) -> Tensor:
+        return self.designer.loss(replay)
 
     def after_step(self, task: FeatureTask, progress: float) -> None:
         self.teacher.update(
@@ -230,7 +246,7 @@ class Data2VecDense(DenseProblem):
             [weights[task] * to_unit_size(value) for task, value in values.items()]
         ).sum(dim=0)
 
-    def _lesson(
+    def _replay(
         self, states: Tensor, features: Tensor, values: Tensor, grid: tuple[int, int]
     ) -> dict[str, Tensor]:
         where = torch.tensor(grid, device=values.device).expand(len(values), 2)

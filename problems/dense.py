@@ -16,7 +16,9 @@ from metavpt.data.loader import FrameLoader, ImageLoader, JointLoader
 from metavpt.data.unreadable import Readable, Skips
 from metavpt.designers import figures
 from metavpt.distributed import collectives
+from metavpt.distributed.fsdp import Shardable
 from metavpt.errors import MetaVPTError, check_known
+from metavpt.feedback.aggregation import MultipleFeedbacks
 from metavpt.feedback.dense import DenseFeedback
 from metavpt.hypergradients import params
 from metavpt.hypergradients.params import Params
@@ -28,7 +30,8 @@ from metavpt.probes.spectrum import rankme
 from metavpt.probes.summaries import Probe, summarise
 from metavpt.probes.window import SlidingWindow
 from metavpt.problem import Problem
-from metavpt.training.collapse import Sign, rank_sign
+from metavpt.training.collapse import HealthMetric, rank_sign
+from metavpt.training.run_log import Reportable
 from metavpt.training.streams import Stream
 
 NUM_PICTURES = 4
@@ -40,7 +43,7 @@ TASKS = {
 }  # feedback -> how the probes' metrics of it begin
 
 
-class DenseProblem(Problem):
+class DenseProblem(MultipleFeedbacks, Shardable, Reportable, Problem):
     """A ViT (`learner.backbone`) pretrained for depth and segmentation; a subclass adds the learner's head, the designer and the loss.
 
     data, feedback    one labelled set and the maker of its feedback heads, or several of both by name. Of several, a labelled batch holds
@@ -190,7 +193,7 @@ class DenseProblem(Problem):
     def heads(self) -> list[str]:
         return ["feedback", "head_batches"]
 
-    def is_steered(self, metric: str) -> bool:
+    def is_target_metric(self, metric: str) -> bool:
         for feedback, weight in self.feedback_weights.items():
             name, _, task = feedback.rpartition("/")
             if weight and metric.startswith(name) and f"/{TASKS[task]}" in metric:
@@ -235,7 +238,7 @@ class DenseProblem(Problem):
             )
         return (images - self.mean.to(images)) / self.std.to(images)
 
-    def vital_signs(self) -> dict[str, Sign]:
+    def health_metrics(self) -> dict[str, HealthMetric]:
         features = summarise(self._describe, [self._watched()]).double()
         return {"feature_rank": rank_sign(rankme(features - features.mean(dim=0)))}
 

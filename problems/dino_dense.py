@@ -28,7 +28,11 @@ from metavpt.objectives.dino import center_update, centered_probs, sinkhorn_prob
 from metavpt.objectives.distillation import active_terms, hidden_of, pack, term_losses, unpack
 from metavpt.objectives.goal_loss import GoalLoss, goal_loss
 from metavpt.profiling.timers import phase
-from metavpt.training.collapse import Sign, mask_signs, outcome_signs
+from metavpt.strategies.learned import SharedTrunk
+from metavpt.strategies.selection import SupportsCandidates, SupportsSelection
+from metavpt.strategies.tilted_targets import SupportsTilting
+from metavpt.training.collapse import HealthMetric, mask_signs, outcome_signs
+from metavpt.training.engine import Splittable
 
 from .dense import DenseProblem
 
@@ -50,7 +54,14 @@ class Answers:
     logits: dict[str, Tensor]
 
 
-class DinoDense(DenseProblem):
+class DinoDense(
+    DenseProblem,
+    SharedTrunk,
+    SupportsCandidates,
+    SupportsSelection,
+    SupportsTilting,
+    Splittable,
+):
     """Student and EMA teacher agree on the prototypes of an image across crops (DINO); the designer decides what the crops
     show, how much each image counts, what the teacher answers, or how much each term counts.
 
@@ -175,7 +186,7 @@ class DinoDense(DenseProblem):
     def pick(self, tasks: Sequence[Views], which: Tensor, sample: Tensor) -> Views:
         return pick_views(tasks, which, sample)
 
-    def parts(self, task: Views, num_parts: int) -> list[Views]:
+    def microbatches(self, task: Views, num_parts: int) -> list[Views]:
         samples = torch.arange(task.global_crops.shape[1], device=task.global_crops.device).chunk(
             num_parts
         )
@@ -197,9 +208,9 @@ class DinoDense(DenseProblem):
         self.teacher.update(self.learner, cosine_momentum(progress, 1.0, self.teacher_momentum))
 
     @torch.no_grad()
-    def vital_signs(self) -> dict[str, Sign]:
+    def health_metrics(self) -> dict[str, HealthMetric]:
         task = self.designer(Batch(self._watched(), seed=0))
-        signs = {**super().vital_signs(), **mask_signs([task.masks, task.local_masks])}
+        signs = {**super().health_metrics(), **mask_signs([task.masks, task.local_masks])}
         if "dino" in self.terms:
             logits = self._teacher_logits(self._teacher_features(task), task)["dino"].flatten(0, 1)
             signs |= outcome_signs(

@@ -10,7 +10,9 @@ from torch import Tensor, nn
 
 from metavpt.data.language import LanguageData, join, rows_of
 from metavpt.data.tokens import PADDING, Corpus, ExampleLoader, TokenBatch
+from metavpt.distributed.fsdp import Shardable
 from metavpt.errors import MetaVPTError
+from metavpt.feedback.aggregation import MultipleFeedbacks, SplitsDomains
 from metavpt.hypergradients.params import Params
 from metavpt.learners.lm import LanguageModel
 from metavpt.learners.tokenized import TokenizedModel
@@ -21,9 +23,10 @@ from metavpt.probes.passages import passages
 from metavpt.probes.perplexity import PerplexityProbe
 from metavpt.probes.samples import Texts
 from metavpt.problem import Problem
+from metavpt.training.run_log import Reportable
 
 
-class LanguageProblem(Problem):
+class LanguageProblem(MultipleFeedbacks, SplitsDomains, Shardable, Reportable, Problem):
     """A causal language model reads a stream of text for the sake of held-out answers; a subclass adds the designer and the loss.
 
     length                tokens of a row of the stream, and at most of an example
@@ -121,7 +124,7 @@ class LanguageProblem(Problem):
         ]
         return TargetTask(join(picked), tasks[0].targets)
 
-    def parts(self, task: TargetTask, num_parts: int) -> list[TargetTask]:
+    def microbatches(self, task: TargetTask, num_parts: int) -> list[TargetTask]:
         rows = torch.arange(len(task.batch.tokens), device=task.batch.tokens.device).chunk(
             num_parts
         )
@@ -133,7 +136,7 @@ class LanguageProblem(Problem):
         """Tokens, without padding."""
         return int((batch.documents != PADDING).sum())
 
-    def is_steered(self, metric: str) -> bool:
+    def is_target_metric(self, metric: str) -> bool:
         """Answers to word problems are; the perplexity of general text is a side effect."""
         return metric.partition("/")[0] in self.answers
 

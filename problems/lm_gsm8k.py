@@ -26,14 +26,17 @@ from metavpt.objectives.target_task import (
     target_loss_per_sample,
     target_tail,
 )
-from metavpt.training.collapse import Sign, gate_signs
+from metavpt.strategies.learned import SharedTrunk
+from metavpt.strategies.selection import SupportsSelection
+from metavpt.strategies.tilted_targets import SupportsTilting
+from metavpt.training.collapse import HealthMetric, gate_signs
 
 from .language import LanguageProblem
 
 LMDesigner = StateDesigner | TargetDesigner | TokenWeights
 
 
-class LMGSM8K(LanguageProblem):
+class LMGSM8K(LanguageProblem, SharedTrunk, SupportsSelection, SupportsTilting):
     """Cross-entropy to soft targets on the true token and the learner's own best guesses; the designer says how soft and which.
 
     With `TokenWeights` for a designer: to the true token, some tokens counting more than others.
@@ -82,10 +85,12 @@ class LMGSM8K(LanguageProblem):
     def recipe(self, batch: TokenBatch) -> TargetTask:
         return self.designer.recipe_task(batch)
 
-    def candidates(self, batch: TokenBatch, num_candidates: int) -> list[TargetTask]:
-        if not isinstance(self.designer, TokenWeights):
-            return super().candidates(batch, num_candidates)
-        return self.designer.random_tasks(batch, num_candidates)
+    @property
+    def candidates(self) -> Callable[[TokenBatch, int], list[TargetTask]]:
+        """See `SupportsCandidates`, which only `TokenWeights` has."""
+        if isinstance(self.designer, TokenWeights):
+            return self.designer.random_tasks
+        raise AttributeError(f"{type(self.designer).__name__} draws no random tasks")
 
     def regularizer(self, task: TargetTask) -> Tensor | None:
         return self.designer.regularizer(task)
@@ -99,7 +104,7 @@ class LMGSM8K(LanguageProblem):
     def after_step(self, task: TargetTask, progress: float) -> None:
         self.last_task = self.limited(task)
 
-    def vital_signs(self) -> dict[str, Sign]:
+    def health_metrics(self) -> dict[str, HealthMetric]:
         """Of the last task: nothing is run for them."""
         targets = self.last_task.targets if self.last_task else None
         targets = targets.targets if isinstance(targets, OnRows) else targets
@@ -119,22 +124,28 @@ class LMGSM8K(LanguageProblem):
     ) -> TargetTask:
         return task._replace(targets=Tilted(w, gate, tau, num_candidates, derivative))
 
-    def lesson(
-        self, theta: Params, batch: TokenBatch, w: Params, derivative: DirectionalDerivative
-    ) -> dict[str, Tensor]:
-        """See `StateDesigner.lesson`; of the rows that are steered."""
-        prediction = Prediction.of(self.learner, params.detach(theta), batch)
-        return self._state_designer().lesson(prediction, w, derivative, self.steered_rows(batch))
+    @property
+    def replay_batch(
+        self,
+    ) -> Callable[[Params, TokenBatch, Params, DirectionalDerivative], dict[str, Tensor]]:
+        """See `SupportsReplay`, which only `StateDesigner` has."""
+        if not isinstance(designer := self.designer, StateDesigner):
+            raise AttributeError(f"{type(designer).__name__} learns from no replay buffer")
 
-    def taught(self, lesson: dict[str, Tensor]) -> Tensor:
-        return self._state_designer().loss(lesson, self.learner.unembedding({}).detach())
+        def replay_batch(
+            theta: Params, batch: TokenBatch, w: Params, derivative: DirectionalDerivative
+        ) -> dict[str, Tensor]:
+            prediction = Prediction.of(self.learner, params.detach(theta), batch)
+            return designer.replay_batch(prediction, w, derivative, self.steered_rows(batch))
 
-    def _state_designer(self) -> StateDesigner:
-        if not isinstance(self.designer, StateDesigner):
-            raise MetaVPTError(
-                f"strategy=amortized: {type(self.designer).__name__} learns from no lessons; in language use designer=states"
-            )
-        return self.designer
+        return replay_batch
+
+    @property
+    def designer_loss(self) -> Callable[[dict[str, Tensor]], Tensor]:
+        """See `SupportsReplay`, which only `StateDesigner` has."""
+        if not isinstance(designer := self.designer, StateDesigner):
+            raise AttributeError(f"{type(designer).__name__} learns from no replay buffer")
+        return lambda replay: designer.loss(replay, self.learner.unembedding({}).detach())
 
     def per_sample_tail(self, theta: Params, task: TargetTask) -> Callable[[Params], Tensor]:
         return target_loss_per_sample(self.learner, theta, self.limited(task))

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.func import functional_call
+from torch.utils._pytree import tree_map
 
 from metavpt.designers import figures
 from metavpt.designers.choice import expected_mean
@@ -20,11 +21,13 @@ from metavpt.hypergradients.params import Params
 from metavpt.learners.predictor import MaskedLearner, Predictor
 from metavpt.learners.subset import gather_patches
 from metavpt.learners.vit import Backbone
+from metavpt.strategies.learned import SharedTrunk
+from metavpt.strategies.selection import SupportsCandidates, SupportsSelection
 
 from .dense import NUM_PICTURES, DenseProblem
 
 
-class MaskedDense(DenseProblem):
+class MaskedDense(DenseProblem, SharedTrunk, SupportsCandidates, SupportsSelection):
     """An encoder sees a part of an image's patches and a predictor tells others; the designer chooses which. A subclass says what is told.
 
     target_width   numbers told of a patch
@@ -86,7 +89,11 @@ class MaskedDense(DenseProblem):
             )
             for task in tasks
         ]
-        return super().pick(cut, which, sample)
+
+        def stacked(*parts: Tensor) -> Tensor:
+            return torch.stack(parts)[which.to(parts[0].device), sample.to(parts[0].device)]
+
+        return tree_map(stacked, *cut)
 
     def _tail(
         self, theta: Params, task: MaskedImages, reduction: Literal["mean", "none"]

@@ -9,6 +9,7 @@ from torch.func import functional_call
 
 from metavpt.hypergradients.params import Params
 from metavpt.problem import Problem
+from metavpt.strategies.selection import SupportsCandidates, SupportsSelection
 
 
 class Batch(NamedTuple):
@@ -35,7 +36,7 @@ class SourceWeights(nn.Module):
         return weighted(batch, self.logits.softmax(0))
 
 
-class Sources(Problem):
+class Sources(Problem, SupportsCandidates, SupportsSelection):
     """Regression on a stream of sources y = A_s x + noise, of which the feedback wants the first, A_0, alone.
 
     The best weights are known: all on source 0. Uniform weights lead the learner to the mean of all A_s.

@@ -49,7 +49,7 @@ def test_the_paper_row_of_nyuv2_with_vit_b_holds_the_papers_figures():
     assert (
         cfg.trainer.optimizer.lr,
         cfg.problem.batch_size,
-        cfg.strategy.meta_every,
+        cfg.strategy.every,
         cfg.problem.meta_batch_size,
     ) == (8.58e-6, 256, 8, 64)
     assert (cfg.backbone.tail_blocks, cfg.strategy.optimizer.lr, cfg.designer.keep) == (

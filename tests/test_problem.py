@@ -1,17 +1,23 @@
-"""What a problem may leave out, and what it is told where it leaves out too much."""
+"""The contract of a problem: several feedbacks, and capabilities that strategies ask for."""
 
 import pytest
 import torch
 from channels import Channels
 
-from metavpt import MetaVPTError, Problem
+from metavpt import Budget, MetaVPTError, Problem, RunLog, Trainer
+from metavpt.feedback.aggregation import MultipleFeedbacks
 from metavpt.hypergradients import params
+from metavpt.problem import missing_members, require, supports
+from metavpt.strategies.amortized import Amortized
+from metavpt.strategies.controls import Hardest, Uniform
+from metavpt.strategies.function_space import Functional
+from metavpt.strategies.selection import Greedy, GreedySelection, SupportsSelection
+from metavpt.strategies.tilted_targets import Tilt
 
 
-class Named(Channels):
+class Named(MultipleFeedbacks, Channels):
     """Two feedbacks in place of the one loss."""
 
-    feedback_loss = Problem.feedback_loss
     feedback_weights = {"near": 2.0, "far": 0.5}  # noqa: RUF012
 
     def feedback_losses(self, theta, batch):
@@ -26,14 +32,7 @@ def scene(problem):
     return params.named(problem.learner), next(iter(problem.feedback_batches(0)))
 
 
-def test_one_loss_is_one_named_feedback():
-    problem = Channels()
-    losses = problem.feedback_losses(*scene(problem))
-    assert losses.keys() == problem.feedback_weights.keys() == {"feedback"}
-    assert torch.equal(losses["feedback"], problem.feedback_loss(*scene(problem)))
-
-
-def test_several_feedbacks_make_one_loss_by_their_weights():
+def test_feedback_loss_of_several_feedbacks_is_their_weighted_sum():
     problem = Named()
     losses = problem.feedback_losses(*scene(problem))
     assert torch.equal(
@@ -41,20 +40,54 @@ def test_several_feedbacks_make_one_loss_by_their_weights():
     )
 
 
-def test_feedbacks_without_weights_are_told_what_is_missing():
+def test_feedback_weights_that_name_other_feedbacks_are_an_error():
     problem = Named()
-    problem.feedback_weights = Problem.feedback_weights
-    with pytest.raises(
-        MetaVPTError, match="feedback_losses gives near, far; feedback_weights names feedback"
-    ):
+    problem.feedback_weights = {"feedback": 1.0}
+    with pytest.raises(MetaVPTError, match=r"near, far.*feedback"):
         problem.feedback_loss(*scene(problem))
 
 
-def test_neither_loss_is_an_error_before_anything_runs():
+def test_problem_without_feedback_loss_cannot_be_built():
     class Mute(Channels):
         feedback_loss = Problem.feedback_loss
 
-    with pytest.raises(
-        MetaVPTError, match="Mute has no feedback; define feedback_loss, or feedback_losses"
-    ):
+    with pytest.raises(TypeError, match="feedback_loss"):
         Mute()
+
+
+def test_problem_has_at_most_twelve_methods():
+    methods = [
+        name for name in vars(Problem) if callable(getattr(Problem, name)) and name[0] != "_"
+    ]
+    assert len(methods) <= 12
+
+
+@pytest.mark.parametrize(
+    "strategy",
+    [
+        Greedy(burn_in=40),
+        GreedySelection(burn_in=40),
+        Hardest(),
+        Uniform(),
+        Tilt(burn_in=40),
+        Amortized(burn_in=40),
+        Functional(burn_in=40),
+    ],
+    ids=lambda strategy: type(strategy).__name__,
+)
+def test_strategy_start_names_what_the_problem_lacks(tmp_path, strategy):
+    """Before step 0, whatever the burn-in."""
+    with pytest.raises(MetaVPTError, match=rf"{type(strategy).__name__} needs .*Channels"):
+        Trainer(Channels(), strategy, Budget(steps=1), RunLog(tmp_path))
+
+
+def test_require_names_the_shipped_problems_that_have_a_capability():
+    with pytest.raises(MetaVPTError, match=r"per_sample_tail .*dino_nyuv2.*toy_sources"):
+        require(Channels(), SupportsSelection, "a test")
+
+
+def test_supports_is_structural():
+    problem = Channels()
+    assert missing_members(problem, SupportsSelection) == ["per_sample_tail"]
+    problem.per_sample_tail = lambda theta, task: None
+    assert supports(problem, SupportsSelection)

@@ -28,9 +28,12 @@ from metavpt.hypergradients.curvature import Hessian
 from metavpt.hypergradients.estimators import Estimator, Implicit, OneStep, Unrolled, downstream
 from metavpt.hypergradients.linear_targets import LinearProduct
 from metavpt.hypergradients.mixed_products import DifferenceProduct, ExactProduct, Product
+from metavpt.problem import require
 from metavpt.profiling.timers import Clock
-from metavpt.strategies.learned import Fixed, Learned, Strategy, feedback_on, inner_loss
-from metavpt.strategies.selection import Greedy, GreedySelection
+from metavpt.strategies.fixed import Fixed
+from metavpt.strategies.learned import Learned, feedback_on, inner_loss
+from metavpt.strategies.selection import Greedy, GreedySelection, SupportsSelection
+from metavpt.training.strategy import Strategy
 from metavpt.training.streams import Streams
 
 Passes = Mapping[str, float]
@@ -96,17 +99,17 @@ def of_step(strategy: Strategy, curvature_products: float = 0.0) -> Passes | Non
         pool = strategy.pool_batches
         return _sum(
             (1, {"learner": 1, "score": pool, "score_tail": pool}),
-            (1 / strategy.refresh_every, {"heads": 1, "g_down": 1}),
+            (1 / strategy.period.every, {"heads": 1, "g_down": 1}),
         )
     if isinstance(strategy, Greedy):
         scored = {"score": strategy.num_candidates, "score_tail": strategy.num_candidates}
         return _sum(
-            (1, {"learner": 1}, scored), (1 / strategy.refresh_every, {"heads": 1, "g_down": 1})
+            (1, {"learner": 1}, scored), (1 / strategy.period.every, {"heads": 1, "g_down": 1})
         )
-    if isinstance(strategy, Learned) and type(strategy).hypergradient is Learned.hypergradient:
+    if isinstance(strategy, Learned):
         return _sum(
             (1, {"learner": 1, "design": 1}),
-            (1 / strategy.meta_every, of_update(strategy.estimator, curvature_products)),
+            (1 / strategy.period.every, of_update(strategy.estimator, curvature_products)),
         )
     return {"learner": 1} if type(strategy) is Fixed else None
 
@@ -221,7 +224,8 @@ class Stopwatch:
 
     def _scored(self) -> Callable[[], Any]:
         task = self.problem.recipe(self._batch)
-        return torch.no_grad()(lambda: self.problem.per_sample_tail(self._feedback.theta, task))
+        problem = require(self.problem, SupportsSelection, "scoring")
+        return torch.no_grad()(lambda: problem.per_sample_tail(self._feedback.theta, task))
 
     def _score(self) -> Any:
         scored = self._scored()

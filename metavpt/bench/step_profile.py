@@ -100,14 +100,8 @@ class Measured:
 
 def period(strategy: Any) -> int:
     """After how many steps what a strategy does comes round again."""
-    return next(
-        (
-            getattr(strategy, name)
-            for name in ("meta_every", "refresh_every", "every")
-            if hasattr(strategy, name)
-        ),
-        1,
-    )
+    update = getattr(strategy, "period", None)
+    return update.every if update else 1
 
 
 def num_steps(asked: int, strategy: Any) -> int:

@@ -13,6 +13,7 @@ from rich.table import Table
 
 from metavpt.check import Finding, check
 from metavpt.cli.allowed_targets import asked_for, check_targets
+from metavpt.problem import move_to_device
 
 COLOURS = {"ok": "green", "warning": "yellow", "failed": "bold red"}
 
@@ -52,7 +53,7 @@ def main(cfg: DictConfig) -> None:
     console = Console()
     check_targets(cfg, asked_for())
     problem = instantiate(cfg.problem)
-    problem.to(cfg.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    move_to_device(problem, cfg.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     estimator = getattr(instantiate(cfg.strategy), "estimator", None)
     with console.status("checking"):
         findings = check(

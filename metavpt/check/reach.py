@@ -10,6 +10,7 @@ from metavpt.hypergradients import params
 from metavpt.hypergradients.linear_targets import LinearLoss
 from metavpt.hypergradients.mixed_products import value_and_gradient
 from metavpt.hypergradients.params import Params
+from metavpt.strategies.learned import tail_loss
 
 
 def reach(scene: Scene) -> list[Finding]:
@@ -115,13 +116,13 @@ def tail(scene: Scene) -> Finding:
     with torch.no_grad():
         task = scene.task()
         with scene.around():
-            tail_loss = scene.problem.pretrain_tail(scene.theta, task)
-            if isinstance(tail_loss, LinearLoss):
-                tail_loss = scene.problem.pretrain_tail({**scene.theta, **theta_s}, task)
+            loss = tail_loss(scene.problem, scene.theta, task)
+            if isinstance(loss, LinearLoss):
+                loss = tail_loss(scene.problem, {**scene.theta, **theta_s}, task)
 
     def by_tail(theta_s: Params) -> Tensor:
         with scene.around():
-            return tail_loss(theta_s)
+            return loss(theta_s)
 
     value, gradient = value_and_gradient(by_tail, theta_s)
     true_value, true_gradient = value_and_gradient(

@@ -16,9 +16,9 @@ from metavpt.hypergradients.linear_targets import DirectionalDerivative, LinearL
 from metavpt.hypergradients.mixed_products import Product
 from metavpt.hypergradients.optimizer_updates import Update
 from metavpt.hypergradients.params import Params
-from metavpt.problem import Problem
-from metavpt.strategies.learned import aligned_names, inner_loss
-from metavpt.training.streams import Stream
+from metavpt.problem import Problem, aligned_names
+from metavpt.strategies.learned import inner_loss
+from metavpt.training.streams import Stream, meta_batches
 
 NUM_BATCHES = 4  # as many as Unrolled(4) takes
 
@@ -43,7 +43,7 @@ class Scene:
         """The scene of a twin of `problem`, its heads fitted."""
         twin = copies.twin(problem)
         stream, feedback = (
-            Stream(twin.meta_batches, seed, "meta_batches"),
+            Stream(meta_batches(twin), seed, "meta_batches"),
             Stream(twin.feedback_batches, seed, "feedback_batches"),
         )
         unlabelled = [next(stream) for _ in range(NUM_BATCHES)]
@@ -95,7 +95,7 @@ class Scene:
             return self.problem.feedback_loss({**self.theta, **theta_s}, self.labelled)
 
     def inner(self, batch: int = 0) -> InnerLoss:
-        """phi -> (theta_S -> pretraining loss), through `pretrain_tail`, as strategies take it."""
+        """phi -> (theta_S -> pretraining loss), through the problem's tail, as strategies take it."""
         inner = inner_loss(self.problem, self.theta, self.unlabelled[batch])
 
         def at_phi(phi: Params) -> Callable[[Params], Tensor]:

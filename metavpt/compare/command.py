@@ -174,7 +174,7 @@ def _validate(cfg: DictConfig) -> None:
 
 
 def _row(entry: str | DictConfig) -> Row:
-    """`one_step`, `one_step strategy.meta_every=4` or {name: 'one_step ...'}."""
+    """`one_step`, `one_step strategy.every=4` or {name: 'one_step ...'}."""
     if OmegaConf.is_dict(entry):
         ((name, text),) = entry.items()  # type: ignore[union-attr]
     else:

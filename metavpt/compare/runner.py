@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from multiprocessing.connection import wait
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 from rich.console import Console
 from rich.markup import escape
@@ -21,7 +21,9 @@ from metavpt.cli.one_line_errors import reason
 from metavpt.compare import results
 from metavpt.compare.results import Result
 from metavpt.errors import MetaVPTError
+from metavpt.problem import Problem, supports
 from metavpt.training import checkpoint
+from metavpt.training.first_order import head_names
 from metavpt.training.trainer import Trainer
 
 STATE, OUTPUT = "state.pt", "output.txt"
@@ -168,7 +170,7 @@ def warm_start(job: Job) -> None:
         trainer.measure()
     else:
         trainer.run()
-    untouched = {"designer", *trainer.problem.heads()}  # by the recipe; a row may have others
+    untouched = {"designer", *head_names(trainer.problem)}  # by the recipe; a row may have others
     state = {
         name: value for name, value in trainer.problem.state_dict().items() if name not in untouched
     }
@@ -197,7 +199,7 @@ def train(job: Job, warm: Path) -> Result:
         seconds=budget.seconds,
         times=dict(budget.times),
         peak_memory=budget.memory.peak,
-        steered=[name for name in trainer.metrics if trainer.problem.is_steered(name)],
+        steered=[name for name in trainer.metrics if is_target_metric(trainer.problem, name)],
     )
 
 
@@ -231,3 +233,16 @@ def _copy_last_step(warm: Path, row: Path) -> None:
 
 def _titles(running: dict[int, tuple[Job, Any]]) -> str:
     return " | ".join(job.title for job, _ in running.values())
+
+
+class KnowsTargets(Protocol):
+    """A problem that knows which metrics its feedback is about; the others are side effects."""
+
+    def is_target_metric(self, metric: str) -> bool:
+        """Return whether the feedback is about this metric of `evaluate`."""
+        ...
+
+
+def is_target_metric(problem: Problem, metric: str) -> bool:
+    """Return whether the feedback is about `metric`: by default it is about all of them."""
+    return problem.is_target_metric(metric) if supports(problem, KnowsTargets) else True

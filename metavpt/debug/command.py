@@ -76,9 +76,7 @@ def replay(trainer: Trainer, file: Path) -> Replay:
     findings += _watch_update(trainer)
     _restore(trainer, saved)
     with first_not_finite(problem) as seen:
-        proposal = trainer.strategy.next_task(
-            problem, trainer.streams, trainer.optimizer, trainer.budget
-        )
+        proposal = trainer.strategy.next_task(trainer.state)
     task, same_task = _as_saved(proposal.task, saved["task"])
     if not trees.is_finite(task):
         findings += [*seen, "the task that the learner is given"]
@@ -146,11 +144,11 @@ def _bad_parameters(problem: Problem) -> Iterator[tuple[str, str]]:
 def _watch_update(trainer: Trainer) -> list[str]:
     """What a designer update of this step fails by, where there is one."""
     strategy, budget = trainer.strategy, trainer.budget
-    if not isinstance(strategy, Learned) or not strategy.updates_at(budget.steps):
+    if not isinstance(strategy, Learned) or not strategy.period.due(budget.steps):
         return []
     with first_not_finite(trainer.problem) as seen:
         try:
-            strategy.attempt_update(trainer.problem, trainer.streams, trainer.optimizer, budget)
+            strategy.apply(trainer.state, *strategy.estimate(trainer.state))
         except NonFiniteError as error:
             return [
                 *(f"in the designer update, {line}" for line in seen),

@@ -96,7 +96,7 @@ class StateDesigner(nn.Module):
         """None: the trust region is part of `loss`."""
 
     @torch.no_grad()
-    def lesson(
+    def replay_batch(
         self,
         prediction: Prediction,
         w: Params,

@@ -5,8 +5,8 @@ Hypergradients ask for gradients of gradients by theta_S alone, and fully_shard 
 and `DifferenceProduct` runs through the sharded trunk once, with first derivatives only.
 """
 
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -20,12 +20,29 @@ from metavpt.distributed import collectives
 from metavpt.errors import MetaVPTError
 
 
+class Shardable(Protocol):
+    """A problem whose trunks `parallel=fsdp` can shard over the processes."""
+
+    def trunks(self) -> Sequence[nn.Module]:
+        """Return modules that run by their forward alone and hold no aligned parameter."""
+        ...
+
+    def whole_parameters(self) -> Sequence[str]:
+        """Return names of a trunk's parameters that losses also read outside its forward.
+
+        These stay whole. Default: none.
+        """
+        return []
+
+
 def shard(loss: Any, mesh: DeviceMesh) -> nn.Module:
     """Shard the trunks of the problem of `loss`, a `PretrainLoss`: each block by itself, then what is left of the trunk."""
-    trunks, aligned = list(loss.problem.trunks()), set(loss.problem.aligned_parameters())
+    trunks = list(loss.problem.trunks()) if hasattr(loss.problem, "trunks") else []
+    aligned = set(loss.problem.aligned_parameters())
     if not trunks:
         raise MetaVPTError(
-            f"parallel=fsdp: {type(loss.problem).__name__}.trunks names nothing to shard; define it, or use parallel=ddp"
+            f"parallel=fsdp: the problem {type(loss.problem).__name__} has no trunk to shard; "
+            "define trunks (Shardable), or use parallel=ddp"
         )
     inside = {id(p) for trunk in trunks for p in trunk.parameters()}
     for name, p in loss.learner.named_parameters():
@@ -54,7 +71,7 @@ def _blocks(trunk: nn.Module) -> Iterable[nn.Module]:
 
 def _shared(problem: Any, trunks: Iterable[nn.Module]) -> set[nn.Parameter]:
     """Parameters of trunks that losses also read by themselves, as an embedding that is the unembedding too."""
-    names = set(problem.whole_parameters())
+    names = set(problem.whole_parameters()) if hasattr(problem, "whole_parameters") else set()
     return {p for trunk in trunks for name, p in trunk.named_parameters() if name in names}
 
 

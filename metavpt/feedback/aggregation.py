@@ -17,15 +17,43 @@ from torch import Tensor
 
 from metavpt.distributed import collectives
 from metavpt.errors import MetaVPTError
-from metavpt.feedback.dense import weighted
 from metavpt.hypergradients import params
 from metavpt.hypergradients.distributed_losses import averaged
 from metavpt.hypergradients.estimators import Hypergradient, OuterLoss
 from metavpt.hypergradients.params import Params
-from metavpt.problem import Problem
+from metavpt.problem import Problem, require, supports
 
 # Those of torchjd's weightings that read the Gramian alone: no random numbers, and no state that a checkpoint would have to hold.
 WEIGHTINGS = ("AlignedMTL", "CAGrad", "DualProj", "FairGrad", "IMTLG", "MGDA", "Sum", "UPGrad")
+
+
+class MultipleFeedbacks(Protocol):
+    """A problem with several feedbacks. Inherit from it before `Problem`.
+
+    Attributes:
+        feedback_weights: Weight of each feedback by name.
+    """
+
+    feedback_weights: Mapping[str, float]
+
+    def feedback_losses(self, theta: Params, batch: Any) -> dict[str, Tensor]:
+        """Compute the feedbacks, a scalar each, by the names in `feedback_weights`.
+
+        One of weight 0 may be left out.
+        """
+        ...
+
+    def feedback_loss(self, theta: Params, batch: Any) -> Tensor:
+        """Compute the weighted sum of the feedbacks."""
+        return weighted_sum(self.feedback_losses(theta, batch), self.feedback_weights)
+
+
+class SplitsDomains(Protocol):
+    """A problem whose unlabelled batches hold several domains, one for each feedback."""
+
+    def by_domain(self, batch: Any) -> dict[str, Any]:
+        """Split an unlabelled meta batch by the names in `feedback_weights`."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -38,9 +66,15 @@ class Feedback:
     labelled: Any
 
     @property
+    def all_weights(self) -> Mapping[str, float]:
+        """The weight of each feedback by name."""
+        several = supports(self.problem, MultipleFeedbacks)
+        return self.problem.feedback_weights if several else {"feedback": 1.0}
+
+    @property
     def weights(self) -> dict[str, float]:
         """w_j by name, without those that are 0."""
-        weights = {name: weight for name, weight in self.problem.feedback_weights.items() if weight}
+        weights = {name: weight for name, weight in self.all_weights.items() if weight}
         if not weights:
             raise MetaVPTError(
                 f"{type(self.problem).__name__}.feedback_weights: every weight is 0, so there is no feedback"
@@ -55,10 +89,12 @@ class Feedback:
 
     def terms(self, weights: Mapping[str, float], theta_s: Params) -> dict[str, Tensor]:
         """weight * L_j for each name in `weights`."""
-        losses = self.problem.feedback_losses(
-            {**self.theta, **collectives.enter(theta_s)}, self.labelled
-        )
-        weighted(losses, self.problem.feedback_weights)  # names that do not match are an error
+        theta = {**self.theta, **collectives.enter(theta_s)}
+        if supports(self.problem, MultipleFeedbacks):
+            losses = self.problem.feedback_losses(theta, self.labelled)
+        else:
+            losses = {"feedback": self.problem.feedback_loss(theta, self.labelled)}
+        weighted(losses, self.all_weights)  # names that do not match are an error
         return {name: weight * collectives.leave(losses[name]) for name, weight in weights.items()}
 
     def gradients(self) -> dict[str, Params]:
@@ -236,9 +272,10 @@ class DomainMatched:
 
     def __call__(self, feedback: Feedback, unlabelled: Sequence[Any] = ()) -> Combined:
         weights = feedback.weights
-        domains = [feedback.problem.by_domain(batch) for batch in unlabelled]
+        problem = require(feedback.problem, SplitsDomains, "strategy.combination=DomainMatched")
+        domains = [problem.by_domain(batch) for batch in unlabelled]
         for parts in domains:
-            if set(weights) - set(parts) or set(parts) - set(feedback.problem.feedback_weights):
+            if set(weights) - set(parts) or set(parts) - set(feedback.all_weights):
                 raise MetaVPTError(
                     f"strategy.combination=DomainMatched: by_domain gives {', '.join(parts) or 'nothing'}, the feedbacks are "
                     f"{', '.join(weights)}; every unlabelled batch must hold each domain that has feedback, and no other"
@@ -311,3 +348,19 @@ def _conflicts(names: Sequence[str], gramian: Tensor) -> dict[str, float]:
         f"conflict/{names[i]}-{names[j]}": float(cosines[i, j])
         for i, j in combinations(range(len(names)), 2)
     }
+
+
+def weighted(losses: Mapping[str, Tensor], weights: Mapping[str, float]) -> dict[str, Tensor]:
+    """weight * loss by name, in the order of `weights`, without what weighs nothing."""
+    active = [name for name, weight in weights.items() if weight]
+    if not active or set(active) - set(losses) or set(losses) - set(weights):
+        raise MetaVPTError(
+            f"feedback_losses gives {', '.join(losses) or 'nothing'}; feedback_weights names {', '.join(weights) or 'nothing'}: "
+            "every loss needs a weight, every weight but 0 a loss, and one must not be 0"
+        )
+    return {name: weights[name] * losses[name] for name in active}
+
+
+def weighted_sum(losses: Mapping[str, Tensor], weights: Mapping[str, float]) -> Tensor:
+    """The sum of weight * loss, a scalar."""
+    return torch.stack(list(weighted(losses, weights).values())).sum()

@@ -1,6 +1,5 @@
 """Downstream feedback on dense labels: light heads on frozen patch features, and the losses that they give the learner."""
 
-from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, Protocol
 
@@ -11,6 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 from metavpt.distributed import collectives
 from metavpt.errors import MetaVPTError
+from metavpt.feedback.aggregation import weighted_sum
 from metavpt.probes.depth import DepthTask, valid_pixels
 from metavpt.probes.features import IGNORE, FeatureSet
 from metavpt.probes.heads import LinearHead, Ridge
@@ -207,19 +207,3 @@ def _weights(depth: float, segmentation: float) -> dict[str, float]:
 def upsample(maps: Tensor, size: torch.Size | tuple[int, int]) -> Tensor:
     """Maps (B,C,h,w) at the resolution `size` of the labels, bilinearly."""
     return F.interpolate(maps, size=tuple(size), mode="bilinear", align_corners=False)
-
-
-def weighted(losses: Mapping[str, Tensor], weights: Mapping[str, float]) -> dict[str, Tensor]:
-    """weight * loss by name, in the order of `weights`, without what weighs nothing."""
-    active = [name for name, weight in weights.items() if weight]
-    if not active or set(active) - set(losses) or set(losses) - set(weights):
-        raise MetaVPTError(
-            f"feedback_losses gives {', '.join(losses) or 'nothing'}; feedback_weights names {', '.join(weights) or 'nothing'}: "
-            "every loss needs a weight, every weight but 0 a loss, and one must not be 0"
-        )
-    return {name: weights[name] * losses[name] for name in active}
-
-
-def weighted_sum(losses: Mapping[str, Tensor], weights: Mapping[str, float]) -> Tensor:
-    """The sum of weight * loss, a scalar."""
-    return torch.stack(list(weighted(losses, weights).values())).sum()

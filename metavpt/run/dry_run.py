@@ -15,6 +15,7 @@ from metavpt.data.loader import Batch
 from metavpt.errors import MetaVPTError
 from metavpt.hypergradients import params
 from metavpt.run import memory_estimate
+from metavpt.training.schedule import warm_up_names
 from metavpt.training.trainer import Trainer
 
 NUM_IMAGES = 2  # that activations are counted on
@@ -63,7 +64,7 @@ def plan(trainer: Trainer) -> Group:
 
 def _parameters(trainer: Trainer) -> Table:
     problem, learner = trainer.problem, params.named(trainer.problem.learner)
-    aligned, fresh = set(problem.aligned_parameters()), set(problem.warm_up_parameters())
+    aligned, fresh = set(problem.aligned_parameters()), set(warm_up_names(problem))
     table = _table("parameters", "number")
     for name, counted in {
         "learner": learner.values(),
@@ -140,10 +141,12 @@ def _schedule(trainer: Trainer) -> Iterable[Table | str]:
             *(f"{by_warmth[warm]:.3g}" if warm in by_warmth else "" for warm in (False, True)),
         )
     yield table
-    every, burn_in = (getattr(trainer.strategy, name, None) for name in ("meta_every", "burn_in"))
-    if every and burn_in is not None:
-        count = len(range(-(-burn_in // every) * every, int(total), every))
-        lr = trainer.strategy.optimizer.param_groups[0]["lr"]  # pyright: ignore[reportAttributeAccessIssue]
+    period = getattr(trainer.strategy, "period", None)
+    optimizer = getattr(trainer.strategy, "optimizer", None)
+    if period and optimizer:
+        every, burn_in = period.every, period.burn_in
+        count = sum(period.due(step) for step in range(int(total)))
+        lr = optimizer.param_groups[0]["lr"]
         yield f"designer: an update every {every} steps from step {burn_in:,} on, {count:,} in all, learning rate {lr:.3g}"
 
 

@@ -1,68 +1,122 @@
-"""The tilt, learned: a designer that says for any batch what value said of a few, so that most steps need no feedback.
+"""Amortised tilting: a network predicts the tilted targets, so that most steps need no feedback.
 
-Amortised optimisation (arXiv 2202.00665): the closed form of `Tilt` is solved on one batch in `meta_every`, and a designer fitted to it.
+Amortised optimisation (arXiv 2202.00665). The first-order values of one batch in `every` are
+computed along g_down, and a designer is fitted to them.
 """
 
-from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from metavpt.feedback.aggregation import Combination
+from metavpt.hypergradients import params
+from metavpt.hypergradients.directions import Direction
+from metavpt.hypergradients.linear_targets import DirectionalDerivative, ForwardMode
 from metavpt.hypergradients.params import Params
-from metavpt.problem import Problem
-from metavpt.strategies.learned import Proposal
-from metavpt.strategies.replay_buffer import Lessons
-from metavpt.strategies.tilted_targets import RandomTilt, Tilt
-from metavpt.training.budget import Budget
+from metavpt.problem import Problem, require
+from metavpt.strategies.feedback_direction import FeedbackDirection
+from metavpt.strategies.learned import MakeOptimizer
+from metavpt.strategies.replay_buffer import ReplayBuffer
+from metavpt.training.strategy import Proposal, TrainState, designed, draw, recipe_of
 
 
-class Amortized(Tilt):
-    """The designer's tasks. Every `meta_every` steps the value of the batch's targets along a fresh g_down becomes a lesson, and the
-    designer takes `phi_steps` steps on the last `replay` lessons, see `Lessons`.
+class SupportsReplay(Protocol):
+    """A problem whose designer can be trained on stored first-order values."""
 
-    <q_phi, A> is linear in the targets q, with A the same closed form that the tilt takes (see `Problem.lesson`, `Problem.taught`). g_down
-    is the moving average that `Tilt` keeps.
+    def replay_batch(
+        self, theta: Params, batch: Any, w: Params, derivative: DirectionalDerivative
+    ) -> dict[str, Tensor]:
+        """Compute the first-order value of each target of an unlabelled batch along `w`.
 
-    optimizer  of the designer, Adam with lr 1e-2 by default
+        Returns:
+            Detached tensors, with what `designer_loss` needs besides the values.
+        """
+        ...
+
+    def designer_loss(self, replay: dict[str, Tensor]) -> Tensor:
+        """Compute minus the value of the designer's targets plus its trust-region penalty.
+
+        A scalar that depends on phi alone. The learner is not evaluated.
+        """
+        ...
+
+
+class Amortized:
+    """The designer's tasks. Every `every` steps the designer is fitted to first-order values.
+
+    <q_phi, A> is linear in the targets q, with the same A that `Tilt` uses in closed form.
+
+    Args:
+        optimizer: Makes the designer's optimizer. Default: Adam with a learning rate of 1e-2.
+        phi_steps: Steps of the designer after each update of the replay buffer.
+        replay: Batches that the replay buffer holds.
+        max_norm: The norm at which the designer's gradient is clipped.
+        every: Steps from one feedback gradient to the next.
+        burn_in: Steps of the recipe before the first one.
+        ema: The decay of the moving average of the feedback gradient.
+        direction: Maps g_down to w. Default: `Dot`.
+        derivative: How targets are differentiated along w. Default: forward mode.
+        combination: How several feedbacks are aggregated. Default: their weighted sum.
+        random_seed: With a seed, w is a random vector of equal norm, a new one each time.
     """
 
     def __init__(
         self,
-        optimizer: Callable[[Iterable[Tensor]], Optimizer] | None = None,
+        optimizer: MakeOptimizer | None = None,
         phi_steps: int = 10,
         replay: int = 8,
         max_norm: float = 1.0,
-        **tilt: Any,
+        every: int = 8,
+        burn_in: int = 0,
+        ema: float = 0.8,
+        direction: Direction | None = None,
+        derivative: DirectionalDerivative | None = None,
+        combination: Combination | None = None,
+        random_seed: int | None = None,
     ) -> None:
-        super().__init__(**tilt)
-        self.lessons = Lessons(
-            optimizer or (lambda parameters: torch.optim.Adam(parameters, lr=1e-2)),
-            phi_steps,
-            replay,
-            max_norm,
-        )
+        make = optimizer or (lambda parameters: torch.optim.Adam(parameters, lr=1e-2))
+        self.buffer = ReplayBuffer(make, phi_steps, replay, max_norm)
+        self.derivative = derivative or ForwardMode()
+        self.feedback = FeedbackDirection(every, burn_in, ema, direction, combination, random_seed)
+        self.period = self.feedback.period
+
+    @property
+    def optimizer(self) -> Optimizer:
+        """The designer's optimizer, after `start`."""
+        return self.buffer.optimizer
 
     def start(self, problem: Problem) -> None:
-        self.lessons.start(problem)
+        """Check the problem and make the designer's optimizer."""
+        require(problem, SupportsReplay, f"strategy {type(self).__name__}")
+        self.buffer.start(problem, f"strategy {type(self).__name__}")
 
-    def propose(
-        self, problem: Problem, batch: Any, theta: Params, w: Params, budget: Budget
-    ) -> Proposal:
-        record = {}
-        if budget.steps % self.refresh_every == 0:
-            record = self.lessons.learn(problem, problem.lesson(theta, batch, w, self.derivative))
-        with torch.no_grad():
-            return Proposal(problem.designer(batch), problem.num_samples(batch), record)
+    def next_task(self, state: TrainState) -> Proposal:
+        """Fit the designer if it is due, then make its task of the next batch."""
+        batch, record = draw(state), {}
+        if self.period.due(state.budget.steps):
+            with state.budget.timed("designer"):
+                record = self._update(state, batch)
+        if self.feedback.g_down is None:
+            return recipe_of(state, batch, record)
+        return designed(state, batch, record)
+
+    def _update(self, state: TrainState, batch: Any) -> dict[str, float]:
+        problem = require(state.problem, SupportsReplay, "amortization")
+        record = self.feedback.renew(state)
+        w = self.feedback.along(state, batch)
+        if w is None:
+            return record
+        theta = params.detach(params.named(state.problem.learner))
+        replay = problem.replay_batch(theta, batch, w, self.derivative)
+        return {**self.buffer.fit(state.problem, problem.designer_loss, replay), **record}
 
     def state_dict(self) -> dict[str, Any]:
-        return {**super().state_dict(), "lessons": self.lessons.state_dict()}
+        """Return the feedback direction and the replay buffer."""
+        return {"feedback": self.feedback.state_dict(), "buffer": self.buffer.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        super().load_state_dict(state)
-        self.lessons.load_state_dict(state["lessons"])
-
-
-class RandomAmortized(Amortized, RandomTilt):
-    """`Amortized` with g_down replaced by a random vector of the same norm, a new one each time."""
+        """Restore what `state_dict` returned."""
+        self.feedback.load_state_dict(state["feedback"])
+        self.buffer.load_state_dict(state["buffer"])

@@ -1,136 +1,225 @@
-"""Controls: what a learned designer has to beat before its gain can be put down to feedback."""
+"""Controls: what a learned designer must beat before its gain can be attributed to feedback.
 
-from collections.abc import Callable, Iterable
-from typing import Any
+`Learned`, `Tilt` and `Amortized` along a random direction (`random_seed`) and `Functional` with
+permuted values (`permute`) are options of these strategies.
+"""
+
+from collections.abc import Callable
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from metavpt.errors import MetaVPTError
+from metavpt.errors import MetaVPTError, NonFiniteError
 from metavpt.feedback.aggregation import Combination, unpaired
 from metavpt.hypergradients import params
-from metavpt.hypergradients.estimators import Hypergradient, OuterLoss, downstream, finite
 from metavpt.hypergradients.mixed_products import differentiate
 from metavpt.hypergradients.params import Params
-from metavpt.problem import Problem
-from metavpt.strategies.learned import Fixed, Learned, Proposal, feedback_on, inner_loss
-from metavpt.strategies.selection import best_candidates
-from metavpt.training.budget import Budget
-from metavpt.training.streams import Streams
+from metavpt.objectives.target_task import SoftTargets
+from metavpt.problem import Problem, require
+from metavpt.strategies.learned import DesignerOptimizer, MakeOptimizer, feedback_on, inner_loss
+from metavpt.strategies.period import Period
+from metavpt.strategies.selection import (
+    SupportsCandidates,
+    SupportsSelection,
+    at_least_one,
+    best_candidates,
+)
+from metavpt.strategies.tilted_targets import check_gate
+from metavpt.training.strategy import (
+    Proposal,
+    TrainState,
+    designed,
+    draw,
+    num_samples,
+    recipe_of,
+)
 
 
-class RandomFeedback(Learned):
-    """`Learned` with g_down replaced by a random vector of the same norm: the designer moves as much, for nothing."""
-
-    def __init__(self, *args: Any, seed: int = 0, **options: Any) -> None:
-        super().__init__(*args, **options)
-        self.generator = torch.Generator().manual_seed(seed)
-
-    def outer_loss(self, true: OuterLoss, aligned: Params) -> OuterLoss:
-        """Linear, so that its gradient is the same random vector wherever an estimator takes it."""
-        _, g_down = downstream(true, aligned)
-        noise = params.zip_with(
-            lambda g: torch.randn(g.shape, generator=self.generator, dtype=g.dtype).to(g.device),
-            g_down,
-        )
-        direction = params.scale(noise, params.norm(g_down) / params.norm(noise))
-        return lambda theta_s: params.dot(direction, theta_s)
+class Stateless:
+    """A strategy without state."""
 
     def state_dict(self) -> dict[str, Any]:
-        return {**super().state_dict(), "generator": self.generator.get_state()}
+        """Return an empty state."""
+        return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        super().load_state_dict(state)
-        self.generator.set_state(state["generator"])
+        """Restore nothing."""
 
 
-class Uniform(Fixed):
-    """A random task of the designer's space for every batch: the same kind of task, nothing learned."""
+class Uniform(Stateless):
+    """A random task of the designer's space for every batch."""
 
-    def next_task(
-        self, problem: Problem, streams: Streams, optimizer: Optimizer, budget: Budget
-    ) -> Proposal:
-        with budget.timed("data"):
-            batch = next(streams.pretrain)
-        with budget.timed("task"), torch.no_grad():
-            return Proposal(problem.candidates(batch, 1)[0], problem.num_samples(batch), {})
+    def start(self, problem: Problem) -> None:
+        """Check that the problem draws tasks."""
+        require(problem, SupportsCandidates, "strategy Uniform")
+
+    def next_task(self, state: TrainState) -> Proposal:
+        """Draw a random task of the next batch."""
+        problem, batch = require(state.problem, SupportsCandidates, "Uniform"), draw(state)
+        with state.budget.timed("task"), torch.no_grad():
+            task = problem.candidates(batch, 1)[0]
+            return Proposal(task, num_samples(state.problem, batch), {})
 
 
-class Hardest(Fixed):
-    """For each sample the candidate with the highest pretraining loss (Hard View Pretraining, arXiv 2310.03940); no feedback."""
+class Hardest(Stateless):
+    """For each sample the random task with the highest pretraining loss (arXiv 2310.03940)."""
 
     def __init__(self, num_candidates: int = 8) -> None:
-        if num_candidates < 1:
-            raise MetaVPTError(f"strategy.num_candidates={num_candidates} must be at least 1")
+        at_least_one(num_candidates=num_candidates)
         self.num_candidates = num_candidates
 
-    def next_task(
-        self, problem: Problem, streams: Streams, optimizer: Optimizer, budget: Budget
-    ) -> Proposal:
-        with budget.timed("data"):
-            batch = next(streams.pretrain)
-        theta = params.detach(params.named(problem.learner))
+    def start(self, problem: Problem) -> None:
+        """Check that the problem draws and scores tasks."""
+        require(problem, SupportsCandidates, "strategy Hardest")
+        require(problem, SupportsSelection, "strategy Hardest")
+
+    def next_task(self, state: TrainState) -> Proposal:
+        """Choose the hardest task for each sample of the next batch."""
+        problem, batch = require(state.problem, SupportsSelection, "Hardest"), draw(state)
+        theta = params.detach(params.named(state.problem.learner))
 
         def loss(task: Any) -> Tensor:
-            budget.charge(grad_evals=1)
+            state.budget.charge(grad_evals=1)
             return problem.per_sample_tail(theta, task)({})
 
-        with budget.timed("designer"):
-            return best_candidates(problem, batch, self.num_candidates, loss)
+        with state.budget.timed("designer"):
+            return best_candidates(state.problem, batch, self.num_candidates, loss)
 
 
-class Adversarial(Learned):
-    """Train the designer to raise the pretraining loss, without labels (ADIOS, arXiv 2201.13100)."""
+class Adversarial:
+    """The designer is trained to raise the pretraining loss (ADIOS, arXiv 2201.13100); no labels.
+
+    Args:
+        optimizer: Makes the designer's optimizer. Default: Adam with a learning rate of 2e-4.
+        every: Steps from one update to the next.
+        burn_in: Steps before the first update.
+        max_norm: The norm at which the designer's gradient is clipped.
+    """
 
     def __init__(
         self,
-        optimizer: Callable[[Iterable[Tensor]], Optimizer] | None = None,
-        meta_every: int = 8,
+        optimizer: MakeOptimizer | None = None,
+        every: int = 8,
         burn_in: int = 0,
         max_norm: float = 1.0,
     ) -> None:
-        super().__init__(
-            optimizer=optimizer, meta_every=meta_every, burn_in=burn_in, max_norm=max_norm
-        )
+        self.period, self.designer = Period(every, burn_in), DesignerOptimizer(optimizer, max_norm)
+        self.num_skipped = 0
 
-    def hypergradient(
-        self, problem: Problem, streams: Streams, optimizer: Optimizer, budget: Budget
-    ) -> tuple[Hypergradient, Any]:
-        with budget.timed("data"):
-            batch = next(streams.meta)
+    @property
+    def optimizer(self) -> Optimizer:
+        """The designer's optimizer, after `start`."""
+        return self.designer.optimizer
+
+    def start(self, problem: Problem) -> None:
+        """Make the designer's optimizer."""
+        self.designer.start(problem, "strategy Adversarial")
+
+    def next_task(self, state: TrainState) -> Proposal:
+        """Update the designer if it is due, then make its task of the next batch."""
+        record: dict[str, float] = {}
+        if self.period.due(state.budget.steps):
+            with state.budget.timed("designer"):
+                record = self._update(state)
+        return designed(state, draw(state), record)
+
+    def _update(self, state: TrainState) -> dict[str, float]:
+        problem = state.problem
+        with state.budget.timed("data"):
+            batch = next(state.streams.meta)
         theta, phi = params.detach(params.named(problem.learner)), params.named(problem.designer)
         loss = inner_loss(problem, theta, batch)(phi)({})
-        (by_phi,) = differentiate(loss, (phi,))
-        return finite(Hypergradient(params.scale(by_phi, -1.0), float(loss.detach()), 1)), batch
+        by_phi = params.scale(differentiate(loss, (phi,))[0], -1.0)
+        state.budget.charge(grad_evals=1)
+        try:
+            if not params.is_finite(by_phi):
+                raise NonFiniteError("the gradient of the pretraining loss is not finite")
+            regularizer = self.designer.step(problem, by_phi, batch)
+        except NonFiniteError:
+            self.num_skipped += 1
+            return {"skipped_updates": float(self.num_skipped)}
+        return {"value": float(loss.detach()), "regularizer": regularizer}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the designer's optimizer and the count of skipped updates."""
+        return {"num_skipped": self.num_skipped, "optimizer": self.designer.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore what `state_dict` returned."""
+        self.num_skipped = state["num_skipped"]
+        self.designer.load_state_dict(state["optimizer"])
 
 
-class Direct(Fixed):
-    """The feedback loss is added to the learner's own loss with `weight`: the reference that breaks the bottleneck on purpose.
+class Direct(Stateless):
+    """The feedback loss is added to the learner's own loss: a reference, not task design.
 
-    Every `every` steps a labelled batch trains the learner itself. What it gains is supervised training, not task design.
-    `combination` says how several feedbacks make one.
+    A labelled batch trains the learner itself, which breaks the bottleneck on purpose. The gain is
+    that of supervised training.
+
+    Args:
+        weight: Of the feedback loss.
+        every: Steps from one labelled batch to the next.
+        combination: How several feedbacks are aggregated. Default: their weighted sum.
     """
 
     def __init__(
         self, weight: float = 1.0, every: int = 1, combination: Combination | None = None
     ) -> None:
-        if not weight > 0 or every < 1:
-            raise MetaVPTError(
-                f"strategy.weight={weight} must be positive and strategy.every={every} at least 1"
-            )
-        self.weight, self.every, self.combination = weight, every, unpaired(combination)
+        if not weight > 0:
+            raise MetaVPTError(f"strategy.weight={weight} must be positive")
+        self.weight, self.period = weight, Period(every)
+        self.combination = unpaired(combination)
 
-    def next_task(
-        self, problem: Problem, streams: Streams, optimizer: Optimizer, budget: Budget
-    ) -> Proposal:
-        proposal = super().next_task(problem, streams, optimizer, budget)
-        if budget.steps % self.every:
+    def start(self, problem: Problem) -> None:
+        """Need nothing."""
+
+    def next_task(self, state: TrainState) -> Proposal:
+        """Make the recipe's task of the next batch and add the feedback loss."""
+        proposal = recipe_of(state, draw(state), {})
+        if not self.period.due(state.budget.steps):
             return proposal
-        with budget.timed("designer"):
-            with budget.timed("data"):
-                labelled = next(streams.feedback)
-            combined = self.combination(feedback_on(problem, labelled))
-        budget.charge(grad_evals=1 + combined.grad_evals)
+        with state.budget.timed("designer"):
+            with state.budget.timed("data"):
+                labelled = next(state.streams.feedback)
+            combined = self.combination(feedback_on(state.problem, labelled))
+        state.budget.charge(grad_evals=1 + combined.grad_evals)
         loss: Callable[[Params], Tensor] = lambda theta: self.weight * combined.outer_loss(theta)  # noqa: E731
         return proposal._replace(labelled_loss=loss, record=combined.record)
+
+
+class Softened(Stateless):
+    """Next-token targets that are as soft as steered ones and know nothing of the feedback.
+
+    Args:
+        kind: "self_distillation" gives the share to the learner's own top-K prediction,
+            "smoothing" spreads it evenly over these K tokens.
+        gate: The share that is taken from the true token, in [0, 1].
+        num_candidates: K.
+    """
+
+    def __init__(
+        self,
+        kind: Literal["self_distillation", "smoothing"] = "self_distillation",
+        gate: float = 0.5,
+        num_candidates: int = 64,
+    ) -> None:
+        if kind not in ("self_distillation", "smoothing"):
+            raise MetaVPTError(f"strategy.kind={kind}: known are self_distillation, smoothing")
+        check_gate(gate)
+        residual = 1.0 if kind == "self_distillation" else 0.0
+        self.targets = SoftTargets(gate, num_candidates, residual=residual)
+
+    def start(self, problem: Problem) -> None:
+        """Need nothing."""
+
+    def next_task(self, state: TrainState) -> Proposal:
+        """Make the recipe's task of the next batch and soften its targets."""
+        proposal = recipe_of(state, draw(state), {})
+        if "targets" not in getattr(proposal.task, "_fields", ()):
+            raise MetaVPTError(
+                f"the recipe's task is a {type(proposal.task).__name__} without targets; "
+                "this control is for next-token prediction (TargetTask)"
+            )
+        return proposal._replace(task=proposal.task._replace(targets=self.targets))

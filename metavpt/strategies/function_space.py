@@ -1,93 +1,136 @@
-"""The hypergradient in function space: what feedback says of the learner's outputs themselves, and not of its parameters.
+"""The hypergradient in function space: with respect to the learner's outputs, not its parameters.
 
-Functional bilevel optimisation (Petrulionyte, Mairal & Arbel, arXiv 2403.20233). Where the learner is told targets by squares, the best
-function for a task is the targets themselves, f* = t_phi, whatever the parameters. Implicit differentiation of L_down(f*) by phi is then
-<dL_down/df, dt_phi/dphi>: the Hessian of the inner problem, in function space, is the identity, and there is no linear system to solve. The
-value A = -dL_down/df is known on labelled samples alone; a designer fitted to it says what it is on all others.
+Functional bilevel optimisation (Petrulionyte, Mairal & Arbel, arXiv 2403.20233). With a squared
+inner loss, the minimiser in function space is the target itself, f* = t_phi. Implicit
+differentiation of L_down(f*) gives <dL_down/df, dt_phi/dphi>: the Hessian of the inner problem is
+the identity, and there is no linear system to solve. The value A = -dL_down/df is known on labelled
+samples alone. A designer that is fitted to it predicts it on all others.
 """
 
-from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
 from metavpt.distributed import collectives
-from metavpt.problem import Problem
-from metavpt.strategies.learned import Designed, feedback_on
-from metavpt.strategies.replay_buffer import Lesson, Lessons
-from metavpt.training.budget import Budget
-from metavpt.training.streams import Streams
+from metavpt.errors import NonFiniteError
+from metavpt.hypergradients.params import Params
+from metavpt.problem import Problem, require
+from metavpt.strategies.learned import MakeOptimizer, feedback_on
+from metavpt.strategies.period import Period
+from metavpt.strategies.replay_buffer import Replay, ReplayBuffer
+from metavpt.training.strategy import Proposal, TrainState, designed, draw
 
 
-class Functional(Designed):
-    """The designer's tasks. Every `meta_every` steps the value of the learner's outputs on a labelled batch becomes a lesson, and the
-    designer takes `phi_steps` steps on it, of `lesson_batch_size` samples each, see `Lessons`, `Problem.functional_lesson`.
+class SupportsFunctionSpace(Protocol):
+    """A problem whose feedback loss can be differentiated by the learner's outputs."""
 
-    A lesson takes a forward pass on labelled samples and no backward pass; it is charged as one gradient evaluation. What feedback asks
-    for is not blurred by what a step of the parameters can do for it, and it says as much of a designer in one lesson as labels say at
-    all: a few lessons on many labelled samples do, where `Amortized` wants many on few.
+    def output_values(self, theta: Params, batch: Any) -> dict[str, Tensor]:
+        """Compute `values` = -dL_down/df on a labelled batch, one row per sample.
 
-    optimizer  of the designer, AdamW with lr 1e-3 and weight decay 0.05 by default
+        Returns:
+            Detached tensors, with what `designer_loss` needs besides the values.
+        """
+        ...
+
+    def designer_loss(self, replay: dict[str, Tensor]) -> Tensor:
+        """Compute minus the value of the designer's targets plus its trust-region penalty."""
+        ...
+
+
+class Functional:
+    """The designer's tasks. Every `every` steps it is fitted to values in function space.
+
+    One batch of values takes a forward pass on labelled samples and no backward pass; it is charged
+    as one gradient evaluation. The signal is not filtered through a parameter step, so one batch is
+    informative: use few, large batches (`Amortized` needs many small ones).
+
+    Args:
+        optimizer: Makes the designer's optimizer. Default: AdamW with a learning rate of 1e-3 and
+            a weight decay of 0.05.
+        phi_steps: Steps of the designer at each update.
+        batch_size: Labelled samples of each of these steps.
+        every: Steps from one update to the next.
+        burn_in: Steps before the first update.
+        max_norm: The norm at which the designer's gradient is clipped.
+        anneal: Whether the designer's learning rate falls to 0 within each update.
+        seed: Of the order in which the designer's steps take the samples.
+        permute: The control. Values are permuted across samples and half of them negated, which
+            keeps their size and smoothness and removes the information.
     """
 
     def __init__(
         self,
-        optimizer: Callable[[Iterable[Tensor]], Optimizer] | None = None,
+        optimizer: MakeOptimizer | None = None,
         phi_steps: int = 300,
-        lesson_batch_size: int = 16,
-        meta_every: int = 50,
+        batch_size: int = 16,
+        every: int = 50,
         burn_in: int = 0,
         max_norm: float = 1.0,
         anneal: bool = False,
         seed: int = 0,
+        permute: bool = False,
     ) -> None:
-        super().__init__(meta_every, burn_in)
         make = optimizer or (
             lambda parameters: torch.optim.AdamW(parameters, lr=1e-3, weight_decay=0.05)
         )
-        self.lessons = Lessons(make, phi_steps, 1, max_norm, lesson_batch_size, seed, anneal)
+        self.period, self.permute = Period(every, burn_in), permute
+        self.buffer = ReplayBuffer(make, phi_steps, 1, max_norm, batch_size, seed, anneal)
+        self.num_skipped = 0
+
+    @property
+    def optimizer(self) -> Optimizer:
+        """The designer's optimizer, after `start`."""
+        return self.buffer.optimizer
 
     def start(self, problem: Problem) -> None:
-        super().start(problem)
-        self.lessons.start(problem)
+        """Check the problem and make the designer's optimizer."""
+        require(problem, SupportsFunctionSpace, f"strategy {type(self).__name__}")
+        self.buffer.start(problem, f"strategy {type(self).__name__}")
 
-    def attempt_update(
-        self, problem: Problem, streams: Streams, optimizer: Optimizer, budget: Budget
-    ) -> dict[str, float]:
-        with budget.timed("data"):
-            labelled = next(streams.feedback)
-        feedback = feedback_on(problem, labelled)
-        lesson = self.seen(problem.functional_lesson(feedback.theta, labelled))
-        budget.charge(grad_evals=1)
-        return self.lessons.learn(problem, lesson)
+    def next_task(self, state: TrainState) -> Proposal:
+        """Fit the designer if it is due, then make its task of the next batch."""
+        record: dict[str, float] = {}
+        if self.period.due(state.budget.steps):
+            with state.budget.timed("designer"):
+                record = self._update(state)
+        return designed(state, draw(state), record)
 
-    def seen(self, lesson: Lesson) -> Lesson:
-        """What the designer is taught in place of `lesson`: for controls."""
-        return lesson
+    def _update(self, state: TrainState) -> dict[str, float]:
+        problem = require(state.problem, SupportsFunctionSpace, "function space")
+        with state.budget.timed("data"):
+            labelled = next(state.streams.feedback)
+        try:
+            feedback = feedback_on(state.problem, labelled)
+            replay = problem.output_values(feedback.theta, labelled)
+        except NonFiniteError:
+            self.num_skipped += 1
+            return {"skipped_updates": float(self.num_skipped)}
+        if self.permute:
+            replay = permuted(replay, self.buffer.generator)
+        state.budget.charge(grad_evals=1)
+        return self.buffer.fit(state.problem, problem.designer_loss, replay)
 
     def state_dict(self) -> dict[str, Any]:
-        return {**super().state_dict(), "lessons": self.lessons.state_dict()}
+        """Return the replay buffer and the count of skipped updates."""
+        return {"num_skipped": self.num_skipped, "buffer": self.buffer.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        super().load_state_dict(state)
-        self.lessons.load_state_dict(state["lessons"])
+        """Restore what `state_dict` returned."""
+        self.num_skipped = state["num_skipped"]
+        self.buffer.load_state_dict(state["buffer"])
 
 
-class RandomFunctional(Functional):
-    """`Functional` with the values of one sample taught as those of another, and half of them turned about: as large, as smooth, and worth
-    nothing. In another order alone they would still say what is worth having on average, by where a patch stands.
+def permuted(replay: Replay, generator: torch.Generator) -> Replay:
+    """Permute the values across samples and negate half of them.
+
+    A permutation alone would keep the mean of the values at each position.
     """
-
-    def seen(self, lesson: Lesson) -> Lesson:
-        num, generator = collectives.total(len(lesson["values"])), self.lessons.generator
-        values = collectives.gather(lesson["values"])
-        order, signs = (
-            torch.randperm(num, generator=generator),
-            2 * torch.randint(2, (num,), generator=generator) - 1,
-        )
-        turned = values[order.to(values.device)] * signs.to(values).view(
-            -1, *[1] * (values.ndim - 1)
-        )
-        return {**lesson, "values": turned[collectives.rows(num)]}
+    num = collectives.total(len(replay["values"]))
+    values = collectives.gather(replay["values"])
+    order = torch.randperm(num, generator=generator)
+    signs = 2 * torch.randint(2, (num,), generator=generator) - 1
+    shape = (-1, *[1] * (values.ndim - 1))
+    turned = values[order.to(values.device)] * signs.to(values).view(shape)
+    return {**replay, "values": turned[collectives.rows(num)]}

@@ -1,7 +1,7 @@
-"""Where the next task comes from: the only place in which a fixed recipe, a control and the learned designer differ."""
+"""The learned designer: hypergradients of the feedback loss train it, one update at a time."""
 
 from collections.abc import Callable, Iterable
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -19,195 +19,119 @@ from metavpt.hypergradients.estimators import (
     InnerLoss,
     OneStep,
     OuterLoss,
+    downstream,
 )
 from metavpt.hypergradients.mixed_products import Loss
 from metavpt.hypergradients.optimizer_updates import from_torch
 from metavpt.hypergradients.params import Params
-from metavpt.problem import Problem
+from metavpt.problem import Problem, aligned_names, supports
 from metavpt.profiling.timers import phase
-from metavpt.training.budget import Budget
-from metavpt.training.streams import Streams
+from metavpt.strategies.period import Period
+from metavpt.strategies.random_direction import RandomDirection
+from metavpt.training.strategy import Proposal, TrainState, designed, draw
+
+MakeOptimizer = Callable[[Iterable[Tensor]], Optimizer]
 
 
-class Proposal(NamedTuple):
-    """The next task, without a graph; how many unlabelled samples it holds; what the strategy measured on the way, for the log.
+class SharedTrunk(Protocol):
+    """A problem that computes once what does not depend on theta_S, for estimators' sake."""
 
-    `labelled_loss`, theta -> scalar, is added to the learner's own loss. It breaks the bottleneck between labels and learner, and only the
-    control that exists to show what that brings sets it.
-    """
+    def pretrain_tail(self, theta: Params, task: Any) -> Callable[[Params], Tensor]:
+        """Return theta_S -> pretraining loss.
 
-    task: Any
-    num_samples: int
-    record: dict[str, float]
-    labelled_loss: Callable[[Params], Tensor] | None = None
-
-    def loss(self, problem: Problem, theta: Params) -> Tensor:
-        """What the learner takes a step on."""
-        loss = problem.pretrain_loss(theta, self.task)
-        return loss if self.labelled_loss is None else loss + self.labelled_loss(theta)
+        Compute what does not depend on theta_S before the function is returned.
+        """
+        ...
 
 
-class Strategy(Protocol):
-    """`start` once, then `next_task` for every step of the learner. Whatever it spends beside the step itself it charges to the budget."""
+class Learned:
+    """The designer's tasks. Every `every` steps, hypergradients update the designer.
 
-    def start(self, problem: Problem) -> None: ...
+    With a designer learning rate of 0 this is the designer as it started. Where that equals the
+    recipe, the run equals `Fixed` bit for bit. An update with a non-finite loss or hypergradient is
+    skipped and counted.
 
-    def next_task(
-        self, problem: Problem, streams: Streams, optimizer: Optimizer, budget: Budget
-    ) -> Proposal: ...
-
-    def state_dict(self) -> dict[str, Any]: ...
-
-    def load_state_dict(self, state: dict[str, Any]) -> None: ...
-
-
-class Fixed:
-    """The ordinary recipe: no designer, no feedback."""
-
-    def start(self, problem: Problem) -> None:
-        pass
-
-    def next_task(
-        self, problem: Problem, streams: Streams, optimizer: Optimizer, budget: Budget
-    ) -> Proposal:
-        with budget.timed("data"):
-            batch = next(streams.pretrain)
-        with budget.timed("task"), torch.no_grad():
-            return Proposal(problem.recipe(batch), problem.num_samples(batch), {})
-
-    def state_dict(self) -> dict[str, Any]:
-        return {}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        pass
-
-
-class Designed:
-    """The designer's tasks, the designer trained every `meta_every` steps, after `burn_in`; a subclass says how.
-
-    With a designer learning rate of 0 this is the designer as it started; where that equals the recipe, the run equals `Fixed` bit for
-    bit. An update with a non-finite loss or hypergradient is skipped and counted.
-    """
-
-    def __init__(self, meta_every: int, burn_in: int) -> None:
-        if meta_every < 1 or burn_in < 0:
-            raise MetaVPTError(
-                f"strategy: meta_every={meta_every} must be at least 1 and burn_in={burn_in} at least 0"
-            )
-        self.meta_every, self.burn_in = meta_every, burn_in
-        self.num_skipped = 0
-
-    def start(self, problem: Problem) -> None:
-        if not params.named(problem.designer):
-            raise MetaVPTError(
-                f"strategy {type(self).__name__}: the designer {type(problem.designer).__name__} has no trainable parameter; "
-                "give the problem a designer, or use strategy=fixed"
-            )
-
-    def next_task(
-        self, problem: Problem, streams: Streams, optimizer: Optimizer, budget: Budget
-    ) -> Proposal:
-        record: dict[str, float] = {}
-        if self.updates_at(budget.steps):
-            with budget.timed("designer"):
-                record = self.update_designer(problem, streams, optimizer, budget)
-        with budget.timed("data"):
-            batch = next(streams.pretrain)
-        with budget.timed("task"), torch.no_grad():
-            return Proposal(problem.designer(batch), problem.num_samples(batch), record)
-
-    def updates_at(self, step: int) -> bool:
-        """Whether the designer is updated before this step."""
-        return step >= self.burn_in and step % self.meta_every == 0
-
-    def update_designer(
-        self, problem: Problem, streams: Streams, optimizer: Optimizer, budget: Budget
-    ) -> dict[str, float]:
-        """`attempt_update`, or a count of those that failed."""
-        try:
-            return self.attempt_update(problem, streams, optimizer, budget)
-        except NonFiniteError:
-            self.num_skipped += 1
-            return {"skipped_updates": float(self.num_skipped)}
-
-    def attempt_update(
-        self, problem: Problem, streams: Streams, optimizer: Optimizer, budget: Budget
-    ) -> dict[str, float]:
-        """One update of phi, charged to the budget, and its record; raises NonFiniteError, with phi as it was, where it cannot be had."""
-        raise NotImplementedError
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"num_skipped": self.num_skipped}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.num_skipped = state["num_skipped"]
-
-
-class Learned(Designed):
-    """The designer's tasks, the designer trained by hypergradients of the feedback loss, one step at a time.
-
-    `combination` says how several feedbacks make one.
+    Args:
+        estimator: How the hypergradient is estimated. Default: `OneStep()`.
+        optimizer: Makes the designer's optimizer. Default: Adam with a learning rate of 2e-4.
+        every: Steps from one update to the next.
+        burn_in: Steps before the first update.
+        max_norm: The norm at which the designer's gradient is clipped.
+        combination: How several feedbacks are aggregated. Default: their weighted sum.
+        random_seed: With a seed, replace g_down by a random vector of equal norm. This is the
+            control: the designer's updates keep their size and lose the feedback.
     """
 
     def __init__(
         self,
         estimator: Estimator | None = None,
-        optimizer: Callable[[Iterable[Tensor]], Optimizer] | None = None,
-        meta_every: int = 8,
+        optimizer: MakeOptimizer | None = None,
+        every: int = 8,
         burn_in: int = 0,
         max_norm: float = 1.0,
         combination: Combination | None = None,
+        random_seed: int | None = None,
     ) -> None:
-        super().__init__(meta_every, burn_in)
+        self.period = Period(every, burn_in)
         self.estimator = estimator or OneStep()
-        self.make_optimizer = optimizer or (
-            lambda parameters: torch.optim.Adam(parameters, lr=2e-4)
-        )
-        self.max_norm = max_norm
         self.combination = combination or WeightedSum()
+        self.designer = DesignerOptimizer(optimizer, max_norm)
+        self.random = None if random_seed is None else RandomDirection(random_seed)
+        self.num_skipped = 0
         self._solutions: dict[str, Params | None] = {}
 
+    @property
+    def optimizer(self) -> Optimizer:
+        """The designer's optimizer, after `start`."""
+        return self.designer.optimizer
+
     def start(self, problem: Problem) -> None:
-        super().start(problem)
-        self.optimizer = self.make_optimizer(params.named(problem.designer).values())
+        """Make the designer's optimizer."""
+        self.designer.start(problem, f"strategy {type(self).__name__}")
 
-    def update_designer(
-        self, problem: Problem, streams: Streams, optimizer: Optimizer, budget: Budget
-    ) -> dict[str, float]:
-        """One step of phi: heads, g_down on labelled batches, the product on unlabelled ones, the regularizer, the designer's optimizer."""
-        num_skipped = self.num_skipped
-        record = super().update_designer(problem, streams, optimizer, budget)
-        if self.num_skipped > num_skipped:
-            self._solutions = {}  # what a failed update solved for is no place to start from
-        return record
+    def next_task(self, state: TrainState) -> Proposal:
+        """Update the designer if it is due, then make its task of the next batch."""
+        record: dict[str, float] = {}
+        if self.period.due(state.budget.steps):
+            with state.budget.timed("designer"):
+                record = self.update(state)
+        return designed(state, draw(state), record)
 
-    def attempt_update(
-        self, problem: Problem, streams: Streams, optimizer: Optimizer, budget: Budget
+    def update(self, state: TrainState) -> dict[str, float]:
+        """Estimate the hypergradient and apply it, or count an update that was not finite."""
+        try:
+            hypergradient, batch = self.estimate(state)
+            return self.apply(state, hypergradient, batch)
+        except NonFiniteError:
+            self.num_skipped += 1
+            self._solutions = {}  # a failed update leaves no solution to start from
+            return {"skipped_updates": float(self.num_skipped)}
+
+    def estimate(self, state: TrainState) -> tuple[Hypergradient, Any]:
+        """Estimate the hypergradient on fresh batches; return it and an unlabelled one of them."""
+        with state.budget.timed("data"):
+            unlabelled = [next(state.streams.meta) for _ in range(self.estimator.num_batches)]
+            labelled = next(state.streams.feedback)
+        feedback = feedback_on(state.problem, labelled)
+        combined = self.combination(feedback, unlabelled)
+        estimates = {
+            name: self._estimate(name, pair, feedback, state.optimizer)
+            for name, pair in combined.pairs.items()
+        }
+        self._solutions = {name: estimate.solution for name, estimate in estimates.items()}
+        return combined.mean(estimates), unlabelled[0]
+
+    def apply(
+        self, state: TrainState, hypergradient: Hypergradient, batch: Any
     ) -> dict[str, float]:
-        hypergradient, batch = self.hypergradient(problem, streams, optimizer, budget)
-        budget.charge(grad_evals=hypergradient.grad_evals)
-        regularizer = self._descend(problem, hypergradient, batch)
+        """Take one step of the designer's optimizer, and return the record of the update."""
+        state.budget.charge(grad_evals=hypergradient.grad_evals)
+        regularizer = self.designer.step(state.problem, hypergradient.by_phi, batch)
         return {
             "value": hypergradient.value,
             "regularizer": regularizer,
             **hypergradient.diagnostics,
         }
-
-    def hypergradient(
-        self, problem: Problem, streams: Streams, optimizer: Optimizer, budget: Budget
-    ) -> tuple[Hypergradient, Any]:
-        """The estimate and an unlabelled batch that it was made on."""
-        with budget.timed("data"):
-            unlabelled = [next(streams.meta) for _ in range(self.estimator.num_batches)]
-            labelled = next(streams.feedback)
-        feedback = feedback_on(problem, labelled)
-        combined = self.combination(feedback, unlabelled)
-        estimates = {
-            name: self._estimate(name, pair, feedback, optimizer)
-            for name, pair in combined.pairs.items()
-        }
-        self._solutions = {name: estimate.solution for name, estimate in estimates.items()}
-        return combined.mean(estimates), unlabelled[0]
 
     @phase("product")
     def _estimate(
@@ -215,9 +139,12 @@ class Learned(Designed):
     ) -> Hypergradient:
         problem, aligned = feedback.problem, feedback.aligned
         live = params.named(problem.learner)
+        outer_loss = pair.outer_loss
+        if self.random:
+            outer_loss = _linear(self.random.like(downstream(outer_loss, aligned)[1]))
         return self.estimator(
             [inner_loss(problem, feedback.theta, batch) for batch in pair.unlabelled],
-            self.outer_loss(pair.outer_loss, aligned),
+            outer_loss,
             aligned,
             params.named(problem.designer),
             update=from_torch(optimizer, {name: live[name] for name in aligned})
@@ -226,12 +153,51 @@ class Learned(Designed):
             start=self._solutions.get(name),
         )
 
-    def outer_loss(self, true: OuterLoss, aligned: Params) -> OuterLoss:
-        """What the estimator differentiates in place of `true`, theta_S -> feedback loss, at theta_S = `aligned`: for controls."""
-        return true
+    def state_dict(self) -> dict[str, Any]:
+        """Return the designer's optimizer, what solves start from, and the counts."""
+        return {
+            "num_skipped": self.num_skipped,
+            "optimizer": self.designer.state_dict(),
+            "solutions": self._solutions,
+            "random": self.random.state_dict() if self.random else None,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore what `state_dict` returned."""
+        self.num_skipped = state["num_skipped"]
+        self.designer.load_state_dict(state["optimizer"])
+        self._solutions = state["solutions"]
+        if self.random:
+            self.random.load_state_dict(state["random"])
+
+
+class DesignerOptimizer:
+    """The designer's optimizer. It adds the regularizer's gradient and clips the sum.
+
+    Args:
+        make: Makes the optimizer. Default: Adam with a learning rate of 2e-4.
+        max_norm: The norm at which the gradient is clipped.
+    """
+
+    def __init__(self, make: MakeOptimizer | None = None, max_norm: float = 1.0) -> None:
+        self.make = make or (lambda parameters: torch.optim.Adam(parameters, lr=2e-4))
+        self.max_norm = max_norm
+
+    def start(self, problem: Problem, owner: str) -> None:
+        """Make the optimizer.
+
+        Raises:
+            MetaVPTError: The designer has no trainable parameter.
+        """
+        self.optimizer = self.make(trainable(problem.designer, owner).values())
 
     @phase("phi")
-    def _descend(self, problem: Problem, hypergradient: Hypergradient, batch: Any) -> float:
+    def step(self, problem: Problem, by_phi: Params, batch: Any) -> float:
+        """Descend `by_phi` and the regularizer of the task of `batch`; return the regularizer.
+
+        Raises:
+            NonFiniteError: The regularizer's gradient is not finite. Phi is as it was.
+        """
         phi = params.named(problem.designer)
         self.optimizer.zero_grad(set_to_none=True)
         regularizer = problem.regularizer(
@@ -240,15 +206,9 @@ class Learned(Designed):
         if regularizer is not None:
             regularizer.backward()
         for name, p in phi.items():
-            p.grad = (
-                hypergradient.by_phi[name]
-                if p.grad is None
-                else p.grad + hypergradient.by_phi[name]
-            )
+            p.grad = by_phi[name] if p.grad is None else p.grad + by_phi[name]
         norm = torch.nn.utils.clip_grad_norm_(phi.values(), self.max_norm)
-        if not torch.isfinite(
-            norm
-        ):  # the hypergradient is finite: it is the regularizer, through what the designer made
+        if not torch.isfinite(norm):  # the hypergradient was checked: it is the regularizer
             raise NonFiniteError(
                 f"the gradient of the designer's regularizer is not finite (norm {float(norm):.3g})"
             )
@@ -256,48 +216,56 @@ class Learned(Designed):
         return 0.0 if regularizer is None else float(collectives.leave(regularizer.detach()))
 
     def state_dict(self) -> dict[str, Any]:
-        return {
-            **super().state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "solutions": self._solutions,
-        }
+        """Return the optimizer's state."""
+        return self.optimizer.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        super().load_state_dict(state)
-        self.optimizer.load_state_dict(state["optimizer"])
-        self._solutions = state["solutions"]
+        """Restore what `state_dict` returned."""
+        self.optimizer.load_state_dict(state)
+
+
+def trainable(designer: torch.nn.Module, owner: str) -> Params:
+    """Return the designer's trainable parameters.
+
+    Raises:
+        MetaVPTError: There are none. The message begins with `owner`.
+    """
+    phi = params.named(designer)
+    if not phi:
+        raise MetaVPTError(
+            f"{owner}: the designer {type(designer).__name__} has no trainable parameter; "
+            "give the problem a designer, or use strategy=fixed"
+        )
+    return phi
+
+
+def tail_loss(problem: Problem, theta: Params, task: Any) -> Callable[[Params], Tensor]:
+    """Return theta_S -> pretraining loss of `task`, by the problem's `pretrain_tail` if any."""
+    if supports(problem, SharedTrunk):
+        return problem.pretrain_tail(theta, task)
+    return lambda theta_s: problem.pretrain_loss({**theta, **theta_s}, task)
 
 
 def inner_loss(problem: Problem, theta: Params, batch: Any) -> InnerLoss:
-    """phi -> (theta_S -> pretraining loss of the task that the designer with parameters phi makes of `batch`)."""
+    """Return phi -> (theta_S -> pretraining loss of the designer's task of `batch`)."""
 
     def at_phi(phi: Params) -> Loss:
         with phase("task"):
             task = functional_call(problem.designer, collectives.enter(phi), (batch,))
-        return averaged(problem.pretrain_tail(theta, task))
+        return averaged(tail_loss(problem, theta, task))
 
     return at_phi
 
 
 def feedback_on(problem: Problem, labelled: Any) -> Feedback:
-    """The feedback of a labelled batch at the learner's theta, once the heads are fitted."""
+    """Fit the heads, and return the feedback of a labelled batch at the learner's theta."""
     with phase("heads"):
         problem.fit_heads()
     theta = params.detach(params.named(problem.learner))
-    return Feedback(
-        problem, theta, {name: theta[name] for name in aligned_names(problem, theta)}, labelled
-    )
+    aligned = {name: theta[name] for name in aligned_names(problem, theta)}
+    return Feedback(problem, theta, aligned, labelled)
 
 
-def aligned_names(problem: Problem, theta: Params) -> list[str]:
-    """The names of theta_S, checked against the learner's."""
-    names = list(problem.aligned_parameters())
-    unknown = [name for name in names if name not in theta]
-    if unknown or not names:
-        what = (
-            f"names {unknown[0]!r}, which is no parameter of the learner" if unknown else "is empty"
-        )
-        raise MetaVPTError(
-            f"{type(problem).__name__}.aligned_parameters {what}; the learner's begin with {', '.join(list(theta)[:3])}"
-        )
-    return names
+def _linear(direction: Params) -> OuterLoss:
+    """Return a feedback loss whose gradient is `direction` wherever an estimator takes it."""
+    return lambda theta_s: params.dot(direction, theta_s)

@@ -1,10 +1,6 @@
-"""Targets chosen without a designer: those that are best for the feedback within a trust region, in closed form."""
+"""Targets tilted by first-order value, in closed form: no designer and nothing learned."""
 
-from typing import Any
-
-import torch
-from torch import Tensor
-from torch.optim import Optimizer
+from typing import Any, Protocol
 
 from metavpt.errors import MetaVPTError
 from metavpt.feedback.aggregation import Combination
@@ -12,24 +8,49 @@ from metavpt.hypergradients import params
 from metavpt.hypergradients.directions import Direction
 from metavpt.hypergradients.linear_targets import DirectionalDerivative, ForwardMode
 from metavpt.hypergradients.params import Params
-from metavpt.problem import Problem
-from metavpt.strategies.learned import Proposal
-from metavpt.strategies.selection import Greedy
-from metavpt.training.budget import Budget
-from metavpt.training.streams import Streams
+from metavpt.problem import Problem, require
+from metavpt.strategies.feedback_direction import FeedbackDirection
+from metavpt.strategies.selection import at_least_one
+from metavpt.training.strategy import Proposal, TrainState, draw, recipe_of
 
 
-class Tilt(Greedy):
-    """The recipe's targets tilted towards the candidates of highest first-order value; nothing is learned.
+class SupportsTilting(Protocol):
+    """A problem whose targets can be moved towards higher first-order value."""
 
-    For next tokens see `target_task.Tilted`, for the teacher's prototypes `prototypes.tilted`.
+    def tilt(
+        self,
+        theta: Params,
+        task: Any,
+        w: Params,
+        gate: float,
+        tau: float,
+        num_candidates: int,
+        derivative: DirectionalDerivative,
+    ) -> Any:
+        """Return `task` with the share `gate` of its targets tilted along `w`, see `Tilt`."""
+        ...
 
-    gate       alpha: the share that is taken from the recipe's target
-    tau        how far: the mean KL divergence from what is tilted is about 1 / (2 tau^2). 0: the best candidate alone, greedy
-    ema        decay of the moving average of g_down, which is refreshed every `meta_every` steps
-    direction  from g_down to w, `Dot` by default
 
-    The candidates' value is that at the learner's parameters of the step itself: it costs forward passes through the tail, within the loss.
+class Tilt:
+    """The recipe's targets, tilted towards the candidates of highest first-order value.
+
+    This is the best target within a KL divergence of the recipe's (exponential tilting). See
+    `target_task.Tilted` for next tokens and `prototypes.tilted` for the teacher's prototypes. The
+    value is taken at the parameters of the step itself and costs forward passes through the tail.
+
+    Args:
+        gate: The share alpha that is taken from the recipe's target, in [0, 1].
+        tau: The temperature. The mean KL divergence from the tilted distribution is about
+            1 / (2 tau^2). With 0 the best candidate takes all (greedy).
+        num_candidates: Candidates per target.
+        every: Steps from one feedback gradient to the next.
+        burn_in: Steps before the first one.
+        ema: The decay of the moving average of the feedback gradient.
+        direction: Maps g_down to w. Default: `Dot`.
+        derivative: How candidates are differentiated along w. Default: forward mode.
+        combination: How several feedbacks are aggregated. Default: their weighted sum.
+        random_seed: With a seed, w is a random vector of equal norm. This is the control: targets
+            are as soft and know nothing of the feedback.
     """
 
     def __init__(
@@ -37,72 +58,54 @@ class Tilt(Greedy):
         gate: float = 0.5,
         tau: float = 1.0,
         num_candidates: int = 64,
-        meta_every: int = 8,
+        every: int = 8,
         burn_in: int = 0,
         ema: float = 0.8,
         direction: Direction | None = None,
         derivative: DirectionalDerivative | None = None,
         combination: Combination | None = None,
+        random_seed: int | None = None,
     ) -> None:
-        super().__init__(num_candidates, direction, meta_every, burn_in, combination)
         check_gate(gate)
-        if tau < 0 or not 0 <= ema < 1:
-            raise MetaVPTError(f"strategy: tau={tau} must not be negative and ema={ema} in [0, 1)")
-        self.gate, self.tau, self.ema = gate, tau, ema
+        at_least_one(num_candidates=num_candidates)
+        if tau < 0:
+            raise MetaVPTError(f"strategy.tau={tau} must not be negative")
+        self.gate, self.tau, self.num_candidates = gate, tau, num_candidates
         self.derivative = derivative or ForwardMode()
+        self.feedback = FeedbackDirection(every, burn_in, ema, direction, combination, random_seed)
+        self.period = self.feedback.period
 
-    def propose(
-        self, problem: Problem, batch: Any, theta: Params, w: Params, budget: Budget
-    ) -> Proposal:
-        plain = self.without_feedback(problem, batch)
-        return plain._replace(
-            task=problem.tilt(
+    def start(self, problem: Problem) -> None:
+        """Check that the problem has targets to tilt."""
+        require(problem, SupportsTilting, f"strategy {type(self).__name__}")
+
+    def next_task(self, state: TrainState) -> Proposal:
+        """Make the recipe's task of the next batch and tilt its targets."""
+        batch = draw(state)
+        with state.budget.timed("designer"):
+            record = self.feedback.renew(state)
+            w = self.feedback.along(state, batch)
+        plain = recipe_of(state, batch, record)
+        if w is None:
+            return plain
+        problem = require(state.problem, SupportsTilting, "tilting")
+        theta = params.detach(params.named(state.problem.learner))
+        with state.budget.timed("designer"):
+            task = problem.tilt(
                 theta, plain.task, w, self.gate, self.tau, self.num_candidates, self.derivative
             )
-        )
-
-    def _refresh(
-        self, problem: Problem, streams: Streams, budget: Budget
-    ) -> tuple[Params | None, dict[str, float]]:
-        """The moving average with a new g_down in it; a non-finite one changes nothing."""
-        fresh, record = super()._refresh(problem, streams, budget)
-        if fresh is None or self._g_down is None:
-            return self._g_down if fresh is None else fresh, record
-        average = params.add(params.scale(self._g_down, self.ema), fresh, alpha=1 - self.ema)
-        return average, {**record, "g_down_norm": float(params.norm(average))}
-
-
-class RandomTilt(Tilt):
-    """`Tilt` with g_down replaced by a random vector of the same norm: targets as soft, for nothing."""
-
-    def __init__(self, *args: Any, seed: int = 0, **options: Any) -> None:
-        super().__init__(*args, **options)
-        self.generator = torch.Generator().manual_seed(seed)
-
-    def _direction(
-        self,
-        problem: Problem,
-        batch: Any,
-        theta: Params,
-        aligned: Params,
-        optimizer: Optimizer,
-        budget: Budget,
-    ) -> Params:
-        w = super()._direction(problem, batch, theta, aligned, optimizer, budget)
-        noise = params.zip_with(self._draw, w)
-        return params.scale(noise, params.norm(w) / params.norm(noise))
-
-    def _draw(self, like: Tensor) -> Tensor:
-        return torch.randn(like.shape, generator=self.generator).to(like)
+        return plain._replace(task=task)
 
     def state_dict(self) -> dict[str, Any]:
-        return {**super().state_dict(), "generator": self.generator.get_state()}
+        """Return the state of the feedback direction."""
+        return self.feedback.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        super().load_state_dict(state)
-        self.generator.set_state(state["generator"])
+        """Restore what `state_dict` returned."""
+        self.feedback.load_state_dict(state)
 
 
 def check_gate(gate: float) -> None:
+    """Raise MetaVPTError for a gate outside [0, 1]."""
     if not 0 <= gate <= 1:
         raise MetaVPTError(f"strategy.gate={gate} must be in [0, 1]")

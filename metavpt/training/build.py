@@ -8,6 +8,7 @@ from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
 from metavpt.distributed import collectives
+from metavpt.problem import move_to_device
 from metavpt.training.checkpoint import Checkpoints, seed_generators
 from metavpt.training.fabric import make_fabric
 from metavpt.training.run_log import RunLog, UnwrittenLog
@@ -29,7 +30,7 @@ def build(cfg: DictConfig, folder: Path, console: Console, fabric: Fabric | None
         )
     seed_generators(cfg.seed)
     problem = instantiate(cfg.problem, _convert_="all")
-    problem.to("meta" if cfg.device == "meta" else fabric.device)
+    move_to_device(problem, "meta" if cfg.device == "meta" else fabric.device)
     trainer = instantiate(
         cfg.trainer,
         problem=problem,

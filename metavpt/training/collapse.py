@@ -2,13 +2,13 @@
 
 import math
 from collections.abc import Iterable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 
-class Sign(NamedTuple):
+class HealthMetric(NamedTuple):
     """A number, healthy within [low, high] and while it has at least the share `keep` of what it was at first; and what to turn if not."""
 
     value: float
@@ -18,13 +18,21 @@ class Sign(NamedTuple):
     keep: float = 0.0
 
 
+class Monitored(Protocol):
+    """A problem with health metrics, which show a collapse."""
+
+    def health_metrics(self) -> "dict[str, HealthMetric]":
+        """Measure the learner; cheap enough for every probe."""
+        ...
+
+
 class Watch:
     """Says which signs are not healthy. What they were at first is part of a checkpoint."""
 
     def __init__(self) -> None:
         self.first: dict[str, float] = {}
 
-    def __call__(self, signs: Mapping[str, Sign]) -> list[str]:
+    def __call__(self, signs: Mapping[str, HealthMetric]) -> list[str]:
         """A line for each: what it is, what it was at first, which option to turn."""
         found = []
         for name, sign in signs.items():
@@ -67,38 +75,38 @@ def at_end(values: Tensor, end: float) -> float:
     return float((values >= end).double().mean())
 
 
-def rank_sign(rank: float) -> Sign:
+def rank_sign(rank: float) -> HealthMetric:
     """Of the effective rank of features."""
-    return Sign(
+    return HealthMetric(
         rank,
         "the features lose their rank; lower trainer.optimizer.lr, raise problem.teacher_momentum, or give problem.terms koleo a weight",
         keep=0.3,
     )
 
 
-def outcome_signs(probs: Tensor) -> dict[str, Sign]:
+def outcome_signs(probs: Tensor) -> dict[str, HealthMetric]:
     """Of a teacher's probabilities of prototypes (N, K)."""
     spread = Spread.of(probs)
     uniform = "all images get the same even answer; lower problem.teacher_temperature"
     single = "all images get the same prototype; take problem.targets=sinkhorn, or raise problem.teacher_temperature"
     return {
-        "output_entropy": Sign(spread.entropy, ""),
-        "output_information": Sign(
+        "output_entropy": HealthMetric(spread.entropy, ""),
+        "output_information": HealthMetric(
             spread.information, uniform if spread.entropy > 0.5 else single, keep=0.1
         ),
     }
 
 
-def mask_signs(masks: Iterable[Tensor | None]) -> dict[str, Sign]:
+def mask_signs(masks: Iterable[Tensor | None]) -> dict[str, HealthMetric]:
     """Of masks in [0, 1] that keep a pixel with 1."""
     kept = [mask.flatten() for mask in masks if mask is not None]
     if not kept:
         return {}
     knob = "the designer hides nearly everything; raise designer.keep or designer.sparsity_weight, or lower strategy.optimizer.lr"
-    return {"hidden_share": Sign(at_end(-torch.cat(kept), 0.0), knob, high=0.95)}
+    return {"hidden_share": HealthMetric(at_end(-torch.cat(kept), 0.0), knob, high=0.95)}
 
 
-def gate_signs(gate: Tensor, max_gate: float) -> dict[str, Sign]:
+def gate_signs(gate: Tensor, max_gate: float) -> dict[str, HealthMetric]:
     """Of gates in [0, max_gate]."""
     knob = "nearly every gate is as far open as it goes; lower strategy.optimizer.lr or raise designer.excess_weight"
-    return {"open_gates": Sign(at_end(gate, max_gate), knob, high=0.95)}
+    return {"open_gates": HealthMetric(at_end(gate, max_gate), knob, high=0.95)}

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -11,13 +11,31 @@ from torch.optim import Optimizer
 
 from metavpt.distributed import collectives, fsdp
 from metavpt.errors import MetaVPTError
-from metavpt.problem import Problem
+from metavpt.problem import Problem, supports
 from metavpt.profiling.timers import phase
-from metavpt.strategies.learned import Proposal
+from metavpt.training.strategy import Proposal
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
     from lightning_fabric.plugins import Precision
+
+
+class Splittable(Protocol):
+    """A problem whose tasks are not split along the first dimension of their tensors."""
+
+    def microbatches(self, task: Any, num_parts: int) -> list[Any]:
+        """Split a task into `num_parts` tasks of equal size, for gradient accumulation."""
+        ...
+
+
+def microbatches(problem: Problem, task: Any, num_parts: int) -> list[Any]:
+    """Split a task for gradient accumulation.
+
+    By default every tensor whose first dimension equals the batch size is split along it.
+    """
+    if supports(problem, Splittable):
+        return problem.microbatches(task, num_parts)
+    return [collectives.cut(task, k, num_parts) for k in range(num_parts)]
 
 
 class Execution:
@@ -61,7 +79,7 @@ class Execution:
     def backward(self, proposal: Proposal) -> Tensor:
         """Leave the gradient in .grad, the mean over ranks and over the parts of the task; the mean loss."""
         parts = (
-            self.problem.parts(proposal.task, self.accumulate)
+            microbatches(self.problem, proposal.task, self.accumulate)
             if self.accumulate > 1
             else [proposal.task]
         )

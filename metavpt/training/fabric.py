@@ -19,7 +19,7 @@ from metavpt.hypergradients import params
 from metavpt.hypergradients.distributed_losses import averaged
 from metavpt.hypergradients.params import Params
 from metavpt.problem import Problem
-from metavpt.strategies.learned import Proposal
+from metavpt.training.strategy import Proposal
 
 PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")
 BACKENDS = {
@@ -40,7 +40,7 @@ def make_fabric(
     device     cpu, cuda or cuda:1; None: the GPU where there is one
     precision  of the learner's own step; hypergradients are taken in float32 whatever it is, see `metavpt.hypergradients.mixed_products`
     devices    processes on a machine, a GPU each. Under torchrun both numbers are torchrun's
-    parallel   how several share the learner: "ddp", each holds all of it; "fsdp", each a part of its trunk (`Problem.trunks`)
+    parallel   how several share the learner: "ddp", each holds all of it; "fsdp", each a part of its trunk (`Shardable.trunks`)
     """
     if precision not in PRECISIONS:
         raise MetaVPTError(f"precision={precision}: known are {', '.join(PRECISIONS)}")

@@ -1,9 +1,9 @@
 """How well the first-order value of a learner's step predicts what the step does to feedback that was held out."""
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch.optim import Optimizer
@@ -13,9 +13,21 @@ from metavpt.hypergradients import params
 from metavpt.hypergradients.distributed_losses import averaged
 from metavpt.hypergradients.estimators import downstream
 from metavpt.hypergradients.params import Params
-from metavpt.problem import Problem
-from metavpt.strategies.learned import aligned_names
-from metavpt.training.streams import Stream
+from metavpt.problem import Problem, aligned_names, supports
+from metavpt.training.streams import Stream, held_out_batches
+
+
+class FitsHeads(Protocol):
+    """A problem whose `fit_heads` writes attributes that a probe must save and restore."""
+
+    def heads(self) -> Sequence[str]:
+        """Return the names of the attributes that `fit_heads` writes."""
+        ...
+
+
+def head_names(problem: Problem) -> Sequence[str]:
+    """Return the names of the attributes that `fit_heads` writes: by default none."""
+    return problem.heads() if supports(problem, FitsHeads) else ()
 
 
 class Before(NamedTuple):
@@ -45,7 +57,7 @@ class FirstOrderProbe:
     def __init__(self, problem: Problem, seed: int) -> None:
         self.problem = problem
         self.feedback = Stream(problem.feedback_batches, seed, "feedback_batches")
-        self.held_out = Stream(problem.held_out_batches, seed + 100_000, "held_out_batches")
+        self.held_out = Stream(held_out_batches(problem), seed + 100_000, "held_out_batches")
         self._heads: dict[str, Any] = {}
 
     def before(self, optimizer: Optimizer) -> Before:
@@ -103,7 +115,7 @@ class FirstOrderProbe:
     def _head_state(self) -> dict[str, Any]:
         return {
             name: copy.deepcopy(getattr(self.problem, name).state_dict())
-            for name in self.problem.heads()
+            for name in head_names(self.problem)
         }
 
     def _load_heads(self, state: dict[str, Any]) -> None:

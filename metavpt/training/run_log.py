@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from PIL import Image
@@ -17,6 +17,25 @@ from metavpt.errors import MetaVPTError, writing
 from metavpt.probes.samples import Texts
 from metavpt.training.budget import Budget
 from metavpt.training.trackers import Tracker
+
+
+class Reportable(Protocol):
+    """A problem that shows more than metrics in the report.
+
+    A problem that inherits from this class defines what it has and leaves the rest empty.
+    """
+
+    def figures(self) -> dict[str, np.ndarray]:
+        """Return pictures for the report by name, uint8 of shape (H, W, 3)."""
+        return {}
+
+    def texts(self) -> Texts:
+        """Return text samples for the report: answers, and tokens with their targets."""
+        return Texts([], [])
+
+    def counters(self) -> dict[str, float]:
+        """Return totals for the log that grow with the steps, such as images that were skipped."""
+        return {}
 
 
 class RunLog:

@@ -1,13 +1,14 @@
 """The learning rate over a run, and what it is the learning rate of."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from torch import Tensor
 
 from metavpt.errors import MetaVPTError
-from metavpt.problem import Problem
+from metavpt.problem import Problem, supports
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,7 @@ class WarmupCosine:
 
 def parameter_groups(problem: Problem, weight_decay: float) -> list[dict[str, Any]]:
     """Of the learner: matrices decay, vectors (biases, norms) do not; what head warm-up freezes stands in groups of its own."""
-    warm = set(problem.warm_up_parameters())
+    warm = set(warm_up_names(problem))
     groups: dict[tuple[bool, bool], list[Tensor]] = {}
     for name, p in problem.learner.named_parameters():
         if p.requires_grad:
@@ -45,3 +46,18 @@ def parameter_groups(problem: Problem, weight_decay: float) -> list[dict[str, An
         {"params": group, "weight_decay": weight_decay if decays else 0.0, "warm": is_warm}
         for (decays, is_warm), group in groups.items()
     ]
+
+
+class WarmsUp(Protocol):
+    """A problem with fresh parameters on a released backbone: the head warm-up trains these alone."""
+
+    def warm_up_parameters(self) -> Sequence[str]:
+        """Return the names of the learner's parameters that the head warm-up trains."""
+        ...
+
+
+def warm_up_names(problem: Problem) -> Sequence[str]:
+    """Return the names of the parameters that the head warm-up trains: by default all."""
+    if supports(problem, WarmsUp):
+        return problem.warm_up_parameters()
+    return [name for name, p in problem.learner.named_parameters() if p.requires_grad]

@@ -1,10 +1,11 @@
 """Endless batches with a position that a checkpoint can hold."""
 
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 from metavpt.distributed import collectives
 from metavpt.errors import MetaVPTError
+from metavpt.problem import Problem, supports
 from metavpt.profiling.timers import phase
 from metavpt.training.timeouts import time_limit
 
@@ -87,3 +88,34 @@ class Streams(NamedTuple):
     pretrain: Stream
     meta: Stream
     feedback: Stream
+
+
+Source = Callable[[int], Iterable[Any]]  # seed -> batches
+
+
+class HasMetaBatches(Protocol):
+    """A problem whose designer updates read unlabelled batches of their own."""
+
+    def meta_batches(self, seed: int) -> Iterable[Any]:
+        """Return unlabelled batches for the designer's updates, in an order set by `seed`."""
+        ...
+
+
+class HasHeldOutBatches(Protocol):
+    """A problem with labelled batches that no designer update reads."""
+
+    def held_out_batches(self, seed: int) -> Iterable[Any]:
+        """Return labelled batches to measure on what a designer update predicts."""
+        ...
+
+
+def meta_batches(problem: Problem) -> Source:
+    """Return the source of the designer's unlabelled batches: by default the learner's."""
+    return problem.meta_batches if supports(problem, HasMetaBatches) else problem.pretrain_batches
+
+
+def held_out_batches(problem: Problem) -> Source:
+    """Return the source of held-out labelled batches: by default that of the feedback."""
+    if supports(problem, HasHeldOutBatches):
+        return problem.held_out_batches
+    return problem.feedback_batches

@@ -9,20 +9,20 @@ from torch.optim import Optimizer
 from metavpt.distributed import collectives, fsdp
 from metavpt.errors import MetaVPTError
 from metavpt.hypergradients import trees
-from metavpt.problem import Problem
+from metavpt.problem import Problem, supports
 from metavpt.profiling.timers import phase
-from metavpt.strategies.learned import Strategy
 from metavpt.training.budget import Budget
 from metavpt.training.checkpoint import Checkpoints
-from metavpt.training.collapse import Watch
+from metavpt.training.collapse import HealthMetric, Monitored, Watch
 from metavpt.training.engine import Execution
 from metavpt.training.first_order import Before, FirstOrderProbe
 from metavpt.training.leak_guard import untouched
 from metavpt.training.non_finite import Failures
-from metavpt.training.run_log import RunLog
+from metavpt.training.run_log import Reportable, RunLog
 from metavpt.training.schedule import WarmupCosine, parameter_groups
 from metavpt.training.signals import Stopped, StopRequest
-from metavpt.training.streams import TIMEOUT, Stream, Streams
+from metavpt.training.strategy import Strategy, TrainState
+from metavpt.training.streams import TIMEOUT, Stream, Streams, meta_batches
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
@@ -42,7 +42,7 @@ class Trainer:
     The learner's parameters and their `.grad` are written in `step` alone, and there only by the pretraining loss of a detached task.
     While `stop` listens, SIGTERM and Ctrl-C end `run` by `Stopped` after the step in progress and a checkpoint of it.
 
-    head_warmup_steps   first steps that train `problem.warm_up_parameters()` only: fresh SSL heads on a released backbone
+    head_warmup_steps   first steps that train the problem's `warm_up_parameters` only: fresh SSL heads on a released backbone
     head_warmup_lr      peak learning rate of these steps; None: the optimizer's, which a released backbone wants low
     first_order_every   steps between two measurements of how well first-order value predicts a step; 0: none
     accumulate          parts that a batch is taken in, one after the other: activations of a part, the gradient of the whole. What a loss
@@ -115,10 +115,15 @@ class Trainer:
         problem = self.problem
         self.streams = Streams(
             pretrain=Stream(problem.pretrain_batches, first, "pretrain_batches", timeout),
-            meta=Stream(problem.meta_batches, first + 300_000, "meta_batches", timeout),
+            meta=Stream(meta_batches(problem), first + 300_000, "meta_batches", timeout),
             feedback=Stream(problem.feedback_batches, first + 600_000, "feedback_batches", timeout),
         )
         self.first_order = FirstOrderProbe(problem, first + 800_000)
+
+    @property
+    def state(self) -> TrainState:
+        """What the strategy sees."""
+        return TrainState(self.problem, self.streams, self.optimizer, self.budget)
 
     def run(self) -> None:
         """From where the run stands to the end of the budget; step 0 is measured before anything is trained."""
@@ -178,16 +183,20 @@ class Trainer:
     def measure(self) -> None:
         """Probe metrics, figures and texts of the learner as it is; a warning where it collapses."""
         with self.budget.timed("probe"), self.execution.eager():
-            self.metrics = self.problem.evaluate()
+            self.metrics = dict(self.problem.evaluate())
             self.log.write("probe", self.budget.steps, metrics=self.metrics)
-            self.log.save_figures(self.budget.steps, self.problem.figures())
-            self.log.save_texts(self.budget.steps, self.problem.texts())
-            if signs := self.problem.vital_signs():
-                self.log.write(
-                    "watch", self.budget.steps, **{name: sign.value for name, sign in signs.items()}
-                )
-            for line in self.watch(signs):
-                self.log.warn(self.budget.steps, line)
+            if supports(self.problem, Reportable):
+                self.log.save_figures(self.budget.steps, self.problem.figures())
+                self.log.save_texts(self.budget.steps, self.problem.texts())
+            if supports(self.problem, Monitored):
+                self._check_health(self.problem.health_metrics())
+
+    def _check_health(self, metrics: dict[str, HealthMetric]) -> None:
+        if metrics:
+            values = {name: metric.value for name, metric in metrics.items()}
+            self.log.write("watch", self.budget.steps, **values)
+        for line in self.watch(metrics):
+            self.log.warn(self.budget.steps, line)
 
     def step(self) -> None:
         """1. a task from the strategy  2. its pretraining loss  3. the learner's optimizer  4. the state that follows (EMA, centre)."""
@@ -198,9 +207,7 @@ class Trainer:
             self.execution.eager(),
             untouched(self.problem.learner, f"{type(self.strategy).__name__}.next_task"),
         ):
-            proposal = self.strategy.next_task(
-                self.problem, self.streams, self.optimizer, self.budget
-            )
+            proposal = self.strategy.next_task(self.state)
         self.failures.count_update(proposal.record, proposal.task)
         with self.budget.timed("learner"):
             loss = self.execution.backward(proposal)
@@ -269,7 +276,7 @@ class Trainer:
             grad_evals=budget.grad_evals,
             seconds=budget.seconds,
             samples_per_s=budget.samples / max(budget.seconds, 1e-9),
-            **self.problem.counters(),
+            **(self.problem.counters() if supports(self.problem, Reportable) else {}),
         )
         self.log.write("time", budget.steps, seconds=dict(budget.times))
 

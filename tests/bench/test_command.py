@@ -29,7 +29,7 @@ def test_a_breakdown_is_printed_and_stored(tmp_path):
         conf,
         "problem=channels",
         "measure.steps=9",
-        "strategy.meta_every=4",
+        "strategy.every=4",
         "threads=1",
         folder=tmp_path,
     )

@@ -21,8 +21,8 @@ from metavpt import (
 from metavpt.bench import cost_model, flops
 from metavpt.hypergradients import params
 from metavpt.hypergradients.linear_solvers import Neumann
-from metavpt.strategies.learned import Strategy
 from metavpt.strategies.selection import Greedy
+from metavpt.training.strategy import Strategy, TrainState
 from metavpt.training.streams import Stream, Streams
 
 WIDTH, DEPTH, TAIL = 16, 8, 3
@@ -92,7 +92,7 @@ def scene(strategy: Strategy):
     torch.manual_seed(0)
     problem = Deep()
     strategy.start(problem)
-    sources = (problem.pretrain_batches, problem.meta_batches, problem.feedback_batches)
+    sources = (problem.pretrain_batches, problem.pretrain_batches, problem.feedback_batches)
     streams = Streams(*(Stream(source, seed) for seed, source in enumerate(sources)))
     return problem, streams, torch.optim.AdamW(problem.learner.parameters(), lr=1e-3)
 
@@ -119,12 +119,12 @@ ESTIMATORS = {
 
 @pytest.mark.parametrize("estimator", ESTIMATORS.values(), ids=ESTIMATORS)
 def test_no_update_takes_less_than_its_floor_and_ours_take_little_more(estimator):
-    strategy = Learned(estimator, meta_every=1)
+    strategy = Learned(estimator, every=1)
     problem, streams, optimizer = scene(strategy)
     record = {}
     taken = flops.count(
         lambda: record.update(
-            strategy.update_designer(problem, streams, optimizer, Budget(steps=1))
+            strategy.update(TrainState(problem, streams, optimizer, Budget(steps=1)))
         )
     )
     counts = cost_model.of_update(estimator, record.get("curvature_products", 0.0))
@@ -135,9 +135,11 @@ def test_no_update_takes_less_than_its_floor_and_ours_take_little_more(estimator
 
 
 def test_greedy_takes_its_floor():
-    strategy = Greedy(num_candidates=4, refresh_every=1)
+    strategy = Greedy(num_candidates=4, every=1)
     problem, streams, optimizer = scene(strategy)
-    taken = flops.count(lambda: strategy.next_task(problem, streams, optimizer, Budget(steps=1)))
+    taken = flops.count(
+        lambda: strategy.next_task(TrainState(problem, streams, optimizer, Budget(steps=1)))
+    )
     counts = cost_model.of_step(strategy)
     assert counts == {"learner": 1, "score": 4, "score_tail": 4, "heads": 1, "g_down": 1}
     stopwatch = cost_model.Stopwatch(problem, strategy, streams)
@@ -147,8 +149,8 @@ def test_greedy_takes_its_floor():
 
 def test_updates_are_shared_out_among_the_steps_between_them():
     assert cost_model.of_step(Fixed()) == {"learner": 1}
-    by_8 = cost_model.of_step(Learned(OneStep(), meta_every=8))
-    by_1 = cost_model.of_step(Learned(OneStep(), meta_every=1))
+    by_8 = cost_model.of_step(Learned(OneStep(), every=8))
+    by_1 = cost_model.of_step(Learned(OneStep(), every=1))
     assert by_8
     assert by_1
     assert by_8["learner"] == by_1["learner"] == by_8["design"] == 1

@@ -51,7 +51,7 @@ class Ticks:
 
 def test_a_breakdown_sums_to_the_time_of_the_steps(tmp_path):
     """But for a glance at the clock that an update costs a phase of every step."""
-    ticks, strategy = Ticks(), Learned(OneStep(), meta_every=4, burn_in=100)
+    ticks, strategy = Ticks(), Learned(OneStep(), every=4, burn_in=100)
     measured = step_profile.measure(trainer(tmp_path, strategy), warmup=4, steps=8, now=ticks)
     totals = [sum(step.values()) for step in measured.seconds]
     assert measured.per_step == pytest.approx(sum(totals) / 8, rel=0.03)
@@ -69,7 +69,7 @@ def test_a_breakdown_sums_to_the_time_of_the_steps(tmp_path):
 
 
 def test_a_report_names_the_floor_and_its_ratio(tmp_path):
-    run = trainer(tmp_path, Learned(OneStep(), meta_every=2))
+    run = trainer(tmp_path, Learned(OneStep(), every=2))
     now = step_profile.synchronized
     measured = step_profile.measure(run, 2, 4, now)
     floor = step_profile.floor(run, now)
@@ -92,7 +92,7 @@ def test_a_report_names_the_floor_and_its_ratio(tmp_path):
 
 
 def test_steps_are_whole_periods():
-    assert step_profile.num_steps(9, Learned(meta_every=8)) == 16
+    assert step_profile.num_steps(9, Learned(every=8)) == 16
     assert step_profile.num_steps(9, Fixed()) == 9
     with pytest.raises(MetaVPTError, match=r"measure\.steps=0"):
         step_profile.num_steps(0, Fixed())

@@ -304,12 +304,12 @@ def test_a_row_whose_learner_is_built_otherwise_than_the_warm_start_says_so_in_o
 
 
 def test_a_row_that_cannot_be_built_says_why_in_one_line_and_the_others_go_on(tmp_path):
-    rows = "strategies=[{never: 'one_step strategy.meta_every=0'}]"
+    rows = "strategies=[{never: 'one_step strategy.every=0'}]"
     done = compare(tmp_path / "c", "controls=[fixed]", rows, "seeds=[0]", "budget.steps=5")
     errors = {result.row: result.error for result in results.read(tmp_path / "c")}
     assert errors == {
         "fixed": None,
-        "never": "strategy: meta_every=0 must be at least 1 and burn_in=40 at least 0",
+        "never": "strategy: every=0 must be at least 1 and burn_in=40 at least 0",
     }
     assert "never failed on seed 0" in " ".join(done.stdout.split())
 

@@ -90,7 +90,7 @@ class BadRegularizer(Broken):
 
 def trainer(folder, kind, **options):
     torch.manual_seed(0)
-    strategy = Learned(OneStep(), lambda p: torch.optim.Adam(p, lr=0.01), meta_every=2)
+    strategy = Learned(OneStep(), lambda p: torch.optim.Adam(p, lr=0.01), every=2)
     return Trainer(kind(), strategy, Budget(steps=50), RunLog(folder), max_failures=3, **options)
 
 

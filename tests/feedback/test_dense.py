@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from metavpt.errors import MetaVPTError
-from metavpt.feedback.dense import DenseFeedback, RidgeFeedback, upsample, weighted, weighted_sum
+from metavpt.feedback.aggregation import weighted, weighted_sum
+from metavpt.feedback.dense import DenseFeedback, RidgeFeedback, upsample
 
 
 class Frames(NamedTuple):

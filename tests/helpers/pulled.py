@@ -8,7 +8,7 @@ from scipy.optimize import nnls
 from torch import nn
 
 from metavpt import Budget, Learned, Problem, RunLog, Trainer
-from metavpt.feedback.aggregation import TorchJD
+from metavpt.feedback.aggregation import MultipleFeedbacks, TorchJD
 from metavpt.hypergradients.estimators import downstream
 from metavpt.strategies.learned import feedback_on
 
@@ -28,7 +28,7 @@ class Point(nn.Module):
         self.p = nn.Parameter(torch.tensor([0.3, -1.0, 2.0, 0.7], dtype=torch.float64))
 
 
-class Pulled(Problem):
+class Pulled(MultipleFeedbacks, Problem):
     """A point in R^4, pretrained towards samples of several domains; feedback j is |theta - goal_j|^2 / 2, at first with gradient g_j."""
 
     def __init__(self, gradients, weights=None):
@@ -81,17 +81,16 @@ class Pulled(Problem):
 class Summed(Pulled):
     """The same with the weighted sum written by hand."""
 
-    feedback_losses = Problem.feedback_losses
-
     def __init__(self, gradients, weights):
         super().__init__(gradients, {"feedback": 1.0})
         self.by_hand = weights
 
-    def feedback_loss(self, theta, batch):
-        return sum(
+    def feedback_losses(self, theta, batch):
+        total = sum(
             self.by_hand[name] * ((theta["p"] - goal) ** 2).sum() / 2
             for name, goal in self.goals.items()
         )
+        return {"feedback": total}
 
 
 CONFLICT = {"a": [3.0, 6.0, 0.0, 1.5], "b": [-1.0, -0.5, 1.0, 0.0]}
@@ -111,7 +110,7 @@ def hypergradient(problem, estimator, combination=None):
         estimator, lambda p: torch.optim.SGD(p, lr=1.0), combination=combination, max_norm=1e9
     )
     loop = trainer(problem, strategy)
-    return strategy.hypergradient(problem, loop.streams, loop.optimizer, loop.budget)[0]
+    return strategy.estimate(loop.state)[0]
 
 
 def trainer(problem, strategy, folder=Path("unused"), steps=4):

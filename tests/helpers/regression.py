@@ -48,11 +48,11 @@ class Regression(Problem):
         with torch.no_grad():
             return {"loss": float((X @ self.learner.weight - Y).square().mean())}
 
-    def lesson(self, theta, batch, w, derivative):
+    def replay_batch(self, theta, batch, w, derivative):
         values = -derivative(lambda own: X[batch] @ own["weight"], {"weight": theta["weight"]}, w)
         return {"rows": batch, "values": values}
 
-    def taught(self, lesson):
+    def designer_loss(self, lesson):
         shift = X[lesson["rows"]] @ self.designer.weight
         return -(shift * lesson["values"]).mean() + 0.5 * shift.square().mean()
 

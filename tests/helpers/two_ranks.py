@@ -149,13 +149,13 @@ class Recorded(Learned):
 
     dies_at, found = None, ()
 
-    def next_task(self, problem, streams, optimizer, budget):
-        if budget.steps == self.dies_at:
+    def next_task(self, state):
+        if state.budget.steps == self.dies_at:
             os.kill(os.getpid(), signal.SIGKILL)
-        return super().next_task(problem, streams, optimizer, budget)
+        return super().next_task(state)
 
-    def hypergradient(self, problem, streams, optimizer, budget):
-        estimate, batch = super().hypergradient(problem, streams, optimizer, budget)
+    def estimate(self, state):
+        estimate, batch = super().estimate(state)
         self.found = (*self.found, estimate.by_phi)
         return estimate, batch
 
@@ -166,7 +166,7 @@ def trainer_of(folder, problem, estimator, fabric=None):
     strategy = Recorded(
         ESTIMATORS[estimator](PRODUCTS[problem]),
         lambda p: torch.optim.Adam(p, lr=1e-2),
-        meta_every=2,
+        every=2,
     )
     log = RunLog(folder) if collectives.rank() == 0 else UnwrittenLog(folder)
     options = {

@@ -11,7 +11,7 @@ from metavpt import Dot, ExactProduct, Fixed, OneStep
 from metavpt.hypergradients import params
 from metavpt.hypergradients.linear_targets import CentralDifference, LinearProduct
 from metavpt.strategies.amortized import Amortized
-from metavpt.strategies.function_space import Functional, RandomFunctional
+from metavpt.strategies.function_space import Functional
 from metavpt.strategies.learned import inner_loss
 
 
@@ -24,14 +24,14 @@ def moving(problem):
     return in_float64(problem, problem.designer.network.write.parameters(), 0.3)
 
 
-def test_a_functional_lesson_is_minus_the_derivative_of_the_feedback_by_the_teachers_features(make):
+def test_output_values_are_minus_the_derivative_of_the_feedback_by_the_teachers_features(make):
     """By finite differences along a random direction, each feedback scaled to one size, in float64, to a relative 1e-6."""
     problem = moving(make("feedback.depth_weight=2.0", "feedback.penalty=0.1"))
     theta, batch = (
         params.detach(params.named(problem.learner)),
         next(iter(problem.feedback_batches(2))),
     )
-    lesson, frames = problem.functional_lesson(theta, batch), batch["labelled"]
+    lesson, frames = problem.output_values(theta, batch), batch["labelled"]
     images = problem.normalize(frames.image, problem.feature_size)
     held = torch.nn.functional.layer_norm(
         problem.teacher(images).patches.flatten(2).transpose(1, 2), (24,)
@@ -93,16 +93,16 @@ def test_a_network_moves_the_targets_and_its_products_agree(make):
 
 
 def amortized():
-    return Amortized(adam, meta_every=2, phi_steps=3, derivative=CentralDifference())
+    return Amortized(adam, every=2, phi_steps=3, derivative=CentralDifference())
 
 
-def functional(kind=Functional):
-    return kind(adam, phi_steps=3, lesson_batch_size=2, meta_every=2)
+def functional(permute=False):
+    return Functional(adam, permute=permute, phi_steps=3, batch_size=2, every=2)
 
 
 @pytest.mark.parametrize(
     "strategy",
-    [functional, lambda: functional(RandomFunctional), amortized],
+    [functional, lambda: functional(permute=True), amortized],
     ids=["functional", "random_functional", "amortized"],
 )
 def test_a_network_trains_and_resumes_bit_for_bit_and_differs_from_fixed(make, tmp_path, strategy):
@@ -122,8 +122,8 @@ def test_a_network_that_learns_nothing_is_fixed_bit_for_bit(make, tmp_path):
     strategy = Functional(
         lambda parameters: torch.optim.Adam(parameters, lr=0.0),
         phi_steps=2,
-        lesson_batch_size=2,
-        meta_every=1,
+        batch_size=2,
+        every=1,
     )
     train(tmp_path / "still", still, strategy, steps=2)
     assert_identical(weights(fixed), weights(still))
@@ -135,7 +135,7 @@ def test_the_parts_of_a_batch_share_the_network_whatever_its_width(make):
     with torch.no_grad():
         task = problem.designer(batch)
         whole = problem.pretrain_loss(theta, task)
-        parts = [problem.pretrain_loss(theta, part) for part in problem.parts(task, 2)]
+        parts = [problem.pretrain_loss(theta, part) for part in problem.microbatches(task, 2)]
     assert float(sum(parts)) / 2 == pytest.approx(float(whole), rel=1e-12)
 
 

@@ -56,7 +56,7 @@ def test_either_weight_may_be_zero(make, tmp_path, zero, other):
     for name, combination in (("sum", None), ("mgda", TorchJD("MGDA"))):
         problem = make(f"feedback.{zero}_weight=0")
         strategy = Learned(
-            OneStep(), lambda p: torch.optim.Adam(p, lr=1e-2), meta_every=2, combination=combination
+            OneStep(), lambda p: torch.optim.Adam(p, lr=1e-2), every=2, combination=combination
         )
         budget = Budget(steps=3)
         Trainer(problem, strategy, budget, RunLog(tmp_path / name)).run()

@@ -125,8 +125,8 @@ def test_the_stream_is_the_images_of_both_sets(make):
 
 def test_what_each_set_is_steered_for_is_known_by_name(make):
     problem = make("dino_dense")
-    steered = {name: problem.is_steered(name) for name in problem.evaluate()}
-    assert {name for name, is_steered in steered.items() if is_steered} == {
+    steered = {name: problem.is_target_metric(name) for name in problem.evaluate()}
+    assert {name for name, is_target_metric in steered.items() if is_target_metric} == {
         *(
             f"nyuv2/ridge/depth_{metric}{mean}"
             for metric in ("rmse", "abs_rel", "delta1")
@@ -134,7 +134,7 @@ def test_what_each_set_is_steered_for_is_known_by_name(make):
         ),
         *(f"ade20k/ridge/seg_{metric}" for metric in ("miou", "miou_present", "acc")),
     }
-    assert {name for name, is_steered in steered.items() if not is_steered} == {
+    assert {name for name, is_target_metric in steered.items() if not is_target_metric} == {
         "nyuv2/ridge/seg_miou",
         "nyuv2/ridge/seg_miou_present",
         "nyuv2/ridge/seg_acc",
@@ -150,7 +150,7 @@ def test_sets_and_feedbacks_must_have_the_same_names(make):
 
 
 def strategy():
-    return Learned(OneStep(), adam, meta_every=1)
+    return Learned(OneStep(), adam, every=1)
 
 
 def test_two_sets_train_and_resume_exactly_with_what_probes_remember(make, tmp_path):
@@ -208,7 +208,7 @@ def test_side_effects_are_measured_by_configuration(make, tmp_path):
         "cka/step0",
     }
     assert metrics.keys() - make("dino_nyuv2").evaluate().keys() == added
-    assert not any(problem.is_steered(name) for name in added)
+    assert not any(problem.is_target_metric(name) for name in added)
     assert all(sign(name) == 1 for name in added if name.endswith("accuracy"))
     assert 1 <= metrics["rank/rankme"] <= 8.01
     assert metrics["cka/step0"] == pytest.approx(1)

@@ -25,7 +25,7 @@ from metavpt import (
 from metavpt.check.purity import snapshot
 from metavpt.hypergradients import params, trees
 from metavpt.objectives.dino import center_update
-from metavpt.strategies.controls import Adversarial, Direct, Hardest, RandomFeedback, Uniform
+from metavpt.strategies.controls import Adversarial, Direct, Hardest, Uniform
 from metavpt.strategies.learned import inner_loss
 from metavpt.strategies.selection import Greedy, GreedySelection
 
@@ -149,7 +149,7 @@ def test_learned_with_designer_lr_0_is_fixed_bit_for_bit(make, tmp_path, estimat
     train(
         tmp_path / "learned",
         learned,
-        Learned(estimator, lambda p: adam(p, lr=0.0), meta_every=2),
+        Learned(estimator, lambda p: adam(p, lr=0.0), every=2),
         steps=6,
     )
     assert_identical(weights(fixed), weights(learned))
@@ -191,7 +191,7 @@ def test_the_tail_is_the_loss(make):
 
 def test_every_parameter_of_the_designer_is_reached(make):
     problem = make()
-    train_steps = Learned(OneStep(), adam, meta_every=1)
+    train_steps = Learned(OneStep(), adam, every=1)
     train_steps.start(problem)
     theta = params.detach(params.named(problem.learner))
     aligned = {name: theta[name] for name in problem.aligned_parameters()}
@@ -219,11 +219,11 @@ def test_pick_takes_each_image_from_the_task_that_is_named(make):
 
 
 STRATEGIES = {
-    "greedy": lambda: Greedy(2, refresh_every=2), "greedy_cosine": lambda: Greedy(2, Cosine(), refresh_every=2),
-    "selection": lambda: GreedySelection(2, refresh_every=2), "uniform": Uniform, "hardest": lambda: Hardest(2), "direct": Direct,
-    "random_feedback": lambda: RandomFeedback(OneStep(), adam, meta_every=2), "adversarial": lambda: Adversarial(adam, meta_every=2),
-    "one_step": lambda: Learned(OneStep(Cosine()), adam, meta_every=2), "unrolled": lambda: Learned(Unrolled(2), adam, meta_every=2),
-    "implicit": lambda: Learned(Implicit(damping=1e-2), adam, meta_every=2),
+    "greedy": lambda: Greedy(2, every=2), "greedy_cosine": lambda: Greedy(2, direction=Cosine(), every=2),
+    "selection": lambda: GreedySelection(2, every=2), "uniform": Uniform, "hardest": lambda: Hardest(2), "direct": Direct,
+    "random_feedback": lambda: Learned(OneStep(), adam, every=2, random_seed=0), "adversarial": lambda: Adversarial(adam, every=2),
+    "one_step": lambda: Learned(OneStep(Cosine()), adam, every=2), "unrolled": lambda: Learned(Unrolled(2), adam, every=2),
+    "implicit": lambda: Learned(Implicit(damping=1e-2), adam, every=2),
 }  # fmt: skip
 
 

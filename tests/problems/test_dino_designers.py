@@ -120,7 +120,7 @@ def test_a_new_designer_trains_exactly_as_the_recipe(make, name):
 def test_learned_with_designer_lr_0_is_fixed_bit_for_bit(make, tmp_path, name):
     problems = make(name), make(name)
     frozen = Learned(
-        OneStep(Cosine()), lambda parameters: torch.optim.Adam(parameters, lr=0.0), meta_every=2
+        OneStep(Cosine()), lambda parameters: torch.optim.Adam(parameters, lr=0.0), every=2
     )
     for problem, strategy, folder in zip(
         problems, (Fixed(), frozen), ("fixed", "learned"), strict=True
@@ -136,7 +136,7 @@ def test_learned_with_designer_lr_0_is_fixed_bit_for_bit(make, tmp_path, name):
 def test_a_learned_designer_leaves_the_recipe(make, tmp_path, name):
     problem = make(name)
     before = params.clone(params.named(problem.designer))
-    train(tmp_path, problem, Learned(OneStep(Cosine()), adam, meta_every=1), steps=3)
+    train(tmp_path, problem, Learned(OneStep(Cosine()), adam, every=1), steps=3)
     after = params.named(problem.designer)
     assert params.is_finite(after)
     assert all(

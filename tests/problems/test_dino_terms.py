@@ -289,7 +289,7 @@ def test_a_weight_of_zero_leaves_nothing_behind(make):
 def test_learned_with_designer_lr_0_is_fixed_and_a_run_resumes_bit_for_bit(make, tmp_path, name):
     mixer = ["designer=mixer", *ENCODER]
     problems = {part: make(name, *mixer) for part in ("fixed", "learned", "resumed")}
-    frozen = lambda: Learned(OneStep(Cosine()), lambda p: torch.optim.Adam(p, lr=0.0), meta_every=2)
+    frozen = lambda: Learned(OneStep(Cosine()), lambda p: torch.optim.Adam(p, lr=0.0), every=2)
     strategies = {"fixed": Fixed(), "learned": frozen(), "resumed": frozen()}
     trainer = lambda part, steps: Trainer(
         problems[part], strategies[part], Budget(steps=steps), RunLog(tmp_path / part), Checkpoints(tmp_path / part / "checkpoints"),

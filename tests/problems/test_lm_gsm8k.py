@@ -104,7 +104,7 @@ def test_learned_with_designer_lr_0_is_fixed_bit_for_bit(make, tmp_path):
     train(
         tmp_path / "learned",
         learned,
-        Learned(OneStep(), lambda p: adam(p, lr=0.0), meta_every=2),
+        Learned(OneStep(), lambda p: adam(p, lr=0.0), every=2),
         steps=4,
     )
     assert_identical(weights(fixed), weights(learned))
@@ -116,7 +116,7 @@ def test_feedback_reaches_the_learner_through_the_designer_alone(make, tmp_path)
     for name, strategy, equal in (
         (
             "learned",
-            lambda: Learned(OneStep(), lambda p: torch.optim.Adam(p, lr=0.0), meta_every=1),
+            lambda: Learned(OneStep(), lambda p: torch.optim.Adam(p, lr=0.0), every=1),
             True,
         ),
         ("tilt", lambda: instantiate(composed("strategy=tilt").strategy), False),
@@ -139,7 +139,7 @@ STRATEGIES = [
 def test_every_strategy_runs_and_resumes_exactly(make, tmp_path, name):
     def strategy():
         cfg = composed(f"strategy={name}").strategy
-        for key in ("meta_every", "refresh_every"):
+        for key in ("every", "every"):
             if key in cfg:
                 cfg[key] = 2
         if "burn_in" in cfg:
@@ -180,7 +180,7 @@ def test_domains_have_feedback_of_their_own(make, tmp_path):
     strategy = Learned(
         OneStep(Dot(), LinearProduct(absolute=False)),
         None,
-        meta_every=1,
+        every=1,
         combination=DomainMatched(),
     )
     train(tmp_path, problem, strategy, steps=2)
@@ -217,7 +217,9 @@ def test_evaluation_counts_answers_as_steered_and_perplexity_as_a_side_effect(ma
     assert metrics.keys() == {f"answers/{name}" for name in (*names, "nll")} | {
         "stories/perplexity"
     }
-    assert [name for name in metrics if not problem.is_steered(name)] == ["stories/perplexity"]
+    assert [name for name in metrics if not problem.is_target_metric(name)] == [
+        "stories/perplexity"
+    ]
     assert problem.evaluate() == metrics
     assert metrics["stories/perplexity"] == pytest.approx(
         270, rel=0.5
@@ -266,8 +268,8 @@ def test_texts_show_the_weights_of_the_last_task(make):
     "strategy",
     [
         Uniform,
-        lambda: Greedy(2, refresh_every=1),
-        lambda: Learned(OneStep(Cosine()), adam, meta_every=1),
+        lambda: Greedy(2, every=1),
+        lambda: Learned(OneStep(Cosine()), adam, every=1),
     ],
 )
 def test_strategies_choose_weights_of_tokens(make, tmp_path, strategy):

@@ -16,11 +16,11 @@ from metavpt.report.texts import read_texts
 
 MAKEFILE = Path(__file__).parents[2] / "Makefile"
 TARGETS = {  # what each row trains on
-    "fixed": "metavpt.strategies.learned.Fixed",
-    "random_feedback": "metavpt.strategies.controls.RandomFeedback",
-    "uniform": "metavpt.strategies.smoothing.Softened",
+    "fixed": "metavpt.strategies.fixed.Fixed",
+    "random_feedback": "metavpt.strategies.learned.Learned",
+    "uniform": "metavpt.strategies.controls.Softened",
     "greedy": "metavpt.strategies.tilted_targets.Tilt",
-    "self_distillation": "metavpt.strategies.smoothing.Softened",
+    "self_distillation": "metavpt.strategies.controls.Softened",
     "one_step_linear": "metavpt.strategies.learned.Learned",
     "tilt": "metavpt.strategies.tilted_targets.Tilt",
 }

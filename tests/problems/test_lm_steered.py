@@ -12,7 +12,7 @@ from metavpt.hypergradients.linear_targets import ForwardMode
 from metavpt.objectives.prediction import predicted_tokens
 from metavpt.objectives.target_task import target_tail
 
-STATES = ["designer=states", "strategy=amortized", "strategy.phi_steps=3", "strategy.meta_every=2"]
+STATES = ["designer=states", "strategy=amortized", "strategy.phi_steps=3", "strategy.every=2"]
 
 
 @pytest.fixture(scope="module")

@@ -144,7 +144,7 @@ def test_learned_with_designer_lr_0_is_fixed_bit_for_bit(make, tmp_path, name, e
     train(
         tmp_path / "learned",
         learned,
-        Learned(OneStep(Cosine()), lambda p: adam(p, lr=0.0), meta_every=1),
+        Learned(OneStep(Cosine()), lambda p: adam(p, lr=0.0), every=1),
         steps=2,
     )
     assert_identical(weights(fixed), weights(learned))
@@ -229,8 +229,8 @@ def test_blocks_of_different_sizes_do_not_fit_into_one_task(make):
 
 # Together they take every way through a problem that a strategy can.
 STRATEGIES = {
-    "one_step": lambda: Learned(OneStep(Cosine()), adam, meta_every=2), "unrolled": lambda: Learned(Unrolled(2), adam, meta_every=2),
-    "implicit": lambda: Learned(Implicit(damping=1e-2), adam, meta_every=2), "greedy": lambda: Greedy(2, refresh_every=2),
+    "one_step": lambda: Learned(OneStep(Cosine()), adam, every=2), "unrolled": lambda: Learned(Unrolled(2), adam, every=2),
+    "implicit": lambda: Learned(Implicit(damping=1e-2), adam, every=2), "greedy": lambda: Greedy(2, every=2),
     "uniform": Uniform, "hardest": lambda: Hardest(2),
 }  # fmt: skip
 
@@ -272,9 +272,7 @@ def test_runs_resume_exactly(make, tmp_path, name, strategy):
 )
 def test_greedy_selection_runs_where_tasks_have_one_shape(make, tmp_path, name, one_size):
     problem = make(name, *(f"designer.target_{option}" for option in one_size))
-    assert (
-        train(tmp_path, problem, GreedySelection(2, refresh_every=2), steps=2).budget.samples == 8
-    )
+    assert train(tmp_path, problem, GreedySelection(2, every=2), steps=2).budget.samples == 8
 
 
 @pytest.mark.parametrize("name", NAMES)

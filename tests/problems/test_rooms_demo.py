@@ -16,7 +16,7 @@ SMALL = [
     "backbone.tail_blocks=1", "backbone.embed_dim=24", "backbone.depth=2", "backbone.num_heads=2", "recipe.size=32",
     "data.rooms={num_frames: 40, size: [32, 48], seed: 0, folder: null}", "data.num_train=16", "data.num_meta=8",
     "problem.feature_size=[32, 48]", "problem.batch_size=4", "problem.feedback_batch_size=24", "designer.hidden_width=8",
-    "strategy.phi_steps=3", "strategy.meta_every=2",
+    "strategy.phi_steps=3", "strategy.every=2",
 ]  # fmt: skip
 
 
@@ -35,7 +35,7 @@ def test_its_rows_differ_in_their_strategy_alone(options: list[str]) -> None:
         cfg = compose("compare", options)
         made = {name: compose("compare", [*options, *row]) for name, row in command.rows(cfg)}
     assert {name: row.strategy._target_ for name, row in made.items()} == {
-        "fixed": "metavpt.strategies.learned.Fixed",
+        "fixed": "metavpt.strategies.fixed.Fixed",
         "functional": "metavpt.strategies.function_space.Functional",
     }
     fixed, steered = (

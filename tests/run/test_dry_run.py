@@ -57,7 +57,7 @@ def test_the_papers_rows_hold_its_figures(name: str) -> None:
     cfg = composed(f"experiment={name}")
     designer, feedback, strategy = cfg.designer, cfg.feedback, cfg.strategy
     assert PAPER[name] == (
-        cfg.trainer.optimizer.lr, cfg.problem.batch_size, strategy.meta_every, cfg.problem.meta_batch_size, cfg.backbone.tail_blocks,
+        cfg.trainer.optimizer.lr, cfg.problem.batch_size, strategy.every, cfg.problem.meta_batch_size, cfg.backbone.tail_blocks,
         designer.network._target_.rpartition(".")[2], strategy.optimizer.lr, designer.keep, designer.sparsity_weight, designer.tv_weight,
         feedback.segmentation_weight, feedback.depth_weight,
     )  # fmt: skip

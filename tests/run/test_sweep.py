@@ -184,7 +184,7 @@ def test_the_best_configuration_says_what_a_file_can_say():
 PAPER = {
     "trainer.optimizer.lr": (4.15e-6, 4.50e-5, 8.58e-6, 1.94e-6),
     "strategy.optimizer.lr": (1.54e-4, 2.17e-4, 2.21e-4, 8.03e-4),
-    "strategy.meta_every": (4, 4, 8, 2),
+    "strategy.every": (4, 4, 8, 2),
     "backbone.tail_blocks": (2, 4, 3, 4),
     "designer.keep": (0.6, 0.5, 0.4, 0.4),
     "designer.sparsity_weight": (0.131, 0.196, 0.111, 0.401),

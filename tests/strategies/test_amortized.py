@@ -2,17 +2,18 @@
 
 import pytest
 import torch
+from channels import Channels
 from helpers.regression import X, Y, assert_resumes, last_drawn, sgd, trainer_of
 
-from metavpt import Fixed, MetaVPTError, Problem
+from metavpt import Fixed, MetaVPTError
 from metavpt.hypergradients import params
 from metavpt.hypergradients.linear_targets import CentralDifference
-from metavpt.strategies.amortized import Amortized, RandomAmortized
+from metavpt.strategies.amortized import Amortized
 
 
-def amortized(kind=Amortized, lr=0.2, **options):
-    options = {"meta_every": 2, "phi_steps": 5, "replay": 3, **options}
-    return kind(optimizer=sgd(lr), derivative=CentralDifference(), max_norm=1e9, **options)
+def amortized(lr=0.2, **options):
+    options = {"every": 2, "phi_steps": 5, "replay": 3, **options}
+    return Amortized(optimizer=sgd(lr), derivative=CentralDifference(), max_norm=1e9, **options)
 
 
 def test_the_steps_of_phi_are_gradient_steps_on_the_last_lessons_newest_first(tmp_path):
@@ -23,7 +24,7 @@ def test_the_steps_of_phi_are_gradient_steps_on_the_last_lessons_newest_first(tm
         trainer.step()
         if step % 2 == 0:
             rows, labelled = (
-                trainer.strategy.lessons.held[0]["rows"],
+                trainer.strategy.buffer.entries[0]["rows"],
                 last_drawn(trainer.streams.feedback),
             )
             error = X[labelled] @ theta - Y[labelled]
@@ -47,7 +48,7 @@ def test_with_lr_0_it_is_fixed_bit_for_bit(tmp_path):
 
 
 def test_feedback_is_read_at_its_steps_alone_and_steers_in_between(tmp_path):
-    trainer = trainer_of(tmp_path, amortized(meta_every=4))
+    trainer = trainer_of(tmp_path, amortized(every=4))
     seen = []
     for _ in range(8):
         trainer.step()
@@ -62,9 +63,9 @@ def test_feedback_is_read_at_its_steps_alone_and_steers_in_between(tmp_path):
     assert not torch.equal(seen[3][1], seen[4][1])
 
 
-@pytest.mark.parametrize("kind", [Amortized, RandomAmortized])
-def test_resumes_bit_for_bit_and_differs_from_fixed(tmp_path, kind):
-    assert_resumes(trainer_of, lambda: amortized(kind), tmp_path)
+@pytest.mark.parametrize("random_seed", [None, 0])
+def test_resumes_bit_for_bit_and_differs_from_fixed(tmp_path, random_seed):
+    assert_resumes(trainer_of, lambda: amortized(random_seed=random_seed), tmp_path)
 
 
 def test_true_feedback_teaches_what_a_random_direction_does_not(tmp_path):
@@ -73,7 +74,7 @@ def test_true_feedback_teaches_what_a_random_direction_does_not(tmp_path):
     for name, strategy in {
         "fixed": Fixed(),
         "true": amortized(),
-        "random": amortized(RandomAmortized),
+        "random": amortized(random_seed=0),
     }.items():
         trainer = trainer_of(tmp_path / name, strategy, steps=60)
         trainer.run()
@@ -83,13 +84,13 @@ def test_true_feedback_teaches_what_a_random_direction_does_not(tmp_path):
 
 def test_a_lesson_that_is_not_finite_is_skipped_and_counted(tmp_path):
     trainer = trainer_of(tmp_path, amortized())
-    trainer.problem.lesson = lambda *_: {
+    trainer.problem.replay_batch = lambda *_: {
         "rows": torch.arange(2),
         "values": torch.full((2, 3), torch.nan, dtype=torch.float64),
     }
     trainer.step()
-    assert trainer.strategy.lessons.num_skipped == 1
-    assert not trainer.strategy.lessons.held
+    assert trainer.strategy.buffer.num_skipped == 1
+    assert not trainer.strategy.buffer.entries
     assert not params.named(trainer.problem.designer)["weight"].any()
 
 
@@ -99,8 +100,6 @@ def test_settings_that_make_no_sense_are_named(options):
         amortized(**options)
 
 
-def test_problems_without_lessons_say_so(tmp_path):
-    trainer = trainer_of(tmp_path, amortized())
-    trainer.problem.lesson = lambda *a: Problem.lesson(trainer.problem, *a)
-    with pytest.raises(MetaVPTError, match="has no lesson"):
-        trainer.step()
+def test_a_problem_without_replay_batches_is_refused_before_step_0(tmp_path):
+    with pytest.raises(MetaVPTError, match="Channels does not have"):
+        trainer_of(tmp_path, amortized(), problem=Channels)

@@ -13,17 +13,15 @@ from metavpt import (
     ExactProduct,
     Fixed,
     Implicit,
-    MetaVPTError,
     NonFiniteError,
-    Problem,
 )
-from metavpt.strategies.function_space import Functional, RandomFunctional
+from metavpt.strategies.function_space import Functional, permuted
 
 
 class Functions(Regression):
     """`Regression`, of whose outputs the feedback is asked as they are."""
 
-    def functional_lesson(self, theta, batch):
+    def output_values(self, theta, batch):
         outputs = (X[batch] @ theta["weight"]).requires_grad_()
         with torch.enable_grad():
             loss = (outputs - Y[batch]).square().sum() / 2
@@ -33,10 +31,10 @@ class Functions(Regression):
 trainer_of = partial(regression.trainer_of, problem=Functions)
 
 
-def functional(kind=Functional, lr=0.5, **options):
-    return kind(
+def functional(lr=0.5, **options):
+    return Functional(
         sgd(lr),
-        **{"phi_steps": 5, "lesson_batch_size": 4, "meta_every": 2, "max_norm": 1e9, **options},
+        **{"phi_steps": 5, "batch_size": 4, "every": 2, "max_norm": 1e9, **options},
     )
 
 
@@ -100,9 +98,9 @@ def test_with_lr_0_it_is_fixed_bit_for_bit(tmp_path):
     assert torch.equal(fixed.problem.learner.weight, still.problem.learner.weight)
 
 
-@pytest.mark.parametrize("kind", [Functional, RandomFunctional])
-def test_resumes_bit_for_bit_and_differs_from_fixed(tmp_path, kind):
-    assert_resumes(trainer_of, lambda: functional(kind), tmp_path)
+@pytest.mark.parametrize("permute", [False, True])
+def test_resumes_bit_for_bit_and_differs_from_fixed(tmp_path, permute):
+    assert_resumes(trainer_of, lambda: functional(permute=permute), tmp_path)
 
 
 def test_labels_reach_the_learner_through_phi_alone(tmp_path):
@@ -116,9 +114,9 @@ def test_labels_reach_the_learner_through_phi_alone(tmp_path):
     nan = {"rows": torch.arange(2), "values": torch.full((2, 3), torch.nan, dtype=torch.float64)}
     for name, lesson in {"values": lambda *_: nan, "loss": broken}.items():
         trainer = trainer_of(tmp_path / name, functional())
-        trainer.problem.functional_lesson = lesson
+        trainer.problem.output_values = lesson
         trainer.run()
-        assert trainer.strategy.num_skipped + trainer.strategy.lessons.num_skipped == 6
+        assert trainer.strategy.num_skipped + trainer.strategy.buffer.num_skipped == 6
         assert torch.equal(fixed.problem.learner.weight, trainer.problem.learner.weight)
 
 
@@ -128,7 +126,7 @@ def test_true_values_teach_what_those_of_other_samples_do_not(tmp_path):
     for name, strategy in {
         "fixed": Fixed(),
         "true": functional(),
-        "random": functional(RandomFunctional),
+        "random": functional(permute=True),
     }.items():
         trainer = trainer_of(tmp_path / name, strategy, steps=60)
         trainer.run()
@@ -137,26 +135,19 @@ def test_true_values_teach_what_those_of_other_samples_do_not(tmp_path):
 
 
 def test_a_lesson_is_charged_and_read_at_its_steps_alone(tmp_path):
-    trainer = trainer_of(tmp_path, functional(meta_every=4, burn_in=1), steps=9)
+    trainer = trainer_of(tmp_path, functional(every=4, burn_in=1), steps=9)
     trainer.run()
     assert trainer.streams.feedback.state_dict()["position"] == 2  # before the steps after 4 and 8
     assert trainer.budget.grad_evals == 9 + 2
 
 
 def test_random_values_are_those_of_other_samples_with_signs_of_their_own():
-    strategy = functional(RandomFunctional)
     values = torch.arange(1.0, 41.0).view(20, 2)
-    seen = strategy.seen({"rows": torch.arange(20), "values": values})
+    replay = {"rows": torch.arange(20), "values": values}
+    seen = permuted(replay, torch.Generator().manual_seed(0))
     assert torch.equal(seen["rows"], torch.arange(20))
     assert torch.equal(seen["values"].abs().sort(dim=0).values, values)
     assert not torch.equal(seen["values"].abs(), values)
     signs = seen["values"].sign()
     assert torch.equal(signs[:, 0], signs[:, 1])  # of a sample as a whole
     assert set(signs[:, 0].tolist()) == {-1.0, 1.0}
-
-
-def test_problems_without_it_say_so(tmp_path):
-    trainer = trainer_of(tmp_path, functional())
-    trainer.problem.functional_lesson = lambda *a: Problem.functional_lesson(trainer.problem, *a)
-    with pytest.raises(MetaVPTError, match="has no functional_lesson"):
-        trainer.step()

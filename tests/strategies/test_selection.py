@@ -5,11 +5,11 @@ import torch
 from channels import Channels
 from torch.func import functional_call
 
-from metavpt import Budget, Cosine, MetaVPTError, RunLog, Trainer
+from metavpt import Budget, Cosine, Learned, MetaVPTError, RunLog, Trainer
 from metavpt.hypergradients import params
 from metavpt.hypergradients.directions import AdamAware, Dot
 from metavpt.hypergradients.estimators import downstream
-from metavpt.strategies.controls import Adversarial, Direct, Hardest, RandomFeedback, Uniform
+from metavpt.strategies.controls import Adversarial, Direct, Hardest, Uniform
 from metavpt.strategies.selection import Greedy, GreedySelection
 
 
@@ -54,7 +54,7 @@ def alignment(problem, task, g_down, sample):
 def test_greedy_takes_for_each_sample_the_candidate_with_the_largest_alignment(tmp_path):
     loop = trainer(tmp_path, Greedy(num_candidates=4))
     problem = loop.problem
-    proposal = loop.strategy.next_task(problem, loop.streams, loop.optimizer, loop.budget)
+    proposal = loop.strategy.next_task(loop.state)
     batch, chosen = proposal.task
     labelled = next(iter(problem.feedback_batches(loop.streams.feedback.seed)))
     theta = params.detach(params.named(problem.learner))
@@ -70,7 +70,7 @@ def test_greedy_takes_for_each_sample_the_candidate_with_the_largest_alignment(t
 def test_selection_keeps_the_samples_of_the_pool_with_the_largest_alignment(tmp_path):
     loop = trainer(tmp_path, GreedySelection(pool_batches=3))
     problem = loop.problem
-    proposal = loop.strategy.next_task(problem, loop.streams, loop.optimizer, loop.budget)
+    proposal = loop.strategy.next_task(loop.state)
     pool = [
         batch
         for batch, _ in zip(
@@ -97,7 +97,9 @@ def test_selection_keeps_the_samples_of_the_pool_with_the_largest_alignment(tmp_
     "direction", [Dot(), Cosine(), AdamAware()], ids=lambda d: type(d).__name__
 )
 @pytest.mark.parametrize(
-    "make", [lambda d: Greedy(3, d), lambda d: GreedySelection(2, d)], ids=["greedy", "selection"]
+    "make",
+    [lambda d: Greedy(3, direction=d), lambda d: GreedySelection(2, direction=d)],
+    ids=["greedy", "selection"],
 )
 def test_every_direction_runs_and_is_charged(tmp_path, make, direction):
     loop = trainer(tmp_path, make(direction))
@@ -109,7 +111,7 @@ def test_every_direction_runs_and_is_charged(tmp_path, make, direction):
 def test_greedy_trains_on_the_recipe_until_burn_in(tmp_path):
     loop = trainer(tmp_path, Greedy(2, burn_in=3))
     for step in range(3):
-        task = loop.strategy.next_task(loop.problem, loop.streams, loop.optimizer, loop.budget).task
+        task = loop.strategy.next_task(loop.state).task
         assert torch.equal(task[1], torch.full_like(task[0], 1 / 16)), step
         loop.budget.charge(steps=1)
 
@@ -121,15 +123,15 @@ def test_greedy_without_feedback_that_is_finite_trains_on_the_recipe(tmp_path):
     )
     loop = trainer(tmp_path, Greedy(2), problem)
     assert torch.equal(
-        loop.strategy.next_task(problem, loop.streams, loop.optimizer, loop.budget).task[1][0],
+        loop.strategy.next_task(loop.state).task[1][0],
         torch.full((16,), 1 / 16),
     )
-    assert loop.strategy.num_skipped == 1
+    assert loop.strategy.feedback.num_skipped == 1
 
 
 def test_hardest_takes_the_candidate_with_the_largest_loss(tmp_path):
     loop = trainer(tmp_path, Hardest(num_candidates=3))
-    task = loop.strategy.next_task(loop.problem, loop.streams, loop.optimizer, loop.budget).task
+    task = loop.strategy.next_task(loop.state).task
     theta = params.detach(params.named(loop.problem.learner))
     losses = [
         loop.problem.per_sample_tail(theta, candidate)({})
@@ -142,20 +144,18 @@ def test_hardest_takes_the_candidate_with_the_largest_loss(tmp_path):
 
 def test_uniform_is_one_random_candidate(tmp_path):
     loop = trainer(tmp_path, Uniform())
-    batch, weights = loop.strategy.next_task(
-        loop.problem, loop.streams, loop.optimizer, loop.budget
-    ).task
+    batch, weights = loop.strategy.next_task(loop.state).task
     assert torch.equal(weights, loop.problem.candidates(batch, 1)[0][1])
 
 
 def test_random_feedback_has_the_norm_of_the_true_one_and_another_direction(tmp_path):
-    strategy = RandomFeedback(seed=1)
+    strategy = Learned(random_seed=1)
     problem = trainer(tmp_path, strategy).problem
     theta = params.detach(params.named(problem.learner))
     labelled = next(iter(problem.feedback_batches(0)))
     outer = lambda t: problem.feedback_loss(t, labelled)
     true = downstream(outer, theta)[1]
-    noise = downstream(strategy.outer_loss(outer, theta), theta)[1]
+    noise = strategy.random.like(true)
     assert float(params.norm(noise)) == pytest.approx(float(params.norm(true)), rel=1e-5)
     assert abs(float(params.dot(noise, true)) / float(params.norm(true)) ** 2) < 0.4
 
@@ -167,37 +167,32 @@ def test_adversarial_moves_the_designer_up_the_pretraining_loss(tmp_path):
         Channels(),
     )
     problem = loop.problem
-    batch = next(iter(problem.meta_batches(loop.streams.meta.seed)))
+    batch = next(iter(problem.pretrain_batches(loop.streams.meta.seed)))
     before = problem.designer.logits.detach().clone()
     theta = params.detach(params.named(problem.learner))
     loss = problem.pretrain_loss(theta, problem.designer(batch))
     (expected,) = torch.autograd.grad(loss, problem.designer.logits)
-    loop.strategy.next_task(problem, loop.streams, loop.optimizer, loop.budget)
+    loop.strategy.next_task(loop.state)
     torch.testing.assert_close(problem.designer.logits.detach() - before, expected)
 
 
 def test_direct_adds_the_feedback_loss_to_the_learners_own(tmp_path):
     loop = trainer(tmp_path, Direct(weight=2.0, every=2))
-    first = loop.strategy.next_task(loop.problem, loop.streams, loop.optimizer, loop.budget)
+    first = loop.strategy.next_task(loop.state)
     theta = params.detach(params.named(loop.problem.learner))
     labelled = next(iter(loop.problem.feedback_batches(loop.streams.feedback.seed)))
     torch.testing.assert_close(
         first.labelled_loss(theta), 2 * loop.problem.feedback_loss(theta, labelled)
     )
     loop.budget.charge(steps=1)
-    assert (
-        loop.strategy.next_task(
-            loop.problem, loop.streams, loop.optimizer, loop.budget
-        ).labelled_loss
-        is None
-    )
+    assert loop.strategy.next_task(loop.state).labelled_loss is None
 
 
 @pytest.mark.parametrize(
     "strategy", [Greedy(2), Uniform(), Hardest(2)], ids=lambda s: type(s).__name__
 )
 def test_a_problem_without_selection_says_what_to_define(tmp_path, strategy):
-    with pytest.raises(MetaVPTError, match="Channels has no candidates"):
+    with pytest.raises(MetaVPTError, match=r"needs candidates .*Channels"):
         trainer(tmp_path, strategy, Channels()).run()
 
 

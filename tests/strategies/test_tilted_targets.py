@@ -11,9 +11,10 @@ from metavpt.hypergradients.estimators import downstream
 from metavpt.hypergradients.linear_targets import CentralDifference, ForwardMode, LinearProduct
 from metavpt.objectives.prediction import Prediction
 from metavpt.objectives.target_task import OneHot, Tilted
-from metavpt.strategies.smoothing import Softened
-from metavpt.strategies.tilted_targets import RandomTilt, Tilt
-from metavpt.training.streams import Stream, Streams
+from metavpt.strategies.controls import Softened
+from metavpt.strategies.tilted_targets import Tilt
+from metavpt.training.strategy import TrainState
+from metavpt.training.streams import Stream, Streams, meta_batches
 
 
 def trainer_of(folder, strategy):
@@ -50,7 +51,11 @@ def streams_of(problem):
     return Streams(
         *(
             Stream(source, 0)
-            for source in (problem.pretrain_batches, problem.meta_batches, problem.feedback_batches)
+            for source in (
+                problem.pretrain_batches,
+                meta_batches(problem),
+                problem.feedback_batches,
+            )
         )
     )
 
@@ -62,7 +67,7 @@ def tasks(strategy, num_steps, problem=None):
     strategy.start(problem)
     streams, budget, proposals = streams_of(problem), Budget(steps=99), []
     for _ in range(num_steps):
-        proposals.append(strategy.next_task(problem, streams, optimizer, budget))
+        proposals.append(strategy.next_task(TrainState(problem, streams, optimizer, budget)))
         budget.charge(steps=1)
     return proposals
 
@@ -80,9 +85,9 @@ def feedback_gradients(problem, count):
 @pytest.mark.parametrize(
     "strategy",
     [
-        Tilt(num_candidates=6, meta_every=2, gate=0.0),
+        Tilt(num_candidates=6, every=2, gate=0.0),
         Softened(gate=0.0, num_candidates=6),
-        RandomTilt(num_candidates=6, gate=0.0),
+        Tilt(random_seed=0, num_candidates=6, gate=0.0),
     ],
     ids=["tilt", "softened", "random_tilt"],
 )
@@ -92,7 +97,7 @@ def test_with_a_gate_of_0_every_strategy_is_fixed_bit_for_bit(tmp_path, strategy
 
 def test_learned_with_designer_lr_0_is_fixed_bit_for_bit(tmp_path):
     learned = Learned(
-        OneStep(product=LinearProduct()), lambda p: torch.optim.Adam(p, lr=0.0), meta_every=2
+        OneStep(product=LinearProduct()), lambda p: torch.optim.Adam(p, lr=0.0), every=2
     )
     assert same(train(tmp_path / "a", Fixed()), train(tmp_path / "b", learned))
 
@@ -100,13 +105,13 @@ def test_learned_with_designer_lr_0_is_fixed_bit_for_bit(tmp_path):
 @pytest.mark.parametrize(
     "make",
     [
-        lambda: Tilt(num_candidates=6, meta_every=2),
-        lambda: Tilt(num_candidates=6, meta_every=2, tau=0.0),
-        lambda: RandomTilt(num_candidates=6, meta_every=2),
+        lambda: Tilt(num_candidates=6, every=2),
+        lambda: Tilt(num_candidates=6, every=2, tau=0.0),
+        lambda: Tilt(random_seed=0, num_candidates=6, every=2),
         lambda: Softened("smoothing", num_candidates=6),
         lambda: Softened("self_distillation", num_candidates=6),
         lambda: Learned(
-            OneStep(product=LinearProduct()), lambda p: torch.optim.Adam(p, lr=1e-2), meta_every=2
+            OneStep(product=LinearProduct()), lambda p: torch.optim.Adam(p, lr=1e-2), every=2
         ),
     ],
     ids=["tilt", "greedy", "random_tilt", "smoothing", "self_distillation", "learned"],
@@ -127,7 +132,7 @@ def test_each_steers_the_learner_elsewhere_and_resumes_bit_for_bit(tmp_path, mak
 def test_g_down_is_refreshed_and_averaged():
     problem = TinyLanguage()
     first, second, third = feedback_gradients(problem, 3)
-    proposals = tasks(Tilt(num_candidates=6, meta_every=2, ema=0.8), 5, problem)
+    proposals = tasks(Tilt(num_candidates=6, every=2, ema=0.8), 5, problem)
     average = params.add(params.scale(first, 0.8), second, alpha=0.2)
     expected = [
         first,
@@ -146,7 +151,7 @@ def test_g_down_is_refreshed_and_averaged():
 def test_burn_in_trains_on_the_recipe():
     kinds = [
         type(proposal.task.targets)
-        for proposal in tasks(Tilt(num_candidates=6, meta_every=1, burn_in=2), 4)
+        for proposal in tasks(Tilt(num_candidates=6, every=1, burn_in=2), 4)
     ]
     assert kinds == [OneHot, OneHot, Tilted, Tilted]
 
@@ -162,7 +167,7 @@ def test_the_direction_may_be_that_of_the_learners_own_optimizer():
 def test_a_random_direction_has_the_length_of_the_true_one():
     problem = TinyLanguage()
     (true,), (noise,) = (
-        tasks(strategy(num_candidates=6), 1, problem) for strategy in (Tilt, RandomTilt)
+        tasks(Tilt(num_candidates=6, random_seed=seed), 1, problem) for seed in (None, 0)
     )
     w, v = true.task.targets.w, noise.task.targets.w
     torch.testing.assert_close(params.norm(v), params.norm(w))
@@ -208,7 +213,7 @@ def test_bad_arguments_are_named():
         Tilt(ema=1.0)
     with pytest.raises(MetaVPTError, match="kind=hard"):
         Softened(kind="hard")
-    with pytest.raises(MetaVPTError, match="without targets to choose"):
+    with pytest.raises(MetaVPTError, match="without targets"):
         tasks(Softened(), 1, Channels())
-    with pytest.raises(MetaVPTError, match="Channels has no tilt"):
+    with pytest.raises(MetaVPTError, match="Tilt needs tilt"):
         tasks(Tilt(), 1, Channels())

@@ -12,7 +12,7 @@ from hydra.utils import instantiate
 from metavpt import Budget, Fixed, RunLog, Trainer
 from metavpt.probes.spectrum import rankme
 from metavpt.training.collapse import (
-    Sign,
+    HealthMetric,
     Spread,
     Watch,
     gate_signs,
@@ -25,24 +25,29 @@ from metavpt.training.collapse import (
 def test_a_sign_is_held_against_its_bounds_and_against_what_it_was_at_first():
     watch = Watch()
     assert (
-        watch({"rank": Sign(8.0, "turn this", keep=0.5), "share": Sign(0.2, "turn that", high=0.9)})
+        watch(
+            {
+                "rank": HealthMetric(8.0, "turn this", keep=0.5),
+                "share": HealthMetric(0.2, "turn that", high=0.9),
+            }
+        )
         == []
     )
-    assert watch({"rank": Sign(4.0, "turn this", keep=0.5)}) == []
-    assert watch({"rank": Sign(3.9, "turn this", keep=0.5)}) == [
+    assert watch({"rank": HealthMetric(4.0, "turn this", keep=0.5)}) == []
+    assert watch({"rank": HealthMetric(3.9, "turn this", keep=0.5)}) == [
         "rank is 3.9, at first it was 8: turn this"
     ]
-    assert watch({"share": Sign(0.95, "turn that", high=0.9)}) == [
+    assert watch({"share": HealthMetric(0.95, "turn that", high=0.9)}) == [
         "share is 0.95, at first it was 0.2: turn that"
     ]
-    assert len(watch({"rank": Sign(math.nan, "turn this")})) == 1
+    assert len(watch({"rank": HealthMetric(math.nan, "turn this")})) == 1
 
 
 def test_what_was_first_survives_a_checkpoint():
     watch, resumed = Watch(), Watch()
-    watch({"rank": Sign(8.0, "")})
+    watch({"rank": HealthMetric(8.0, "")})
     resumed.load_state_dict(watch.state_dict())
-    assert resumed({"rank": Sign(1.0, "turn this", keep=0.5)})
+    assert resumed({"rank": HealthMetric(1.0, "turn this", keep=0.5)})
 
 
 @pytest.mark.parametrize(
@@ -92,11 +97,11 @@ def test_a_dino_learner_that_answers_all_images_alike_is_told():
         cfg = compose("run", [*SMALL, *UNET])
     torch.manual_seed(0)
     problem, watch = instantiate(cfg.problem, _convert_="all"), Watch()
-    signs = problem.vital_signs()
+    signs = problem.health_metrics()
     assert signs.keys() == {"feature_rank", "hidden_share", "output_entropy", "output_information"}
     assert signs["hidden_share"].value == 0.0
     assert watch(signs) == []
-    assert {name: sign.value for name, sign in problem.vital_signs().items()} == {
+    assert {name: sign.value for name, sign in problem.health_metrics().items()} == {
         name: sign.value for name, sign in signs.items()
     }
     with torch.no_grad():
@@ -104,7 +109,7 @@ def test_a_dino_learner_that_answers_all_images_alike_is_told():
             for name, p in module.named_parameters():
                 if name.endswith("trunk.patch_embed.proj.weight"):
                     p.zero_()  # every image looks the same
-    lines = watch(problem.vital_signs())
+    lines = watch(problem.health_metrics())
     assert [line.split()[0] for line in lines] == ["feature_rank", "output_information"]
 
 
@@ -118,9 +123,9 @@ def test_masks_and_gates_at_the_end_of_their_range():
 
 def test_a_run_logs_its_signs_at_every_probe_and_warns(tmp_path):
     class Watched(Channels):
-        def vital_signs(self):
+        def health_metrics(self):
             self.looks = getattr(self, "looks", 0) + 1
-            return {"rank": Sign(8.0 / self.looks, "turn this", keep=0.3)}
+            return {"rank": HealthMetric(8.0 / self.looks, "turn this", keep=0.3)}
 
     trainer = Trainer(Watched(), Fixed(), Budget(steps=6), RunLog(tmp_path), probe_every=2)
     trainer.run()

@@ -30,7 +30,7 @@ def train(folder, problem=Small, strategy=None, steps=3, optimizer=torch.optim.A
 
 
 def learned(estimator=None):
-    return Recorded(estimator or OneStep(), lambda p: torch.optim.Adam(p, lr=1e-2), meta_every=2)
+    return Recorded(estimator or OneStep(), lambda p: torch.optim.Adam(p, lr=1e-2), every=2)
 
 
 def distance(a, b):
@@ -54,9 +54,9 @@ def test_compiled_blocks_run_in_the_step_and_not_in_hypergradients_or_probes(tmp
         return lambda *args: calls.append(1) or graph(*args)
 
     class Watching(Recorded):
-        def hypergradient(self, *args):
+        def estimate(self, *args):
             before = len(calls)
-            found = super().hypergradient(*args)
+            found = super().estimate(*args)
             assert len(calls) == before
             return found
 
@@ -65,7 +65,7 @@ def test_compiled_blocks_run_in_the_step_and_not_in_hypergradients_or_probes(tmp
             before = len(calls)
             found = {
                 "mean": float(
-                    self._outputs(params.named(self.learner), next(self.meta_batches(0)))
+                    self._outputs(params.named(self.learner), next(self.pretrain_batches(0)))
                     .mean()
                     .detach()
                 )
@@ -75,7 +75,7 @@ def test_compiled_blocks_run_in_the_step_and_not_in_hypergradients_or_probes(tmp
 
     eager = train(tmp_path / "eager", strategy=learned(OneStep(product=ExactProduct())))
     strategy = Watching(
-        OneStep(product=ExactProduct()), lambda p: torch.optim.Adam(p, lr=1e-2), meta_every=2
+        OneStep(product=ExactProduct()), lambda p: torch.optim.Adam(p, lr=1e-2), every=2
     )
     compiled = train(tmp_path / "compiled", Probing, strategy=strategy, compile=backend)
     assert calls

@@ -19,7 +19,7 @@ from metavpt.report import read_log
 from metavpt.training.checkpoint import Checkpoints
 
 OPTIONS = [
-    "problem=toy_sources", "strategy=one_step", "strategy.burn_in=0", "strategy.meta_every=2", "budget.steps=150", "threads=1",
+    "problem=toy_sources", "strategy=one_step", "strategy.burn_in=0", "strategy.every=2", "budget.steps=150", "threads=1",
     "trainer.checkpoint_every=2", "trainer.log_every=5", "trainer.probe_every=40", "trainer.first_order_every=10", "output=run",
 ]  # fmt: skip
 CLOCK = {"seconds", "samples_per_s"}

@@ -14,10 +14,10 @@ class Leaky(Fixed):
     def __init__(self, leak, at):
         self.leak, self.at = leak, at
 
-    def next_task(self, problem, streams, optimizer, budget):
-        if budget.steps == self.at:
-            self.leak(problem, next(streams.feedback))
-        return super().next_task(problem, streams, optimizer, budget)
+    def next_task(self, state):
+        if state.budget.steps == self.at:
+            self.leak(state.problem, next(state.streams.feedback))
+        return super().next_task(state)
 
 
 def backward(problem, labelled):
@@ -74,7 +74,7 @@ def touch(p, kind):
 def test_designer_updates_pass(tmp_path):
     trainer = Trainer(
         Channels(),
-        Learned(OneStep(), meta_every=1),
+        Learned(OneStep(), every=1),
         Budget(steps=3),
         RunLog(tmp_path),
         first_order_every=1,

@@ -14,7 +14,7 @@ from metavpt.errors import MetaVPTError
 from metavpt.training import trackers
 from metavpt.training.run_log import RunLog
 
-CONFIG = {"seed": 0, "strategy": {"meta_every": 8}}
+CONFIG = {"seed": 0, "strategy": {"every": 8}}
 PIXELS = np.arange(6 * 4 * 3, dtype=np.uint8).reshape(6, 4, 3)
 LOSS = {1: 0.5, 2: 0.25, 3: 0.125, 4: 0.0625}
 
@@ -152,7 +152,7 @@ def test_trackio_database_holds_one_run_of_both_processes(tmp_path):
         entry["step"]: entry["train/loss"] for entry in found["logs"] if "train/loss" in entry
     } == LOSS
     assert [entry["step"] for entry in found["logs"] if "masks" in entry] == [2, 4]
-    assert found["config"]["strategy"] == {"meta_every": 8}
+    assert found["config"]["strategy"] == {"every": 8}
     assert (tmp_path / "database" / "metavpt.db").is_file()
 
 

@@ -80,7 +80,7 @@ def assert_identical(a, b):
 def test_learned_with_designer_lr_0_is_fixed_bit_for_bit(tmp_path, estimator):
     fixed = train(tmp_path / "fixed")
     learned = train(
-        tmp_path / "learned", strategy=Learned(estimator, lambda p: adam(p, lr=0.0), meta_every=2)
+        tmp_path / "learned", strategy=Learned(estimator, lambda p: adam(p, lr=0.0), every=2)
     )
     assert any(record["kind"] == "designer" for record in records(tmp_path / "learned"))
     assert_identical(weights(fixed), weights(learned))
@@ -105,21 +105,21 @@ class PoisonedFeedback(Channels):
 def test_labels_reach_the_learner_only_through_the_designer(tmp_path, poison):
     """With phi frozen (lr 0, updates still made) no label changes a bit of theta."""
     frozen = lambda p: adam(p, lr=0.0)
-    clean = train(tmp_path / "clean", strategy=Learned(OneStep(), frozen, meta_every=2))
+    clean = train(tmp_path / "clean", strategy=Learned(OneStep(), frozen, every=2))
     torch.manual_seed(0)
-    strategy = Learned(OneStep(), frozen, meta_every=2)
+    strategy = Learned(OneStep(), frozen, every=2)
     poisoned = train(tmp_path / "poisoned", PoisonedFeedback(poison), strategy, max_failures=100)
     assert_identical(weights(clean), weights(poisoned))
 
 
 def test_labels_do_reach_the_learner_through_the_designer(tmp_path):
     """The test above can fail: with phi trained, other labels make another learner."""
-    clean = train(tmp_path / "clean", strategy=Learned(OneStep(), adam, meta_every=2))
+    clean = train(tmp_path / "clean", strategy=Learned(OneStep(), adam, every=2))
     torch.manual_seed(0)
     other = train(
         tmp_path / "other",
         PoisonedFeedback(lambda y: y.flip(0)),
-        Learned(OneStep(), adam, meta_every=2),
+        Learned(OneStep(), adam, every=2),
     )
     assert not torch.equal(clean.problem.learner[0].weight, other.problem.learner[0].weight)
 
@@ -129,7 +129,7 @@ def test_non_finite_feedback_is_skipped_counted_and_logged(tmp_path):
     trainer = train(
         tmp_path,
         PoisonedFeedback(lambda y: y * float("nan")),
-        Learned(OneStep(), adam, meta_every=8),
+        Learned(OneStep(), adam, every=8),
     )
     assert trainer.strategy.num_skipped == 3
     assert [r["skipped_updates"] for r in records(tmp_path) if r["kind"] == "designer"] == [
@@ -143,7 +143,7 @@ def test_non_finite_feedback_is_skipped_counted_and_logged(tmp_path):
 @pytest.mark.parametrize("estimator", ESTIMATORS.values(), ids=ESTIMATORS)
 def test_same_seed_same_numbers_other_seed_other_numbers(tmp_path, estimator):
     a, b, c = (
-        train(tmp_path / str(i), strategy=Learned(estimator, adam, meta_every=2), seed=seed)
+        train(tmp_path / str(i), strategy=Learned(estimator, adam, every=2), seed=seed)
         for i, seed in enumerate((0, 0, 1))
     )
     assert_identical(weights(a), weights(b))
@@ -159,22 +159,20 @@ class Interrupted(Exception):
 @pytest.mark.parametrize("estimator", ESTIMATORS.values(), ids=ESTIMATORS)
 def test_resume_equals_the_uninterrupted_run_bit_for_bit(tmp_path, estimator, stop_at):
     whole = train(
-        tmp_path / "whole", strategy=Learned(estimator, adam, meta_every=2), checkpoint_every=1
+        tmp_path / "whole", strategy=Learned(estimator, adam, every=2), checkpoint_every=1
     )
 
     class Stopping(Learned):
-        def next_task(self, problem, streams, optimizer, budget):
-            if budget.steps == stop_at:
+        def next_task(self, state):
+            if state.budget.steps == stop_at:
                 raise Interrupted
-            return super().next_task(problem, streams, optimizer, budget)
+            return super().next_task(state)
 
     with pytest.raises(Interrupted):
-        train(
-            tmp_path / "parts", strategy=Stopping(estimator, adam, meta_every=2), checkpoint_every=1
-        )
+        train(tmp_path / "parts", strategy=Stopping(estimator, adam, every=2), checkpoint_every=1)
     resumed = train(
         tmp_path / "parts",
-        strategy=Learned(estimator, adam, meta_every=2),
+        strategy=Learned(estimator, adam, every=2),
         resume=True,
         checkpoint_every=1,
     )
@@ -186,7 +184,7 @@ def test_the_designer_finds_the_channels_that_feedback_needs(tmp_path):
     """A problem with a known answer: 4 of 16 channels matter and 4 fit through the bottleneck."""
     fixed = train(tmp_path / "fixed", steps=300).problem
     learned = train(
-        tmp_path / "learned", strategy=Learned(OneStep(Cosine()), adam, meta_every=4), steps=300
+        tmp_path / "learned", strategy=Learned(OneStep(Cosine()), adam, every=4), steps=300
     ).problem
     assert fixed.evaluate()["useful_mse"] > 0.5
     assert learned.evaluate()["useful_mse"] < 0.01
@@ -211,14 +209,14 @@ def test_only_the_step_writes_gradients_of_the_learner(tmp_path):
     """Designing a task leaves every .grad of theta as it was."""
     torch.manual_seed(0)
     problem = Channels()
-    strategy = Learned(OneStep(), adam, meta_every=1)
+    strategy = Learned(OneStep(), adam, every=1)
     trainer = Trainer(problem, strategy, Budget(steps=2), RunLog(tmp_path))
-    trainer.strategy.next_task(problem, trainer.streams, trainer.optimizer, trainer.budget)
+    trainer.strategy.next_task(trainer.state)
     assert all(p.grad is None for p in problem.learner.parameters())
 
 
 def test_the_budget_counts_steps_samples_and_gradient_evaluations(tmp_path):
-    budget = train(tmp_path, strategy=Learned(OneStep(), adam, meta_every=4), steps=8).budget
+    budget = train(tmp_path, strategy=Learned(OneStep(), adam, every=4), steps=8).budget
     assert (budget.steps, budget.samples) == (8, 8 * 64)
     assert budget.grad_evals == 8 + 2 * (
         1 + 1
@@ -292,5 +290,5 @@ def test_aligned_parameters_that_match_nothing_are_refused(tmp_path, names, word
 
 
 def test_bad_schedules_of_the_designer_are_named():
-    with pytest.raises(MetaVPTError, match="meta_every=0"):
-        Learned(meta_every=0)
+    with pytest.raises(MetaVPTError, match="every=0"):
+        Learned(every=0)

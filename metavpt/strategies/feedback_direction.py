@@ -1,0 +1,109 @@
+"""The direction of the feedback: g_down, kept for some steps, as a vector w on theta_S."""
+
+from typing import Any
+
+import torch
+
+from metavpt.errors import MetaVPTError, NonFiniteError
+from metavpt.feedback.aggregation import Combination, unpaired
+from metavpt.hypergradients import params
+from metavpt.hypergradients.directions import Direction, Dot
+from metavpt.hypergradients.distributed_losses import averaged
+from metavpt.hypergradients.estimators import downstream
+from metavpt.hypergradients.mixed_products import value_and_gradient
+from metavpt.hypergradients.optimizer_updates import from_torch
+from metavpt.hypergradients.params import Params
+from metavpt.strategies.learned import feedback_on, tail_loss
+from metavpt.strategies.period import Period
+from metavpt.strategies.random_direction import RandomDirection
+from metavpt.training.strategy import TrainState
+
+
+class FeedbackDirection:
+    """g_down, renewed every `every` steps from step `burn_in` on, and the direction w made of it.
+
+    A renewal that is not finite leaves g_down as it was and is counted. All cost is charged to the
+    budget.
+
+    Args:
+        every: Steps from one renewal to the next.
+        burn_in: Steps before the first one.
+        ema: The decay of the moving average of g_down, in [0, 1). With 0 the newest one counts.
+        direction: Maps g_down to w. Default: `Dot`. Directions that need g_pre take it from the
+            recipe's task of the batch at hand.
+        combination: How several feedbacks are aggregated. Default: their weighted sum.
+        random_seed: With a seed, w is a random vector of equal norm, a new one for each use.
+    """
+
+    def __init__(
+        self,
+        every: int = 8,
+        burn_in: int = 0,
+        ema: float = 0.0,
+        direction: Direction | None = None,
+        combination: Combination | None = None,
+        random_seed: int | None = None,
+    ) -> None:
+        if not 0 <= ema < 1:
+            raise MetaVPTError(f"strategy.ema={ema} must be in [0, 1)")
+        self.period, self.ema = Period(every, burn_in), ema
+        self.direction, self.combination = direction or Dot(), unpaired(combination)
+        self.random = None if random_seed is None else RandomDirection(random_seed)
+        self.num_skipped = 0
+        self.g_down: Params | None = None
+
+    def renew(self, state: TrainState) -> dict[str, float]:
+        """Take a new g_down if it is due, and return the record of it."""
+        if not self.period.due(state.budget.steps):
+            return {}
+        with state.budget.timed("data"):
+            labelled = next(state.streams.feedback)
+        feedback = feedback_on(state.problem, labelled)
+        combined = self.combination(feedback)
+        state.budget.charge(grad_evals=1 + combined.grad_evals)
+        try:
+            fresh = downstream(combined.outer_loss, feedback.aligned)[1]
+        except NonFiniteError:
+            self.num_skipped += 1
+            return {**combined.record, "skipped_updates": float(self.num_skipped)}
+        if self.g_down is None or self.ema == 0:
+            self.g_down = fresh
+        else:
+            kept = params.scale(self.g_down, self.ema)
+            self.g_down = params.add(kept, fresh, alpha=1 - self.ema)
+        return {**combined.record, "g_down_norm": float(params.norm(self.g_down))}
+
+    def along(self, state: TrainState, batch: Any) -> Params | None:
+        """Return w at the learner's theta for an unlabelled batch; None before the first g_down."""
+        if self.g_down is None:
+            return None
+        problem, live = state.problem, params.named(state.problem.learner)
+        theta = params.detach(live)
+        aligned = {name: theta[name] for name in self.g_down}
+        g_pre = None
+        if self.direction.needs_g_pre:
+            with torch.no_grad():
+                loss = tail_loss(problem, theta, problem.recipe(batch))
+            state.budget.charge(grad_evals=1)
+            g_pre = value_and_gradient(averaged(loss), aligned)[1]
+        update = (
+            from_torch(state.optimizer, {name: live[name] for name in aligned})
+            if self.direction.needs_update
+            else None
+        )
+        w = self.direction(self.g_down, g_pre, update).w
+        return self.random.like(w) if self.random else w
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return g_down, the count of skipped renewals and the random state."""
+        return {
+            "g_down": self.g_down,
+            "num_skipped": self.num_skipped,
+            "random": self.random.state_dict() if self.random else None,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore what `state_dict` returned."""
+        self.g_down, self.num_skipped = state["g_down"], state["num_skipped"]
+        if self.random:
+            self.random.load_state_dict(state["random"])

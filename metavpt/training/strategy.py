@@ -1,0 +1,117 @@
+"""The interface between the training loop and a strategy: `TrainState` in, `Proposal` out."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.utils._pytree import tree_leaves
+
+from metavpt.errors import MetaVPTError
+from metavpt.hypergradients.params import Params
+from metavpt.problem import Problem, supports
+from metavpt.training.budget import Budget
+from metavpt.training.streams import Streams
+
+
+@dataclass(frozen=True)
+class TrainState:
+    """What a strategy sees of a run.
+
+    Attributes:
+        problem: The problem that is trained.
+        streams: The unlabelled and labelled batches.
+        optimizer: The learner's optimizer. Strategies read it and never write it.
+        budget: What is spent. A strategy charges its own cost to it.
+    """
+
+    problem: Problem
+    streams: Streams
+    optimizer: Optimizer
+    budget: Budget
+
+
+class Proposal(NamedTuple):
+    """The next task of the learner.
+
+    Attributes:
+        task: The task, without a graph.
+        num_samples: Unlabelled samples in the task.
+        record: Measurements for the log.
+        labelled_loss: A loss of theta that is added to the pretraining loss. It trains the learner
+            on labels, so only controls that show what labels alone bring set it.
+    """
+
+    task: Any
+    num_samples: int
+    record: dict[str, float]
+    labelled_loss: Callable[[Params], Tensor] | None = None
+
+    def loss(self, problem: Problem, theta: Params) -> Tensor:
+        """Compute the loss that the learner takes a step on."""
+        loss = problem.pretrain_loss(theta, self.task)
+        return loss if self.labelled_loss is None else loss + self.labelled_loss(theta)
+
+
+class Strategy(Protocol):
+    """Chooses the next task. The trainer calls `start` once and `next_task` before every step."""
+
+    def start(self, problem: Problem) -> None:
+        """Prepare for a run and check that `problem` has what the strategy needs."""
+        ...
+
+    def next_task(self, state: TrainState) -> Proposal:
+        """Return the next task, and charge what it cost besides the step to the budget."""
+        ...
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a resumed run needs."""
+        ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore what `state_dict` returned."""
+        ...
+
+
+class CountsSamples(Protocol):
+    """A problem that counts the samples of a batch itself, for example in tokens."""
+
+    def num_samples(self, batch: Any) -> int:
+        """Count the samples of an unlabelled batch."""
+        ...
+
+
+def num_samples(problem: Problem, batch: Any) -> int:
+    """Count the samples of an unlabelled batch: by default the length of its first tensor."""
+    if supports(problem, CountsSamples):
+        return problem.num_samples(batch)
+    tensors = (leaf for leaf in tree_leaves(batch) if isinstance(leaf, Tensor) and leaf.ndim)
+    tensor = next(tensors, None)
+    if tensor is None:
+        raise MetaVPTError(
+            f"{type(problem).__name__}: the batch holds no tensor, so its samples cannot be "
+            "counted; define num_samples(batch)"
+        )
+    return len(tensor)
+
+
+def draw(state: TrainState) -> Any:
+    """Return the next unlabelled batch."""
+    with state.budget.timed("data"):
+        return next(state.streams.pretrain)
+
+
+def recipe_of(state: TrainState, batch: Any, record: dict[str, float]) -> Proposal:
+    """Make the task of the baseline recipe, without a graph."""
+    with state.budget.timed("task"), torch.no_grad():
+        task = state.problem.recipe(batch)
+        return Proposal(task, num_samples(state.problem, batch), record)
+
+
+def designed(state: TrainState, batch: Any, record: dict[str, float]) -> Proposal:
+    """Make the designer's task, without a graph."""
+    with state.budget.timed("task"), torch.no_grad():
+        task = state.problem.designer(batch)
+        return Proposal(task, num_samples(state.problem, batch), record)
