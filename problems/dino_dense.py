@@ -62,8 +62,9 @@ class DinoDense(
     SupportsTilting,
     Splittable,
 ):
-    """Student and EMA teacher agree on the prototypes of an image across crops (DINO); the designer decides what the crops
-    show, how much each image counts, what the teacher answers, or how much each term counts.
+    """DINO: student and EMA teacher agree on the prototypes of an image across crops.
+
+    The designer decides what the crops show, the weight of each image, the teacher's answers, or the weight of each term.
 
     terms            weights of the terms of the loss, see `objectives.distillation`; one of weight 0 costs nothing. dino is that of the
                      first line; ibot, koleo and gram make it DINOv2's and DINOv3's. The student sees the global crops with patches hidden

@@ -13,6 +13,8 @@ from metavpt.strategies.selection import SupportsCandidates, SupportsSelection
 
 
 class Batch(NamedTuple):
+    """Samples of all sources, mixed."""
+
     x: Tensor  # (B, D)
     y: Tensor  # (B, M)
     source: Tensor  # (B,) int64
@@ -20,6 +22,8 @@ class Batch(NamedTuple):
 
 
 class Task(NamedTuple):
+    """A batch with a weight for each sample."""
+
     x: Tensor
     y: Tensor
     weight: Tensor  # (B,)
@@ -96,7 +100,7 @@ class Sources(Problem, SupportsCandidates, SupportsSelection):
         return Batch(x, y + noise, source, int(torch.randint(2**31, (), generator=rng)))
 
     def _errors(self, theta: Params, x: Tensor, y: Tensor) -> Tensor:
-        """(B,)"""
+        """(B,)."""
         return (functional_call(self.learner, theta, (x,)) - y).square().mean(dim=1)
 
 

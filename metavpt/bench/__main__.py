@@ -1,3 +1,5 @@
+"""`python -m metavpt.bench`."""
+
 from metavpt.bench.command import main
 from metavpt.cli.one_line_errors import run_command
 

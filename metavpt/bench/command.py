@@ -46,5 +46,6 @@ def bench(cfg: DictConfig) -> None:
 
 @hydra.main(version_base="1.3", config_path="pkg://metavpt.configs", config_name="bench")
 def main(cfg: DictConfig) -> None:
+    """Entry point of `python -m metavpt.bench`."""
     with reporting():
         bench(cfg)

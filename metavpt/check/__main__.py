@@ -1,3 +1,5 @@
+"""`python -m metavpt.check`."""
+
 from metavpt.check.command import main
 from metavpt.cli.one_line_errors import run_command
 

@@ -47,6 +47,7 @@ def verdict(findings: list[Finding]) -> str:
 
 @hydra.main(version_base="1.3", config_path="pkg://metavpt.configs", config_name="run")
 def main(cfg: DictConfig) -> None:
+    """Entry point of `python -m metavpt.check`."""
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
     torch.manual_seed(cfg.seed)

@@ -27,6 +27,8 @@ ESTIMATORS: dict[str, Estimator] = {
 
 
 class Cost(NamedTuple):
+    """Time and peak memory of one estimate; the peak is None where it cannot be measured."""
+
     seconds: float
     peak_bytes: int | None
 

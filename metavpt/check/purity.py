@@ -82,8 +82,9 @@ def _twice(name: str, problem: Problem, evaluate: Callable[[], Any]) -> Finding:
 
 
 def on_gpu(first: list[Any], second: list[Any]) -> str:
-    """What is to be said of two losses on a GPU that differ by no more than `ROUNDING`, else nothing: for some losses of dense predictions
-    torch has only kernels that add up in another order each time.
+    """The finding for two losses on a GPU that differ by no more than `ROUNDING`; none otherwise.
+
+    For some losses of dense predictions torch only has kernels whose order of summation varies.
     """
     losses = [loss for loss in (*first, *second) if isinstance(loss, Tensor) and loss.is_cuda]
     return rounded(*losses) if len(losses) == 2 else ""

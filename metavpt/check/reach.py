@@ -14,6 +14,7 @@ from metavpt.strategies.learned import tail_loss
 
 
 def reach(scene: Scene) -> list[Finding]:
+    """Check which parameters the losses and their mixed derivative depend on."""
     theta, phi = params.leaves(scene.aligned), params.leaves(scene.phi)
     with (
         sdpa_kernel(SDPBackend.MATH),

@@ -1,3 +1,5 @@
+"""`python -m metavpt.compare`."""
+
 import re
 import sys
 

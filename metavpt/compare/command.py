@@ -232,5 +232,6 @@ def _prepare(
 
 @hydra.main(version_base="1.3", config_path="pkg://metavpt.configs", config_name="compare")
 def main(cfg: DictConfig) -> None:
+    """Entry point of `python -m metavpt.compare`."""
     with reporting():
         compare(cfg)

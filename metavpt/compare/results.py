@@ -39,6 +39,7 @@ class Result:
 
 
 def append(folder: Path, result: Result) -> None:
+    """Add a line to the rows.jsonl in `folder`."""
     with (folder / FILE).open("a") as file:
         file.write(json.dumps(asdict(result)) + "\n")
 

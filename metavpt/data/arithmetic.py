@@ -121,6 +121,7 @@ class Arithmetic:
 
 
 def part_of(question: str) -> str:
+    """The part of the data that a question belongs to, by a hash of its text."""
     return HELD_OUT.get(
         hashlib.blake2b(question.encode(), digest_size=1).digest()[0] % 16, "stream"
     )

@@ -22,13 +22,17 @@ class ClassifiedImages(NamedTuple):
 
 
 class ClassifiedSet(NamedTuple):
+    """Labelled images, split for training and validation."""
+
     train: ClassifiedImages
     val: ClassifiedImages
     num_classes: int
 
 
 def open_classified(path: Path, size: tuple[int, int]) -> ClassifiedSet:
-    """The images at `path`, cut to `size` around the centre: one of
+    """Open the images at `path`, cut to `size` around the centre.
+
+    The path is one of
 
     - a folder with train/<class>/ and val/<class>/, images at any depth below (ImageNet); a val_annotations.txt with lines
       `file <tab> class ...` may stand for the second, its images in val/images/ (Tiny ImageNet)

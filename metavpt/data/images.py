@@ -21,10 +21,10 @@ MAX_MEMBER = 2**28  # bytes that an encoded image may take
 
 
 def open_images(path: Path, size: tuple[int, int]) -> Dataset[Tensor]:
-    """Images uint8 (3, *size) of a folder (any depth), a zip, an npz or tar shards; a folder that holds just one zip or npz stands for it,
-    and one with shards for all of them. A path in .tar may be a pattern, see `shards.find_shards`.
+    """Images uint8 (3, *size) of a folder (any depth), a zip, an npz or tar shards.
 
-    They are shrunk or enlarged to cover `size` and cut to it around the centre.
+    A folder that holds just one zip or npz stands for it, and one with shards for all of them.
+    A path in .tar may be a pattern, see `shards.find_shards`. The images are shrunk or enlarged to cover `size` and cut to it around the centre.
     """
     if path.suffix == ".tar":
         return shards.Shards(shards.find_shards(str(path)), size)
@@ -52,6 +52,8 @@ def open_images(path: Path, size: tuple[int, int]) -> Dataset[Tensor]:
 
 
 class FolderImages(Dataset[Tensor]):
+    """Image files, decoded when they are indexed: uint8 (3, *size)."""
+
     def __init__(self, files: Sequence[Path], size: tuple[int, int]) -> None:
         self.files, self.size = list(files), size
 

@@ -298,6 +298,7 @@ def join(batches: Sequence[TokenBatch]) -> TokenBatch:
 
 
 def document_of(item: Item) -> Document:
+    """The document of an item of a stream."""
     return item if isinstance(item, Document) else item.document
 
 

@@ -204,6 +204,7 @@ class _Picked(Dataset[Frame]):
 
 
 def collate_frames(frames: Sequence[Frame]) -> FrameBatch:
+    """Stack frames field by field."""
     return FrameBatch(*(torch.stack(fields) for fields in zip(*frames, strict=True)))
 
 

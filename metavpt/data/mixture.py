@@ -44,6 +44,8 @@ class ShuffleBuffer:
 
 
 class Generator(Protocol):
+    """A source that makes documents afresh for every seed."""
+
     def draw(self, seed: int) -> Iterator[Document]: ...
 
 

@@ -17,6 +17,7 @@ class Encoded(NamedTuple):
 
 
 def encoded_file(path: Path) -> Encoded:
+    """The encoded image in a file: its size, and a checksum when it is asked for."""
     return Encoded(str(path), path.stat().st_size, lambda: zlib.crc32(path.read_bytes()))
 
 

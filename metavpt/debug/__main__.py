@@ -1,3 +1,5 @@
+"""`python -m metavpt.debug`."""
+
 from metavpt.cli.one_line_errors import run_command
 from metavpt.debug.command import main
 

@@ -204,6 +204,7 @@ def _same(a: float, b: float) -> bool:
 
 @hydra.main(version_base="1.3", config_path="pkg://metavpt.configs", config_name="debug")
 def main(cfg: DictConfig) -> None:
+    """Entry point of `python -m metavpt.debug`."""
     folder = Path(cfg.run)
     file = folder / non_finite.FILE
     if not file.is_file():

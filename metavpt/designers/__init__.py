@@ -1,1 +1,1 @@
-
+"""Task designers: learned masks, crops, views, weights and targets."""

@@ -110,5 +110,6 @@ def crop(images: Tensor, size: int, sides: Tensor, position: Tensor, mirror: Ten
 
 
 def uniform(shape: int | tuple[int, ...], bounds: Range, rng: Generator) -> Tensor:
+    """Uniform random numbers in [low, high)."""
     low, high = bounds
     return low + (high - low) * torch.rand(shape, generator=rng)

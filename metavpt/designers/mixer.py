@@ -76,7 +76,7 @@ class MixDesigner(Designer):
         }
 
     def _mix(self, logits: Tensor) -> Tensor:
-        """(T, B)"""
+        """(T, B)."""
         recipe = self._recipe(logits)
         mix = recipe * (logits - logits.detach().amax(dim=0)).exp()
         return mix * (

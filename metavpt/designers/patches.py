@@ -75,7 +75,7 @@ class PatchDesigner(nn.Module, ABC):
         return [self.task(images, uniform, batch.seed, draw) for draw in range(num_tasks)]
 
     def logits(self, images: Tensor) -> Tensor:
-        """(B, N)"""
+        """(B, N)."""
         return F.adaptive_avg_pool2d(self.network(images), self.grid).flatten(1)
 
     def regularizer(self, task: MaskedImages) -> Tensor:

@@ -134,7 +134,7 @@ class PolicyDesigner(Designer):
         return self.recipe.render(images, knobs)._replace(policy=policy)
 
     def _turn(self, knobs: Knobs, settings: Tensor, images: Tensor) -> Knobs:
-        """settings (N, P)"""
+        """Settings (N, P)."""
         shift, log_scale, blend = _split(settings)
         was = knob_values(knobs, images)
 

@@ -257,7 +257,7 @@ class MultiCrop(nn.Module):
         return hidden_patches(batch_size, (side, side), self.hidden_share, self.hidden_prob, seed)
 
     def _render(self, images: Tensor, knobs: Knobs, kind: int) -> Tensor:
-        """(V, B, 3, size, size)"""
+        """(V, B, 3, size, size)."""
         size, batch_size = self.local_size if kind == 2 else self.global_size, len(images)
         crops = zip(
             *(knob.split(batch_size) for knob in (knobs.sides, knobs.position, knobs.mirror)),
@@ -347,6 +347,7 @@ def _solarize(views: Tensor) -> Tensor:
 
 
 def to_float(images: Tensor) -> Tensor:
+    """Images (B, 3, H, W) in [0, 1]; raises MetaVPTError for other shapes and types."""
     if images.ndim != 4 or images.shape[1] != 3:
         raise MetaVPTError(f"MultiCrop: images must be (B, 3, H, W), got {tuple(images.shape)}")
     if images.dtype == torch.uint8:

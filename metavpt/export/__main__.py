@@ -1,3 +1,5 @@
+"""`python -m metavpt.export`."""
+
 from metavpt.cli.one_line_errors import run_command
 from metavpt.export.command import main
 

@@ -65,5 +65,6 @@ def _config(run: Path) -> DictConfig:
 
 @hydra.main(version_base="1.3", config_path="pkg://metavpt.configs", config_name="export")
 def main(cfg: DictConfig) -> None:
+    """Entry point of `python -m metavpt.export`."""
     folder = export(Path(cfg.run), Path(cfg.to), cfg.part, cfg.format, asked_for())
     Console(soft_wrap=True).print(f"exported: {folder}")

@@ -95,8 +95,10 @@ class DenseFeedback(nn.Module):
 
 
 class RidgeFeedback(nn.Module):
-    """L_down = depth_weight * squared error (m^2, valid pixels) + segmentation_weight * squared error to one-hot classes (Brier score),
-    of ridge heads that were fitted to other frames: what features are worth **after** a head has been refitted to them.
+    """The loss of ridge heads fitted to other frames: the worth of features **after** a head is refitted.
+
+    L_down = depth_weight * squared error (m^2, valid pixels)
+           + segmentation_weight * squared error to one-hot classes (Brier score).
 
     The frames of a labelled batch are cut into `num_folds` parts; each is scored with the heads that `Ridge`, as the probes have it, fits
     to the others in closed form. Both the scored features and, through the solve of the normal equations, the fitted ones carry the

@@ -48,6 +48,7 @@ def zip_with(fn: Callable[..., Tensor], *params: Params) -> Params:
 
 
 def zeros_like(params: Params) -> Params:
+    """Zeros of the shapes of `params`."""
     return zip_with(torch.zeros_like, params)
 
 

@@ -12,6 +12,8 @@ from metavpt.learners.pretrained_lm import pretrained_language_model, random_lan
 
 
 class TokenizedModel(NamedTuple):
+    """A language model and the tokenizer that it reads with."""
+
     model: LanguageModel
     tokenizer: Any
 

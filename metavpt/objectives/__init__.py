@@ -1,1 +1,1 @@
-
+"""Pretraining losses: DINO, iBOT, KoLeo, MAE, I-JEPA, data2vec, next token."""

@@ -89,6 +89,7 @@ def hidden_patch_loss(logits: Tensor, probs: Tensor, hidden: Tensor, temperature
 
 
 def hidden_of(hidden: Tensor | None) -> Tensor:
+    """The masked patches; raises MetaVPTError if the views mask none."""
     if hidden is None:
         raise MetaVPTError(
             "problem.terms.ibot: the views hide no patch; the recipe must be a MultiCrop, which does with a patch_size"
@@ -102,6 +103,7 @@ def pack(outputs: Mapping[str, Tensor]) -> Tensor:
 
 
 def unpack(packed: Tensor, shapes: Mapping[str, Sequence[int]]) -> dict[str, Tensor]:
+    """Cut a flat tensor into named ones of the given shapes."""
     parts = packed.split([math.prod(shape) for shape in shapes.values()])
     return {
         name: part.view(*shape) for (name, shape), part in zip(shapes.items(), parts, strict=True)

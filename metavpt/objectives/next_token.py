@@ -36,6 +36,7 @@ def select_candidates(log_probs: Tensor, tokens: Tensor, num_candidates: int) ->
 
 
 def check_num_candidates(num_candidates: int, vocab_size: int) -> None:
+    """Raise MetaVPTError unless 1 <= num_candidates <= vocab_size."""
     if not 1 <= num_candidates <= vocab_size:
         raise MetaVPTError(
             f"num_candidates={num_candidates}: choose from 1 to {vocab_size}, the size of the vocabulary"

@@ -47,6 +47,8 @@ class Targets(Protocol):
 
 
 class TargetTask(NamedTuple):
+    """A batch of tokens with a target distribution for each."""
+
     batch: TokenBatch
     targets: Targets
 

@@ -1,1 +1,1 @@
-
+"""Probes: metrics of frozen features and of language models."""

@@ -39,7 +39,7 @@ class FeatureSet(NamedTuple):
 
     @property
     def grid(self) -> tuple[int, int]:
-        """(h, w)"""
+        """(h, w)."""
         return self.features.shape[2], self.features.shape[3]
 
     def take(self, index: Tensor | slice) -> "FeatureSet":

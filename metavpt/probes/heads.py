@@ -63,6 +63,7 @@ class LinearHead:
 
 
 def enlarge(output: Tensor, size: tuple[int, int]) -> Tensor:
+    """Bilinear interpolation of (B, C, h, w) to `size`."""
     return F.interpolate(output, size, mode="bilinear", align_corners=False)
 
 

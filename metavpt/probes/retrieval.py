@@ -103,7 +103,7 @@ class RetrievalProbe:
         return decode(file.read_bytes(), str(file), upright=False)
 
     def _scaled(self, image: Tensor) -> Tensor:
-        """(1, 3, H, W)"""
+        """(1, 3, H, W)."""
         factor = self.size / max(image.shape[1:])
         size = [max(1, round(side * factor)) for side in image.shape[1:]]
         resized = F.interpolate(

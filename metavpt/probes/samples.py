@@ -5,6 +5,8 @@ from typing import Any, NamedTuple
 
 
 class Answer(NamedTuple):
+    """A question with the expected answer and the one that was generated."""
+
     question: str
     expected: str
     given: str
@@ -12,6 +14,8 @@ class Answer(NamedTuple):
 
 
 class Candidate(NamedTuple):
+    """A token that a target gives some of its probability to."""
+
     text: str
     share: float  # of the target
 

@@ -56,6 +56,7 @@ class SegmentationMetrics:
 
 
 def check_classes(truth: Tensor, num_classes: int) -> None:
+    """Raise MetaVPTError for a label that is neither a class nor ignored."""
     if truth.numel() and int(truth.max()) >= num_classes:
         raise MetaVPTError(
             f"segmentation probe: label {int(truth.max())} with num_classes={num_classes}; ignored pixels are {IGNORE}"

@@ -27,6 +27,7 @@ class Probe(Protocol):
 
 
 def check_pool(pool: str) -> None:
+    """Raise MetaVPTError unless `pool` is known."""
     if pool not in ("mean", "cls"):
         raise MetaVPTError(f"pool={pool!r}: known are mean (of the patches), cls")
 

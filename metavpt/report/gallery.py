@@ -17,6 +17,8 @@ QUALITY = 85  # of a WebP, which is a tenth of the PNG of a photo and looks the 
 
 
 class Picture(NamedTuple):
+    """A picture of one step, embedded in the page."""
+
     step: int
     source: str  # data URI
     wide: bool

@@ -52,6 +52,7 @@ def write(path: Path, template: str, **values: Any) -> Path:
 
 
 def configuration(folder: Path) -> dict[str, Any]:
+    """The config.yaml in `folder`; empty if there is none."""
     return _parsed(_text(folder / "config.yaml"))
 
 

@@ -40,6 +40,7 @@ class Standing(NamedTuple):
 
 
 def standing(table: Table, rows: Sequence[Row]) -> Standing:
+    """The paired differences of all rows to the reference, one block for each metric."""
     *metrics, cost = table.sections()
     blocks = [
         _block(table, rows, name, section)

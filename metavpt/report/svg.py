@@ -44,10 +44,12 @@ def turn(row: int) -> int:
 
 
 def row_colour(row: int) -> str:
+    """The placeholder colour of a row, which `chart` replaces by a class."""
     return f"#0300{hue(row):02}"
 
 
 def row_dashes(row: int) -> str:
+    """The line style of a row."""
     return ("-", "--", ":", "-.")[turn(row) % 4]
 
 

@@ -1,3 +1,5 @@
+"""`python -m metavpt.run`."""
+
 from metavpt.cli.one_line_errors import run_command
 from metavpt.run.command import main
 

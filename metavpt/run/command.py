@@ -175,6 +175,7 @@ def _is_restarted() -> bool:
 
 @hydra.main(version_base="1.3", config_path="pkg://metavpt.configs", config_name="run")
 def main(cfg: DictConfig) -> float | None:
+    """Entry point of `python -m metavpt.run`; the value is what a sweep minimises."""
     with reporting():
         try:
             return run(cfg)

@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_leaves
 
 
 def num_bytes(tensors: Iterable[Tensor]) -> int:
+    """The bytes that the elements of `tensors` take."""
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 

@@ -71,8 +71,10 @@ class Execution:
         return self.fabric.strategy.precision
 
     def eager(self) -> AbstractContextManager[None]:
-        """Compiled blocks run eagerly inside: they have no derivatives of derivatives, and the shapes of a probe are none of a step's, for
-        which they would be compiled anew, and for all shapes alike.
+        """Run compiled blocks eagerly inside.
+
+        torch.compile does not support double backward, and the shapes of a probe would make it
+        compile again, with dynamic shapes.
         """
         return torch.compiler.set_stance("force_eager") if self.is_compiled else nullcontext()
 

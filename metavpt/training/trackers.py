@@ -1,5 +1,7 @@
-"""Where a run's numbers and pictures go besides its own folder: TensorBoard, Weights & Biases, Trackio, MLflow. All stay on this machine
-unless their options say otherwise."""
+"""Trackers beside the run's own log: TensorBoard, Weights & Biases, Trackio, MLflow.
+
+All of them write to this machine unless their options say otherwise.
+"""
 
 import importlib
 import os
