@@ -12,9 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from metavpt.errors import MetaVPTError
+from metavpt.errors import MetaVPTError, reading
 from metavpt.hypergradients.params import Params
-from metavpt.training.disk import reading
 
 NUM_BLOCKS, WIDTH = 12, 384
 FLOAT = 1  # TensorProto.DataType
