@@ -7,9 +7,9 @@ import hydra
 import torch
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf, open_dict
-from rich.console import Console
 
 from metavpt.bench import step_profile
+from metavpt.cli.console import Console
 from metavpt.cli.one_line_errors import reporting
 from metavpt.training import run_folder
 from metavpt.training.build import build

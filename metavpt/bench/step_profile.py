@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from rich.progress import track
 from rich.table import Table
+from rich.text import Text
 
 from metavpt.bench import cost_model, flops
 from metavpt.errors import MetaVPTError
@@ -188,18 +189,15 @@ def report(measured: Measured, floor: Floor | None, card: str | None) -> dict[st
 
 def table(measured: Measured) -> Table:
     """One row for each phase: seconds where it occurs, in how many of the steps, seconds a step, share."""
-    rows = Table(
-        "",
-        *(f"[dim]{title}" for title in ("seconds", "in steps", "seconds a step", "share")),
-        box=None,
-    )
+    titles = ("", "seconds", "in steps", "seconds a step", "share")
+    rows = Table(*titles, box=None, header_style="dim")
     for column in rows.columns[1:]:
         column.justify = "right"
     for part, title in ((STEP, "step"), (UPDATE, "designer update")):
         own = [phase for phase in measured.phases if phase.part == part]
         if own:
             rows.add_row(
-                f"[bold]{title}",
+                Text(title, "bold"),
                 "",
                 "",
                 *_shown(sum(phase.per_step for phase in own), measured.per_step),

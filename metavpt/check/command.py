@@ -7,12 +7,12 @@ import hydra
 import torch
 from hydra.utils import instantiate
 from omegaconf import DictConfig
-from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from metavpt.check import Finding, check
 from metavpt.cli.allowed_targets import asked_for, check_targets
+from metavpt.cli.console import Console
 from metavpt.problem import move_to_device
 
 COLOURS = {"ok": "green", "warning": "yellow", "failed": "bold red"}
@@ -23,10 +23,10 @@ def table(findings: list[Finding]) -> Table:
     rows = Table("check", "verdict", "measured")
     for finding in findings:
         colour = COLOURS[finding.verdict]
-        measured = escape(finding.measured)
+        measured = Text(finding.measured)
         if finding.advice:
-            measured += f"\n[{colour}]->[/] {escape(finding.advice)}"
-        rows.add_row(finding.name, f"[{colour}]{finding.verdict}[/]", measured)
+            measured.append("\n").append("->", colour).append(f" {finding.advice}")
+        rows.add_row(Text(finding.name), Text(finding.verdict, colour), measured)
     return rows
 
 

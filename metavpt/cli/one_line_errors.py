@@ -6,7 +6,8 @@ import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from traceback import walk_tb
+from traceback import format_exception, walk_tb
+from typing import Any
 
 from hydra.errors import (
     ConfigCompositionException,
@@ -15,10 +16,9 @@ from hydra.errors import (
     MissingConfigException,
 )
 from omegaconf.errors import OmegaConfBaseException
-from rich.console import Console
-from rich.markup import escape
 from yaml import YAMLError
 
+from metavpt.cli.console import printable, say
 from metavpt.errors import MetaVPTError
 
 PLUGINS = {  # choices that come with a package of their own -> the extra that installs it
@@ -37,8 +37,14 @@ def run_command(main: Callable[[], None]) -> None:
     os.environ["HYDRA_FULL_ERROR"] = (
         "1"  # hydra then raises its errors instead of printing a page and exiting with 1
     )
+    sys.excepthook = _print_traceback
     with reporting():
         main()
+
+
+def _print_traceback(kind: type[BaseException], error: BaseException, trace: Any) -> None:
+    """Python's own hook, for messages that may quote names from files."""
+    sys.stderr.write(printable("".join(format_exception(kind, error, trace))))
 
 
 @contextmanager
@@ -52,9 +58,7 @@ def reporting() -> Iterator[None]:
         cause = _user_error(error)
         if cause is None:
             raise
-        Console(stderr=True, soft_wrap=True).print(
-            f"[bold red]error[/bold red] {escape(cause)}", highlight=False
-        )
+        say("error", cause, "bold red")
         sys.exit(2)
 
 

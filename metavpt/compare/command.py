@@ -13,10 +13,10 @@ import torch
 from hydra import compose
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf, open_dict
-from rich.console import Console
 
 from metavpt import report
 from metavpt.cli.allowed_targets import asked_for, check_targets
+from metavpt.cli.console import Console
 from metavpt.cli.one_line_errors import reporting
 from metavpt.compare.runner import Comparison, Job
 from metavpt.compare.table import Table

@@ -12,11 +12,10 @@ from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any, Protocol, cast
 
-from rich.console import Console
-from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from metavpt import report
+from metavpt.cli.console import Console
 from metavpt.cli.one_line_errors import reason
 from metavpt.compare import results
 from metavpt.compare.results import Result
@@ -75,7 +74,7 @@ class Comparison:
         columns = (
             BarColumn(),
             TextColumn("{task.completed:.0f}/{task.total:.0f}"),
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             TimeElapsedColumn(),
         )
         with Progress(*columns, console=self.console) as progress:
@@ -138,7 +137,7 @@ class Comparison:
         )
         if job.warm is None:
             raise MetaVPTError(f"{job.title}: {why}")
-        self.console.print(f"[yellow]{job.title} failed: {escape(why)}[/yellow]")
+        self.console.print(f"{job.title} failed: {why}", style="yellow")
         results.append(self.folder, Result(job.row, job.seed, error=why))
 
 

@@ -8,9 +8,9 @@ from typing import Literal
 import numpy as np
 import torch
 import torch.nn.functional as F
-from rich.console import Console
 from torch import Tensor
 
+from metavpt.cli.console import say
 from metavpt.data.frames import IGNORE, Frame, RGBDFrames
 from metavpt.data.overlap import Encoded, encoded_file
 from metavpt.data.photo import SUFFIXES, decode, open_image
@@ -90,8 +90,9 @@ class ADE20K(RGBDFrames):
             (labels, named, "annotations without image"),
         ):
             if single := sorted(have.keys() - lack.keys()):
-                Console(stderr=True, soft_wrap=True).print(
-                    f"[bold]data:[/bold] {len(single)} {what} in {self.path}/*/{folder} are left out, the first is {single[0]}"
+                say(
+                    "data:",
+                    f"{len(single)} {what} in {self.path}/*/{folder} are left out, the first is {single[0]}",
                 )
         if not named.keys() & labels.keys():
             raise MetaVPTError(

@@ -5,10 +5,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from rich.console import Console
 from torch import Tensor
 from torch.utils.data import ConcatDataset, Dataset
 
+from metavpt.cli.console import say
 from metavpt.data.ade20k import ADE20K
 from metavpt.data.cache import CachedFrames
 from metavpt.data.frames import RGBDFrames
@@ -98,9 +98,10 @@ class DenseData:
     def _report_overlap(self) -> None:
         shown = overlap(self.unlabelled, self.frames.frames, self.val)
         if shown:
-            _say(
+            say(
+                "data:",
                 f"{len(shown)} of the {len(self.unlabelled)} unlabelled images are images of the evaluation as well, "  # type: ignore[arg-type]
-                f"the first is {shown[0]}: the learner trains on what it is measured on, without its labels"
+                f"the first is {shown[0]}: the learner trains on what it is measured on, without its labels",
             )
 
 
@@ -137,10 +138,7 @@ def ade20k_data(
 
 
 def _announce_rooms(name: str, file: str) -> None:
-    _say(
-        f"no data.path, so this trains on generated rooms; for {name} give data.path=/path/to/{file}"
+    say(
+        "data:",
+        f"no data.path, so this trains on generated rooms; for {name} give data.path=/path/to/{file}",
     )
-
-
-def _say(what: str) -> None:
-    Console(stderr=True, soft_wrap=True).print(f"[bold]data:[/bold] {what}")

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from torch import Tensor
 
+from metavpt.cli.console import say
 from metavpt.data.decontaminate import Benchmarks, Decontaminated
 from metavpt.data.gsm8k import WordProblem
 from metavpt.data.mixture import Component, Drawable, Generated, PackedLoader, ShuffleBuffer
@@ -313,6 +313,4 @@ def _first(source: Any, count: int, name: str, option: str) -> list[Any]:
 
 
 def _say(message: str, left_out: bool = True) -> None:
-    Console(stderr=True, soft_wrap=True).print(
-        f"[bold]data:[/bold] {message}{'; they are left out' if left_out else ''}", highlight=False
-    )
+    say("data:", f"{message}{'; they are left out' if left_out else ''}")

@@ -15,11 +15,11 @@ from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
-from rich.console import Console
 from rich.progress import track
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from metavpt.cli.console import Console, say
 from metavpt.data.photo import decode, fit, is_image
 from metavpt.errors import MetaVPTError, reading
 
@@ -108,9 +108,9 @@ class Shards(Dataset[Tensor]):
         if member not in self.unreadable:
             self.unreadable.add(member)
             place = member - int(self.ends[shard]) + self.groups[shard]
-            Console(stderr=True, soft_wrap=True).print(
-                f"[bold]data:[/bold] {self.paths[shard]}: image {place} is left out for the next one: {error}",
-                highlight=False,
+            say(
+                "data:",
+                f"{self.paths[shard]}: image {place} is left out for the next one: {error}",
             )
 
 

@@ -3,10 +3,10 @@
 from typing import Any
 
 import torch
-from rich.console import Console
 from torch import Tensor
 from torch.utils.data import Dataset, get_worker_info
 
+from metavpt.cli.console import say
 from metavpt.errors import MetaVPTError
 
 MAX_IN_A_ROW = 10  # more is no damaged file but a damaged set
@@ -62,6 +62,4 @@ class Readable(Dataset[Tensor]):
         self.skips.add_one()
         if index not in self._named:
             self._named.add(index)
-            Console(stderr=True, soft_wrap=True).print(
-                f"[bold]data:[/bold] skipped: {reason}", highlight=False
-            )
+            say("data:", f"skipped: {reason}")

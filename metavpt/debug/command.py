@@ -12,10 +12,10 @@ from typing import Any
 import hydra
 import torch
 from omegaconf import DictConfig
-from rich.console import Console
 from torch import Tensor, nn
 
 from metavpt.cli.allowed_targets import asked_for, check_targets
+from metavpt.cli.console import Console
 from metavpt.errors import MetaVPTError, NonFiniteError
 from metavpt.hypergradients import params, trees
 from metavpt.problem import Problem
@@ -217,4 +217,4 @@ def main(cfg: DictConfig) -> None:
     console = Console(soft_wrap=True)
     with tempfile.TemporaryDirectory() as scratch:
         for line in replay(build(config, Path(scratch), console), file).lines():
-            console.print(line, highlight=False, markup=False)
+            console.print(line, highlight=False)

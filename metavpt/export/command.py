@@ -7,9 +7,9 @@ from pathlib import Path
 
 import hydra
 from omegaconf import DictConfig
-from rich.console import Console
 
 from metavpt.cli.allowed_targets import asked_for, check_targets
+from metavpt.cli.console import Console
 from metavpt.errors import MetaVPTError
 from metavpt.export.backbone import Part, export_backbone
 from metavpt.export.model_card import Description, model_card

@@ -14,11 +14,10 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from lightning_fabric import Fabric
 from omegaconf import DictConfig, OmegaConf
-from rich.console import Console
-from rich.markup import escape
 
 from metavpt import report
 from metavpt.cli.allowed_targets import asked_for, check_targets
+from metavpt.cli.console import Console, say
 from metavpt.cli.one_line_errors import dead_worker, reporting
 from metavpt.distributed import collectives
 from metavpt.errors import MetaVPTError, NonFiniteError, writing
@@ -134,7 +133,7 @@ def _how_it_goes_on(folder: Path, signal: Signals) -> str:
         if not option.startswith(("resume=", place.partition("=")[0] + "="))
     ]
     command = shlex.join(["python", "-m", "metavpt.run", *options, place, "resume=true"])
-    return f"stopped by {signal.name}, saved in {saved[-1]}; go on with\n{escape(command)}"
+    return f"stopped by {signal.name}, saved in {saved[-1]}; go on with\n{command}"
 
 
 def _folder(cfg: DictConfig) -> tuple[Path, bool]:
@@ -182,7 +181,5 @@ def main(cfg: DictConfig) -> float | None:
         except (NonFiniteError, torch.OutOfMemoryError) as error:
             if HydraConfig.get().mode is not RunMode.MULTIRUN:
                 raise
-            Console(stderr=True, soft_wrap=True).print(
-                f"[yellow]this job of the sweep failed: {error}[/yellow]"
-            )
+            say("warning:", f"this job of the sweep failed: {error}", "yellow")
             return math.inf  # an outcome of the values that were tried: the sweep goes on

@@ -14,9 +14,9 @@ from hydra.core.utils import JobReturn
 from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
-from rich.console import Console
 from rich.table import Table
 
+from metavpt.cli.console import Console
 from metavpt.compare.metric_directions import sign
 from metavpt.errors import MetaVPTError
 from metavpt.report import read_log, series_of

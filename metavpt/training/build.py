@@ -5,8 +5,8 @@ from pathlib import Path
 from hydra.utils import instantiate
 from lightning_fabric import Fabric
 from omegaconf import DictConfig, OmegaConf
-from rich.console import Console
 
+from metavpt.cli.console import Console
 from metavpt.distributed import collectives
 from metavpt.problem import move_to_device
 from metavpt.training.checkpoint import Checkpoints, seed_generators

@@ -12,9 +12,8 @@ from typing import Any
 
 import torch
 from omegaconf import DictConfig, OmegaConf
-from rich.console import Console
-from rich.markup import escape
 
+from metavpt.cli.console import say
 from metavpt.errors import MetaVPTError, reading
 from metavpt.training.checkpoint import Checkpoints
 
@@ -70,9 +69,7 @@ def newest_state(run: Path) -> tuple[dict[str, Any], Path]:
     """What the newest checkpoint of `run` that can be read holds of the problem, and its file. What is passed over is said on stderr."""
     state, path, unreadable = Checkpoints(run / "checkpoints").newest()
     for line in unreadable:
-        Console(stderr=True, soft_wrap=True).print(
-            f"[yellow]{escape(line)}; {path.name} is taken[/yellow]"
-        )
+        say("warning:", f"{line}; {path.name} is taken", "yellow")
     return state.get("problem", {}), path
 
 

@@ -10,9 +10,9 @@ from typing import Any, Protocol
 
 import numpy as np
 from PIL import Image
-from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
+from metavpt.cli.console import Console
 from metavpt.errors import MetaVPTError, writing
 from metavpt.probes.samples import Texts
 from metavpt.training.budget import Budget
@@ -88,7 +88,7 @@ class RunLog:
 
     def warn(self, step: int, message: str) -> None:
         self.write("warning", step, message=message)
-        self.console.print(f"[yellow]step {step}: {message}[/yellow]")
+        self.console.print(f"step {step}: {message}", style="yellow")
 
     def records(self) -> list[dict[str, Any]]:
         """Everything written so far."""
