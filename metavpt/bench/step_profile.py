@@ -4,7 +4,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -16,6 +16,7 @@ from metavpt.bench import cost_model, flops
 from metavpt.errors import MetaVPTError
 from metavpt.profiling.memory import PeakMemory
 from metavpt.profiling.timers import Clock
+from metavpt.strategies.period import Period
 from metavpt.training.trainer import Trainer
 
 STEP, UPDATE = "step", "designer"
@@ -116,8 +117,7 @@ def measure(
     trainer: Trainer, warmup: int, steps: int, now: Callable[[], float], count_flops: bool = True
 ) -> Measured:
     """`steps` steps of `trainer` after `warmup` ones, and one more period under a FLOP counter. It trains; probes are left out."""
-    if hasattr(trainer.strategy, "burn_in"):
-        trainer.strategy.burn_in = 0  # pyright: ignore[reportAttributeAccessIssue]
+    _skip_burn_in(trainer.strategy)
     trainer.first_order_every = 0
     measured, memory = Measured(), PeakMemory()
     for number in track(
@@ -138,6 +138,13 @@ def measure(
             counted = flops.count(trainer.step)
         measured.flops.setdefault(_kind(clock), counted)
     return measured
+
+
+def _skip_burn_in(strategy: Any) -> None:
+    """Start updates at once, in the strategy and in the feedback direction that it keeps."""
+    for owner in (strategy, getattr(strategy, "feedback", None)):
+        if isinstance(period := getattr(owner, "period", None), Period):
+            owner.period = replace(period, burn_in=0)  # pyright: ignore[reportOptionalMemberAccess]
 
 
 def _kind(clock: Clock) -> str:

@@ -12,7 +12,6 @@ from itertools import combinations
 from typing import Any, NamedTuple, Protocol
 
 import torch
-from scipy.optimize import nnls
 from torch import Tensor
 
 from metavpt.distributed import collectives
@@ -300,6 +299,8 @@ def min_norm_weights(gramian: Tensor) -> Tensor:
     Returns:
         lambda (J,): lambda >= 0, sum lambda = 1, lambda^T G lambda minimal.
     """
+    from scipy.optimize import nnls  # slow to import, and only MGDA needs it
+
     values, vectors = torch.linalg.eigh(gramian.to("cpu", torch.float64))
     factor = values.clamp_min(0).sqrt()[:, None] * vectors.T
     system = torch.cat([factor, factor.new_ones(1, len(factor))])

@@ -24,7 +24,6 @@ def run(*arguments, folder):
 def test_a_breakdown_is_printed_and_stored(tmp_path):
     conf = str(EXAMPLES / "conf")
     done = run(
-        "step",
         "--config-dir",
         conf,
         "problem=channels",
@@ -43,11 +42,3 @@ def test_a_breakdown_is_printed_and_stored(tmp_path):
     assert json.loads((folder / "environment.json").read_text())["command"].startswith(
         "python -m metavpt.bench --config-dir"
     )
-
-
-def test_what_to_measure_must_be_said(tmp_path):
-    done = run("problem=toy_sources", folder=tmp_path)
-    assert done.returncode == 2
-    assert "known: step" in done.stderr
-    assert len(done.stderr.splitlines()) == 1
-    assert not (tmp_path / "runs").exists()
