@@ -6,40 +6,66 @@ from typing import TYPE_CHECKING, Any
 from metavpt.errors import MetaVPTError, NonFiniteError, UnreachedParameterError
 from metavpt.hypergradients.directions import AdamAware, Clipped, Cosine, Dot, Normalized
 from metavpt.hypergradients.estimators import Hypergradient, Implicit, OneStep, Unrolled
+from metavpt.hypergradients.functional import hypergradient
 from metavpt.hypergradients.linear_solvers import ConjugateGradient, Neumann, Nystrom
 from metavpt.hypergradients.mixed_products import DifferenceProduct, ExactProduct
-from metavpt.hypergradients.optimizer_updates import SGD, Adam, AdamW
-from metavpt.hypergradients.params import Params
+from metavpt.hypergradients.optimizer_updates import SGD, Adam, AdamW, from_torch
+from metavpt.hypergradients.params import Params, named
 from metavpt.problem import Problem
 from metavpt.strategies.fixed import Fixed
 from metavpt.strategies.learned import Learned
+from metavpt.strategies.steering import Steering
 from metavpt.training.budget import Budget
 from metavpt.training.run_log import RunLog
 from metavpt.training.schedule import WarmupCosine
 
 if TYPE_CHECKING:
+    from metavpt.report import write_report
+    from metavpt.strategies.amortized import Amortized
+    from metavpt.strategies.controls import Adversarial, Direct, Hardest, Uniform
+    from metavpt.strategies.function_space import Functional
+    from metavpt.strategies.selection import Greedy, GreedySelection
+    from metavpt.strategies.tilted_targets import Tilt
     from metavpt.training.checkpoint import Checkpoints
     from metavpt.training.trainer import Trainer
 
+# Imported when first used: torch.distributed and the report are slow to import.
 LATER = {
+    "Adversarial": "metavpt.strategies.controls",
+    "Amortized": "metavpt.strategies.amortized",
     "Checkpoints": "metavpt.training.checkpoint",
+    "Direct": "metavpt.strategies.controls",
+    "Functional": "metavpt.strategies.function_space",
+    "Greedy": "metavpt.strategies.selection",
+    "GreedySelection": "metavpt.strategies.selection",
+    "Hardest": "metavpt.strategies.controls",
+    "Tilt": "metavpt.strategies.tilted_targets",
     "Trainer": "metavpt.training.trainer",
-}  # torch.distributed, which they bring, takes long to import
+    "Uniform": "metavpt.strategies.controls",
+    "write_report": "metavpt.report",
+}
 
 __all__ = [
     "SGD",
     "Adam",
     "AdamAware",
     "AdamW",
+    "Adversarial",
+    "Amortized",
     "Budget",
     "Checkpoints",
     "Clipped",
     "ConjugateGradient",
     "Cosine",
     "DifferenceProduct",
+    "Direct",
     "Dot",
     "ExactProduct",
     "Fixed",
+    "Functional",
+    "Greedy",
+    "GreedySelection",
+    "Hardest",
     "Hypergradient",
     "Implicit",
     "Learned",
@@ -52,10 +78,17 @@ __all__ = [
     "Params",
     "Problem",
     "RunLog",
+    "Steering",
+    "Tilt",
     "Trainer",
+    "Uniform",
     "UnreachedParameterError",
     "Unrolled",
     "WarmupCosine",
+    "from_torch",
+    "hypergradient",
+    "named",
+    "write_report",
 ]
 
 
