@@ -21,8 +21,9 @@ from metavpt.hypergradients import params
 from metavpt.hypergradients.curvature import ComposedLoss
 from metavpt.hypergradients.linear_targets import DirectionalDerivative
 from metavpt.hypergradients.params import Params
+from metavpt.learners.annealing import cosine
 from metavpt.learners.projection import Learner, ProjectionHead
-from metavpt.learners.teacher import Teacher, cosine_momentum
+from metavpt.learners.teacher import Teacher
 from metavpt.learners.vit import Backbone, Features
 from metavpt.objectives.dino import center_update, centered_probs, sinkhorn_probs
 from metavpt.objectives.distillation import active_terms, hidden_of, pack, term_losses, unpack
@@ -206,7 +207,7 @@ class DinoDense(
                     center = self.center[CENTERS[term]]
                     center.data = center_update(center, logits)
         self._answered = Answers(None, {})
-        self.teacher.update(self.learner, cosine_momentum(progress, 1.0, self.teacher_momentum))
+        self.teacher.update(self.learner, cosine(self.teacher_momentum, 1.0, progress))
 
     @torch.no_grad()
     def health_metrics(self) -> dict[str, HealthMetric]:

@@ -1,7 +1,6 @@
 """The moving average of a learner, which self-distillation learns from (Mean Teacher, arXiv 1703.01780; DINO, arXiv 2104.14294)."""
 
 import copy
-import math
 from typing import Any
 
 import torch
@@ -45,11 +44,3 @@ class Teacher(nn.Module):
 def held(p: torch.Tensor) -> torch.Tensor:
     """What this process holds of a parameter: all of it, or its shard where teacher and student are sharded alike."""
     return p.to_local() if isinstance(p, DTensor) else p
-
-
-def cosine_momentum(step: float, num_steps: float, start: float = 0.996, end: float = 1.0) -> float:
-    """end - (end - start) * (1 + cos(pi * step / num_steps)) / 2 (DINO, section 3.1), and `end` from `num_steps` on."""
-    if num_steps <= 0:
-        raise MetaVPTError(f"cosine_momentum: num_steps must be positive, got {num_steps}")
-    progress = min(step / num_steps, 1.0)
-    return end - (end - start) * (1.0 + math.cos(math.pi * progress)) / 2.0

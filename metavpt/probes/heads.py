@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from metavpt.errors import MetaVPTError
+from metavpt.learners.annealing import cosine
 from metavpt.probes.features import FeatureSet
 
 
@@ -193,7 +194,7 @@ class LinearBN:
         num_warmup = round(self.warmup * self.num_steps)
         if step < num_warmup:
             return (step + 1) / num_warmup
-        return 0.5 + 0.5 * math.cos(math.pi * (step - num_warmup) / (self.num_steps - num_warmup))
+        return cosine(1.0, 0.0, (step - num_warmup) / (self.num_steps - num_warmup))
 
     def _shuffled(self, num_images: int, generator: torch.Generator) -> Iterator[Tensor]:
         """Indices of one batch after another, pass after pass over the images."""

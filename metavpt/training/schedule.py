@@ -1,6 +1,5 @@
 """The learning rate over a run, and what it is the learning rate of."""
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -8,6 +7,7 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from metavpt.errors import MetaVPTError
+from metavpt.learners.annealing import cosine
 from metavpt.problem import Problem, supports
 
 
@@ -30,7 +30,7 @@ class WarmupCosine:
     def __call__(self, step: int, progress: float) -> float:
         """`step` counts from 0, `progress` in [0, 1]."""
         warmup = min(1.0, (step + 1) / self.warmup_steps) if self.warmup_steps else 1.0
-        return warmup * (self.final + (1 - self.final) * (1 + math.cos(math.pi * progress)) / 2)
+        return warmup * cosine(1.0, self.final, progress)
 
 
 def parameter_groups(problem: Problem, weight_decay: float) -> list[dict[str, Any]]:

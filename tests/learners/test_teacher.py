@@ -1,11 +1,9 @@
-import math
-
 import pytest
 import torch
 from torch import nn
 
 from metavpt.errors import MetaVPTError
-from metavpt.learners.teacher import Teacher, cosine_momentum
+from metavpt.learners.teacher import Teacher
 
 
 class Student(nn.Module):
@@ -55,14 +53,3 @@ def test_teacher_is_frozen_but_passes_gradients_to_its_inputs() -> None:
 def test_another_model_is_refused() -> None:
     with pytest.raises(MetaVPTError, match=r"linear\.bias is in only one"):
         Teacher(Student()).update(nn.Sequential(), 0.9)
-
-
-def test_cosine_momentum() -> None:
-    assert cosine_momentum(0, 10) == pytest.approx(0.996, abs=1e-15)
-    assert cosine_momentum(5, 10) == pytest.approx(0.998, abs=1e-15)
-    assert cosine_momentum(10, 10) == cosine_momentum(11, 10) == 1.0
-    assert cosine_momentum(3, 10, 0.5, 0.9) == pytest.approx(
-        0.9 - 0.4 * (1 + math.cos(0.3 * math.pi)) / 2, abs=1e-15
-    )
-    with pytest.raises(MetaVPTError, match="num_steps"):
-        cosine_momentum(0, 0)
