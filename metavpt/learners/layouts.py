@@ -1,4 +1,4 @@
-"""The names that transformers gives the parameters of a ViT, beside those of the original releases."""
+"""The names that transformers gives the parameters of a ViT, and those of the original releases."""
 
 import re
 from collections.abc import Mapping
@@ -34,8 +34,8 @@ _SCALED = {
 class Layout:
     """A model family in transformers' checkpoints: name in the original release -> name there.
 
-    Block i stands under `prefix`i there and under blocks.i in the release; where transformers keeps queries, keys and values apart,
-    the release has them in one matrix.
+    Block i is `prefix`i there and blocks.i in the release. Transformers keeps queries, keys and values
+    apart; the release has one matrix.
     """
 
     prefix: str
@@ -43,14 +43,14 @@ class Layout:
     block: Mapping[str, str]
 
     def to_original(self, state: Params) -> Params:
-        """The checkpoint under the release's names. A name that the family does not have stays as it is."""
+        """Rename a checkpoint to the release's names. Names that the family lacks stay as they are."""
         outside, block = (
             {there: here for here, there in names.items()} for names in (self.outside, self.block)
         )
         return _joined(_renamed(state, self.prefix, "blocks.", outside, block))
 
     def from_original(self, state: Params) -> Params:
-        """The other way round."""
+        """Rename a release's state dict to transformers' names."""
         return _renamed(_split(state), "blocks.", self.prefix, self.outside, self.block)
 
 
@@ -109,7 +109,7 @@ DINOV3_GATED = Layout(
 
 
 def layout_of(state: Params) -> Layout | None:
-    """The family whose checkpoint `state` is; None: it has other names than transformers'."""
+    """Return the family of a transformers checkpoint; None if its names are not transformers'."""
     if "embeddings.patch_embeddings.weight" in state:
         return DINOV3_GATED if any(".mlp.gate_proj." in key for key in state) else DINOV3
     if "embeddings.patch_embeddings.projection.weight" in state:
@@ -142,7 +142,10 @@ def _rename(key: str, names: Mapping[str, str]) -> str:
 
 
 def _joined(state: Params) -> Params:
-    """q, k, v -> qkv. Keys alone may lack a bias, which then is zero; whatever else is incomplete stays apart and fits nothing."""
+    """Join q, k, v to qkv. Only keys may lack a bias, which is then zero.
+
+    Whatever else is incomplete stays apart and will not fit.
+    """
     joined, parts = {}, {}
     for key, value in state.items():
         if match := re.fullmatch(r"(.+\.attn\.)([qkv])(\.(?:weight|bias))", key):
@@ -160,7 +163,7 @@ def _joined(state: Params) -> Params:
 
 
 def _split(state: Params) -> Params:
-    """qkv -> q, k, v."""
+    """Split qkv into q, k, v."""
     split = {}
     for key, value in state.items():
         if ".attn.qkv." in key:

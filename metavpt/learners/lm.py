@@ -1,4 +1,7 @@
-"""Causal language models from transformers, cut in two so that the last layers can be run again without the first: trunk and tail."""
+"""Causal language models from transformers, split into trunk and tail.
+
+The last layers (tail) can run again without the first ones (trunk).
+"""
 
 import copy
 from pathlib import Path
@@ -19,7 +22,7 @@ SUPPORTED = (LlamaForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM)
 
 
 class Hidden(NamedTuple):
-    """What the trunk hands to the tail."""
+    """The output of the trunk and input of the tail."""
 
     states: Tensor  # (B, T, D)
     rope: tuple[Tensor, Tensor]  # cosine and sine of the rotary positions, (B, T, D / heads) each
@@ -32,7 +35,7 @@ class Hidden(NamedTuple):
 
 
 class Trunk(nn.Module):
-    """Tokens -> Hidden: the embedding and the first layers, under transformers' own names and indices."""
+    """Tokens -> Hidden: the embedding and the first layers, with transformers' names and indices."""
 
     recompute = False  # activations, on the way back
 
@@ -53,7 +56,7 @@ class Trunk(nn.Module):
 class Tail(nn.Module):
     """Hidden -> states (B, T, D): the last layers and the final norm.
 
-    Hidden is a tuple, which `functional_call` would unpack: call it as `functional_call(tail, theta, (hidden,))`.
+    `functional_call` would unpack Hidden, a tuple: call `functional_call(tail, theta, (hidden,))`.
     """
 
     recompute = False
@@ -87,9 +90,11 @@ def _run(
 
 
 def document_mask(documents: Tensor) -> Tensor | None:
-    """Block-diagonal causal mask (B, 1, T, T), True where t sees s: same document, s <= t. None where causal alone is enough.
+    """Return the block-diagonal causal mask (B, 1, T, T): True where t attends to s.
 
-    That is one document a row: padding, on its right, is seen by nothing. Without a mask attention runs in its faster causal kernel.
+    Positions attend within their document, s <= t. None if a causal mask is enough, which is the case
+    with one document per row: nothing attends to padding on its right. Without a mask, attention uses
+    its faster causal kernel.
     """
     if bool(((documents == documents[:, :1]) | (documents == PADDING)).all()):
         return None
@@ -97,12 +102,15 @@ def document_mask(documents: Tensor) -> Tensor | None:
 
 
 class LanguageModel(nn.Module):
-    """Tokens -> states (B, T, D) after the final norm; logits are states @ unembedding^T, which losses take a few tokens at a time.
+    """Tokens -> states (B, T, D) after the final norm.
 
-    model       a Llama, Qwen2 or Qwen3 from transformers, or one with LoRA adapters (peft); its modules are taken over, not copied
-    tail_layers how many last layers stand, with the final norm, in the tail
+    Logits are states @ unembedding^T; losses compute them for a few tokens at a time. The forward pass
+    is a pure function of the parameters: nothing is random and no buffer moves. `width` is D.
 
-    A pure function of its parameters: nothing random, no buffer moved. `width` is D.
+    Args:
+        model: A Llama, Qwen2 or Qwen3 from transformers, or one with LoRA adapters (peft). Its modules
+            are used, not copied.
+        tail_layers: The last layers that form, with the final norm, the tail.
     """
 
     def __init__(self, model: PreTrainedModel | PeftModel, tail_layers: int = 2) -> None:
@@ -134,28 +142,28 @@ class LanguageModel(nn.Module):
         return self.tail(self.trunk(batch))
 
     def logits(self, batch: TokenBatch) -> Tensor:
-        """(B, T, V), all at once: for small batches."""
+        """Compute all logits (B, T, V) at once; for small batches."""
         return self(batch) @ self.unembedding({}).T
 
     def hidden(self, theta: Params, batch: TokenBatch) -> Hidden:
-        """The trunk with the parameters theta."""
+        """Run the trunk with the parameters theta."""
         return functional_call(self.trunk, params.subset(theta, "trunk."), (batch,))
 
     def states(self, theta: Params, hidden: Hidden) -> Tensor:
-        """The tail with the parameters theta, (B, T, D)."""
+        """Run the tail with the parameters theta: states (B, T, D)."""
         return functional_call(self.tail, params.subset(theta, "tail."), (hidden,))
 
     def unembedding(self, theta: Params) -> Tensor:
-        """(V, D): theta's own where it is trained, and the embedding where the two are tied."""
+        """Return the unembedding (V, D): theta's if it is trained, the embedding if the two are tied."""
         name = "trunk.embed_tokens.weight" if self.tied else "lm_head.weight"
         return theta[name] if name in theta else self.get_parameter(name)
 
     def aligned_parameters(self) -> list[str]:
-        """The trained parameters of the tail: its layers and the final norm, or its adapters."""
+        """Return the names of the tail's trained parameters: layers and final norm, or adapters."""
         return [name for name in params.named(self) if name.startswith("tail.")]
 
     def save(self, folder: str | Path) -> None:
-        """A transformers model folder, adapters merged; load it with `AutoModelForCausalLM.from_pretrained`."""
+        """Write a transformers model folder, adapters merged, for `AutoModelForCausalLM.from_pretrained`."""
         (model,) = self._saved
         merged: Any = (
             copy.deepcopy(model).merge_and_unload() if isinstance(model, PeftModel) else model

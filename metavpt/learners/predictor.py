@@ -1,4 +1,4 @@
-"""What a masked encoder is trained with: a narrow transformer that says what the patches are that the encoder did not see."""
+"""The predictor of masked encoders: a narrow transformer that predicts the masked patches."""
 
 import torch
 from timm.layers.pos_embed_sincos import build_sincos2d_pos_embed
@@ -10,12 +10,18 @@ from metavpt.learners.vit import Backbone
 
 
 class Predictor(nn.Module):
-    """Tokens of visible patches, and where to look -> what is there: I-JEPA's predictor (arXiv 2301.08243), MAE's decoder (2111.06377).
+    """Predict groups of masked patches from tokens of visible ones.
 
-    A ViT of `width` on the visible tokens and one mask token for each patch asked for, with sine-cosine positions. Groups of patches
-    (I-JEPA's blocks; MAE has one) are predicted apart from each other.
+    This is I-JEPA's predictor (arXiv 2301.08243) and MAE's decoder (2111.06377): a ViT of `width` on
+    the visible tokens and one mask token per predicted patch, with sine-cosine positions. Groups of
+    patches (I-JEPA's blocks; MAE has one) are predicted independently.
 
-    width_in, width_out: of the encoder's tokens and of what is predicted. `width` must be a multiple of 4 and of `num_heads`.
+    Args:
+        width_in: Width of the encoder's tokens.
+        width_out: Numbers predicted per patch.
+        width: A multiple of 4 and of `num_heads`.
+        depth: Blocks.
+        num_heads: Attention heads.
     """
 
     def __init__(
@@ -40,9 +46,16 @@ class Predictor(nn.Module):
     def forward(
         self, tokens: Tensor, visible: Tensor, targets: Tensor, grid: tuple[int, int]
     ) -> Tensor:
-        """tokens (B, K, D) of the patches `visible` (B, K); targets (B, M, T): M groups of T patches -> (B, M, T, width_out).
+        """Predict the patches `targets`.
 
-        `visible` and `targets` are indices into the patches of `grid`, row by row.
+        Args:
+            tokens: Of the visible patches, (B, K, D).
+            visible: Their indices, (B, K).
+            targets: Indices of M groups of T patches, (B, M, T).
+            grid: (h, w). Indices count its patches row by row.
+
+        Returns:
+            (B, M, T, width_out).
         """
         num_groups, num_asked = targets.shape[1:]
         positions = build_sincos2d_pos_embed(
@@ -57,7 +70,10 @@ class Predictor(nn.Module):
 
 
 class MaskedLearner(nn.Module):
-    """Normalised images (B, 3, H, W) of which the patches `visible` are seen -> predictions for `targets` (B, M, T, width_out)."""
+    """An encoder of the visible patches and a predictor of the masked ones.
+
+    Normalised images (B, 3, H, W) -> predictions (B, M, T, width_out).
+    """
 
     def __init__(self, backbone: Backbone, predictor: Predictor) -> None:
         super().__init__()
@@ -72,6 +88,6 @@ class MaskedLearner(nn.Module):
         )
 
     def grid(self, images: Tensor) -> tuple[int, int]:
-        """(h, w), the patches along the sides of the images."""
+        """Return (h, w), the patches along the sides of the images."""
         height, width = images.shape[-2:]
         return height // self.backbone.patch_size, width // self.backbone.patch_size

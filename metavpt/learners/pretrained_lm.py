@@ -1,4 +1,4 @@
-"""Where a language model comes from: the hub, a folder, a GGUF file, or random weights; with LoRA adapters or without."""
+"""Sources of language models: the hub, a folder, a GGUF file or random weights; with or without LoRA."""
 
 import copy
 from collections.abc import Sequence
@@ -23,9 +23,10 @@ PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "
 
 @dataclass(frozen=True)
 class LoRA:
-    """W + alpha / rank * B A for each of `target_modules`, B zero at first; all else is frozen (arXiv 2106.09685).
+    """W + alpha / rank * B A for each of `target_modules`, B zero at first (arXiv 2106.09685).
 
-    Without dropout: losses are evaluated several times a step and must give the same value each time.
+    All other parameters are frozen. There is no dropout, because losses are evaluated several times per
+    step and must give equal values.
     """
 
     rank: int = 8
@@ -58,9 +59,17 @@ def pretrained_language_model(
     lora: LoRA | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> LanguageModel:
-    """The model `source`: a name on the hub, a folder, or a .gguf file; `gguf_file` names one within a hub repository or folder.
+    """Load a model.
 
-    A GGUF file is dequantised. Raises MetaVPTError for a model that cannot be had, read, or cut in two.
+    Args:
+        source: A name on the hub, a folder, or a .gguf file. A GGUF file is dequantised.
+        tail_layers: The last layers that form the tail.
+        gguf_file: Names a GGUF file within a hub repository or folder.
+        lora: Adapters to add.
+        dtype: Of the weights.
+
+    Raises:
+        MetaVPTError: The model cannot be found, read, or split into trunk and tail.
     """
     path = Path(source)
     if path.suffix == ".gguf":
@@ -100,7 +109,10 @@ def pretrained_language_model(
 
 
 def _check_size(config: Any, file: Path) -> None:
-    """Raises MetaVPTError where a local file or folder is too small for its configuration, which would be built layer by layer first."""
+    """Raise MetaVPTError if a file or folder is too small for the model that its configuration names.
+
+    Otherwise the model would be built layer by layer first.
+    """
     files = (
         [file]
         if file.is_file()
@@ -121,7 +133,14 @@ def _check_size(config: Any, file: Path) -> None:
 def random_language_model(
     model_type: str = "llama", tail_layers: int = 2, lora: LoRA | None = None, **config: Any
 ) -> LanguageModel:
-    """Random weights for the transformers configuration `model_type` (llama, qwen2, qwen3) with `config` in place of its defaults."""
+    """Build a model with random weights.
+
+    Args:
+        model_type: llama, qwen2 or qwen3.
+        tail_layers: The last layers that form the tail.
+        lora: Adapters to add.
+        **config: Replaces defaults of the transformers configuration.
+    """
     try:
         described = AutoConfig.for_model(model_type, **config)
         model = AutoModelForCausalLM.from_config(described, attn_implementation="sdpa")
@@ -133,7 +152,7 @@ def random_language_model(
 
 
 def _plain(model: Any) -> Any:
-    """The same model without the marks of quantisation, which would keep it from being saved."""
+    """Remove the marks of quantisation, which would prevent saving."""
     config = copy.deepcopy(model.config)
     del config.quantization_config
     with torch.random.fork_rng():

@@ -1,4 +1,4 @@
-"""What self-distillation reads of a backbone: a summary of the image, projected onto prototypes."""
+"""The projection head of self-distillation: image summaries and patches onto prototypes."""
 
 from typing import Literal
 
@@ -11,9 +11,10 @@ from metavpt.learners.vit import Backbone, Features
 
 
 class ProjectionHead(nn.Module):
-    """cosine(MLP(x), prototype_k): (..., D) -> (..., K), the head of DINO (arXiv 2104.14294, appendix C).
+    """The head of DINO (arXiv 2104.14294, appendix C): (..., D) -> cosine(MLP(x), prototype_k), (..., K).
 
-    A 3-layer MLP with GELU into a bottleneck; the bottleneck and each prototype are l2-normalised, so logits lie in [-1, 1].
+    A 3-layer MLP with GELU ends in a bottleneck. Bottleneck and prototypes are l2-normalised, so logits
+    lie in [-1, 1].
     """
 
     def __init__(
@@ -35,10 +36,15 @@ class ProjectionHead(nn.Module):
 
 
 class Learner(nn.Module):
-    """Normalised images (B, 3, H, W) -> prototype logits (B, K) of the cls token, or of the mean patch.
+    """Normalised images (B, 3, H, W) -> prototype logits (B, K).
 
-    pool: "cls" is DINO's. "mean" trains the patches directly, which a short run for dense prediction needs. hides: whether it has a mask
-    token (D,), zero at first, for patches that it is not to see; patch_head: a head for these, None: `head` serves both.
+    Args:
+        backbone: The backbone.
+        head: Maps the summary of an image to logits.
+        pool: "cls" projects the cls token, as DINO does. "mean" projects the mean patch, which trains
+            patches directly, as a short run for dense prediction needs.
+        hides: Whether there is a mask token (D,), zero at first, for masked patches.
+        patch_head: The head for masked patches. None: `head`.
     """
 
     def __init__(
@@ -60,5 +66,5 @@ class Learner(nn.Module):
         return self.head(self.summary(self.backbone(images)))
 
     def summary(self, features: Features) -> Tensor:
-        """What the head reads of an image, (B, D)."""
+        """Return what the head projects, (B, D)."""
         return features.cls if self.pool == "cls" else features.patches.mean(dim=(2, 3))

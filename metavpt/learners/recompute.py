@@ -1,4 +1,4 @@
-"""Blocks whose activations are made again on the way back instead of kept: memory of one block at a time, for a third more computation."""
+"""Activation checkpointing of blocks: memory of one block at a time, for a third more computation."""
 
 from typing import Any
 
@@ -10,10 +10,11 @@ from metavpt.hypergradients.params import Params
 
 
 def recomputed(block: nn.Module, *args: Any, **options: Any) -> Any:
-    """block(*args, **options), of which autograd keeps the arguments alone. Differentiable twice; the block must draw no random numbers.
+    """Return block(*args, **options), and recompute its activations in the backward pass.
 
-    It is made again with the parameters that it has now: on the way back those of a `functional_call` around it are gone, and without a
-    word the live ones would take their place.
+    Differentiable twice. The block must not draw random numbers. It is recomputed with the parameters
+    of the forward pass: in the backward pass those of a `functional_call` are no longer in effect, and
+    the live ones would silently be used.
     """
     own: Params = dict(block.named_parameters())
     return checkpoint(

@@ -1,4 +1,4 @@
-"""A subset of an image's patches: what a masked encoder sees, and what a predictor is asked for."""
+"""Subsets of an image's patches: those that a masked encoder sees, and those that are predicted."""
 
 import math
 
@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def gather_patches(patches: Tensor, indices: Tensor) -> Tensor:
-    """patches[b, indices[b]] for each image b: (B, N, ...) and (B, *) int64 -> (B, *, ...)."""
+    """Return patches[b, indices[b]] for each image b: (B, N, ...) and (B, *) int64 -> (B, *, ...)."""
     image = torch.arange(len(indices), device=indices.device).view(-1, *[1] * (indices.ndim - 1))
     return patches[image, indices]
 
@@ -19,10 +19,17 @@ def restrict(
     visible: Tensor,
     weight: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None, tuple[int, int]]:
-    """Tokens (B, P + N, D) with their positions -> (B, P + K, D), their rotary positions, and (1, K) for a grid.
+    """Keep the tokens and positions of some patches.
 
-    visible: (B, K) indices of the patches that stay, in any order; each keeps its place in the image, and the P prefix tokens stay.
-    weight: (B, K), by which the tokens of patches are multiplied. rope: (N, E) -> (B, 1, K, E), the same for every head.
+    Args:
+        tokens: (B, P + N, D), with P prefix tokens, which stay.
+        rope: Rotary positions (N, E), or None.
+        grid: (h, w) of all patches.
+        visible: Indices of the patches that stay, (B, K), in any order. Each keeps its position.
+        weight: Multiplies the patch tokens, (B, K).
+
+    Returns:
+        Tokens (B, P + K, D), rotary positions (B, 1, K, E) for all heads, and (1, K) as the grid.
     """
     num_patches = math.prod(grid)
     prefix, patches = tokens.split([tokens.shape[1] - num_patches, num_patches], dim=1)

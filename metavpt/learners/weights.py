@@ -1,4 +1,4 @@
-"""Weights of a backbone from a file, a folder or the Hugging Face hub, as timm, the original releases or transformers write them."""
+"""Backbone weights from a file, a folder or the Hugging Face hub, in timm's or other layouts."""
 
 import argparse
 import json
@@ -84,7 +84,7 @@ def _check_fit(state: Params, own: Params, source: Path, name: str) -> None:
 
 
 def _check_config(folder: Path, model: Any, name: str) -> None:
-    """What the shapes of the weights do not show."""
+    """Check what the shapes of the weights do not show."""
     file = folder / "config.json"
     with reading(f"{file}: not a readable configuration"):
         config = dict(json.loads(file.read_text())) if file.is_file() else {}
@@ -98,7 +98,7 @@ def _check_config(folder: Path, model: Any, name: str) -> None:
 
 
 def _backbone(state: Any, source: Path) -> Params:
-    """The backbone's entries alone, without what stands before their names: `module.`, `backbone.`, `dinov2.`, ..."""
+    """Keep the backbone's entries, without prefixes such as `module.`, `backbone.` or `dinov2.`."""
     while isinstance(state, dict) and (
         inside := next((state[key] for key in WRAPPERS if isinstance(state.get(key), dict)), None)
     ):
@@ -122,7 +122,7 @@ def _backbone(state: Any, source: Path) -> Params:
 
 
 def _to_timm(state: Params, model: Any) -> Params:
-    """The layout of an original release, or timm's own, in timm's."""
+    """Convert the layout of an original release, or timm's own, to timm's."""
     if isinstance(model, Eva):
         state = _without_zero_bias(state, model)
         state.pop("mask_token", None)  # timm takes it for a sign of EVA's masked pretraining
@@ -134,7 +134,7 @@ def _to_timm(state: Params, model: Any) -> Params:
 
 
 def _without_zero_bias(state: Params, model: Eva) -> Params:
-    """DINOv3 has no bias for keys; timm's models without a bias at all stand for those releases in which the others are zero."""
+    """Drop biases that are zero: DINOv3 has none for keys, and timm has models without any bias."""
     has_bias = getattr(model.blocks[0].attn, "q_bias", None) is not None
     kept = {}
     for key, value in state.items():
@@ -153,7 +153,7 @@ def _without_zero_bias(state: Params, model: Eva) -> Params:
 
 
 def _download(name: str, revision: str | None) -> Path:
-    """The folder of a hub checkpoint in the local cache, downloaded where it is not there yet."""
+    """Return the folder of a hub checkpoint in the local cache, and download it if needed."""
     for weights in ("model*.safetensors*", "pytorch_model*.bin*"):
         try:
             folder = Path(

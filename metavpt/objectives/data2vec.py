@@ -1,6 +1,6 @@
-"""The loss of data2vec (arXiv 2202.03555): a teacher's features of all patches, told by a student that does not see all of them.
+"""The loss of data2vec (arXiv 2202.03555): a student predicts its teacher's features of all patches.
 
-Letters: B batch, N patches, D width.
+The student does not see all patches. Letters: B batch, N patches, D width.
 """
 
 from typing import Literal

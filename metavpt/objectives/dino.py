@@ -1,6 +1,7 @@
-"""The self-distillation loss of DINO (arXiv 2104.14294): pure functions; the centre moves in `after_step` only.
+"""The self-distillation loss of DINO (arXiv 2104.14294).
 
-Letters: G teacher (global) views, V student views, B batch, K prototypes.
+All functions are pure; the centre moves in `after_step` only. Letters: G teacher (global) views,
+V student views, B batch, K prototypes.
 """
 
 from collections.abc import Sequence
@@ -20,10 +21,19 @@ def dino_loss(
     temperature: float = 0.1,
     reduction: Literal["mean", "none"] = "mean",
 ) -> Tensor:
-    """Mean over all pairs (teacher view g, student view v != g) of -sum_k p_g[k] log softmax(s_v / temperature)[k] (DINO, eq. 1 to 3).
+    """Compute DINO's cross-entropy between teacher and student views (DINO, equations 1 to 3).
 
-    student_logits: V tensors (B, K), the global views first, in the teacher's order. teacher_probs: (G, B, K). Half precision is summed in
-    float32. "mean" gives a scalar, "none" the loss of each image, (B,). Raises MetaVPTError for shapes that do not fit or leave no pair.
+    The mean over all pairs (teacher view g, student view v != g) of
+    -sum_k p_g[k] log softmax(s_v / temperature)[k]. Half precision is summed in float32.
+
+    Args:
+        student_logits: V tensors of shape (B, K), the global views first, in the teacher's order.
+        teacher_probs: (G, B, K).
+        temperature: Of the student.
+        reduction: "mean" gives a scalar, "none" the loss of each image, (B,).
+
+    Raises:
+        MetaVPTError: Shapes do not fit, or no pair is left.
     """
     _check_views(student_logits, teacher_probs, reduction)
     log_probs = F.log_softmax(
@@ -39,18 +49,26 @@ def dino_loss(
 
 
 def centered_probs(logits: Tensor, center: Tensor, temperature: float) -> Tensor:
-    """softmax((logits - center) / temperature), (..., K): the teacher's targets (DINO, section 3.1).
+    """Compute the teacher's targets softmax((logits - center) / temperature) (DINO, section 3.1).
 
-    `center` (K,) keeps one prototype from taking all.
+    Args:
+        logits: (..., K).
+        center: (K,). It keeps one prototype from dominating.
+        temperature: Of the teacher.
     """
     return F.softmax(_at_least_float32(logits - center) / temperature, dim=-1)
 
 
 def sinkhorn_probs(logits: Tensor, temperature: float, num_iters: int = 3) -> Tensor:
-    """The teacher's targets with prototypes used equally: Sinkhorn-Knopp on exp(logits / temperature) (SwAV, arXiv 2006.09882; DINOv2).
+    """Compute the teacher's targets by Sinkhorn-Knopp, so that prototypes are used equally.
 
-    (..., K) -> (..., K); all leading dimensions count as samples, those of other processes too. Each row sums to 1; each
-    prototype's total tends to samples / K.
+    Normalises exp(logits / temperature) (SwAV, arXiv 2006.09882; DINOv2). Each row of the result sums
+    to 1, and the total of each prototype tends to samples / K.
+
+    Args:
+        logits: (..., K). All leading dimensions count as samples, those of other processes too.
+        temperature: Of the teacher.
+        num_iters: Normalisations of prototypes and samples.
     """
     log_q = (
         _at_least_float32(logits).flatten(0, -2) / temperature
@@ -62,7 +80,10 @@ def sinkhorn_probs(logits: Tensor, temperature: float, num_iters: int = 3) -> Te
 
 
 def center_update(center: Tensor, teacher_logits: Tensor, momentum: float = 0.9) -> Tensor:
-    """momentum * center + (1 - momentum) * mean of the logits (..., K) over all samples (DINO, equation 4): the new centre, (K,)."""
+    """Return the new centre (K,): an average with the mean of the logits (DINO, equation 4).
+
+    The result is momentum * center + (1 - momentum) * mean of logits (..., K) over all samples.
+    """
     batch_mean = _at_least_float32(teacher_logits.detach()).flatten(0, -2).mean(dim=0)
     return torch.lerp(collectives.leave(batch_mean).to(center.dtype), center, momentum)
 

@@ -1,15 +1,16 @@
-"""Self-distillation of several terms, as DINOv2 (arXiv 2304.07193) and DINOv3 (arXiv 2508.10104) add them up.
+"""Self-distillation with several terms, as in DINOv2 (arXiv 2304.07193) and DINOv3 (2508.10104).
 
-    dino   the prototypes of an image are the same from crop to crop
-    ibot   the prototypes of patches that the student did not see
+    dino   the prototypes of an image agree across crops
+    ibot   the prototypes of masked patches are predicted
     koleo  the images of a batch lie apart; summed over the 2 global views, as released
-    gram   patches are as alike as an anchor finds them
+    gram   patches are as similar to each other as in an anchor
 
-Each has one output of the student and, but for koleo, one goal; dicts hold them by the term's name. koleo's derivative jumps where another
-image becomes the nearest one: a `DifferenceProduct` whose step crosses such a place is wrong there, an `ExactProduct` is not.
+Each term has one output of the student and, except koleo, one goal. Dicts hold them by the term's
+name. The derivative of koleo jumps where another image becomes the nearest one. A
+`DifferenceProduct` whose step crosses such a point is wrong there; an `ExactProduct` is not.
 
-Letters: V views, the first 2 of them global, B batch, N patches of a global view, M hidden patches of all global views, K prototypes, D
-width, T terms.
+Letters: V views, the first 2 of them global, B batch, N patches of a global view, M masked patches
+of all global views, K prototypes, D width, T terms.
 """
 
 import math
@@ -28,7 +29,11 @@ TERMS = ("dino", "ibot", "koleo", "gram")
 
 
 def active_terms(terms: Mapping[str, float]) -> dict[str, float]:
-    """The terms that weigh something, in the order of TERMS. Raises MetaVPTError for other names and for weights that are no recipe."""
+    """Return the terms with a positive weight, in the order of TERMS.
+
+    Raises:
+        MetaVPTError: A term is unknown, or the weights form no objective.
+    """
     unknown = [name for name in terms if name not in TERMS]
     if unknown:
         raise MetaVPTError(f"problem.terms names {unknown[0]!r}; known are {', '.join(TERMS)}")
@@ -45,13 +50,17 @@ def term_losses(
     hidden: Tensor | None,
     temperature: float = 0.1,
 ) -> Tensor:
-    """Return each term of each image, (T, B), in the order of `outputs`.
+    """Compute each term of each image, (T, B), in the order of `outputs`.
 
-    Terms are means over the views (dino: over the pairs of views), koleo is the sum over the two
-    global ones: the weights of the releases are for these.
+    Terms are means over the views (dino: over the pairs of views). koleo is the sum over the two global
+    views. The weights of the releases refer to these.
 
-    outputs  dino: logits (V, B, K); ibot: logits (M, K); koleo: features (2, B, D); gram: features (2, B, N, D)
-    goals    dino: probabilities (2, B, K); ibot: probabilities (M, K); gram: features (2, B, N, D'). hidden: (2, B, N) bool
+    Args:
+        outputs: dino logits (V, B, K), ibot logits (M, K), koleo features (2, B, D), gram features
+            (2, B, N, D).
+        goals: dino probabilities (2, B, K), ibot probabilities (M, K), gram features (2, B, N, D').
+        hidden: The masked patches, bool of shape (2, B, N).
+        temperature: Of the student.
     """
     return torch.stack(
         [_term(name, output, goals, hidden, temperature) for name, output in outputs.items()]
@@ -80,7 +89,14 @@ def _term(
 
 
 def hidden_patch_loss(logits: Tensor, probs: Tensor, hidden: Tensor, temperature: float) -> Tensor:
-    """`ibot_loss` of each image, (B,), meaned over its 2 views, from the hidden patches alone: logits and probs (M, K) in their order."""
+    """Compute `ibot_loss` of each image, (B,), the mean over its 2 views, from masked patches alone.
+
+    Args:
+        logits: (M, K), of the masked patches in order.
+        probs: (M, K), of the teacher.
+        hidden: The masked patches, bool of shape (2, B, N).
+        temperature: Of the student.
+    """
     per_patch = ibot_loss(
         logits[:, None], probs[:, None], torch.ones_like(logits[:, :1]), temperature, "none"
     )
@@ -89,7 +105,11 @@ def hidden_patch_loss(logits: Tensor, probs: Tensor, hidden: Tensor, temperature
 
 
 def hidden_of(hidden: Tensor | None) -> Tensor:
-    """The masked patches; raises MetaVPTError if the views mask none."""
+    """Return the masked patches.
+
+    Raises:
+        MetaVPTError: The views mask no patch.
+    """
     if hidden is None:
         raise MetaVPTError(
             "problem.terms.ibot: the views hide no patch; the recipe must be a MultiCrop, which does with a patch_size"
@@ -98,7 +118,7 @@ def hidden_of(hidden: Tensor | None) -> Tensor:
 
 
 def pack(outputs: Mapping[str, Tensor]) -> Tensor:
-    """All in one vector, for a `ComposedLoss`; `unpack` is the inverse."""
+    """Concatenate the outputs into one vector, for a `ComposedLoss`. `unpack` is the inverse."""
     return torch.cat([output.flatten() for output in outputs.values()])
 
 

@@ -1,4 +1,7 @@
-"""A loss that is linear in the goals which a target designer changes: the designer's update runs no backward pass through the learner."""
+"""A loss that is linear in the goals that a target designer changes.
+
+The designer's update then needs no backward pass through the learner.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,7 +16,7 @@ from metavpt.hypergradients.params import Params
 
 @dataclass(frozen=True)
 class GoalLoss(ComposedLoss):
-    """A `LinearLoss` that also shows its outputs, as Gauss-Newton needs it. See `goal_loss`."""
+    """A `LinearLoss` that also exposes its outputs, for Gauss-Newton products. See `goal_loss`."""
 
     targets: Tensor  # (G + 1,)
     cost: Callable[[Tensor], Tensor]

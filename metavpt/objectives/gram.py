@@ -1,4 +1,7 @@
-"""Gram anchoring of DINOv3 (arXiv 2508.10104, section 4): patches stay as alike to each other as an earlier teacher found them."""
+"""Gram anchoring of DINOv3 (arXiv 2508.10104, section 4).
+
+Patches stay as similar to each other as in an earlier teacher.
+"""
 
 from typing import Literal
 
@@ -11,10 +14,15 @@ from metavpt.errors import MetaVPTError
 def gram_loss(
     student: Tensor, teacher: Tensor, reduction: Literal["mean", "none"] = "mean"
 ) -> Tensor:
-    """|X_S X_S^T - X_G X_G^T|_F^2 / N^2 with the patches l2-normalised (DINOv3, equation 2, divided by its entries as released).
+    """Compute |X_S X_S^T - X_G X_G^T|_F^2 / N^2 with l2-normalised patches.
 
-    student: (B, N, D), teacher: (B, N, D'), patch features of the same N patches; the widths may differ. Half precision is summed in
-    float32. "mean" gives a scalar, "none" the loss of each image, (B,).
+    DINOv3, equation 2, divided by the number of entries as in the release. Half precision is summed in
+    float32.
+
+    Args:
+        student: Patch features (B, N, D).
+        teacher: Patch features (B, N, D') of the same N patches; the widths may differ.
+        reduction: "mean" gives a scalar, "none" the loss of each image, (B,).
     """
     if reduction not in ("mean", "none"):
         raise MetaVPTError(f"gram_loss: reduction must be 'mean' or 'none', got {reduction!r}")
@@ -27,6 +35,6 @@ def gram_loss(
 
 
 def _gram(features: Tensor) -> Tensor:
-    """(B, N, D) -> the cosines of all pairs of patches, (B, N, N)."""
+    """Compute the cosines of all pairs of patches: (B, N, D) -> (B, N, N)."""
     x = F.normalize(features if features.dtype.itemsize >= 4 else features.float(), dim=-1)
     return x @ x.transpose(1, 2)

@@ -1,6 +1,6 @@
-"""The patch loss of iBOT (arXiv 2111.07832), a term of DINOv2 and DINOv3: hidden patches are told by their prototypes.
+"""The patch loss of iBOT (arXiv 2111.07832), a term of DINOv2 and DINOv3.
 
-Letters: B batch, N patches, K prototypes.
+The student predicts the prototypes of masked patches. Letters: B batch, N patches, K prototypes.
 """
 
 from typing import Literal
@@ -18,11 +18,19 @@ def ibot_loss(
     temperature: float = 0.1,
     reduction: Literal["mean", "none"] = "mean",
 ) -> Tensor:
-    """-sum_i hidden_i sum_k p_i[k] log softmax(s_i / temperature)[k] / sum_i hidden_i, averaged over images (iBOT, equation 2).
+    """Compute the cross-entropy of masked patches, averaged over images (iBOT, equation 2).
 
-    student_logits, teacher_probs: (B, N, K), the teacher's from `centered_probs` or `sinkhorn_probs` (objectives.dino) of the patches that
-    it saw whole. hidden: (B, N), 1 or True where the student saw a mask token, in between for weights; an image without any counts as 0.
-    Half precision is summed in float32. "mean" gives a scalar, "none" the loss of each image, (B,).
+    -sum_i hidden_i sum_k p_i[k] log softmax(s_i / temperature)[k] / sum_i hidden_i. Half precision is
+    summed in float32.
+
+    Args:
+        student_logits: (B, N, K).
+        teacher_probs: (B, N, K), from `centered_probs` or `sinkhorn_probs`. The teacher sees all
+            patches.
+        hidden: (B, N): 1 or True where the student saw a mask token; values in between are weights. An
+            image without masked patches counts as 0.
+        temperature: Of the student.
+        reduction: "mean" gives a scalar, "none" the loss of each image, (B,).
     """
     if reduction not in ("mean", "none"):
         raise MetaVPTError(f"ibot_loss: reduction must be 'mean' or 'none', got {reduction!r}")

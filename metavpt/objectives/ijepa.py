@@ -1,4 +1,4 @@
-"""The loss of I-JEPA (arXiv 2301.08243): features of target blocks, predicted from the features of a context.
+"""The loss of I-JEPA (arXiv 2301.08243): features of target blocks are predicted from a context.
 
 Letters: B batch, N patches, M target blocks of T patches, D width.
 """
@@ -20,11 +20,16 @@ def ijepa_loss(
     distance: Literal["l2", "smooth_l1"] = "smooth_l1",
     reduction: Literal["mean", "none"] = "mean",
 ) -> Tensor:
-    """1/M sum_m 1/T sum_{j in block m} d(prediction_mj, feature_mj), weighted within each image (I-JEPA, section 3).
+    """Compute the distance of predictions to features, averaged over target blocks (I-JEPA, section 3).
 
-    predictions, features: (B, M, T, D), the features from `normalized_features`. d averages over channels: "l2" the paper's squares,
-    "smooth_l1" what its released code uses. weights: (B, M, T), all 1 unless given; their scale does not matter. "mean" gives a scalar,
-    "none" the loss of each image, (B,).
+    1/M sum_m 1/T sum_{j in block m} d(prediction_mj, feature_mj), weighted within each image.
+
+    Args:
+        predictions: (B, M, T, D).
+        features: (B, M, T, D), from `normalized_features`.
+        weights: (B, M, T); default 1. Their scale does not matter.
+        distance: d averages over channels: "l2" is the paper's, "smooth_l1" that of the released code.
+        reduction: "mean" gives a scalar, "none" the loss of each image, (B,).
     """
     if reduction not in ("mean", "none") or distance not in DISTANCES:
         raise MetaVPTError(
@@ -41,6 +46,13 @@ def ijepa_loss(
 
 
 def normalized_features(features: Tensor) -> Tensor:
-    """Layer norm over the channels, without scale or shift: patch features (B, D, h, w) of the target encoder -> (B, N, D), row by row."""
+    """Apply layer norm over channels, without scale and shift, to the target encoder's features.
+
+    Args:
+        features: (B, D, h, w).
+
+    Returns:
+        (B, N, D), patches row by row.
+    """
     tokens = features.flatten(2).transpose(1, 2)
     return F.layer_norm(tokens, tokens.shape[-1:])

@@ -1,4 +1,7 @@
-"""The Kozachenko-Leonenko regulariser (arXiv 1806.03198), a term of DINOv2 and DINOv3: features spread over the sphere."""
+"""The Kozachenko-Leonenko regulariser (arXiv 1806.03198), a term of DINOv2 and DINOv3.
+
+It spreads features over the sphere.
+"""
 
 from typing import Literal
 
@@ -11,10 +14,15 @@ from metavpt.errors import MetaVPTError
 def koleo_loss(
     features: Tensor, eps: float = 1e-8, reduction: Literal["mean", "none"] = "mean"
 ) -> Tensor:
-    """-mean_i log min_{j != i} |x_i - x_j| of l2-normalised features (1806.03198, equation 2; DINOv2, section 4).
+    """Compute -mean_i log min_{j != i} |x_i - x_j| of l2-normalised features (DINOv2, section 4).
 
-    features: (B, D) of one view, B at least 2. The logarithm is that of sqrt(d^2 + eps^2), so that duplicates have a
-    finite value and derivatives of every order. Half precision is summed in float32. "mean" gives a scalar, "none" the terms, (B,).
+    The logarithm is that of sqrt(d^2 + eps^2), so that duplicates have a finite value and derivatives
+    of every order. Half precision is summed in float32.
+
+    Args:
+        features: (B, D) of one view, B at least 2.
+        eps: Distance that duplicates count as.
+        reduction: "mean" gives a scalar, "none" the terms, (B,).
     """
     if reduction not in ("mean", "none"):
         raise MetaVPTError(f"koleo_loss: reduction must be 'mean' or 'none', got {reduction!r}")

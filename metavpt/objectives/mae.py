@@ -1,6 +1,7 @@
-"""The loss of masked autoencoders (arXiv 2111.06377): the pixels of the patches that the encoder did not see.
+"""The loss of masked autoencoders (arXiv 2111.06377): the pixels of masked patches are predicted.
 
-Letters: B batch, N patches, M groups of T hidden patches (MAE has one group), p the side of a patch in pixels.
+Letters: B batch, N patches, M groups of T masked patches (MAE has one group), p the side of a patch
+in pixels.
 """
 
 from typing import Literal
@@ -17,10 +18,13 @@ def mae_loss(
     weights: Tensor | None = None,
     reduction: Literal["mean", "none"] = "mean",
 ) -> Tensor:
-    """Mean over hidden patches of |prediction - pixels|^2 / (3 p^2), weighted within each image (MAE, section 3).
+    """Compute the mean over masked patches of |prediction - pixels|^2 / (3 p^2) (MAE, section 3).
 
-    predictions, pixels: (B, M, T, 3 p^2), the pixels from `normalized_pixels`. weights: (B, M, T), all 1 unless given; their scale does not
-    matter. "mean" gives a scalar, "none" the loss of each image, (B,).
+    Args:
+        predictions: (B, M, T, 3 p^2).
+        pixels: (B, M, T, 3 p^2), from `normalized_pixels`.
+        weights: (B, M, T), within each image; default 1. Their scale does not matter.
+        reduction: "mean" gives a scalar, "none" the loss of each image, (B,).
     """
     if reduction not in ("mean", "none"):
         raise MetaVPTError(f"mae_loss: reduction must be 'mean' or 'none', got {reduction!r}")
@@ -35,9 +39,17 @@ def mae_loss(
 
 
 def normalized_pixels(images: Tensor, patch_size: int, eps: float = 1e-6) -> Tensor:
-    """(x - mean) / sqrt(var + eps) of each patch by itself: images (B, 3, H, W) -> (B, N, 3 p^2), patches row by row.
+    """Normalise the pixels of each patch: (x - mean) / sqrt(var + eps).
 
     The variance is the unbiased one, as in the released code.
+
+    Args:
+        images: (B, 3, H, W).
+        patch_size: p, in pixels.
+        eps: Added to the variance.
+
+    Returns:
+        (B, N, 3 p^2), patches row by row.
     """
     pixels = F.unfold(images, patch_size, stride=patch_size).transpose(1, 2)
     return (pixels - pixels.mean(dim=-1, keepdim=True)) / (

@@ -1,6 +1,7 @@
-"""Next-token cross-entropy to soft targets on a few candidate tokens, a chunk of tokens at a time.
+"""Next-token cross-entropy to soft targets on a few candidate tokens, one chunk of tokens at a time.
 
-Letters: N tokens to predict, V vocabulary, K candidates, D width. Log-probabilities of the whole vocabulary exist for one chunk at once.
+Log-probabilities of the whole vocabulary exist for one chunk only. Letters: N tokens to predict,
+V vocabulary, K candidates, D width.
 """
 
 from collections.abc import Callable, Iterator
@@ -24,7 +25,16 @@ Rule = Callable[[Tensor, Tensor, slice], Tensor]
 
 
 def select_candidates(log_probs: Tensor, tokens: Tensor, num_candidates: int) -> Tensor:
-    """{true token} and the K - 1 others that are most probable: (N, V), (N,) -> (N, K), the true one first."""
+    """Return the true token and the K - 1 other tokens of highest probability, the true one first.
+
+    Args:
+        log_probs: (N, V).
+        tokens: The true tokens, (N,).
+        num_candidates: K.
+
+    Returns:
+        (N, K).
+    """
     check_num_candidates(num_candidates, log_probs.shape[1])
     if num_candidates == 1:  # plain next-token prediction searches for none
         return tokens[:, None]
@@ -44,7 +54,7 @@ def check_num_candidates(num_candidates: int, vocab_size: int) -> None:
 
 
 class Scores(NamedTuple):
-    """What a learner makes of N tokens at one theta, without a graph."""
+    """The predictions of a learner for N tokens at one theta, without a graph."""
 
     candidates: Tensor  # (N, K) int64
     log_probs: Tensor  # (N, K), normalised over the whole vocabulary
@@ -52,7 +62,14 @@ class Scores(NamedTuple):
 
 @torch.no_grad()
 def score(states: Tensor, unembedding: Tensor, tokens: Tensor, num_candidates: int) -> Scores:
-    """Candidates and their log-probabilities, for states (N, D), unembedding (V, D) and the true tokens (N,)."""
+    """Return candidates and their log-probabilities.
+
+    Args:
+        states: (N, D).
+        unembedding: (V, D).
+        tokens: The true tokens, (N,).
+        num_candidates: K.
+    """
     parts = []
     for rows, log_probs in _chunks(states, unembedding):
         candidates = select_candidates(log_probs, tokens[rows], num_candidates)
@@ -63,9 +80,16 @@ def score(states: Tensor, unembedding: Tensor, tokens: Tensor, num_candidates: i
 def next_token_loss(
     states: Tensor, unembedding: Tensor, tokens: Tensor, num_candidates: int, rule: Rule
 ) -> Tensor:
-    """mean_t -sum_c q_t(c) log p_t(c), a scalar, with candidates and targets q made of the same logits on the way.
+    """Compute mean_t -sum_c q_t(c) log p_t(c), with candidates and targets q from the same logits.
 
-    states (N, D), unembedding (V, D), tokens (N,). Candidates and q count as constants: there is no gradient through `rule`.
+    Candidates and q are constants: there is no gradient through `rule`.
+
+    Args:
+        states: (N, D).
+        unembedding: (V, D).
+        tokens: The true tokens, (N,).
+        num_candidates: K.
+        rule: Makes q of the candidates' log-probabilities.
     """
 
     def choose(log_probs: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
@@ -78,7 +102,11 @@ def next_token_loss(
 def soft_cross_entropy(
     states: Tensor, unembedding: Tensor, candidates: Tensor, targets: Tensor
 ) -> Tensor:
-    """mean_t -sum_c targets_t(c) log p_t(candidates_t(c)), a scalar; candidates and targets (N, K). Differentiable, twice, by all three."""
+    """Compute mean_t -sum_c targets_t(c) log p_t(candidates_t(c)), a scalar.
+
+    It is differentiable twice by states, unembedding and targets. Candidates and targets have shape
+    (N, K).
+    """
 
     def choose(log_probs: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
         return candidates[rows], targets[rows]
@@ -90,7 +118,7 @@ def soft_cross_entropy(
 def token_losses(
     states: Tensor, unembedding: Tensor, candidates: Tensor, targets: Tensor
 ) -> Tensor:
-    """The loss of each token by itself, (N,), without a graph."""
+    """Compute the loss of each token, (N,), without a graph."""
     chunks = _chunks(states, unembedding)
     return torch.cat(
         [
@@ -102,10 +130,15 @@ def token_losses(
 
 @dataclass(frozen=True)
 class NextTokenLoss:
-    """theta -> mean_t -sum_c q_t(c) log p_t(c; theta), a `LinearLoss`: candidates and q are fixed, and q alone holds a graph to phi.
+    """theta -> mean_t -sum_c q_t(c) log p_t(c; theta), a `LinearLoss`.
 
-    states: theta -> (N, D). unembedding: W (V, D), which does not depend on theta. candidates, targets: (N, K).
-    sums_to_one: whether phi leaves sum_c q_t(c) at 1 for every token.
+    Candidates and q are fixed. Only q holds a graph to phi.
+
+    Attributes:
+        states: theta -> (N, D).
+        unembedding: (V, D), does not depend on theta.
+        candidates, targets: (N, K).
+        sums_to_one: Whether phi leaves sum_c q_t(c) at 1 for every token.
     """
 
     states: Callable[[Params], Tensor]
@@ -124,10 +157,12 @@ class NextTokenLoss:
     def slopes(
         self, theta: Params, w: Params, derivative: DirectionalDerivative, absolute: bool = True
     ) -> Tensor:
-        """-d log p_t(c)[w] / N, (N, K). Logits are linear in the states h, so only dh is derived: d log p(c) = dh . (W_c - sum_v p(v) W_v).
+        """Compute -d log p_t(c)[w] / N, of shape (N, K).
 
-        The sum is the same for all candidates of a token. Where targets sum to 1 it cannot change by phi: then, with `absolute` False, the
-        true token's W stands in its place, and no logits are made.
+        Logits are linear in the states h, so only dh is differentiated:
+        d log p(c) = dh . (W_c - sum_v p(v) W_v). The sum over v is the same for all candidates of a token.
+        If targets sum to 1, phi cannot change its contribution. With `absolute=False` the true token's W
+        then replaces it, and no logits are computed.
         """
         moved = derivative(self.states, theta, w)
         logits = candidate_scores(moved, self.unembedding, self.candidates)
@@ -135,7 +170,7 @@ class NextTokenLoss:
         return collectives.weighed((mean - logits) / len(moved), len(moved))
 
     def _mean_slope(self, theta: Params, moved: Tensor) -> Tensor:
-        """sum_v p_t(v) dh_t . W_v, (N, 1)."""
+        """Compute sum_v p_t(v) dh_t . W_v, of shape (N, 1)."""
         chunks = _chunks(self.states(theta), self.unembedding)
         return torch.cat(
             [
@@ -146,7 +181,13 @@ class NextTokenLoss:
 
 
 def candidate_scores(vectors: Tensor, table: Tensor, candidates: Tensor) -> Tensor:
-    """vectors_t . table[candidates_t(c)]: (N, D), (V, D), (N, K) -> (N, K). What is gathered is gathered again on the way back."""
+    """Compute vectors_t . table[candidates_t(c)], of shape (N, K).
+
+    Args:
+        vectors: (N, D).
+        table: (V, D). The rows are gathered again in the backward pass.
+        candidates: (N, K).
+    """
     parts = []
     for start in range(0, len(vectors), CHUNK):
         rows = slice(start, start + CHUNK)
@@ -189,9 +230,9 @@ def _chunks(states: Tensor, unembedding: Tensor) -> Iterator[tuple[slice, Tensor
 
 
 class _SoftCrossEntropy(torch.autograd.Function):
-    """The loss and, in the same pass, its gradient, so that no chunk's logits are kept or made twice.
+    """The loss and its gradient in one pass, so that no chunk's logits are kept or computed twice.
 
-    A backward pass that is to be differentiated again makes the loss anew from its arguments.
+    A backward pass that is differentiated again recomputes the loss from its arguments.
     """
 
     @staticmethod
@@ -261,7 +302,7 @@ def _again(
     q: Tensor,
     needed: tuple[bool, ...],
 ) -> tuple[Tensor | None, ...]:
-    """The gradient with a graph of its own, through torch's own operations; chunks are made anew on the way back."""
+    """Compute the gradient with a graph, by torch's own operations; chunks are recomputed when needed."""
     states, unembedding, targets = inputs
     q = q if targets is None else targets
     parts = [

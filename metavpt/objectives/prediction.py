@@ -1,4 +1,4 @@
-"""What a learner predicts of one batch, with the trunk run once: where targets are made from, and values of candidates."""
+"""What a learner predicts for one batch, with the trunk run once."""
 
 from dataclasses import dataclass, field
 
@@ -16,9 +16,12 @@ from metavpt.objectives.next_token import Scores, score
 
 @dataclass(frozen=True)
 class Prediction:
-    """A learner on one batch at theta; its trunk has run, once.
+    """A learner on one batch at theta, after its trunk has run.
 
-    predicted (B, T) bool marks the N tokens to predict, tokens (N,), from states (N, D) and unembedding (V, D).
+    Attributes:
+        predicted: The N tokens to predict, bool of shape (B, T).
+        tokens: Their true tokens, (N,). They are predicted from states (N, D) and the unembedding
+            (V, D).
     """
 
     learner: LanguageModel
@@ -45,7 +48,7 @@ class Prediction:
         )
 
     def at(self, theta_s: Params) -> Tensor:
-        """The states (N, D) at theta_S = `theta_s`: the tail alone runs."""
+        """Return the states (N, D) at theta_S = `theta_s`. Only the tail runs."""
         outside = [name for name in theta_s if not name.startswith("tail.")]
         if outside:
             raise MetaVPTError(
@@ -54,7 +57,7 @@ class Prediction:
         return before(self.learner.states({**self.theta, **theta_s}, self.hidden), self.predicted)
 
     def scores(self, num_candidates: int) -> Scores:
-        """Candidates and their log-probabilities, without a graph; made once for each number of them."""
+        """Return candidates and their log-probabilities, without a graph. They are cached by number."""
         if num_candidates not in self._scores:
             self._scores[num_candidates] = score(
                 self.states.detach(), self.unembedding, self.tokens, num_candidates
@@ -62,7 +65,7 @@ class Prediction:
         return self._scores[num_candidates]
 
     def slope(self, w: Params, derivative: DirectionalDerivative) -> Tensor:
-        """d states [w], (N, D), detached, for a direction w in theta_S."""
+        """Return d states [w], (N, D), detached, for a direction w in theta_S."""
         with torch.no_grad():
             own = Prediction(
                 self.learner,
@@ -77,7 +80,10 @@ class Prediction:
 
 
 def predicted_tokens(batch: TokenBatch) -> Tensor:
-    """(B, T) bool: asked for by `loss_mask`, and with a context; the first token of a document has none."""
+    """Mark the tokens to predict, bool of shape (B, T).
+
+    `loss_mask` asks for them, and they have a context: the first token of a document has none.
+    """
     predicted = batch.loss_mask.clone()
     predicted[:, 0] = False
     predicted[:, 1:] &= batch.documents[:, 1:] == batch.documents[:, :-1]
@@ -85,5 +91,5 @@ def predicted_tokens(batch: TokenBatch) -> Tensor:
 
 
 def before(states: Tensor, predicted: Tensor) -> Tensor:
-    """The states (N, D), of (B, T, D), that the predicted tokens are predicted from: each one's predecessor."""
+    """Return the states (N, D) that precede the predicted tokens, from states (B, T, D)."""
     return states[:, :-1][predicted[:, 1:]]

@@ -1,4 +1,4 @@
-"""How far values of candidates differ, which is what a trust region on a choice among them is measured by."""
+"""How far the values of candidates differ: the scale of a trust region on a choice among them."""
 
 from torch import Tensor
 
@@ -6,7 +6,10 @@ from metavpt.distributed import collectives
 
 
 def spread(values: Tensor, log_probs: Tensor) -> Tensor:
-    """The root of the mean over the tokens of the whole batch of the variance of `values` (..., K) under softmax(log_probs), a scalar."""
+    """Return the root mean variance of `values` under softmax(log_probs), a scalar.
+
+    The mean is over all tokens of the whole batch. Both arguments have shape (..., K).
+    """
     base = log_probs.softmax(dim=-1)
     centred = values - (base * values).sum(dim=-1, keepdim=True)
     variance = (base * centred.square()).sum(dim=-1)

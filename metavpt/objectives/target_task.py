@@ -1,8 +1,9 @@
-"""The task of next-token prediction with targets to choose: tokens, and how each one's target is made of what the learner predicts.
+"""The task of next-token prediction with designed targets.
 
-A target is q_t = (1 - alpha_t) onehot(true) + alpha_t r_t on C_t = {true token} + the K - 1 others that the learner finds most probable.
-Kinds of targets differ in alpha and r alone, but for `Weighted`, which scales the one-hot target of each token. The learner's
-log-probabilities enter detached: q may hold a graph to phi, never to theta.
+A target is q_t = (1 - alpha_t) onehot(true) + alpha_t r_t on the candidates
+C_t = {true token} + the K - 1 other tokens that the learner finds likeliest. Kinds of targets
+differ in alpha and r, except `Weighted`, which scales the one-hot target of each token. The
+learner's log-probabilities enter detached: q may hold a graph to phi, never to theta.
 """
 
 from collections.abc import Callable
@@ -32,7 +33,7 @@ from metavpt.objectives.spread import spread
 
 
 class Targets(Protocol):
-    """How targets are made, for any learner's prediction."""
+    """How targets are made from a learner's prediction."""
 
     @property
     def num_candidates(self) -> int: ...
@@ -67,7 +68,7 @@ class OneHot:
 
 @dataclass(frozen=True)
 class Weighted:
-    """The true token, counted `weights` (B, T) times: plain next-token prediction that cares more about some tokens than about others."""
+    """The true token with the weight `weights` (B, T)."""
 
     weights: Tensor
     num_candidates = 1
@@ -86,10 +87,13 @@ class Weighted:
 class SoftTargets:
     """r_t = softmax over C_t of residual * log p_t(c) + vectors_t . table[c].
 
-    gate      alpha, a number or (B, T)
-    residual  0: nothing of the learner's own opinion; 1: all of it. A number or a scalar tensor
-    vectors   (B, T, d) and table (V, d), or None for no score: then residual 1 is self-distillation, 0 uniform smoothing
-    excess    (B, T), how far the gate's logits lie outside their range, for a designer's regularizer
+    Attributes:
+        gate: alpha, a number or (B, T).
+        residual: The weight of the learner's own prediction, a number or a scalar tensor: 0 for none,
+            1 for all.
+        vectors, table: (B, T, d) and (V, d), or None for no score. Then residual 1 is
+            self-distillation and residual 0 is uniform smoothing.
+        excess: How far the gate's logits lie outside their range, (B, T), for a regularizer.
     """
 
     gate: Tensor | float
@@ -122,13 +126,16 @@ class SoftTargets:
 
 @dataclass(frozen=True)
 class Tilted:
-    """r_t = softmax over C_t of log p_t(c) + A_t(c) / tau with A = -d log p_t(c)[w], the value of each candidate (method.md section 6).
+    """r_t = softmax over C_t of log p_t(c) + A_t(c) / tau, with the value A = -d log p_t(c)[w].
 
-    r is the best target within a trust region: it maximises <r, A> - tau KL(r || p_t on C_t), while what is kept, 1 - alpha, is the true
-    token. A is centred under p_t on C_t and scaled, once per batch, to a mean square of 1, so that tau has no unit: for large tau the mean
-    KL is 1 / (2 tau^2). tau 0 is the greedy limit: all of r on the best candidate, which is the best q within alpha.
+    r maximises <r, A> - tau KL(r || p_t on C_t): it is the best target within a trust region (method.md,
+    section 6). A is centred under p_t on C_t and scaled once per batch to a mean square of 1, so that
+    tau has no unit: for large tau the mean KL is 1 / (2 tau^2). With tau = 0 the best candidate takes
+    all of r (greedy).
 
-    w: the direction in theta_S that value is measured along, g_down or what a `Direction` makes of it.
+    Attributes:
+        w: The direction in theta_S that the value is taken along: g_down, or what a `Direction` makes
+            of it.
     """
 
     w: Params
@@ -171,7 +178,7 @@ class Tilted:
 
 @dataclass(frozen=True)
 class OnRows:
-    """`targets` on the rows of the batch that `rows` (B,) marks, the true token alone on all others."""
+    """`targets` on the rows of the batch that `rows` (B,) marks, and the true token on all others."""
 
     targets: Targets
     rows: Tensor
@@ -199,16 +206,16 @@ class OnRows:
 
 
 def mixed(gate: Tensor | float, r: Tensor) -> Tensor:
-    """(1 - gate) onehot + gate r, the true token being the first; exactly one-hot where the gate is 0."""
+    """Return (1 - gate) onehot + gate r; the true token comes first. Exactly one-hot for gate 0."""
     onehot = torch.zeros_like(r)
     onehot[:, 0] = 1.0
     return (1.0 - gate) * onehot + gate * r
 
 
 def target_loss(learner: LanguageModel, theta: Params, task: TargetTask) -> Tensor:
-    """The cross-entropy of the learner with parameters theta to the targets of `task`, a scalar: mean over the tokens to predict.
+    """Compute the cross-entropy to the targets of `task`: a scalar, the mean over predicted tokens.
 
-    Candidates, targets and loss come of one pass through the learner.
+    Candidates, targets and loss come from one pass through the learner at `theta`.
     """
     if task.targets.requires_grad and torch.is_grad_enabled():
         return target_tail(learner, theta, task)({})
@@ -216,7 +223,7 @@ def target_loss(learner: LanguageModel, theta: Params, task: TargetTask) -> Tens
 
 
 def own_target_loss(learner: LanguageModel, theta: Params, task: TargetTask) -> tuple[Tensor, int]:
-    """The same for the tokens of this rank, whatever others have, and their number."""
+    """Compute the same for this rank's tokens, and return it with their number."""
     prediction = Prediction.of(learner, theta, task.batch)
     arguments = _checked(task.targets, prediction)
     return next_token_loss(
@@ -225,7 +232,10 @@ def own_target_loss(learner: LanguageModel, theta: Params, task: TargetTask) -> 
 
 
 def target_tail(learner: LanguageModel, theta: Params, task: TargetTask) -> NextTokenLoss:
-    """theta_S -> `target_loss`, with the trunk run once. Candidates and the learner's part of the targets are those at theta."""
+    """Return theta_S -> `target_loss`, with the trunk run once.
+
+    Candidates and the learner's part of the targets are those at theta.
+    """
     prediction = Prediction.of(learner, theta, task.batch)
     scores, targets = _targets(task.targets, prediction)
     return NextTokenLoss(
@@ -236,7 +246,10 @@ def target_tail(learner: LanguageModel, theta: Params, task: TargetTask) -> Next
 def target_loss_per_sample(
     learner: LanguageModel, theta: Params, task: TargetTask
 ) -> Callable[[Params], Tensor]:
-    """theta_S -> the mean loss of each row of the batch, (B,), without a graph; 0 for a row with nothing to predict."""
+    """Return theta_S -> the mean loss of each row, (B,), without a graph.
+
+    A row with nothing to predict counts 0.
+    """
     with torch.no_grad():
         prediction = Prediction.of(learner, theta, task.batch)
         scores, targets = _targets(task.targets, prediction)
@@ -253,7 +266,7 @@ def target_loss_per_sample(
 
 
 def _targets(targets: Targets, prediction: Prediction) -> tuple[Scores, Tensor]:
-    """Candidates and q (N, K) of all tokens at once."""
+    """Return candidates and q (N, K) of all tokens."""
     num_candidates, rule = _checked(targets, prediction)
     scores = prediction.scores(num_candidates)
     return scores, rule(scores.log_probs, scores.candidates, slice(None))
