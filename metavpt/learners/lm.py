@@ -92,9 +92,9 @@ def _run(
 def document_mask(documents: Tensor) -> Tensor | None:
     """Return the block-diagonal causal mask (B, 1, T, T): True where t attends to s.
 
-    Positions attend within their document, s <= t. None if a causal mask is enough, which is the case
-    with one document per row: nothing attends to padding on its right. Without a mask, attention uses
-    its faster causal kernel.
+    Positions attend within their document, s <= t. None if a causal mask is enough, which is the
+    case with one document per row: nothing attends to padding on its right. Without a mask,
+    attention uses its faster causal kernel.
     """
     if bool(((documents == documents[:, :1]) | (documents == PADDING)).all()):
         return None
@@ -104,12 +104,12 @@ def document_mask(documents: Tensor) -> Tensor | None:
 class LanguageModel(nn.Module):
     """Tokens -> states (B, T, D) after the final norm.
 
-    Logits are states @ unembedding^T; losses compute them for a few tokens at a time. The forward pass
-    is a pure function of the parameters: nothing is random and no buffer moves. `width` is D.
+    Logits are states @ unembedding^T; losses compute them for a few tokens at a time. The forward
+    pass is a pure function of the parameters: nothing is random and no buffer moves. `width` is D.
 
     Args:
-        model: A Llama, Qwen2 or Qwen3 from transformers, or one with LoRA adapters (peft). Its modules
-            are used, not copied.
+        model: A Llama, Qwen2 or Qwen3 from transformers, or one with LoRA adapters (peft). Its
+            modules are used, not copied.
         tail_layers: The last layers that form, with the final norm, the tail.
     """
 
@@ -175,20 +175,25 @@ def _check_supported(model: Any) -> None:
     name = type(model).__name__
     if not isinstance(model, SUPPORTED):
         raise MetaVPTError(
-            f"{name}: supported language models are {', '.join(kind.__name__ for kind in SUPPORTED)}"
+            f"{name}: supported language models are "
+            f"{', '.join(kind.__name__ for kind in SUPPORTED)}"
         )
     config = model.config
     if "sliding_attention" in (getattr(config, "layer_types", None) or ()):
         raise MetaVPTError(
-            f"{name}: has sliding-window layers (use_sliding_window), which trunk and tail do not mask; turn them off"
+            f"{name}: has sliding-window layers (use_sliding_window), which trunk and tail do not "
+            "mask; turn them off"
         )
-    # These two scale their frequencies by the longest sequence seen: state that moves inside a loss.
+    # These two scale their frequencies by the longest sequence seen: state that moves inside a
+    # loss.
     kind = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
     if kind in ("dynamic", "longrope"):
         raise MetaVPTError(
-            f"{name}: rope_type={kind} changes with the data it has seen; choose default, linear, yarn or llama3"
+            f"{name}: rope_type={kind} changes with the data it has seen; choose default, linear, "
+            "yarn or llama3"
         )
-    # Losses are evaluated many times a step and differentiated by differences: the forward pass must draw nothing.
+    # Losses are evaluated many times a step and differentiated by differences: the forward pass
+    # must draw nothing.
     random = [
         path
         for path, module in model.named_modules()
@@ -196,9 +201,11 @@ def _check_supported(model: Any) -> None:
     ]
     if random or config.attention_dropout:
         raise MetaVPTError(
-            f"{name}: {random[0] if random else 'attention_dropout'} is random in the forward pass; leave dropout at 0"
+            f"{name}: {random[0] if random else 'attention_dropout'} is random in the forward "
+            "pass; leave dropout at 0"
         )
     if model.config._attn_implementation != "sdpa":
         raise MetaVPTError(
-            f"{name}: attn_implementation={model.config._attn_implementation}; load the model with 'sdpa'"
+            f"{name}: attn_implementation={model.config._attn_implementation}; load the model "
+            "with 'sdpa'"
         )

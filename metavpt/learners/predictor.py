@@ -12,9 +12,9 @@ from metavpt.learners.vit import Backbone
 class Predictor(nn.Module):
     """Predict groups of masked patches from tokens of visible ones.
 
-    This is I-JEPA's predictor (arXiv 2301.08243) and MAE's decoder (2111.06377): a ViT of `width` on
-    the visible tokens and one mask token per predicted patch, with sine-cosine positions. Groups of
-    patches (I-JEPA's blocks; MAE has one) are predicted independently.
+    This is I-JEPA's predictor (arXiv 2301.08243) and MAE's decoder (2111.06377): a ViT of `width`
+    on the visible tokens and one mask token per predicted patch, with sine-cosine positions. Groups
+    of patches (I-JEPA's blocks; MAE has one) are predicted independently.
 
     Args:
         width_in: Width of the encoder's tokens.

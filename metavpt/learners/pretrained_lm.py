@@ -25,8 +25,8 @@ PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "
 class LoRA:
     """W + alpha / rank * B A for each of `target_modules`, B zero at first (arXiv 2106.09685).
 
-    All other parameters are frozen. There is no dropout, because losses are evaluated several times per
-    step and must give equal values.
+    All other parameters are frozen. There is no dropout, because losses are evaluated several times
+    per step and must give equal values.
     """
 
     rank: int = 8
@@ -48,7 +48,8 @@ class LoRA:
             return get_peft_model(model, config)
         except ValueError as error:
             raise MetaVPTError(
-                f"LoRA: target_modules={list(self.target_modules)} do not fit the model: {_first_line(error)}"
+                f"LoRA: target_modules={list(self.target_modules)} do not fit the model: "
+                f"{_first_line(error)}"
             ) from error
 
 
@@ -97,13 +98,15 @@ def pretrained_language_model(
             info["missing_keys"]
         ):  # transformers says so on the terminal, and draws them at random
             raise MetaVPTError(
-                f"{file}: has no weights for {', '.join(missing[:3])}, {len(missing)} in all, which its configuration asks for"
+                f"{file}: has no weights for {', '.join(missing[:3])}, {len(missing)} in all, "
+                "which its configuration asks for"
             )
     except MetaVPTError:
         raise
     except Exception as error:  # a download and two file formats, each with errors of its own
         raise MetaVPTError(
-            f"{file}: cannot be loaded as a language model ({type(error).__name__}: {_first_line(error)})"
+            f"{file}: cannot be loaded as a language model ({type(error).__name__}: "
+            f"{_first_line(error)})"
         ) from error
     return LanguageModel(_adapted(_plain(model) if gguf_file else model, lora), tail_layers)
 
@@ -126,7 +129,8 @@ def _check_size(config: Any, file: Path) -> None:
     least = vocabulary * width + layers * block
     if files and least / 8 + LAYER_BYTES * layers > num_bytes:
         raise MetaVPTError(
-            f"{file}: its configuration asks for {layers} layers and {least} parameters or more, which its {num_bytes} bytes cannot hold"
+            f"{file}: its configuration asks for {layers} layers and {least} parameters or more, "
+            f"which its {num_bytes} bytes cannot hold"
         )
 
 

@@ -13,8 +13,8 @@ from metavpt.learners.vit import Backbone, Features
 class ProjectionHead(nn.Module):
     """The head of DINO (arXiv 2104.14294, appendix C): (..., D) -> cosine(MLP(x), prototype_k), (..., K).
 
-    A 3-layer MLP with GELU ends in a bottleneck. Bottleneck and prototypes are l2-normalised, so logits
-    lie in [-1, 1].
+    A 3-layer MLP with GELU ends in a bottleneck. Bottleneck and prototypes are l2-normalised, so
+    logits lie in [-1, 1].
     """
 
     def __init__(
@@ -41,8 +41,8 @@ class Learner(nn.Module):
     Args:
         backbone: The backbone.
         head: Maps the summary of an image to logits.
-        pool: "cls" projects the cls token, as DINO does. "mean" projects the mean patch, which trains
-            patches directly, as a short run for dense prediction needs.
+        pool: "cls" projects the cls token, as DINO does. "mean" projects the mean patch, which
+            trains patches directly, as a short run for dense prediction needs.
         hides: Whether there is a mask token (D,), zero at first, for masked patches.
         patch_head: The head for masked patches. None: `head`.
     """

@@ -37,7 +37,8 @@ class Teacher(nn.Module):
         own, other = dict(self.learner.named_parameters()), dict(student.named_parameters())
         if own.keys() != other.keys():
             raise MetaVPTError(
-                f"the teacher follows another model: {sorted(own.keys() ^ other.keys())[0]} is in only one of the two"
+                f"the teacher follows another model: {sorted(own.keys() ^ other.keys())[0]} is in "
+                "only one of the two"
             )
         mine, theirs = [held(p) for p in own.values()], [held(other[name]) for name in own]
         torch._foreach_lerp_(mine, theirs, 1.0 - momentum)  # pyright: ignore[reportPrivateImportUsage]

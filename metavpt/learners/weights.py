@@ -34,10 +34,12 @@ HUB_NAME = re.compile(r"(?:hf-hub:)?([\w.-]+/[\w.-]+)(?:@([\w./-]+))?")
 def load_weights(model: Any, source: Path, name: str) -> None:
     """The weights at `source` into the timm model, which messages call `name`.
 
-    source: a file, a folder of transformers or timm (config.json, model.safetensors in one file or several), owner/name[@revision] on
-    the hub, or one of `PACKAGES`. Layouts: timm's, those of Meta's releases (DINOv2, DINOv3, I-JEPA, MAE), those of transformers for the same. Classifiers,
-    decoders and mask tokens are left out. Positions for another image size are resampled as timm does it; nothing else is changed to fit.
-    Raises MetaVPTError for what cannot be had or read, and for another architecture.
+    source: a file, a folder of transformers or timm (config.json, model.safetensors in one file or
+    several), owner/name[@revision] on the hub, or one of `PACKAGES`. Layouts: timm's, those of
+    Meta's releases (DINOv2, DINOv3, I-JEPA, MAE), those of transformers for the same. Classifiers,
+    decoders and mask tokens are left out. Positions for another image size are resampled as timm
+    does it; nothing else is changed to fit. Raises MetaVPTError for what cannot be had or read, and
+    for another architecture.
     """
     if (
         not source.exists()
@@ -112,7 +114,8 @@ def _backbone(state: Any, source: Path) -> Params:
     prefixes = {match[1] for key in state if (match := ANCHOR.fullmatch(key))}
     if len(prefixes) > 1:
         raise MetaVPTError(
-            f"{source}: holds {len(prefixes)} backbones ({', '.join(sorted(prefixes))}); save the one that is meant"
+            f"{source}: holds {len(prefixes)} backbones ({', '.join(sorted(prefixes))}); save the "
+            "one that is meant"
         )
     return {
         key: value
@@ -144,7 +147,8 @@ def _without_zero_bias(state: Params, model: Eva) -> Params:
                 raise ValueError(f"{key} is not zero for the keys, which DINOv3 has no bias for")
             if not has_bias and (query.any() or values.any()):
                 raise ValueError(
-                    f"{key} is not zero; take the architecture with a bias (its name ends with _qkvb)"
+                    f"{key} is not zero; take the architecture with a bias (its name ends with "
+                    "_qkvb)"
                 )
             if not has_bias:
                 continue
@@ -162,7 +166,8 @@ def _download(name: str, revision: str | None) -> Path:
         except Exception as error:  # of several libraries: no network, no such name, no access
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise MetaVPTError(
-                f"weights={name}: no such file or folder here, and the Hugging Face hub does not give it ({reason}); "
+                f"weights={name}: no such file or folder here, and the Hugging Face hub does not "
+                f"give it ({reason}); "
                 "without network pass a local file or folder"
             ) from error
         if any(path.suffix != ".json" for path in folder.iterdir()):

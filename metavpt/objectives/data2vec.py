@@ -24,7 +24,8 @@ def data2vec_loss(
         raise MetaVPTError(f"data2vec_loss: reduction must be 'mean' or 'none', got {reduction!r}")
     if predictions.shape != targets.shape or predictions.ndim != 3:
         raise MetaVPTError(
-            f"data2vec_loss: predictions and targets must both be (B, N, D), got {tuple(predictions.shape)} and {tuple(targets.shape)}"
+            "data2vec_loss: predictions and targets must both be (B, N, D), got "
+            f"{tuple(predictions.shape)} and {tuple(targets.shape)}"
         )
     squares = (predictions - targets).square()
     return squares.mean() if reduction == "mean" else squares.mean(dim=(1, 2))

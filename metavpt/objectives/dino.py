@@ -62,8 +62,8 @@ def centered_probs(logits: Tensor, center: Tensor, temperature: float) -> Tensor
 def sinkhorn_probs(logits: Tensor, temperature: float, num_iters: int = 3) -> Tensor:
     """Compute the teacher's targets by Sinkhorn-Knopp, so that prototypes are used equally.
 
-    Normalises exp(logits / temperature) (SwAV, arXiv 2006.09882; DINOv2). Each row of the result sums
-    to 1, and the total of each prototype tends to samples / K.
+    Normalises exp(logits / temperature) (SwAV, arXiv 2006.09882; DINOv2). Each row of the result
+    sums to 1, and the total of each prototype tends to samples / K.
 
     Args:
         logits: (..., K). All leading dimensions count as samples, those of other processes too.
@@ -101,11 +101,13 @@ def _check_views(student_logits: Sequence[Tensor], teacher_probs: Tensor, reduct
         or len(teacher_probs) > len(student_logits)
     ):
         raise MetaVPTError(
-            f"dino_loss: needs at least 2 student views and teacher_probs (G, B, K) with G of them, got {len(student_logits)} views "
+            "dino_loss: needs at least 2 student views and teacher_probs (G, B, K) with G of "
+            f"them, got {len(student_logits)} views "
             f"and {tuple(teacher_probs.shape)}"
         )
     for view, logits in enumerate(student_logits):
         if logits.shape != teacher_probs.shape[1:]:
             raise MetaVPTError(
-                f"dino_loss: student view {view} is {tuple(logits.shape)}, the teacher's {tuple(teacher_probs.shape[1:])}"
+                f"dino_loss: student view {view} is {tuple(logits.shape)}, the teacher's "
+                f"{tuple(teacher_probs.shape[1:])}"
             )

@@ -52,8 +52,8 @@ def term_losses(
 ) -> Tensor:
     """Compute each term of each image, (T, B), in the order of `outputs`.
 
-    Terms are means over the views (dino: over the pairs of views). koleo is the sum over the two global
-    views. The weights of the releases refer to these.
+    Terms are means over the views (dino: over the pairs of views). koleo is the sum over the two
+    global views. The weights of the releases refer to these.
 
     Args:
         outputs: dino logits (V, B, K), ibot logits (M, K), koleo features (2, B, D), gram features
@@ -112,7 +112,8 @@ def hidden_of(hidden: Tensor | None) -> Tensor:
     """
     if hidden is None:
         raise MetaVPTError(
-            "problem.terms.ibot: the views hide no patch; the recipe must be a MultiCrop, which does with a patch_size"
+            "problem.terms.ibot: the views hide no patch; the recipe must be a MultiCrop, which "
+            "does with a patch_size"
         )
     return hidden
 

@@ -16,8 +16,8 @@ def gram_loss(
 ) -> Tensor:
     """Compute |X_S X_S^T - X_G X_G^T|_F^2 / N^2 with l2-normalised patches.
 
-    DINOv3, equation 2, divided by the number of entries as in the release. Half precision is summed in
-    float32.
+    DINOv3, equation 2, divided by the number of entries as in the release. Half precision is summed
+    in float32.
 
     Args:
         student: Patch features (B, N, D).
@@ -28,7 +28,8 @@ def gram_loss(
         raise MetaVPTError(f"gram_loss: reduction must be 'mean' or 'none', got {reduction!r}")
     if student.ndim != 3 or teacher.ndim != 3 or student.shape[:2] != teacher.shape[:2]:
         raise MetaVPTError(
-            f"gram_loss: needs patch features (B, N, D) of the same patches, got {tuple(student.shape)} and {tuple(teacher.shape)}"
+            "gram_loss: needs patch features (B, N, D) of the same patches, got "
+            f"{tuple(student.shape)} and {tuple(teacher.shape)}"
         )
     per_image = (_gram(student) - _gram(teacher)).square().mean(dim=(1, 2))
     return per_image.mean() if reduction == "mean" else per_image

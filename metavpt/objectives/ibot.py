@@ -20,15 +20,15 @@ def ibot_loss(
 ) -> Tensor:
     """Compute the cross-entropy of masked patches, averaged over images (iBOT, equation 2).
 
-    -sum_i hidden_i sum_k p_i[k] log softmax(s_i / temperature)[k] / sum_i hidden_i. Half precision is
-    summed in float32.
+    -sum_i hidden_i sum_k p_i[k] log softmax(s_i / temperature)[k] / sum_i hidden_i. Half precision
+    is summed in float32.
 
     Args:
         student_logits: (B, N, K).
         teacher_probs: (B, N, K), from `centered_probs` or `sinkhorn_probs`. The teacher sees all
             patches.
-        hidden: (B, N): 1 or True where the student saw a mask token; values in between are weights. An
-            image without masked patches counts as 0.
+        hidden: (B, N): 1 or True where the student saw a mask token; values in between are weights.
+            An image without masked patches counts as 0.
         temperature: Of the student.
         reduction: "mean" gives a scalar, "none" the loss of each image, (B,).
     """

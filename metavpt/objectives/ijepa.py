@@ -28,16 +28,19 @@ def ijepa_loss(
         predictions: (B, M, T, D).
         features: (B, M, T, D), from `normalized_features`.
         weights: (B, M, T); default 1. Their scale does not matter.
-        distance: d averages over channels: "l2" is the paper's, "smooth_l1" that of the released code.
+        distance: d averages over channels: "l2" is the paper's, "smooth_l1" that of the released
+            code.
         reduction: "mean" gives a scalar, "none" the loss of each image, (B,).
     """
     if reduction not in ("mean", "none") or distance not in DISTANCES:
         raise MetaVPTError(
-            f"ijepa_loss: distance is {' or '.join(DISTANCES)}, reduction mean or none; got {distance!r}, {reduction!r}"
+            f"ijepa_loss: distance is {' or '.join(DISTANCES)}, reduction mean or none; got "
+            f"{distance!r}, {reduction!r}"
         )
     if predictions.shape != features.shape or predictions.ndim != 4:
         raise MetaVPTError(
-            f"ijepa_loss: predictions and features must both be (B, M, T, D), got {tuple(predictions.shape)} and {tuple(features.shape)}"
+            "ijepa_loss: predictions and features must both be (B, M, T, D), got "
+            f"{tuple(predictions.shape)} and {tuple(features.shape)}"
         )
     errors = DISTANCES[distance](predictions, features, reduction="none").mean(dim=-1)
     weights = errors.new_ones(errors.shape) if weights is None else weights

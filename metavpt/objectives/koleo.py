@@ -16,8 +16,8 @@ def koleo_loss(
 ) -> Tensor:
     """Compute -mean_i log min_{j != i} |x_i - x_j| of l2-normalised features (DINOv2, section 4).
 
-    The logarithm is that of sqrt(d^2 + eps^2), so that duplicates have a finite value and derivatives
-    of every order. Half precision is summed in float32.
+    The logarithm is that of sqrt(d^2 + eps^2), so that duplicates have a finite value and
+    derivatives of every order. Half precision is summed in float32.
 
     Args:
         features: (B, D) of one view, B at least 2.

@@ -30,7 +30,8 @@ def mae_loss(
         raise MetaVPTError(f"mae_loss: reduction must be 'mean' or 'none', got {reduction!r}")
     if predictions.shape != pixels.shape or predictions.ndim != 4:
         raise MetaVPTError(
-            f"mae_loss: predictions and pixels must both be (B, M, T, 3 p^2), got {tuple(predictions.shape)} and {tuple(pixels.shape)}"
+            "mae_loss: predictions and pixels must both be (B, M, T, 3 p^2), got "
+            f"{tuple(predictions.shape)} and {tuple(pixels.shape)}"
         )
     errors = (predictions - pixels).square().mean(dim=-1)
     weights = errors.new_ones(errors.shape) if weights is None else weights

@@ -20,7 +20,8 @@ from metavpt.hypergradients.params import Params
 
 CHUNK = 256  # tokens: 50 MB of float32 at a vocabulary of 49,152
 
-# (log p of the candidates (n, K), candidates (n, K), which of the N tokens) -> targets q (n, K); the true token is candidate 0
+# (log p of the candidates (n, K), candidates (n, K), which of the N tokens) -> targets q (n, K);
+# the true token is candidate 0
 Rule = Callable[[Tensor, Tensor, slice], Tensor]
 
 
@@ -49,7 +50,8 @@ def check_num_candidates(num_candidates: int, vocab_size: int) -> None:
     """Raise MetaVPTError unless 1 <= num_candidates <= vocab_size."""
     if not 1 <= num_candidates <= vocab_size:
         raise MetaVPTError(
-            f"num_candidates={num_candidates}: choose from 1 to {vocab_size}, the size of the vocabulary"
+            f"num_candidates={num_candidates}: choose from 1 to {vocab_size}, the size of the "
+            "vocabulary"
         )
 
 
@@ -160,9 +162,9 @@ class NextTokenLoss:
         """Compute -d log p_t(c)[w] / N, of shape (N, K).
 
         Logits are linear in the states h, so only dh is differentiated:
-        d log p(c) = dh . (W_c - sum_v p(v) W_v). The sum over v is the same for all candidates of a token.
-        If targets sum to 1, phi cannot change its contribution. With `absolute=False` the true token's W
-        then replaces it, and no logits are computed.
+        d log p(c) = dh . (W_c - sum_v p(v) W_v). The sum over v is the same for all candidates of a
+        token. If targets sum to 1, phi cannot change its contribution. With `absolute=False` the
+        true token's W then replaces it, and no logits are computed.
         """
         moved = derivative(self.states, theta, w)
         logits = candidate_scores(moved, self.unembedding, self.candidates)
@@ -222,7 +224,8 @@ def _log_probs(states: Tensor, unembedding: Tensor) -> Tensor:
 def _chunks(states: Tensor, unembedding: Tensor) -> Iterator[tuple[slice, Tensor]]:
     if not len(states):
         raise MetaVPTError(
-            "next-token loss: the batch has no token to predict; its loss_mask leaves none that has a context"
+            "next-token loss: the batch has no token to predict; its loss_mask leaves none that "
+            "has a context"
         )
     for start in range(0, len(states), CHUNK):
         rows = slice(start, start + CHUNK)

@@ -52,12 +52,16 @@ class Prediction:
         outside = [name for name in theta_s if not name.startswith("tail.")]
         if outside:
             raise MetaVPTError(
-                f"aligned_parameters names {outside[0]}, not in the learner's tail; raise tail_layers, or leave it out"
+                f"aligned_parameters names {outside[0]}, not in the learner's tail; raise "
+                "tail_layers, or leave it out"
             )
         return before(self.learner.states({**self.theta, **theta_s}, self.hidden), self.predicted)
 
     def scores(self, num_candidates: int) -> Scores:
-        """Return candidates and their log-probabilities, without a graph. They are cached by number."""
+        """Return candidates and their log-probabilities, without a graph.
+
+        They are cached by number.
+        """
         if num_candidates not in self._scores:
             self._scores[num_candidates] = score(
                 self.states.detach(), self.unembedding, self.tokens, num_candidates

@@ -89,8 +89,8 @@ class SoftTargets:
 
     Attributes:
         gate: alpha, a number or (B, T).
-        residual: The weight of the learner's own prediction, a number or a scalar tensor: 0 for none,
-            1 for all.
+        residual: The weight of the learner's own prediction, a number or a scalar tensor: 0 for
+            none, 1 for all.
         vectors, table: (B, T, d) and (V, d), or None for no score. Then residual 1 is
             self-distillation and residual 0 is uniform smoothing.
         excess: How far the gate's logits lie outside their range, (B, T), for a regularizer.
@@ -128,14 +128,14 @@ class SoftTargets:
 class Tilted:
     """r_t = softmax over C_t of log p_t(c) + A_t(c) / tau, with the value A = -d log p_t(c)[w].
 
-    r maximises <r, A> - tau KL(r || p_t on C_t): it is the best target within a trust region (method.md,
-    section 6). A is centred under p_t on C_t and scaled once per batch to a mean square of 1, so that
-    tau has no unit: for large tau the mean KL is 1 / (2 tau^2). With tau = 0 the best candidate takes
-    all of r (greedy).
+    r maximises <r, A> - tau KL(r || p_t on C_t): it is the best target within a trust region
+    (method.md, section 6). A is centred under p_t on C_t and scaled once per batch to a mean square
+    of 1, so that tau has no unit: for large tau the mean KL is 1 / (2 tau^2). With tau = 0 the best
+    candidate takes all of r (greedy).
 
     Attributes:
-        w: The direction in theta_S that the value is taken along: g_down, or what a `Direction` makes
-            of it.
+        w: The direction in theta_S that the value is taken along: g_down, or what a `Direction`
+            makes of it.
     """
 
     w: Params
@@ -152,7 +152,8 @@ class Tilted:
 
     @torch.no_grad()
     def rule(self, prediction: Prediction) -> Rule:
-        # Only the part of d log p that differs between candidates: the rest is taken away by the centring.
+        # Only the part of d log p that differs between candidates: the rest is taken away by the
+        # centring.
         vectors, table = -prediction.slope(self.w, self.derivative), prediction.unembedding.detach()
         if self.tau == 0:
             return self._greedy(vectors, table)
