@@ -1,4 +1,4 @@
-"""python -m metavpt.bench problem=dino_nyuv2 [strategy=...]: where the time of a step goes, and what it must take."""
+"""`python -m metavpt.bench problem=dino_nyuv2 [strategy=...]`: where the time of a step goes."""
 
 import json
 from pathlib import Path
@@ -16,7 +16,7 @@ from metavpt.training.build import build
 
 
 def bench(cfg: DictConfig) -> None:
-    """Print the breakdown of the configured run's steps, and leave it in `step.json` of a new folder."""
+    """Print the time profile of the configured run's steps, and write it to `step.json`."""
     console = Console()
     if cfg.threads:
         torch.set_num_threads(cfg.threads)

@@ -1,17 +1,17 @@
-"""The forward and backward passes that a strategy cannot do without: how many of each, and how long one takes alone.
+"""A lower bound on the cost of a strategy: its forward and backward passes times their seconds.
 
-    learner     pretraining loss of a task and its derivative by theta: all that a plain step has
+    learner     pretraining loss of a task and its derivative by theta: a plain step
     design      the designer's task of a batch, without a graph
-    heads       the feedback heads fitted
+    heads       fitting of the feedback heads
     g_down      feedback loss and its derivative by theta_S
-    inner       task, teacher and trunk of a meta batch, with the graph to phi; `inner_free` without one
-    tail        from there to the pretraining loss; `tail_back` its derivative by theta_S
+    inner       task, teacher and trunk of a meta batch, with the graph to phi; `inner_free` without
+    tail        from there to the pretraining loss; `tail_back` is its derivative by theta_S
     phi_back    from the loss back to phi: one tail, trunk and designer
     slopes      the costs of a `LinearLoss` differentiated along w
-    score       the loss of each sample of a random task, trunk included; `score_tail` the tail alone
+    score       the loss of each sample of a random task, with the trunk; `score_tail` without
 
-Counts are lower bounds: what is elementwise (optimizers, EMA, arithmetic on parameters), data and augmentation are not in them. A backward
-pass through activations alone costs what a forward pass does, and is counted as one.
+Elementwise work (optimizers, EMA, arithmetic on parameters), data and augmentation are not counted.
+A backward pass through activations alone costs as much as a forward pass and counts as one.
 """
 
 import statistics
@@ -42,7 +42,7 @@ REPEATS = 3
 
 
 def of_product(product: Product, by_phi: bool = True, by_theta: bool = False) -> Passes | None:
-    """Of one product on one batch, whose inner loss has been made."""
+    """Count the passes of one product on one batch, after the inner loss was made."""
     if isinstance(product, LinearProduct):
         return (
             of_product(product.general, by_phi, by_theta)
@@ -50,7 +50,8 @@ def of_product(product: Product, by_phi: bool = True, by_theta: bool = False) ->
             else {"slopes": 1, "phi_back": 1}
         )
     if isinstance(product, DifferenceProduct):
-        # Both ends forward and backward; by phi alone the second end's way back meets no weight, by both it is part of phi_back.
+        # Both ends forward and backward; by phi alone the second end's way back meets no weight, by
+        # both it is part of phi_back.
         passes = {
             (1, 0): {"tail": 3},
             (0, 1): {"tail": 2, "tail_back": 2},
@@ -69,7 +70,10 @@ def of_product(product: Product, by_phi: bool = True, by_theta: bool = False) ->
 
 
 def of_update(estimator: Estimator, curvature_products: float = 0.0) -> Passes | None:
-    """Of one designer update, heads and g_down included, and so many products of a linear solve; None where it is not known."""
+    """Count the passes of one designer update with heads and g_down; None if unknown.
+
+    `curvature_products` is the number of products in a linear solve.
+    """
     if isinstance(estimator, OneStep):
         needs_g_pre = {"tail": 1, "tail_back": 1} if estimator.direction.needs_g_pre else {}
         return _sum(
@@ -94,7 +98,7 @@ def of_update(estimator: Estimator, curvature_products: float = 0.0) -> Passes |
 
 
 def of_step(strategy: Strategy, curvature_products: float = 0.0) -> Passes | None:
-    """Of a step of the learner, an update every so many steps shared out among them; None for a strategy that is not known."""
+    """Count the passes of a step, with a share of the update; None if the strategy is unknown."""
     if isinstance(strategy, GreedySelection):
         pool = strategy.pool_batches
         return _sum(
@@ -115,14 +119,15 @@ def of_step(strategy: Strategy, curvature_products: float = 0.0) -> Passes | Non
 
 
 def seconds(passes: Passes, each: Callable[[str], float]) -> float:
-    """What `passes` take, if each takes as long as it does alone."""
+    """Return the seconds of `passes` if each takes as long as it does alone."""
     return sum(count * each(name) for name, count in passes.items() if count)
 
 
 class Stopwatch:
-    """`stopwatch(name)`: the seconds of one pass alone, the median of a few, on the next batches of `streams`.
+    """Measure the seconds of one pass alone: the median of a few, on the next batches of `streams`.
 
-    It fits the feedback heads and draws from the streams, but leaves learner and designer as they are. `now` as in `Clock`.
+    It fits feedback heads and draws from the streams, and leaves learner and designer as they are.
+    `now` is as in `Clock`.
     """
 
     def __init__(
@@ -236,7 +241,7 @@ class Stopwatch:
 
 
 def _sum(*groups: Any) -> Passes | None:
-    """Each group is a count and what it counts; None where any part is not known."""
+    """Add groups of a count and what it counts; None if a part is unknown."""
     total: Counter[str] = Counter()
     for times, *parts in groups:
         for part in parts:

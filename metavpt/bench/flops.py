@@ -1,4 +1,4 @@
-"""Floating-point operations: how many a computation takes, and how many a GPU could have done in the time."""
+"""Floating-point operations of a computation, and the peak of GPUs."""
 
 from collections.abc import Callable
 from typing import Any
@@ -8,7 +8,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
-# Dense bfloat16 FLOP/s with accumulation in float32, by how the card calls itself, from its maker's data sheet; the first that fits.
+# Dense bfloat16 FLOP/s with accumulation in float32, by how the card calls itself, from its maker's
+# data sheet; the first that fits.
 PEAKS = {
     "B200": 2250e12,
     "GH200": 989e12,
@@ -33,9 +34,10 @@ PEAKS = {
 
 
 def count(call: Callable[[], Any]) -> int:
-    """FLOPs of the matrix products, convolutions and attentions in call(), a multiplication and an addition being two.
+    """Count the FLOPs of matrix products, convolutions and attention in call().
 
-    By torch's own formulas. What compiled code does inside is not seen: count before compiling.
+    A multiply-add is two. The formulas are torch's. Compiled code is not seen: count before
+    compiling.
     """
     with _Counter() as counter:
         call()
@@ -43,18 +45,21 @@ def count(call: Callable[[], Any]) -> int:
 
 
 def peak_of(card: str | None) -> float | None:
-    """FLOP/s of the GPU of that name, None where it is not known."""
+    """Return the FLOP/s of the GPU of that name, or None."""
     return next((peak for name, peak in PEAKS.items() if card and name in card), None)
 
 
 def utilisation(flops: float, seconds: float, card: str | None) -> float | None:
-    """The share of the card's peak that `flops` in `seconds` come to; None for a card that is not known."""
+    """Return the share of the card's peak that `flops` in `seconds` are, or None."""
     peak = peak_of(card)
     return flops / seconds / peak if peak else None
 
 
 class _Counter(TorchDispatchMode):
-    """torch.utils.flop_counter.FlopCounterMode, short of its table by module: its hooks fail on a graph that enters a frozen teacher."""
+    """torch.utils.flop_counter.FlopCounterMode without its table by module.
+
+    Its module hooks fail on a graph that enters a frozen teacher.
+    """
 
     def __init__(self) -> None:
         super().__init__()

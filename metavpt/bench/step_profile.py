@@ -1,4 +1,4 @@
-"""What the steps of a run are made of: the seconds of each phase, the floor under them, FLOPs and memory."""
+"""The profile of a run's steps: seconds of each phase, their lower bound, FLOPs and memory."""
 
 import math
 import statistics
@@ -41,7 +41,7 @@ TITLES = {
 
 
 class Spent(NamedTuple):
-    """`seconds` of a phase in a step in which it occurs, which is the share `frequency` of all steps."""
+    """Seconds of a phase in a step in which it occurs, and the share of steps in which it does."""
 
     part: str  # of the step itself, STEP, or of what the strategy does for the designer, UPDATE
     phase: str
@@ -54,7 +54,7 @@ class Spent(NamedTuple):
 
 
 def spent(steps: Sequence[dict[str, float]]) -> list[Spent]:
-    """Of the seconds by path of each step, see `Clock`: medians over the steps in which a phase occurs, in the order of TITLES."""
+    """Summarise the seconds by path of each step: medians over the steps in which a phase occurs."""
     found: dict[tuple[str, str], list[float]] = {}
     for step in steps:
         own: dict[tuple[str, str], float] = {}
@@ -80,7 +80,13 @@ def spent(steps: Sequence[dict[str, float]]) -> list[Spent]:
 
 @dataclass
 class Measured:
-    """Some steps of a run. `flops` and `peak_bytes` by kind of step, "plain" and "update"; what was not measured is missing."""
+    """Measurements of some steps of a run.
+
+    Attributes:
+        seconds: Of each step by path, see `Clock`.
+        peak_bytes, flops: By kind of step, "plain" and "update".
+        samples: Of one step.
+    """
 
     seconds: list[dict[str, float]] = field(default_factory=list)  # by path, of each step
     peak_bytes: dict[str, int] = field(default_factory=dict)
@@ -93,7 +99,7 @@ class Measured:
 
     @property
     def per_step(self) -> float:
-        """Seconds of a step, updates shared out."""
+        """Seconds per step, with a share of the updates."""
         return sum(phase.per_step for phase in self.phases)
 
     def per_step_without(self, names: frozenset[str]) -> float:
@@ -101,13 +107,13 @@ class Measured:
 
 
 def period(strategy: Any) -> int:
-    """After how many steps what a strategy does comes round again."""
+    """Return the number of steps after which a strategy repeats itself."""
     update = getattr(strategy, "period", None)
     return update.every if update else 1
 
 
 def num_steps(asked: int, strategy: Any) -> int:
-    """At least `asked`, and whole periods of the strategy."""
+    """Round `asked` up to whole periods of the strategy."""
     if asked < 1:
         raise MetaVPTError(f"measure.steps={asked} must be at least 1")
     return math.ceil(asked / period(strategy)) * period(strategy)
@@ -116,7 +122,10 @@ def num_steps(asked: int, strategy: Any) -> int:
 def measure(
     trainer: Trainer, warmup: int, steps: int, now: Callable[[], float], count_flops: bool = True
 ) -> Measured:
-    """`steps` steps of `trainer` after `warmup` ones, and one more period under a FLOP counter. It trains; probes are left out."""
+    """Measure `steps` steps of `trainer` after `warmup` ones.
+
+    One more period runs under a FLOP counter. The steps train the learner; probes are left out.
+    """
     _skip_burn_in(trainer.strategy)
     trainer.first_order_every = 0
     measured, memory = Measured(), PeakMemory()
@@ -148,12 +157,12 @@ def _skip_burn_in(strategy: Any) -> None:
 
 
 def _kind(clock: Clock) -> str:
-    """Of a step: one that paid for feedback, or one that did not."""
+    """Return "update" if the step computed a feedback gradient, otherwise "plain"."""
     return "update" if any("g_down" in path for path in clock.seconds) else "plain"
 
 
 class Floor(NamedTuple):
-    """Seconds that the passes of a step take alone, updates shared out; `each` and `passes` by name, see `metavpt.bench.cost_model`."""
+    """Seconds that the passes of a step take alone; `each` and `passes` by name, see `cost_model`."""
 
     seconds: float
     passes: dict[str, float]
@@ -161,7 +170,10 @@ class Floor(NamedTuple):
 
 
 def floor(trainer: Trainer, now: Callable[[], float]) -> Floor | None:
-    """None for a strategy or an estimator whose passes nobody has counted. Linear solves count as they went in the steps so far."""
+    """Return the lower bound, or None for a strategy or estimator without a cost model.
+
+    Linear solves count as in the steps so far.
+    """
     records = trainer.log.records() if trainer.log.path.exists() else []
     products = [
         record["curvature_products"] for record in records if "curvature_products" in record
@@ -175,7 +187,7 @@ def floor(trainer: Trainer, now: Callable[[], float]) -> Floor | None:
 
 
 def report(measured: Measured, floor: Floor | None, card: str | None) -> dict[str, Any]:
-    """All that was found, for JSON."""
+    """Collect all measurements, for JSON."""
     busy = measured.per_step_without(cost_model.OUTSIDE)
     plain = sum(phase.per_step for phase in measured.phases if phase.part == STEP)
     return {
@@ -195,7 +207,7 @@ def report(measured: Measured, floor: Floor | None, card: str | None) -> dict[st
 
 
 def table(measured: Measured) -> Table:
-    """One row for each phase: seconds where it occurs, in how many of the steps, seconds a step, share."""
+    """Make a table with one row per phase: seconds, frequency, seconds per step, share."""
     titles = ("", "seconds", "in steps", "seconds a step", "share")
     rows = Table(*titles, box=None, header_style="dim")
     for column in rows.columns[1:]:
@@ -225,7 +237,7 @@ def _shown(per_step: float, whole: float) -> tuple[str, str]:
 
 
 def lines(found: dict[str, Any]) -> list[str]:
-    """A report's numbers beside the phases, one a line."""
+    """Format the numbers of a report that are not phases, one per line."""
     said = [
         f"{found['seconds_per_step']:.4f} s a step, {found['samples_per_second']:.4g} samples/s"
     ]
@@ -239,12 +251,14 @@ def lines(found: dict[str, Any]) -> list[str]:
         said.append(f"measured / floor {over:.2f}; without data and augmentation {busy:.2f}")
     else:
         said.append(
-            "floor unknown: the passes of this strategy or estimator are not counted in metavpt.bench.cost_model"
+            "floor unknown: the passes of this strategy or estimator are not counted in "
+            "metavpt.bench.cost_model"
         )
     said += [f"FLOPs of a step, {kind}: {number:.3e}" for kind, number in found["flops"].items()]
     share = found["model_flops_utilisation"]
     said.append(
-        f"model FLOPs utilisation of a plain step: {'unknown' if share is None else f'{share:.1%} of the peak in bfloat16'}"
+        "model FLOPs utilisation of a plain step: "
+        f"{'unknown' if share is None else f'{share:.1%} of the peak in bfloat16'}"
     )
     said += [
         f"peak memory of a step, {kind}: {size / 2**20:,.0f} MiB"
@@ -254,7 +268,7 @@ def lines(found: dict[str, Any]) -> list[str]:
 
 
 def synchronized() -> float:
-    """Seconds, once the GPU has done what it was given."""
+    """Return seconds after the GPU has finished its work."""
     if torch.cuda.is_initialized():
         torch.cuda.synchronize()
     return time.perf_counter()

@@ -1,4 +1,4 @@
-"""python -m metavpt.debug run=<run folder>: the step at which a run ended because something was not finite, taken again and watched."""
+"""`python -m metavpt.debug run=<run folder>`: run the failed step of a run again and inspect it."""
 
 import math
 import tempfile
@@ -28,10 +28,15 @@ from metavpt.training.trainer import Trainer
 
 @dataclass
 class Replay:
-    """What the step comes to: `findings` in the order of the computation, the first one being where it begins.
+    """The result of running the step again.
 
-    loss, grad_norm   of the learner's step, taken again; `saved` holds those of the run, none where a designer update ended it
-    same_task         whether the data gave the task that was saved; the loss is that of the saved one
+    Attributes:
+        step: Its number.
+        saved: Loss and gradient norm in the run; empty if a designer update ended it.
+        loss, grad_norm: Of the learner's step now.
+        same_task: Whether the data gave the task that was saved. The loss is that of the saved
+            task.
+        findings: What was not finite, in the order of the computation.
     """
 
     step: int
@@ -62,7 +67,7 @@ class Replay:
 
 
 def replay(trainer: Trainer, file: Path) -> Replay:
-    """Take the last step in non_finite.pt again, with `trainer` as the run had it; nothing is trained."""
+    """Run the last step in non_finite.pt again with `trainer` as in the run; nothing is trained."""
     saved = checkpoint.read(file)
     if not {"trainer", "random", "task", "values"} <= saved.keys():
         raise MetaVPTError(f"{file}: not written by a run that ended on something not finite")
@@ -94,7 +99,7 @@ def replay(trainer: Trainer, file: Path) -> Replay:
 
 @contextmanager
 def first_not_finite(problem: Problem) -> Iterator[list[str]]:
-    """The list that is given gets one line: the first module, of all that the problem has, whose output is not finite."""
+    """Yield a list that receives one line: the first module whose output is not finite."""
     seen: list[str] = []
     handles = []
 
@@ -124,7 +129,8 @@ def _restore(trainer: Trainer, saved: dict[str, Any]) -> None:
         trainer.load_state_dict(saved["trainer"])
     except (RuntimeError, KeyError, ValueError, AttributeError, TypeError) as error:
         raise MetaVPTError(
-            f"failure.pt is of another model or configuration ({' '.join(str(error).split())[:200]})"
+            "failure.pt is of another model or configuration "
+            f"({' '.join(str(error).split())[:200]})"
         ) from error
     checkpoint.set_random_state(saved["random"])
     trainer._schedule()
@@ -142,7 +148,7 @@ def _bad_parameters(problem: Problem) -> Iterator[tuple[str, str]]:
 
 
 def _watch_update(trainer: Trainer) -> list[str]:
-    """What a designer update of this step fails by, where there is one."""
+    """Return why the designer update of this step fails, if there is one and it does."""
     strategy, budget = trainer.strategy, trainer.budget
     if not isinstance(strategy, Learned) or not strategy.period.due(budget.steps):
         return []
@@ -158,11 +164,12 @@ def _watch_update(trainer: Trainer) -> list[str]:
 
 
 def _as_saved(task: Any, kept: list[Tensor]) -> tuple[Any, bool]:
-    """`task` with the tensors that were saved of it in the run, and whether it had them anyway."""
+    """Return `task` with the tensors that were saved in the run, and whether they were equal."""
     own = trees.tensors(task)
     if [tensor.shape for tensor in own] != [tensor.shape for tensor in kept]:
         raise MetaVPTError(
-            "failure.pt holds a task of other shapes than this configuration makes; the code of the problem has changed"
+            "failure.pt holds a task of other shapes than this configuration makes; the code of "
+            "the problem has changed"
         )
     same = all(trees.same(a.detach().cpu(), b) for a, b in zip(own, kept, strict=True))
     rest = iter(kept)
@@ -170,7 +177,7 @@ def _as_saved(task: Any, kept: list[Tensor]) -> tuple[Any, bool]:
 
 
 def _gradient(loss: Tensor, theta: params.Params) -> tuple[float, list[str]]:
-    """Its norm, and where on the way back it stops being finite."""
+    """Return the norm of the gradient, and where in the backward pass it stops being finite."""
     findings = []
     with warnings.catch_warnings():
         warnings.simplefilter(
@@ -209,7 +216,8 @@ def main(cfg: DictConfig) -> None:
     file = folder / non_finite.FILE
     if not file.is_file():
         raise MetaVPTError(
-            f"{file}: no such file; a run writes it when it ends on a loss or gradient that is not finite"
+            f"{file}: no such file; a run writes it when it ends on a loss or gradient that is "
+            "not finite"
         )
     config = read_config(folder)
     check_targets(config, asked_for())

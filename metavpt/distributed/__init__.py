@@ -1,1 +1,1 @@
-"""Several processes: collectives that autograd differentiates, and FSDP."""
+"""Several processes: differentiable collectives, and FSDP."""

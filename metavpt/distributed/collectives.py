@@ -1,14 +1,14 @@
-"""The processes that train one learner together, each on its share of every batch, and the means over them that derivatives pass through.
+"""Collectives for data-parallel training, through which derivatives of every order pass.
 
-Rank r of n holds rows [r B/n, (r+1) B/n) of a batch of B and computes F_r with them; what is meant is F, the mean of the F_r. Two marks on
-the border between what all ranks hold alike and a rank's own share of the work make autograd differentiate F:
+Rank r of n holds rows [r B/n, (r+1) B/n) of a batch of B and computes F_r with them. The objective
+is F, the mean of the F_r. Two functions make autograd differentiate F:
 
-    enter(x)   x on the way in;      backwards the mean of what the ranks find
-    leave(x)   the mean on the way out;      backwards the same for every rank
+    enter(x)   identity forward, mean over ranks backward
+    leave(x)   mean over ranks forward, identity backward
 
-Each is the other's derivative, so that derivatives of every order, products with a Hessian among them, are those of F, on every rank the
-same bits. DistributedDataParallel does no such thing for gradients of gradients (pytorch #63929). With one process, and without
-torch.distributed, everything here returns what it is given.
+Each is the derivative of the other, so derivatives of every order are those of F, with the same
+bits on every rank. DistributedDataParallel does not do this for gradients of gradients (pytorch
+#63929). With one process, and without torch.distributed, all functions here return their argument.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -28,43 +28,48 @@ Result = TypeVar("Result")
 
 
 def rank() -> int:
-    """The rank of this process; 0 without torch.distributed."""
+    """Return the rank of this process; 0 without torch.distributed."""
     return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
 
 
 def size() -> int:
-    """The number of processes; 1 without torch.distributed."""
+    """Return the number of processes; 1 without torch.distributed."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def enter(theta: dict[str, Tensor]) -> dict[str, Tensor]:
-    """`theta`, whose derivative is the mean over the ranks: one all-reduce for all of it."""
+    """Return `theta`; in the backward pass its gradient is averaged by one all-reduce."""
     if size() == 1 or not theta:
         return theta
     return dict(zip(theta, _Enter.apply(*theta.values()), strict=True))  # type: ignore[arg-type]
 
 
 def leave(x: Tensor) -> Tensor:
-    """The mean of x over the ranks."""
+    """Return the mean of x over ranks; identity in the backward pass."""
     return x if size() == 1 else _Leave.apply(x)[0]  # type: ignore[index]
 
 
 def mean(x: Tensor) -> Tensor:
-    """The mean of x over the ranks, for a rank's own work to go on with: a statistic of the whole batch in the midst of a loss."""
+    """Return the mean of x over ranks, in the middle of a loss: a statistic of the whole batch."""
     return enter({"": leave(x)})[""] if size() > 1 else x
 
 
 def own(x: Any) -> Any:
-    """This rank's rows of a batch, or of a tensor, that every rank holds whole."""
+    """Return this rank's rows of a batch, or of a tensor, that every rank holds."""
     return x if size() == 1 else cut(x, rank(), size())
 
 
 def cut(x: Any, k: int, num_parts: int) -> Any:
-    """The k-th of equal parts of a batch or task. Its first tensor has the samples first, and so has every other one of its length."""
+    """Return the k-th of `num_parts` equal parts of a batch or task.
+
+    Tensors with the same first dimension as the first tensor are split along it; others are kept
+    whole.
+    """
     num = next((len(leaf) for leaf in tree_leaves(x) if isinstance(leaf, Tensor) and leaf.ndim), 0)
     if num % num_parts:
         raise MetaVPTError(
-            f"a batch of {num} does not make {num_parts} equal parts; choose a batch size that {num_parts} divides"
+            f"a batch of {num} does not make {num_parts} equal parts; choose a batch size that "
+            f"{num_parts} divides"
         )
     count = num // num_parts
     own = slice(k * count, (k + 1) * count)
@@ -74,36 +79,47 @@ def cut(x: Any, k: int, num_parts: int) -> Any:
 
 
 def rows(num: int) -> slice:
-    """This rank's rows among `num`."""
+    """Return this rank's rows among `num`."""
     count = num // size()
     return slice(rank() * count, (rank() + 1) * count)
 
 
 def drawn(draw: Callable[[tuple[int, ...]], Tensor], shape: Sequence[int], dim: int = 0) -> Tensor:
-    """What `draw` gives for a batch of `shape` with its samples along `dim`: what is random in a sample does not hang on who holds it."""
+    """Draw random numbers for the global batch and return this rank's part.
+
+    So results do not depend on the number of processes.
+
+    Args:
+        draw: shape -> random numbers.
+        shape: Of this rank's part.
+        dim: The dimension of the samples.
+    """
     whole = [count * (size() if k == dim else 1) for k, count in enumerate(shape)]
     return draw(tuple(whole)).narrow(dim, rank() * shape[dim], shape[dim])
 
 
 def mean_count(count: Tensor) -> Tensor:
-    """What a rank divides its sum by for the mean over the ranks to be the whole sum by the whole count, which is at least 1."""
+    """Return the denominator of a rank's sum for which the mean over ranks is the global mean.
+
+    That is global_sum / max(global_count, 1).
+    """
     return count.clamp_min(1) if size() == 1 else leave(count.float()).clamp_min(1 / size())
 
 
 def weighed(loss: Tensor, count: int) -> Tensor:
-    """A rank's mean over `count` items, weighed so that the mean over the ranks is that over the items of all."""
+    """Weight a rank's mean over `count` items so that the mean over ranks is that over all items."""
     return loss if size() == 1 else loss * count / leave(loss.new_tensor(float(count)))
 
 
 def gather(x: Any) -> Any:
-    """The inverse of `own`: what the ranks hold, one after the other, without a graph."""
+    """Concatenate what the ranks hold, without a graph: the inverse of `own`."""
     if size() == 1:
         return x
     return tree_map_only(Tensor, lambda tensor: torch.cat(_all_gather(tensor.detach())), x)
 
 
 def joined(x: Tensor) -> Tensor:
-    """`gather` of one tensor, with a graph: for a loss of the whole batch that no mean of the ranks' losses is."""
+    """Concatenate one tensor over ranks with a graph, for a loss that is no mean of ranks' losses."""
     return (
         x
         if size() == 1
@@ -114,9 +130,10 @@ def joined(x: Tensor) -> Tensor:
 
 
 def share_out(compute: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
-    """compute(item) for each item, in order: one rank computes it, and all are given it. Every rank calls it with the same items.
+    """Yield compute(item) for each item in order; one rank computes it and all receive it.
 
-    All ranks compute as often, since under FSDP2 they gather weights together. Of items with an index, a rank reads its own alone.
+    Every rank calls it with the same items, and computes equally often, because under FSDP2 all
+    ranks gather weights together. A rank reads only its own items if they can be indexed.
     """
     if size() == 1:
         yield from map(compute, items)
@@ -136,7 +153,7 @@ def _same(x: Any) -> Any:
 
 
 def logsumexp(x: Tensor) -> Tensor:
-    """log sum exp over dim 0 and over the ranks, keeping the dimension; x (..., K) -> (1, K)."""
+    """Return log sum exp over dim 0 and over ranks: x (..., K) -> (1, K)."""
     local = x.logsumexp(dim=0, keepdim=True)
     if size() == 1:
         return local
@@ -146,7 +163,7 @@ def logsumexp(x: Tensor) -> Tensor:
 
 
 def total(count: int) -> int:
-    """The sum of the ranks' counts."""
+    """Return the sum of the ranks' counts."""
     if size() == 1:
         return count
     summed = torch.tensor(count)
@@ -155,7 +172,7 @@ def total(count: int) -> int:
 
 
 def first(value: Any) -> Any:
-    """What rank 0 has for it."""
+    """Return rank 0's value."""
     if size() == 1:
         return value
     held = [value]
@@ -164,7 +181,7 @@ def first(value: Any) -> Any:
 
 
 def every(value: Any) -> list[Any]:
-    """What each rank has for it, in their order: plain data, and as many tensors on each, of any shape."""
+    """Return each rank's value, in order: plain data, and equally many tensors of any shape."""
     if size() == 1:
         return [value]
     held: list[Any] = [None] * size()
@@ -184,7 +201,7 @@ def _tensors(x: Any) -> list[Tensor]:
 
 
 def any_of(value: Any) -> Any:
-    """What the first rank has that has other than None."""
+    """Return the value of the first rank whose value is not None."""
     return next((found for found in every(value) if found is not None), None)
 
 
@@ -229,7 +246,7 @@ def _where_there_are_any(
 
 
 def _means(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """One all-reduce for the tensors of each dtype."""
+    """Average tensors over ranks, with one all-reduce per dtype."""
     means: dict[int, Tensor] = {}
     for dtype in dict.fromkeys(tensor.dtype for tensor in tensors):
         chosen = [k for k, tensor in enumerate(tensors) if tensor.dtype == dtype]

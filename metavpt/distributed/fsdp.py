@@ -1,8 +1,9 @@
-"""A learner in parts: the trunk sharded over the processes (FSDP2), the aligned parameters whole on each.
+"""FSDP2 for learners: the trunk is sharded over processes, aligned parameters stay whole.
 
-Hypergradients ask for gradients of gradients by theta_S alone, and fully_shard frees the storage that a second derivative needs (pytorch
-#172543). So theta_S, and whatever else is no trunk, stays whole: it is small beside the trunk, products with it are those of one device,
-and `DifferenceProduct` runs through the sharded trunk once, with first derivatives only.
+Hypergradients need gradients of gradients by theta_S alone, and fully_shard frees the storage that
+a second derivative needs (pytorch #172543). So theta_S, and everything outside the trunk, stays
+whole. It is small beside the trunk, products with it are those of one device, and
+`DifferenceProduct` runs the sharded trunk once, with first derivatives.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -36,7 +37,7 @@ class Shardable(Protocol):
 
 
 def shard(loss: Any, mesh: DeviceMesh) -> nn.Module:
-    """Shard the trunks of the problem of `loss`, a `PretrainLoss`: each block by itself, then what is left of the trunk."""
+    """Shard the trunks of the problem of `loss`, a `PretrainLoss`: block by block, then the rest."""
     trunks = list(loss.problem.trunks()) if hasattr(loss.problem, "trunks") else []
     aligned = set(loss.problem.aligned_parameters())
     if not trunks:
@@ -48,14 +49,16 @@ def shard(loss: Any, mesh: DeviceMesh) -> nn.Module:
     for name, p in loss.learner.named_parameters():
         if name in aligned and id(p) in inside:
             raise MetaVPTError(
-                f"parallel=fsdp: {name} is one of aligned_parameters and lies in a trunk; theta_S must stay whole"
+                f"parallel=fsdp: {name} is one of aligned_parameters and lies in a trunk; theta_S "
+                "must stay whole"
             )
     shared = _shared(loss.problem, trunks)
     data = mesh["data_parallel"]
     for trunk in trunks:
         for block in _blocks(trunk):
             fully_shard(block, mesh=data, reshard_after_forward=True, ignored_params=shared)
-        # not kept after a forward pass either: a teacher's, which has no backward pass to free it, would then miss its next update
+        # not kept after a forward pass either: a teacher's, which has no backward pass to free it,
+        # would then miss its next update
         fully_shard(trunk, mesh=data, reshard_after_forward=True, ignored_params=shared)
     loss.is_sharded = True
     return loss
@@ -70,7 +73,7 @@ def _blocks(trunk: nn.Module) -> Iterable[nn.Module]:
 
 
 def _shared(problem: Any, trunks: Iterable[nn.Module]) -> set[nn.Parameter]:
-    """Parameters of trunks that losses also read by themselves, as an embedding that is the unembedding too."""
+    """Return parameters of trunks that losses also read directly, such as a tied embedding."""
     names = set(problem.whole_parameters()) if hasattr(problem, "whole_parameters") else set()
     return {p for trunk in trunks for name, p in trunk.named_parameters() if name in names}
 
@@ -98,7 +101,10 @@ def clip_grad_norm(parameters: Iterable[Tensor], max_norm: float) -> Tensor:
 
 
 def gathered(state: Any) -> Any:
-    """`state` with whole tensors on the CPU in the place of shards, on rank 0; with None on the others. Every rank must call it."""
+    """Replace shards in `state` by whole tensors on the CPU of rank 0, and by None on other ranks.
+
+    Every rank must call it.
+    """
 
     def gather(tensor: DTensor) -> Tensor | None:
         whole = _whole(tensor.detach())
@@ -108,9 +114,9 @@ def gathered(state: Any) -> Any:
 
 
 def scattered(state: Any, like: Any) -> Any:
-    """The inverse of `gathered`, on every rank: whole tensors become shards where `like` has them.
+    """Shard whole tensors on every rank where `like` has shards: the inverse of `gathered`.
 
-    A tensor in `like` stands for all below it that has its shape, as a parameter for its moments.
+    A tensor in `like` stands for all tensors below it of its shape, as a parameter for its moments.
     """
     if isinstance(state, Mapping):
         return {

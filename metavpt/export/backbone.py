@@ -1,4 +1,4 @@
-"""A run's vision transformer as checkpoints of timm and transformers."""
+"""Export of a run's vision transformer as checkpoints of timm and transformers."""
 
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -17,7 +17,8 @@ from metavpt.learners.vit import OWN_MODELS, Backbone, create_backbone, timm_sta
 from metavpt.training.run_folder import newest_state
 
 Part = Literal["student", "teacher"]
-# The attribute of the problem that holds it, and what may stand before the backbone's names in there.
+# The attribute of the problem that holds it, and what may stand before the backbone's names in
+# there.
 PARTS = {
     "student": ("learner", ("backbone.",)),
     "teacher": ("teacher", ("learner.backbone.", "learner.")),
@@ -35,7 +36,10 @@ TOLERANCE = (
 def export_backbone(
     run: Path, config: DictConfig, folder: Path, part: Part, format: str
 ) -> Description:
-    """The backbone of the newest checkpoint of `run` in `folder`/<format> for each format, read back by its own library and compared."""
+    """Write the backbone of the newest checkpoint of `run` to `folder`/<format> for each format.
+
+    Each format is read back by its own library and compared.
+    """
     if format not in FORMATS:
         raise MetaVPTError(f"format={format}: known are {', '.join(FORMATS)}")
     backbone = load_backbone(run, config, part)
@@ -63,14 +67,15 @@ def export_backbone(
 
 
 def load_backbone(run: Path, config: DictConfig, part: Part) -> Backbone:
-    """The student's or the teacher's backbone in the newest checkpoint of `run`."""
+    """Load the student's or the teacher's backbone from the newest checkpoint of `run`."""
     problem, path = newest_state(run)
     if part not in PARTS:
         raise MetaVPTError(f"part={part}: known are {', '.join(PARTS)}")
     module, prefixes = PARTS[part]
     if module not in problem:
         raise MetaVPTError(
-            f"part={part}: the run has no {part}, its checkpoint holds {', '.join(problem) or 'nothing'}"
+            f"part={part}: the run has no {part}, its checkpoint holds "
+            f"{', '.join(problem) or 'nothing'}"
         )
     found = (params.subset(problem[module], prefix) for prefix in prefixes)
     state = next((state for state in found if any(key.startswith("trunk.") for key in state)), None)
@@ -84,7 +89,8 @@ def load_backbone(run: Path, config: DictConfig, part: Part) -> Backbone:
         backbone.load_state_dict(state)
     except RuntimeError as error:
         raise MetaVPTError(
-            f"{path} does not fit the backbone in {run / 'config.yaml'}: {' '.join(str(error).split())[:200]}"
+            f"{path} does not fit the backbone in {run / 'config.yaml'}: "
+            f"{' '.join(str(error).split())[:200]}"
         ) from error
     return backbone
 
@@ -95,7 +101,7 @@ def _options(config: DictConfig) -> dict[str, Any]:
 
 
 def _save_timm(backbone: Backbone, config: DictConfig, folder: Path) -> Usage:
-    """config.json and model.safetensors, for `local-dir:<folder>` as for `checkpoint_path=<folder>/model.safetensors`."""
+    """Write config.json and model.safetensors for `local-dir:<folder>` and `checkpoint_path=`."""
     name = str(config.backbone.name)
     arguments: dict[str, Any] = {
         key: value for key, value in _options(config).items() if key not in NOT_TIMM
@@ -140,7 +146,7 @@ def _save_transformers(backbone: Backbone, folder: Path) -> Usage:
 
 @torch.no_grad()
 def _compare(backbone: Backbone, tokens: Any, library: str) -> None:
-    """Raises MetaVPTError where `tokens`, images -> (B, P + N, D), are not the backbone's."""
+    """Raise MetaVPTError if `tokens`, images -> (B, P + N, D), differ from the backbone's."""
     images = torch.rand(
         1, 3, *backbone.trunk.patch_embed.img_size, generator=torch.Generator().manual_seed(0)
     )
@@ -150,7 +156,8 @@ def _compare(backbone: Backbone, tokens: Any, library: str) -> None:
     ).abs().max() / expected.abs().max()
     if not difference <= TOLERANCE:
         raise MetaVPTError(
-            f"{library} gives other features than the run's backbone (relative difference {float(difference):.1e}); nothing was exported"
+            f"{library} gives other features than the run's backbone (relative difference "
+            f"{float(difference):.1e}); nothing was exported"
         )
 
 
@@ -162,7 +169,8 @@ def _about(config: DictConfig) -> str:
     elif backbone.get("pretrained"):
         source = f"timm's released weights `{backbone.name}`"
     return (
-        f"The vision transformer `{backbone.name}` from {source}, trained on with `{class_name(config.problem)}` on unlabelled images, "
+        f"The vision transformer `{backbone.name}` from {source}, trained on with "
+        f"`{class_name(config.problem)}` on unlabelled images, "
         f"its tasks made by `{class_name(config.strategy)}`."
     )
 

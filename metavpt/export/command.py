@@ -1,4 +1,7 @@
-"""python -m metavpt.export run=<run folder> to=<new folder> [part=student|teacher] [format=...]: what a run trained, for others."""
+"""`python -m metavpt.export run=<run folder> to=<new folder> [part=student|teacher] [format=...]`.
+
+Writes the trained learner in formats that other libraries read.
+"""
 
 import os
 import tempfile
@@ -23,10 +26,11 @@ def export(
     format: str = "both",
     allow_targets: Sequence[str] = (),
 ) -> Path:
-    """The learner of the newest checkpoint of `run` in the new folder `to`: <format>/ for each format, and README.md, a model card.
+    """Write the learner of the newest checkpoint of `run` to the new folder `to`.
 
-    A backbone is written for timm and transformers, a language model for transformers, with its tokenizer. Each is read back and
-    compared before anything appears at `to`; then all of it does.
+    There is a folder for each format and README.md, a model card. A backbone is written for timm
+    and transformers, a language model for transformers with its tokenizer. Each is read back and
+    compared before anything appears at `to`.
     """
     if to.exists():
         raise MetaVPTError(f"to={to}: is there already; name a new folder")
@@ -58,7 +62,8 @@ def _config(run: Path) -> DictConfig:
     config = read_config(run)
     if not (config.get("learner") or "name" in (config.get("backbone") or {})):
         raise MetaVPTError(
-            f"{run / 'config.yaml'}: names neither a backbone of create_backbone nor a language model; no other learner can be exported"
+            f"{run / 'config.yaml'}: names neither a backbone of create_backbone nor a language "
+            "model; no other learner can be exported"
         )
     return config
 

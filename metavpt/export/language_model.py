@@ -1,4 +1,4 @@
-"""A run's language model as a checkpoint of transformers, with its tokenizer."""
+"""Export of a run's language model as a checkpoint of transformers, with its tokenizer."""
 
 from pathlib import Path
 from typing import Any
@@ -21,9 +21,10 @@ LENGTH = 16  # tokens that are compared
 def export_language_model(
     run: Path, config: DictConfig, folder: Path, part: str, format: str
 ) -> Description:
-    """The model of the newest checkpoint of `run` in `folder`/transformers, adapters merged, read back and compared.
+    """Write the model of the newest checkpoint of `run` to `folder`/transformers, adapters merged.
 
-    The problem is built again from `config`, because a tokenizer trained for the run depends on its texts: its data must still be there.
+    It is read back and compared. The problem is built again from `config`, because a tokenizer that
+    was trained for the run depends on its texts: the data must still be there.
     """
     if part != "student":
         raise MetaVPTError(
@@ -39,7 +40,8 @@ def export_language_model(
         problem.learner.load_state_dict(state.get("learner", {}))
     except RuntimeError as error:
         raise MetaVPTError(
-            f"{path} does not fit the learner in {run / 'config.yaml'}: {' '.join(str(error).split())[:200]}"
+            f"{path} does not fit the learner in {run / 'config.yaml'}: "
+            f"{' '.join(str(error).split())[:200]}"
         ) from error
     place = folder / "transformers"
     problem.learner.save(place)
@@ -65,7 +67,7 @@ def export_language_model(
 
 @torch.no_grad()
 def _compare(learner: LanguageModel, place: Path) -> None:
-    """Raises MetaVPTError where what lies in `place` does not give the learner's logits, or has no tokenizer."""
+    """Raise MetaVPTError if the model in `place` has other logits than the learner, or no tokenizer."""
     AutoTokenizer.from_pretrained(place)
     tokens = torch.randint(
         learner.vocab_size, (1, LENGTH), generator=torch.Generator().manual_seed(0)
@@ -84,7 +86,8 @@ def _compare(learner: LanguageModel, place: Path) -> None:
     difference = float((found - expected).abs().max() / expected.abs().max())
     if not difference <= TOLERANCE:
         raise MetaVPTError(
-            f"transformers gives other logits than the run's model (relative difference {difference:.1e}); nothing was exported"
+            "transformers gives other logits than the run's model (relative difference "
+            f"{difference:.1e}); nothing was exported"
         )
 
 
@@ -93,7 +96,8 @@ def _about(config: DictConfig) -> str:
     origin = f"`{source}`" if source else f"`{class_name(config.learner)}`"
     adapters = ", through LoRA adapters that are merged in," if config.learner.get("lora") else ""
     return (
-        f"The language model {origin}, trained on{adapters} with `{class_name(config.problem)}` on unlabelled text, "
+        f"The language model {origin}, trained on{adapters} with `{class_name(config.problem)}` "
+        "on unlabelled text, "
         f"its targets made by `{class_name(config.strategy)}`."
     )
 

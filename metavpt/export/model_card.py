@@ -1,4 +1,4 @@
-"""The README of exported weights: what they were trained on, how, and what it changed."""
+"""The model card of exported weights: data, training and effect on the metrics."""
 
 import json
 from pathlib import Path
@@ -53,14 +53,14 @@ NOT_VERSIONS = ("command", "seed")
 
 
 class Usage(NamedTuple):
-    """How the weights are read: a library, and the expression that gives the model from the folder of the card."""
+    """How the weights are read: a library, and an expression that gives the model in the card's folder."""
 
     library: str
     expression: str
 
 
 class Description(NamedTuple):
-    """What the kind of model alone can say of itself: the title, a tag of the hub, sentences, and lines on what it was trained on."""
+    """The parts of a card that depend on the kind of model: title, hub tag, sentences, training data."""
 
     name: str
     tag: str
@@ -72,7 +72,7 @@ class Description(NamedTuple):
 
 
 def model_card(run: Path, config: DictConfig, of: Description) -> str:
-    """Markdown, made of what `run` wrote: config.yaml, metrics.jsonl, environment.json."""
+    """Write the card in Markdown, from config.yaml, metrics.jsonl and environment.json of `run`."""
     file = run / "environment.json"
     with reading(f"{file}: cannot be read", "delete it: the card then names no versions"):
         environment = dict[str, Any](json.loads(file.read_text()) if file.is_file() else {})
@@ -80,7 +80,8 @@ def model_card(run: Path, config: DictConfig, of: Description) -> str:
     last = max((row.last_step for row in rows), default=0)
     lines = ["| metric | before | after | change |", "|---|---|---|---|"]
     lines += [
-        f"| {row.name} | {number(row.first)} | {number(row.last)} | {number(row.change, sign=True)} |"
+        f"| {row.name} | {number(row.first)} | {number(row.last)} | "
+        f"{number(row.change, sign=True)} |"
         for row in rows
     ]
     training: Any = OmegaConf.masked_copy(config, [key for key in SECTIONS if key in config])
@@ -117,5 +118,5 @@ def _training(config: DictConfig, data: list[str], last: int) -> str:
 
 
 def class_name(node: Any) -> str:
-    """Of a configuration node, what `_target_` names."""
+    """Return the class name in the `_target_` of a configuration node."""
     return str(node._target_).rpartition(".")[2]

@@ -1,6 +1,6 @@
-"""Hypergradients by other people's packages, as estimators: the same problem and loop, another engine underneath.
+"""Bridges to other packages: hypergradients of Betty, TorchOpt and learn2learn, Lightning, transformers.
 
-The packages are optional (`make peers`) and imported when first used.
+The packages are optional and imported when first used.
 """
 
 import importlib
@@ -14,20 +14,21 @@ from metavpt.hypergradients.params import Params
 
 
 def peer(module: str) -> ModuleType:
-    """The module of another package, or `MetaVPTError` that says how to get it."""
+    """Import a module of another package, or raise MetaVPTError with the command that installs it."""
     try:
         return importlib.import_module(module)
     except ImportError as error:
         package = module.split(".")[0]
         raise MetaVPTError(
-            f"{package}: cannot be imported ({error}); install the optional packages with `make peers`"
+            f"{package}: cannot be imported ({error}); install the optional packages with `make "
+            "peers`"
         ) from error
 
 
 def backpropagated(
     outer_loss: OuterLoss, before: Params, after: Params, phi: Params, num_steps: int
 ) -> Hypergradient:
-    """d L_down(after)/dphi, where `after` holds the graph of `num_steps` steps of the learner from `before`, one batch each."""
+    """Return d L_down(after)/dphi; `after` holds the graph of `num_steps` steps from `before`."""
     start = float(outer_loss(params.detach(before)).detach())
     feedback_loss = outer_loss(after)
     (by_phi,) = differentiate(feedback_loss, (phi,))

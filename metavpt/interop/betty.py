@@ -1,4 +1,4 @@
-"""Betty's hypergradients (Choe et al., 2023) of the same closures. Fields and their defaults are those of Betty's Config."""
+"""Betty's hypergradients (Choe et al., 2023) as estimators. Fields and defaults are Betty's."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
@@ -29,7 +29,8 @@ from metavpt.interop import peer
 class Betty(ABC):
     """-d<w, g_pre>/dphi with the w that `method` of betty.hypergradient makes of g_down, on one batch.
 
-    Betty sees one loss, so trunk and tail run at every use; and a designer parameter that the loss does not reach can be a silent zero.
+    Betty sees one loss, so trunk and tail run at every use. A designer parameter that the loss does
+    not reach can be a silent zero.
     """
 
     num_batches = 1
@@ -39,7 +40,7 @@ class Betty(ABC):
     @property
     @abstractmethod
     def grad_evals(self) -> int:
-        """Its cost beside that of g_down."""
+        """Its cost besides that of g_down."""
 
     def __call__(
         self,
@@ -61,7 +62,8 @@ class Betty(ABC):
             params.leaves(params.clone(theta)),
             params.leaves(phi),
         )  # a clone, for Betty moves theta in place
-        # Betty keeps <w, g_pre> to itself. It is the derivative by a factor on the loss, which rides along with phi.
+        # Betty keeps <w, g_pre> to itself. It is the derivative by a factor on the loss, which
+        # rides along with phi.
         factor = torch.ones_like(
             torch.stack([v.sum() for v in g_down.values()]).sum()
         ).requires_grad_()
@@ -87,7 +89,7 @@ class Betty(ABC):
     def adam_state(
         self, inner: InnerLoss, theta: Params, phi: Params, update: Update | None
     ) -> list[dict[str, Any]] | None:
-        """For each parameter what Betty reads of the learner's Adam; only `Sama` reads any."""
+        """Return the state of the learner's Adam that Betty reads; only `Sama` reads any."""
         return None
 
     def attention(self) -> Any:
@@ -96,7 +98,10 @@ class Betty(ABC):
 
 @dataclass(frozen=True)
 class Darts(Betty):
-    """w = g_down by a central difference with eps |w| = darts_alpha: `OneStep` whose step is not relative to theta."""
+    """w = g_down by a central difference with eps |w| = darts_alpha.
+
+    This is `OneStep` with a step that is not relative to theta.
+    """
 
     darts_alpha: float = 0.01
     method = "darts"
@@ -108,9 +113,10 @@ class Darts(Betty):
 
 @dataclass(frozen=True)
 class Sama(Betty):
-    """`Darts` with w = D g_down, D the derivative of Adam's step by its gradient: `OneStep(AdamAware)` without bias correction.
+    """`Darts` with w = D g_down, D the derivative of Adam's step by its gradient.
 
-    Betty reads D off the step that the learner has just taken; here it is the step that it would take on g_pre of this batch.
+    This is `OneStep(AdamAware)` without bias correction. Betty takes D from the last step of the
+    learner; here it is the step on g_pre of this batch.
     """
 
     sama_adam_alpha: float = 1.0
@@ -135,7 +141,8 @@ class Sama(Betty):
             rule = update.rule.rules[name] if isinstance(update.rule, PerParameter) else update.rule
             if not isinstance(rule, Adam):
                 raise MetaVPTError(
-                    f"Sama: is defined for Adam and AdamW, not {type(rule).__name__}; use Darts, which it equals for plain SGD"
+                    f"Sama: is defined for Adam and AdamW, not {type(rule).__name__}; use Darts, "
+                    "which it equals for plain SGD"
                 )
             states.append(
                 {
@@ -151,7 +158,7 @@ class Sama(Betty):
 
 @dataclass(frozen=True)
 class _SecondOrder(Betty):
-    """w of Hessian products in one graph of the whole loss."""
+    """w from Hessian products in one graph of the whole loss."""
 
     def attention(self) -> Any:
         return sdpa_kernel(SDPBackend.MATH)  # fused attention has no second derivative
@@ -159,7 +166,10 @@ class _SecondOrder(Betty):
 
 @dataclass(frozen=True)
 class Neumann(_SecondOrder):
-    """w = neumann_alpha sum_{k <= neumann_iterations} (I - neumann_alpha H)^k g_down: one term more than it says."""
+    """w = neumann_alpha sum_{k <= neumann_iterations} (I - neumann_alpha H)^k g_down.
+
+    This is one term more than its name says.
+    """
 
     neumann_iterations: int = 1
     neumann_alpha: float = 1.0
@@ -174,8 +184,9 @@ class Neumann(_SecondOrder):
 class ConjugateGradient(_SecondOrder):
     """w ~ H^-1 g_down by `cg_iterations` steps, without damping, tolerance or guard.
 
-    Right for one iteration only: Betty 0.2.1 makes the next direction of the residual before the step (betty #15, corrected since), and
-    with cg_alpha other than 1 it scales the curvature in the step but not in the residual.
+    Correct for one iteration only: Betty 0.2.1 computes the next direction from the residual before
+    the step (betty #15, corrected since). With cg_alpha other than 1 it scales the curvature in the
+    step but not in the residual.
     """
 
     cg_iterations: int = 1
@@ -192,7 +203,7 @@ class AdamOptimizer:
 
 
 class Level:
-    """What Betty's functions ask of a Problem: its parameters, its loss, the state of its optimizer."""
+    """The part of Betty's Problem that its functions use: parameters, loss, optimizer state."""
 
     paths = ()
     cur_batch = None

@@ -1,4 +1,4 @@
-"""A backbone as a checkpoint of transformers."""
+"""Backbones as checkpoints of transformers."""
 
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,7 +17,7 @@ from metavpt.learners.vit import Backbone, timm_state_dict
 
 
 class Family(NamedTuple):
-    """A model class of transformers, `<name>Config` and `<name>Model`, with its layout and the fields of its configuration."""
+    """A model class of transformers with its layout and the fields of its configuration."""
 
     name: str
     layout: Layout
@@ -25,9 +25,10 @@ class Family(NamedTuple):
 
 
 def save_transformers(backbone: Backbone, folder: Path) -> Any:
-    """Write config.json, model.safetensors and preprocessor_config.json into `folder`; the model as transformers reads them back.
+    """Write config.json, model.safetensors and preprocessor_config.json, and read the model back.
 
-    Raises MetaVPTError without transformers, and for an architecture that it does not have.
+    Raises:
+        MetaVPTError: transformers is missing, or does not have the architecture.
     """
     transformers = _transformers()
     family = _family(backbone)
@@ -56,7 +57,8 @@ def _transformers() -> Any:
         import transformers
     except ImportError as error:
         raise MetaVPTError(
-            f"transformers cannot be imported ({error}); pip install 'metavpt[export]', or export with format=timm"
+            f"transformers cannot be imported ({error}); pip install 'metavpt[export]', or export "
+            "with format=timm"
         ) from error
     return transformers
 
@@ -120,7 +122,7 @@ def _family(backbone: Backbone) -> Family:
 
 
 def _original(backbone: Backbone) -> Params:
-    """The weights under the names of the original releases: what timm does when it reads them, undone."""
+    """Undo timm's conversion: return the weights under the names of the original releases."""
     names, state = {}, timm_state_dict(backbone)
     block, width = _first_block(backbone), backbone.width
     if backbone.trunk.rope is not None:

@@ -1,4 +1,4 @@
-"""The truncated unroll of SGD by learn2learn's MAML: clone, adapt, backprop."""
+"""The truncated unroll of SGD by learn2learn's MAML: clone, adapt, backpropagate."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,9 +18,9 @@ from metavpt.interop import backpropagated, peer
 
 @dataclass(frozen=True)
 class MAMLUnroll:
-    """dL_down(theta_K(phi))/dphi through K = `num_steps` plain gradient steps: the number that Unrolled(K, SGD(lr)) gives.
+    """dL_down(theta_K(phi))/dphi through K = `num_steps` plain gradient steps, as `Unrolled(K, SGD(lr))`.
 
-    learn2learn knows no other inner optimizer. The graph of all steps is held: memory grows with K.
+    learn2learn has no other inner optimizer. The graph of all steps is kept: memory grows with K.
     """
 
     num_steps: int = 4
@@ -30,7 +30,8 @@ class MAMLUnroll:
     def __post_init__(self) -> None:
         if self.num_steps < 1 or not self.lr > 0:
             raise MetaVPTError(
-                f"MAMLUnroll: num_steps={self.num_steps} must be at least 1 and lr={self.lr} positive"
+                f"MAMLUnroll: num_steps={self.num_steps} must be at least 1 and lr={self.lr} "
+                "positive"
             )
 
     @property
@@ -49,7 +50,8 @@ class MAMLUnroll:
     ) -> Hypergradient:
         phi = params.leaves(phi)
         with sdpa_kernel(SDPBackend.MATH), torch.enable_grad():
-            # allow_unused is for theta: what the loss does not reach stays as it is. That phi is reached, `differentiate` checks.
+            # allow_unused is for theta: what the loss does not reach stays as it is. That phi is
+            # reached, `differentiate` checks.
             maml = peer("learn2learn").algorithms.MAML(Holder(theta), lr=self.lr, allow_unused=True)
             adapted = maml.clone()
             for inner in inner_losses:
@@ -58,7 +60,10 @@ class MAMLUnroll:
 
 
 class Holder(nn.Module):
-    """A module that holds parameters under any names; its forward is a loss of them. No memory is copied."""
+    """A module that holds parameters under any names; its forward is a loss of them.
+
+    No memory is copied.
+    """
 
     def __init__(self, theta: Params) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""The truncated unroll by TorchOpt's differentiable optimizers and plain backprop."""
+"""The truncated unroll by TorchOpt's differentiable optimizers and plain backpropagation."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,9 +19,10 @@ from metavpt.interop import backpropagated, peer
 
 @dataclass(frozen=True)
 class TorchOptUnroll(Unroll):
-    """dL_down(theta_K(phi))/dphi, the number that `Unrolled` gives, through the graph of all K = `num_steps` steps: memory grows with K.
+    """dL_down(theta_K(phi))/dphi, as `Unrolled`, through the graph of all K = `num_steps` steps.
 
-    TorchOpt's Adam differentiates sqrt(0) where an entry has never had a gradient: that ends in a NonFiniteError.
+    Memory grows with K. TorchOpt's Adam differentiates sqrt(0) where an entry never had a gradient;
+    that raises NonFiniteError.
     """
 
     def __call__(
@@ -54,7 +55,7 @@ class TorchOptUnroll(Unroll):
 
 
 class _Stepper:
-    """TorchOpt's update of one parameter; each has its own, as parameter groups differ in their options."""
+    """TorchOpt's update of one parameter; parameter groups differ in their options."""
 
     def __init__(self, update: Update, name: str) -> None:
         rule = update.rule.rules[name] if isinstance(update.rule, PerParameter) else update.rule
@@ -65,7 +66,8 @@ class _Stepper:
             update.state.num_steps[name],
         )
         if num_steps:
-            # TorchOpt's SGD keeps "no step taken yet" in the transform, not in its state: without this the first step would forget momentum
+            # TorchOpt's SGD keeps "no step taken yet" in the transform, not in its state: without
+            # this the first step would forget momentum
             self.transform.update(
                 [torch.zeros_like(p)], self.transform.init([p]), params=[p], inplace=False
             )
@@ -95,9 +97,10 @@ def _transform(rule: Rule) -> Any:
 
 
 def _filled(part: Any, moments: Params, num_steps: int, dtype: torch.dtype) -> Any:
-    """One part of TorchOpt's chained state with the moments of ours."""
+    """Fill one part of TorchOpt's chained state with our moments."""
     if hasattr(part, "mu"):
-        # TorchOpt counts in int64, and so takes 1 - beta^count in float32 whatever the dtype of theta: 1e-5 off at beta2 = 0.999
+        # TorchOpt counts in int64, and so takes 1 - beta^count in float32 whatever the dtype of
+        # theta: 1e-5 off at beta2 = 0.999
         count = torch.tensor(num_steps, dtype=dtype, device=moments["exp_avg"].device)
         return part._replace(mu=[moments["exp_avg"]], nu=[moments["exp_avg_sq"]], count=[count])
     return part._replace(trace=[moments["momentum_buffer"]]) if hasattr(part, "trace") else part

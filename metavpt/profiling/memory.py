@@ -1,4 +1,4 @@
-"""The most memory that training takes."""
+"""Peak memory of training."""
 
 import re
 import resource
@@ -13,10 +13,10 @@ STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
 class PeakMemory:
-    """Bytes at the peak since `restart`, with what happens inside `paused` left out; `earlier` is the peak before a run was resumed.
+    """Bytes at the peak since `restart`, without what happens inside `paused`.
 
-    The GPU's allocations where one is in use, else the process's resident memory. Outside Linux the latter has no mark that can be
-    set back, so there probes count as well.
+    Allocations of the GPU if one is in use, else the resident memory of the process. Outside Linux
+    the latter cannot be reset, so probes count too. `earlier` is the peak before a run was resumed.
     """
 
     def __init__(self) -> None:
@@ -27,7 +27,7 @@ class PeakMemory:
         return max(self.earlier, _high_water())
 
     def restart(self) -> None:
-        """From here on: building the problem is no training."""
+        """Start measuring, after the problem was built."""
         _reset()
 
     @contextmanager

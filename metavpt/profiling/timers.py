@@ -1,4 +1,4 @@
-"""Where the time of a step goes: code names its phase, and a clock keeps the seconds where one listens."""
+"""Phase timers: code names its phase, and an active clock counts the seconds."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -8,10 +8,11 @@ _listening: list["Clock"] = []
 
 
 class Clock:
-    """Seconds by phase. A phase inside another one stops the outer clock, so that seconds add up to the time that went by.
+    """Seconds by phase. An inner phase stops the outer one, so seconds add up to the elapsed time.
 
-    now       seconds from any origin; a measurement on a GPU has it wait for the device first
-    by_path   phases are called by where they lie, `designer/product/teacher`; otherwise by their own name alone
+    Args:
+        now: Returns seconds from any origin. On a GPU it waits for the device first.
+        by_path: Whether phases are named by their path, such as `designer/product/teacher`.
     """
 
     def __init__(self, now: Callable[[], float] = time.perf_counter, by_path: bool = False) -> None:
@@ -43,7 +44,7 @@ class Clock:
 
     @contextmanager
     def listen(self, name: str) -> Iterator[None]:
-        """All in here is the phase `name`, but for what says by `phase` that it is another."""
+        """Count what runs inside as the phase `name`, except inner phases."""
         _listening.append(self)
         try:
             with self.timed(name):
@@ -57,7 +58,7 @@ class Clock:
 
 
 class phase(ContextDecorator):
-    """`with phase("teacher"):` or `@phase("teacher")`: what runs in it counts towards that phase, if a clock listens."""
+    """`with phase("teacher"):` or `@phase("teacher")`: count the seconds inside, if a clock is active."""
 
     def __init__(self, name: str) -> None:
         self.name = name
