@@ -1,5 +1,6 @@
 """The errors that a user can do something about."""
 
+import errno
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -43,10 +44,19 @@ def reading(fault: str, remedy: str = "get the file again") -> Iterator[None]:
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Raises MetaVPTError with the reason where `path` cannot be written inside the block: a full disk, a quota, no permission."""
+    """Turn an OSError inside the block, in which `path` is written, into a MetaVPTError with its reason.
+
+    Raises:
+        MetaVPTError: A full disk, a quota, no permission, a name that is too long.
+    """
     try:
         yield
     except OSError as error:
+        remedy = (
+            "what was there before is intact: make room and go on with resume=true"
+            if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+            else "choose a folder that can be written"
+        )
         raise MetaVPTError(
-            f"{path}: cannot be written ({error.strerror or error}); what was there before is intact: make room and go on with resume=true"
+            f"{path}: cannot be written ({error.strerror or error}); {remedy}"
         ) from error

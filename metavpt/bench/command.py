@@ -13,6 +13,7 @@ from metavpt.cli.console import Console
 from metavpt.cli.one_line_errors import reporting
 from metavpt.training import run_folder
 from metavpt.training.build import build
+from metavpt.training.disk import write_text
 
 
 def bench(cfg: DictConfig) -> None:
@@ -26,7 +27,7 @@ def bench(cfg: DictConfig) -> None:
         Path(cfg.runs),
         f"bench-{choices['problem']}-{choices['strategy']}",
     )
-    (folder / "config.yaml").write_text(OmegaConf.to_yaml(cfg, resolve=True))
+    write_text(folder / "config.yaml", OmegaConf.to_yaml(cfg, resolve=True))
     run_folder.write_environment(folder, cfg.seed, command="bench")
     with open_dict(cfg):  # whatever limit the run would have, its steps are what is measured
         cfg.budget = {"_target_": cfg.budget._target_, "steps": 10**9}
@@ -36,7 +37,7 @@ def bench(cfg: DictConfig) -> None:
     measured = step_profile.measure(trainer, cfg.measure.warmup, steps, now, cfg.measure.flops)
     card = torch.cuda.get_device_name() if torch.cuda.is_initialized() else None
     found = step_profile.report(measured, step_profile.floor(trainer, now), card)
-    (folder / "step.json").write_text(json.dumps(found, indent=1) + "\n")
+    write_text(folder / "step.json", json.dumps(found, indent=1) + "\n")
     console.print(step_profile.table(measured))
     for line in step_profile.lines(found):
         console.print(line, soft_wrap=True, highlight=False)

@@ -20,11 +20,12 @@ from metavpt.cli.console import Console
 from metavpt.cli.one_line_errors import reporting
 from metavpt.compare.runner import Comparison, Job
 from metavpt.compare.table import Table
-from metavpt.errors import MetaVPTError
+from metavpt.errors import MetaVPTError, writing
 from metavpt.report.rows import run_folder as row_folder
 from metavpt.training import run_folder
 from metavpt.training.budget import UNITS
 from metavpt.training.build import build as build_trainer
+from metavpt.training.disk import write_text
 from metavpt.training.trainer import Trainer
 
 WARM_START = "warm start"
@@ -138,7 +139,7 @@ def compare(cfg: DictConfig) -> Path:
         folder = run_folder.create(
             output, parent, f"compare-{HydraConfig.get().runtime.choices['problem']}"
         )
-        (folder / "config.yaml").write_text(config)
+        write_text(folder / "config.yaml", config)
         run_folder.write_environment(folder, command="compare", also=shared)
     comparison = Comparison(folder, jobs(cfg, made, folder), cfg.jobs, console)
     results = comparison.run()
@@ -225,8 +226,9 @@ def _prepare(
         raise MetaVPTError(
             f"{folder}: holds this row with another configuration; name the row differently, or choose another output="
         )
-    folder.mkdir(parents=True, exist_ok=True)
-    file.write_text(text)
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    write_text(file, text)
     return partial(build, cast(DictConfig, OmegaConf.create(text)))
 
 

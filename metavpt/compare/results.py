@@ -1,11 +1,14 @@
 """What a comparison measured: one result for each row and seed, kept as lines of rows.jsonl."""
 
 import json
-from collections.abc import Mapping
+import os
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
+from typing import Any
 
-from metavpt.errors import MetaVPTError
+from metavpt.errors import reading, writing
+from metavpt.training.disk import locked
 
 FILE = "rows.jsonl"
 
@@ -39,32 +42,80 @@ class Result:
 
 
 def append(folder: Path, result: Result) -> None:
-    """Add a line to the rows.jsonl in `folder`."""
-    with (folder / FILE).open("a") as file:
-        file.write(json.dumps(asdict(result)) + "\n")
+    """Add a line to rows.jsonl, whole or not at all; a last line that a crash cut short goes first.
+
+    Several processes may append at once.
+
+    Raises:
+        MetaVPTError: There is no room for it.
+    """
+    path = folder / FILE
+    line = (json.dumps(asdict(result)) + "\n").encode()
+    with writing(path), path.open("a+b") as file, locked(file):
+        file.seek(0)
+        whole = file.read().rfind(b"\n") + 1
+        file.truncate(whole)
+        try:
+            file.write(line)
+            file.flush()
+            os.fsync(file.fileno())
+        except OSError:
+            os.truncate(path, whole)
+            raise
 
 
-def read(folder: Path) -> list[Result]:
-    """The results in `folder`, the last one for each row and seed; a last line cut short by a kill is left out."""
+def read(folder: Path, warn: Callable[[str], None] = lambda line: None) -> list[Result]:
+    """The results in `folder`, the last one for each row and seed.
+
+    Args:
+        folder: The folder of a comparison.
+        warn: Called with a line of text for each line of rows.jsonl that is no result. Such a line is
+            left out, so that its row runs again. A last line that a crash cut short is left out silently.
+    """
     path = folder / FILE
     if not path.is_file():
         return []
-    lines = path.read_text(errors="replace").splitlines()
+    with reading(f"{path}: cannot be read"):
+        text = path.read_text(encoding="utf-8", errors="replace")
     found: dict[tuple[str, int], Result] = {}
-    for number, line in enumerate(lines, start=1):
+    for number, line in enumerate(text.split("\n"), start=1):
+        if not line.strip():
+            continue
         try:
             result = _parse(json.loads(line))
-        except (ValueError, TypeError, AttributeError) as error:
-            if number == len(lines):
-                continue
-            raise MetaVPTError(
-                f"{path} line {number}: not the result of a comparison ({error}); delete the line to run that row again"
-            ) from None
+        except (ValueError, TypeError, AttributeError, RecursionError) as error:
+            if number <= text.count("\n"):
+                warn(
+                    f"{path} line {number}: not the result of a comparison ({error}); it is left out and its row runs again"
+                )
+            continue
         found[result.row, result.seed] = result
     return list(found.values())
 
 
-def _parse(record: Mapping[str, object]) -> Result:
-    return Result(
+def _parse(record: Mapping[str, Any]) -> Result:
+    """Raises ValueError, TypeError or AttributeError for what is no result."""
+    result = Result(
         **{name: record[name] for name in (f.name for f in fields(Result)) if name in record}
-    )  # type: ignore[arg-type]
+    )
+    texts: list[Any] = [
+        result.row,
+        *(result.steered or []),
+        *([] if result.error is None else [result.error]),
+    ]
+    numbers: list[Any] = [
+        result.steps,
+        result.samples,
+        result.grad_evals,
+        result.seconds,
+        result.peak_memory,
+    ]
+    for part in (result.step0, result.metrics, result.times):
+        numbers += part.values()
+    if not (
+        all(isinstance(text, str) for text in texts)
+        and all(type(number) in (int, float) for number in numbers)
+        and type(result.seed) is int  # a truth value is none
+    ):
+        raise ValueError("a field is of the wrong type")
+    return result

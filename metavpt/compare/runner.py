@@ -21,7 +21,7 @@ from metavpt.compare import results
 from metavpt.compare.results import Result
 from metavpt.errors import MetaVPTError
 from metavpt.problem import Problem, supports
-from metavpt.training import checkpoint
+from metavpt.training import checkpoint, run_folder
 from metavpt.training.first_order import head_names
 from metavpt.training.trainer import Trainer
 
@@ -71,6 +71,7 @@ class Comparison:
 
     def run(self) -> list[Result]:
         """Results in the order of the jobs."""
+        results.read(self.folder, warn=self._warn)
         columns = (
             BarColumn(),
             TextColumn("{task.completed:.0f}/{task.total:.0f}"),
@@ -112,6 +113,9 @@ class Comparison:
         found = {(result.row, result.seed): result for result in results.read(self.folder)}
         return [found[job.row, job.seed] for job in self.jobs if (job.row, job.seed) in found]
 
+    def _warn(self, line: str) -> None:
+        self.console.print(line, style="yellow", soft_wrap=True)
+
     def _ready(self, waiting: list[Job], running: dict[int, tuple[Job, Any]]) -> list[Job]:
         """The jobs to start now."""
         free = self.num_processes - len(running)
@@ -131,13 +135,13 @@ class Comparison:
         path = (
             job.folder / OUTPUT
         )  # there is none where what it is to build is not found in another process
-        output = path.read_text().splitlines() if path.exists() else []
+        output = path.read_text(errors="replace").splitlines() if path.exists() else []
         why = (
             output[-1] if exitcode == 1 and output else f"its process ended with status {exitcode}"
         )
         if job.warm is None:
             raise MetaVPTError(f"{job.title}: {why}")
-        self.console.print(f"{job.title} failed: {why}", style="yellow")
+        self._warn(f"{job.title} failed: {why}")
         results.append(self.folder, Result(job.row, job.seed, error=why))
 
 
@@ -153,6 +157,7 @@ def work(job: Job, folder: Path, start_method: str) -> None:
         os.dup2(output.fileno(), 1)
         os.dup2(output.fileno(), 2)
         try:
+            run_folder.lock(job.folder)  # held to the end of this process
             if job.warm is None:
                 warm_start(job)
             else:

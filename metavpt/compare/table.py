@@ -3,7 +3,6 @@
 import csv
 import io
 import math
-import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -28,6 +27,7 @@ from metavpt.compare.paired_statistics import (
 from metavpt.compare.results import Result
 from metavpt.errors import MetaVPTError
 from metavpt.report.formatting import number, with_error
+from metavpt.training.disk import write_text
 
 STEP0 = "step 0"
 MIB = 2**20
@@ -211,9 +211,7 @@ class Table:
     def write(self, folder: Path) -> None:
         """table.md and table.csv in `folder`; a reader finds the old file or the new one, never a part."""
         for name, text in (("table.md", self.markdown()), ("table.csv", self.csv())):
-            unfinished = folder / f"{name}.tmp"
-            unfinished.write_text(text, encoding="utf-8")
-            os.replace(unfinished, folder / name)
+            write_text(folder / name, text)
 
     def _cell(self, row: str, metric: str) -> Cell:
         values = self.values.get(row, {}).get(metric, {})

@@ -1,6 +1,5 @@
 """A page is one file without scripts or links: a template over the base that all of them share, filled and written at once."""
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from metavpt.compare.metric_directions import sign
 from metavpt.report.formatting import breakable, duration, hundredths, number, with_error
 from metavpt.report.svg import NUM_COLOURS, hue, turn
 from metavpt.report.texts import visible
+from metavpt.training.disk import write_text
 
 
 def write(path: Path, template: str, **values: Any) -> Path:
@@ -45,9 +45,7 @@ def write(path: Path, template: str, **values: Any) -> Path:
         environment=_parsed(_text(folder / "environment.json")),
         **values,
     )
-    unfinished = path.with_suffix(".html.tmp")
-    unfinished.write_text(html, encoding="utf-8")
-    os.replace(unfinished, path)  # whoever has the page open never reloads half of it
+    write_text(path, html)  # whoever has the page open never reloads half of it
     return path
 
 

@@ -3,7 +3,6 @@
 import math
 import os
 import shlex
-import shutil
 import sys
 from pathlib import Path
 from signal import Signals
@@ -20,12 +19,13 @@ from metavpt.cli.allowed_targets import asked_for, check_targets
 from metavpt.cli.console import Console, say
 from metavpt.cli.one_line_errors import dead_worker, reporting
 from metavpt.distributed import collectives
-from metavpt.errors import MetaVPTError, NonFiniteError, writing
+from metavpt.errors import MetaVPTError, NonFiniteError
 from metavpt.run import dry_run, summary
 from metavpt.run.sweep import Objective
 from metavpt.training import non_finite, run_folder
 from metavpt.training.build import build
 from metavpt.training.checkpoint import Checkpoints
+from metavpt.training.disk import write_text
 from metavpt.training.fabric import make_fabric
 from metavpt.training.signals import Stopped, StopRequest
 from metavpt.training.trainer import Trainer
@@ -54,6 +54,29 @@ def run(cfg: DictConfig) -> float | None:
         torch.set_num_threads(cfg.threads)
     fabric = make_fabric(cfg.device, cfg.precision, cfg.devices, cfg.nodes, cfg.parallel)
     folder, resume = collectives.first(_folder(cfg) if collectives.rank() == 0 else None)
+    try:
+        metrics = _train_and_report(cfg, folder, resume, objective, console, fabric)
+    finally:
+        run_folder.unlock(folder)
+    return objective(metrics) if objective else None
+
+
+def describe(cfg: DictConfig, console: Console) -> None:
+    """Print what the run would take; no data and no weights are read, nothing is written."""
+    with torch.device("meta"):
+        trainer = build(dry_run.without_files(cfg), Path(cfg.runs), console)
+    console.print(dry_run.plan(trainer))
+
+
+def _train_and_report(
+    cfg: DictConfig,
+    folder: Path,
+    resume: bool,
+    objective: Objective | None,
+    console: Console,
+    fabric: Fabric,
+) -> dict[str, float]:
+    """Train, print the table and write the report; the metrics at the end."""
     stop = StopRequest()
     try:
         with stop.listening():
@@ -65,14 +88,7 @@ def run(cfg: DictConfig) -> float | None:
     if collectives.rank() == 0:
         console.print(summary.table(folder))
         console.print(f"report: {report.write_report(folder)}")
-    return objective(metrics) if objective else None
-
-
-def describe(cfg: DictConfig, console: Console) -> None:
-    """Print what the run would take; no data and no weights are read, nothing is written."""
-    with torch.device("meta"):
-        trainer = build(dry_run.without_files(cfg), Path(cfg.runs), console)
-    console.print(dry_run.plan(trainer))
+    return metrics
 
 
 def _train(
@@ -113,7 +129,7 @@ def _train(
             and not (folder / non_finite.FILE).exists()
         )
         if collectives.rank() == 0 and nothing:
-            shutil.rmtree(folder)
+            run_folder.remove(folder)
         raise
     finally:
         if trainer is not None:
@@ -161,9 +177,12 @@ def _folder(cfg: DictConfig) -> tuple[Path, bool]:
         return run_folder.find(output, Path(cfg.runs), config), True
     name = f"{hydra_cfg.runtime.choices['problem']}-{hydra_cfg.runtime.choices['strategy']}-seed{cfg.seed}"
     folder = run_folder.create(output, Path(cfg.runs), name)
-    with writing(folder):
-        (folder / "config.yaml").write_text(config)
+    try:
+        write_text(folder / "config.yaml", config)
         run_folder.write_environment(folder, cfg.seed)
+    except BaseException:
+        run_folder.remove(folder)
+        raise
     return folder, False
 
 

@@ -1,6 +1,7 @@
 """A sweep's outcome: a table of its jobs, best first, and the best configuration as an experiment to run again."""
 
 import csv
+import io
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -21,6 +22,7 @@ from metavpt.compare.metric_directions import sign
 from metavpt.errors import MetaVPTError
 from metavpt.report import read_log, series_of
 from metavpt.report.formatting import number
+from metavpt.training.disk import write_text
 
 # where a run stood and who watched it
 NOT_WHAT_RAN = {
@@ -82,7 +84,7 @@ class Job:
 
     def write(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "job.json").write_text(json.dumps(asdict(self)) + "\n")
+        write_text(folder / "job.json", json.dumps(asdict(self)) + "\n")
 
 
 class Sweep(Callback):
@@ -119,24 +121,26 @@ class Sweep(Callback):
         if jobs and jobs[0][0].value is not None:
             path = folder / "experiment" / "best.yaml"
             path.parent.mkdir(exist_ok=True)
-            path.write_text(experiment(jobs[0][0]))
+            write_text(path, experiment(jobs[0][0]))
             console.print(f"best:  {path}", soft_wrap=True)
 
 
 def write_table(folder: Path, rows: Sequence[Row]) -> None:
     """table.csv with every digit, table.md to read."""
     names = _names(rows)
-    with (folder / "table.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, names)
-        writer.writeheader()
-        writer.writerows(rows)
+    table = io.StringIO()
+    writer = csv.DictWriter(table, names)
+    writer.writeheader()
+    writer.writerows(rows)
+    write_text(folder / "table.csv", table.getvalue())
     lines = [
         names,
         ["---"] * len(names),
         *([_cell(row.get(name)) for name in names] for row in rows),
     ]
-    (folder / "table.md").write_text(
-        "".join(f"| {' | '.join(cell.replace('|', '/') for cell in line)} |\n" for line in lines)
+    write_text(
+        folder / "table.md",
+        "".join(f"| {' | '.join(cell.replace('|', '/') for cell in line)} |\n" for line in lines),
     )
 
 

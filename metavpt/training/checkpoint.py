@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_flatten_with_path, tree_leaves, tree_map_on
 from metavpt.distributed import collectives
 from metavpt.errors import MetaVPTError, writing
 from metavpt.training import checkpoint_shards
+from metavpt.training.disk import replacing, sync_folder
 
 STATE = "state.pt"  # in the folder of a checkpoint: all but the shards, which meta tensors stand for, and the sums of their files
 
@@ -96,19 +97,13 @@ class Checkpoints:
 
 
 def write(path: Path, state: dict[str, Any]) -> None:
-    """`state` in `path`, whole or not at all. Raises MetaVPTError where there is no room for it."""
-    partial = path.with_suffix(".partial")
-    try:
-        with writing(path), partial.open("wb") as file:
-            _save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-        with writing(path):
-            os.replace(partial, path)
-            _sync_folder(path.parent)
-    except MetaVPTError:
-        partial.unlink(missing_ok=True)
-        raise
+    """Write `state` to `path`, whole or not at all.
+
+    Raises:
+        MetaVPTError: There is no room for it.
+    """
+    with replacing(path) as file:
+        _save(state, file)
 
 
 def _write_folder(path: Path, state: dict[str, Any]) -> None:
@@ -131,7 +126,7 @@ def _write_folder(path: Path, state: dict[str, Any]) -> None:
                 if path.exists():
                     _remove(path)  # it could not be read: the run went on from before it
                 os.rename(partial, path)
-                _sync_folder(path.parent)
+                sync_folder(path.parent)
     except MetaVPTError as error:
         fault = str(error)
     fault = collectives.any_of(fault)
@@ -159,15 +154,6 @@ def _save(state: dict[str, Any], file: Any) -> None:
         if isinstance(error.__context__, OSError):
             raise error.__context__ from None
         raise
-
-
-def _sync_folder(folder: Path) -> None:
-    """Flush the new name as well: without it a power cut may bring the old ones back, of which some are deleted next."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def read(path: Path, like: Any = None) -> dict[str, Any]:

@@ -3,41 +3,125 @@
 import json
 import os
 import platform
+import shutil
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from datetime import datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from omegaconf import DictConfig, OmegaConf
 
 from metavpt.cli.console import say
-from metavpt.errors import MetaVPTError, reading
+from metavpt.errors import MetaVPTError, reading, writing
+from metavpt.training import disk
 from metavpt.training.checkpoint import Checkpoints
+from metavpt.training.disk import write_text
 
+LOCK = ".lock"  # in the folder of a run, locked by the process at work there
 PACKAGES = ("metavpt", "torch", "torchvision", "timm", "kornia", "hydra-core", "numpy")
+
+_locks: dict[Path, IO[bytes]] = {}
 
 
 def create(folder: Path | None, parent: Path, name: str) -> Path:
-    """A new empty folder: `folder` itself, or `parent`/<name>-<time>, numbered where that is taken."""
+    """Make a new, empty folder for a run and lock it, see `lock`.
+
+    Args:
+        folder: The folder itself, which may exist if it is empty.
+        parent: Where to make <name>-<time>, numbered where that is taken, if `folder` is None.
+        name: The beginning of the name in `parent`.
+
+    Raises:
+        MetaVPTError: `folder` is not empty, or cannot be made.
+    """
     if folder is not None:
-        if folder.exists() and any(folder.iterdir()):
-            raise MetaVPTError(
-                f"output={folder}: the folder is not empty; choose another one, or continue that run with resume=true"
-            )
-        folder.mkdir(parents=True, exist_ok=True)
+        with writing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            _check_empty(folder)
+            lock(folder)
+            _check_empty(folder)
         return folder
     stem = f"{name}-{datetime.now():%Y%m%d-%H%M%S}"
     for attempt in range(1000):
         path = parent / (stem if attempt == 0 else f"{stem}-{attempt + 1}")
-        try:
-            path.mkdir(parents=True)
-        except FileExistsError:
-            continue
+        with writing(path):
+            try:
+                path.mkdir(parents=True)
+            except FileExistsError:
+                if parent.is_dir():
+                    continue
+                raise
+            lock(path)
         return path
     raise MetaVPTError(f"{parent}: could not make a new folder for {stem}")
+
+
+def _check_empty(folder: Path) -> None:
+    if any(path.name != LOCK for path in folder.iterdir()):
+        raise MetaVPTError(
+            f"output={folder}: the folder is not empty; choose another one, or continue that run with resume=true"
+        )
+
+
+def remove(folder: Path) -> None:
+    """Delete what this process wrote into a folder, and the folder itself unless it is a link.
+
+    Errors are ignored: this follows the failure of a run, whose own message must not be lost.
+    """
+    for path in list(folder.iterdir()) if folder.is_dir() else []:
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            with suppress(OSError):
+                path.unlink()
+    unlock(folder)
+    with suppress(OSError):
+        folder.rmdir()
+
+
+def lock(folder: Path) -> None:
+    """Reserve the folder of a run for this process until `unlock`, or until the process ends.
+
+    Raises:
+        MetaVPTError: Another process is at work in the folder.
+    """
+    key = folder.resolve()
+    if key in _locks:
+        return
+    file = (folder / LOCK).open("a+b")
+    if not disk.lock(file):
+        file.seek(0)
+        holder = file.read(200).decode(errors="replace").strip()
+        file.close()
+        raise MetaVPTError(
+            f"{folder}: another process is at work in this folder ({holder}); wait for it, or choose another folder"
+        )
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {platform.node()}".encode())
+    file.flush()
+    _locks[key] = file
+
+
+def unlock(folder: Path) -> None:
+    """Let go of a folder that `lock` reserved, if it did."""
+    file = _locks.pop(folder.resolve(), None)
+    if file is not None:
+        file.close()
+
+
+def _forget_locks() -> None:
+    """Close the copies of a forked process, which would hold the locks beyond the end of this one."""
+    for file in _locks.values():
+        file.close()
+    _locks.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget_locks)
 
 
 def find(folder: Path | None, parent: Path, config: str) -> Path:
@@ -50,6 +134,8 @@ def find(folder: Path | None, parent: Path, config: str) -> Path:
     for path in candidates:
         file = path / "config.yaml"
         if file.is_file() and file.read_bytes() == config.encode():
+            with writing(path):
+                lock(path)
             return path
         if folder is not None:
             reason = (
@@ -100,7 +186,7 @@ def write_environment(
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         **{package: _version(package) for package in PACKAGES},
     }
-    (folder / "environment.json").write_text(json.dumps(environment, indent=2) + "\n")
+    write_text(folder / "environment.json", json.dumps(environment, indent=2) + "\n")
 
 
 def _version(package: str) -> str | None:

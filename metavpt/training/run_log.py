@@ -16,6 +16,7 @@ from metavpt.cli.console import Console
 from metavpt.errors import MetaVPTError, writing
 from metavpt.probes.samples import Texts
 from metavpt.training.budget import Budget
+from metavpt.training.disk import write_text
 from metavpt.training.trackers import Tracker
 
 
@@ -68,7 +69,8 @@ class RunLog:
                 raise MetaVPTError(f"tracker={name}: does not start ({_line(error)})") from error
 
     def write(self, kind: str, step: int, **values: Any) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True)
+        with writing(self.path):
+            self.folder.mkdir(parents=True, exist_ok=True)
         with writing(self.path), self.path.open("a") as file:
             file.write(
                 json.dumps(
@@ -99,7 +101,7 @@ class RunLog:
         for name, pixels in figures.items():
             path = self.folder / "figures" / f"{name}-step{step:06d}.png"
             with writing(path):
-                path.parent.mkdir(exist_ok=True)
+                path.parent.mkdir(parents=True, exist_ok=True)
                 Image.fromarray(pixels).save(path)
         for name, pixels in figures.items():
             self._track(
@@ -112,7 +114,7 @@ class RunLog:
             path = self.folder / "texts" / f"step{step:06d}.json"
             with writing(path):
                 path.parent.mkdir(parents=True, exist_ok=True)
-                path.write_text(json.dumps(texts._asdict(), ensure_ascii=False), encoding="utf-8")
+            write_text(path, json.dumps(texts._asdict(), ensure_ascii=False))
 
     def discard(self) -> None:
         """Forget what was written."""

@@ -1,12 +1,14 @@
-"""SIGTERM and Ctrl-C: a run that is asked to stop takes its step to the end, saves itself and says how it goes on."""
+"""SIGTERM, SIGHUP and Ctrl-C: a run that is asked to stop finishes its step, saves itself and says how to go on."""
 
+import os
 import signal
+import stat
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT)
+SIGNALS = (signal.SIGTERM, signal.SIGINT, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else []))
 
 
 class Stopped(BaseException):
@@ -18,8 +20,8 @@ class Stopped(BaseException):
 
     @property
     def status(self) -> int:
-        """Of the process: 0 for SIGTERM, which schedulers send to what they will start again; 130 for Ctrl-C."""
-        return 0 if self.signal is signal.SIGTERM else 130
+        """Of the process: 130 for Ctrl-C; 0 for SIGTERM, which schedulers send to what they will start again, and SIGHUP."""
+        return 130 if self.signal is signal.SIGINT else 0
 
 
 class StopRequest:
@@ -31,11 +33,18 @@ class StopRequest:
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Take the signals of the process for as long as the block runs. Only a main thread can; in another one nothing changes."""
+        """Take the signals of the process inside the block. SIGHUP that nohup made ignored stays ignored.
+
+        Only a main thread can; in another one nothing changes.
+        """
         if threading.current_thread() is not threading.main_thread():
             yield
             return
-        earlier = {number: signal.signal(number, self._receive) for number in SIGNALS}
+        earlier = {
+            number: signal.signal(number, self._receive)
+            for number in SIGNALS
+            if number == signal.SIGINT or signal.getsignal(number) is not signal.SIG_IGN
+        }
         try:
             yield
         finally:
@@ -54,5 +63,16 @@ class StopRequest:
     def _receive(self, number: int, frame: Any) -> None:
         impatient = self.signal is not None and number == signal.SIGINT
         self.signal = signal.Signals(number)
+        if self.signal not in (signal.SIGTERM, signal.SIGINT):
+            _leave_closed_terminal()
         if impatient or not self._is_deferred:
             raise Stopped(self.signal)
+
+
+def _leave_closed_terminal() -> None:
+    """Send the output of the process nowhere if its terminal is gone, where writing would fail."""
+    for descriptor in (1, 2):
+        if stat.S_ISCHR(os.fstat(descriptor).st_mode) and not os.isatty(descriptor):
+            null = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(null, descriptor)
+            os.close(null)

@@ -308,11 +308,10 @@ def test_written_files_are_never_half(tmp_path: Path, monkeypatch: pytest.Monkey
     assert (tmp_path / "table.md").read_text(encoding="utf-8") == table.markdown()
     assert (tmp_path / "table.csv").read_text(encoding="utf-8") == table.csv()
 
-    def killed(path: Path, text: str, encoding: str) -> None:
-        path.write_bytes(text.encode(encoding)[:10])
+    def killed(descriptor: int) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(Path, "write_text", killed)
+    monkeypatch.setattr("os.fsync", killed)
     with pytest.raises(KeyboardInterrupt):
         Table(three_rows()[:3]).write(tmp_path)
     assert (tmp_path / "table.md").read_text(encoding="utf-8") == table.markdown()

@@ -123,7 +123,7 @@ def test_the_page_holds_all_that_was_logged(run: Path) -> None:
         "masks at step 0",
         "masks at step 40",
     ]
-    assert not list(run.glob("*.tmp"))
+    assert not list(run.glob("*.partial"))
 
 
 def test_the_page_needs_no_network_and_runs_nothing(run: Path) -> None:

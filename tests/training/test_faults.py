@@ -27,6 +27,7 @@ STATUS = {  # where the command was listening already, and where it was still st
     signal.SIGKILL: {-signal.SIGKILL},
     signal.SIGTERM: {0, -signal.SIGTERM},
     signal.SIGINT: {130, 1},
+    signal.SIGHUP: {0, -signal.SIGHUP},
 }
 
 
@@ -154,7 +155,9 @@ def test_killed_at_random_moments_a_run_goes_on_bit_for_bit(tmp_path, whole, req
     print(f"\n{dict(victim.hit)}")
 
 
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(
+    ("number", "status"), [(signal.SIGTERM, 0), (signal.SIGHUP, 0), (signal.SIGINT, 130)]
+)
 def test_asked_to_stop_a_run_saves_its_last_step_and_says_how_it_goes_on(
     tmp_path, whole, number, status
 ):
@@ -210,3 +213,45 @@ def test_a_disk_that_fills_leaves_what_was_saved_and_one_clear_line(tmp_path, wh
     status, output = finish(tmp_path, "resume=true")
     assert status == 0, output
     victim.check_finished()
+
+
+def test_a_second_process_in_the_folder_of_a_run_gets_one_line(tmp_path, whole):
+    victim = Victim(tmp_path, whole[0])
+    process = victim.start()
+    while process.is_alive() and not Checkpoints(victim.run / "checkpoints").paths():
+        time.sleep(0.01)
+    os.kill(process.pid, signal.SIGSTOP)
+    try:
+        (tmp_path / "other").mkdir()
+        (tmp_path / "other" / "run").symlink_to(victim.run)
+        status, output = finish(tmp_path / "other", "resume=true")
+        assert status == 2
+        (line,) = output.strip().splitlines()
+        assert f"process {process.pid} on" in line
+    finally:
+        os.kill(process.pid, signal.SIGCONT)
+    process.join(60)
+    assert process.exitcode == 0, victim.output
+    victim.check_finished()
+
+
+def test_a_report_that_the_disk_has_no_room_for_is_one_line(tmp_path, whole):
+    status, output = finish(tmp_path)
+    assert status == 0, output
+    report = tmp_path / "run" / "report.html"
+    before = report.read_bytes()
+    status, output = finish(tmp_path, "resume=true", file_limit=len(before) // 2)
+    assert status == 2
+    line = output.strip().splitlines()[-1]
+    assert "report.html: cannot be written (File too large)" in line
+    assert report.read_bytes() == before
+
+
+def test_an_early_failure_in_a_linked_folder_is_named(tmp_path, whole):
+    (tmp_path / "target").mkdir()
+    (tmp_path / "run").symlink_to(tmp_path / "target")
+    status, output = finish(tmp_path, "minimise=no/such_metric")
+    assert status == 2, output
+    assert "minimise=no/such_metric: no such metric" in output.strip().splitlines()[-1]
+    assert (tmp_path / "run").is_symlink()
+    assert list((tmp_path / "target").iterdir()) == []

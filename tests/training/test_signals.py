@@ -13,7 +13,9 @@ def send(number):
     os.kill(os.getpid(), number)
 
 
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(
+    ("number", "status"), [(signal.SIGTERM, 0), (signal.SIGHUP, 0), (signal.SIGINT, 130)]
+)
 def test_outside_of_a_step_a_signal_stops_at_once(number, status):
     with pytest.raises(Stopped) as stopped, StopRequest().listening():
         send(number)
@@ -48,3 +50,14 @@ def test_a_thread_listens_to_nothing():
     thread.start()
     thread.join()
     assert seen == [before]
+
+
+def test_a_hangup_that_nohup_ignores_stays_ignored():
+    earlier = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        stop = StopRequest()
+        with stop.listening():
+            send(signal.SIGHUP)
+        assert stop.signal is None
+    finally:
+        signal.signal(signal.SIGHUP, earlier)
