@@ -4,6 +4,7 @@ import importlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from importlib.resources import files
+from types import MappingProxyType
 from typing import Any, TypeGuard, TypeVar
 
 from torch import Tensor, nn
@@ -12,6 +13,7 @@ from typing_extensions import get_protocol_members
 from metavpt.errors import MetaVPTError
 from metavpt.hypergradients import params
 from metavpt.hypergradients.params import Params
+from metavpt.metrics import Directions
 
 Capability = TypeVar("Capability")
 
@@ -30,10 +32,13 @@ class Problem(ABC):
         learner: The model whose parameters are theta. Only `pretrain_loss` trains it.
         designer: The module whose parameters are phi. `designer(batch)` returns a task. Only the
             value of the learner's update for `feedback_loss` trains it.
+        metric_directions: Maps a metric of `evaluate` to "lower" or "higher", whichever is better.
+            A metric that is missing gets no verdict.
     """
 
     learner: nn.Module
     designer: nn.Module
+    metric_directions: Directions = MappingProxyType({})
 
     @abstractmethod
     def pretrain_batches(self, seed: int) -> Iterable[Any]:

@@ -125,6 +125,11 @@ class DenseProblem(MultipleFeedbacks, Shardable, Reportable, Problem):
             name: self._dense_probe(data, probe_heads) for name, data in self.sets.items()
         }
         self.side_effects = SideEffects(probes)
+        directions = self.side_effects.directions
+        for name, probe in self.probe.items():
+            for metric, direction in probe.directions.items():
+                directions[self._called(name, metric)] = direction
+        self.metric_directions = directions
 
     @torch.no_grad()
     def _check_sizes(self, backbone: Backbone) -> None:

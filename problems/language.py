@@ -74,6 +74,12 @@ class LanguageProblem(MultipleFeedbacks, SplitsDomains, Shardable, Reportable, P
             name: PerplexityProbe(self._in_order(corpus))
             for name, corpus in self.data.general.items()
         }
+        probes: dict[str, AnswerProbe | PerplexityProbe] = {**self.answers, **self.perplexities}
+        self.metric_directions = {
+            f"{name}/{metric}": direction
+            for name, probe in probes.items()
+            for metric, direction in probe.directions.items()
+        }
         self.last_task: TargetTask | None = None
 
     @property

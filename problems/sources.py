@@ -1,6 +1,7 @@
 """A toy with a known answer, to try a whole comparison in seconds: `problem=toy_sources`."""
 
 from collections.abc import Callable, Iterator
+from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
@@ -8,6 +9,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from metavpt.hypergradients.params import Params
+from metavpt.metrics import Directions
 from metavpt.problem import Problem
 from metavpt.strategies.selection import SupportsCandidates, SupportsSelection
 
@@ -45,6 +47,8 @@ class Sources(Problem, SupportsCandidates, SupportsSelection):
 
     The best weights are known: all on source 0. Uniform weights lead the learner to the mean of all A_s.
     """
+
+    metric_directions: Directions = MappingProxyType({"error": "lower"})
 
     def __init__(
         self,

@@ -18,9 +18,11 @@ from metavpt import report
 from metavpt.cli.allowed_targets import asked_for, check_targets
 from metavpt.cli.console import Console
 from metavpt.cli.one_line_errors import reporting
+from metavpt.compare import results
 from metavpt.compare.runner import Comparison, Job
 from metavpt.compare.table import Table
 from metavpt.errors import MetaVPTError, writing
+from metavpt.metrics import check_directions
 from metavpt.report.rows import run_folder as row_folder
 from metavpt.training import run_folder
 from metavpt.training.budget import UNITS
@@ -37,6 +39,7 @@ OWN = {
     "match",
     "warm_start",
     "jobs",
+    "metrics",
 }  # what a single run does not have
 GROWS = {
     "strategies",
@@ -46,6 +49,7 @@ GROWS = {
     "jobs",
     "strategy",
     "seed",
+    "metrics",
 }  # what may differ when a comparison goes on
 PLACE = {"resume", "output", "runs", "allow_targets"}
 
@@ -141,17 +145,18 @@ def compare(cfg: DictConfig) -> Path:
         )
         write_text(folder / "config.yaml", config)
         run_folder.write_environment(folder, command="compare", also=shared)
+    results.write_directions(folder, check_directions(cfg.metrics or {}, "metrics"))
     comparison = Comparison(folder, jobs(cfg, made, folder), cfg.jobs, console)
-    results = comparison.run()
-    table = Table(results)
+    found = comparison.run()
+    table = Table(found, directions=results.read_directions(folder))
     table.write(folder)
     console.print(table.rich())
     console.print(f"report: {report.write_comparison_report(folder)}")
-    failed = [result for result in results if result.error]
+    failed = [result for result in found if result.error]
     if failed:
         first = failed[0]
         raise MetaVPTError(
-            f"{len(failed)} of {len(results)} rows failed; {first.row} on seed {first.seed}: {first.error}"
+            f"{len(failed)} of {len(found)} rows failed; {first.row} on seed {first.seed}: {first.error}"
         )
     return folder
 
@@ -168,6 +173,7 @@ def _validate(cfg: DictConfig) -> None:
         )
     if cfg.jobs < 1:
         raise MetaVPTError(f"jobs={cfg.jobs}: at least one row must run at a time")
+    check_directions(cfg.metrics or {}, "metrics")
     if cfg.warm_start < 0:
         raise MetaVPTError(
             f"warm_start={cfg.warm_start}: the number of its steps must not be negative"

@@ -7,10 +7,14 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from metavpt.errors import reading, writing
-from metavpt.training.disk import locked
+import yaml
+
+from metavpt.errors import MetaVPTError, reading, writing
+from metavpt.metrics import Direction, Directions, check_directions
+from metavpt.training.disk import locked, write_text
 
 FILE = "rows.jsonl"
+DIRECTIONS = "metrics.yaml"  # what the configuration of the comparison states
 
 
 @dataclass(frozen=True)
@@ -20,6 +24,7 @@ class Result:
     step0, metrics   probe metrics before and after
     peak_memory      bytes, of training alone
     steered          the metrics that the feedback is about; None: all of them
+    directions       metric to "lower" or "higher", whichever is better, as the problem states it
     error            one line where the row failed; then nothing else is known
     """
 
@@ -35,6 +40,7 @@ class Result:
     times: dict[str, float] = field(default_factory=dict)
     peak_memory: int = 0
     steered: list[str] | None = None
+    directions: dict[str, Direction] = field(default_factory=dict)
 
     @property
     def samples_per_s(self) -> float:
@@ -93,6 +99,26 @@ def read(folder: Path, warn: Callable[[str], None] = lambda line: None) -> list[
     return list(found.values())
 
 
+def write_directions(folder: Path, directions: Directions) -> None:
+    """Keep the directions that the configuration states, for the table and the report."""
+    if directions:
+        write_text(folder / DIRECTIONS, yaml.safe_dump(dict(directions)))
+
+
+def read_directions(folder: Path) -> dict[str, Direction]:
+    """The directions that `write_directions` kept; empty where there are none."""
+    path = folder / DIRECTIONS
+    if not path.is_file():
+        return {}
+    try:
+        stated = yaml.safe_load(path.read_text(errors="replace"))
+    except yaml.YAMLError:
+        stated = None
+    if not isinstance(stated, dict):
+        raise MetaVPTError(f"{path}: no mapping from metrics to lower or higher; mend or delete it")
+    return check_directions(stated, str(path))
+
+
 def _parse(record: Mapping[str, Any]) -> Result:
     """Raises ValueError, TypeError or AttributeError for what is no result."""
     result = Result(
@@ -118,4 +144,6 @@ def _parse(record: Mapping[str, Any]) -> Result:
         and type(result.seed) is int  # a truth value is none
     ):
         raise ValueError("a field is of the wrong type")
+    if not set(result.directions.values()) <= {"lower", "higher"}:
+        raise ValueError("a direction is neither lower nor higher")
     return result

@@ -204,6 +204,7 @@ def train(job: Job, warm: Path) -> Result:
         times=dict(budget.times),
         peak_memory=budget.memory.peak,
         steered=[name for name in trainer.metrics if is_target_metric(trainer.problem, name)],
+        directions=dict(trainer.problem.metric_directions),
     )
 
 

@@ -13,7 +13,6 @@ from rich.console import Group
 from rich.table import Table as RichTable
 from rich.text import Text
 
-from metavpt.compare.metric_directions import sign
 from metavpt.compare.paired_statistics import (
     LEVEL,
     MAX_RANGE_SEEDS,
@@ -26,6 +25,7 @@ from metavpt.compare.paired_statistics import (
 )
 from metavpt.compare.results import Result
 from metavpt.errors import MetaVPTError
+from metavpt.metrics import Direction, Directions, sign
 from metavpt.report.formatting import number, with_error
 from metavpt.training.disk import write_text
 
@@ -89,11 +89,20 @@ class Table:
     notes         what a reader must know: rows that failed, values that are missing, how much the seeds can show
     """
 
-    def __init__(self, results: Sequence[Result], reference: str = "fixed") -> None:
+    def __init__(
+        self,
+        results: Sequence[Result],
+        reference: str = "fixed",
+        directions: Directions | None = None,
+    ) -> None:
         if not results:
             raise MetaVPTError("no row of the comparison has finished, so there is no table yet")
         self.results = list(results)
         self.reference = reference
+        self.directions: dict[str, Direction] = {}
+        for result in results:
+            self.directions |= result.directions
+        self.directions |= directions or {}
         self.rows = [STEP0, *dict.fromkeys(result.row for result in results)]
         self.values = _values(results)
         self.has_reference = any(self.values.get(reference, {}).values())
@@ -108,12 +117,16 @@ class Table:
         self.warnings = list(self._warnings())
         self.notes = list(dict.fromkeys(self._notes()))
 
+    def sign(self, metric: str) -> int:
+        """-1 where lower is better, +1 where higher is better, 0 where nobody said."""
+        return sign(metric, self.directions)
+
     def difference(self, row: str, other: str, metric: str) -> Paired | None:
         """`row` minus `other` on the seeds that both have; None where there is none."""
         a, b = (self.values.get(name, {}).get(metric, {}) for name in (row, other))
         seeds = sorted(a.keys() & b.keys())
         return (
-            paired([a[seed] for seed in seeds], [b[seed] for seed in seeds], sign(metric))
+            paired([a[seed] for seed in seeds], [b[seed] for seed in seeds], self.sign(metric))
             if seeds
             else None
         )
@@ -223,7 +236,7 @@ class Table:
             -1: "lower is better",
             1: "higher is better",
             0: "lower or higher may be better",
-        }[sign(metric)]
+        }[self.sign(metric)]
         against = (
             [f"minus {self.reference}", f"{LEVEL:.0%} interval", "p", "wins"]
             if self.has_reference
@@ -291,9 +304,12 @@ class Table:
                 if lost:
                     yield f"{row}, seed {result.seed}: left out, since {', '.join(lost)}"
         yield from self._uneven_starts()
-        unknown = [name for name in (*self.metrics, *self.side_effects) if not sign(name)]
+        unknown = [name for name in (*self.metrics, *self.side_effects) if not self.sign(name)]
         if unknown:
-            yield f"No wins and no warnings on {', '.join(unknown)}: nobody said whether lower or higher is better."
+            yield (
+                f"No wins and no warnings on {', '.join(unknown)}: state which way is better with "
+                "metrics={<metric>: lower} or higher, or in the problem's metric_directions."
+            )
         if any(cell.mean and cell.mean.n == 1 for cell in self.cells.values()):
             yield "One seed has no standard error, interval or p-value: nothing is known of its noise."
         if not self.has_reference:

@@ -8,6 +8,7 @@ from metavpt.data.gsm8k import WordProblem
 from metavpt.data.tokens import TokenBatch
 from metavpt.errors import MetaVPTError
 from metavpt.learners.lm import LanguageModel
+from metavpt.metrics import Direction
 from metavpt.probes.extraction import is_flexible_match, is_strict_match
 from metavpt.probes.generation import Generator
 from metavpt.probes.perplexity import mean_nll
@@ -54,6 +55,16 @@ class AnswerProbe:
             seed,
         )
         self.answers: list[Answer] = []
+
+    @property
+    def directions(self) -> dict[str, Direction]:
+        """Metric to the direction in which it is better."""
+        stated: dict[str, Direction] = {"nll": "lower"}
+        for name in EXTRACTIONS:
+            stated[f"pass@1_{name}"] = "higher"
+            for k in self.ks if self.num_samples else ():
+                stated[f"sampled_pass@{k}_{name}"] = "higher"
+        return stated
 
     def __call__(self, learner: LanguageModel) -> dict[str, float]:
         metrics = {"nll": mean_nll(learner, self.batches())}

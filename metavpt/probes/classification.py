@@ -13,6 +13,7 @@ from torch.utils.data import Dataset
 from metavpt.data.cache import CachedImages
 from metavpt.data.classified import ClassifiedImages, open_classified
 from metavpt.errors import MetaVPTError
+from metavpt.metrics import Direction
 from metavpt.probes.features import FeatureSet
 from metavpt.probes.heads import DenseTask
 from metavpt.probes.knn import KNN
@@ -82,6 +83,10 @@ class ClassificationProbe:
             _Part(train, num_train, seed, cache_bytes),
             _Part(val, num_val, seed, cache_bytes),
         )
+
+    @property
+    def directions(self) -> dict[str, Direction]:
+        return {f"{name}/accuracy": "higher" for name in self.heads}
 
     def __call__(self, describe: Describe, images: Dataset[Tensor]) -> dict[str, float]:
         train, val = (self._features(describe, part) for part in (self.train, self.val))

@@ -7,10 +7,16 @@ import torch
 from torch import Tensor
 
 from metavpt.errors import MetaVPTError
-from metavpt.probes.depth import DepthTask, evaluate_depth, predict_depth
+from metavpt.metrics import Direction
+from metavpt.probes.depth import DepthMetrics, DepthTask, evaluate_depth, predict_depth
 from metavpt.probes.features import Features, LabelledBatch, extract
 from metavpt.probes.heads import Fit, LinearHead, Ridge
-from metavpt.probes.segmentation import SegmentationTask, evaluate_segmentation, predict_label
+from metavpt.probes.segmentation import (
+    SegmentationMetrics,
+    SegmentationTask,
+    evaluate_segmentation,
+    predict_label,
+)
 
 Batches = Callable[[], Iterable[LabelledBatch]]  # called once a probe: a fresh pass over the set
 
@@ -49,6 +55,17 @@ class DenseProbe:
         if self.depth is None and self.segmentation is None:
             raise MetaVPTError("DenseProbe: nothing to probe; set num_classes or depth=True")
         self._fitted: dict[str, tuple[LinearHead | None, LinearHead | None]] = {}
+
+    @property
+    def directions(self) -> dict[str, Direction]:
+        """Metric to the direction in which it is better."""
+        stated: dict[str, Direction] = {}
+        if self.depth:
+            stated |= {f"depth_{name}": which for name, which in DepthMetrics.directions.items()}
+        if self.segmentation:
+            segmentation = SegmentationMetrics.directions
+            stated |= {f"seg_{name}": which for name, which in segmentation.items()}
+        return {f"{head}/{name}": which for head in self.heads for name, which in stated.items()}
 
     def __call__(self, features: Features) -> dict[str, float]:
         """Fits and measures every head; the fitted heads serve `predict` until the next call."""

@@ -1,12 +1,14 @@
 """Depth in metres: targets for a head, and RMSE, AbsRel and delta1 by the usual protocol of NYUv2 (letters as in features.py)."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from metavpt.errors import MetaVPTError
+from metavpt.metrics import Directions
 from metavpt.probes.features import FeatureSet
 from metavpt.probes.heads import LinearHead
 
@@ -45,6 +47,13 @@ class DepthMetrics:
         rmse_per_image, abs_rel_per_image, delta1_per_image
                    mean over images of each image's own value: what DINOv2, DINOv3 and others report
     """
+
+    directions: ClassVar[Directions] = {
+        "rmse": "lower",
+        "abs_rel": "lower",
+        "delta1": "higher",
+        "rmse_per_image": "lower",
+    }
 
     def __init__(self, crop: bool = True) -> None:
         self.crop = crop

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterable
+from typing import ClassVar
 
 import torch
 
@@ -9,6 +10,7 @@ from metavpt.data.tokens import TokenBatch
 from metavpt.distributed import collectives
 from metavpt.hypergradients import params
 from metavpt.learners.lm import LanguageModel
+from metavpt.metrics import Directions
 from metavpt.objectives.target_task import OneHot, TargetTask, own_target_loss
 
 MAX_NLL = 709.0  # nats: what float64 can raise e to
@@ -29,6 +31,8 @@ def mean_nll(learner: LanguageModel, batches: Iterable[TokenBatch]) -> float:
 
 class PerplexityProbe:
     """{"perplexity": exp(mean NLL of a token)} on one pass over `batches`; of questions with answers, the answers' tokens count."""
+
+    directions: ClassVar[Directions] = {"perplexity": "lower"}
 
     def __init__(self, batches: Callable[[], Iterable[TokenBatch]]) -> None:
         self.batches = batches

@@ -13,6 +13,7 @@ from metavpt.data.lazy import Lazy
 from metavpt.data.photo import decode
 from metavpt.data.revisited import Query, open_revisited
 from metavpt.errors import MetaVPTError
+from metavpt.metrics import Direction
 from metavpt.probes.summaries import Describe, summarise
 
 LEVELS = {  # level -> kinds that count as right, kinds that are left out (arXiv 1803.11285, section 3.3)
@@ -65,6 +66,10 @@ class RetrievalProbe:
         if size < 1:
             raise MetaVPTError(f"RetrievalProbe: size={size} must be positive")
         self.truth, self.size = open_revisited(Path(path)), size
+
+    @property
+    def directions(self) -> dict[str, Direction]:
+        return {f"{self.truth.name}/map_{level}": "higher" for level in LEVELS}
 
     def __call__(self, describe: Describe, images: Dataset[Tensor]) -> dict[str, float]:
         listed = F.normalize(summarise(describe, self._listed()), dim=1)

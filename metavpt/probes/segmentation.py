@@ -1,12 +1,14 @@
 """Semantic segmentation: targets for a head, and mIoU from one confusion matrix over the set (letters as in features.py)."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from metavpt.errors import MetaVPTError
+from metavpt.metrics import Directions
 from metavpt.probes.features import IGNORE, FeatureSet
 from metavpt.probes.heads import LinearHead
 
@@ -21,6 +23,8 @@ class SegmentationMetrics:
         miou_present  mean IoU of the classes that occur in the truth
         acc           share of labelled pixels that are right
     """
+
+    directions: ClassVar[Directions] = {"miou": "higher", "acc": "higher"}
 
     def __init__(self, num_classes: int) -> None:
         self.num_classes = num_classes

@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from metavpt.errors import MetaVPTError
+from metavpt.metrics import Direction
 from metavpt.probes.summaries import Describe, Probe
 
 
@@ -27,13 +28,21 @@ class SideEffects:
             metrics |= measured
         return metrics
 
+    @property
+    def directions(self) -> dict[str, Direction]:
+        """Metric to the direction in which it is better, of the probes that state them."""
+        stated: dict[str, Direction] = {}
+        for probe in self.probes.values():
+            stated |= getattr(probe, "directions", {})
+        return stated
+
     def state_dict(self) -> dict[str, Any]:
         """What probes remember from one measurement to the next."""
         return {
-            name: probe.state_dict()
+            name: probe.state_dict()  # type: ignore[attr-defined]
             for name, probe in self.probes.items()
             if hasattr(probe, "state_dict")
-        }  # type: ignore[attr-defined]
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         for name, value in state.items():

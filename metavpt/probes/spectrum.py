@@ -1,12 +1,13 @@
 """Whether features collapse, and how far they have moved: effective rank, and similarity to those of step 0."""
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from metavpt.errors import MetaVPTError
+from metavpt.metrics import Directions
 from metavpt.probes.summaries import Describe, Pool, check_pool, stack, summarise
 
 
@@ -38,6 +39,8 @@ class Spectrum:
     The features that cka compares with are those of the first measurement: before any training, a warm start's included. They are part
     of a checkpoint.
     """
+
+    directions: ClassVar[Directions] = {"rank/rankme": "higher"}
 
     def __init__(self, num_images: int = 512, pool: Pool = "mean", batch_size: int = 64) -> None:
         check_pool(pool)

@@ -19,7 +19,12 @@ Pool = Literal["mean", "cls"]
 
 
 class Probe(Protocol):
-    """A measurement of frozen features under names of its own, `knn/accuracy`; with a `state_dict` where it remembers something."""
+    """A measurement of frozen features under names of its own, such as `knn/accuracy`.
+
+    It may have `directions`, a mapping from its metrics to "lower" or "higher", whichever is
+    better; a metric that is not named gets no verdict. It has a `state_dict` where it remembers
+    something.
+    """
 
     def __call__(self, describe: Describe, images: Dataset[Tensor]) -> dict[str, float]:
         """`images` are the learner's own unlabelled ones, for probes that bring none."""

@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 from markupsafe import Markup
 
 from metavpt.compare import results
-from metavpt.compare.metric_directions import sign
 from metavpt.compare.table import Table
 from metavpt.report import page
 from metavpt.report.curves import Band, bands
@@ -52,7 +51,7 @@ def write_comparison_report(folder: Path, reference: str = "fixed") -> Path:
     Raises MetaVPTError where no row has finished or failed yet.
     """
     found = results.read(folder)
-    table = Table(found, reference)
+    table = Table(found, reference, results.read_directions(folder))
     rows = read_rows(folder, found, reference)
     config = page.configuration(folder)
     return page.write(
@@ -105,7 +104,7 @@ def _curves(table: Table, rows: list[Row]) -> Iterator[tuple[str, Markup]]:
 def _reached(table: Table, rows: list[Row]) -> Iterator[Reached]:
     """Every row against the reference on the seeds that both have."""
     reference = next((row for row in rows if row.name == table.reference), None)
-    for name in filter(sign, (*table.metrics, *table.side_effects)):
+    for name in filter(table.sign, (*table.metrics, *table.side_effects)):
         samples = {}
         for row in rows:
             seeds = (
@@ -116,7 +115,7 @@ def _reached(table: Table, rows: list[Row]) -> Iterator[Reached]:
             )
             course, last = (one.course(name, seeds) if one else None for one in (row, reference))
             if course and last:
-                at = samples_to_reach(course, float(last.mean[-1]), sign(name))
+                at = samples_to_reach(course, float(last.mean[-1]), table.sign(name))
                 samples[row.name] = None if at is None else (at, at / last.samples[-1])
         if samples:
             yield Reached(name, samples)
@@ -124,7 +123,7 @@ def _reached(table: Table, rows: list[Row]) -> Iterator[Reached]:
 
 def _front(table: Table, rows: list[Row]) -> Markup | None:
     """Two steered metrics against each other, for three rows or more."""
-    axes = pareto_axes(table.metrics)
+    axes = pareto_axes([name for name in table.metrics if table.sign(name)])
     if axes is None:
         return None
     points = []
@@ -132,7 +131,10 @@ def _front(table: Table, rows: list[Row]) -> Markup | None:
         x, y = (table.cells[row.name, name].mean for name in axes)
         if x and y:
             points.append(Point(row.colour, row.name, x.value, y.value, x.se or 0.0, y.se or 0.0))
-    return pareto_chart(points, *axes, "front") if len(points) >= 3 else None
+    if len(points) < 3:
+        return None
+    x, y = axes
+    return pareto_chart(points, (x, table.sign(x)), (y, table.sign(y)), "front")
 
 
 def _first_orders(rows: list[Row]) -> list[tuple[Row, dict[str, FirstOrder], Markup]]:

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from metavpt.errors import MetaVPTError
+from metavpt.metrics import Direction
 
 Record = dict[str, Any]
 Series = dict[str, dict[int, float]]  # name -> step -> value
@@ -71,6 +72,17 @@ def series_of(records: list[Record], kind: str) -> Series:
             if is_number(value) and name != "step":
                 series.setdefault(name, {})[int(record["step"])] = float(value)
     return series
+
+
+def directions_of(records: list[Record]) -> dict[str, Direction]:
+    """Metric to "lower" or "higher", whichever is better, as the last probe record states it."""
+    stated: Any = {}
+    for record in records:
+        if record.get("kind") == "probe":
+            stated = record.get("directions", stated)
+    if not isinstance(stated, dict):
+        return {}
+    return {name: which for name, which in stated.items() if which in ("lower", "higher")}
 
 
 def samples_at(records: list[Record], steps: Iterable[int]) -> np.ndarray:

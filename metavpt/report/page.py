@@ -7,7 +7,6 @@ from typing import Any
 import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from metavpt.compare.metric_directions import sign
 from metavpt.report.formatting import breakable, duration, hundredths, number, with_error
 from metavpt.report.svg import NUM_COLOURS, hue, turn
 from metavpt.report.texts import visible
@@ -31,7 +30,6 @@ def write(path: Path, template: str, **values: Any) -> Path:
             hue,
             hundredths,
             number,
-            sign,
             turn,
             visible,
             with_error,

@@ -10,7 +10,6 @@ from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.transforms import Affine2D, Bbox
 
-from metavpt.compare.metric_directions import sign
 from metavpt.report.svg import (
     FONT_SIZE,
     INK,
@@ -35,8 +34,11 @@ class Point(NamedTuple):
 
 
 def pareto_axes(metrics: Sequence[str]) -> tuple[str, str] | None:
-    """Two metrics of different tasks, by the first word of their names, or else the first two; None without two of known direction."""
-    pairs = list(combinations([name for name in metrics if sign(name)], 2))
+    """Two metrics of different tasks, by the first word of their names, or else the first two.
+
+    None where there are not two.
+    """
+    pairs = list(combinations(metrics, 2))
     tasks = [[name.rsplit("/")[-1].split("_")[0] for name in pair] for pair in pairs]
     return next(
         (pair for pair, (a, b) in zip(pairs, tasks, strict=True) if a != b),
@@ -54,11 +56,20 @@ def front(points: Sequence[Point], x_sign: int, y_sign: int) -> list[Point]:
     return sorted((point for point in points if not beaten(point)), key=lambda point: point.x)
 
 
-def pareto_chart(points: Sequence[Point], x_metric: str, y_metric: str, key: str) -> Markup:
-    """Every row with its error bars and name, the front joined; an arrow beside a metric points to where it is better."""
+def pareto_chart(
+    points: Sequence[Point], x_metric: tuple[str, int], y_metric: tuple[str, int], key: str
+) -> Markup:
+    """Every row with its error bars and name, the rows of the front joined by a line.
+
+    Args:
+        points: one for each row.
+        x_metric: name of the metric on the x axis, and -1 where lower is better, +1 where higher is.
+        y_metric: the same of the y axis.
+        key: keeps the ids of this chart apart from those of others on the page.
+    """
 
     def paint(axes: Axes) -> None:
-        best = front(points, sign(x_metric), sign(y_metric))
+        best = front(points, x_metric[1], y_metric[1])
         axes.plot(
             [point.x for point in best],
             [point.y for point in best],
@@ -76,7 +87,7 @@ def pareto_chart(points: Sequence[Point], x_metric: str, y_metric: str, key: str
             axes.errorbar(*point[2:4], point.y_error, point.x_error, "o", **mark)
         axes.margins(x=0.14, y=0.14)
         axes.grid(axis="x", color=INK, alpha=0.13, linewidth=0.6)
-        axes.set(xlabel=_directed(x_metric), ylabel=_directed(y_metric))
+        axes.set(xlabel=_directed(*x_metric), ylabel=_directed(*y_metric))
         short_numbers(axes.xaxis, np.array([point.x for point in points]))
         short_numbers(axes.yaxis, np.array([point.y for point in points]))
         make_room(axes)
@@ -85,8 +96,9 @@ def pareto_chart(points: Sequence[Point], x_metric: str, y_metric: str, key: str
     return chart(paint, key, (4.2, 3.0))
 
 
-def _directed(metric: str) -> str:
-    return f"{metric}   better →" if sign(metric) > 0 else f"← better   {metric}"
+def _directed(metric: str, sign: int) -> str:
+    """The name of an axis, with an arrow to where the metric is better."""
+    return f"{metric}   better →" if sign > 0 else f"← better   {metric}"
 
 
 def _label(axes: Axes, points: Sequence[Point]) -> None:

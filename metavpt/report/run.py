@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 
 from markupsafe import Markup
 
-from metavpt.compare.metric_directions import sign
 from metavpt.errors import MetaVPTError
+from metavpt.metrics import sign
 from metavpt.report import page
 from metavpt.report.curves import curve
 from metavpt.report.first_order import PREDICTIONS, first_order_chart, first_orders
@@ -16,6 +16,7 @@ from metavpt.report.gallery import gallery
 from metavpt.report.logs import (
     COUNTERS,
     Record,
+    directions_of,
     is_number,
     read_log,
     series_of,
@@ -34,6 +35,7 @@ class SummaryRow(NamedTuple):
     first: float
     last_step: int
     last: float | None
+    sign: int = 0  # -1 lower is better, +1 higher is better, 0 nobody said
 
     @property
     def change(self) -> float | None:
@@ -46,19 +48,18 @@ class SummaryRow(NamedTuple):
     @property
     def better(self) -> bool | None:
         """None: no change, not finite, or nobody said which way is good."""
-        if not self.change or not math.isfinite(self.change) or not sign(self.name):
+        if not self.change or not math.isfinite(self.change) or not self.sign:
             return None
-        return sign(self.name) * self.change > 0
+        return self.sign * self.change > 0
 
 
 def summary_rows(records: list[Record]) -> list[SummaryRow]:
     """Step 0 against the last step for every probe metric, in the order of the log."""
-    rows = []
+    rows, directions = [], directions_of(records)
     for name, values in series_of(records, "probe").items():
         first, last = min(values), max(values)
-        rows.append(
-            SummaryRow(name, first, values[first], last, values[last] if last > first else None)
-        )
+        end = values[last] if last > first else None
+        rows.append(SummaryRow(name, first, values[first], last, end, sign(name, directions)))
     return rows
 
 

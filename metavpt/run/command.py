@@ -35,6 +35,7 @@ NOT_CONFIGURATION = (
     "resume",
     "output",
     "minimise",
+    "metrics",
     "tracker",
     "allow_targets",
     "devices",
@@ -105,6 +106,8 @@ def _train(
     try:
         trainer = build(cfg, folder, console, fabric)
         trainer.stop = stop
+        if objective:
+            objective.check(trainer.problem.metric_directions)
         if trainer.checkpoints and trainer.checkpoints.paths():
             trainer.resume()
         else:

@@ -18,8 +18,8 @@ from omegaconf import DictConfig, OmegaConf
 from rich.table import Table
 
 from metavpt.cli.console import Console
-from metavpt.compare.metric_directions import sign
 from metavpt.errors import MetaVPTError
+from metavpt.metrics import Directions, sign
 from metavpt.report import read_log, series_of
 from metavpt.report.formatting import number
 from metavpt.training.disk import write_text
@@ -49,16 +49,23 @@ class Objective:
 
     @classmethod
     def parse(cls, text: str | None) -> "Objective | None":
-        """`ridge/depth_rmse`, `-ridge/seg_miou`; None for None. Raises MetaVPTError on the wrong sign, as far as the name tells."""
+        """`ridge/depth_rmse` or `-ridge/seg_miou`; None for None."""
         if text is None:
             return None
-        objective = cls(text.removeprefix("-"), -1 if text.startswith("-") else 1)
-        if sign(objective.metric) == objective.factor:
-            right = objective.metric if objective.factor < 0 else f"-{text}"
+        return cls(text.removeprefix("-"), -1 if text.startswith("-") else 1)
+
+    def check(self, directions: Directions) -> None:
+        """Raise MetaVPTError where the sign would look for the worst run.
+
+        Args:
+            directions: metric to the direction in which it is better, as the problem states it.
+        """
+        if sign(self.metric, directions) == self.factor:
+            ours, right = ("-", "") if self.factor < 0 else ("", "-")
             raise MetaVPTError(
-                f"minimise={text} would look for the worst run; write minimise={right}"
+                f"minimise={ours}{self.metric} would look for the worst run; "
+                f"write minimise={right}{self.metric}"
             )
-        return objective
 
     def __call__(self, metrics: Mapping[str, float]) -> float:
         if self.metric not in metrics:

@@ -8,6 +8,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from metavpt.cli.console import Console
 from metavpt.distributed import collectives
+from metavpt.metrics import check_directions
 from metavpt.problem import move_to_device
 from metavpt.training.checkpoint import Checkpoints, seed_generators
 from metavpt.training.fabric import make_fabric
@@ -30,6 +31,8 @@ def build(cfg: DictConfig, folder: Path, console: Console, fabric: Fabric | None
         )
     seed_generators(cfg.seed)
     problem = instantiate(cfg.problem, _convert_="all")
+    if stated := check_directions(cfg.get("metrics") or {}, "metrics"):
+        problem.metric_directions = {**problem.metric_directions, **stated}
     move_to_device(problem, "meta" if cfg.device == "meta" else fabric.device)
     trainer = instantiate(
         cfg.trainer,

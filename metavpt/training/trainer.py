@@ -163,8 +163,8 @@ class Trainer:
         except MISMATCH as error:
             what = "the learner that all rows begin with is built otherwise; compare options of the learner one comparison at a time"
             raise MetaVPTError(f"{what} ({_brief(error)})") from error
-        self.log.write("probe", 0, metrics=metrics)
         self.metrics = metrics
+        self._log_metrics()
 
     def resume(self) -> None:
         """Go on from the newest checkpoint that can be read."""
@@ -184,7 +184,7 @@ class Trainer:
         """Probe metrics, figures and texts of the learner as it is; a warning where it collapses."""
         with self.budget.timed("probe"), self.execution.eager():
             self.metrics = dict(self.problem.evaluate())
-            self.log.write("probe", self.budget.steps, metrics=self.metrics)
+            self._log_metrics()
             if supports(self.problem, Reportable):
                 self.log.save_figures(self.budget.steps, self.problem.figures())
                 self.log.save_texts(self.budget.steps, self.problem.texts())
@@ -263,6 +263,11 @@ class Trainer:
                 self.log.write(
                     "first_order", self.budget.steps + 1, **self.first_order.after(before)
                 )
+
+    def _log_metrics(self) -> None:
+        """Write the metrics, with the directions in which they are better, as a probe record."""
+        directions = dict(self.problem.metric_directions)
+        self.log.write("probe", self.budget.steps, metrics=self.metrics, directions=directions)
 
     def _log_train(self, loss: float, grad_norm: float) -> None:
         budget = self.budget

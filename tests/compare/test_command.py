@@ -143,6 +143,19 @@ def test_resuming_a_finished_comparison_reruns_nothing_and_new_seeds_are_added(t
     ]
 
 
+def test_a_direction_on_the_command_line_holds_and_may_change_when_the_comparison_goes_on(tmp_path):
+    options = ["controls=[]", "strategies=[fixed]", "seeds=[0]", "budget.steps=5"]
+    table, rows = tmp_path / "c" / "table.md", tmp_path / "c" / "rows.jsonl"
+    done = compare(tmp_path / "c", *options, "metrics={error: higher}")
+    assert done.returncode == 0, done.stderr
+    before = rows.read_text()
+    assert "error (higher is better)" in table.read_text()
+    done = compare(tmp_path / "c", *options, "metrics={error: lower}", "resume=true")
+    assert done.returncode == 0, done.stderr
+    assert "error (lower is better)" in table.read_text()
+    assert rows.read_text() == before
+
+
 def test_an_interrupted_comparison_goes_on_to_the_same_numbers(tmp_path):
     options = [
         "controls=[fixed]",
@@ -326,6 +339,7 @@ BAD = {
     ),
     "an option that no row has": (["strategy.num_candidate=3"], ["strategy.num_candidate=3"]),
     "one name for two rows": (["strategies=[{a:fixed},{a:greedy}]"], ["a names two rows"]),
+    "no direction": (["metrics={error: up}"], ["metrics.error=up", "lower or higher"]),
     "no row": (["strategies=[]", "controls=[]"], ["strategies=[]"]),
 }
 

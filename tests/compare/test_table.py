@@ -12,9 +12,11 @@ from metavpt.compare.paired_statistics import mean_se, paired
 from metavpt.compare.results import Result
 from metavpt.compare.table import STEP0, Cost, Table
 from metavpt.errors import MetaVPTError
+from metavpt.metrics import Direction
 
 RMSE, MIOU = "depth/rmse", "segmentation/miou"
 STEERED = [RMSE]
+DIRECTIONS: dict[str, Direction] = {RMSE: "lower", MIOU: "higher"}
 
 
 def result(
@@ -35,7 +37,13 @@ def result(
     }
     step0 = {RMSE: 1.3 + seed / 10, MIOU: 0.2}
     return Result(
-        row, seed, step0=step0, metrics={RMSE: rmse, MIOU: miou}, steered=steered, **costs
+        row,
+        seed,
+        step0=step0,
+        metrics={RMSE: rmse, MIOU: miou},
+        steered=steered,
+        directions=DIRECTIONS,
+        **costs,
     )
 
 
@@ -228,6 +236,17 @@ def test_a_metric_of_unknown_direction_has_no_wins():
     table = Table(rows)
     assert table.cells["one_step", "odd"].paired.wins is None
     assert any(note.startswith("No wins and no warnings on odd") for note in table.notes)
+
+
+def test_table_takes_directions_from_the_configuration_over_those_of_the_problem():
+    rows = three_rows()
+    for each in rows:
+        each.metrics["odd"] = 1.0 + (each.row != "fixed")
+    table = Table(rows, directions={"odd": "higher", "rmse": "higher", RMSE: "higher"})
+    assert table.cells["one_step", "odd"].paired.wins == 3.0
+    assert table.cells["one_step", RMSE].paired.wins == 0.0  # lower, but higher was stated
+    assert table.sections()[0].title == f"{RMSE} (higher is better)"
+    assert not any("No wins" in note for note in table.notes)
 
 
 def test_the_terminal_holds_every_number_at_100_columns():

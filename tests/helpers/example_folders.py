@@ -18,6 +18,12 @@ METRICS = {
     "ridge/seg_miou": 0.056,
     "imagenet/linear_acc": 0.31,
 }
+DIRECTIONS = {
+    "ridge/depth_rmse": "lower",
+    "ridge/depth_delta1": "higher",
+    "ridge/seg_miou": "higher",
+    "imagenet/linear_acc": "higher",
+}
 STEERED = ["ridge/depth_rmse", "ridge/depth_delta1", "ridge/seg_miou"]
 GAINS = {  # of each metric in the end
     "fixed": (-0.004, 0.004, 0.001, 0.001),
@@ -76,7 +82,10 @@ def records(row: str, seed: int) -> list[dict[str, Any]]:
     made: list[dict[str, Any]] = []
     for step in range(0, STEPS + 1, 8):
         if step % EVERY == 0:
-            made.append({"kind": "probe", "step": step, "metrics": metrics(row, seed, step)})
+            probed = metrics(row, seed, step)
+            made.append(
+                {"kind": "probe", "step": step, "metrics": probed, "directions": DIRECTIONS}
+            )
         if designs and step:
             made.append(
                 {
@@ -195,4 +204,5 @@ def _result(row: str, seed: int, log: list[dict[str, Any]]) -> Result:
         times=times(row, train["seconds"]),
         peak_memory=812_345_678,
         steered=STEERED,
+        directions=DIRECTIONS,
     )

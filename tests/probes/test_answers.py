@@ -8,7 +8,6 @@ import pytest
 import torch
 from helpers.tiny_lm import dense_log_probs, packed, tiny_lm
 
-from metavpt.compare.metric_directions import sign
 from metavpt.data.gsm8k import WordProblem
 from metavpt.errors import MetaVPTError
 from metavpt.hypergradients import params
@@ -81,6 +80,7 @@ def test_the_probe_scores_greedy_and_sampled_answers() -> None:
         [table.gather(1, ids[:, None]) for table, ids in zip(log_probs, true, strict=True)]
     )
     nll = -float(chosen.mean())
+    assert probe.directions == {name: "lower" if name == "nll" else "higher" for name in metrics}
     assert metrics.pop("nll") == pytest.approx(nll, rel=1e-12)
     assert metrics == pytest.approx({
         "pass@1_strict": 1 / 3, "pass@1_flexible": 2 / 3,
@@ -90,7 +90,9 @@ def test_the_probe_scores_greedy_and_sampled_answers() -> None:
     assert [(answer.given, answer.is_right) for answer in probe.answers] == [
         *zip(greedy, [True, True, False], strict=True)
     ]
-    assert PerplexityProbe(lambda: batches)(learner) == {"perplexity": pytest.approx(math.exp(nll))}
+    perplexity = PerplexityProbe(lambda: batches)
+    assert perplexity(learner) == {"perplexity": pytest.approx(math.exp(nll))}
+    assert perplexity.directions == {"perplexity": "lower"}
     assert mean_nll(learner, batches[:1]) != pytest.approx(nll)
 
 
@@ -101,14 +103,6 @@ def test_the_perplexity_of_a_learner_that_went_astray_is_infinite() -> None:
     batches = [packed([[7], [5]])]
     assert mean_nll(learner, batches) > 1000
     assert PerplexityProbe(lambda: batches)(learner) == {"perplexity": math.inf}
-
-
-def test_every_metric_says_which_way_is_good() -> None:
-    assert [
-        sign(f"answers/{name}")
-        for name in ("nll", "pass@1_strict", "pass@1_flexible", "sampled_pass@16_strict")
-    ] == [-1, 1, 1, 1]
-    assert sign("wikitext/perplexity") == -1
 
 
 def test_samples_must_be_enough_for_k() -> None:

@@ -13,7 +13,6 @@ from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
 from metavpt import Learned, OneStep
-from metavpt.compare.metric_directions import sign
 from metavpt.hypergradients import params
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -209,7 +208,9 @@ def test_side_effects_are_measured_by_configuration(make, tmp_path):
     }
     assert metrics.keys() - make("dino_nyuv2").evaluate().keys() == added
     assert not any(problem.is_target_metric(name) for name in added)
-    assert all(sign(name) == 1 for name in added if name.endswith("accuracy"))
+    directions = problem.metric_directions
+    assert directions.keys() == metrics.keys() - {"cka/step0"}  # neither way is better for it
+    assert all(directions[name] == "higher" for name in added - {"cka/step0"})
     assert 1 <= metrics["rank/rankme"] <= 8.01
     assert metrics["cka/step0"] == pytest.approx(1)
     assert all(torch.equal(p, before[name]) for name, p in params.named(problem.learner).items())

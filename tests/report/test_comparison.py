@@ -122,7 +122,12 @@ def test_a_row_is_compared_on_the_seeds_that_it_has(tmp_path: Path) -> None:
         known = (
             {}
             if start is None
-            else {"step0": {"loss": start}, "metrics": {"loss": end}, "samples": 100}
+            else {
+                "step0": {"loss": start},
+                "metrics": {"loss": end},
+                "samples": 100,
+                "directions": {"loss": "lower"},
+            }
         )
         results.append(tmp_path, Result(row, seed, error=None if known else "lost", **known))
     shown = sections(write_comparison_report(tmp_path).read_text())[

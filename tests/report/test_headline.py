@@ -2,11 +2,17 @@ import pytest
 
 from metavpt.compare.results import Result
 from metavpt.compare.table import Table
+from metavpt.metrics import Direction
 from metavpt.report.headline import headline
 
 NONE = "No row beats fixed on a steered metric by an interval that excludes zero."
 CAUTION = "With 3 seeds that says only that all of them agree."
 
+DIRECTIONS: dict[str, Direction] = {
+    "depth_rmse": "lower",
+    "seg_miou": "higher",
+    "imagenet_acc": "higher",
+}
 Gains = dict[str, tuple[int, int, int]]
 
 
@@ -23,7 +29,12 @@ def table(gains: Gains, num_seeds: int = 6, steered: list[str] | None = None) ->
             }
             made.append(
                 Result(
-                    row, seed, None, {"depth_rmse": 1.1}, metrics, 10, 640, 10, 1.0, {}, 0, steered
+                    row,
+                    seed,
+                    step0={"depth_rmse": 1.1},
+                    metrics=metrics,
+                    steered=steered,
+                    directions=DIRECTIONS,
                 )
             )
     return Table(made)

@@ -17,6 +17,12 @@ from metavpt import report
 from metavpt.errors import MetaVPTError
 from metavpt.run import summary
 
+DIRECTIONS = {
+    "ridge/depth_rmse": "lower",
+    "ridge/seg_miou": "higher",
+    "ridge/depth_delta1": "higher",
+}
+
 
 def records() -> list[dict[str, Any]]:
     made: list[dict[str, Any]] = []
@@ -27,7 +33,7 @@ def records() -> list[dict[str, Any]]:
             "ridge/depth_delta1": 0.8,
             "odd": 1.0 + step,
         }
-        made.append({"kind": "probe", "step": step, "metrics": metrics})
+        made.append({"kind": "probe", "step": step, "metrics": metrics, "directions": DIRECTIONS})
         seconds = {"learner": 3.0 * step, "designer": 1.0 * step, "data": 0.5}
         made.append(
             {
@@ -197,14 +203,21 @@ def test_summary_compares_first_and_last_step() -> None:
     assert rows["odd"].better is None  # nobody knows which way is good
 
 
-@pytest.mark.parametrize(
-    ("name", "better"),
-    [("feedback_loss", False), ("gsm8k/strict_acc", True), ("acceleration", None)],
-)
-def test_which_way_is_better(name: str, better: bool | None) -> None:
-    assert report.SummaryRow(name, 0, 1.0, 9, 2.0).better is better
-    assert report.SummaryRow(name, 0, 1.0, 9, math.nan).better is None
-    assert report.SummaryRow(name, 0, 1.0, 0, None).better is None
+@pytest.mark.parametrize(("sign", "better"), [(-1, False), (1, True), (0, None)])
+def test_summary_row_is_better_in_the_stated_direction(sign: int, better: bool | None) -> None:
+    assert report.SummaryRow("loss", 0, 1.0, 9, 2.0, sign).better is better
+    assert report.SummaryRow("loss", 0, 1.0, 9, math.nan, sign).better is None
+    assert report.SummaryRow("loss", 0, 1.0, 0, None, sign).better is None
+
+
+@pytest.mark.parametrize("stated", [None, [1], "lower", {"odd": "up"}, {"odd": ["lower"]}])
+def test_summary_survives_directions_that_are_none(stated: object) -> None:
+    log = [
+        {"kind": "probe", "step": step, "metrics": {"odd": 1.0 + step}, "directions": stated}
+        for step in range(2)
+    ]
+    (row,) = report.summary_rows(log)
+    assert row.better is None
 
 
 def test_a_step_logged_twice_counts_once() -> None:

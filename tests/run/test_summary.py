@@ -17,7 +17,12 @@ RECORDS = [
         "step": 8,
         "seconds": {"learner": 6.0, "designer": 2.0, "task": 2.0, "probe": 90.0},
     },
-    {"kind": "probe", "step": 8, "metrics": {"depth_rmse": 0.9, "seg_miou": 0.1}},
+    {
+        "kind": "probe",
+        "step": 8,
+        "metrics": {"depth_rmse": 0.9, "seg_miou": 0.1},
+        "directions": {"depth_rmse": "lower", "seg_miou": "higher"},
+    },
 ]
 
 

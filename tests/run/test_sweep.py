@@ -16,6 +16,7 @@ from hydra.errors import MissingConfigException
 
 from metavpt.cli.one_line_errors import reporting
 from metavpt.errors import MetaVPTError
+from metavpt.metrics import Direction
 from metavpt.run.sweep import Job, Objective, experiment
 
 ROOT = Path(__file__).parents[2]
@@ -148,8 +149,11 @@ def test_an_unknown_objective_is_one_line_before_any_training(tmp_path):
     ],
 )
 def test_an_objective_with_the_wrong_sign_is_told_the_right_one(text, words):
-    with pytest.raises(MetaVPTError, match=f"write {words}$"):
-        Objective.parse(text)
+    objective = Objective.parse(text)
+    directions: dict[str, Direction] = {"ridge/seg_miou": "higher", "ridge/depth_rmse": "lower"}
+    with pytest.raises(MetaVPTError, match=f"^minimise={text} .* write {words}$"):
+        objective.check(directions)  # type: ignore[union-attr]
+    objective.check({})  # type: ignore[union-attr]
 
 
 def test_a_minus_makes_the_largest_metric_the_smallest_objective():
