@@ -19,6 +19,8 @@ class ChannelWeights(nn.Module):
 class Channels(Problem):
     """An autoencoder too narrow for its 16 channels; the feedback needs only the first four."""
 
+    metric_directions = {"useful_mse": "lower"}
+
     def __init__(self):
         self.learner = nn.Sequential(nn.Linear(16, 4), nn.Linear(4, 16))
         self.designer = ChannelWeights(16)

@@ -83,6 +83,7 @@ class TokenWeights(nn.Module):
 
 class Sums(Problem):
     designer: TokenWeights
+    metric_directions = {"answer_nll": "lower"}
 
     def __init__(self) -> None:
         self.learner, self.designer = Reader(), TokenWeights()

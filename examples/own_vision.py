@@ -65,6 +65,7 @@ class PatchWeights(nn.Module):
 
 class Bars(Problem):
     designer: PatchWeights
+    metric_directions = {"accuracy": "higher"}
 
     def __init__(self) -> None:
         self.learner = nn.ModuleDict(

@@ -60,7 +60,7 @@ class AnswerProbe:
     def directions(self) -> dict[str, Direction]:
         """Metric to the direction in which it is better."""
         stated: dict[str, Direction] = {"nll": "lower"}
-        for name in EXTRACTIONS:
+        for name in MATCHES:
             stated[f"pass@1_{name}"] = "higher"
             for k in self.ks if self.num_samples else ():
                 stated[f"sampled_pass@{k}_{name}"] = "higher"

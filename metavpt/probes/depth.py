@@ -53,6 +53,8 @@ class DepthMetrics:
         "abs_rel": "lower",
         "delta1": "higher",
         "rmse_per_image": "lower",
+        "abs_rel_per_image": "lower",
+        "delta1_per_image": "higher",
     }
 
     def __init__(self, crop: bool = True) -> None:

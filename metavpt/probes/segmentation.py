@@ -24,7 +24,11 @@ class SegmentationMetrics:
         acc           share of labelled pixels that are right
     """
 
-    directions: ClassVar[Directions] = {"miou": "higher", "acc": "higher"}
+    directions: ClassVar[Directions] = {
+        "miou": "higher",
+        "miou_present": "higher",
+        "acc": "higher",
+    }
 
     def __init__(self, num_classes: int) -> None:
         self.num_classes = num_classes

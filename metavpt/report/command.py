@@ -41,7 +41,7 @@ def write(folder: Path) -> Path:
     with TemporaryDirectory() as place:
         copy = Path(place) / folder.resolve().name
         copy.mkdir()
-        for name in (results.FILE, "config.yaml", "environment.json"):
+        for name in (results.FILE, results.DIRECTIONS, "config.yaml", "environment.json"):
             if (folder / name).is_file():
                 shutil.copy(folder / name, copy)
         _unpack(folder / LOGS, copy)

@@ -9,6 +9,7 @@ from torch.optim import Optimizer
 from metavpt.distributed import collectives, fsdp
 from metavpt.errors import MetaVPTError
 from metavpt.hypergradients import trees
+from metavpt.metrics import check_directions
 from metavpt.problem import Problem, supports
 from metavpt.profiling.timers import phase
 from metavpt.training.budget import Budget
@@ -96,6 +97,7 @@ class Trainer:
             checkpoint_every,
         )
         self.first_order_every, self.dry_run, self.clip_norm = first_order_every, dry_run, clip_norm
+        check_directions(problem.metric_directions, "metric_directions")
         self.failures = Failures(max_failures, log.folder)
         self.watch, self.stop = Watch(), StopRequest()
         self.metrics: dict[str, float] = {}  # of the last measurement

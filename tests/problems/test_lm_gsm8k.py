@@ -214,6 +214,7 @@ def test_evaluation_counts_answers_as_steered_and_perplexity_as_a_side_effect(ma
         for kind in ("strict", "flexible")
     }
     metrics = problem.evaluate()
+    assert problem.metric_directions.keys() == metrics.keys()
     assert metrics.keys() == {f"answers/{name}" for name in (*names, "nll")} | {
         "stories/perplexity"
     }

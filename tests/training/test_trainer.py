@@ -205,6 +205,16 @@ def test_step_0_is_measured_before_anything_is_trained(tmp_path):
     assert probes[0]["metrics"] == expected
 
 
+def test_probe_records_hold_the_directions_that_the_problem_states(tmp_path):
+    train(tmp_path, steps=8)
+    probes = [record for record in records(tmp_path) if record["kind"] == "probe"]
+    assert [probe["directions"] for probe in probes] == [{"useful_mse": "lower"}] * len(probes)
+    problem = Channels()
+    problem.metric_directions = {"useful_mse": "down"}
+    with pytest.raises(MetaVPTError, match=r"^metric_directions\.useful_mse=down: write lower or"):
+        train(tmp_path / "wrong", problem)
+
+
 def test_only_the_step_writes_gradients_of_the_learner(tmp_path):
     """Designing a task leaves every .grad of theta as it was."""
     torch.manual_seed(0)
