@@ -27,6 +27,17 @@ def check_known(value: str, key: str, *known: str) -> None:
         raise MetaVPTError(f"{key}={value}: known are {', '.join(known)}")
 
 
+def brief(error: BaseException, named: bool = False) -> str:
+    """The message of an error as one line of at most 200 characters.
+
+    Args:
+        error: Any error; if it has no message its class stands for it.
+        named: Whether the line begins with the class.
+    """
+    message, name = " ".join(str(error).split())[:200], type(error).__name__
+    return f"{name}: {message}" if named and message else message or name
+
+
 @contextmanager
 def reading(fault: str, remedy: str = "get the file again") -> Iterator[None]:
     """Raises MetaVPTError `<fault> (<reason>); <remedy>` for whatever goes wrong inside the block, which is for decoders alone.
@@ -38,8 +49,7 @@ def reading(fault: str, remedy: str = "get the file again") -> Iterator[None]:
     except MetaVPTError:
         raise
     except Exception as error:
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
-        raise MetaVPTError(f"{fault} ({reason}); {remedy}") from None
+        raise MetaVPTError(f"{fault} ({brief(error)}); {remedy}") from None
 
 
 @contextmanager

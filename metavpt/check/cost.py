@@ -10,8 +10,9 @@ from typing import Any, NamedTuple
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from metavpt.check.finding import Finding, said
+from metavpt.check.finding import Finding
 from metavpt.check.scene import Scene
+from metavpt.errors import brief
 from metavpt.hypergradients.estimators import Estimator, Implicit, OneStep, Unrolled
 from metavpt.hypergradients.linear_solvers import ConjugateGradient
 from metavpt.hypergradients.mixed_products import ExactProduct, value_and_gradient
@@ -60,7 +61,7 @@ def costs(scene: Scene, deadline: float) -> list[Finding]:
                 Finding(
                     f"cost {name}",
                     "warning",
-                    f"does not run: {said(error)}",
+                    f"does not run: {brief(error, named=True)}",
                     "choose another estimator",
                 )
             )

@@ -4,6 +4,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
+from metavpt.errors import brief
+
 Verdict = Literal["ok", "warning", "failed"]
 
 
@@ -24,14 +26,8 @@ def attempt(
     try:
         findings = measure()
     except Exception as error:
-        return [Finding(name, "failed", f"raised {said(error)}", advice)]
+        return [Finding(name, "failed", f"raised {brief(error, named=True)}", advice)]
     return findings if isinstance(findings, list) else [findings]
-
-
-def said(error: Exception) -> str:
-    """An error in one line."""
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0][:160]}" if lines else type(error).__name__
 
 
 def listed(names: list[str], most: int = 4) -> str:

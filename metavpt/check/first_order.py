@@ -1,16 +1,17 @@
 """How well the first-order value of a step predicts what the step does to the feedback loss."""
 
+import math
 import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
 from metavpt.check.finding import Finding
 from metavpt.check.scene import Scene
+from metavpt.compare.paired_statistics import pearson
 from metavpt.hypergradients import params
 from metavpt.hypergradients.mixed_products import value_and_gradient
 from metavpt.hypergradients.optimizer_updates import Update, first_order_value, from_torch
@@ -47,9 +48,9 @@ def first_order(
         seed,
         deadline,
     )
-    columns = {name: np.array([getattr(pair, name) for pair in pairs]) for name in Pair._fields}
+    columns = dict(zip(Pair._fields, zip(*pairs, strict=True), strict=True))
     r = {
-        (a, b): _pearson(columns[a], columns[b])
+        (a, b): math.nan if (found := pearson(columns[a], columns[b]).r) is None else found
         for a in ("plain", "aware")
         for b in ("same", "held_out")
     }
@@ -141,10 +142,3 @@ def _restore(
         p.copy_(start[name])
     for p, held in state.items():
         optimizer.state[p] = {k: v.clone() if isinstance(v, Tensor) else v for k, v in held.items()}
-
-
-def _pearson(x: np.ndarray, y: np.ndarray) -> float:
-    """NaN where either does not vary."""
-    if not (np.ptp(x) > 0 and np.ptp(y) > 0):
-        return float("nan")
-    return float(np.corrcoef(x, y)[0, 1])

@@ -5,8 +5,9 @@ from contextlib import nullcontext
 
 import torch
 
-from metavpt.check.finding import Finding, said
+from metavpt.check.finding import Finding
 from metavpt.check.scene import Scene, cosine, relative_error
+from metavpt.errors import brief
 from metavpt.hypergradients import params
 from metavpt.hypergradients.estimators import downstream
 from metavpt.hypergradients.mixed_products import (
@@ -31,7 +32,10 @@ def widen(scene: Scene) -> tuple[Scene | None, Finding]:
             values = [(s.inner()(s.phi)(s.aligned), s.feedback(s.aligned)) for s in (scene, wide)]
     except Exception as error:
         return None, Finding(
-            name, "warning", f"the problem does not run in float64: {said(error)}", advice
+            name,
+            "warning",
+            f"the problem does not run in float64: {brief(error, named=True)}",
+            advice,
         )
     difference = max(
         abs(float(a) - float(b)) / max(abs(float(b)), 1e-12) for a, b in zip(*values, strict=True)
@@ -70,7 +74,7 @@ def dtypes(scene: Scene, truth: Params, exact: bool = True) -> list[Finding]:
                 Finding(
                     name,
                     "warning",
-                    f"does not run: {said(error)}",
+                    f"does not run: {brief(error, named=True)}",
                     "" if narrow is scene else "train in float32",
                 )
             )

@@ -21,7 +21,7 @@ from metavpt.cli.one_line_errors import reporting
 from metavpt.compare import results
 from metavpt.compare.runner import Comparison, Job
 from metavpt.compare.table import Table
-from metavpt.errors import MetaVPTError, writing
+from metavpt.errors import MetaVPTError, check_known, writing
 from metavpt.metrics import check_directions
 from metavpt.report.rows import run_folder as row_folder
 from metavpt.training import run_folder
@@ -165,8 +165,7 @@ def _validate(cfg: DictConfig) -> None:
     seeds = list(cfg.seeds)
     if not seeds or len(set(seeds)) < len(seeds):
         raise MetaVPTError(f"seeds={seeds}: name each seed once, and at least one")
-    if cfg.match not in UNITS:
-        raise MetaVPTError(f"match={cfg.match}: known are {', '.join(UNITS)}")
+    check_known(cfg.match, "match", *UNITS)
     if not cfg.budget[cfg.match]:
         raise MetaVPTError(
             f"match={cfg.match}: say how much each row may spend with budget.{cfg.match}=N"

@@ -14,7 +14,7 @@ from metavpt.cli.console import say
 from metavpt.data.frames import IGNORE, Frame, RGBDFrames
 from metavpt.data.overlap import Encoded, encoded_file
 from metavpt.data.photo import SUFFIXES, decode, open_image
-from metavpt.errors import MetaVPTError, reading
+from metavpt.errors import MetaVPTError, check_known, reading
 
 FOLDERS = {"train": "training", "val": "validation"}
 CLASS_NAMES: list[str] = json.loads((files("metavpt.data") / "ade20k_classes.json").read_text())
@@ -33,8 +33,7 @@ class ADE20K(RGBDFrames):
     def __init__(
         self, path: str | Path, size: tuple[int, int], resize: Literal["cover", "stretch"] = "cover"
     ) -> None:
-        if resize not in ("cover", "stretch"):
-            raise MetaVPTError(f"data.resize={resize}: known are cover, stretch")
+        check_known(resize, "data.resize", "cover", "stretch")
         if min(size) < 1:
             raise MetaVPTError(f"data.size={size[0]}x{size[1]}: both sides must be positive")
         self.path, self.size, self.resize = Path(path), size, resize

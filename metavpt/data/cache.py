@@ -1,6 +1,8 @@
-"""Decoded items kept in memory, so that a set that is read over and over is decoded once."""
+"""Decoded items kept in memory, and the folder on disk for what is generated once."""
 
+import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from torch import Tensor
@@ -10,6 +12,11 @@ from torch.utils.data import Dataset
 from metavpt.data.frames import Frame, RGBDFrames
 
 Item = TypeVar("Item")
+
+
+def cache_folder(chosen: str | Path | None = None) -> Path:
+    """The folder for files that are made once: `chosen`, METAVPT_CACHE, or ~/.cache/metavpt."""
+    return Path(chosen or os.environ.get("METAVPT_CACHE") or Path.home() / ".cache" / "metavpt")
 
 
 class Cache(Generic[Item]):

@@ -15,6 +15,7 @@ import h5py
 import numpy as np
 from rich.progress import track
 
+from metavpt.data.cache import cache_folder
 from metavpt.data.textures import Texture
 from metavpt.errors import MetaVPTError
 
@@ -320,7 +321,7 @@ def rooms_file(
 
     folder: METAVPT_CACHE, else ~/.cache/metavpt. Frame i depends on (seed, i) alone, so no room is in both splits.
     """
-    folder = Path(folder or os.environ.get("METAVPT_CACHE") or Path.home() / ".cache" / "metavpt")
+    folder = cache_folder(folder)
     height, width = (int(side) for side in size)
     if num_frames < 2 or min(height, width) < 1:
         raise MetaVPTError(

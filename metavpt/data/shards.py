@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from metavpt.cli.console import Console, say
+from metavpt.data.cache import cache_folder
 from metavpt.data.photo import decode, fit, is_image
 from metavpt.errors import MetaVPTError, reading
 
@@ -117,7 +118,7 @@ class Shards(Dataset[Tensor]):
 def _contents(path: Path) -> np.ndarray:
     """Where the images of a shard lie, int64 (n, 2): from the cache if the file has not changed since."""
     status = path.stat()
-    folder = Path(os.environ.get("METAVPT_CACHE") or Path.home() / ".cache" / "metavpt") / "shards"
+    folder = cache_folder() / "shards"
     known = hashlib.sha256(
         f"{path.resolve()} {status.st_size} {status.st_mtime_ns}".encode()
     ).hexdigest()[:32]

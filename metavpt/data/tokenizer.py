@@ -8,6 +8,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from metavpt.data.cache import cache_folder
 from metavpt.errors import MetaVPTError, reading
 
 EOS, PAD = "<|endoftext|>", "<|pad|>"
@@ -55,7 +56,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, folder: str | Path | 
     digest = hashlib.blake2b(digest_size=8)
     for text in texts:
         digest.update(hashlib.blake2b(text.encode()).digest())
-    folder = Path(folder or os.environ.get("METAVPT_CACHE") or Path.home() / ".cache" / "metavpt")
+    folder = cache_folder(folder)
     path = folder / f"bpe-{vocab_size}-{digest.hexdigest()}"
     if not path.exists():
         _write(path, texts, vocab_size)

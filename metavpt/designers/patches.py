@@ -11,7 +11,7 @@ from torch import Generator, Tensor, nn
 from metavpt.data.loader import mix
 from metavpt.designers.choice import ESTIMATORS, Estimator, choose, gumbel
 from metavpt.designers.crop import RandomCrop
-from metavpt.errors import MetaVPTError
+from metavpt.errors import MetaVPTError, check_known
 
 
 class MaskedImages(NamedTuple):
@@ -48,8 +48,7 @@ class PatchDesigner(nn.Module, ABC):
             raise MetaVPTError(
                 f"recipe.size={recipe.size} does not divide into patches of {patch_size}"
             )
-        if estimator not in ESTIMATORS:
-            raise MetaVPTError(f"designer.estimator={estimator}: known are {', '.join(ESTIMATORS)}")
+        check_known(estimator, "designer.estimator", *ESTIMATORS)
         self.recipe, self.network, self.kl_weight = recipe, network, kl_weight
         self.estimator: Estimator = estimator
         self.grid = (recipe.size // patch_size, recipe.size // patch_size)

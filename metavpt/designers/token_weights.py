@@ -8,7 +8,7 @@ from torch import Generator, Tensor, nn
 from metavpt.data.tokens import TokenBatch
 from metavpt.designers.selection import balanced
 from metavpt.distributed import collectives
-from metavpt.errors import MetaVPTError
+from metavpt.errors import MetaVPTError, check_known
 from metavpt.learners.lm import LanguageModel
 from metavpt.objectives.prediction import predicted_tokens
 from metavpt.objectives.target_task import OneHot, TargetTask, Weighted
@@ -27,8 +27,7 @@ class TokenWeights(nn.Module):
         self, body: LanguageModel, per: Literal["token", "row"] = "token", kl_weight: float = 0.1
     ) -> None:
         super().__init__()
-        if per not in ("token", "row"):
-            raise MetaVPTError(f"TokenWeights: per={per}: known are token, row")
+        check_known(per, "TokenWeights: per", "token", "row")
         self.body, self.per, self.kl_weight = body, per, kl_weight
         self.head = nn.Linear(body.width, 1, bias=False)  # a bias would cancel in the softmax
         nn.init.zeros_(self.head.weight)

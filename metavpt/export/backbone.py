@@ -9,7 +9,7 @@ from omegaconf import DictConfig, OmegaConf
 from timm.models import save_for_hf
 from torch import Tensor
 
-from metavpt.errors import MetaVPTError
+from metavpt.errors import MetaVPTError, check_known
 from metavpt.export.model_card import Description, Usage, class_name
 from metavpt.hypergradients import params
 from metavpt.interop.huggingface import save_transformers
@@ -40,8 +40,7 @@ def export_backbone(
 
     Each format is read back by its own library and compared.
     """
-    if format not in FORMATS:
-        raise MetaVPTError(f"format={format}: known are {', '.join(FORMATS)}")
+    check_known(format, "format", *FORMATS)
     backbone = load_backbone(run, config, part)
     usages = []
     for library in FORMATS[format]:
@@ -69,8 +68,7 @@ def export_backbone(
 def load_backbone(run: Path, config: DictConfig, part: Part) -> Backbone:
     """Load the student's or the teacher's backbone from the newest checkpoint of `run`."""
     problem, path = newest_state(run)
-    if part not in PARTS:
-        raise MetaVPTError(f"part={part}: known are {', '.join(PARTS)}")
+    check_known(part, "part", *PARTS)
     module, prefixes = PARTS[part]
     if module not in problem:
         raise MetaVPTError(

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from metavpt.distributed import collectives
-from metavpt.errors import MetaVPTError
+from metavpt.errors import MetaVPTError, check_known
 from metavpt.hypergradients import params
 from metavpt.hypergradients.distributed_losses import averaged
 from metavpt.hypergradients.estimators import Hypergradient, OuterLoss
@@ -197,10 +197,7 @@ class TorchJD:
         options: Mapping[str, Any] | None = None,
         normalize: bool = False,
     ) -> None:
-        if weighting not in WEIGHTINGS:
-            raise MetaVPTError(
-                f"strategy.combination.weighting={weighting}: known are {', '.join(WEIGHTINGS)}"
-            )
+        check_known(weighting, "strategy.combination.weighting", *WEIGHTINGS)
         self.normalize = normalize
         self.weighting = self._weighting(weighting, options or {})
 

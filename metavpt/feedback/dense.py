@@ -13,7 +13,7 @@ from metavpt.errors import MetaVPTError
 from metavpt.feedback.aggregation import weighted_sum
 from metavpt.probes.depth import DepthTask, valid_pixels
 from metavpt.probes.features import IGNORE, FeatureSet
-from metavpt.probes.heads import LinearHead, Ridge
+from metavpt.probes.heads import LinearHead, Ridge, enlarge
 from metavpt.probes.segmentation import SegmentationTask
 
 
@@ -73,13 +73,13 @@ class DenseFeedback(nn.Module):
         losses = {}
         size = frames.depth.shape[-2:]
         if self.weights["depth"]:
-            metres = F.softplus(upsample(self.depth(normalized), size)[:, 0])
+            metres = F.softplus(enlarge(self.depth(normalized), size)[:, 0])
             valid = valid_pixels(frames.depth)
             losses["depth"] = (
                 (metres - frames.depth.where(valid, 0.0)).abs() * valid
             ).sum() / collectives.mean_count(valid.sum())
         if self.weights["segmentation"]:
-            logits = upsample(self.segmentation(normalized), size)
+            logits = enlarge(self.segmentation(normalized), size)
             labelled = collectives.mean_count((frames.label != IGNORE).sum())
             losses["segmentation"] = (
                 F.cross_entropy(logits, frames.label, ignore_index=IGNORE, reduction="sum")
@@ -204,8 +204,3 @@ def _weights(depth: float, segmentation: float) -> dict[str, float]:
             f"feedback.depth_weight={depth}, feedback.segmentation_weight={segmentation}: neither may be negative and one must be positive"
         )
     return {"depth": depth, "segmentation": segmentation}
-
-
-def upsample(maps: Tensor, size: torch.Size | tuple[int, int]) -> Tensor:
-    """Maps (B,C,h,w) at the resolution `size` of the labels, bilinearly."""
-    return F.interpolate(maps, size=tuple(size), mode="bilinear", align_corners=False)

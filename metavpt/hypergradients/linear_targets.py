@@ -78,22 +78,6 @@ class LinearLoss(Protocol):
 
 
 @dataclass(frozen=True)
-class CostLoss:
-    """The plainest `LinearLoss`: theta -> cost is any differentiable function, of the shape of `targets`."""
-
-    cost: Callable[[Params], Tensor]
-    targets: Tensor
-
-    def __call__(self, theta: Params) -> Tensor:
-        return (self.targets * self.cost(theta)).sum()
-
-    def slopes(
-        self, theta: Params, w: Params, derivative: DirectionalDerivative, absolute: bool = True
-    ) -> Tensor:
-        return derivative(self.cost, theta, w)
-
-
-@dataclass(frozen=True)
 class LinearProduct:
     """d<q, d cost/dtheta [w]>/d phi by backward through the designer alone. Needs a `LinearLoss`, and goes with any direction.
 

@@ -11,7 +11,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.utils.logging import disable_progress_bar
 
-from metavpt.errors import MetaVPTError
+from metavpt.errors import MetaVPTError, brief
 from metavpt.learners.lm import LanguageModel
 
 LAYER_BYTES = 270  # of a file, which the names and shapes of a layer's nine tensors take at least
@@ -49,7 +49,7 @@ class LoRA:
         except ValueError as error:
             raise MetaVPTError(
                 f"LoRA: target_modules={list(self.target_modules)} do not fit the model: "
-                f"{_first_line(error)}"
+                f"{brief(error)}"
             ) from error
 
 
@@ -105,8 +105,7 @@ def pretrained_language_model(
         raise
     except Exception as error:  # a download and two file formats, each with errors of its own
         raise MetaVPTError(
-            f"{file}: cannot be loaded as a language model ({type(error).__name__}: "
-            f"{_first_line(error)})"
+            f"{file}: cannot be loaded as a language model ({brief(error, named=True)})"
         ) from error
     return LanguageModel(_adapted(_plain(model) if gguf_file else model, lora), tail_layers)
 
@@ -150,7 +149,7 @@ def random_language_model(
         model = AutoModelForCausalLM.from_config(described, attn_implementation="sdpa")
     except (ValueError, KeyError) as error:
         raise MetaVPTError(
-            f"model_type={model_type}: no such language model ({_first_line(error)})"
+            f"model_type={model_type}: no such language model ({brief(error)})"
         ) from error
     return LanguageModel(_adapted(model, lora), tail_layers)
 
@@ -170,7 +169,3 @@ def _plain(model: Any) -> Any:
 
 def _adapted(model: Any, lora: LoRA | None) -> Any:
     return model if lora is None else lora(model)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [""])[0]

@@ -20,7 +20,7 @@ from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from metavpt.errors import MetaVPTError
+from metavpt.errors import MetaVPTError, brief
 from metavpt.hypergradients.params import Params, subset
 from metavpt.learners.recompute import recomputed
 from metavpt.learners.subset import restrict
@@ -314,7 +314,7 @@ def _timm_model(name: str, pretrained: bool, arguments: dict[str, Any]) -> Any:
             raise MetaVPTError(f"{name}: timm cannot build it: {error}") from error
         raise MetaVPTError(
             f"{name}: cannot get the pretrained weights "
-            f"({str(error).splitlines()[0] if str(error) else type(error).__name__}); "
+            f"({brief(error)}); "
             "without network pass a local file as weights=..."
         ) from error
 

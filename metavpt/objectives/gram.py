@@ -8,7 +8,7 @@ from typing import Literal
 import torch.nn.functional as F
 from torch import Tensor
 
-from metavpt.errors import MetaVPTError
+from metavpt.errors import MetaVPTError, check_known
 
 
 def gram_loss(
@@ -24,8 +24,7 @@ def gram_loss(
         teacher: Patch features (B, N, D') of the same N patches; the widths may differ.
         reduction: "mean" gives a scalar, "none" the loss of each image, (B,).
     """
-    if reduction not in ("mean", "none"):
-        raise MetaVPTError(f"gram_loss: reduction must be 'mean' or 'none', got {reduction!r}")
+    check_known(reduction, "gram_loss: reduction", "mean", "none")
     if student.ndim != 3 or teacher.ndim != 3 or student.shape[:2] != teacher.shape[:2]:
         raise MetaVPTError(
             "gram_loss: needs patch features (B, N, D) of the same patches, got "

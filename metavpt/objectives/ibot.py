@@ -8,7 +8,7 @@ from typing import Literal
 import torch.nn.functional as F
 from torch import Tensor
 
-from metavpt.errors import MetaVPTError
+from metavpt.errors import MetaVPTError, check_known
 
 
 def ibot_loss(
@@ -32,8 +32,7 @@ def ibot_loss(
         temperature: Of the student.
         reduction: "mean" gives a scalar, "none" the loss of each image, (B,).
     """
-    if reduction not in ("mean", "none"):
-        raise MetaVPTError(f"ibot_loss: reduction must be 'mean' or 'none', got {reduction!r}")
+    check_known(reduction, "ibot_loss: reduction", "mean", "none")
     if (
         student_logits.ndim != 3
         or student_logits.shape != teacher_probs.shape

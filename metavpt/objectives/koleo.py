@@ -8,7 +8,7 @@ from typing import Literal
 import torch.nn.functional as F
 from torch import Tensor
 
-from metavpt.errors import MetaVPTError
+from metavpt.errors import MetaVPTError, check_known
 
 
 def koleo_loss(
@@ -24,8 +24,7 @@ def koleo_loss(
         eps: Distance that duplicates count as.
         reduction: "mean" gives a scalar, "none" the terms, (B,).
     """
-    if reduction not in ("mean", "none"):
-        raise MetaVPTError(f"koleo_loss: reduction must be 'mean' or 'none', got {reduction!r}")
+    check_known(reduction, "koleo_loss: reduction", "mean", "none")
     if features.ndim != 2 or len(features) < 2:
         raise MetaVPTError(
             f"koleo_loss: features must be (B, D) with at least 2 rows, got {tuple(features.shape)}"

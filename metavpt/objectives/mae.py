@@ -9,7 +9,7 @@ from typing import Literal
 import torch.nn.functional as F
 from torch import Tensor
 
-from metavpt.errors import MetaVPTError
+from metavpt.errors import MetaVPTError, check_known
 
 
 def mae_loss(
@@ -26,8 +26,7 @@ def mae_loss(
         weights: (B, M, T), within each image; default 1. Their scale does not matter.
         reduction: "mean" gives a scalar, "none" the loss of each image, (B,).
     """
-    if reduction not in ("mean", "none"):
-        raise MetaVPTError(f"mae_loss: reduction must be 'mean' or 'none', got {reduction!r}")
+    check_known(reduction, "mae_loss: reduction", "mean", "none")
     if predictions.shape != pixels.shape or predictions.ndim != 4:
         raise MetaVPTError(
             "mae_loss: predictions and pixels must both be (B, M, T, 3 p^2), got "

@@ -63,9 +63,9 @@ class LinearHead:
         return output if self.task is None else self.task.activate(output)
 
 
-def enlarge(output: Tensor, size: tuple[int, int]) -> Tensor:
+def enlarge(output: Tensor, size: torch.Size | tuple[int, int]) -> Tensor:
     """Bilinear interpolation of (B, C, h, w) to `size`."""
-    return F.interpolate(output, size, mode="bilinear", align_corners=False)
+    return F.interpolate(output, tuple(size), mode="bilinear", align_corners=False)
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from metavpt.errors import MetaVPTError, NonFiniteError
+from metavpt.errors import MetaVPTError, NonFiniteError, check_known
 from metavpt.feedback.aggregation import Combination, unpaired
 from metavpt.hypergradients import params
 from metavpt.hypergradients.mixed_products import differentiate
@@ -205,8 +205,7 @@ class Softened(Stateless):
         gate: float = 0.5,
         num_candidates: int = 64,
     ) -> None:
-        if kind not in ("self_distillation", "smoothing"):
-            raise MetaVPTError(f"strategy.kind={kind}: known are self_distillation, smoothing")
+        check_known(kind, "strategy.kind", "self_distillation", "smoothing")
         check_gate(gate)
         residual = 1.0 if kind == "self_distillation" else 0.0
         self.targets = SoftTargets(gate, num_candidates, residual=residual)

@@ -14,7 +14,7 @@ from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
 
 from metavpt.distributed import fsdp
-from metavpt.errors import MetaVPTError
+from metavpt.errors import MetaVPTError, check_known
 from metavpt.hypergradients import params
 from metavpt.hypergradients.distributed_losses import averaged
 from metavpt.hypergradients.params import Params
@@ -42,8 +42,7 @@ def make_fabric(
     devices    processes on a machine, a GPU each. Under torchrun both numbers are torchrun's
     parallel   how several share the learner: "ddp", each holds all of it; "fsdp", each a part of its trunk (`Shardable.trunks`)
     """
-    if precision not in PRECISIONS:
-        raise MetaVPTError(f"precision={precision}: known are {', '.join(PRECISIONS)}")
+    check_known(precision, "precision", *PRECISIONS)
     if "LOCAL_WORLD_SIZE" in os.environ:  # torchrun says it
         devices = int(os.environ["LOCAL_WORLD_SIZE"])
         nodes = int(os.environ["WORLD_SIZE"]) // devices

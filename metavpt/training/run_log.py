@@ -13,7 +13,7 @@ from PIL import Image
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from metavpt.cli.console import Console
-from metavpt.errors import MetaVPTError, writing
+from metavpt.errors import MetaVPTError, brief, writing
 from metavpt.probes.samples import Texts
 from metavpt.training.budget import Budget
 from metavpt.training.disk import write_text
@@ -66,7 +66,9 @@ class RunLog:
             try:
                 tracker.start(config, self.folder)
             except Exception as error:
-                raise MetaVPTError(f"tracker={name}: does not start ({_line(error)})") from error
+                raise MetaVPTError(
+                    f"tracker={name}: does not start ({brief(error, named=True)})"
+                ) from error
 
     def write(self, kind: str, step: int, **values: Any) -> None:
         with writing(self.path):
@@ -133,7 +135,7 @@ class RunLog:
                 del self.trackers[name]
                 self.warn(
                     self._step,
-                    f"tracker {name} failed and is left out from here on ({_line(error)})",
+                    f"tracker {name} failed and is left out from here on ({brief(error, named=True)})",
                 )
 
     @contextmanager
@@ -210,7 +212,3 @@ def _numbers(kind: str, values: Mapping[str, Any]) -> Iterator[tuple[str, float]
             isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
         ):
             yield f"{kind}/{name}", float(value)
-
-
-def _line(error: Exception) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"

@@ -7,7 +7,7 @@ import torch
 from torch.optim import Optimizer
 
 from metavpt.distributed import collectives, fsdp
-from metavpt.errors import MetaVPTError
+from metavpt.errors import MetaVPTError, brief
 from metavpt.hypergradients import trees
 from metavpt.metrics import check_directions
 from metavpt.problem import Problem, supports
@@ -164,7 +164,7 @@ class Trainer:
             self.problem.load_state_dict(problem_state)
         except MISMATCH as error:
             what = "the learner that all rows begin with is built otherwise; compare options of the learner one comparison at a time"
-            raise MetaVPTError(f"{what} ({_brief(error)})") from error
+            raise MetaVPTError(f"{what} ({brief(error)})") from error
         self.metrics = metrics
         self._log_metrics()
 
@@ -177,7 +177,7 @@ class Trainer:
             self.load_state_dict(state)
         except MISMATCH as error:
             raise MetaVPTError(
-                f"{path}: is the checkpoint of another model or configuration ({_brief(error)})"
+                f"{path}: is the checkpoint of another model or configuration ({brief(error)})"
             ) from error
         for line in unreadable:
             self.log.warn(self.budget.steps, f"{line}; this run goes on from {path.name}")
@@ -326,7 +326,3 @@ class Trainer:
             "problem": self.problem.state_dict(),
             "optimizer": {"state": dict(enumerate(parameters))},
         }
-
-
-def _brief(error: Exception) -> str:
-    return " ".join(str(error).split())[:200]

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from metavpt.errors import MetaVPTError
 from metavpt.feedback.aggregation import weighted, weighted_sum
-from metavpt.feedback.dense import DenseFeedback, RidgeFeedback, upsample
+from metavpt.feedback.dense import DenseFeedback, RidgeFeedback
+from metavpt.probes.heads import enlarge
 
 
 class Frames(NamedTuple):
@@ -44,8 +45,8 @@ def naive(feedback, features, frames):
         for statistic in (feedback.norm.running_mean, feedback.norm.running_var)
     )
     normalized = (features - mean) / (var + feedback.norm.eps).sqrt()
-    metres = F.softplus(upsample(feedback.depth(normalized), (6, 8))[:, 0])
-    logits = upsample(feedback.segmentation(normalized), (6, 8))
+    metres = F.softplus(enlarge(feedback.depth(normalized), (6, 8))[:, 0])
+    logits = enlarge(feedback.segmentation(normalized), (6, 8))
     pixels = [(b, i, j) for b in range(2) for i in range(6) for j in range(8)]
     errors = [abs(float(metres[p] - frames.depth[p])) for p in pixels if frames.depth[p] > 0]
     entropies = [
@@ -153,7 +154,7 @@ def by_hand(features, frames, folds, penalty=PENALTY, fitted=None):
                 torch.einsum("bdhw,dc->bchw", features[scored] - mean[:, None, None], weight)
                 + y.mean(0)[:, None, None]
             )
-            output = upsample(output, (4, 6))
+            output = enlarge(output, (4, 6))
             if name == "depth":
                 known, squares = (
                     frames.depth[scored] > 0,

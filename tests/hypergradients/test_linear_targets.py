@@ -1,6 +1,10 @@
+from collections.abc import Callable
+from dataclasses import dataclass
+
 import pytest
 import torch
 from helpers.tiny_lm import TinyLanguage, packed, tiny_designer, tiny_lm
+from torch import Tensor
 from torch.func import functional_call
 
 from metavpt.check.modes import Float64
@@ -10,7 +14,7 @@ from metavpt.hypergradients.directions import AdamAware, Cosine, Dot
 from metavpt.hypergradients.estimators import Implicit, OneStep, Unrolled
 from metavpt.hypergradients.linear_targets import (
     CentralDifference,
-    CostLoss,
+    DirectionalDerivative,
     ForwardMode,
     LinearProduct,
 )
@@ -20,6 +24,7 @@ from metavpt.hypergradients.mixed_products import (
     value_and_gradient,
 )
 from metavpt.hypergradients.optimizer_updates import SGD, AdamW, State, Update
+from metavpt.hypergradients.params import Params
 from metavpt.learners.pretrained_lm import LoRA
 from metavpt.objectives import next_token
 from metavpt.objectives.target_task import TargetTask, target_loss
@@ -170,6 +175,22 @@ def test_no_gradient_of_the_learner_is_taken(monkeypatch):
     asked = []
     LinearProduct(CentralDifference())(loss, params.leaves(point.aligned), point.w, (point.phi,))
     assert asked == [False, False, False]  # two sides and, for the absolute value, the middle
+
+
+@dataclass(frozen=True)
+class CostLoss:
+    """The plainest `LinearLoss`: any differentiable cost of the shape of `targets`."""
+
+    cost: Callable[[Params], Tensor]
+    targets: Tensor
+
+    def __call__(self, theta: Params) -> Tensor:
+        return (self.targets * self.cost(theta)).sum()
+
+    def slopes(
+        self, theta: Params, w: Params, derivative: DirectionalDerivative, absolute: bool = True
+    ) -> Tensor:
+        return derivative(self.cost, theta, w)
 
 
 def test_any_loss_that_shows_its_costs_will_do():
