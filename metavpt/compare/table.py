@@ -13,6 +13,7 @@ from rich.console import Group
 from rich.table import Table as RichTable
 from rich.text import Text
 
+from metavpt.cli.formatting import number, with_error
 from metavpt.compare.paired_statistics import (
     LEVEL,
     MAX_RANGE_SEEDS,
@@ -26,7 +27,6 @@ from metavpt.compare.paired_statistics import (
 from metavpt.compare.results import Result
 from metavpt.errors import MetaVPTError
 from metavpt.metrics import Direction, Directions, sign
-from metavpt.report.formatting import number, with_error
 from metavpt.training.disk import write_text
 
 STEP0 = "step 0"

@@ -6,9 +6,9 @@ from typing import Any, NamedTuple
 
 from omegaconf import DictConfig, OmegaConf
 
+from metavpt.cli.formatting import number
 from metavpt.errors import reading
 from metavpt.report import read_log, summary_rows
-from metavpt.report.formatting import number
 
 CARD = """\
 ---

@@ -1,8 +1,8 @@
 """A comparison in a sentence or two."""
 
+from metavpt.cli.formatting import listed
 from metavpt.compare.paired_statistics import MAX_RANGE_SEEDS, Paired
 from metavpt.compare.table import Table
-from metavpt.report.formatting import listed
 
 VERBS = {"better": ("beats", "beat"), "worse": ("is worse than", "are worse than")}
 

@@ -7,7 +7,7 @@ from typing import Any
 import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from metavpt.report.formatting import breakable, duration, hundredths, number, with_error
+from metavpt.cli.formatting import breakable, duration, hundredths, number, with_error
 from metavpt.report.svg import NUM_COLOURS, hue, turn
 from metavpt.report.texts import visible
 from metavpt.training.disk import write_text

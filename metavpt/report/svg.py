@@ -13,7 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from metavpt.report.formatting import short
+from metavpt.cli.formatting import short
 
 INK, LINE = "#010101", "#020202"  # stand-ins, since matplotlib knows no currentColor
 NUM_COLOURS = 9  # of rows, --r0 to --r8 on the page; the reference has the first

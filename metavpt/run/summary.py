@@ -6,8 +6,8 @@ from statistics import fmean
 from rich.table import Table
 from rich.text import Text
 
+from metavpt.cli.formatting import number
 from metavpt.report import Record, read_log, series_of, summary_rows
-from metavpt.report.formatting import number
 from metavpt.training.budget import UNCOUNTED
 
 

@@ -18,10 +18,10 @@ from omegaconf import DictConfig, OmegaConf
 from rich.table import Table
 
 from metavpt.cli.console import Console
+from metavpt.cli.formatting import number
 from metavpt.errors import MetaVPTError
 from metavpt.metrics import Directions, sign
 from metavpt.report import read_log, series_of
-from metavpt.report.formatting import number
 from metavpt.training.disk import write_text
 
 # where a run stood and who watched it

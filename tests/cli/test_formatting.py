@@ -1,6 +1,6 @@
 import pytest
 
-from metavpt.report.formatting import (
+from metavpt.cli.formatting import (
     breakable,
     duration,
     hundredths,
