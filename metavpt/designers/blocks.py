@@ -1,4 +1,4 @@
-"""I-JEPA's multi-block masks (arXiv 2301.08243, section 3 and appendix A.1), with target blocks that a designer chooses."""
+"""I-JEPA's multi-block masks (arXiv 2301.08243, section 3 and appendix A.1) with designed targets."""
 
 import math
 from typing import Any
@@ -15,15 +15,18 @@ from metavpt.learners.subset import gather_patches
 
 
 class BlockMasks(PatchDesigner):
-    """Target blocks to predict, and for context a large block without them. The designer chooses the targets among random candidates.
+    """Target blocks to predict, and as context a large block without them.
 
-    `num_candidates` places are drawn uniformly for an image; the logit of one is the mean of its patches', and by these `num_targets` are
-    drawn. With equal logits they are what the recipe takes: independent uniform places. The weights of "relaxed" and "straight_through" are
-    those of the targets' errors; that a block taken as a target is missing from the context, only "score" sees.
+    The designer chooses the targets among random candidates: `num_candidates` places are drawn
+    uniformly per image, the logit of a place is the mean of its patches', and `num_targets` places
+    are drawn by these logits. With equal logits this is the recipe: independent uniform places. The
+    weights of "relaxed" and "straight_through" apply to the errors of the targets; only "score"
+    sees that a target block is missing from the context.
 
-    Scales are shares of the grid's patches, aspect is height over width. As in the released code the sizes of the blocks are drawn once a
-    batch, and every image sees as many context patches as the one that has fewest; here it is a random part of them. If the targets leave
-    fewer than `min_visible`, patches of the context that fewest targets cover are seen as well.
+    Scales are shares of the grid's patches, aspect is height over width. As in the released code,
+    block sizes are drawn once per batch, and every image sees as many context patches as the image
+    with the fewest; here these are a random subset. If targets leave fewer than `min_visible`
+    patches, context patches that the fewest targets cover are visible too.
     """
 
     def __init__(
@@ -42,7 +45,8 @@ class BlockMasks(PatchDesigner):
         super().__init__(recipe, patch_size, network, **options)
         if not 0 < num_targets <= num_candidates:
             raise MetaVPTError(
-                f"designer.num_targets={num_targets} must be at least 1 and at most num_candidates={num_candidates}"
+                f"designer.num_targets={num_targets} must be at least 1 and at most "
+                f"num_candidates={num_candidates}"
             )
         for name, (low, high) in {
             "target_scale": target_scale,
@@ -51,11 +55,13 @@ class BlockMasks(PatchDesigner):
         }.items():
             if not 0 < low <= high or (name.endswith("scale") and high > 1):
                 raise MetaVPTError(
-                    f"designer.{name}=({low}, {high}) must be two positive numbers in order, shares at most 1"
+                    f"designer.{name}=({low}, {high}) must be two positive numbers in order, "
+                    "shares at most 1"
                 )
         if not 0 < min_visible <= self.num_patches:
             raise MetaVPTError(
-                f"designer.min_visible={min_visible} must be at least 1 and at most the {self.num_patches} patches"
+                f"designer.min_visible={min_visible} must be at least 1 and at most the "
+                f"{self.num_patches} patches"
             )
         self.num_targets, self.num_candidates, self.min_visible = (
             num_targets,
@@ -103,7 +109,7 @@ class BlockMasks(PatchDesigner):
 def block_size(
     grid: tuple[int, int], scale: Range, aspect: Range, rng: Generator
 ) -> tuple[int, int]:
-    """(h, w) of a block whose share of the grid and height over width are uniform in `scale` and `aspect`, rounded, at most the grid."""
+    """Draw (h, w) of a block, with share and aspect uniform in their ranges, at most the grid."""
     share, ratio = (
         low + (high - low) * float(torch.rand((), generator=rng)) for low, high in (scale, aspect)
     )
@@ -115,7 +121,7 @@ def block_size(
 def random_blocks(
     grid: tuple[int, int], size: tuple[int, int], shape: tuple[int, ...], rng: Generator
 ) -> Tensor:
-    """Blocks of `size` = (h, w) at uniform places: the indices of their patches, (*shape, h w)."""
+    """Draw blocks of `size` = (h, w) at uniform places; return their patch indices, (*shape, h w)."""
     top, left = (
         collectives.drawn(
             lambda shape, ends=side - block + 1: torch.randint(ends, shape, generator=rng), shape
@@ -128,10 +134,11 @@ def random_blocks(
 
 
 def context_patches(context: Tensor, targets: Tensor, order: Tensor, min_visible: int) -> Tensor:
-    """Patches of the block `context` (B, S) that are none of `targets` (B, T), in the `order` (B, N) of numbers in [0, 1): (B, K).
+    """Return the patches of `context` (B, S) that are in none of `targets` (B, T), of shape (B, K).
 
-    K is the least number of such patches in an image, but at least `min_visible`: then come those that fewest targets hold, and
-    patches outside the block last.
+    They are ordered by `order` (B, N), numbers in [0, 1). K is the least number of such patches in
+    an image, and at least `min_visible`. If there are too few, patches that the fewest targets hold
+    follow, and patches outside the block come last.
     """
     held = torch.zeros_like(order).scatter_add_(1, targets, order.new_ones(targets.shape))
     cost = held + torch.full_like(order, targets.shape[1]).scatter_(1, context, 0.0)

@@ -1,4 +1,4 @@
-"""Designers one after the other."""
+"""A chain of designers."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -13,9 +13,12 @@ from metavpt.errors import MetaVPTError
 
 
 class Chain(Designer):
-    """Each stage refines what the stages before it made: a view policy and then masks, say.
+    """Each stage refines the views of the stages before it, for example a policy and then masks.
 
-    stages: recipe -> designer by name, in order. A PolicyDesigner makes the views anew and must stand first.
+    Args:
+        recipe: Makes the views of the first stage.
+        stages: recipe -> designer by name, in order. A PolicyDesigner makes new views and must be
+            first.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""A choice of K among C by chance, which a designer tilts, and what of its effect reaches the designer's gradient."""
+"""A random choice of K among C items with designed logits, and its gradient estimators."""
 
 from typing import Literal, NamedTuple
 
@@ -12,7 +12,7 @@ ESTIMATORS = ("relaxed", "straight_through", "score")
 
 
 class Choice(NamedTuple):
-    """What was chosen. At uniform logits every weight is exactly 1."""
+    """The chosen items. With equal logits every weight is exactly 1."""
 
     chosen: Tensor  # (B, K) int64, the most wanted first
     rest: Tensor  # (B, C - K) int64
@@ -22,17 +22,19 @@ class Choice(NamedTuple):
 
 
 def choose(logits: Tensor, noise: Tensor, num_chosen: int, estimator: Estimator) -> Choice:
-    """The `num_chosen` highest of logits + noise, both (B, C).
+    """Choose the `num_chosen` highest of logits + noise, both (B, C).
 
-    With Gumbel noise a draw without replacement from softmax(logits) (Gumbel-top-k, arXiv 1903.06059). It is a step function of the logits,
-    so a derivative has to be told of its effect in another way:
+    With Gumbel noise this draws without replacement from softmax(logits) (Gumbel-top-k, arXiv
+    1903.06059). It is a step function of the logits, so the estimator defines its derivative:
 
-    relaxed           what is chosen weighs C softmax(logits), what is not C softmax(-logits). The task is a differentiable function of
-                      the logits almost everywhere and its derivative is exact; away from equal logits it is not the plain masked task.
-    straight_through  those weights in the derivative, 1 in value (arXiv 1308.3432). The task stays plain, the derivative is biased: it
-                      knows what more of the chosen would do, and not what another choice would.
-    score             weights of 1, and the log-probability of the draw for `expected_mean`: unbiased for the expected loss, with the
-                      variance of one draw for each image.
+    relaxed           Chosen items have the weight C softmax(logits), others C softmax(-logits). The
+                      derivative of the task is exact. With unequal logits it is not the plain
+                      masked task.
+    straight_through  These weights in the derivative, 1 in value (arXiv 1308.3432). The task stays
+                      plain and the derivative is biased: it does not know other choices.
+    score             Weights of 1, and the log-probability of the draw for `expected_mean`:
+    unbiased
+                      for the expected loss, with the variance of one draw per image.
     """
     order = (logits + noise).argsort(dim=1, descending=True)
     chosen, rest = order.split([num_chosen, order.shape[1] - num_chosen], dim=1)
@@ -52,10 +54,11 @@ def choose(logits: Tensor, noise: Tensor, num_chosen: int, estimator: Estimator)
 
 
 def expected_mean(losses: Tensor, log_prob: Tensor) -> Tensor:
-    """The mean of the losses (B,) in value; its derivative by what `log_prob` (B,) depends on estimates that of the expectation.
+    """Return the mean of the losses (B,), with the derivative of the expected mean.
 
-    mean_b [loss_b r_b + (1 - r_b) baseline_b], r_b = exp(log_prob_b - its value) (DiCE, arXiv 1802.05098), baseline_b the mean of the other
-    losses, which does not depend on draw b and so adds no bias. With a `log_prob` that depends on nothing it is the mean, bit for bit.
+    mean_b [loss_b r_b + (1 - r_b) baseline_b] with r_b = exp(log_prob_b - its value) (DiCE, arXiv
+    1802.05098). baseline_b is the mean of the other losses; it does not depend on draw b and adds
+    no bias. If `log_prob` (B,) depends on nothing, this is the mean, bit for bit.
     """
     ratio = (log_prob - log_prob.detach()).exp()
     others = len(losses) - 1
@@ -64,19 +67,19 @@ def expected_mean(losses: Tensor, log_prob: Tensor) -> Tensor:
 
 
 def gumbel(shape: tuple[int, ...], rng: Generator) -> Tensor:
-    """Standard Gumbel noise, drawn on the CPU so that a seed gives the same numbers on every device."""
+    """Draw standard Gumbel noise on the CPU, so that a seed gives equal numbers on every device."""
     return collectives.drawn(
         lambda shape: -torch.empty(shape).exponential_(generator=rng).log(), shape
     )
 
 
 def _relative(logits: Tensor) -> Tensor:
-    """C softmax(logits), (B, C): exactly 1 where all are alike, which scaling a softmax would miss by rounding."""
+    """Return C softmax(logits), (B, C), exactly 1 if all logits are equal."""
     odds = (logits - logits.detach().amax(dim=1, keepdim=True)).exp()
     return odds / odds.mean(dim=1, keepdim=True)
 
 
 def _log_prob(in_order: Tensor, num_chosen: int) -> Tensor:
-    """log of the probability to draw the first `num_chosen` in this order without replacement (Plackett-Luce): (B, C) -> (B,)."""
+    """Return the log-probability (B,) of drawing the first `num_chosen` in this order (Plackett-Luce)."""
     remaining = in_order.flip(1).logcumsumexp(dim=1).flip(1)
     return (in_order - remaining)[:, :num_chosen].sum(dim=1)

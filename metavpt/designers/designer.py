@@ -1,4 +1,4 @@
-"""What designers of views have in common."""
+"""The base class of view designers."""
 
 from abc import ABC, abstractmethod
 from typing import Any
@@ -10,9 +10,9 @@ from metavpt.designers.views import MultiCrop, Views
 
 
 class Designer(nn.Module, ABC):
-    """batch -> Views: those of the recipe, changed by a network that starts by changing nothing, bit for bit.
+    """batch -> Views: those of the recipe, refined by a network that at first changes nothing.
 
-    A batch holds `.images` (B, 3, H, W), see MultiCrop, and the `.seed` of all randomness in what is made of them.
+    A batch holds `.images` (B, 3, H, W), see MultiCrop, and the `.seed` of all its randomness.
     """
 
     def __init__(self, recipe: MultiCrop) -> None:
@@ -23,11 +23,11 @@ class Designer(nn.Module, ABC):
         return self.refine(self.recipe_task(batch), batch)
 
     def recipe_task(self, batch: Any) -> Views:
-        """The views of the recipe; no network runs."""
+        """Make the views of the recipe; no network runs."""
         return self.recipe(batch.images, batch.seed)
 
     def random_tasks(self, batch: Any, num_tasks: int) -> list[Views]:
-        """Tasks drawn at random from all that this designer could make, by the batch's seed."""
+        """Draw random tasks from this designer's space, by the batch's seed."""
         views = self.recipe_task(batch)
         rng = Generator().manual_seed(
             batch.seed ^ 0x6D61736B
@@ -36,16 +36,16 @@ class Designer(nn.Module, ABC):
 
     @abstractmethod
     def refine(self, views: Views, batch: Any) -> Views:
-        """`views` of the batch with this designer's part added. The task carries what `regularizer` reads."""
+        """Return `views` with this designer's part. The task carries what `regularizer` reads."""
 
     @abstractmethod
     def randomize(self, views: Views, batch: Any, rng: Generator) -> Views:
-        """As `refine`, with a random choice in the network's place."""
+        """Return `views` with a random choice in place of the network's."""
 
     @abstractmethod
     def regularizer(self, task: Views) -> Tensor:
-        """R(phi), a scalar."""
+        """Compute R(phi), a scalar."""
 
     @abstractmethod
     def figures(self, batch: Any, task: Views) -> dict[str, np.ndarray]:
-        """Pictures of `task`, made of `batch` by the whole designer: name -> uint8 (H, W, 3)."""
+        """Draw `task`, which the whole designer made of `batch`: name -> uint8 (H, W, 3)."""

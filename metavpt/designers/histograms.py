@@ -1,4 +1,4 @@
-"""Small multiples of histograms as a picture."""
+"""Histograms as a picture of small panels."""
 
 from collections.abc import Mapping, Sequence
 
@@ -11,9 +11,9 @@ Pair = tuple[Tensor, Tensor]  # what it was, and what it is now; any shape
 
 
 def histograms(rows: Mapping[str, Mapping[str, Pair]], num_bins: int = 30) -> np.ndarray:
-    """One panel for each row and column that holds values: grey what it was, coloured what it is now. uint8 (H, W, 3).
+    """Draw a panel for each row and column with values: before in grey, now in colour.
 
-    Both counts of a column share their bins over all rows, so that panels below one another can be compared.
+    The panels of a column share their bins. Returns uint8 of shape (H, W, 3).
     """
     columns = list(dict.fromkeys(name for row in rows.values() for name in row))
     height = 1.1 * len(rows)

@@ -1,4 +1,4 @@
-"""Mask designers: which pixels of a view the learner sees sharp, and which only blurred."""
+"""Mask designers: which pixels of a view stay sharp, and which are blurred."""
 
 import math
 from typing import Any, Literal
@@ -22,13 +22,20 @@ NUM_PICTURES = 4
 
 
 class MaskDesigner(Designer):
-    """view = mu * v + (1 - mu) * Blur(v) with mu = clamp(initial_keep + network(v), 0, 1) per pixel; 1 keeps (method.md, section 3).
+    """view = mu * v + (1 - mu) * Blur(v), mu = clamp(initial_keep + network(v), 0, 1) per pixel.
 
-    A network whose last layer is zero and initial_keep 1 make exactly the ordinary recipe, bit for bit; the gradient passes at the
-    clamp's very edge, so the designer can leave it.
+    A mu of 1 keeps a pixel (method.md, section 3). A network with a zero last layer and
+    initial_keep 1 give exactly the recipe, bit for bit. The gradient passes at the edge of the
+    clamp, so the designer can leave the recipe.
 
-    recipe: makes the views v. network: (B, 3, H, W) -> (B, 1, H, W), any size. keep: the share of pixels that `regularizer` asks for.
-    blur_sigma in pixels. crops: mask the global crops, or all.
+    Args:
+        recipe: Makes the views v.
+        network: (B, 3, H, W) -> (B, 1, H, W), any size.
+        keep: The share of pixels that `regularizer` asks for.
+        sparsity_weight, tv_weight, excess_weight: See `regularizer`.
+        blur_sigma: In pixels.
+        crops: "global" masks the global crops, "all" all crops.
+        initial_keep: mu at the start.
     """
 
     def __init__(
@@ -46,7 +53,8 @@ class MaskDesigner(Designer):
         super().__init__(recipe)
         if not (0 <= keep <= 1 and 0 <= initial_keep <= 1):
             raise MetaVPTError(
-                f"MaskDesigner: keep and initial_keep are shares in [0, 1], got {keep=}, {initial_keep=}"
+                f"MaskDesigner: keep and initial_keep are shares in [0, 1], got {keep=}, "
+                f"{initial_keep=}"
             )
         if crops not in ("global", "all"):
             raise MetaVPTError(f"MaskDesigner: crops must be 'global' or 'all', got {crops!r}")
@@ -80,7 +88,7 @@ class MaskDesigner(Designer):
         )
 
     def randomize(self, views: Views, batch: Any, rng: torch.Generator) -> Views:
-        """The same views under smooth blobs, each keeping the share `keep`."""
+        """Mask the views by smooth random blobs that keep the share `keep`."""
         masks = random_masks(views.global_crops, self.keep, rng)
         views = views._replace(global_crops=self._blend(views.global_crops, masks), masks=masks)
         if self.crops == "global" or not len(views.local_crops):
@@ -91,13 +99,15 @@ class MaskDesigner(Designer):
         )
 
     def regularizer(self, task: Views) -> Tensor:
-        """R = sparsity_weight * (mean mu - keep)^2 + tv_weight * TV(mu) + excess_weight * mean excess, a scalar.
+        """Compute sparsity_weight (mean mu - keep)^2 + tv_weight TV(mu) + excess_weight mean excess.
 
-        Means are over masked views and images; see `total_variation`. excess = relu(z - 1) + relu(-z) per pixel of the logits z.
+        Means are over masked views and images; see `total_variation`. The excess of logits z is
+        relu(z - 1) + relu(-z) per pixel.
         """
         if task.masks is None or task.excess is None:
             raise MetaVPTError(
-                "MaskDesigner.regularizer: the task has no masks; it must come from the designer, not from recipe_task"
+                "MaskDesigner.regularizer: the task has no masks; it must come from the "
+                "designer, not from recipe_task"
             )
         masks = [mu for mu in (task.masks, task.local_masks) if mu is not None]
         kept = collectives.mean(torch.cat([mu.mean(dim=(2, 3, 4)) for mu in masks]).mean())
@@ -109,10 +119,11 @@ class MaskDesigner(Designer):
         )
 
     def figures(self, batch: Any, task: Views) -> dict[str, np.ndarray]:
-        """A global crop by the recipe, the mask, and the view that the learner trains on; one image a row."""
+        """Show the recipe's global crop, the mask, and the masked view; one image per row."""
         if task.masks is None:
             raise MetaVPTError(
-                "MaskDesigner.figures: the task has no masks; it must come from the designer, not from recipe_task"
+                "MaskDesigner.figures: the task has no masks; it must come from the designer, "
+                "not from recipe_task"
             )
         plain = self.recipe_task(batch)
         rows = []
@@ -124,11 +135,12 @@ class MaskDesigner(Designer):
         return {"masks": figures.grid(rows)}
 
     def _mask(self, crops: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """crops (V, B, 3, H, W) -> masked crops, mu (V, B, 1, H, W), excess (V, B)."""
+        """Mask crops (V, B, 3, H, W); return them with mu (V, B, 1, H, W) and the excess (V, B)."""
         views = crops.flatten(0, 1)
         logits = self.initial_keep + self.network(views)
         mu = clamp_to_unit(logits)  # a new designer stands at its edge
-        # Outside [0, 1] there is no gradient and the pixel would be stuck for ever. The pull back is linear, not quadratic: it must
+        # Outside [0, 1] there is no gradient and the pixel would be stuck for ever. The pull back
+        # is linear, not quadratic: it must
         # still push at the edge, where a quadratic one fades before the pixel is inside again.
         excess = (F.relu(logits - 1.0) + F.relu(-logits)).mean(dim=(1, 2, 3))
         shape = crops.shape[:2]
@@ -136,13 +148,16 @@ class MaskDesigner(Designer):
         return self._blend(crops, mu), mu, excess.unflatten(0, shape)
 
     def _blend(self, crops: Tensor, mu: Tensor) -> Tensor:
-        """mu * v + (1 - mu) * Blur(v) for crops v (V, B, 3, H, W) and mu (V, B, 1, H, W)."""
+        """Compute mu * v + (1 - mu) * Blur(v) for crops v (V, B, 3, H, W) and mu (V, B, 1, H, W)."""
         blurred = gaussian_blur(crops.flatten(0, 1), self.blur_sigma).unflatten(0, crops.shape[:2])
         return mu * crops + (1.0 - mu) * blurred
 
 
 def random_masks(crops: Tensor, keep: float, rng: torch.Generator, cells: int = 4) -> Tensor:
-    """Masks (V, B, 1, H, W) of 0 and 1 for crops (V, B, 3, H, W): noise on `cells` x `cells`, enlarged; its top share `keep` is kept."""
+    """Draw masks (V, B, 1, H, W) of 0 and 1 for crops (V, B, 3, H, W).
+
+    Noise on `cells` x `cells` is enlarged, and its top share `keep` is kept.
+    """
     num_views, batch_size, _, height, width = crops.shape
     noise = (
         collectives.drawn(
@@ -162,9 +177,10 @@ def random_masks(crops: Tensor, keep: float, rng: torch.Generator, cells: int = 
 
 
 def total_variation(mu: Tensor) -> Tensor:
-    """mean_ij |mu[i+1, j] - mu[i, j]| + mean_ij |mu[i, j+1] - mu[i, j]| (anisotropic): (..., 1, H, W) -> (...).
+    """Compute the anisotropic total variation per mask: (..., 1, H, W) -> (...).
 
-    A side of one pixel adds nothing.
+    mean_ij |mu[i+1, j] - mu[i, j]| + mean_ij |mu[i, j+1] - mu[i, j]|. A side of one pixel adds
+    nothing.
     """
     rows, columns = mu.diff(dim=-2).abs(), mu.diff(dim=-1).abs()
     return sum(
@@ -174,18 +190,21 @@ def total_variation(mu: Tensor) -> Tensor:
 
 
 def gaussian_blur(images: Tensor, sigma: float) -> Tensor:
-    """Separable Gaussian blur of (B, 3, H, W), cut at 3 sigma, edges reflected.
+    """Apply a separable Gaussian blur to (B, 3, H, W), cut at 3 sigma, with reflected edges.
 
-    Where 3 sigma is more than the image's side less one pixel, further than a reflection reaches, it is cut there and normalised again.
+    If 3 sigma exceeds the image's side less one pixel, the kernel is cut there and normalised
+    again.
     """
     kernel = tuple(2 * min(math.ceil(3 * sigma), side - 1) + 1 for side in images.shape[-2:])
     return gaussian_blur2d(images, (kernel[0], kernel[1]), (sigma, sigma))
 
 
 class UNet(nn.Module):
-    """(B, 3, H, W) -> (B, 1, H, W), any size; zero at first (arXiv 1505.04597, with GroupNorm and SiLU).
+    """(B, 3, H, W) -> (B, 1, H, W), any size; zero at first (arXiv 1505.04597, GroupNorm and SiLU).
 
-    base: channels at full resolution, doubled with each of `depth` halvings.
+    Args:
+        base: Channels at full resolution, doubled with each halving.
+        depth: Halvings.
     """
 
     def __init__(self, base: int = 16, depth: int = 3) -> None:
@@ -213,9 +232,10 @@ class UNet(nn.Module):
 
 
 class PatchTransformer(nn.Module):
-    """(B, 3, H, W) -> (B, 1, H, W), any size; zero at first: a plain pre-norm transformer on patches, one logit a patch, joined bilinearly.
+    """(B, 3, H, W) -> (B, 1, H, W), any size; zero at first: a transformer on patches.
 
-    The backbone of DiT (arXiv 2212.09748) and SiT without their conditioning. `width` must be a multiple of 4 and of `num_heads`.
+    One logit per patch, enlarged bilinearly: the backbone of DiT (arXiv 2212.09748) and SiT without
+    their conditioning. `width` must be a multiple of 4 and of `num_heads`.
     """
 
     def __init__(
@@ -224,7 +244,8 @@ class PatchTransformer(nn.Module):
         super().__init__()
         if width % 4 or width % num_heads:
             raise MetaVPTError(
-                f"PatchTransformer: width={width} must be a multiple of 4 and of num_heads={num_heads}"
+                f"PatchTransformer: width={width} must be a multiple of 4 and of "
+                f"num_heads={num_heads}"
             )
         self.patch_size = patch_size
         self.embed = nn.Conv2d(3, width, patch_size, stride=patch_size)

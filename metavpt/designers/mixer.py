@@ -1,4 +1,4 @@
-"""The mix of an objective's terms as a task: how much of each one, for each image."""
+"""The mix of an objective's terms as a task: the weight of each term for each image."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -17,10 +17,15 @@ from metavpt.objectives.distillation import active_terms
 
 
 class MixDesigner(Designer):
-    """Weights of the terms, w_t = W p_t e^l_t / sum_s p_s e^l_s with the recipe's weights W p_t: their sum W stays, l = 0 is the recipe.
+    """Weights of the terms, w_t = W p_t e^l_t / sum_s p_s e^l_s with the recipe's weights W p_t.
 
-    terms: the problem's own; those of weight 0 stay out. encoder: an ImageEncoder reads l off each image; None: one mix for all images.
-    kl_weight: weight of the divergence from the recipe, see `regularizer`.
+    Their sum W stays; l = 0 is the recipe.
+
+    Args:
+        recipe: Makes the views.
+        terms: The problem's terms; those of weight 0 stay out.
+        encoder: Predicts l from each image. None: one mix for all images.
+        kl_weight: Weight of the divergence from the recipe, see `regularizer`.
     """
 
     def __init__(
@@ -34,7 +39,8 @@ class MixDesigner(Designer):
         self.terms = active_terms(terms)
         if len(self.terms) < 2:
             raise MetaVPTError(
-                f"MixDesigner: there is nothing to mix in problem.terms={dict(terms)}; give two terms a weight"
+                f"MixDesigner: there is nothing to mix in problem.terms={dict(terms)}; give two "
+                "terms a weight"
             )
         self.encoder, self.kl_weight = encoder, kl_weight
         self.logits = nn.Parameter(torch.zeros(len(self.terms)))
@@ -48,7 +54,7 @@ class MixDesigner(Designer):
         return views._replace(mix=self._mix(logits.T))
 
     def randomize(self, views: Views, batch: Any, rng: Generator) -> Views:
-        """The same views with weights from standard normal l, for each image its own."""
+        """Draw weights from standard normal l for each image."""
         shape = len(self.terms), len(batch.images)
         logits = collectives.drawn(
             lambda shape: torch.randn(shape, generator=rng), shape, dim=1
@@ -56,7 +62,7 @@ class MixDesigner(Designer):
         return views._replace(mix=self._mix(logits))
 
     def regularizer(self, task: Views) -> Tensor:
-        """kl_weight * mean over images of KL(w / W || p), a scalar."""
+        """Compute kl_weight * mean over images of KL(w / W || p), a scalar."""
         mix = _mix_of(task)
         recipe = self._recipe(mix)
         return (
@@ -67,7 +73,7 @@ class MixDesigner(Designer):
         )
 
     def figures(self, batch: Any, task: Views) -> dict[str, np.ndarray]:
-        """The distribution of each term's weight over the images; in grey the recipe's."""
+        """Show the distribution of each term's weight over images, and the recipe's in grey."""
         mix = _mix_of(task)
         return {
             "mix": histograms(
@@ -76,7 +82,7 @@ class MixDesigner(Designer):
         }
 
     def _mix(self, logits: Tensor) -> Tensor:
-        """(T, B)."""
+        """Return the weights, (T, B)."""
         recipe = self._recipe(logits)
         mix = recipe * (logits - logits.detach().amax(dim=0)).exp()
         return mix * (
@@ -84,16 +90,23 @@ class MixDesigner(Designer):
         )  # both sums by one kernel: for l = 0 their ratio is exactly 1
 
     def _recipe(self, like: Tensor) -> Tensor:
-        """The recipe's weights for each image, (T, B)."""
+        """Return the recipe's weights for each image, (T, B)."""
         return like.new_tensor(list(self.terms.values()))[:, None].repeat(1, like.shape[1])
 
 
 def mix_terms(losses: Tensor, recipe: Iterable[float], mix: Tensor | None) -> Tensor:
-    """sum_t w_t losses_t of each image, (B,): losses (T, B), w the task's mix (T, B) or, where it has none, the recipe's T weights."""
+    """Compute sum_t w_t losses_t of each image, (B,).
+
+    Args:
+        losses: (T, B).
+        recipe: The recipe's T weights, used if the task has no mix.
+        mix: The task's weights, (T, B).
+    """
     weights = losses.new_tensor(list(recipe))[:, None] if mix is None else mix.to(losses.dtype)
     if len(weights) != len(losses):
         raise MetaVPTError(
-            f"MixDesigner: {len(weights)} weights for {len(losses)} terms; designer.terms must be the problem's"
+            f"MixDesigner: {len(weights)} weights for {len(losses)} terms; designer.terms must be "
+            "the problem's"
         )
     return (weights * losses).sum(dim=0)
 

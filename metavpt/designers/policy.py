@@ -1,4 +1,4 @@
-"""An augmentation policy: how strongly each view of each image is cropped, coloured, blurred and solarised."""
+"""An augmentation policy: how strongly each view of each image is augmented."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -25,15 +25,23 @@ FIGURE_DRAWS = 16  # of each view, for smooth histograms
 
 
 class PolicyDesigner(Designer):
-    """The recipe's own draws, each moved within bounds by `warp` with a shift and a scale for each knob, view and image.
+    """The recipe's random draws, moved by `warp` with a shift and a scale per parameter, view and image.
 
-    So the samples are reparameterised: the batch's seed draws what the recipe draws, and every knob is a smooth monotone function of that.
-    With all settings 0 it is the identity, bit for bit, and so is the distribution. Grayscale and solarisation become blends: the recipe's
-    0 or 1 plus a shift, clamped to [0, 1]. Flips, and which views are jittered and blurred, stay the recipe's.
+    The samples are reparameterised: the batch's seed draws what the recipe draws, and every
+    augmentation parameter is a smooth monotone function of its draw, within bounds. With all
+    settings 0 it is the identity, bit for bit. Grayscale and solarisation become blends: the
+    recipe's 0 or 1 plus a shift, clamped to [0, 1]. Flips, and which views are jittered and
+    blurred, stay the recipe's.
 
-    encoder: an ImageEncoder reads the settings off each image; None: one set of settings for all images. reach: settings lie in
-    [-reach, reach]. Bounds: `scale` (shares of the image's area), `aspect` (width / height), `jitter` (strengths, as in MultiCrop);
-    they must hold the recipe's own ranges. Position and blur_sigma stay within the recipe's. kl_weight: see `regularizer`.
+    Args:
+        recipe: Draws the augmentations.
+        encoder: Predicts the settings from each image. None: one set of settings for all images.
+        scale: Bounds of the crop's share of the image's area.
+        aspect: Bounds of width / height.
+        jitter: Bounds of the strengths, as in MultiCrop. All bounds must hold the recipe's ranges;
+            position and blur_sigma stay within the recipe's.
+        reach: Settings lie in [-reach, reach].
+        kl_weight: See `regularizer`.
     """
 
     def __init__(
@@ -73,11 +81,12 @@ class PolicyDesigner(Designer):
 
     def refine(self, views: Views, batch: Any) -> Views:
         raise MetaVPTError(
-            "PolicyDesigner makes views from images and cannot refine others: it must be the first of designer.stages"
+            "PolicyDesigner makes views from images and cannot refine others: it must be the "
+            "first of designer.stages"
         )
 
     def randomize(self, views: Views, batch: Any, rng: Generator) -> Views:
-        """Settings uniform in [-reach, reach], for each view of each image; the draws that they move are the recipe's."""
+        """Draw settings uniform in [-reach, reach] for each view of each image."""
         images = to_float(batch.images)
         shape = self.num_views, len(images), NUM_SETTINGS
         uniform = collectives.drawn(
@@ -88,13 +97,14 @@ class PolicyDesigner(Designer):
     def regularizer(self, task: Views) -> Tensor:
         """kl_weight times the mean over views and images of sum over knobs KL(N(a, e^2b) || N(0, 1)) for shift a and log scale b.
 
-        For a knob that the recipe draws uniformly over its whole bounds this is the divergence of the policy from the recipe, since
-        warping is one to one. Where bounds are wider the supports differ and it would be infinite: the same expression serves as a
-        trust region.
+        For a knob that the recipe draws uniformly over its whole bounds this is the divergence of
+        the policy from the recipe, since warping is one to one. Where bounds are wider the supports
+        differ and it would be infinite: the same expression serves as a trust region.
         """
         if task.policy is None:
             raise MetaVPTError(
-                "PolicyDesigner.regularizer: the task has no policy; it must come from the designer, not from recipe_task"
+                "PolicyDesigner.regularizer: the task has no policy; it must come from the "
+                "designer, not from recipe_task"
             )
         shift, log_scale, blend = _split(task.policy)
         divergence = ((shift.square() + (2 * log_scale).exp() - 1) / 2 - log_scale).sum(
@@ -106,7 +116,8 @@ class PolicyDesigner(Designer):
         """The distribution of each knob, the recipe's in grey and the policy's now, over many draws for the images of this batch."""
         if task.policy is None:
             raise MetaVPTError(
-                "PolicyDesigner.figures: the task has no policy; it must come from the designer, not from recipe_task"
+                "PolicyDesigner.figures: the task has no policy; it must come from the designer, "
+                "not from recipe_task"
             )
         images = to_float(batch.images)
         draws = [self.recipe.draw(images, batch.seed + k) for k in range(FIGURE_DRAWS)]
@@ -142,7 +153,8 @@ class PolicyDesigner(Designer):
             k = WARPED.index(name)
             return warp(was[name], shift[rows, k], log_scale[rows, k], self.bounds[name])
 
-        # As factors, which are exactly 1 where nothing moves: the sides are the recipe's, not made again from area and aspect.
+        # As factors, which are exactly 1 where nothing moves: the sides are the recipe's, not made
+        # again from area and aspect.
         grow = (move("scale") / was["scale"]).sqrt()
         stretch = ((move("log_aspect") - was["log_aspect"]) / 2).exp()
         gray, solarized = (clamp_to_unit(was[name] + blend[:, k]) for k, name in enumerate(BLENDED))
@@ -159,7 +171,8 @@ class PolicyDesigner(Designer):
 def warp(x: Tensor, shift: Tensor, log_scale: Tensor, bounds: Range) -> Tensor:
     """x moved within bounds: the standard normal quantile z of (x - low) / (high - low) becomes e^log_scale * z + shift. Monotone in x.
 
-    Written as x plus a difference, so that a shift and log scale of 0 leave x as it is to the last bit.
+    Written as x plus a difference, so that a shift and log scale of 0 leave x as it is to the last
+    bit.
     """
     low, high = bounds
     if high <= low:
@@ -212,5 +225,6 @@ def _check_bounds(bounds: Mapping[str, Range], recipe: MultiCrop) -> None:
     for name, (low, high) in needed.items():
         if not bounds[name][0] <= low <= high <= bounds[name][1]:
             raise MetaVPTError(
-                f"PolicyDesigner: the bounds of {name} are {bounds[name]}, but the recipe draws from ({low:.4g}, {high:.4g}); widen them"
+                f"PolicyDesigner: the bounds of {name} are {bounds[name]}, but the recipe draws "
+                f"from ({low:.4g}, {high:.4g}); widen them"
             )

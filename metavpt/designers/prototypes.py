@@ -25,12 +25,14 @@ GREEDY_TAU = (
 class PrototypeDesigner(Designer):
     """Scores of the prototypes and a gate for each global crop, with which `reshape` changes the teacher's probabilities inside the loss.
 
-    scores = max_score * tanh(<query(crop), key_k> / sqrt(rank)), gate = max_gate * tanh(network(crop)), which is exactly 0 at first. Scores
-    start at random: were they 0 as well, neither would have a gradient. support: how many of the teacher's most probable prototypes may
+    scores = max_score * tanh(<query(crop), key_k> / sqrt(rank)), gate = max_gate *
+    tanh(network(crop)), which is exactly 0 at first. Scores start at random: were they 0 as well,
+    neither would have a gradient. support: how many of the teacher's most probable prototypes may
     change. gate_weight: weight of the mean squared gate, the trust region.
 
-    patches: the same once more for each patch, with queries, keys and a gate of their own on the encoder's features of its place; for an
-    objective with a patch term (iBOT). The task then holds as many scores as the teacher has patch logits.
+    patches: the same once more for each patch, with queries, keys and a gate of their own on the
+    encoder's features of its place; for an objective with a patch term (iBOT). The task then holds
+    as many scores as the teacher has patch logits.
     """
 
     def __init__(
@@ -50,7 +52,8 @@ class PrototypeDesigner(Designer):
             raise MetaVPTError(f"PrototypeDesigner: max_gate must lie in (0, 1], got {max_gate}")
         if not 2 <= support <= num_prototypes:
             raise MetaVPTError(
-                f"PrototypeDesigner: support={support} must lie between 2 and the {num_prototypes} prototypes"
+                f"PrototypeDesigner: support={support} must lie between 2 and the "
+                f"{num_prototypes} prototypes"
             )
         self.encoder, self.support = encoder, support
         self.max_gate, self.max_score, self.gate_weight = max_gate, max_score, gate_weight
@@ -78,7 +81,7 @@ class PrototypeDesigner(Designer):
         return self._with_patches(views, *self.patches(patches))
 
     def randomize(self, views: Views, batch: Any, rng: Generator) -> Views:
-        """Scores and gates uniform within their bounds."""
+        """Draw scores and gates uniformly within their bounds."""
         shape = views.global_crops.shape[:2]
         views = self._with(views, *self._uniform(views, shape, rng))
         if self.patches is None:
@@ -88,14 +91,14 @@ class PrototypeDesigner(Designer):
         )
 
     def regularizer(self, task: Views) -> Tensor:
-        """gate_weight * mean gate^2, of the crops and, once more, of the patches."""
+        """Compute gate_weight * mean gate^2 of the crops, plus that of the patches."""
         squares = _gates(task).square().mean()
         return self.gate_weight * (
             squares if task.patch_gates is None else squares + task.patch_gates.square().mean()
         )
 
     def figures(self, batch: Any, task: Views) -> dict[str, np.ndarray]:
-        """The distribution of the gates, and of the scores."""
+        """Show the distributions of gates and scores."""
         gates = _gates(task)
         parts = {
             "gate": gates,
@@ -127,7 +130,7 @@ class PrototypeDesigner(Designer):
         )
 
     def _uniform(self, views: Views, shape: Sequence[int], rng: Generator) -> tuple[Tensor, Tensor]:
-        """Numbers in [-1, 1] for scores (*shape, K) and gates (*shape)."""
+        """Draw numbers in [-1, 1] for scores (*shape, K) and gates (*shape)."""
         scores, gates = (
             (
                 2
@@ -144,17 +147,21 @@ class PrototypeDesigner(Designer):
         return scores, gates[..., 0]
 
     def _grid(self, views: Views) -> tuple[int, int]:
-        """(h, w) of the patches of a global crop."""
+        """Return (h, w), the patches of a global crop."""
         if self.recipe.patch_size is None:
             raise MetaVPTError(
-                "PrototypeDesigner: designer.patches needs an objective with a patch term; give problem.terms.ibot a weight"
+                "PrototypeDesigner: designer.patches needs an objective with a patch term; give "
+                "problem.terms.ibot a weight"
             )
         height, width = views.global_crops.shape[-2:]
         return height // self.recipe.patch_size, width // self.recipe.patch_size
 
 
 class PatchScorer(nn.Module):
-    """Features (..., width) of patches -> scores (..., K) and gates (...), both in [-1, 1]; the gates are exactly 0 at first."""
+    """Patch features (..., width) -> scores (..., K) and gates (...), both in [-1, 1].
+
+    Gates are exactly 0 at first.
+    """
 
     def __init__(self, width: int, num_prototypes: int, rank: int) -> None:
         super().__init__()
@@ -167,10 +174,12 @@ class PatchScorer(nn.Module):
 
 
 def reshape(probs: Tensor, task: Views) -> Tensor:
-    """q = (1 - a) p + a * softmax(log p + r) on the support, p elsewhere: the teacher's probabilities p (2, B, K) as `task` wants them.
+    """Change the teacher's probabilities p (2, B, K) as `task` asks.
 
-    a = |gate|, r = scores with the sign of the gate. The softmax shares out what mass p has on the support, so q sums to 1 as p does.
-    Linear in a; q = p bit for bit where the gate is 0. A task without gates leaves p as it is.
+    q = (1 - a) p + a softmax(log p + r) on the support, and p elsewhere, with a = |gate| and r the
+    scores with the sign of the gate. The softmax distributes the mass of p on the support, so q
+    sums to 1. q is linear in a and equals p bit for bit for gate 0. A task without gates leaves p
+    as it is.
     """
     if task.scores is None or task.gates is None or task.support is None:
         return probs
@@ -178,7 +187,7 @@ def reshape(probs: Tensor, task: Views) -> Tensor:
 
 
 def reshape_patches(probs: Tensor, task: Views) -> Tensor:
-    """The same for the probabilities (M, K) of the patches that `task.hidden` marks, in their order."""
+    """Change the probabilities (M, K) of the masked patches in the same way."""
     if (
         task.patch_scores is None
         or task.patch_gates is None
@@ -199,13 +208,20 @@ def tilted(
     tau: float,
     num_candidates: int,
 ) -> Views:
-    """`task` with every gate at `gate` and, for scores, values / tau: the best targets in closed form (method.md, section 6).
+    """Return `task` with the best targets in closed form (method.md, section 6).
 
-    q = (1 - gate) p + gate softmax(log p + A / tau) on the `num_candidates` most probable prototypes maximises <q, A> within a trust
-    region: A / tau has mean square 1 / tau^2 about its mean under p, so that the mean KL is about 1 / (2 tau^2) before the gate; tau 0 is
-    the greedy limit, all on the best candidate.
+    Every gate is `gate` and the scores are values / tau. On the `num_candidates` most probable
+    prototypes, q = (1 - gate) p + gate softmax(log p + A / tau) maximises <q, A> within a trust
+    region: A / tau has mean square 1 / tau^2 about its mean under p, so the mean KL is about 1 / (2
+    tau^2) before the gate. With tau 0 the best candidate takes all.
 
-    values, probs  the value A of each prototype and the teacher's probabilities by term: dino (2, B, K), ibot (M, K) for `task.hidden`
+    Args:
+        task: The views.
+        values: The value A of each prototype by term: dino (2, B, K), ibot (M, K).
+        probs: The teacher's probabilities, in the same shapes.
+        gate: The share that is taken from the teacher's probabilities.
+        tau: The temperature.
+        num_candidates: Prototypes that may receive it.
     """
     scores = {term: _scaled(values[term], probs[term], tau, num_candidates) for term in values}
     task = task._replace(support=num_candidates)
@@ -223,7 +239,8 @@ def tilted(
 def _scaled(values: Tensor, probs: Tensor, tau: float, num_candidates: int) -> Tensor:
     if num_candidates > probs.shape[-1]:
         raise MetaVPTError(
-            f"strategy.num_candidates={num_candidates} is more than the {probs.shape[-1]} prototypes"
+            f"strategy.num_candidates={num_candidates} is more than the {probs.shape[-1]} "
+            "prototypes"
         )
     top, index = probs.topk(num_candidates, dim=-1)
     tiny = torch.finfo(values.dtype).tiny
@@ -232,15 +249,17 @@ def _scaled(values: Tensor, probs: Tensor, tau: float, num_candidates: int) -> T
 
 
 def _reshape(probs: Tensor, all_scores: Tensor, gates: Tensor, support: int) -> Tensor:
-    """probs, all_scores (..., K), gates (...)."""
+    """Change probs (..., K) by all_scores (..., K) and gates (...)."""
     if all_scores.shape != probs.shape:
         raise MetaVPTError(
-            f"PrototypeDesigner: scores {tuple(all_scores.shape)} do not fit the teacher's {tuple(probs.shape)}; "
+            f"PrototypeDesigner: scores {tuple(all_scores.shape)} do not fit the teacher's "
+            f"{tuple(probs.shape)}; "
             "designer.num_prototypes must be the problem's"
         )
     top, index = probs.topk(support, dim=-1)
     gates, scores = (x.to(probs.dtype) for x in (gates[..., None], all_scores.gather(-1, index)))
-    # A gate that could only open would stay shut for ever wherever the scores it starts with are worth less than nothing. With the sign
+    # A gate that could only open would stay shut for ever wherever the scores it starts with are
+    # worth less than nothing. With the sign
     # passed on to the scores, q is to first order the same function on both sides of 0.
     sign = torch.where(gates < 0, -1.0, 1.0)
     logits = top.clamp_min(torch.finfo(top.dtype).tiny).log() + sign * scores
@@ -255,6 +274,7 @@ def _scores(query: Tensor, keys: Tensor) -> Tensor:
 def _gates(task: Views) -> Tensor:
     if task.gates is None:
         raise MetaVPTError(
-            "PrototypeDesigner: the task has no gates; it must come from the designer, not from recipe_task"
+            "PrototypeDesigner: the task has no gates; it must come from the designer, not from "
+            "recipe_task"
         )
     return task.gates

@@ -17,9 +17,15 @@ NUM_PICTURES = 6
 
 
 class SelectionDesigner(Designer):
-    """Weights of the images of a batch: B * softmax(network(image) / temperature), mean 1; all exactly 1 at first.
+    """Weights of the images of a batch: B * softmax(network(image) / temperature), mean 1.
 
-    kl_weight: weight of the divergence from all alike, see `regularizer`.
+    All weights are exactly 1 at first.
+
+    Args:
+        recipe: Makes the views.
+        encoder: Reads the images.
+        temperature: Of the softmax.
+        kl_weight: Weight of the divergence from equal weights, see `regularizer`.
     """
 
     def __init__(
@@ -42,14 +48,17 @@ class SelectionDesigner(Designer):
         return views._replace(weights=balanced(logits / self.temperature))
 
     def randomize(self, views: Views, batch: Any, rng: Generator) -> Views:
-        """The same views with weights from standard normal logits."""
+        """Draw weights from standard normal logits."""
         logits = collectives.drawn(
             lambda shape: torch.randn(shape, generator=rng), (len(batch.images),)
         ).to(views.global_crops)
         return views._replace(weights=balanced(logits / self.temperature))
 
     def regularizer(self, task: Views) -> Tensor:
-        """kl_weight * KL(weights / B || uniform) = kl_weight * mean w log w, between 0 and kl_weight * log B."""
+        """Compute kl_weight * KL(weights / B || uniform) = kl_weight * mean w log w.
+
+        The mean lies between 0 and log B.
+        """
         weights = _weights(task)
         return (
             self.kl_weight
@@ -57,7 +66,7 @@ class SelectionDesigner(Designer):
         )
 
     def figures(self, batch: Any, task: Views) -> dict[str, np.ndarray]:
-        """The images that count most, above those that count least; below each its weight, from 0 in black to twice its share in white."""
+        """Show the images that count most above those that count least, with their weights as bars."""
         weights = _weights(task)
         order = weights.argsort(descending=True, stable=True).tolist()
         num_shown = min(NUM_PICTURES, len(order))
@@ -68,26 +77,27 @@ class SelectionDesigner(Designer):
 
 
 def balanced(logits: Tensor) -> Tensor:
-    """B * softmax(logits), (B,), over the whole batch, of which ranks may hold unlike numbers, so that equal logits give exactly 1."""
+    """Compute B * softmax(logits), (B,), over the global batch; exactly 1 for equal logits."""
     odds = (logits - collectives.leave(logits.detach().max())).exp()
     return odds / collectives.mean(collectives.weighed(odds.mean(), len(odds)))
 
 
 def weigh(losses: Tensor, weights: Tensor | None) -> Tensor:
-    """weights * losses, both (B,); the losses themselves where there are no weights."""
+    """Return weights * losses, both (B,), or the losses if there are no weights."""
     return losses if weights is None else losses * weights.to(losses.dtype)
 
 
 def _weights(task: Views) -> Tensor:
     if task.weights is None:
         raise MetaVPTError(
-            "SelectionDesigner: the task has no weights; it must come from the designer, not from recipe_task"
+            "SelectionDesigner: the task has no weights; it must come from the designer, not "
+            "from recipe_task"
         )
     return task.weights
 
 
 def _labelled(image: Tensor, weight: Tensor) -> np.ndarray:
-    """An image on a bar as bright as its weight."""
+    """Draw an image on a bar as bright as its weight."""
     photo = figures.photo(image)
     level = int(255 * min(float(weight) / 2, 1.0))
     return np.concatenate(

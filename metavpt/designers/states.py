@@ -1,4 +1,7 @@
-"""The designer of targets that reads the learner's own states: what the learner would predict, had a step for the feedback moved them."""
+"""Target designers that read the learner's own states.
+
+They predict what the learner would predict if a step for the feedback had moved its states.
+"""
 
 from dataclasses import dataclass
 
@@ -18,9 +21,10 @@ from metavpt.objectives.target_task import OneHot, TargetTask, mixed
 
 @dataclass(frozen=True)
 class MovedStates:
-    """r_t = softmax over C_t of log p_t(c) + u_t . W_c, W the learner's unembedding: what it would predict from the state h_t + u_t.
+    """r_t = softmax over C_t of log p_t(c) + u_t . W_c, the prediction from the state h_t + u_t.
 
-    phi holds the weights of `StateDesigner`, which makes u_t of h_t. gate: alpha.
+    W is the learner's unembedding. `phi` holds the weights of `StateDesigner`, which computes u_t
+    from h_t; `gate` is alpha.
     """
 
     phi: Params
@@ -48,15 +52,18 @@ class MovedStates:
 
 
 class StateDesigner(nn.Module):
-    """`MovedStates` by a network of one hidden layer, which costs next to nothing beside the learner. For `Amortized`.
+    """`MovedStates` by a network of one hidden layer; its cost is small beside the learner's.
 
-    Logits are linear in the states, so the best r within a trust region (`Tilt`) is the prediction from h_t - dh_t[w] / (tau s): of this
-    form. What the closed form derives anew for every batch is learned here as a function of h_t, and is there between updates. Moves start
-    at 0: the learner's own prediction. The gate is a number, as the tilt's: one that is learned beside r closes while r is still worth
-    nothing, and what is behind a closed gate learns no more.
+    Logits are linear in the states, so the best r within a trust region (`Tilt`) is the prediction
+    from h_t - dh_t[w] / (tau s). The network learns this as a function of h_t, for the steps
+    between updates. Moves start at 0: the learner's own prediction. The gate is fixed: a learned
+    gate closes early, while r is still uninformative, and r then receives no gradient.
 
-    width  the learner's
-    num_candidates, gate, tau  K, alpha and the trust region, as in `Tilt`; a gate of 0 is plain next-token prediction bit for bit
+    Args:
+        width: The learner's.
+        hidden_width: Of the network.
+        num_candidates, gate, tau: K, alpha and the temperature, as in `Tilt`. With gate 0 this is
+            plain next-token prediction, bit for bit.
     """
 
     def __init__(
@@ -89,7 +96,7 @@ class StateDesigner(nn.Module):
         return TargetTask(batch, MovedStates(phi, self.num_candidates, self.gate))
 
     def recipe_task(self, batch: TokenBatch) -> TargetTask:
-        """Plain next-token prediction; nothing runs."""
+        """Plain next-token prediction; no network runs."""
         return TargetTask(batch, OneHot())
 
     def regularizer(self, task: TargetTask) -> None:
@@ -103,7 +110,10 @@ class StateDesigner(nn.Module):
         derivative: DirectionalDerivative,
         rows: Tensor | None,
     ) -> dict[str, Tensor]:
-        """Of the tokens on the marked `rows` (B,): states (N, D), candidates, their log_probs and their values as in `Tilted` (N, K)."""
+        """Return states (N, D), candidates, log_probs and values (N, K) of the tokens on `rows` (B,).
+
+        Values are as in `Tilted`.
+        """
         scores, row = prediction.scores(self.num_candidates), prediction.predicted.nonzero()[:, 0]
         kept = torch.ones_like(row, dtype=torch.bool) if rows is None else rows[row]
         values = candidate_scores(
@@ -121,7 +131,10 @@ class StateDesigner(nn.Module):
         }
 
     def loss(self, lesson: dict[str, Tensor], table: Tensor) -> Tensor:
-        """-mean_t (<r_t, A_t> - tau KL(r_t || p_t)), least where r is the closed form; table: the unembedding. 0 for an empty lesson."""
+        """Compute -mean_t (<r_t, A_t> - tau KL(r_t || p_t)); the closed form is its minimum.
+
+        `table` is the unembedding. The loss of an empty batch is 0.
+        """
         phi: Params = dict(self.named_parameters())
         if not len(lesson["states"]):
             return torch.stack([0.0 * p.sum() for p in phi.values()]).sum()
@@ -137,7 +150,7 @@ class StateDesigner(nn.Module):
 
 
 def moves_of(phi: Params, states: Tensor) -> Tensor:
-    """u (N, D) of the states (N, D)."""
+    """Compute u (N, D) from states (N, D)."""
     features = F.gelu(
         F.linear(F.rms_norm(states, states.shape[1:]), phi["features.weight"], phi["features.bias"])
     )

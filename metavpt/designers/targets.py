@@ -1,4 +1,4 @@
-"""The target designer: how much of each next-token target is taken from the true token, and which candidates are given it."""
+"""The target designer: how much each next-token target moves, and to which candidates."""
 
 import torch
 from torch import Tensor, nn
@@ -11,13 +11,19 @@ from metavpt.objectives.target_task import OneHot, SoftTargets, TargetTask
 
 
 class TargetDesigner(nn.Module):
-    """q_t = (1 - alpha_t) onehot + alpha_t softmax over C_t of (residual * log p_t(c) + u_t . E_c), method.md section 4.
+    """q_t = (1 - alpha_t) onehot + alpha_t softmax over C_t of (residual * log p_t(c) + u_t . E_c).
 
-    A causal transformer reads the tokens alone, up to and with the one to be predicted, and gives u_t and the gate alpha_t in
-    [0, max_gate]; E is its own embedding. Gates start at exactly 0, so that a fresh designer is plain next-token prediction bit for bit,
-    and r_t at the learner's own prediction; the gradient passes at the gate's very edge, so the designer can leave it.
+    See method.md, section 4. A causal transformer reads the tokens up to and including the
+    predicted one and computes u_t and the gate alpha_t in [0, max_gate]; E is its own embedding.
+    Gates start at exactly 0, so a new designer is plain next-token prediction bit for bit, and r_t
+    starts at the learner's own prediction. The gradient passes at the edge of the gate, so the
+    designer can leave it.
 
-    body: see `designer_body`; its vocabulary must be the learner's. num_candidates: K.
+    Args:
+        body: See `designer_body`. Its vocabulary must be the learner's.
+        num_candidates: K.
+        max_gate: The largest alpha_t.
+        excess_weight: See `regularizer`.
     """
 
     def __init__(
@@ -32,11 +38,13 @@ class TargetDesigner(nn.Module):
             raise MetaVPTError(f"TargetDesigner: max_gate={max_gate} must be in (0, 1]")
         if not 2 <= num_candidates <= body.vocab_size:
             raise MetaVPTError(
-                f"TargetDesigner: num_candidates={num_candidates}: choose from 2 to {body.vocab_size}, the size of the vocabulary"
+                f"TargetDesigner: num_candidates={num_candidates}: choose from 2 to "
+                f"{body.vocab_size}, the size of the vocabulary"
             )
         if not body.tied:
             raise MetaVPTError(
-                "TargetDesigner: the body scores candidates by its embedding; build it with tie_word_embeddings=True"
+                "TargetDesigner: the body scores candidates by its embedding; build it with "
+                "tie_word_embeddings=True"
             )
         self.body, self.num_candidates, self.max_gate, self.excess_weight = (
             body,
@@ -53,7 +61,8 @@ class TargetDesigner(nn.Module):
     def forward(self, batch: TokenBatch) -> TargetTask:
         states = self.body(batch)  # (B, T, d): those at t have read token t
         logits = self.gate(states).squeeze(2)
-        # Not clamp alone: at the edge, where a new designer stands, it may pass no gradient (see MaskDesigner).
+        # Not clamp alone: at the edge, where a new designer stands, it may pass no gradient (see
+        # MaskDesigner).
         share = torch.where(
             (logits >= 0.0) & (logits <= 1.0), logits, logits.detach().clamp(0.0, 1.0)
         )
@@ -76,15 +85,19 @@ class TargetDesigner(nn.Module):
         )
 
     def recipe_task(self, batch: TokenBatch) -> TargetTask:
-        """Plain next-token prediction; nothing runs."""
+        """Plain next-token prediction; no network runs."""
         return TargetTask(batch, OneHot())
 
     def regularizer(self, task: TargetTask) -> Tensor:
-        """excess_weight * mean_t (relu(z_t - 1) + relu(-z_t)) for the gate's logits z: outside its range a gate has no other gradient."""
+        """Compute excess_weight * mean_t (relu(z_t - 1) + relu(-z_t)) for the gate's logits z.
+
+        Outside its range a gate has no other gradient.
+        """
         excess = getattr(task.targets, "excess", None)
         if excess is None:
             raise MetaVPTError(
-                "TargetDesigner.regularizer: the task has no gates; it must come from the designer, not from recipe_task"
+                "TargetDesigner.regularizer: the task has no gates; it must come from the "
+                "designer, not from recipe_task"
             )
         return self.excess_weight * excess.mean()
 
@@ -96,7 +109,10 @@ def designer_body(
     num_heads: int = 4,
     max_length: int = 2048,
 ) -> LanguageModel:
-    """A Llama of the paper's size with random weights; (128, 2, 4) is enough for a learner of a few million parameters."""
+    """Build a Llama of the paper's size with random weights.
+
+    (128, 2, 4) is enough for a learner of a few million parameters.
+    """
     return random_language_model(
         "llama",
         tail_layers=1,

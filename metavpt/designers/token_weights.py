@@ -1,4 +1,4 @@
-"""Token selection: how much each token of the stream, or each row, counts in the next-token loss."""
+"""Token selection: how much each token, or each row, counts in the next-token loss."""
 
 from typing import Literal
 
@@ -15,12 +15,15 @@ from metavpt.objectives.target_task import OneHot, TargetTask, Weighted
 
 
 class TokenWeights(nn.Module):
-    """Weights of the N tokens to predict: N * softmax(z), mean 1; all exactly 1 at first, which is plain next-token prediction.
+    """Weights of the N tokens to predict: N * softmax(z), mean 1.
 
-    A causal transformer reads the tokens, up to and with the one to be predicted, and gives z; `per="row"` takes the mean of z over the
-    tokens to predict of each row, so that rows are selected and not tokens.
+    All weights are exactly 1 at first, which is plain next-token prediction. A causal transformer
+    reads the tokens up to and including the predicted one and computes z.
 
-    body: see `designer_body`. kl_weight: weight of the divergence from all alike, see `regularizer`.
+    Args:
+        body: See `designer_body`.
+        per: "token" weighs tokens; "row" takes the mean of z over the predicted tokens of each row.
+        kl_weight: Weight of the divergence from equal weights, see `regularizer`.
     """
 
     def __init__(
@@ -36,11 +39,11 @@ class TokenWeights(nn.Module):
         return self._weighted(batch, self.head(self.body(batch)).squeeze(2))
 
     def recipe_task(self, batch: TokenBatch) -> TargetTask:
-        """Plain next-token prediction; nothing runs."""
+        """Plain next-token prediction; no network runs."""
         return TargetTask(batch, OneHot())
 
     def random_tasks(self, batch: TokenBatch, num_tasks: int) -> list[TargetTask]:
-        """Weights from standard normal logits, drawn by the batch's seed."""
+        """Draw weights from standard normal logits, by the batch's seed."""
         rng = Generator().manual_seed(batch.seed ^ 0x77656967)
         shape = batch.tokens.shape if self.per == "token" else (len(batch.tokens), 1)
         draws = (
@@ -53,10 +56,14 @@ class TokenWeights(nn.Module):
         ]
 
     def regularizer(self, task: TargetTask) -> Tensor:
-        """kl_weight * KL(weights / N || uniform) = kl_weight * mean w log w, between 0 and kl_weight * log N."""
+        """Compute kl_weight * KL(weights / N || uniform) = kl_weight * mean w log w.
+
+        The mean lies between 0 and log N.
+        """
         if not isinstance(task.targets, Weighted):
             raise MetaVPTError(
-                "TokenWeights.regularizer: the task has no weights; it must come from the designer, not from recipe_task"
+                "TokenWeights.regularizer: the task has no weights; it must come from the "
+                "designer, not from recipe_task"
             )
         weights = task.targets.weights[predicted_tokens(task.batch)]
         divergence = (weights * weights.clamp_min(torch.finfo(weights.dtype).tiny).log()).mean()

@@ -1,4 +1,7 @@
-"""Views of a batch of images: the fixed multi-crop recipe of DINO (arXiv 2104.14294; its released code for the strengths)."""
+"""Views of a batch of images: the multi-crop recipe of DINO (arXiv 2104.14294).
+
+The strengths are those of the released code.
+"""
 
 import math
 from collections.abc import Callable, Sequence
@@ -33,7 +36,10 @@ _ADJUSTMENTS: tuple[Callable[[Tensor, Tensor], Tensor], ...] = (
 
 
 class Views(NamedTuple):
-    """A task: normalised views of a batch, and what designers did to them (None: nothing). In masks 1 keeps a pixel, 0 blurs it."""
+    """A task: normalised views of a batch, and what designers did to them (None: nothing).
+
+    In masks 1 keeps a pixel and 0 blurs it.
+    """
 
     global_crops: Tensor  # (2, B, 3, H, W)
     local_crops: Tensor  # (L, B, 3, h, w)
@@ -62,13 +68,15 @@ class Views(NamedTuple):
 
 
 class Knobs(NamedTuple):
-    """All that is done to N = V * B views of one kind, the views of the whole batch one after the other.
+    """The augmentation parameters of N = V * B views of one kind, view after view.
 
-    Rows index the views that a transform is applied to. An amount of None is 1 on these rows and 0 elsewhere.
+    Rows index the views that a transform applies to. An amount of None is 1 on these rows, 0
+    elsewhere.
     """
 
     sides: Tensor  # (N, 2), x and y: the crop's shares of the image's sides
-    position: Tensor  # (N, 2), x and y in [-1, 1]: where the crop lies between the two ends that it can reach
+    # (N, 2), x and y in [-1, 1]: where the crop lies between the two ends that it can reach
+    position: Tensor
     mirror: Tensor  # (N,), 1, or -1 for a flipped view
     jittered: Tensor  # (J,) rows
     order: list[int]  # of the four adjustments
@@ -83,7 +91,7 @@ class Knobs(NamedTuple):
     hidden: Tensor | None = None  # (N, patches) bool, of the global views
 
     def to(self, images: Tensor) -> "Knobs":
-        """On the device of `images`, numbers in their dtype."""
+        """Move to the device of `images`, numbers in their dtype."""
         return tree_map_only(
             Tensor,
             lambda knob: knob.to(images) if knob.is_floating_point() else knob.to(images.device),
@@ -91,7 +99,7 @@ class Knobs(NamedTuple):
         )
 
     def of_rank(self) -> "Knobs":
-        """What is done to the images of this process, of knobs drawn for the whole batch."""
+        """Return the parameters of this process's images, from those of the global batch."""
         if collectives.size() == 1:
             return self
         views = torch.arange(len(self.sides)).view(-1, self.batch_size)[
@@ -110,7 +118,7 @@ class Knobs(NamedTuple):
 
 
 def pick_views(tasks: Sequence[Views], which: Tensor, sample: Tensor) -> Views:
-    """The views whose k-th image is sample[k] of tasks[which[k]]; both (n,) int64."""
+    """Return the views whose k-th image is sample[k] of tasks[which[k]]; both int64 of shape (n,)."""
 
     def pick(parts: Sequence[Any]) -> Any:
         if not isinstance(parts[0], Tensor):
@@ -126,17 +134,28 @@ def pick_views(tasks: Sequence[Views], which: Tensor, sample: Tensor) -> Views:
 
 
 class MultiCrop(nn.Module):
-    """Images and a seed -> Views: random resized crop, flip, colour jitter, grayscale, blur, solarisation, normalisation, all per image.
+    """Images and a seed -> Views.
 
-    A deterministic function of its arguments, differentiable in float images; it neither reads nor moves the global random state. Random
-    numbers are drawn on the CPU, so a seed gives the same views on every device.
+    Per image: random resized crop, flip, colour jitter, grayscale, blur, solarisation,
+    normalisation. A deterministic function of its arguments, differentiable in float images. It
+    neither reads nor changes the global random state. Random numbers are drawn on the CPU, so a
+    seed gives equal views on every device. Crops are bilinear without antialiasing: shrink images
+    far larger than the crops first.
 
-    mean, std: the backbone's normalisation. Sides in pixels; scales are shares of the image's area; `jitter` is the strength of brightness,
-    contrast, saturation (factors 1 +- s) and hue (turns +- s). `blur_sigma` in pixels. `blur` and `solarize` are the probabilities for
-    global view 1, global view 2, local views. No antialiasing: bilinear, so images far larger than the crops should be shrunk before.
-
-    patch_size: with it, blocks of patches of the global views are hidden from the student (iBOT's masks, see `hidden_patches`): of a view
-    with probability `hidden_prob`, then a share in `hidden_share`. The crops are the same with it and without.
+    Args:
+        mean, std: The backbone's normalisation.
+        global_size, local_size: Sides in pixels.
+        num_local: Local views per image.
+        global_scale, local_scale: Shares of the image's area.
+        flip: Probability of a horizontal flip.
+        jitter: Strengths of brightness, contrast, saturation (factors 1 +- s) and hue (turns +- s).
+        jitter_prob, grayscale: Probabilities.
+        blur_sigma: Range in pixels.
+        blur, solarize: Probabilities for global view 1, global view 2 and local views.
+        patch_size: With it, blocks of patches of the global views are masked for the student
+            (iBOT), see `hidden_patches`. The crops are the same with and without.
+        hidden_share: Range of the share of masked patches.
+        hidden_prob: Probability that a view is masked.
     """
 
     def __init__(
@@ -167,13 +186,15 @@ class MultiCrop(nn.Module):
                 )
         if min(global_size, local_size) < 1 or num_local < 0:
             raise MetaVPTError(
-                f"MultiCrop: sizes must be positive, got {global_size=}, {local_size=}, {num_local=}"
+                f"MultiCrop: sizes must be positive, got {global_size=}, {local_size=}, "
+                f"{num_local=}"
             )
         if patch_size is not None and (
             global_size % patch_size or not 0 <= hidden_share[0] <= hidden_share[1] < 1
         ):
             raise MetaVPTError(
-                f"MultiCrop: {global_size=} must divide into patches of {patch_size}, {hidden_share=} lie in [0, 1)"
+                f"MultiCrop: {global_size=} must divide into patches of {patch_size}, "
+                f"{hidden_share=} lie in [0, 1)"
             )
         self.mean, self.std = tuple(mean), tuple(std)
         self.global_size, self.local_size, self.num_local = global_size, local_size, num_local
@@ -184,12 +205,23 @@ class MultiCrop(nn.Module):
 
     @phase("augment")
     def forward(self, images: Tensor, seed: int) -> Views:
-        """images (B, 3, H, W): uint8, or float in [0, 1]. Raises MetaVPTError for anything else."""
+        """Make the views.
+
+        Args:
+            images: (B, 3, H, W), uint8, or float in [0, 1].
+            seed: Of all random draws.
+
+        Raises:
+            MetaVPTError: The images have another shape or type.
+        """
         images = to_float(images)
         return self.render(images, self.draw(images, seed))
 
     def draw(self, images: Tensor, seed: int) -> list[Knobs]:
-        """The knobs of global view 1, of global view 2, and of the local views where there are any. Of `images` only the shape counts."""
+        """Draw the parameters of global view 1, global view 2 and the local views.
+
+        Only the shape of `images` counts.
+        """
         rng = Generator().manual_seed(seed)
         whole = len(images) * collectives.size()
         knobs = [
@@ -203,7 +235,7 @@ class MultiCrop(nn.Module):
         return [of_kind.of_rank().to(images) for of_kind in (first, second, *knobs[2:])]
 
     def render(self, images: Tensor, knobs: Sequence[Knobs]) -> Views:
-        """The views of float images (B, 3, H, W) that `knobs` describe, differentiable in the images and in every float knob."""
+        """Make the views that `knobs` describe, differentiable in the images and in every float parameter."""
         first, second, *local = (
             self._render(images, of_kind, kind) for kind, of_kind in enumerate(knobs)
         )
@@ -257,7 +289,7 @@ class MultiCrop(nn.Module):
         return hidden_patches(batch_size, (side, side), self.hidden_share, self.hidden_prob, seed)
 
     def _render(self, images: Tensor, knobs: Knobs, kind: int) -> Tensor:
-        """(V, B, 3, size, size)."""
+        """Make the views of one kind, (V, B, 3, size, size)."""
         size, batch_size = self.local_size if kind == 2 else self.global_size, len(images)
         crops = zip(
             *(knob.split(batch_size) for knob in (knobs.sides, knobs.position, knobs.mirror)),
@@ -273,7 +305,7 @@ class MultiCrop(nn.Module):
         return self.normalize(views).unflatten(0, (-1, batch_size))
 
     def _draw_jitter(self, num_rows: int, rng: Generator) -> tuple[list[int], Tensor]:
-        """The order of the four adjustments, one for all rows, and their factors (4, num_rows)."""
+        """Draw the order of the four adjustments, one for all rows, and their factors (4, num_rows)."""
         order = torch.randperm(4, generator=rng).tolist() if num_rows else [0, 1, 2, 3]
         factors = torch.empty(4, num_rows)
         for i in order:
@@ -298,19 +330,19 @@ class MultiCrop(nn.Module):
 
 
 def jitter_range(adjustment: int, strength: float) -> Range:
-    """The factors of brightness, contrast, saturation (0 to 2, about 1) and the angles of hue (3, radians) at `strength`."""
+    """Return the range of an adjustment's factor at `strength`; for hue (3) of its angle in radians."""
     if adjustment == 3:
         return -2 * math.pi * strength, 2 * math.pi * strength
     return max(0.0, 1.0 - strength), 1.0 + strength
 
 
 def _choose(num_rows: int, prob: float, rng: Generator) -> Tensor:
-    """The rows that a draw of each with probability `prob` chooses."""
+    """Choose each row with probability `prob`; return the chosen rows."""
     return (torch.rand(num_rows, generator=rng) < prob).nonzero()[:, 0]
 
 
 def _at(rows: Tensor, transform: Callable[[Tensor], Tensor], views: Tensor) -> Tensor:
-    """`views` with `transform` applied to these rows; the others cost nothing."""
+    """Apply `transform` to these rows of `views`; other rows cost nothing."""
     if len(rows) == len(views):
         return transform(views)
     return views.index_copy(0, rows, transform(views[rows])) if len(rows) else views
@@ -319,7 +351,10 @@ def _at(rows: Tensor, transform: Callable[[Tensor], Tensor], views: Tensor) -> T
 def _blend(
     rows: Tensor, amount: Tensor | None, transform: Callable[[Tensor], Tensor], views: Tensor
 ) -> Tensor:
-    """(1 - amount) * view + amount * transform(view); an amount of None is 1 at `rows` and 0 elsewhere."""
+    """Compute (1 - amount) * view + amount * transform(view).
+
+    An amount of None is 1 at `rows` and 0 elsewhere.
+    """
     if amount is None:
         return _at(rows, transform, views)
     others = (
@@ -333,7 +368,8 @@ def _blend(
             chosen, transform(chosen), amount[part].view(-1, 1, 1, 1).to(chosen.dtype)
         )
 
-    # Apart, although one call would do: what kernels make of a view may differ in its last bit with the views that it is batched with.
+    # Apart, although one call would do: what kernels make of a view may differ in its last bit with
+    # the views that it is batched with.
     views = _at(rows, lambda chosen: mix(chosen, rows), views)
     return _at(others, lambda chosen: mix(chosen, others), views)
 
@@ -347,7 +383,11 @@ def _solarize(views: Tensor) -> Tensor:
 
 
 def to_float(images: Tensor) -> Tensor:
-    """Images (B, 3, H, W) in [0, 1]; raises MetaVPTError for other shapes and types."""
+    """Convert images (B, 3, H, W) to float in [0, 1].
+
+    Raises:
+        MetaVPTError: The images have another shape or type.
+    """
     if images.ndim != 4 or images.shape[1] != 3:
         raise MetaVPTError(f"MultiCrop: images must be (B, 3, H, W), got {tuple(images.shape)}")
     if images.dtype == torch.uint8:
