@@ -4,9 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 # Dense bfloat16 FLOP/s with accumulation in float32, by how the card calls itself, from its maker's
 # data sheet; the first that fits.
@@ -39,9 +37,14 @@ def count(call: Callable[[], Any]) -> int:
     A multiply-add is two. The formulas are torch's. Compiled code is not seen: count before
     compiling.
     """
-    with _Counter() as counter:
+    aten: Any = torch.ops.aten
+    on_cpu = {  # torch counts the attention kernels of GPUs alone; formulas are given shapes
+        aten._scaled_dot_product_flash_attention_for_cpu: _attention,
+        aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
+    }
+    with FlopCounterMode(display=False, custom_mapping=on_cpu) as counter:
         call()
-    return counter.total
+    return counter.get_total_flops()
 
 
 def peak_of(card: str | None) -> float | None:
@@ -55,35 +58,11 @@ def utilisation(flops: float, seconds: float, card: str | None) -> float | None:
     return flops / seconds / peak if peak else None
 
 
-class _Counter(TorchDispatchMode):
-    """torch.utils.flop_counter.FlopCounterMode without its table by module.
-
-    Its module hooks fail on a graph that enters a frozen teacher.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.total = 0
-        aten: Any = torch.ops.aten
-        self.formulas = {
-            **flop_registry,
-            # torch counts the attention kernels of GPUs alone
-            aten._scaled_dot_product_flash_attention_for_cpu: _attention,
-            aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
-        }
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        if formula := self.formulas.get(func._overloadpacket):
-            self.total += int(formula(*args, **(kwargs or {}), out_val=out))
-        return out
-
-
-def _attention(query: Tensor, key: Tensor, value: Tensor, *rest: Any, **options: Any) -> int:
-    return sdpa_flop_count(query.shape, key.shape, value.shape)
+def _attention(query: Any, key: Any, value: Any, *rest: Any, **options: Any) -> int:
+    return sdpa_flop_count(query, key, value)
 
 
 def _attention_backward(
-    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, *rest: Any, **options: Any
+    grad: Any, query: Any, key: Any, value: Any, *rest: Any, **options: Any
 ) -> int:
-    return sdpa_backward_flop_count(grad.shape, query.shape, key.shape, value.shape)
+    return sdpa_backward_flop_count(grad, query, key, value)

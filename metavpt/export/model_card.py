@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from huggingface_hub import ModelCard, ModelCardData
 from omegaconf import DictConfig, OmegaConf
 
 from metavpt.cli.formatting import number
@@ -12,41 +13,41 @@ from metavpt.report import read_log, summary_rows
 
 CARD = """\
 ---
-tags: [{tag}, self-supervised, metavpt]
+{{ card_data }}
 ---
-# {name}
+# {{ name }}
 
-{about}
+{{ about }}
 
 ```python
-{usages}
+{{ usages }}
 ```
 
 ## Metrics
 
-At step {first} (before any training here) and at step {last}. {measured}
+At step {{ first }} (before any training here) and at step {{ last }}. {{ measured }}
 
-{metrics}
+{{ metrics }}
 
 ## Training
 
-{training}
+{{ training }}
 
 ```
-{command}
+{{ command }}
 ```
 
 ```yaml
-{config}
+{{ config }}
 ```
 
 ## Versions
 
-{versions}
+{{ versions }}
 
 ## Licence
 
-{licence}
+{{ licence }}
 """
 SECTIONS = ("problem", "data", "strategy", "budget", "seed")
 NOT_VERSIONS = ("command", "seed")
@@ -85,9 +86,10 @@ def model_card(run: Path, config: DictConfig, of: Description) -> str:
         for row in rows
     ]
     training: Any = OmegaConf.masked_copy(config, [key for key in SECTIONS if key in config])
-    return CARD.format(
+    card = ModelCard.from_template(
+        ModelCardData(tags=[of.tag, "self-supervised", "metavpt"]),
+        template_str=CARD,
         name=of.name,
-        tag=of.tag,
         about=of.about,
         usages="\n".join(f"model = {usage.expression}  # {usage.library}" for usage in of.usages),
         first=min((row.first_step for row in rows), default=0),
@@ -102,6 +104,7 @@ def model_card(run: Path, config: DictConfig, of: Description) -> str:
         ),
         licence=f"{of.licence} The data named above have licences of their own. metavpt itself is under the MIT licence.",
     )
+    return str(card)
 
 
 def _training(config: DictConfig, data: list[str], last: int) -> str:

@@ -67,8 +67,9 @@ class Feedback:
     @property
     def all_weights(self) -> Mapping[str, float]:
         """The weight of each feedback by name."""
-        several = supports(self.problem, MultipleFeedbacks)
-        return self.problem.feedback_weights if several else {"feedback": 1.0}
+        if supports(self.problem, MultipleFeedbacks):
+            return self.problem.feedback_weights
+        return {"feedback": 1.0}
 
     @property
     def weights(self) -> dict[str, float]:

@@ -40,10 +40,10 @@ class LoRA:
     def __call__(self, model: Any) -> Any:
         config = LoraConfig(
             r=self.rank,
-            lora_alpha=self.alpha,
+            lora_alpha=self.alpha,  # type: ignore[arg-type]
             target_modules=list(self.target_modules),
             lora_dropout=0.0,
-        )  # type: ignore[arg-type]
+        )
         try:
             return get_peft_model(model, config)
         except ValueError as error:

@@ -62,9 +62,9 @@ def make_fabric(
         accelerator=accelerator,
         devices=where,
         num_nodes=nodes,
-        precision=precision,
+        precision=precision,  # type: ignore[arg-type]
         strategy=strategy,
-    )  # type: ignore[arg-type]
+    )
     if (
         devices * nodes > 1
         and "TORCHELASTIC_RESTART_COUNT" in os.environ

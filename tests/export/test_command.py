@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import timm
 import torch
+from huggingface_hub import ModelCard
 from hydra import compose, initialize_config_module
 from omegaconf import OmegaConf
 from rich.console import Console
@@ -164,6 +165,7 @@ def test_a_run_from_its_own_trainer(tmp_path: Path) -> None:
 
 def test_the_model_card_says_what_the_run_was(finished: Any, tmp_path: Path) -> None:
     card = (export(finished[0], tmp_path / "weights", "student", "timm") / "README.md").read_text()
+    assert ModelCard(card).data.tags == ["feature-extraction", "self-supervised", "metavpt"]
     for line in (
         "| ridge/depth_rmse | 1.25 | 1 | −0.25 |",
         "| ridge/seg_miou | 0.125 | 0.25 | +0.125 |",
