@@ -307,6 +307,6 @@ def test_a_name_on_the_hub_without_network(monkeypatch: pytest.MonkeyPatch) -> N
         raise OSError("Name or service not known\nsecond line")
 
     monkeypatch.setattr(weights, "snapshot_download", offline)
-    message = r"weights=someone/vit: no such file or folder here.*\(Name or service not known\); without network pass a local"
+    message = r"weights=someone/vit: no such file or folder here.*\(Name or service not known second line\); without network pass a local"
     with pytest.raises(MetaVPTError, match=message):
         create_backbone("vit_tiny_dinov3", 1, weights="someone/vit")
