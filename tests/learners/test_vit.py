@@ -1,3 +1,4 @@
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -29,9 +30,11 @@ FAMILIES = {
 TINY: dict[str, Any] = {"embed_dim": 32, "depth": 3, "num_heads": 4}
 
 
-def tiny(name: str, tail_blocks: int = 2) -> Backbone:
+def tiny(name: str, tail_blocks: int = 2, **options: Any) -> Backbone:
     torch.manual_seed(0)
-    backbone = create_backbone(name, tail_blocks, img_size=FAMILIES[name][0], **TINY).double()
+    backbone = create_backbone(
+        name, tail_blocks, img_size=FAMILIES[name][0], **TINY, **options
+    ).double()
     for parameter in (
         backbone.parameters()
     ):  # positions, registers and layer scales are near zero at first: make all of them count
@@ -54,7 +57,7 @@ def timm_twin(name: str, backbone: Backbone) -> Any:
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_features_equal_timms_at_native_and_other_sizes(name: str) -> None:
-    backbone = tiny(name)
+    backbone = tiny(name, positions="timm")
     model = timm_twin(name, backbone)
     native, other = FAMILIES[name]
     for size in ((min(native, 64),) * 2 if native == 256 else (native, native), other):
@@ -68,6 +71,50 @@ def test_features_equal_timms_at_native_and_other_sizes(name: str) -> None:
             features.patches.flatten(2).transpose(1, 2), patches, atol=1e-10, rtol=0
         )
         torch.testing.assert_close(features.cls, cls, atol=1e-10, rtol=0)
+
+
+def bicubic(new: int, old: int) -> Tensor:
+    """The matrix (new, old) of cubic convolution (Keys 1981, a = -0.75) by (new + 0.1) / old."""
+    matrix = torch.zeros(new, old, dtype=torch.float64)
+    for row in range(new):
+        place = (row + 0.5) * old / (new + 0.1) - 0.5
+        for at in range(math.floor(place) - 1, math.floor(place) + 3):
+            x = abs(place - at)
+            if x <= 1:
+                weight = 1.25 * x**3 - 2.25 * x**2 + 1
+            else:
+                weight = -0.75 * (x**3 - 5 * x**2 + 8 * x - 4)
+            matrix[row, min(max(at, 0), old - 1)] += weight
+    return matrix
+
+
+@pytest.mark.parametrize("size", [(42, 70), (56, 56), (14, 98)])
+def test_positions_of_dinov2_without_registers_are_interpolated_as_released(
+    size: tuple[int, int],
+) -> None:
+    """Bicubic by a scale of (new + 0.1) / old, without antialiasing, the cls token left alone."""
+    backbone = tiny("vit_small_patch14_dinov2")
+    trunk = backbone.trunk
+    grid = (size[0] // 14, size[1] // 14)
+    positions = trunk.pos_embed[0, 1:].unflatten(0, (4, 4))
+    if grid != (4, 4):
+        positions = torch.einsum(
+            "ia,jb,abd->ijd", bicubic(grid[0], 4), bicubic(grid[1], 4), positions
+        )
+    images = torch.randn(1, 3, *size, dtype=torch.float64)
+    patches = trunk.patch_embed(images).flatten(1, 2)
+    expected = torch.cat(
+        [trunk.cls_token + trunk.pos_embed[:, :1], patches + positions.flatten(0, 1)], dim=1
+    )
+    torch.testing.assert_close(
+        trunk._add_positions(patches, grid), expected, atol=1e-12, rtol=1e-12
+    )
+    assert tiny("vit_small_patch14_reg4_dinov2").trunk.interpolation == "timm"
+
+
+def test_pretrained_positions_of_dinov2_are_not_left_to_timm() -> None:
+    with pytest.raises(MetaVPTError, match="leave img_size out"):
+        create_backbone("vit_small_patch14_dinov2", 1, pretrained=True, img_size=224)
 
 
 @pytest.mark.parametrize("name", ["vit_small_patch16_dinov3", "vit_small_patch14_reg4_dinov2"])

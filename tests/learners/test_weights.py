@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from metavpt.errors import MetaVPTError
-from metavpt.learners import weights
+from metavpt.learners import vit, weights
 from metavpt.learners.vit import Backbone, create_backbone, timm_state_dict
 
 TINY: dict[str, Any] = {
@@ -204,6 +204,23 @@ def test_the_layouts_of_the_original_releases(
     torch.testing.assert_close(found.patches, expected.patches, atol=1e-5, rtol=0)
 
 
+def test_the_pretrained_ijepa_is_the_target_encoder_of_its_release(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """timm names the file of the release and takes the context encoder of it."""
+    name = "vit_huge_patch14_gap_224.in1k_ijepa"
+    source = random_parameters(create_backbone(name, 1, **TINY))
+    file = tmp_path / "IN1K-vit.h.14-300e.pth.tar"
+    torch.save(ijepa(timm_state_dict(source)), file)
+    asked: list[str] = []
+    monkeypatch.setattr(vit, "download_cached_file", lambda url: asked.append(url) or str(file))
+    images = torch.randn(1, 3, 32, 32)
+    with torch.no_grad():
+        found = create_backbone(name, 1, pretrained=True, **TINY)(images).patches
+        torch.testing.assert_close(found, source(images).patches, atol=1e-5, rtol=0)
+    assert [url.rpartition("/")[2] for url in asked] == [file.name]
+
+
 def test_dinov3_without_bias_takes_a_bias_of_zeros_only(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -236,6 +253,7 @@ def test_positions_of_another_image_size_are_resampled_and_nothing_else(tmp_path
     torch.testing.assert_close(
         larger(images).cls, source(images).cls, atol=1e-5, rtol=0
     )  # which resamples as well
+    assert larger.trunk.pos_embed.shape[1] == 1 + 8 * 8
     with pytest.raises(
         MetaVPTError, match=r"patch_embed\.proj\.weight is \(32, 3, 8, 8\), not \(32, 3, 16, 16\)"
     ):
