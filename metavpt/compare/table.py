@@ -16,7 +16,7 @@ from rich.text import Text
 from metavpt.cli.formatting import number, with_error
 from metavpt.compare.paired_statistics import (
     LEVEL,
-    MAX_RANGE_SEEDS,
+    MIN_SEEDS,
     Mean,
     Paired,
     mean_se,
@@ -85,7 +85,8 @@ class Table:
     rows          step 0, then the rows in the order in which they appear
     metrics       those that the feedback is about
     side_effects  the other ones
-    warnings      side effects on which a row is worse than step 0 or the reference by more than the interval
+    warnings      side effects on which a row is worse than step 0 or the reference by more than the
+                  interval, of MIN_SEEDS seeds or more
     notes         what a reader must know: rows that failed, values that are missing, how much the seeds can show
     """
 
@@ -173,7 +174,7 @@ class Table:
         ]
 
     def rich(self) -> Group:
-        """For a terminal of 100 columns. A difference whose interval excludes zero is green or red."""
+        """For a terminal of 100 columns. A difference with a verdict is green or red."""
         parts: list[RichTable | Text] = []
         for section in self.sections():
             made = RichTable(box=None, header_style="dim", pad_edge=False)
@@ -311,7 +312,10 @@ class Table:
                 "metrics={<metric>: lower} or higher, or in the problem's metric_directions."
             )
         if any(cell.mean and cell.mean.n == 1 for cell in self.cells.values()):
-            yield "One seed has no standard error, interval or p-value: nothing is known of its noise."
+            yield (
+                "One seed has no standard error, interval or p-value: nothing is known of its noise. "
+                f"To call a row better or worse takes {MIN_SEEDS} seeds."
+            )
         if not self.has_reference:
             yield f"No differences: there is no finished row {self.reference} to take them to."
             return
@@ -360,9 +364,13 @@ def _steered(results: Sequence[Result], names: Sequence[str]) -> Mapping[str, se
 def _strength(n: int) -> str:
     """What n > 1 seeds can show at most."""
     least = f"With {n} seeds no p-value is below {number(smallest_p(n))}"
-    if n > MAX_RANGE_SEEDS:
+    if n >= MIN_SEEDS:
         return f"{least}."
-    return f"{least}, and the interval is the range of the differences, which holds the truth {range_coverage(n):.1%} of the time at best."
+    return (
+        f"{least}, and the interval is the range of the differences, which holds the truth "
+        f"{range_coverage(n):.1%} of the time at best: too few seeds to call a row better or worse, "
+        f"which takes {MIN_SEEDS}."
+    )
 
 
 def _mean(mean: Mean | None) -> str:
@@ -370,11 +378,12 @@ def _mean(mean: Mean | None) -> str:
 
 
 def _compared(against: Paired | None) -> list[str]:
-    """Difference, interval, p-value, wins of seeds."""
+    """Difference, interval, p-value or that there are too few seeds for one, wins of seeds."""
     if against is None:
         return [number(None)] * 4
     wins = number(None) if against.wins is None else f"{against.wins:g}/{against.n}"
-    return [number(against.difference, sign=True), _interval(against), number(against.p), wins]
+    p = against.verdict if against.n < MIN_SEEDS else number(against.p)
+    return [number(against.difference, sign=True), _interval(against), p, wins]
 
 
 def _interval(against: Paired) -> str:

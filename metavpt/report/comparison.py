@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 from markupsafe import Markup
 
 from metavpt.compare import results
+from metavpt.compare.paired_statistics import MIN_SEEDS
 from metavpt.compare.table import Table
 from metavpt.report import page
 from metavpt.report.curves import Band, bands
@@ -61,6 +62,7 @@ def write_comparison_report(folder: Path, reference: str = "fixed") -> Path:
         headline=headline(table),
         matched=_matched(folder, rows, config),
         table=table,
+        min_seeds=MIN_SEEDS,
         rows=rows,
         standing=standing(table, rows),
         seeds=sorted({result.seed for result in found}),

@@ -1,7 +1,7 @@
 """A comparison in a sentence or two."""
 
 from metavpt.cli.formatting import listed
-from metavpt.compare.paired_statistics import MAX_RANGE_SEEDS, Paired
+from metavpt.compare.paired_statistics import MIN_SEEDS, Paired
 from metavpt.compare.table import Table
 
 VERBS = {"better": ("beats", "beat"), "worse": ("is worse than", "are worse than")}
@@ -20,24 +20,19 @@ def headline(table: Table) -> str:
     }
     if not pairs:
         return f"No row finished beside {reference}, so there is nothing to compare."
-    if all(pair.low is None for pair in pairs.values()):
-        return f"One seed in common with {reference}: no interval, so no difference can be told from noise."
+    told = " or ".join(map(str, sorted({p.n for p in pairs.values() if p.n < MIN_SEEDS})))
+    if all(pair.n < MIN_SEEDS for pair in pairs.values()):
+        return (
+            f"Too few seeds in common with {reference} ({told}): "
+            f"no difference can be told from noise with fewer than {MIN_SEEDS}."
+        )
     better, worse = (_clauses(table, pairs, verdict) for verdict in VERBS)
     better = better or [
         f"No row beats {reference} on a steered metric by an interval that excludes zero"
     ]
-    few = sorted(
-        {
-            pair.n
-            for pair in pairs.values()
-            if pair.verdict != "unclear" and pair.n <= MAX_RANGE_SEEDS
-        }
-    )
-    caution = (
-        [f"With {' or '.join(map(str, few))} seeds that says only that all of them agree"]
-        if few
-        else []
-    )
+    judged = {row for (row, _), pair in pairs.items() if pair.n >= MIN_SEEDS}
+    others = [row for row in dict.fromkeys(row for row, _ in pairs) if row not in judged]
+    caution = [f"Too few seeds ({told}) for a verdict on {listed(others)}"] if others else []
     return " ".join("; ".join(clauses) + "." for clauses in (better, worse, caution) if clauses)
 
 

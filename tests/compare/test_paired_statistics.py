@@ -9,7 +9,7 @@ import pytest
 from scipy import stats
 
 from metavpt.compare.paired_statistics import (
-    MAX_RANGE_SEEDS,
+    MIN_SEEDS,
     mean_se,
     paired,
     pearson,
@@ -114,13 +114,13 @@ def test_the_interval_is_as_long_as_that_of_t():
 
 
 def test_few_seeds_have_their_range_and_its_coverage():
-    for n in range(2, MAX_RANGE_SEEDS + 2):
+    for n in range(2, MIN_SEEDS + 1):
         (differences,) = simulated(n, 1, seed=n)
         found = against_zero(differences)
         is_range = (found.low, found.high) == pytest.approx(
             (differences.min(), differences.max()), abs=1e-15
         )
-        assert is_range == (n <= MAX_RANGE_SEEDS)
+        assert is_range == (n < MIN_SEEDS)
     for n in (2, 3):
         covered = np.mean(
             [covers(against_zero(differences)) for differences in simulated(n, 500, seed=5)]
@@ -133,25 +133,29 @@ def test_equal_differences_have_an_interval_without_length_and_no_warning(n):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         same, moved = paired([0.3] * n, [0.3] * n, -1), paired([0.4] * n, [0.3] * n, -1)
-    assert (same.difference, same.low, same.high, same.p, same.wins, same.verdict) == (
-        0.0,
-        0.0,
-        0.0,
-        1.0,
-        n / 2,
-        "unclear",
-    )
+    assert (same.difference, same.low, same.high, same.p, same.wins) == (0.0, 0.0, 0.0, 1.0, n / 2)
     assert (moved.low, moved.high) == pytest.approx((0.1, 0.1), abs=1e-15)
-    assert moved.verdict == "worse"
+    verdicts = ("unclear", "worse") if n >= MIN_SEEDS else ("too few seeds",) * 2
+    assert (same.verdict, moved.verdict) == verdicts
 
 
 def test_one_seed_has_a_difference_and_nothing_about_its_noise():
     assert paired([1.5], [1.0], -1) == (0.5, None, None, None, 0.0, 1, -1)
-    assert paired([1.5], [1.0], -1).verdict == "unclear"
+    assert paired([1.5], [1.0], -1).verdict == "too few seeds"
+
+
+def test_without_an_effect_few_rows_are_called_better_or_worse():
+    """Below MIN_SEEDS none, where the range of the differences would say so in up to half of all cases."""
+    for n in (2, 3, 4):
+        verdicts = [against_zero(differences).verdict for differences in simulated(n, 200, seed=6)]
+        assert set(verdicts) == {"too few seeds"}
+    verdicts = [against_zero(differences).verdict for differences in simulated(5, 500, seed=6)]
+    judged = np.mean([verdict in ("better", "worse") for verdict in verdicts])
+    assert 0.02 < judged < 0.11  # 0.07 at 5 seeds; the standard error of the share is 0.011
 
 
 def test_the_verdict_needs_a_direction_and_an_interval_without_zero():
-    up, mixed = [1.0, 1.1, 1.2], [1.0, -1.0, 0.5]
+    up, mixed = [1.0, 1.1, 1.2, 1.3, 1.4], [1.0, -1.0, 0.5, 0.2, -0.4]
     assert [against_zero(up, sign).verdict for sign in (1, -1, 0)] == ["better", "worse", "unclear"]
     assert [against_zero(mixed, sign).verdict for sign in (1, -1, 0)] == ["unclear"] * 3
     assert against_zero(up, 0).wins is None

@@ -47,13 +47,16 @@ def result(
     )
 
 
-def three_rows() -> list[Result]:
-    """Fixed and one_step on three seeds, greedy on two of them; one_step wins on depth and loses segmentation."""
+ONE_STEP = [(1.1, 0.19), (1.25, 0.18), (1.29, 0.17), (1.4, 0.18), (1.5, 0.18)]  # seed by seed
+
+
+def three_rows(num_seeds: int = 3) -> list[Result]:
+    """Fixed and one_step on some seeds, greedy on two of them; one_step wins on depth and loses segmentation."""
     return [
-        *(result("fixed", seed, 1.2 + seed / 10, 0.21) for seed in range(3)),
+        *(result("fixed", seed, 1.2 + seed / 10, 0.21) for seed in range(num_seeds)),
         *(
             result("one_step", seed, rmse, miou, seconds=80.0)
-            for seed, rmse, miou in ((0, 1.1, 0.19), (1, 1.25, 0.18), (2, 1.29, 0.17))
+            for seed, (rmse, miou) in enumerate(ONE_STEP[:num_seeds])
         ),
         *(result("greedy", seed, 1.3, 0.3) for seed in (2, 0)),
     ]
@@ -80,7 +83,8 @@ def test_a_cell_is_the_statistics_of_its_seeds():
     cell = Table(three_rows()).cells["one_step", RMSE]
     assert cell.mean == mean_se([1.1, 1.25, 1.29])
     assert cell.paired == paired([1.1, 1.25, 1.29], [1.2, 1.3, 1.4], -1)
-    assert (cell.paired.wins, cell.paired.n, cell.paired.verdict) == (3.0, 3, "better")
+    assert (cell.paired.wins, cell.paired.n, cell.paired.verdict) == (3.0, 3, "too few seeds")
+    assert Table(three_rows(5)).cells["one_step", RMSE].paired.verdict == "better"
 
 
 def test_differences_take_the_seeds_that_both_have_in_any_order():
@@ -107,23 +111,41 @@ def test_costs_are_means_and_throughput_is_relative_to_the_reference_on_its_seed
 
 
 def test_a_side_effect_that_falls_by_more_than_its_interval_is_a_warning():
-    table = Table(three_rows())
+    table = Table(three_rows(5))
     assert [warning.split(" by more")[0] for warning in table.warnings] == [
         f"side effect: one_step is worse than step 0 on {MIOU}",
         f"side effect: one_step is worse than fixed on {MIOU}",
     ]
-    assert table.warnings[0].endswith("−0.02 [−0.03, −0.01], 3 seeds")
-    mixed = [result("fixed", seed, 1.2, 0.2) for seed in range(3)]
-    mixed += [result("one_step", seed, 1.2, miou) for seed, miou in enumerate((0.1, 0.1, 0.21))]
+    assert table.warnings[0].endswith(", 5 seeds")
+    mixed = [result("fixed", seed, 1.2, 0.2) for seed in range(5)]
+    mixed += [
+        result("one_step", seed, 1.2, miou)
+        for seed, miou in enumerate((0.1, 0.1, 0.21, 0.22, 0.23))
+    ]
     assert Table(mixed).warnings == []
 
 
+def test_too_few_seeds_have_neither_verdict_nor_colour_nor_warning():
+    for num_seeds in (1, 2, 3, 4):
+        table = Table(three_rows(num_seeds)[: 2 * num_seeds])
+        assert table.warnings == []
+        assert set(table.sections()[0].verdicts[1:]) <= {"unclear", "too few seeds"}
+        text = Console(file=io.StringIO(), width=100, force_terminal=True, color_system="standard")
+        text.print(table.rich())
+        shown_text = text.file.getvalue()
+        assert "\x1b[32m" not in shown_text
+        assert "\x1b[31m" not in shown_text
+        line = next(line for line in table.sections()[0].lines if line[0] == "one_step")
+        assert line[4] == "too few seeds"
+        assert {row["verdict"] for row in csv_lines(table)} == {"", "too few seeds"}
+
+
 def test_a_metric_is_a_side_effect_of_the_rows_that_do_not_steer_it():
-    rows = [result("fixed", seed, 1.2, 0.21, steered=None) for seed in range(3)]
-    rows += [result("depth", seed, 1.1, 0.17 + seed / 100, steered=[RMSE]) for seed in range(3)]
+    rows = [result("fixed", seed, 1.2, 0.21, steered=None) for seed in range(5)]
+    rows += [result("depth", seed, 1.1, 0.15 + seed / 100, steered=[RMSE]) for seed in range(5)]
     rows += [
-        result("segmentation", seed, 1.5 + seed / 100, 0.19 - seed / 100, steered=[MIOU])
-        for seed in range(3)
+        result("segmentation", seed, 1.75 + seed / 100, 0.19 - seed / 100, steered=[MIOU])
+        for seed in range(5)
     ]
     table = Table(rows)
     assert table.side_effects == []
@@ -157,7 +179,7 @@ def test_failed_rows_are_listed_with_their_error():
 
 
 def test_without_the_reference_there_are_no_differences_and_a_line_says_so():
-    for rows in (three_rows()[3:], [Result("fixed", 0, error="killed"), *three_rows()[3:]]):
+    for rows in (three_rows(5)[5:], [Result("fixed", 0, error="killed"), *three_rows(5)[5:]]):
         table = Table(rows)
         assert "No differences: there is no finished row fixed to take them to." in table.notes
         assert all(cell.paired is None for cell in table.cells.values())
@@ -174,7 +196,7 @@ def test_without_the_reference_there_are_no_differences_and_a_line_says_so():
 def test_one_seed_has_dashes_and_never_a_nan():
     table = Table([result("fixed", 0, 1.2), result("one_step", 0, 1.1, 0.1)])
     line = next(line for line in shown(table) if line.startswith("one_step"))
-    assert line.split() == ["one_step", "1.1", "−0.1", "–", "–", "1/1"]
+    assert line.split() == ["one_step", "1.1", "−0.1", "–", "too", "few", "seeds", "1/1"]
     assert "nan" not in (table.markdown() + table.csv()).lower()
     assert table.warnings == []
     assert any(note.startswith("One seed has no standard error") for note in table.notes)
@@ -269,7 +291,7 @@ def test_the_terminal_holds_every_number_at_100_columns():
 
 
 def test_markdown_tables_are_whole():
-    text = Table([*three_rows(), result("a|b", 0, 1.0)]).markdown()
+    text = Table([*three_rows(5), result("a|b", 0, 1.0)]).markdown()
     tables = [block.splitlines() for block in text.split("\n\n") if block.startswith("|")]
     assert [lines[0].count("|") for lines in tables] == [7, 7, 9]
     assert all(
@@ -277,20 +299,22 @@ def test_markdown_tables_are_whole():
         for lines in tables
         for line in lines
     )
-    assert "| one_step | 1.213 ± 0.058 | −0.0867 | [−0.11, −0.05] | 0.25 | 3/3 |" in text
-    assert "| one_step | 3 | 400 | 25,600 | 850 | 80.0 | 3 | 0.8 |" in text
+    assert "| one_step | 1.308 ± 0.068 | −0.092 | [−0.108, −0.06] | 0.0625 | 5/5 |" in text
+    assert "| a\\|b | 1 | −0.2 | – | too few seeds | 1/1 |" in text
+    assert "| one_step | 5 | 400 | 25,600 | 850 | 80.0 | 3 | 0.8 |" in text
     assert text.index(f"side effect: {MIOU}") > text.index(RMSE)
     assert "- **Warning:** side effect: one_step is worse than step 0" in text
 
 
 def test_the_csv_holds_every_row_and_metric_in_full():
-    table = Table(three_rows())
+    table = Table(three_rows(5))
     lines = csv_lines(table)
     assert [(line["row"], line["metric"]) for line in lines] == [
         (row, metric) for metric in (RMSE, MIOU) for row in table.rows
     ]
     line = next(line for line in lines if (line["row"], line["metric"]) == ("one_step", RMSE))
-    compared = paired([1.1, 1.25, 1.29], [1.2, 1.3, 1.4], -1)
+    rmse = [rmse for rmse, _ in ONE_STEP]
+    compared = paired(rmse, [1.2, 1.3, 1.4, 1.5, 1.6], -1)
     names = (
         "mean",
         "se",
@@ -305,7 +329,7 @@ def test_the_csv_holds_every_row_and_metric_in_full():
         "peak_mib",
     )
     assert [float(line[name]) for name in names] == [
-        *mean_se([1.1, 1.25, 1.29])[:2],
+        *mean_se(rmse)[:2],
         *compared[:6],
         400,
         850,

@@ -59,7 +59,7 @@ def test_every_part_is_there_in_order(html: str) -> None:
         page.tags.count("svg") == 3 * 4 + 4 + 1 + 4 + 2
     )  # intervals of 3 rows, curves, front, first order, values
     assert page.tags.count("img") == 2 * 4 * 3
-    assert "4 rows at equal steps, seeds 0, 1, 2." in page.text
+    assert "4 rows at equal steps, seeds 0, 1, 2, 3, 4, 5." in page.text
 
 
 def test_the_numbers_are_those_of_the_table(comparison: Path, html: str) -> None:
@@ -77,10 +77,19 @@ def test_the_numbers_are_those_of_the_table(comparison: Path, html: str) -> None
     for warning in table.warnings:
         assert warning.removeprefix("side effect: ") in shown["Side effects"]
     assert table.warnings
-    assert "unrolled, seed 2NonFiniteError: not finite" in shown["Rows that failed"]
+    assert "unrolled, seed 5NonFiniteError: not finite" in shown["Rows that failed"]
     assert "failed on seed" not in shown["Differences to fixed"]
     assert "one_step, seed 0, step 40; unrolled, seed 0, step 40, 2 times" in shown["Warnings"]
-    assert "(2 of 3 seeds)" in shown["Metrics against samples"]
+    assert "(5 of 6 seeds)" in shown["Metrics against samples"]
+
+
+def test_too_few_seeds_have_no_colour(tmp_path: Path, html: str) -> None:
+    coloured = re.compile(r'class="(?:interval )?(?:better|worse)"')
+    assert coloured.search(html)
+    few = example.write_comparison(tmp_path / "few", ROWS, range(3), figures=False)
+    text = write_comparison_report(few).read_text()
+    assert not coloured.search(text)
+    assert "too few seeds" in sections(text)["Differences to fixed"]
 
 
 def test_the_page_needs_no_network_and_runs_nothing(html: str) -> None:

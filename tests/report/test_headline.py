@@ -6,7 +6,6 @@ from metavpt.metrics import Direction
 from metavpt.report.headline import headline
 
 NONE = "No row beats fixed on a steered metric by an interval that excludes zero."
-CAUTION = "With 3 seeds that says only that all of them agree."
 
 DIRECTIONS: dict[str, Direction] = {
     "depth_rmse": "lower",
@@ -68,7 +67,19 @@ def test_side_effects_are_no_headline() -> None:
     )
 
 
-def test_few_seeds_are_told() -> None:
-    gains: Gains = {"fixed": (0, 0, 0), "one_step": (1, 1, 1)}
-    assert headline(table(gains, 3)) == f"one_step beats fixed on all 3 metrics. {CAUTION}"
-    assert headline(table(gains, 1)).startswith("One seed in common with fixed: no interval")
+@pytest.mark.parametrize("num_seeds", [1, 2, 3, 4])
+def test_too_few_seeds_have_no_verdict_however_large_the_gain(num_seeds: int) -> None:
+    gains: Gains = {"fixed": (0, 0, 0), "one_step": (1, 1, 1), "uniform": (-1, -1, -1)}
+    said = headline(table(gains, num_seeds))
+    assert said.startswith(f"Too few seeds in common with fixed ({num_seeds})")
+    assert "beat" not in said
+
+
+def test_rows_with_too_few_seeds_are_named_beside_the_others() -> None:
+    gains: Gains = {"fixed": (0, 0, 0), "one_step": (1, 1, 1), "uniform": (-1, -1, -1)}
+    results = [
+        result for result in table(gains).results if result.row != "uniform" or result.seed < 3
+    ]
+    assert headline(Table(results)) == (
+        "one_step beats fixed on all 3 metrics. Too few seeds (3) for a verdict on uniform."
+    )
