@@ -17,6 +17,10 @@ class UnreachedParameterError(MetaVPTError):
     """A loss does not depend on a parameter that is to be differentiated: a silent zero otherwise."""
 
 
+class ImpureLossError(MetaVPTError):
+    """Two evaluations of a loss with the same arguments differ, or move a module's state."""
+
+
 class NonFiniteError(MetaVPTError):
     """A value that must be finite is NaN or infinite."""
 

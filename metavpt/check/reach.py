@@ -87,9 +87,10 @@ def _pretrain(gradient: dict[str, Tensor | None]) -> Finding:
 
 
 def _feedback(scene: Scene) -> Finding:
-    aligned = scene.aligned
-    _, gradient = value_and_gradient(scene.feedback, aligned)
-    missing = [name for name, g in gradient.items() if not g.any()]
+    aligned = params.leaves(scene.aligned)
+    with torch.enable_grad():
+        gradient = _gradient(scene.feedback(aligned), aligned)
+    missing = [name for name, g in gradient.items() if g is None or not g.any()]
     share = sum(aligned[name].numel() for name in missing) / sum(
         p.numel() for p in aligned.values()
     )

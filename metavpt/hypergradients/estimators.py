@@ -23,6 +23,7 @@ from metavpt.hypergradients import params
 from metavpt.hypergradients.curvature import Curvature, Hessian
 from metavpt.hypergradients.directions import Direction, Dot
 from metavpt.hypergradients.linear_solvers import ConjugateGradient, LinearSolver, Solution
+from metavpt.hypergradients.loss_checks import ChecksLosses
 from metavpt.hypergradients.mixed_products import (
     DifferenceProduct,
     Loss,
@@ -80,7 +81,7 @@ class Estimator(Protocol):
 
 
 @dataclass(frozen=True)
-class OneStep:
+class OneStep(ChecksLosses):
     """d L_down(theta - step_size * g_pre(theta; phi)) / dphi to first order in step_size: -step_size * d<w, g_pre>/dphi.
 
     Averaged over the batches. One-step gradient alignment (V-Pretraining, section 3). With `Dot` w is g_down; other directions
@@ -109,6 +110,7 @@ class OneStep:
         update: Update | None = None,
         start: Params | None = None,
     ) -> Hypergradient:
+        self.check_once(inner_losses, outer_loss, theta, phi)
         theta, phi = params.leaves(theta), params.leaves(phi)
         feedback_loss, g_down = downstream(outer_loss, theta)
         total, total_value, grad_evals = params.zeros_like(phi), 0.0, 1
@@ -134,7 +136,7 @@ class OneStep:
 
 
 @dataclass(frozen=True)
-class Implicit:
+class Implicit(ChecksLosses):
     """dL_down(theta*(phi))/dphi = -d<w, g_pre>/dphi with (H + damping I) w = g_down, H the curvature of the pretraining loss.
 
     Implicit differentiation (Lorraine et al. 2020) at theta, which the learner's own training keeps near a stationary point.
@@ -164,6 +166,7 @@ class Implicit:
         update: Update | None = None,
         start: Params | None = None,
     ) -> Hypergradient:
+        self.check_once(inner_losses, outer_loss, theta, phi)
         theta, phi = params.leaves(theta), params.leaves(phi)
         feedback_loss, g_down = downstream(outer_loss, theta)
         solution, num_products = self._solve(inner_losses, g_down, theta, phi, start)
@@ -218,7 +221,7 @@ class Implicit:
 
 
 @dataclass(frozen=True)
-class Unrolled(Unroll):
+class Unrolled(ChecksLosses, Unroll):
     """dL_down(theta_K(phi))/dphi through K = `num_steps` steps of the learner's optimizer, one unlabelled batch each.
 
     The discrete adjoint, replayed backwards one step at a time: with (theta', moments') = U(theta, moments, g) and cotangents of the
@@ -255,6 +258,7 @@ class Unrolled(Unroll):
             raise MetaVPTError(
                 f"Unrolled: num_steps={self.num_steps} takes as many inner losses, not {len(inner_losses)}"
             )
+        self.check_once(inner_losses, outer_loss, theta, phi)
         rule, _, state = self.begin(theta, update)
         before = float(outer_loss(params.detach(theta)).detach())
         trajectory = Trajectory(
@@ -292,7 +296,7 @@ class Unrolled(Unroll):
 @phase("g_down")
 def downstream(outer_loss: OuterLoss, theta: Params) -> tuple[float, Params]:
     """The feedback loss and its gradient g_down, detached; a non-finite one raises `NonFiniteError`."""
-    loss, g_down = value_and_gradient(outer_loss, theta)
+    loss, g_down = value_and_gradient(outer_loss, theta, "feedback")
     if not (torch.isfinite(loss) and params.is_finite(g_down)):
         raise NonFiniteError(
             f"the feedback loss is {float(loss):.3g} and the norm of its gradient {float(params.norm(g_down)):.3g}"

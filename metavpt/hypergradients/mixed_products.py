@@ -174,18 +174,51 @@ def differentiate(
     return tuple({name: next(flat) for name in group} for group in wrt)
 
 
-def value_and_gradient(loss: Loss, theta: Params) -> tuple[Tensor, Params]:
-    """L and dL/dtheta, detached; zero for a parameter that plays no part in `loss` (a projection head in a downstream loss).
+def value_and_gradient(
+    loss: Loss, theta: Params, name: str = "pretraining"
+) -> tuple[Tensor, Params]:
+    """Compute L and dL/dtheta, detached.
 
-    The graph to phi that `loss` holds outlives it: what is freed lies between theta and the value, and each call makes that anew.
+    The graph to phi that `loss` holds stays: what is freed lies between theta and the value, and
+    each call makes that anew.
+
+    Args:
+        loss: theta -> scalar.
+        theta: where the gradient is taken.
+        name: of the loss, for the error.
+
+    Returns:
+        The value and its gradient, zero for a parameter that the loss does not use (a projection
+        head in a feedback loss).
+
+    Raises:
+        UnreachedParameterError: the loss uses no parameter in `theta`.
     """
     theta = params.leaves(theta)
     with torch.enable_grad():
         value = loss(theta)
-    if not value.requires_grad:
-        return value, params.zeros_like(theta)
+    check_reached(value, theta, name)
     gradients = torch.autograd.grad(value, list(theta.values()), materialize_grads=True)
     return value.detach(), dict(zip(theta, gradients, strict=True))
+
+
+def check_reached(value: Tensor, theta: Params, name: str) -> None:
+    """Raise UnreachedParameterError if the loss `value` has a path to none of the leaves `theta`."""
+    leaves = {id(p) for p in theta.values()}
+    pending, seen = [value.grad_fn], set[object]()
+    while pending:
+        node = pending.pop()
+        if node is None or node in seen:
+            continue
+        if id(getattr(node, "variable", None)) in leaves:
+            return
+        seen.add(node)
+        pending += [parent for parent, _ in node.next_functions]
+    raise UnreachedParameterError(
+        f"the {name} loss depends on none of the parameters that it is given ({_listed(list(theta))}): "
+        "its gradient would be a silent zero. Use them in the loss, "
+        "functional_call(model, theta, inputs) instead of model(inputs)"
+    )
 
 
 def _reaches(value: Tensor, p: Tensor) -> bool:
@@ -197,9 +230,12 @@ def _reaches(value: Tensor, p: Tensor) -> bool:
     return True
 
 
+def _listed(names: list[str]) -> str:
+    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+
+
 def _unreached(names: list[str]) -> str:
-    shown = ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
     return (
-        f"the pretraining loss does not depend on {shown}: its hypergradient would be a silent zero. "
+        f"the pretraining loss does not depend on {_listed(names)}: its hypergradient would be a silent zero. "
         "Use the parameter in the task, drop it from the designer, or look for a no_grad or detach on the way to the loss"
     )

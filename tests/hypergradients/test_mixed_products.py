@@ -198,9 +198,12 @@ def test_value_and_gradient_is_zero_where_a_parameter_plays_no_part():
     assert gradient == {"used": torch.tensor([4.0]), "head": torch.tensor([0.0])}
 
 
-def test_value_and_gradient_of_a_constant_is_zero():
-    _, gradient = value_and_gradient(lambda theta: torch.tensor(1.0), {"a": torch.ones(2)})
-    assert gradient["a"].tolist() == [0.0, 0.0]
+@pytest.mark.parametrize("grows", [False, True], ids=["constant", "of another parameter"])
+def test_value_and_gradient_of_a_loss_that_forgets_theta_is_an_error_that_names_it(grows):
+    live = torch.ones(2, requires_grad=grows)
+    theta = {"a": torch.ones(2), "b": torch.ones(2)}
+    with pytest.raises(UnreachedParameterError, match=r"feedback loss .*\(a, b\)"):
+        value_and_gradient(lambda theta: live.sum(), theta, "feedback")
 
 
 def test_a_gradient_by_theta_leaves_the_graph_to_phi():
