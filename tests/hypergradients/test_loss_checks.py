@@ -1,5 +1,8 @@
 """An estimator refuses losses that forget theta or that are not pure, at its first call."""
 
+from collections.abc import Callable
+from dataclasses import dataclass
+
 import pytest
 import torch
 from torch import nn
@@ -16,7 +19,7 @@ from metavpt import (
 )
 from metavpt.errors import ImpureLossError
 from metavpt.hypergradients import params
-from metavpt.hypergradients.linear_targets import CostLoss, LinearProduct
+from metavpt.hypergradients.linear_targets import LinearProduct
 
 ESTIMATORS = {
     "one_step": OneStep,
@@ -62,6 +65,20 @@ class Regression:
         return estimator(inner, losses["outer"], self.theta, self.phi)
 
 
+@dataclass(frozen=True)
+class Linear:
+    """The loss <targets, cost(theta)>."""
+
+    cost: Callable
+    targets: torch.Tensor
+
+    def __call__(self, theta):
+        return (self.targets * self.cost(theta)).sum()
+
+    def slopes(self, theta, w, derivative, absolute=True):
+        return derivative(self.cost, theta, w)
+
+
 @every_estimator
 @pytest.mark.parametrize("grows", [True, False], ids=["trainable", "frozen"])
 def test_a_feedback_loss_that_forgets_theta_is_an_error_that_names_it(estimator, grows):
@@ -83,7 +100,7 @@ def test_a_pretraining_loss_that_forgets_theta_is_an_error_that_names_it(estimat
 
 def test_a_linear_pretraining_loss_that_forgets_theta_is_an_error_that_names_it():
     at = Regression()
-    forgets = lambda phi: CostLoss(lambda theta: at.network(at.x), phi["scale"])
+    forgets = lambda phi: Linear(lambda theta: at.network(at.x), phi["scale"])
     with pytest.raises(UnreachedParameterError, match=r"pretraining loss .*0\.weight"):
         at(OneStep(product=LinearProduct()), inner=forgets)
 
