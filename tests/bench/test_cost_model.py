@@ -143,7 +143,9 @@ def test_greedy_takes_its_floor():
     counts = cost_model.of_step(strategy)
     assert counts == {"learner": 1, "score": 4, "score_tail": 4, "heads": 1, "g_down": 1}
     stopwatch = cost_model.Stopwatch(problem, strategy, streams)
-    least = cost_model.seconds({**counts, "learner": 0}, lambda name: flops_of(stopwatch, name))
+    least = cost_model.seconds(
+        {**(counts or {}), "learner": 0}, lambda name: flops_of(stopwatch, name)
+    )
     assert taken == pytest.approx(least, rel=0.01)
 
 

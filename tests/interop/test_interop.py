@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import hydra
@@ -10,7 +11,6 @@ import torch
 from helpers.ridge import Ridge
 from omegaconf import OmegaConf
 
-import metavpt.configs
 from metavpt.errors import MetaVPTError
 from metavpt.hypergradients.optimizer_updates import SGD
 from metavpt.interop import betty, learn2learn, torchopt
@@ -51,7 +51,7 @@ print({"betty", "torchopt", "learn2learn"} & set(sys.modules))
 
 @pytest.mark.parametrize("name", ["betty", "torchopt", "learn2learn"])
 def test_configurations_build_without_the_packages(name):
-    folder = Path(next(iter(metavpt.configs.__path__)))
+    folder = Path(import_module("metavpt.configs").__path__[0])
     strategy = hydra.utils.instantiate(OmegaConf.load(folder / "strategy" / f"{name}.yaml"))
     assert isinstance(strategy, Learned)
     assert name in type(strategy.estimator).__module__

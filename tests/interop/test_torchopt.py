@@ -10,7 +10,7 @@ from metavpt.errors import MetaVPTError, NonFiniteError
 from metavpt.hypergradients import params
 from metavpt.hypergradients.estimators import Unrolled
 from metavpt.hypergradients.mixed_products import ExactProduct
-from metavpt.hypergradients.optimizer_updates import SGD, Adam, AdamW, PerParameter, Update
+from metavpt.hypergradients.optimizer_updates import SGD, Adam, AdamW, PerParameter, Rule, Update
 from metavpt.interop.torchopt import TorchOptUnroll
 
 pytestmark = pytest.mark.peers
@@ -125,7 +125,7 @@ def test_they_differentiate_the_root_of_zero_where_we_do_not(ridge, theta):
 
 def test_bad_input_is_named(ridge, theta):
     @dataclass(frozen=True)
-    class Lion(SGD.__base__):
+    class Lion(Rule):
         def moment_names(self, name):
             return ()
 

@@ -66,7 +66,7 @@ def leveldb_records(data):
 
 def test_wandb_stays_offline_and_a_resumed_run_keeps_its_id(tmp_path):
     pytest.importorskip("wandb")
-    from wandb.proto.wandb_internal_pb2 import Record  # pyright: ignore[reportAttributeAccessIssue]
+    from wandb.proto.wandb_internal_pb2 import Record  # pyright: ignore[reportMissingImports]
 
     for steps in ([1, 2], [3, 4]):
         track(trackers.WandB(), tmp_path / "run", steps)
