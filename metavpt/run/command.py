@@ -26,7 +26,7 @@ from metavpt.training import non_finite, run_folder
 from metavpt.training.build import build
 from metavpt.training.checkpoint import Checkpoints
 from metavpt.training.disk import write_text
-from metavpt.training.fabric import make_fabric
+from metavpt.training.engine import make_fabric
 from metavpt.training.signals import Stopped, StopRequest
 from metavpt.training.trainer import Trainer
 

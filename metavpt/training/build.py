@@ -11,7 +11,7 @@ from metavpt.distributed import collectives
 from metavpt.metrics import check_directions
 from metavpt.problem import move_to_device
 from metavpt.training.checkpoint import Checkpoints, seed_generators
-from metavpt.training.fabric import make_fabric
+from metavpt.training.engine import make_fabric
 from metavpt.training.run_log import RunLog, UnwrittenLog
 from metavpt.training.trainer import Trainer
 

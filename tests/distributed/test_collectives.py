@@ -13,7 +13,7 @@ from helpers import two_ranks, two_ranks_shared
 from metavpt import MetaVPTError
 from metavpt.distributed import collectives
 from metavpt.training import checkpoint
-from metavpt.training.fabric import make_fabric
+from metavpt.training.engine import make_fabric
 
 TOLERANCE = {
     "small": 1e-10,

@@ -28,7 +28,7 @@ from metavpt import (
     Unrolled,
 )
 from metavpt.distributed import collectives, fsdp
-from metavpt.training.fabric import make_fabric
+from metavpt.training.engine import make_fabric
 from metavpt.training.run_log import UnwrittenLog
 
 ESTIMATORS = {

@@ -11,8 +11,7 @@ from torch.func import functional_call
 from metavpt import Budget, ExactProduct, Fixed, MetaVPTError, OneStep, RunLog, Trainer, Unrolled
 from metavpt.hypergradients import params
 from metavpt.learners.vit import create_backbone
-from metavpt.training.engine import compile_blocks
-from metavpt.training.fabric import make_fabric
+from metavpt.training.engine import compile_blocks, make_fabric
 
 
 def train(folder, problem=Small, strategy=None, steps=3, optimizer=torch.optim.AdamW, **options):
