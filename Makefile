@@ -22,7 +22,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 .PHONY: demo demo-language toy test check docs coverage mutants peers bench clean
 
 demo: $(PACKAGE)
-	$(BIN)/python -m metavpt.compare problem=data2vec_nyuv2 experiment=rooms "strategies=[functional]" "controls=[fixed]" "seeds=[0]" jobs=2
+	$(BIN)/python -m metavpt.compare problem=data2vec_nyuv2 experiment=rooms "strategies=[functional]" "controls=[fixed]" "seeds=[0,1,2]" threads=1 jobs=2
 
 demo-language: $(LANGUAGE)
 	$(BIN)/python -m metavpt.compare problem=lm_gsm8k "seeds=[0]" warm_start=400 budget.steps=500 strategy.optimizer.lr=3e-3 strategy.gate=0.1 jobs=2

@@ -1,24 +1,27 @@
 """data2vec with feedback from dense labels: `problem=data2vec_nyuv2`."""
 
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any, Literal, NamedTuple, cast
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
 from metavpt.designers import figures
-from metavpt.designers.crop import RandomCrop
+from metavpt.designers.crop import RandomCrop, WholeFrames
+from metavpt.designers.feature_network import ResidualNetwork
 from metavpt.designers.feature_targets import FeatureDesigner, FeatureTask, moved, tilted
 from metavpt.distributed import collectives
-from metavpt.errors import MetaVPTError
+from metavpt.errors import MetaVPTError, check_known
+from metavpt.feedback.cross_fitted import CrossFitted, PatchLabels
 from metavpt.hypergradients import params
 from metavpt.hypergradients.curvature import ComposedLoss
 from metavpt.hypergradients.linear_targets import DirectionalDerivative
 from metavpt.hypergradients.params import Params
 from metavpt.learners.teacher import Teacher
-from metavpt.learners.vit import Backbone
+from metavpt.learners.vit import Backbone, Hidden
 from metavpt.objectives.data2vec import data2vec_loss
 from metavpt.objectives.goal_loss import goal_loss
 from metavpt.objectives.ijepa import normalized_features
@@ -34,17 +37,21 @@ from .dense import NUM_PICTURES, DenseProblem
 
 
 class HidingLearner(nn.Module):
-    """Normalised images (B, 3, H, W) -> features (B, D, h, w) of all patches, those `hidden` (B, N) replaced by one mask token."""
+    """Features of all patches of an image of which the student does not see some.
 
-    def __init__(self, backbone: Backbone) -> None:
+    Args:
+        backbone: Of the features.
+        hidden_at: Where patches are hidden. "input": a learned mask token stands for them before
+            the first block. "tail": after the trunk, the states of a blank image stand for them.
+            Then student and teacher can share the states of a frozen trunk, and nothing is new to
+            pretrained blocks.
+    """
+
+    def __init__(self, backbone: Backbone, hidden_at: Literal["input", "tail"]) -> None:
         super().__init__()
-        self.backbone = backbone
-        self.mask_token = nn.Parameter(torch.zeros(backbone.width))
-
-    def forward(self, images: Tensor, hidden: Tensor) -> Tensor:
-        return self.backbone.tail(
-            self.backbone.trunk(images, hidden=hidden, mask_token=self.mask_token)
-        ).patches
+        self.backbone, self.hidden_at = backbone, hidden_at
+        if hidden_at == "input":
+            self.mask_token = nn.Parameter(torch.zeros(backbone.width))
 
 
 class Data2VecDense(
@@ -59,9 +66,16 @@ class Data2VecDense(
 ):
     """data2vec: the student predicts its EMA teacher's features of masked patches.
 
-    There is no regression head: released backbones have none. The designer, or the tilt, modifies the targets.
+    There is no regression head: released backbones have none. The designer says how features should
+    move, and moves the targets or decides which of them count, see `FeatureDesigner`.
 
-    teacher_momentum   at the start; it rises linearly to 1
+    Args:
+        backbone: Of student and teacher.
+        recipe: Makes the images.
+        designer: Makes the designer of recipe, patch size, width and `num_outputs`.
+        teacher_momentum: At the start. It rises linearly to 1.
+        hidden_at: Where patches are hidden, see `HidingLearner`.
+        dense: See `DenseProblem`.
     """
 
     learner: HidingLearner
@@ -70,18 +84,24 @@ class Data2VecDense(
     def __init__(
         self,
         backbone: Backbone,
-        recipe: Callable[..., RandomCrop],
-        designer: Callable[[RandomCrop, int, int], FeatureDesigner],
+        recipe: Callable[..., RandomCrop | WholeFrames],
+        designer: Callable[..., FeatureDesigner],
         teacher_momentum: float = 0.996,
+        hidden_at: Literal["input", "tail"] = "input",
         **dense: Any,
     ) -> None:
-        self.learner = HidingLearner(backbone)
+        check_known(hidden_at, "problem.hidden_at", "input", "tail")
+        self.learner = HidingLearner(backbone, hidden_at)
         self.teacher = Teacher(backbone)
-        self.designer = designer(
-            recipe(mean=backbone.mean, std=backbone.std), backbone.patch_size, backbone.width
-        )
         self.teacher_momentum = teacher_momentum
         super().__init__(backbone, **dense)
+        self.designer = designer(
+            recipe(mean=backbone.mean, std=backbone.std),
+            backbone.patch_size,
+            backbone.width,
+            num_outputs=self.num_outputs,
+        )
+        self._frozen_trunk = not any(p.requires_grad for p in backbone.trunk.parameters())
 
     def recipe(self, batch: Any) -> FeatureTask:
         return self.designer.recipe_task(batch)
@@ -99,21 +119,33 @@ class Data2VecDense(
             for k in range(num_parts)
         ]
 
+    def hardest_task(self, batch: Any) -> FeatureTask:
+        return self.designer.hardest_task(batch)
+
     def pretrain_loss(self, theta: Params, task: FeatureTask) -> Tensor:
-        return self.pretrain_tail(theta, task)({})
+        step = self._step(theta, task)
+        predictions = step.student({})
+        return data2vec_loss(predictions, step.targets, weights=step.weights(predictions.detach()))
 
     def pretrain_tail(self, theta: Params, task: FeatureTask) -> ComposedLoss:
-        targets = self._targets(task)
-        return goal_loss(
-            self._student(theta, task),
-            lambda told, goals: data2vec_loss(told, goals.view_as(targets)),
-            targets.flatten(),
+        """Weights are those of the student at theta. They are held, as in the step itself."""
+        step = self._step(theta, task)
+        if self.designer.surface == "targets":
+            return goal_loss(
+                step.student,
+                lambda told, goals: data2vec_loss(told, goals.view_as(step.targets)),
+                step.targets.flatten(),
+            )
+        weights = step.weights_now()
+        return ComposedLoss(
+            step.student, lambda told: data2vec_loss(told, step.targets, weights=weights)
         )
 
     def per_sample_tail(self, theta: Params, task: FeatureTask) -> ComposedLoss:
-        targets = self._targets(task)
+        step = self._step(theta, task)
+        weights = step.weights_now()
         return ComposedLoss(
-            self._student(theta, task), lambda told: data2vec_loss(told, targets, "none")
+            step.student, lambda told: data2vec_loss(told, step.targets, "none", weights)
         )
 
     def tilt(
@@ -140,29 +172,47 @@ class Data2VecDense(
             self.designer.grid,
         )
 
+    @torch.no_grad()
     def output_values(self, theta: Params, batch: Any) -> dict[str, Tensor]:
-        """The same for labelled frames, with the values of the features themselves.
+        """Compute the residuals of cross-fitted heads on the teacher's features of labelled frames.
 
-        Feedbacks are scaled to one norm before they are weighted, so that the weights do not depend on units.
+        The directions of the heads go to the designer, see `ResidualNetwork`.
         """
-        values = []
-        for name, frames in batch.items():
-            images = self.normalize(frames.image, self.feature_size)
-            described = [self._described(part) for part in images.split(self.batch_size)]
-            states, features = (torch.cat(parts) for parts in zip(*described, strict=True))
-            grid = (
-                images.shape[-2] // self.backbone.patch_size,
-                images.shape[-1] // self.backbone.patch_size,
-            )
-            values.append(
-                (states, features, self._feedback_values(name, features, grid, frames), grid)
-            )
-        if len({grid for *_, grid in values}) > 1:
+        if not isinstance(self.designer, ResidualNetwork):
             raise MetaVPTError(
-                "labelled sets whose frames differ in size make no lesson together; set problem.feature_size"
+                f"strategy=functional: designer {type(self.designer).__name__} predicts no "
+                "residuals; set designer=residuals"
             )
-        replays = [self._replay(*parts) for parts in values]
-        return {key: torch.cat([replay[key] for replay in replays]) for key in replays[0]}
+        found: list[dict[str, Tensor]] = []
+        directions: list[Tensor] = []
+        for name, labels in batch.items():
+            heads = self._feedback[name]
+            if not (isinstance(heads, CrossFitted) and isinstance(labels, PatchLabels)):
+                raise MetaVPTError("strategy=functional needs feedback=cross_fitted")
+            parts = self.states_of(theta, name, labels.image)
+            tail = cast(Backbone, self.teacher.learner).tail
+            features = torch.cat([normalized_features(tail(part).patches) for part in parts])
+            grid = parts[0].grid
+            residuals = heads.residuals(features.transpose(1, 2).unflatten(2, grid), labels)
+            num, before = len(features), sum(len(rows) for rows in directions)
+            after = self.num_outputs - before - heads.num_outputs
+            found.append(
+                {
+                    "states": torch.cat([part.tokens[:, -features.shape[1] :] for part in parts]),
+                    "features": features,
+                    "values": F.pad(residuals.values, (before, after)),
+                    "share": F.pad(residuals.share, (before, after)),
+                    "grid": torch.tensor(grid, device=features.device).expand(num, 2),
+                }
+            )
+            directions.append(residuals.directions)
+        if len({tuple(part["grid"][0].tolist()) for part in found}) > 1:
+            raise MetaVPTError(
+                "labelled sets whose frames differ in size make no values together; "
+                "set problem.feature_size"
+            )
+        self.designer.directions.copy_(torch.cat(directions) / len(directions) ** 0.5)
+        return {key: torch.cat([part[key] for part in found]) for key in found[0]}
 
     def designer_loss(self, replay: dict[str, Tensor]) -> Tensor:
         return self.designer.loss(replay)
@@ -176,8 +226,12 @@ class Data2VecDense(
     def figures(self) -> dict[str, np.ndarray]:
         """An image, what the student sees of it, and the root mean square of its targets' shifts, 0 to the gate."""
         task = self.designer(next(iter(self.meta_batches(seed=0))))
-        features, patch = self._described(task.images)[1], self.backbone.patch_size
-        lengths = (self._targets(task) - features).square().mean(dim=-1).sqrt()
+        patch = self.backbone.patch_size
+        states, features = self._described(task.images)
+        moves = moved(features, task) - features
+        if task.phi:
+            moves = moves + self.designer.moves(task, states, features)
+        lengths = moves.square().mean(dim=-1).sqrt()
         rows = []
         for image, *maps in zip(
             task.images[:NUM_PICTURES].cpu() * self.std + self.mean,
@@ -198,55 +252,56 @@ class Data2VecDense(
             )
         return {"targets": figures.grid(rows), **super().figures()}
 
-    def _student(self, theta: Params, task: FeatureTask) -> Callable[[Params], Tensor]:
-        """theta_S -> the student's normalised features (B, N, D). The trunk runs once."""
-        hiding = {"hidden": task.hidden, "mask_token": theta["mask_token"]}
-        state = functional_call(
-            self.backbone.trunk, params.subset(theta, "backbone.trunk."), (task.images,), hiding
-        )
+    def _step(self, theta: Params, task: FeatureTask) -> "_Step":
+        """What a step on `task` needs. Trunk and teacher run once."""
+        trunk = params.subset(theta, "backbone.trunk.")
+        seen: Hidden | None = None
+        if self.learner.hidden_at == "tail":
+            seen = cast(Hidden, functional_call(self.backbone.trunk, trunk, (task.images,)))
+            empty = torch.zeros_like(task.images[:1])
+            blank = cast(Hidden, functional_call(self.backbone.trunk, trunk, (empty,))).tokens
+            prefix = seen.tokens.shape[1] - task.hidden.shape[1]
+            hidden = F.pad(task.hidden, (prefix, 0))[..., None]
+            state = seen._replace(tokens=torch.where(hidden, blank, seen.tokens))
+        else:
+            hiding = {"hidden": task.hidden, "mask_token": theta["mask_token"]}
+            state = functional_call(self.backbone.trunk, trunk, (task.images,), hiding)
 
-        def predictions(theta_s: Params) -> Tensor:
+        def student(theta_s: Params) -> Tensor:
             tail = params.subset({**theta, **theta_s}, "backbone.tail.")
             return normalized_features(functional_call(self.backbone.tail, tail, (state,)).patches)
 
-        return predictions
+        shared = seen if self._frozen_trunk else None
+        states, features = self._described(task.images, shared)
+        moves = moved(features, task) - features
+        if task.phi:
+            moves = moves + self.designer.moves(task, states, features)
+        if self.designer.surface == "targets":
+            return _Step(student, features + moves, lambda _: None)
+        return _Step(
+            student, features, lambda told: self.designer.weights(task, features - told, moves)
+        )
 
     def _values(
         self, theta: Params, task: FeatureTask, w: Params, derivative: DirectionalDerivative
     ) -> Tensor:
         with torch.no_grad():
-            predictions = self._student(params.detach(theta), task)
-        return -derivative(predictions, {name: theta[name] for name in w}, w)
-
-    def _targets(self, task: FeatureTask) -> Tensor:
-        states, features = self._described(task.images)
-        targets = moved(features, task)
-        return targets + self.designer.moves(task, states, features) if task.phi else targets
+            student = self._step(params.detach(theta), task).student
+        return -derivative(student, {name: theta[name] for name in w}, w)
 
     @phase("teacher")
     @torch.no_grad()
-    def _described(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """What the teacher's trunk and, normalised, its tail say of the patches, (B, N, D) each."""
+    def _described(self, images: Tensor, seen: Hidden | None = None) -> tuple[Tensor, Tensor]:
+        """The teacher's trunk states and normalised features of patches, (B, N, D) each.
+
+        Args:
+            images: (B, 3, H, W).
+            seen: Their trunk states, where the student's trunk is the teacher's.
+        """
         teacher = cast(Backbone, self.teacher.learner)
-        hidden = teacher.trunk(images)
+        hidden = teacher.trunk(images) if seen is None else seen
         features = normalized_features(teacher.tail(hidden).patches)
         return hidden.tokens[:, -features.shape[1] :], features
-
-    def _feedback_values(
-        self, name: str, features: Tensor, grid: tuple[int, int], frames: Any
-    ) -> Tensor:
-        """sum_j weight_j A_j / |A_j|, A_j minus the derivative by the features (B, N, D) of the j-th feedback of a labelled set."""
-        features = features.clone().requires_grad_()
-        with torch.enable_grad():
-            losses = self._feedback[name](features.transpose(1, 2).unflatten(2, grid), frames)
-        weights = self._feedback[name].weights
-        values = {
-            task: -torch.autograd.grad(loss, features, retain_graph=True)[0]
-            for task, loss in losses.items()
-        }
-        return torch.stack(
-            [weights[task] * to_unit_size(value) for task, value in values.items()]
-        ).sum(dim=0)
 
     def _replay(
         self, states: Tensor, features: Tensor, values: Tensor, grid: tuple[int, int]
@@ -258,6 +313,26 @@ class Data2VecDense(
             "values": to_unit_size(values),
             "grid": where,
         }
+
+
+class _Step(NamedTuple):
+    """A step of the student.
+
+    Attributes:
+        student: theta_S -> its normalised features (B, N, D).
+        targets: (B, N, D).
+        weights: Features of the student -> weights in the loss, None where all count alike.
+    """
+
+    student: Callable[[Params], Tensor]
+    targets: Tensor
+    weights: Callable[[Tensor], Tensor | None]
+
+    def weights_now(self) -> Tensor | None:
+        """The weights at theta."""
+        with torch.no_grad():
+            told = self.student({})
+        return self.weights(told)
 
 
 def to_unit_size(values: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
 """What every dense vision problem shares: the unlabelled stream, feedback from labelled frames, probes, pictures."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, Literal, cast
 
@@ -12,17 +12,19 @@ from torch.func import functional_call
 from torch.utils.data import ConcatDataset, Dataset
 
 from metavpt.data.dense import DenseData
-from metavpt.data.loader import FrameLoader, ImageLoader, JointLoader
+from metavpt.data.loader import EndlessBatches, FrameLoader, ImageLoader, JointLoader
 from metavpt.data.unreadable import Readable, Skips
 from metavpt.designers import figures
 from metavpt.distributed import collectives
 from metavpt.distributed.fsdp import Shardable
 from metavpt.errors import MetaVPTError, check_known
 from metavpt.feedback.aggregation import MultipleFeedbacks
-from metavpt.feedback.dense import DenseFeedback
+from metavpt.feedback.cross_fitted import CrossFitted, PatchLabels, in_parts
+from metavpt.feedback.dense import DenseFeedback, RidgeFeedback
 from metavpt.hypergradients import params
 from metavpt.hypergradients.params import Params
-from metavpt.learners.vit import Backbone, Features
+from metavpt.learners.trunk_states import TrunkStates
+from metavpt.learners.vit import Backbone, Features, Hidden
 from metavpt.probes.dense import DenseProbe
 from metavpt.probes.heads import Fit
 from metavpt.probes.side_effects import SideEffects
@@ -41,6 +43,7 @@ TASKS = {
     "depth": "depth_",
     "segmentation": "seg_",
 }  # feedback -> how the probes' metrics of it begin
+DenseHeads = DenseFeedback | RidgeFeedback | CrossFitted
 
 
 class DenseProblem(MultipleFeedbacks, Shardable, Reportable, Problem):
@@ -50,8 +53,10 @@ class DenseProblem(MultipleFeedbacks, Shardable, Reportable, Problem):
                       one of each, feedbacks and metrics are called `<set>/depth`, and the stream is all their images together
     feature_size      (H, W) that labelled frames are resized to before the backbone; labels keep their own size. None: no resizing
     meta_batch_size   unlabelled images of a designer update
+    feedback_batch_size   labelled frames of a batch; None: all of the pool, in its order, for feedback that is cross-fitted
     feedback_pool     labelled frames that g_down is taken on: "meta"; or "labelled", these and those that heads are fitted on, for feedback
-                      that fits its heads within its own batch (`RidgeFeedback`), which leaves the others unused
+                      that fits its heads within its own batch (`RidgeFeedback`), which leaves the others unused. `CrossFitted` takes all
+    trunk_tolerance   trunk states of labelled frames are kept while the trunk has moved by less, relative to its size, see `TrunkStates`
     head_steps        fitting steps of the feedback heads before each designer update, `first_head_steps` before the first one
     probe_heads       heads by name that the probes fit; None: ridge alone
     probe_size        (H, W) that the probes of labelled frames resize to; None: as `feature_size`
@@ -64,13 +69,14 @@ class DenseProblem(MultipleFeedbacks, Shardable, Reportable, Problem):
         self,
         backbone: Backbone,
         data: DenseData | Mapping[str, DenseData],
-        feedback: Callable[..., DenseFeedback] | Mapping[str, Callable[..., DenseFeedback]],
+        feedback: Callable[..., DenseHeads] | Mapping[str, Callable[..., DenseHeads]],
         batch_size: int = 32,
         meta_batch_size: int = 16,
-        feedback_batch_size: int = 16,
+        feedback_batch_size: int | None = 16,
         feedback_pool: Literal["meta", "labelled"] = "meta",
         head_steps: int = 4,
         first_head_steps: int = 100,
+        trunk_tolerance: float = 0.0,
         feature_size: Sequence[int] | None = None,
         probe_heads: Mapping[str, Fit] | None = None,
         probe_size: Sequence[int] | None = None,
@@ -108,6 +114,9 @@ class DenseProblem(MultipleFeedbacks, Shardable, Reportable, Problem):
             else None
         )
         self._check_sizes(backbone)
+        self.trunk_states = TrunkStates(trunk_tolerance)
+        self.feedback_record: dict[str, float] = {}
+        self._patch_labels: dict[tuple[str, str], PatchLabels] = {}
         self.skips = Skips()
         self.unlabelled = (
             _together(self.sets)
@@ -120,6 +129,9 @@ class DenseProblem(MultipleFeedbacks, Shardable, Reportable, Problem):
             for name, heads in self._feedback.items()
             for task, weight in heads.weights.items()
         }
+        self.num_outputs = sum(
+            heads.num_outputs for heads in self._feedback.values() if isinstance(heads, CrossFitted)
+        )
         self.head_batches = Stream(lambda s: self._labelled("heads", s), seed, "feedback heads")
         self.probe = {
             name: self._dense_probe(data, probe_heads) for name, data in self.sets.items()
@@ -191,9 +203,45 @@ class DenseProblem(MultipleFeedbacks, Shardable, Reportable, Problem):
     def feedback_losses(self, theta: Params, batch: Any) -> dict[str, Tensor]:
         losses = {}
         for name, frames in batch.items():
-            of_set = self._feedback[name](self.patch_features(theta, frames.image), frames)
+            if isinstance(frames, PatchLabels):
+                features = self._features_in_parts(theta, name, frames.image)
+            else:
+                features = self.patch_features(theta, frames.image)
+            of_set = self._feedback[name](features, cast(Any, frames))
             losses |= {self._called(name, task): loss for task, loss in of_set.items()}
         return losses
+
+    def _features_in_parts(self, theta: Params, name: str, images: Tensor) -> Tensor:
+        """`patch_features` of many images, with the memory of one microbatch."""
+        by_trunk = any(p.requires_grad for p in params.subset(theta, "backbone.trunk.").values())
+        if by_trunk:
+            return in_parts(
+                lambda own, part: self.patch_features({**theta, **own}, part),
+                params.subset(theta, ""),
+                images.split(self.batch_size),
+                self.feedback_record,
+            )
+        tail = params.subset(theta, "backbone.tail.")
+        return in_parts(
+            lambda own, hidden: functional_call(self.backbone.tail, own, (hidden,)).patches,
+            tail,
+            self.states_of(theta, name, images),
+            self.feedback_record,
+        )
+
+    def states_of(self, theta: Params, name: str, images: Tensor) -> list[Hidden]:
+        """Return the trunk's states of labelled images of the set `name`, by microbatches.
+
+        Those of all frames of a pool are kept, see `TrunkStates`.
+        """
+        return self.trunk_states(
+            self.backbone.trunk,
+            params.subset(theta, "backbone.trunk."),
+            None if self.feedback_batch_size else (name, images.data_ptr()),
+            lambda: [
+                self.normalize(part, self.feature_size) for part in images.split(self.batch_size)
+            ],
+        )
 
     def heads(self) -> list[str]:
         return ["feedback", "head_batches"]
@@ -206,7 +254,11 @@ class DenseProblem(MultipleFeedbacks, Shardable, Reportable, Problem):
         return False
 
     def fit_heads(self) -> None:
-        by_steps = {name: heads for name, heads in self._feedback.items() if heads.fitted_by_steps}
+        by_steps = {
+            name: heads
+            for name, heads in self._feedback.items()
+            if isinstance(heads, DenseFeedback)
+        }
         num_steps = self.head_steps if self.head_batches.has_begun else self.first_head_steps
         theta = params.detach(params.named(self.learner))
         for _ in range(num_steps if by_steps else 0):
@@ -238,9 +290,7 @@ class DenseProblem(MultipleFeedbacks, Shardable, Reportable, Problem):
         """uint8 (B,3,H,W) -> what the backbone reads, at `size`; None: at their own."""
         images = images.to(next(self.learner.parameters())) / 255
         if size and images.shape[-2:] != size:
-            images = F.interpolate(
-                images, size, mode="bilinear", antialias=True, align_corners=False
-            )
+            images = _resized(images, size)
         return (images - self.mean.to(images)) / self.std.to(images)
 
     def health_metrics(self) -> dict[str, HealthMetric]:
@@ -303,10 +353,10 @@ class DenseProblem(MultipleFeedbacks, Shardable, Reportable, Problem):
         return self.backbone(self.normalize(images, (height, width)))
 
     @property
-    def _feedback(self) -> dict[str, DenseFeedback]:
-        return cast(dict[str, DenseFeedback], dict(self.feedback.items()))
+    def _feedback(self) -> dict[str, DenseHeads]:
+        return cast(dict[str, DenseHeads], dict(self.feedback.items()))
 
-    def _feedback_heads(self, feedback: Any, width: int) -> dict[str, DenseFeedback]:
+    def _feedback_heads(self, feedback: Any, width: int) -> dict[str, DenseHeads]:
         makers = feedback if isinstance(feedback, Mapping) else {ONE: feedback}
         if makers.keys() != self.sets.keys():
             raise MetaVPTError(
@@ -328,7 +378,8 @@ class DenseProblem(MultipleFeedbacks, Shardable, Reportable, Problem):
 
     def _dense_probe(self, data: DenseData, heads: Mapping[str, Fit] | None) -> DenseProbe:
         def in_order(indices: list[int]) -> Iterable[Any]:
-            return FrameLoader.in_order(data.frames, indices, self.feedback_batch_size, self.device)
+            size = self.feedback_batch_size or self.batch_size
+            return FrameLoader.in_order(data.frames, indices, size, self.device)
 
         return DenseProbe(
             lambda: in_order(data.train),
@@ -339,17 +390,90 @@ class DenseProblem(MultipleFeedbacks, Shardable, Reportable, Problem):
         )
 
     def _labelled(self, pool: str, seed: int) -> JointLoader:
-        options = (self.feedback_batch_size, seed, self.num_workers, self.device)
-        return JointLoader(
-            {
-                name: FrameLoader(data.frames, getattr(data, pool), *options)
-                for name, data in self.sets.items()
-            }
+        return JointLoader({name: self._labelled_of(name, pool, seed) for name in self.sets})
+
+    def _labelled_of(self, name: str, pool: str, seed: int) -> Any:
+        data, heads = self.sets[name], self._feedback[name]
+        if isinstance(heads, CrossFitted):
+            pool = "held_out" if pool == "held_out" else "labelled"
+            return PatchLoader(
+                lambda: self._read_patch_labels(name, pool), self.feedback_batch_size, seed
+            )
+        if self.feedback_batch_size is None:
+            raise MetaVPTError(
+                "problem.feedback_batch_size=null takes all labelled frames at once, "
+                "which only feedback=cross_fitted can; set a number"
+            )
+        return FrameLoader(
+            data.frames,
+            getattr(data, pool),
+            self.feedback_batch_size,
+            seed,
+            self.num_workers,
+            self.device,
         )
+
+    @torch.no_grad()
+    def _read_patch_labels(self, name: str, pool: str) -> PatchLabels:
+        """Read all frames of a pool, once: images at the backbone's size, labels per patch."""
+        if (name, pool) not in self._patch_labels:
+            data, heads = self.sets[name], cast(CrossFitted, self._feedback[name])
+            frames, patch, parts = getattr(data, pool), self.backbone.patch_size, []
+            for batch in FrameLoader.in_order(data.frames, frames, 16, self.device):
+                image = batch.image
+                if self.feature_size and image.shape[-2:] != self.feature_size:
+                    image = _resized(image.float(), self.feature_size).round().clamp(0, 255).byte()
+                grid = (image.shape[-2] // patch, image.shape[-1] // patch)
+                parts.append(PatchLabels(image, *heads.patch_targets(batch, grid)))
+            self._patch_labels[name, pool] = PatchLabels(*map(torch.cat, zip(*parts, strict=True)))
+        return self._patch_labels[name, pool]
 
     def _called(self, name: str, what: str) -> str:
         """`what` of the labelled set `name`, for those outside: <set>/<what> where there are several."""
         return what if isinstance(self.data, DenseData) else f"{name}/{what}"
+
+
+class PatchLoader:
+    """Endless batches of `PatchLabels`; `skip` and `share` as in `ImageLoader`.
+
+    Args:
+        read: Returns those of all frames.
+        batch_size: Frames of a batch, drawn at random. None: all of them, in their order.
+        seed: Of the draws.
+    """
+
+    def __init__(self, read: Callable[[], PatchLabels], batch_size: int | None, seed: int) -> None:
+        self.read, self.batch_size, self.seed = read, batch_size, seed
+        self.first, self.part = 0, (0, 1)
+
+    def skip(self, num_batches: int) -> None:
+        """Start at this batch."""
+        self.first = num_batches
+
+    def share(self, rank: int, size: int) -> None:
+        """Give this rank's rows of each batch alone."""
+        self.part = (rank, size)
+
+    def __iter__(self) -> Iterator[PatchLabels]:
+        labels = self.read()
+        num, (rank, size) = len(labels.image), self.part
+        if (self.batch_size or num) % size:
+            raise MetaVPTError(
+                f"{size} processes cannot share {self.batch_size or num} labelled frames alike; "
+                "set data.num_train and data.num_meta, or problem.feedback_batch_size, to a multiple"
+            )
+        if self.batch_size is None or self.batch_size >= num:
+            own = PatchLabels(
+                *(field[rank * num // size : (rank + 1) * num // size] for field in labels)
+            )
+            while True:
+                yield own
+        for rows in EndlessBatches(num, self.batch_size, self.seed, self.first, self.part):
+            yield PatchLabels(*(field[rows] for field in labels))
+
+
+def _resized(images: Tensor, size: tuple[int, int]) -> Tensor:
+    return F.interpolate(images, size, mode="bilinear", antialias=True, align_corners=False)
 
 
 def _size(size: Sequence[int] | None) -> tuple[int, int] | None:

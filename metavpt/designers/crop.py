@@ -47,21 +47,87 @@ class RandomCrop(nn.Module):
             flip,
         )
 
+    def grid(self, patch_size: int) -> tuple[int, int]:
+        """Return the number of patches (h, w) of a crop."""
+        return _grid((self.size, self.size), patch_size)
+
     @phase("augment")
     def forward(self, images: Tensor, seed: int) -> Tensor:
         """images (B, 3, H, W): uint8, or float in [0, 1]. Raises MetaVPTError for anything else."""
-        if (
-            images.ndim != 4
-            or images.shape[1] != 3
-            or not (images.dtype == torch.uint8 or images.is_floating_point())
-        ):
-            raise MetaVPTError(
-                f"RandomCrop: images must be (B, 3, H, W), uint8 or float, got {tuple(images.shape)} {images.dtype}"
-            )
-        images = images / 255 if images.dtype == torch.uint8 else images
+        images = _as_float(images, type(self).__name__)
         crops = random_crop(images, self.size, self.scale, self.flip, Generator().manual_seed(seed))
-        mean, std = (crops.new_tensor(value).view(3, 1, 1) for value in (self.mean, self.std))
-        return (crops - mean) / std
+        return _normalized(crops, self.mean, self.std)
+
+
+class WholeFrames(nn.Module):
+    """Whole images, resized, flipped with probability `flip` and normalised.
+
+    Frames keep their layout: floor below, ceiling above. A designer that is fitted to labelled
+    frames then sees the unlabelled ones as it saw those.
+
+    Args:
+        mean: Of the backbone's normalisation.
+        std: Of the backbone's normalisation.
+        size: (H, W) in pixels.
+        flip: Probability of a horizontal flip.
+    """
+
+    def __init__(
+        self, mean: Sequence[float], std: Sequence[float], size: Sequence[int], flip: float = 0.0
+    ) -> None:
+        super().__init__()
+        if len(size) != 2 or min(size) < 1 or not 0 <= flip <= 1:
+            raise MetaVPTError(
+                f"WholeFrames: needs size=[H, W] of at least 1 and flip in [0, 1], got {size=}, {flip=}"
+            )
+        self.mean, self.std, self.flip = tuple(mean), tuple(std), flip
+        self.size = (int(size[0]), int(size[1]))
+
+    def grid(self, patch_size: int) -> tuple[int, int]:
+        """Return the number of patches (h, w) of a frame."""
+        return _grid(self.size, patch_size)
+
+    @phase("augment")
+    def forward(self, images: Tensor, seed: int) -> Tensor:
+        """Make the frames, (B, 3, H, W) of `size`.
+
+        Args:
+            images: (B, 3, *, *), uint8, or float in [0, 1].
+            seed: Of the flips.
+        """
+        images = _as_float(images, type(self).__name__)
+        if images.shape[-2:] != self.size:
+            images = F.interpolate(
+                images, self.size, mode="bilinear", antialias=True, align_corners=False
+            )
+        rng, num = Generator().manual_seed(seed), len(images) * collectives.size()
+        flipped = collectives.own(torch.rand(num, generator=rng) < self.flip).to(images.device)
+        images = torch.where(flipped[:, None, None, None], images.flip(-1), images)
+        return _normalized(images, self.mean, self.std)
+
+
+def _grid(size: tuple[int, int], patch_size: int) -> tuple[int, int]:
+    if size[0] % patch_size or size[1] % patch_size:
+        given = size[0] if size[0] == size[1] else list(size)
+        raise MetaVPTError(f"recipe.size={given} does not divide into patches of {patch_size}")
+    return size[0] // patch_size, size[1] // patch_size
+
+
+def _as_float(images: Tensor, name: str) -> Tensor:
+    if (
+        images.ndim != 4
+        or images.shape[1] != 3
+        or not (images.dtype == torch.uint8 or images.is_floating_point())
+    ):
+        raise MetaVPTError(
+            f"{name}: images must be (B, 3, H, W), uint8 or float, got {tuple(images.shape)} {images.dtype}"
+        )
+    return images / 255 if images.dtype == torch.uint8 else images
+
+
+def _normalized(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    center, scale = (images.new_tensor(value).view(3, 1, 1) for value in (mean, std))
+    return (images - center) / scale
 
 
 def random_crop(images: Tensor, size: int, scale: Range, flip: float, rng: Generator) -> Tensor:

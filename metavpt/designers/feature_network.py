@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from metavpt.designers.crop import RandomCrop
+from metavpt.designers.crop import RandomCrop, WholeFrames
 from metavpt.designers.feature_targets import FeatureDesigner, FeatureTask
 from metavpt.hypergradients.params import Params
 
@@ -26,16 +26,17 @@ class FeatureNetwork(FeatureDesigner):
 
     def __init__(
         self,
-        recipe: RandomCrop,
+        recipe: RandomCrop | WholeFrames,
         patch_size: int,
         width: int,
         hidden_width: int = 128,
         **options: Any,
     ) -> None:
         super().__init__(recipe, patch_size, width, **options)
-        self.network = PatchNetwork(width, hidden_width)
+        self.network: nn.Module = PatchNetwork(width, hidden_width)
 
     def forward(self, batch: Any) -> FeatureTask:
+        """Make the task, with the network's parameters in it."""
         phi: Params = dict(self.network.named_parameters())
         if (
             not torch.is_grad_enabled()
@@ -75,3 +76,84 @@ class PatchNetwork(nn.Module):
         seen = torch.cat([F.layer_norm(states, states.shape[-1:]), features], dim=-1)
         x = F.gelu(self.read(seen.transpose(1, 2).unflatten(2, grid)))
         return self.write(x + F.gelu(self.mix(x))).flatten(2).transpose(1, 2)
+
+
+class ResidualNetwork(FeatureNetwork):
+    """Predicts what the feedback's heads leave over, one number per output, and moves features by it.
+
+    A_n = sum_c e_nc w_c: the value of a feature has the rank of the tasks. For heads that are fitted
+    in closed form, the direction w_c of an output is known. How far a feature should move along it
+    is the head's residual e_nc, which the network predicts for images without labels. The network is
+    0 at first, which is the recipe.
+
+    Args:
+        recipe: Makes the images.
+        patch_size: Of the backbone.
+        width: D.
+        num_outputs: C.
+        hidden_width: Of the network.
+        options: See `FeatureDesigner`.
+    """
+
+    directions: Tensor
+
+    def __init__(
+        self,
+        recipe: RandomCrop | WholeFrames,
+        patch_size: int,
+        width: int,
+        num_outputs: int,
+        hidden_width: int = 128,
+        **options: Any,
+    ) -> None:
+        FeatureDesigner.__init__(self, recipe, patch_size, width, num_outputs, **options)
+        self.network = OutputNetwork(width, hidden_width, num_outputs)
+        self.register_buffer("directions", torch.zeros(num_outputs, width))
+
+    def forward(self, batch: Any) -> FeatureTask:
+        """Make the task, with the network's parameters and the directions in it."""
+        task = super().forward(batch)
+        return task._replace(phi={**task.phi, "directions": self.directions.clone()})
+
+    def moves(self, task: FeatureTask, states: Tensor, features: Tensor) -> Tensor:
+        """Predict the moves A (B, N, D), see `FeatureDesigner.moves`."""
+        phi = dict(task.phi)
+        directions = phi.pop("directions")
+        residuals = functional_call(self.network, phi, (states, features, self.grid))
+        return task.gate[:, None, None] * (residuals @ directions.to(residuals))
+
+    def loss(self, lesson: dict[str, Tensor]) -> Tensor:
+        """Compute the mean squared error of the predicted residuals over labelled pixels."""
+        height, width = (int(side) for side in lesson["grid"][0])
+        residuals = self.network(lesson["states"], lesson["features"], (height, width))
+        squares = lesson["share"] * (residuals - lesson["values"]).square()
+        return squares.sum() / lesson["share"].sum().clamp_min(1)
+
+
+class OutputNetwork(nn.Module):
+    """states and features (B, N, D) of patches on a grid (h, w) -> outputs (B, N, C).
+
+    A patch reads itself, its neighbours, the mean of the image and its position.
+    """
+
+    POSITIONS = (8, 8)  # of the learned bias, which is resampled to the grid
+
+    def __init__(self, width: int, hidden_width: int, num_outputs: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(2 * width)
+        self.read = nn.Linear(2 * width, hidden_width)
+        self.near = nn.Conv2d(hidden_width, hidden_width, 3, padding=1)
+        self.whole = nn.Linear(hidden_width, hidden_width)
+        self.write = nn.Linear(hidden_width, num_outputs)
+        self.position = nn.Parameter(torch.zeros(1, num_outputs, *self.POSITIONS))
+        nn.init.zeros_(self.write.weight)
+        nn.init.zeros_(self.write.bias)
+
+    def forward(self, states: Tensor, features: Tensor, grid: tuple[int, int]) -> Tensor:
+        seen = torch.cat([F.layer_norm(states, states.shape[-1:]), features], dim=-1)
+        x = F.gelu(self.read(self.norm(seen)))
+        near = self.near(x.transpose(1, 2).unflatten(2, grid)).flatten(2).transpose(1, 2)
+        x = x + F.gelu(near)
+        x = x + F.gelu(self.whole(x.mean(dim=1, keepdim=True)))
+        bias = F.interpolate(self.position, grid, mode="bilinear", align_corners=False)
+        return self.write(x) + bias.flatten(2).transpose(1, 2)

@@ -1,100 +1,178 @@
-"""A target designer for regression on features: which way a student's features should differ from its teacher's.
+"""Designers for regression on features: moved targets, and which patches or features are asked for.
 
 Letters: B batch, N patches, D width of the features.
 """
 
 import math
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Generator, Tensor, nn
 
 from metavpt.data.loader import mix
-from metavpt.designers.crop import RandomCrop
-from metavpt.designers.hiding import hidden_patches
+from metavpt.designers.crop import RandomCrop, WholeFrames
+from metavpt.designers.hiding import hidden_patches, scattered_patches
 from metavpt.distributed import collectives
-from metavpt.errors import MetaVPTError
+from metavpt.errors import MetaVPTError, check_known
 from metavpt.hypergradients.params import Params
+
+SMALL = 1e-3  # a size of scores below which a policy is linear in them, so that it starts smoothly
 
 
 class FeatureTask(NamedTuple):
-    """Images, what of them the student does not see, and how the teacher's features are moved before the student tells them."""
+    """Images, the patches hidden from the student, and what the designer wants of the features.
 
-    images: Tensor  # (B, 3, H, W), normalised
-    hidden: Tensor  # (B, N) bool
-    shift: Tensor  # (B, N, D), added; 0 in the recipe
-    map: Tensor  # (B, D, D), see `moved`; 0 in the recipe
-    gate: Tensor  # (B,)
-    phi: Params  # of the network that moves them, see `FeatureNetwork`; empty where none does
+    Attributes:
+        images: Normalised, (B, 3, H, W).
+        hidden: Patches that the student does not see, bool (B, N).
+        shift: Moves that the designer wants, (B, N, D); 0 in the recipe.
+        map: Moves as a linear map of the features, (B, D, D), see `moved`; 0 in the recipe.
+        gate: Scale of the moves, (B,).
+        scores: Added to the scores of a policy, (B, N, D) or (B, N, 1); 0 in the recipe.
+        hardness: Weight of the squared residual in the scores of a policy, (B,); 0 in the recipe.
+        phi: Of the network that predicts moves, see `FeatureNetwork`; empty where there is none.
+    """
+
+    images: Tensor
+    hidden: Tensor
+    shift: Tensor
+    map: Tensor
+    gate: Tensor
+    scores: Tensor
+    hardness: Tensor
+    phi: Params
 
 
 class FeatureDesigner(nn.Module):
-    """The teacher's own features are the recipe's targets; a subclass moves them.
+    """Says how features should move, and what of the task does it: the targets, or a masking policy.
 
-    recipe     makes the images
-    width      D, of the learner's features
-    gate       how far: the root mean square of a shift, where features have 1
-    hidden     least and greatest share of an image's patches that the student does not see, in blocks
+    A subclass predicts A (B, N, D), the moves. Of the recipe they are 0, and then the loss is the
+    recipe's bit for bit.
+
+    - `surface="targets"`: the targets are moved by A.
+    - `surface="patches"`: the targets stay the teacher's. Each patch counts in the loss by how far
+      its target pulls the student's feature along A: the score (t - s) . A.
+    - `surface="features"`: the same for each feature of each patch, with the score (t - s) A.
+
+    A policy decides only which of the teacher's answers are asked for, see `allocation`.
+
+    Args:
+        recipe: Makes the images.
+        patch_size: Of the backbone.
+        width: D.
+        num_outputs: Outputs of the feedback's heads, for designers that predict their residuals.
+        gate: Root mean square of a move, where features have 1.
+        hidden: Least and greatest share of an image's patches that the student does not see.
+        layout: How hidden patches are drawn: in blocks (BEiT), or each alone.
+        surface: What acts on the loss.
+        strength: Of a policy, see `allocation`.
     """
 
     def __init__(
         self,
-        recipe: RandomCrop,
+        recipe: RandomCrop | WholeFrames,
         patch_size: int,
         width: int,
+        num_outputs: int = 0,
         gate: float = 1.0,
         hidden: tuple[float, float] = (0.3, 0.5),
+        layout: Literal["blocks", "patches"] = "blocks",
+        surface: Literal["targets", "patches", "features"] = "targets",
+        strength: float = 1.0,
     ) -> None:
         super().__init__()
-        if recipe.size % patch_size:
-            raise MetaVPTError(
-                f"recipe.size={recipe.size} does not divide into patches of {patch_size}"
-            )
         if gate < 0:
             raise MetaVPTError(f"designer.gate={gate} must not be negative")
         if not 0 <= hidden[0] <= hidden[1] < 1:
             raise MetaVPTError(
                 f"designer.hidden={list(hidden)} must be two shares of the patches in order, below 1"
             )
-        self.recipe, self.width, self.gate, self.hidden = (
-            recipe,
-            width,
-            gate,
-            (hidden[0], hidden[1]),
-        )
-        self.grid = (recipe.size // patch_size, recipe.size // patch_size)
+        if strength < 0:
+            raise MetaVPTError(f"designer.strength={strength} must not be negative")
+        check_known(layout, "designer.layout", "blocks", "patches")
+        check_known(surface, "designer.surface", "targets", "patches", "features")
+        self.recipe, self.width, self.gate = recipe, width, gate
+        self.hidden, self.layout = (hidden[0], hidden[1]), layout
+        self.surface, self.strength, self.num_outputs = surface, strength, num_outputs
+        self.grid = recipe.grid(patch_size)
 
     def recipe_task(self, batch: Any) -> FeatureTask:
-        """The teacher's own features. batch: `.images` (B, 3, H, W), see RandomCrop, and `.seed`."""
+        """Make the task of the recipe.
+
+        Args:
+            batch: `.images` (B, 3, H, W), see RandomCrop, and `.seed`.
+        """
         images = self.recipe(batch.images, batch.seed)
-        seen = hidden_patches(
-            len(images) * collectives.size(), self.grid, self.hidden, 1.0, mix(batch.seed, 0)
-        )
+        num, seed = len(images) * collectives.size(), mix(batch.seed, 0)
+        if self.layout == "blocks":
+            seen = hidden_patches(num, self.grid, self.hidden, 1.0, seed)
+        else:
+            seen = scattered_patches(num, math.prod(self.grid), self.hidden, seed)
         shift = images.new_zeros(len(images), math.prod(self.grid), self.width)
+        zeros = images.new_zeros(len(images))
         task = FeatureTask(
             images,
             collectives.own(seen).to(images.device),
             shift,
             shift,
-            images.new_full((len(images),), self.gate),
+            zeros + self.gate,
+            zeros[:, None, None],
+            zeros,
             {},
         )
         return with_map(task, images.new_zeros(self.width, self.width))
 
     def random_tasks(self, batch: Any, num_tasks: int) -> list[FeatureTask]:
-        """The same images with maps of standard normal entries, which shift features of any width by about `gate`."""
+        """Make random tasks of the same images.
+
+        Targets are moved by maps of standard normal entries, which move features of any width by
+        about `gate`. A policy has standard normal scores: random patches, or random features.
+        """
         task, rng = self.recipe_task(batch), Generator().manual_seed(mix(batch.seed, 1))
-        return [
-            with_map(task, torch.randn(self.width, self.width, generator=rng))
-            for _ in range(num_tasks)
-        ]
+        if self.surface == "targets":
+            return [
+                with_map(task, torch.randn(self.width, self.width, generator=rng))
+                for _ in range(num_tasks)
+            ]
+        shape = (*task.shift.shape[:2], self.width if self.surface == "features" else 1)
+        whole = (shape[0] * collectives.size(), *shape[1:])
+        drawn = [torch.randn(whole, generator=rng) for _ in range(num_tasks)]
+        return [task._replace(scores=collectives.own(own).to(task.shift)) for own in drawn]
+
+    def hardest_task(self, batch: Any) -> FeatureTask:
+        """Make the task of a policy that counts patches, or features, by their squared error."""
+        if self.surface == "targets":
+            raise MetaVPTError("designer.surface=targets has no hardest patches; set patches")
+        task = self.recipe_task(batch)
+        return task._replace(hardness=torch.ones_like(task.hardness))
+
+    def weights(self, task: FeatureTask, residual: Tensor, moves: Tensor) -> Tensor | None:
+        """Compute the weights in the loss, (B, N, D) or (B, N, 1); None: all count alike.
+
+        Args:
+            task: The task.
+            residual: t - s of the student as it is, detached, (B, N, D).
+            moves: A, (B, N, D).
+        """
+        if self.surface == "targets":
+            return None
+        scores = residual * moves + task.hardness[:, None, None] * residual.square()
+        if self.surface == "patches":
+            scores = scores.mean(dim=-1, keepdim=True)
+        return allocation(scores + task.scores, self.strength)
 
     def moves(self, task: FeatureTask, states: Tensor, features: Tensor) -> Tensor:
-        """Of the task's targets by a network, (B, N, D), from what the teacher's trunk and tail say of the patches, both (B, N, D)."""
+        """Predict the moves A (B, N, D) by a network.
+
+        Args:
+            task: Holds the network's parameters.
+            states: Of the teacher's trunk, (B, N, D).
+            features: Of the teacher, normalised, (B, N, D).
+        """
         raise NotImplementedError
 
     def loss(self, lesson: dict[str, Tensor]) -> Tensor:
-        """Minus the value of the moves on a lesson, with a trust region: `Problem.taught`, a scalar."""
+        """Compute the loss of the predicted moves on stored values, see `ReplayBuffer`; a scalar."""
         raise NotImplementedError
 
     def regularizer(self, task: FeatureTask) -> Tensor | None:
@@ -112,7 +190,12 @@ class FeatureTargets(FeatureDesigner):
     """
 
     def __init__(
-        self, recipe: RandomCrop, patch_size: int, width: int, weight: float = 0.01, **options: Any
+        self,
+        recipe: RandomCrop | WholeFrames,
+        patch_size: int,
+        width: int,
+        weight: float = 0.01,
+        **options: Any,
     ) -> None:
         super().__init__(recipe, patch_size, width, **options)
         self.weight = weight
@@ -132,6 +215,21 @@ class FeatureTargets(FeatureDesigner):
 
     def _size(self, map: Tensor) -> Tensor:
         return self.weight * map.square().sum() / len(map)
+
+
+def allocation(scores: Tensor, strength: float) -> Tensor:
+    """Share the loss out by scores: weights (1 + strength * scores / |scores|)_+, with a mean of 1.
+
+    Up to the scale of the strength, these are the weights of greatest mean score within a
+    chi-squared ball around the recipe's, in which all weights are 1.
+
+    Args:
+        scores: Any shape; |scores| is their root mean square over the batch.
+        strength: 0 gives the recipe. With 1 a score of minus |scores| counts no more.
+    """
+    size = (collectives.mean(scores.square().mean()) + SMALL**2).sqrt()
+    weights = (1 + strength * scores / size).clamp_min(0)
+    return weights / collectives.mean(weights.mean()).clamp_min(SMALL)
 
 
 def with_map(task: FeatureTask, map: Tensor) -> FeatureTask:

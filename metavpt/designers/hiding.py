@@ -27,6 +27,27 @@ def hidden_patches(
     return torch.from_numpy(masks).flatten(1)
 
 
+def scattered_patches(
+    num_images: int, num_patches: int, share: tuple[float, float], seed: int
+) -> Tensor:
+    """Hide single patches at random.
+
+    Args:
+        num_images: B.
+        num_patches: N.
+        share: Each image hides a share uniform in this range, rounded down.
+        seed: Of the draw.
+
+    Returns:
+        bool (B, N).
+    """
+    rng = torch.Generator().manual_seed(seed)
+    low, high = share
+    shares = low + (high - low) * torch.rand(num_images, 1, generator=rng)
+    order = torch.rand(num_images, num_patches, generator=rng).argsort(dim=1).argsort(dim=1)
+    return order < (shares * num_patches).long()
+
+
 def blockwise_mask(grid: tuple[int, int], num_hidden: int, rng: np.random.Generator) -> np.ndarray:
     """Bool (h, w), True in at most `num_hidden` patches, and in fewer only where no further block was found to fit (BEiT, algorithm 1).
 

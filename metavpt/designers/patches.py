@@ -44,14 +44,10 @@ class PatchDesigner(nn.Module, ABC):
         kl_weight: float = 0.01,
     ) -> None:
         super().__init__()
-        if recipe.size % patch_size:
-            raise MetaVPTError(
-                f"recipe.size={recipe.size} does not divide into patches of {patch_size}"
-            )
         check_known(estimator, "designer.estimator", *ESTIMATORS)
         self.recipe, self.network, self.kl_weight = recipe, network, kl_weight
         self.estimator: Estimator = estimator
-        self.grid = (recipe.size // patch_size, recipe.size // patch_size)
+        self.grid = recipe.grid(patch_size)
         self.num_patches = math.prod(self.grid)
 
     @abstractmethod

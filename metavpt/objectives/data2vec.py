@@ -11,7 +11,10 @@ from metavpt.errors import MetaVPTError, check_known
 
 
 def data2vec_loss(
-    predictions: Tensor, targets: Tensor, reduction: Literal["mean", "none"] = "mean"
+    predictions: Tensor,
+    targets: Tensor,
+    reduction: Literal["mean", "none"] = "mean",
+    weights: Tensor | None = None,
 ) -> Tensor:
     """Mean squared error 1/(N D) sum_n |prediction_n - target_n|^2.
 
@@ -19,6 +22,7 @@ def data2vec_loss(
         predictions: (B, N, D).
         targets: (B, N, D).
         reduction: "mean" over the batch gives a scalar, "none" the loss of each image, (B,).
+        weights: Of the squares, (B, N, D) or (B, N, 1), with a mean of 1. None: all are 1.
     """
     check_known(reduction, "data2vec_loss: reduction", "mean", "none")
     if predictions.shape != targets.shape or predictions.ndim != 3:
@@ -27,4 +31,5 @@ def data2vec_loss(
             f"{tuple(predictions.shape)} and {tuple(targets.shape)}"
         )
     squares = (predictions - targets).square()
+    squares = squares if weights is None else weights * squares
     return squares.mean() if reduction == "mean" else squares.mean(dim=(1, 2))

@@ -84,19 +84,34 @@ class Ridge:
 
     def fit(self, task: DenseTask, train: FeatureSet) -> LinearHead:
         """Raises MetaVPTError where no pixel of `train` is valid."""
-        width = train.features.shape[1]
-        gram, total = self._moments(task, train)
+        weight, bias = self.solve(self._moments(task, train), train.features.shape[1])
+        return LinearHead(weight, bias, (train.depth.shape[1], train.depth.shape[2]))
+
+    def solve(self, moments: Tensor, width: int) -> tuple[Tensor, Tensor]:
+        """Solve for the head whose rows have these moments.
+
+        Args:
+            moments: sum_i s_i a_i a_i^T for a_i = (x_i, y_i, 1), (D + C + 1, D + C + 1) float64.
+            width: D.
+
+        Returns:
+            The weight (C, D) and the bias (C,).
+
+        Raises:
+            MetaVPTError: No pixel is valid.
+        """
+        total = moments[-1, -1]
         if total == 0:
             raise MetaVPTError(
                 "Ridge: the labelled set has no valid pixel; check the depth and label maps of the feedback data"
             )
-        mean, target_mean = gram[:width, -1] / total, gram[-1, width:-1] / total
-        covariance = gram[:width, :width] / total - torch.outer(mean, mean)
-        cross = gram[:width, width:-1] / total - torch.outer(mean, target_mean)  # (D, C)
+        mean, target_mean = moments[:width, -1] / total, moments[-1, width:-1] / total
+        covariance = moments[:width, :width] / total - torch.outer(mean, mean)
+        cross = moments[:width, width:-1] / total - torch.outer(mean, target_mean)  # (D, C)
         variance = covariance.diagonal()
         # Rounding leaves a constant feature with a variance of about 1e-16 of its square.
         scale = torch.where(
-            variance > 1e-13 * gram.diagonal()[:width] / total, variance, math.inf
+            variance > 1e-13 * moments.diagonal()[:width] / total, variance, math.inf
         ).sqrt()
         system = covariance / torch.outer(scale, scale)
         system.diagonal().add_(self.penalty * system.diagonal().mean().clamp_min(1 / width))
@@ -104,29 +119,31 @@ class Ridge:
             torch.cholesky_solve(cross / scale[:, None], torch.linalg.cholesky(system))
             / scale[:, None]
         )
-        return LinearHead(
-            weight.T.contiguous(),
-            target_mean - mean @ weight,
-            (train.depth.shape[1], train.depth.shape[2]),
-        )
+        return weight.T.contiguous(), target_mean - mean @ weight
 
-    def _moments(self, task: DenseTask, train: FeatureSet) -> tuple[Tensor, Tensor]:
-        """sum_i s_i a_i a_i^T for a_i = (x_i, y_i, 1), of D + C + 1 rows, and sum_i s_i."""
+    def _moments(self, task: DenseTask, train: FeatureSet) -> Tensor:
         size = train.features.shape[1] + task.num_outputs + 1
-        gram = torch.zeros(size, size, dtype=torch.float64, device=train.features.device)
+        moments = torch.zeros(size, size, dtype=torch.float64, device=train.features.device)
         for chunk in train.chunks():
-            target, share = task.patch_targets(chunk)
-            rows = torch.cat(
-                [
-                    chunk.features.double(),
-                    target.double(),
-                    torch.ones_like(share, dtype=torch.float64),
-                ],
-                dim=1,
-            )
-            rows = rows.movedim(1, -1).flatten(0, 2)
-            gram += rows.T @ (share.double().flatten()[:, None] * rows)
-        return gram, gram[-1, -1]
+            moments += patch_moments(chunk.features, *task.patch_targets(chunk))
+        return moments
+
+
+def patch_moments(features: Tensor, target: Tensor, share: Tensor) -> Tensor:
+    """Sum s a a^T over patches, for a = (x, y, 1): what `Ridge.solve` needs.
+
+    Args:
+        features: x, (B, D, h, w).
+        target: y, (B, C, h, w).
+        share: s, (B, 1, h, w).
+
+    Returns:
+        (D + C + 1, D + C + 1) float64.
+    """
+    ones = torch.ones_like(share, dtype=torch.float64)
+    rows = torch.cat([features.double(), target.double(), ones], dim=1)
+    rows = rows.movedim(1, -1).flatten(0, 2)
+    return rows.T @ (share.double().flatten()[:, None] * rows)
 
 
 @dataclass(frozen=True)

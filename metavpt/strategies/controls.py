@@ -5,7 +5,7 @@ permuted values (`permute`) are options of these strategies.
 """
 
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -17,7 +17,7 @@ from metavpt.hypergradients import params
 from metavpt.hypergradients.mixed_products import differentiate
 from metavpt.hypergradients.params import Params
 from metavpt.objectives.target_task import SoftTargets
-from metavpt.problem import Problem, require
+from metavpt.problem import Problem, require, supports
 from metavpt.strategies.learned import DesignerOptimizer, MakeOptimizer, feedback_on, inner_loss
 from metavpt.strategies.period import Period
 from metavpt.strategies.selection import (
@@ -63,8 +63,20 @@ class Uniform(Stateless):
             return Proposal(task, num_samples(state.problem, batch), {})
 
 
+class SupportsHardest(Protocol):
+    """A problem that makes the hardest task itself, in closed form."""
+
+    def hardest_task(self, batch: Any) -> Any:
+        """Make the task of `batch` that weighs each part of the loss by its size."""
+        ...
+
+
 class Hardest(Stateless):
-    """For each sample the random task with the highest pretraining loss (arXiv 2310.03940)."""
+    """The task with the highest pretraining loss (arXiv 2310.03940).
+
+    A problem may make it in closed form, see `SupportsHardest`. Else it is, for each sample, the
+    hardest of `num_candidates` random tasks.
+    """
 
     def __init__(self, num_candidates: int = 8) -> None:
         at_least_one(num_candidates=num_candidates)
@@ -72,12 +84,18 @@ class Hardest(Stateless):
 
     def start(self, problem: Problem) -> None:
         """Check that the problem draws and scores tasks."""
-        require(problem, SupportsCandidates, "strategy Hardest")
-        require(problem, SupportsSelection, "strategy Hardest")
+        if not supports(problem, SupportsHardest):
+            require(problem, SupportsCandidates, "strategy Hardest")
+            require(problem, SupportsSelection, "strategy Hardest")
 
     def next_task(self, state: TrainState) -> Proposal:
-        """Choose the hardest task for each sample of the next batch."""
-        problem, batch = require(state.problem, SupportsSelection, "Hardest"), draw(state)
+        """Make the hardest task of the next batch."""
+        batch = draw(state)
+        closed: object = state.problem
+        if supports(closed, SupportsHardest):
+            with state.budget.timed("task"), torch.no_grad():
+                return Proposal(closed.hardest_task(batch), num_samples(state.problem, batch), {})
+        problem = require(state.problem, SupportsSelection, "Hardest")
         theta = params.detach(params.named(state.problem.learner))
 
         def loss(task: Any) -> Tensor:

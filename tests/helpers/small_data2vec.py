@@ -7,26 +7,35 @@ from hydra.utils import instantiate
 from metavpt.hypergradients import params
 
 SMALL = [
+    "problem.hidden_at=input",
     "backbone.tail_blocks=1", "backbone.embed_dim=24", "backbone.depth=2", "backbone.num_heads=2", "+backbone.patch_size=4",
     "recipe.size=16", "data.rooms={num_frames: 40, size: [32, 48], seed: 0, folder: null}", "data.num_train=16", "data.num_meta=8",
     "problem.feature_size=[16, 24]", "problem.batch_size=4", "problem.meta_batch_size=4",
-    "problem.feedback_batch_size=4", "problem.feedback_pool=meta",
+    "problem.feedback_batch_size=4",
 ]  # fmt: skip
+GROUPS = {
+    "backbone": "vit_tiny_dinov3",
+    "recipe": "crop_small",
+    "designer": "feature_network",
+    "feedback": "ridge",
+}
 
 
 def maker(folder, *options):
     """make(*overrides, seed=0) -> a fresh problem with `options`; the rooms are in `folder`."""
 
     def fresh(*overrides, seed=0):
+        given = [*options, *overrides]
+        chosen = GROUPS | dict(own.split("=", 1) for own in given if own.split("=")[0] in GROUPS)
         with initialize_config_module("metavpt.configs", version_base="1.3"):
             cfg = compose(
                 "run",
                 [
                     "problem=data2vec_nyuv2",
+                    *(f"{group}={choice}" for group, choice in chosen.items()),
                     *SMALL,
                     f"data.rooms.folder={folder}",
-                    *options,
-                    *overrides,
+                    *(own for own in given if own.partition("=")[0] not in GROUPS),
                 ],
             )
         torch.manual_seed(seed)

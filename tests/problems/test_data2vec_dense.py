@@ -61,9 +61,12 @@ def test_the_student_does_not_see_what_is_hidden(make):
     noise = torch.where(covered, torch.randn_like(task.images), task.images)
     with torch.no_grad():
         assert covered.any()
-        assert torch.equal(
-            problem.learner(task.images, task.hidden), problem.learner(noise, task.hidden)
+        theta = params.named(problem.learner)
+        seen, again = (
+            problem._step(theta, task._replace(images=images)).student({})
+            for images in (task.images, noise)
         )
+        assert torch.equal(seen, again)
 
 
 def test_linear_exact_and_difference_products_agree_and_are_finite_differences(make):
@@ -122,7 +125,7 @@ def test_the_tilt_and_what_a_lesson_teaches_raise_the_value_and_a_step_of_them_l
         return sum(float((g * w).sum()) for g, w in zip(g_pre, g_down.values(), strict=True))
 
     tilted = problem.tilt(theta, recipe, g_down, 0.5, 1.0, 0, derivative)
-    lesson = problem.lesson(theta, batch, g_down, derivative)
+    lesson = problem.replay_batch(theta, batch, g_down, derivative)
     with torch.no_grad():
         raw = problem._values(theta, recipe, g_down, derivative)
     gain = 2 * float((tilted.shift * raw).mean())
@@ -139,7 +142,7 @@ def test_the_tilt_and_what_a_lesson_teaches_raise_the_value_and_a_step_of_them_l
 def test_taught_is_minus_the_value_of_the_designers_shift_and_its_regularizer(make):
     problem = mapping(make("designer.weight=0.3"))
     theta, _, batch, g_down = at(problem)
-    lesson = problem.lesson(theta, batch, g_down, CentralDifference())
+    lesson = problem.replay_batch(theta, batch, g_down, CentralDifference())
     task = problem.designer(batch)
     with torch.no_grad():
         shift = (
