@@ -153,7 +153,7 @@ def _skip_burn_in(strategy: Any) -> None:
     """Start updates at once, in the strategy and in the feedback direction that it keeps."""
     for owner in (strategy, getattr(strategy, "feedback", None)):
         if isinstance(period := getattr(owner, "period", None), Period):
-            owner.period = replace(period, burn_in=0)  # pyright: ignore[reportOptionalMemberAccess]
+            owner.period = replace(period, burn_in=0, start=None)  # pyright: ignore[reportOptionalMemberAccess]
 
 
 def _kind(clock: Clock) -> str:

@@ -24,6 +24,8 @@ class Result:
     step0, metrics   probe metrics before and after
     peak_memory      bytes, of training alone
     steered          the metrics that the feedback is about; None: all of them
+    steered_steps    steps on a task that feedback shaped; None where the strategy uses no feedback for tasks
+    labelled_steps   steps with a loss on labels, which controls take on purpose
     directions       metric to "lower" or "higher", whichever is better, as the problem states it
     error            one line where the row failed; then nothing else is known
     """
@@ -40,6 +42,8 @@ class Result:
     times: dict[str, float] = field(default_factory=dict)
     peak_memory: int = 0
     steered: list[str] | None = None
+    steered_steps: int | None = None
+    labelled_steps: int = 0
     directions: dict[str, Direction] = field(default_factory=dict)
 
     @property

@@ -204,6 +204,8 @@ def train(job: Job, warm: Path) -> Result:
         times=dict(budget.times),
         peak_memory=budget.memory.peak,
         steered=[name for name in trainer.metrics if is_target_metric(trainer.problem, name)],
+        steered_steps=trainer.steered.steered,
+        labelled_steps=trainer.steered.labelled,
         directions=dict(trainer.problem.metric_directions),
     )
 

@@ -150,7 +150,7 @@ def _bad_parameters(problem: Problem) -> Iterator[tuple[str, str]]:
 def _watch_update(trainer: Trainer) -> list[str]:
     """Return why the designer update of this step fails, if there is one and it does."""
     strategy, budget = trainer.strategy, trainer.budget
-    if not isinstance(strategy, Learned) or not strategy.period.due(budget.steps):
+    if not isinstance(strategy, Learned) or not strategy.period.due(budget):
         return []
     with first_not_finite(trainer.problem) as seen:
         try:

@@ -18,6 +18,8 @@ COUNTERS = (
     "samples",
     "grad_evals",
     "seconds",
+    "steered_steps",
+    "labelled_steps",
 )  # of a train record: totals, which as a curve are a straight line
 MAX_WARNINGS = 50
 

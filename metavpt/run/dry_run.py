@@ -144,10 +144,17 @@ def _schedule(trainer: Trainer) -> Iterable[Table | str]:
     period = getattr(trainer.strategy, "period", None)
     optimizer = getattr(trainer.strategy, "optimizer", None)
     if period and optimizer:
-        every, burn_in = period.every, period.burn_in
-        count = sum(period.due(step) for step in range(int(total)))
+        due: list[int] = []
+        for step in range(int(total)):
+            trainer.budget.steps = step
+            if period.due(trainer.budget):
+                due.append(step)
         lr = optimizer.param_groups[0]["lr"]
-        yield f"designer: an update every {every} steps from step {burn_in:,} on, {count:,} in all, learning rate {lr:.3g}"
+        start = f"from step {due[0]:,} on, " if due else ""
+        yield (
+            f"designer: an update every {period.every} steps {start}{len(due):,} in all, "
+            f"learning rate {lr:.3g}"
+        )
 
 
 def _others(trainer: Trainer) -> list[tuple[str, nn.Module]]:

@@ -54,7 +54,8 @@ class Amortized:
         replay: Batches that the replay buffer holds.
         max_norm: The norm at which the designer's gradient is clipped.
         every: Steps from one feedback gradient to the next.
-        burn_in: Steps of the recipe before the first one.
+        burn_in: Steps of the recipe before the first one; below 1 the share of the budget
+            that they take.
         ema: The decay of the moving average of the feedback gradient.
         direction: Maps g_down to w. Default: `Dot`.
         derivative: How targets are differentiated along w. Default: forward mode.
@@ -69,7 +70,7 @@ class Amortized:
         replay: int = 8,
         max_norm: float = 1.0,
         every: int = 8,
-        burn_in: int = 0,
+        burn_in: float = 0,
         ema: float = 0.8,
         direction: Direction | None = None,
         derivative: DirectionalDerivative | None = None,
@@ -95,12 +96,12 @@ class Amortized:
     def next_task(self, state: TrainState) -> Proposal:
         """Fit the designer if it is due, then make its task of the next batch."""
         batch, record = draw(state), {}
-        if self.period.due(state.budget.steps):
+        if self.period.due(state.budget):
             with state.budget.timed("designer"):
                 record = self._update(state, batch)
         if self.feedback.g_down is None:
-            return recipe_of(state, batch, record)
-        return designed(state, batch, record)
+            return recipe_of(state, batch, record)._replace(steered=self.feedback.steers)
+        return designed(state, batch, record, self.feedback.steers)
 
     def _update(self, state: TrainState, batch: Any) -> dict[str, float]:
         problem = require(state.problem, SupportsReplay, "amortization")

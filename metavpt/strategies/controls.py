@@ -32,6 +32,7 @@ from metavpt.training.strategy import (
     TrainState,
     designed,
     draw,
+    num_labelled,
     num_samples,
     recipe_of,
 )
@@ -112,7 +113,8 @@ class Adversarial:
     Args:
         optimizer: Makes the designer's optimizer. Default: Adam with a learning rate of 2e-4.
         every: Steps from one update to the next.
-        burn_in: Steps before the first update.
+        burn_in: Steps before the first update; below 1 the share of the budget
+            that they take.
         max_norm: The norm at which the designer's gradient is clipped.
     """
 
@@ -120,7 +122,7 @@ class Adversarial:
         self,
         optimizer: MakeOptimizer | None = None,
         every: int = 8,
-        burn_in: int = 0,
+        burn_in: float = 0,
         max_norm: float = 1.0,
     ) -> None:
         self.period, self.designer = Period(every, burn_in), DesignerOptimizer(optimizer, max_norm)
@@ -138,7 +140,7 @@ class Adversarial:
     def next_task(self, state: TrainState) -> Proposal:
         """Update the designer if it is due, then make its task of the next batch."""
         record: dict[str, float] = {}
-        if self.period.due(state.budget.steps):
+        if self.period.due(state.budget):
             with state.budget.timed("designer"):
                 record = self._update(state)
         return designed(state, draw(state), record)
@@ -162,12 +164,46 @@ class Adversarial:
 
     def state_dict(self) -> dict[str, Any]:
         """Return the designer's optimizer and the count of skipped updates."""
-        return {"num_skipped": self.num_skipped, "optimizer": self.designer.state_dict()}
+        return {
+            "num_skipped": self.num_skipped,
+            "period": self.period.state_dict(),
+            "optimizer": self.designer.state_dict(),
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what `state_dict` returned."""
         self.num_skipped = state["num_skipped"]
+        self.period.load_state_dict(state["period"])
         self.designer.load_state_dict(state["optimizer"])
+
+
+class LabelsOnly(Stateless):
+    """The learner is fine-tuned on the feedback loss alone: no pretraining, no unlabelled data.
+
+    It shows what the labels are worth without the stream. Labels train the learner itself, which
+    breaks the bottleneck on purpose. Labelled samples count as the samples of its budget.
+
+    Args:
+        combination: How several feedbacks are aggregated. Default: their weighted sum.
+    """
+
+    trains_on_labels = True
+
+    def __init__(self, combination: Combination | None = None) -> None:
+        self.combination = unpaired(combination)
+
+    def start(self, problem: Problem) -> None:
+        """Need nothing."""
+
+    def next_task(self, state: TrainState) -> Proposal:
+        """Draw a labelled batch and propose its feedback loss in place of a task."""
+        with state.budget.timed("data"):
+            labelled = next(state.streams.feedback)
+        with state.budget.timed("designer"):
+            combined = self.combination(feedback_on(state.problem, labelled))
+        state.budget.charge(grad_evals=combined.grad_evals)
+        count = num_labelled(labelled)
+        return Proposal(None, count, combined.record, labelled_loss=combined.outer_loss)
 
 
 class Direct(Stateless):
@@ -181,6 +217,8 @@ class Direct(Stateless):
         every: Steps from one labelled batch to the next.
         combination: How several feedbacks are aggregated. Default: their weighted sum.
     """
+
+    trains_on_labels = True
 
     def __init__(
         self, weight: float = 1.0, every: int = 1, combination: Combination | None = None
@@ -196,7 +234,7 @@ class Direct(Stateless):
     def next_task(self, state: TrainState) -> Proposal:
         """Make the recipe's task of the next batch and add the feedback loss."""
         proposal = recipe_of(state, draw(state), {})
-        if not self.period.due(state.budget.steps):
+        if not self.period.due(state.budget):
             return proposal
         with state.budget.timed("designer"):
             with state.budget.timed("data"):

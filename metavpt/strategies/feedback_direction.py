@@ -20,14 +20,15 @@ from metavpt.training.strategy import TrainState
 
 
 class FeedbackDirection:
-    """g_down, renewed every `every` steps from step `burn_in` on, and the direction w made of it.
+    """g_down, renewed every `every` steps after `burn_in`, and the direction w made of it.
 
     A renewal that is not finite leaves g_down as it was and is counted. All cost is charged to the
     budget.
 
     Args:
         every: Steps from one renewal to the next.
-        burn_in: Steps before the first one.
+        burn_in: Steps before the first one; below 1 the share of the budget
+            that they take.
         ema: The decay of the moving average of g_down, in [0, 1). With 0 the newest one counts.
         direction: Maps g_down to w. Default: `Dot`. Directions that need g_pre take it from the
             recipe's task of the batch at hand.
@@ -38,7 +39,7 @@ class FeedbackDirection:
     def __init__(
         self,
         every: int = 8,
-        burn_in: int = 0,
+        burn_in: float = 0,
         ema: float = 0.0,
         direction: Direction | None = None,
         combination: Combination | None = None,
@@ -52,9 +53,14 @@ class FeedbackDirection:
         self.num_skipped = 0
         self.g_down: Params | None = None
 
+    @property
+    def steers(self) -> bool | None:
+        """Whether there is a g_down; None where w is random, so that no feedback is used."""
+        return None if self.random else self.g_down is not None
+
     def renew(self, state: TrainState) -> dict[str, float]:
         """Take a new g_down if it is due, and return the record of it."""
-        if not self.period.due(state.budget.steps):
+        if not self.period.due(state.budget):
             return {}
         with state.budget.timed("data"):
             labelled = next(state.streams.feedback)
@@ -71,6 +77,7 @@ class FeedbackDirection:
         else:
             kept = params.scale(self.g_down, self.ema)
             self.g_down = params.add(kept, fresh, alpha=1 - self.ema)
+        self.period.num_updates += 1
         return {**combined.record, "g_down_norm": float(params.norm(self.g_down))}
 
     def along(self, state: TrainState, batch: Any) -> Params | None:
@@ -99,11 +106,13 @@ class FeedbackDirection:
         return {
             "g_down": self.g_down,
             "num_skipped": self.num_skipped,
+            "period": self.period.state_dict(),
             "random": self.random.state_dict() if self.random else None,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what `state_dict` returned."""
         self.g_down, self.num_skipped = state["g_down"], state["num_skipped"]
+        self.period.load_state_dict(state["period"])
         if self.random:
             self.random.load_state_dict(state["random"])

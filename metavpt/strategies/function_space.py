@@ -52,7 +52,8 @@ class Functional:
         phi_steps: Steps of the designer at each update.
         batch_size: Labelled samples of each of these steps.
         every: Steps from one update to the next.
-        burn_in: Steps before the first update.
+        burn_in: Steps before the first update; below 1 the share of the budget
+            that they take.
         max_norm: The norm at which the designer's gradient is clipped.
         anneal: Whether the designer's learning rate falls to 0 within each update.
         seed: Of the order in which the designer's steps take the samples.
@@ -66,7 +67,7 @@ class Functional:
         phi_steps: int = 300,
         batch_size: int = 16,
         every: int = 50,
-        burn_in: int = 0,
+        burn_in: float = 0,
         max_norm: float = 1.0,
         anneal: bool = False,
         seed: int = 0,
@@ -92,10 +93,11 @@ class Functional:
     def next_task(self, state: TrainState) -> Proposal:
         """Fit the designer if it is due, then make its task of the next batch."""
         record: dict[str, float] = {}
-        if self.period.due(state.budget.steps):
+        if self.period.due(state.budget):
             with state.budget.timed("designer"):
                 record = self._update(state)
-        return designed(state, draw(state), record)
+        steered = None if self.permute else self.period.num_updates > 0
+        return designed(state, draw(state), record, steered)
 
     def _update(self, state: TrainState) -> dict[str, float]:
         problem = require(state.problem, SupportsFunctionSpace, "function space")
@@ -110,15 +112,22 @@ class Functional:
         if self.permute:
             replay = permuted(replay, self.buffer.generator)
         state.budget.charge(grad_evals=1)
-        return self.buffer.fit(state.problem, problem.designer_loss, replay)
+        record = self.buffer.fit(state.problem, problem.designer_loss, replay)
+        self.period.num_updates += "skipped_updates" not in record
+        return record
 
     def state_dict(self) -> dict[str, Any]:
         """Return the replay buffer and the count of skipped updates."""
-        return {"num_skipped": self.num_skipped, "buffer": self.buffer.state_dict()}
+        return {
+            "num_skipped": self.num_skipped,
+            "period": self.period.state_dict(),
+            "buffer": self.buffer.state_dict(),
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what `state_dict` returned."""
         self.num_skipped = state["num_skipped"]
+        self.period.load_state_dict(state["period"])
         self.buffer.load_state_dict(state["buffer"])
 
 

@@ -55,7 +55,8 @@ class Learned:
         estimator: How the hypergradient is estimated. Default: `OneStep()`.
         optimizer: Makes the designer's optimizer. Default: Adam with a learning rate of 2e-4.
         every: Steps from one update to the next.
-        burn_in: Steps before the first update.
+        burn_in: Steps before the first update; below 1 the share of the budget
+            that they take.
         max_norm: The norm at which the designer's gradient is clipped.
         combination: How several feedbacks are aggregated. Default: their weighted sum.
         random_seed: With a seed, replace g_down by a random vector of equal norm. This is the
@@ -67,7 +68,7 @@ class Learned:
         estimator: Estimator | None = None,
         optimizer: MakeOptimizer | None = None,
         every: int = 8,
-        burn_in: int = 0,
+        burn_in: float = 0,
         max_norm: float = 1.0,
         combination: Combination | None = None,
         random_seed: int | None = None,
@@ -92,10 +93,11 @@ class Learned:
     def next_task(self, state: TrainState) -> Proposal:
         """Update the designer if it is due, then make its task of the next batch."""
         record: dict[str, float] = {}
-        if self.period.due(state.budget.steps):
+        if self.period.due(state.budget):
             with state.budget.timed("designer"):
                 record = self.update(state)
-        return designed(state, draw(state), record)
+        steered = None if self.random else self.period.num_updates > 0
+        return designed(state, draw(state), record, steered)
 
     def update(self, state: TrainState) -> dict[str, float]:
         """Estimate the hypergradient and apply it, or count an update that was not finite."""
@@ -127,6 +129,7 @@ class Learned:
         """Take one step of the designer's optimizer, and return the record of the update."""
         state.budget.charge(grad_evals=hypergradient.grad_evals)
         regularizer = self.designer.step(state.problem, hypergradient.by_phi, batch)
+        self.period.num_updates += 1
         return {
             "value": hypergradient.value,
             "regularizer": regularizer,
@@ -157,6 +160,7 @@ class Learned:
         """Return the designer's optimizer, what solves start from, and the counts."""
         return {
             "num_skipped": self.num_skipped,
+            "period": self.period.state_dict(),
             "optimizer": self.designer.state_dict(),
             "solutions": self._solutions,
             "random": self.random.state_dict() if self.random else None,
@@ -165,6 +169,7 @@ class Learned:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what `state_dict` returned."""
         self.num_skipped = state["num_skipped"]
+        self.period.load_state_dict(state["period"])
         self.designer.load_state_dict(state["optimizer"])
         self._solutions = state["solutions"]
         if self.random:

@@ -51,7 +51,8 @@ class Greedy:
     Args:
         num_candidates: Random tasks for each batch.
         every: Steps from one feedback gradient to the next.
-        burn_in: Steps before the first one.
+        burn_in: Steps before the first one; below 1 the share of the budget
+            that they take.
         direction: Maps g_down to the direction of the value. Default: `Dot`.
         combination: How several feedbacks are aggregated. Default: their weighted sum.
     """
@@ -60,7 +61,7 @@ class Greedy:
         self,
         num_candidates: int = 8,
         every: int = 8,
-        burn_in: int = 0,
+        burn_in: float = 0,
         direction: Direction | None = None,
         combination: Combination | None = None,
     ) -> None:
@@ -83,11 +84,11 @@ class Greedy:
             record = self.feedback.renew(state)
             w = self.feedback.along(state, batch)
             if w is None:
-                return recipe_of(state, batch, record)
+                return recipe_of(state, batch, record)._replace(steered=False)
             chosen = best_candidates(
                 state.problem, batch, self.num_candidates, sample_values(state, w)
             )
-            return chosen._replace(record={**chosen.record, **record})
+            return chosen._replace(record={**chosen.record, **record}, steered=True)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state of the feedback direction."""
@@ -104,7 +105,8 @@ class GreedySelection:
     Args:
         pool_batches: Batches in the pool that each batch is selected from.
         every: Steps from one feedback gradient to the next.
-        burn_in: Steps before the first one.
+        burn_in: Steps before the first one; below 1 the share of the budget
+            that they take.
         direction: Maps g_down to the direction of the value. Default: `Dot`.
         combination: How several feedbacks are aggregated. Default: their weighted sum.
     """
@@ -113,7 +115,7 @@ class GreedySelection:
         self,
         pool_batches: int = 4,
         every: int = 8,
-        burn_in: int = 0,
+        burn_in: float = 0,
         direction: Direction | None = None,
         combination: Combination | None = None,
     ) -> None:
@@ -135,9 +137,9 @@ class GreedySelection:
             record = self.feedback.renew(state)
             w = self.feedback.along(state, pool[0])
             if w is None:
-                return recipe_of(state, pool[0], record)
+                return recipe_of(state, pool[0], record)._replace(steered=False)
             chosen = best_samples(state.problem, pool, sample_values(state, w))
-            return chosen._replace(record={**chosen.record, **record})
+            return chosen._replace(record={**chosen.record, **record}, steered=True)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state of the feedback direction."""

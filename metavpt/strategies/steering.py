@@ -11,6 +11,7 @@ from metavpt.hypergradients import params
 from metavpt.hypergradients.params import Params
 from metavpt.problem import Problem
 from metavpt.strategies.learned import Learned
+from metavpt.strategies.period import Period
 from metavpt.training.budget import Budget
 from metavpt.training.strategy import Strategy, TrainState
 from metavpt.training.streams import Stream, Streams
@@ -73,7 +74,22 @@ class Steering:
         self.record: dict[str, float] = {}
         self._current = _Current()
         self._feedback = Stream(self.problem.feedback_batches, 0, "feedback")
+        self._check_strategy()
         self.strategy.start(self.problem)
+
+    def _check_strategy(self) -> None:
+        """Raise MetaVPTError for a strategy that needs what only the trainer has."""
+        name = type(self.strategy).__name__
+        if getattr(self.strategy, "trains_on_labels", False):
+            raise MetaVPTError(
+                f"Steering: {name} trains the learner on labels, which your loop does"
+            )
+        period = getattr(self.strategy, "period", None)
+        if isinstance(period, Period) and period.start is None:
+            raise MetaVPTError(
+                f"Steering: burn_in={period.burn_in} is a share of a budget, which a loop of your own "
+                "does not state; give a number of steps"
+            )
 
     def __call__(self, batch: Any) -> Any:
         """Return the task of an unlabelled batch, detached from the designer.

@@ -44,7 +44,8 @@ class Tilt:
             1 / (2 tau^2). With 0 the best candidate takes all (greedy).
         num_candidates: Candidates per target.
         every: Steps from one feedback gradient to the next.
-        burn_in: Steps before the first one.
+        burn_in: Steps before the first one; below 1 the share of the budget
+            that they take.
         ema: The decay of the moving average of the feedback gradient.
         direction: Maps g_down to w. Default: `Dot`.
         derivative: How candidates are differentiated along w. Default: forward mode.
@@ -59,7 +60,7 @@ class Tilt:
         tau: float = 1.0,
         num_candidates: int = 64,
         every: int = 8,
-        burn_in: int = 0,
+        burn_in: float = 0,
         ema: float = 0.8,
         direction: Direction | None = None,
         derivative: DirectionalDerivative | None = None,
@@ -85,7 +86,7 @@ class Tilt:
         with state.budget.timed("designer"):
             record = self.feedback.renew(state)
             w = self.feedback.along(state, batch)
-        plain = recipe_of(state, batch, record)
+        plain = recipe_of(state, batch, record)._replace(steered=self.feedback.steers)
         if w is None:
             return plain
         problem = require(state.problem, SupportsTilting, "tilting")

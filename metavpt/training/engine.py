@@ -178,7 +178,7 @@ class Execution:
         """Leave the gradient in .grad, the mean over ranks and over the parts of the task; the mean loss."""
         parts = (
             microbatches(self.problem, proposal.task, self.accumulate)
-            if self.accumulate > 1
+            if self.accumulate > 1 and proposal.task is not None
             else [proposal.task]
         )
         total = torch.zeros((), device=self.fabric.device)

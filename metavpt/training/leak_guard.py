@@ -7,6 +7,16 @@ from torch import nn
 
 from metavpt.errors import MetaVPTError
 from metavpt.hypergradients import params
+from metavpt.training.strategy import Proposal, Strategy
+
+
+def check_labels(strategy: Strategy, proposal: Proposal) -> None:
+    """Raise MetaVPTError for a loss on labels by a strategy that does not state that it trains on them."""
+    if proposal.labelled_loss is not None and not getattr(strategy, "trains_on_labels", False):
+        raise MetaVPTError(
+            f"{type(strategy).__name__}.next_task proposes a labelled_loss: labels would train the "
+            "learner itself; a control that does so on purpose sets trains_on_labels = True"
+        )
 
 
 @contextmanager

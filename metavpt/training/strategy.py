@@ -1,6 +1,6 @@
 """The interface between the training loop and a strategy: `TrainState` in, `Proposal` out."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -37,22 +37,28 @@ class Proposal(NamedTuple):
     """The next task of the learner.
 
     Attributes:
-        task: The task, without a graph.
+        task: The task, without a graph. None: the learner trains on `labelled_loss` alone.
         num_samples: Unlabelled samples in the task.
         record: Measurements for the log.
         labelled_loss: A loss of theta that is added to the pretraining loss. It trains the learner
-            on labels, so only controls that show what labels alone bring set it.
+            on labels, so only a strategy that says so (`TrainsOnLabels`) may set it.
+        steered: Whether feedback shaped the task. None: the strategy does not use feedback for
+            tasks.
     """
 
     task: Any
     num_samples: int
     record: dict[str, float]
     labelled_loss: Callable[[Params], Tensor] | None = None
+    steered: bool | None = None
 
     def loss(self, problem: Problem, theta: Params) -> Tensor:
         """Compute the loss that the learner takes a step on."""
-        loss = problem.pretrain_loss(theta, self.task)
-        return loss if self.labelled_loss is None else loss + self.labelled_loss(theta)
+        if self.labelled_loss is None:
+            return problem.pretrain_loss(theta, self.task)
+        if self.task is None:
+            return self.labelled_loss(theta)
+        return problem.pretrain_loss(theta, self.task) + self.labelled_loss(theta)
 
 
 class Strategy(Protocol):
@@ -75,6 +81,15 @@ class Strategy(Protocol):
         ...
 
 
+class TrainsOnLabels(Protocol):
+    """A strategy that may train the learner on labels, as a control that breaks the bottleneck."""
+
+    @property
+    def trains_on_labels(self) -> bool:
+        """Whether a `labelled_loss` of its proposals is intended."""
+        ...
+
+
 class CountsSamples(Protocol):
     """A problem that counts the samples of a batch itself, for example in tokens."""
 
@@ -87,20 +102,32 @@ def num_samples(problem: Problem, batch: Any) -> int:
     """Count the samples of an unlabelled batch: by default the length of its first tensor."""
     if supports(problem, CountsSamples):
         return problem.num_samples(batch)
-    tensors = (leaf for leaf in tree_leaves(batch) if isinstance(leaf, Tensor) and leaf.ndim)
-    tensor = next(tensors, None)
-    if tensor is None:
-        raise MetaVPTError(
-            f"{type(problem).__name__}: the batch holds no tensor, so its samples cannot be "
-            "counted; define num_samples(batch)"
-        )
-    return len(tensor)
+    return _length(batch, f"batch of {type(problem).__name__}")
+
+
+def num_labelled(batch: Any) -> int:
+    """Count the samples of a labelled batch; of batches by name, the sum over them."""
+    parts: list[Any] = [batch]
+    if isinstance(batch, Mapping) and not any(isinstance(v, Tensor) for v in batch.values()):
+        parts = list(batch.values())
+    return sum(_length(part, "labelled batch") for part in parts)
 
 
 def draw(state: TrainState) -> Any:
     """Return the next unlabelled batch."""
     with state.budget.timed("data"):
         return next(state.streams.pretrain)
+
+
+def _length(batch: Any, what: str) -> int:
+    tensors = (leaf for leaf in tree_leaves(batch) if isinstance(leaf, Tensor) and leaf.ndim)
+    tensor = next(tensors, None)
+    if tensor is None:
+        raise MetaVPTError(
+            f"the {what} holds no tensor, so its samples cannot be counted; "
+            "define num_samples(batch)"
+        )
+    return len(tensor)
 
 
 def recipe_of(state: TrainState, batch: Any, record: dict[str, float]) -> Proposal:
@@ -110,8 +137,10 @@ def recipe_of(state: TrainState, batch: Any, record: dict[str, float]) -> Propos
         return Proposal(task, num_samples(state.problem, batch), record)
 
 
-def designed(state: TrainState, batch: Any, record: dict[str, float]) -> Proposal:
+def designed(
+    state: TrainState, batch: Any, record: dict[str, float], steered: bool | None = None
+) -> Proposal:
     """Make the designer's task, without a graph."""
     with state.budget.timed("task"), torch.no_grad():
         task = state.problem.designer(batch)
-        return Proposal(task, num_samples(state.problem, batch), record)
+        return Proposal(task, num_samples(state.problem, batch), record, steered=steered)

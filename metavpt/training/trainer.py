@@ -17,11 +17,12 @@ from metavpt.training.checkpoint import Checkpoints
 from metavpt.training.collapse import HealthMetric, Monitored, Watch
 from metavpt.training.engine import Execution
 from metavpt.training.first_order import Before, FirstOrderProbe
-from metavpt.training.leak_guard import untouched
+from metavpt.training.leak_guard import check_labels, untouched
 from metavpt.training.non_finite import Failures
 from metavpt.training.run_log import Reportable, RunLog
 from metavpt.training.schedule import WarmupCosine, parameter_groups
 from metavpt.training.signals import Stopped, StopRequest
+from metavpt.training.steered_steps import SteeredSteps
 from metavpt.training.strategy import Strategy, TrainState
 from metavpt.training.streams import TIMEOUT, Stream, Streams, meta_batches
 
@@ -99,7 +100,7 @@ class Trainer:
         self.first_order_every, self.dry_run, self.clip_norm = first_order_every, dry_run, clip_norm
         check_directions(problem.metric_directions, "metric_directions")
         self.failures = Failures(max_failures, log.folder)
-        self.watch, self.stop = Watch(), StopRequest()
+        self.watch, self.stop, self.steered = Watch(), StopRequest(), SteeredSteps()
         self.metrics: dict[str, float] = {}  # of the last measurement
         self.execution = Execution(
             problem, fabric, accumulate, recompute, compile
@@ -145,6 +146,8 @@ class Trainer:
                     self.budget.check_first_step()
                 if not self.budget.exhausted:
                     self._between_steps()
+            if message := self.steered.warning(self.budget.steps):
+                self.log.warn(self.budget.steps, message)
             self.measure()
             self.save()
 
@@ -210,6 +213,8 @@ class Trainer:
             untouched(self.problem.learner, f"{type(self.strategy).__name__}.next_task"),
         ):
             proposal = self.strategy.next_task(self.state)
+        check_labels(self.strategy, proposal)
+        self.steered.count(proposal)
         self.failures.count_update(proposal.record, proposal.task)
         with self.budget.timed("learner"):
             loss = self.execution.backward(proposal)
@@ -219,8 +224,9 @@ class Trainer:
                 with phase("optimizer"):
                     self.execution.take_step(self.optimizer)
                 self._after_step(before)
-                with phase("ema"):
-                    self.problem.after_step(proposal.task, self.budget.progress)
+                if proposal.task is not None:
+                    with phase("ema"):
+                        self.problem.after_step(proposal.task, self.budget.progress)
                 self.failures.steps = 0
             else:
                 self._skip(proposal.task, loss, grad_norm)
@@ -283,6 +289,7 @@ class Trainer:
             grad_evals=budget.grad_evals,
             seconds=budget.seconds,
             samples_per_s=budget.samples / max(budget.seconds, 1e-9),
+            **self.steered.record(),
             **(self.problem.counters() if supports(self.problem, Reportable) else {}),
         )
         self.log.write("time", budget.steps, seconds=dict(budget.times))
@@ -302,6 +309,7 @@ class Trainer:
             "failures": self.failures.state_dict(),
             "metrics": self.metrics,
             "watch": self.watch.state_dict(),
+            "steered": self.steered.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -318,6 +326,7 @@ class Trainer:
         self.failures.load_state_dict(state["failures"])
         self.metrics = state["metrics"]
         self.watch.load_state_dict(state["watch"])
+        self.steered.load_state_dict(state["steered"])
 
     def _layout(self) -> dict[str, Any]:
         """Which parts of `state_dict` are sharded, and how: the optimizer, before its first step, by its parameters."""

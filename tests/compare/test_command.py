@@ -79,7 +79,7 @@ def test_learned_designers_beat_greedy_which_beats_fixed_on_every_seed(found):
 
 def test_the_rows_that_are_always_there(found):
     assert {row for row, _ in found} == {
-        *("fixed", "random_feedback", "uniform", "greedy"),
+        *("fixed", "random_feedback", "uniform", "greedy", "labels_only", "direct"),
         *("one_step", "unrolled", "implicit", "again", "still"),
     }
     assert all(result.error is None for result in found.values())
@@ -322,7 +322,7 @@ def test_a_row_that_cannot_be_built_says_why_in_one_line_and_the_others_go_on(tm
     errors = {result.row: result.error for result in results.read(tmp_path / "c")}
     assert errors == {
         "fixed": None,
-        "never": "strategy: every=0 must be at least 1 and burn_in=40 at least 0",
+        "never": "strategy: every=0 must be at least 1 and burn_in=0.1 a number of steps, or a share of the budget below 1",
     }
     assert "never failed on seed 0" in " ".join(done.stdout.split())
 

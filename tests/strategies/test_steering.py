@@ -8,6 +8,7 @@ from channels import Channels
 
 from metavpt import Cosine, Fixed, Learned, MetaVPTError, OneStep
 from metavpt.hypergradients import params
+from metavpt.strategies.controls import LabelsOnly
 from metavpt.strategies.steering import Steering
 
 
@@ -68,7 +69,7 @@ def test_steering_updates_the_designer_when_it_is_due_and_returns_a_detached_tas
         assert all(p.grad is None for p in problem.learner.parameters())
         updated.append(not torch.equal(before, problem.designer.logits.detach()))
         assert bool(steering.record) == updated[step]
-    assert updated == [False, False, False, True, False, False, True]
+    assert updated == [False, True, False, False, True, False, False]
 
 
 def test_steering_refuses_feedback_that_ends():
@@ -95,3 +96,21 @@ def test_steering_resumes_bit_for_bit():
     batch = next(iter(problem.pretrain_batches(9)))
     for _ in range(3):
         assert torch.equal(steering(batch)[1], resumed(batch)[1])
+
+
+@pytest.mark.parametrize(
+    ("strategy", "words"),
+    [(Learned(burn_in=0.1), "share of a budget"), (LabelsOnly(), "trains the learner on labels")],
+)
+def test_steering_refuses_what_only_a_trainer_can_do(strategy, words):
+    problem = Channels()
+    with pytest.raises(MetaVPTError, match=f"^Steering: .*{words}"):
+        Steering(
+            problem.learner,
+            problem.designer,
+            problem.pretrain_loss,
+            problem.feedback_loss,
+            [next(iter(problem.feedback_batches(2)))],
+            torch.optim.SGD(problem.learner.parameters(), lr=0.1),
+            strategy,
+        )
