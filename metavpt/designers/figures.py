@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 def colour(values: Tensor, low: float, high: float, colormap: str = "turbo") -> np.ndarray:
-    """Colour a map (H, W) from `low` to `high`; 0 and values that are not finite are grey."""
+    """Colour a map (H, W) from `low` to `high`; values that are not finite are grey."""
     array = values.detach().float().cpu().numpy()
     unit = np.clip((array - low) / max(high - low, 1e-12), 0, 1)
     pixels = (matplotlib.colormaps[colormap](np.nan_to_num(unit))[..., :3] * 255).astype(np.uint8)
