@@ -32,7 +32,7 @@ from metavpt.probes.spectrum import rankme
 from metavpt.probes.summaries import Probe, summarise
 from metavpt.probes.window import SlidingWindow
 from metavpt.problem import Problem
-from metavpt.training.collapse import HealthMetric, rank_sign
+from metavpt.training.health import HealthMetric, rank_sign
 from metavpt.training.run_log import Reportable
 from metavpt.training.streams import Stream
 

@@ -32,8 +32,8 @@ from metavpt.profiling.timers import phase
 from metavpt.strategies.learned import SharedTrunk
 from metavpt.strategies.selection import SupportsCandidates, SupportsSelection
 from metavpt.strategies.tilted_targets import SupportsTilting
-from metavpt.training.collapse import HealthMetric, mask_signs, outcome_signs
 from metavpt.training.engine import Splittable
+from metavpt.training.health import HealthMetric, mask_signs, outcome_signs
 
 from .dense import DenseProblem
 

@@ -29,7 +29,7 @@ from metavpt.objectives.target_task import (
 from metavpt.strategies.learned import SharedTrunk
 from metavpt.strategies.selection import SupportsSelection
 from metavpt.strategies.tilted_targets import SupportsTilting
-from metavpt.training.collapse import HealthMetric, gate_signs
+from metavpt.training.health import HealthMetric, gate_signs
 
 from .language import LanguageProblem
 

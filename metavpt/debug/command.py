@@ -20,7 +20,7 @@ from metavpt.errors import MetaVPTError, NonFiniteError
 from metavpt.hypergradients import params, trees
 from metavpt.problem import Problem
 from metavpt.strategies.learned import Learned
-from metavpt.training import checkpoint, non_finite
+from metavpt.training import checkpoint, health
 from metavpt.training.build import build
 from metavpt.training.run_folder import read_config
 from metavpt.training.trainer import Trainer
@@ -67,7 +67,7 @@ class Replay:
 
 
 def replay(trainer: Trainer, file: Path) -> Replay:
-    """Run the last step in non_finite.pt again with `trainer` as in the run; nothing is trained."""
+    """Run the last step in failure.pt again with `trainer` as in the run; nothing is trained."""
     saved = checkpoint.read(file)
     if not {"trainer", "random", "task", "values"} <= saved.keys():
         raise MetaVPTError(f"{file}: not written by a run that ended on something not finite")
@@ -213,7 +213,7 @@ def _same(a: float, b: float) -> bool:
 def main(cfg: DictConfig) -> None:
     """Entry point of `python -m metavpt.debug`."""
     folder = Path(cfg.run)
-    file = folder / non_finite.FILE
+    file = folder / health.FAILURE_FILE
     if not file.is_file():
         raise MetaVPTError(
             f"{file}: no such file; a run writes it when it ends on a loss or gradient that is "

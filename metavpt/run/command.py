@@ -22,7 +22,7 @@ from metavpt.distributed import collectives
 from metavpt.errors import MetaVPTError, NonFiniteError
 from metavpt.run import dry_run, summary
 from metavpt.run.sweep import Objective
-from metavpt.training import non_finite, run_folder
+from metavpt.training import health, run_folder
 from metavpt.training.build import build
 from metavpt.training.checkpoint import Checkpoints
 from metavpt.training.disk import write_text
@@ -129,7 +129,7 @@ def _train(
         nothing = (
             not resume
             and (trainer is None or not trainer.budget.steps)
-            and not (folder / non_finite.FILE).exists()
+            and not (folder / health.FAILURE_FILE).exists()
         )
         if collectives.rank() == 0 and nothing:
             run_folder.remove(folder)

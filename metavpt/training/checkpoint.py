@@ -4,23 +4,33 @@ import os
 import random
 import re
 import shutil
+import warnings
 import zipfile
-from collections.abc import Mapping
+import zlib
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.hf_storage import (
+    HuggingFaceStorageReader,
+    HuggingFaceStorageWriter,
+)
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_flatten_with_path, tree_leaves, tree_map_only, tree_unflatten
 
 from metavpt.distributed import collectives
 from metavpt.errors import MetaVPTError, writing
-from metavpt.training import checkpoint_shards
 from metavpt.training.disk import replacing, sync_folder
 
 STATE = "state.pt"  # in the folder of a checkpoint: all but the shards, which meta tensors stand for, and the sums of their files
+SHARD_FILES = "*.safetensors"  # not DCP's own format, whose index is a pickle that could run code
 
 
 class Saved(NamedTuple):
@@ -119,7 +129,7 @@ def _write_folder(path: Path, state: dict[str, Any]) -> None:
     )
     try:
         with writing(path):
-            sums = checkpoint_shards.write(partial, sharded)
+            sums = _write_shards(partial, sharded)
         if collectives.rank() == 0:
             write(partial / STATE, {"sums": sums, "state": outline})
             with writing(path):
@@ -189,7 +199,7 @@ def _read_folder(path: Path, like: Any) -> Any:
         for keys, leaf in leaves
         if isinstance(leaf, Tensor) and leaf.is_meta
     }
-    checkpoint_shards.read(path, outline["sums"], into)
+    _read_shards(path, outline["sums"], into)
     return tree_unflatten([into.get(_name(keys), leaf) for keys, leaf in leaves], structure)
 
 
@@ -250,3 +260,51 @@ def set_random_state(state: dict[str, Any]) -> None:
     random.setstate((version, tuple(internal), gauss))
     kind, keys, *rest = state["numpy"]
     np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))
+
+
+def _write_shards(folder: Path, tensors: dict[str, DTensor]) -> dict[str, int]:
+    """This rank's shards in a file of its own, flushed to the disk; the CRC-32 of every rank's file by name. All ranks call it."""
+    with _plain_errors():
+        save(tensors, storage_writer=HuggingFaceStorageWriter(str(folder), save_distributed=True))
+    own = {
+        path.name: _crc(path)
+        for path in folder.glob(f"shard-{collectives.rank() + 1:05d}-{SHARD_FILES}")
+    }
+    return {name: crc for sums in collectives.every(own) for name, crc in sums.items()}
+
+
+def _read_shards(folder: Path, sums: Mapping[str, int], into: dict[str, Tensor]) -> None:
+    """Fill tensors, whole or sharded over any number of ranks, by their names. Raises MetaVPTError where a file is not what was written.
+
+    Of several ranks each looks at the sums of some of the files: only together do they know, see `Checkpoints.newest`.
+    """
+    names = sorted(path.name for path in folder.glob(SHARD_FILES))
+    if names != sorted(sums):
+        raise MetaVPTError(
+            f"{folder}: holds {len(names)} files of shards where {len(sums)} were written"
+        )
+    for name in names[collectives.rank() :: collectives.size()]:
+        if _crc(folder / name) != sums[name]:
+            raise MetaVPTError(f"{folder / name}: has changed since it was written")
+    with _plain_errors(), warnings.catch_warnings():
+        warnings.filterwarnings(
+            "ignore", message="torch.distributed is disabled"
+        )  # each rank reads for itself, on purpose
+        load(into, storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=True)  # type: ignore[arg-type]
+
+
+@contextmanager
+def _plain_errors() -> Iterator[None]:
+    """DCP's own is no Exception, and hides what went wrong; saving raises it on every rank, whichever of them failed."""
+    try:
+        yield
+    except CheckpointException as error:
+        raise next(iter(error.failures.values()))[0] from None
+
+
+def _crc(path: Path) -> int:
+    crc = 0
+    with path.open("rb") as file:
+        while part := file.read(1 << 20):
+            crc = zlib.crc32(part, crc)
+    return crc

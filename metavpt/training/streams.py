@@ -1,13 +1,15 @@
 """Endless batches with a position that a checkpoint can hold."""
 
+import signal
+import threading
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple, Protocol
 
 from metavpt.distributed import collectives
 from metavpt.errors import MetaVPTError
 from metavpt.problem import Problem, supports
 from metavpt.profiling.timers import phase
-from metavpt.training.timeouts import time_limit
 
 TIMEOUT = 600.0  # seconds
 
@@ -119,3 +121,30 @@ def held_out_batches(problem: Problem) -> Source:
     if supports(problem, HasHeldOutBatches):
         return problem.held_out_batches
     return problem.feedback_batches
+
+
+@contextmanager
+def time_limit(seconds: float, message: str) -> Iterator[None]:
+    """Raises MetaVPTError with `message` when the block takes longer than `seconds`; 0: no limit.
+
+    It rests on SIGALRM, which reaches a main thread alone and not Windows: elsewhere there is no limit.
+    """
+    if (
+        not seconds
+        or not hasattr(signal, "SIGALRM")
+        or threading.current_thread() is not threading.main_thread()
+    ):
+        yield
+        return
+
+    def ring(*_: object) -> None:
+        raise MetaVPTError(message)
+
+    handler = signal.signal(signal.SIGALRM, ring)
+    earlier, _ = signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, handler)
+        signal.setitimer(signal.ITIMER_REAL, earlier)

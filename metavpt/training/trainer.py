@@ -14,11 +14,16 @@ from metavpt.problem import Problem, supports
 from metavpt.profiling.timers import phase
 from metavpt.training.budget import Budget
 from metavpt.training.checkpoint import Checkpoints
-from metavpt.training.collapse import HealthMetric, Monitored, Watch
 from metavpt.training.engine import Execution
 from metavpt.training.first_order import Before, FirstOrderProbe
-from metavpt.training.leak_guard import check_labels, untouched
-from metavpt.training.non_finite import Failures
+from metavpt.training.health import (
+    Failures,
+    HealthMetric,
+    Monitored,
+    Watch,
+    check_labels,
+    untouched,
+)
 from metavpt.training.run_log import Reportable, RunLog
 from metavpt.training.schedule import WarmupCosine, parameter_groups
 from metavpt.training.signals import Stopped, StopRequest

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from metavpt.errors import MetaVPTError
-from metavpt.training.timeouts import time_limit
+from metavpt.training.streams import time_limit
 
 NUM_EXAMPLES = int(os.environ.get("METAVPT_FUZZ", "15"))
 SECONDS = 60  # what reading one file of a few kB may take at most, on a machine that is busy with other things

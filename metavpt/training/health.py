@@ -1,0 +1,216 @@
+"""Health of a run: collapse, steps that are not finite, and labels that must not reach the learner."""
+
+import copy
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from metavpt.distributed import collectives
+from metavpt.errors import MetaVPTError, NonFiniteError
+from metavpt.hypergradients import params, trees
+from metavpt.training import checkpoint
+from metavpt.training.strategy import Proposal, Strategy
+
+FAILURE_FILE = "failure.pt"  # in the folder of the run
+
+
+class HealthMetric(NamedTuple):
+    """A number, healthy within [low, high] and while it has at least the share `keep` of what it was at first; and what to turn if not."""
+
+    value: float
+    knob: str
+    low: float = -math.inf
+    high: float = math.inf
+    keep: float = 0.0
+
+
+class Monitored(Protocol):
+    """A problem with health metrics, which show a collapse."""
+
+    def health_metrics(self) -> "dict[str, HealthMetric]":
+        """Measure the learner; cheap enough for every probe."""
+        ...
+
+
+class Watch:
+    """Says which signs are not healthy. What they were at first is part of a checkpoint."""
+
+    def __init__(self) -> None:
+        self.first: dict[str, float] = {}
+
+    def __call__(self, signs: Mapping[str, HealthMetric]) -> list[str]:
+        """A line for each: what it is, what it was at first, which option to turn."""
+        found = []
+        for name, sign in signs.items():
+            first = self.first.setdefault(name, sign.value)
+            healthy = sign.low <= sign.value <= sign.high and sign.value >= sign.keep * first
+            if not healthy:  # NaN too
+                found.append(
+                    f"{name} is {sign.value:.3g}, at first it was {first:.3g}: {sign.knob}"
+                )
+        return found
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"first": dict(self.first)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.first = dict(state["first"])
+
+
+class Spread(NamedTuple):
+    """Of distributions p_i over K outcomes, in units of log K: entropy = mean_i H(p_i), information = H(mean_i p_i) - entropy.
+
+    Information is what the outcome tells about i, at most log N of N distributions. It vanishes in both collapses: all p_i on one outcome,
+    with entropy 0, and all p_i uniform, with entropy 1.
+    """
+
+    entropy: float
+    information: float
+
+    @classmethod
+    def of(cls, probs: Tensor) -> "Spread":
+        """probs (N, K)."""
+        p = probs.double()
+        unit = math.log(p.shape[1])
+        entropy = float(torch.special.entr(p).sum(dim=1).mean()) / unit
+        return cls(entropy, float(torch.special.entr(p.mean(dim=0)).sum()) / unit - entropy)
+
+
+def at_end(values: Tensor, end: float) -> float:
+    """The share of `values` that lie at `end`, or beyond it."""
+    return float((values >= end).double().mean())
+
+
+def rank_sign(rank: float) -> HealthMetric:
+    """Of the effective rank of features."""
+    return HealthMetric(
+        rank,
+        "the features lose their rank; lower trainer.optimizer.lr, raise problem.teacher_momentum, or give problem.terms koleo a weight",
+        keep=0.3,
+    )
+
+
+def outcome_signs(probs: Tensor) -> dict[str, HealthMetric]:
+    """Of a teacher's probabilities of prototypes (N, K)."""
+    spread = Spread.of(probs)
+    uniform = "all images get the same even answer; lower problem.teacher_temperature"
+    single = "all images get the same prototype; take problem.targets=sinkhorn, or raise problem.teacher_temperature"
+    return {
+        "output_entropy": HealthMetric(spread.entropy, ""),
+        "output_information": HealthMetric(
+            spread.information, uniform if spread.entropy > 0.5 else single, keep=0.1
+        ),
+    }
+
+
+def mask_signs(masks: Iterable[Tensor | None]) -> dict[str, HealthMetric]:
+    """Of masks in [0, 1] that keep a pixel with 1."""
+    kept = [mask.flatten() for mask in masks if mask is not None]
+    if not kept:
+        return {}
+    knob = "the designer hides nearly everything; raise designer.keep or designer.sparsity_weight, or lower strategy.optimizer.lr"
+    return {"hidden_share": HealthMetric(at_end(-torch.cat(kept), 0.0), knob, high=0.95)}
+
+
+def gate_signs(gate: Tensor, max_gate: float) -> dict[str, HealthMetric]:
+    """Of gates in [0, max_gate]."""
+    knob = "nearly every gate is as far open as it goes; lower strategy.optimizer.lr or raise designer.excess_weight"
+    return {"open_gates": HealthMetric(at_end(gate, max_gate), knob, high=0.95)}
+
+
+class Failures:
+    """Counts the learner's steps and the designer's updates that were skipped, each in a row; at `limit` of either the run ends.
+
+    Before a step that may be the last one that is borne, all of the state is kept in memory; with limit 1 that is every step. It goes to
+    failure.pt together with the task, from which `python -m metavpt.debug` takes the step again.
+    """
+
+    def __init__(self, limit: int, folder: Path) -> None:
+        self.limit, self.folder = limit, folder
+        self.steps = 0
+        self.updates = 0
+        self._before: dict[str, Any] | None = None
+
+    def prepare(self, state: Callable[[], dict[str, Any]]) -> None:
+        """Before a step; `state` gives what a checkpoint would hold."""
+        worst = max(self.steps, self.updates)
+        self._before = (
+            {"random": checkpoint.random_state(), "trainer": copy.deepcopy(state())}
+            if worst + 1 >= self.limit
+            else None
+        )
+
+    def count_update(self, record: dict[str, float], task: Any) -> None:
+        """What the strategy measured; a designer update that was skipped says so in there."""
+        if record:
+            self.updates = self.updates + 1 if "skipped_updates" in record else 0
+        if self.updates >= self.limit:
+            self._end(
+                f"the feedback loss, its hypergradient or the designer's step was not finite for {self.updates} updates in a row; "
+                "lower strategy.optimizer.lr or look at the labelled data",
+                task,
+            )
+
+    def count_step(self, task: Any, loss: Tensor, grad_norm: Tensor) -> None:
+        """A step of the learner that was skipped."""
+        self.steps += 1
+        if self.steps >= self.limit:
+            self._end(
+                f"the pretraining loss or its gradient was not finite for {self.steps} steps in a row; "
+                "lower the learning rate (trainer.optimizer.lr) or look at the data",
+                task,
+                loss=float(loss),
+                grad_norm=float(grad_norm),
+            )
+
+    def _end(self, message: str, task: Any, **values: float) -> None:
+        if self._before is not None and collectives.rank() == 0:
+            kept = [tensor.detach().cpu().clone() for tensor in trees.tensors(task)]
+            self.folder.mkdir(parents=True, exist_ok=True)
+            checkpoint.write(
+                self.folder / FAILURE_FILE, {**self._before, "task": kept, "values": values}
+            )
+            message += f"; python -m metavpt.debug run={self.folder} takes the last one again and says where it begins"
+        raise NonFiniteError(message)
+
+    def state_dict(self) -> dict[str, int]:
+        return {"steps": self.steps, "updates": self.updates}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.steps, self.updates = state["steps"], state["updates"]
+
+
+def check_labels(strategy: Strategy, proposal: Proposal) -> None:
+    """Raise MetaVPTError for a loss on labels by a strategy that does not state that it trains on them."""
+    if proposal.labelled_loss is not None and not getattr(strategy, "trains_on_labels", False):
+        raise MetaVPTError(
+            f"{type(strategy).__name__}.next_task proposes a labelled_loss: labels would train the "
+            "learner itself; a control that does so on purpose sets trains_on_labels = True"
+        )
+
+
+@contextmanager
+def untouched(learner: nn.Module, who: str) -> Iterator[None]:
+    """Raises MetaVPTError where the block, which `who` names, writes to a parameter of `learner` or leaves a gradient in its `.grad`.
+
+    The gradients must be None before it. It costs no arithmetic: whether a gradient is there, and the count that torch keeps of writes to a
+    tensor, are all that is read. A write through `.data` is not counted; nothing but a comparison of the values would see it.
+    """
+    live = params.named(learner)
+    versions = [p._version for p in live.values()]
+    yield
+    for (name, p), version in zip(live.items(), versions, strict=True):
+        if p.grad is not None:
+            raise MetaVPTError(
+                f"{who} left a gradient in learner.{name}.grad, which the next step would train on: labels would reach the learner; "
+                "take gradients with torch.autograd.grad, or of theta as it is given to the loss"
+            )
+        if p._version != version:
+            raise MetaVPTError(
+                f"{who} wrote to learner.{name}: labels may reach the learner through tasks alone; leave its parameters alone"
+            )
