@@ -3,14 +3,13 @@
 import json
 from pathlib import Path
 
-import hydra
 import torch
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from metavpt.bench import step_profile
+from metavpt.cli.configuration import command
 from metavpt.cli.console import Console
-from metavpt.cli.one_line_errors import reporting
 from metavpt.training import run_folder
 from metavpt.training.build import build
 from metavpt.training.disk import write_text
@@ -45,8 +44,7 @@ def bench(cfg: DictConfig) -> None:
     trainer.log.close()
 
 
-@hydra.main(version_base="1.3", config_path="pkg://metavpt.configs", config_name="bench")
+@command("bench")
 def main(cfg: DictConfig) -> None:
     """Entry point of `python -m metavpt.bench`."""
-    with reporting():
-        bench(cfg)
+    bench(cfg)

@@ -3,7 +3,6 @@
 import sys
 from collections import Counter
 
-import hydra
 import torch
 from hydra.utils import instantiate
 from omegaconf import DictConfig
@@ -11,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from metavpt.check import Finding, check
-from metavpt.cli.allowed_targets import asked_for, check_targets
+from metavpt.cli.configuration import command
 from metavpt.cli.console import Console
 from metavpt.problem import move_to_device
 
@@ -45,14 +44,13 @@ def verdict(findings: list[Finding]) -> str:
     return f"verdict: {worst} ({said})" + (f": {names}" if names else "")
 
 
-@hydra.main(version_base="1.3", config_path="pkg://metavpt.configs", config_name="run")
+@command("run")
 def main(cfg: DictConfig) -> None:
     """Entry point of `python -m metavpt.check`."""
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
     torch.manual_seed(cfg.seed)
     console = Console()
-    check_targets(cfg, asked_for())
     problem = instantiate(cfg.problem)
     move_to_device(problem, cfg.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     estimator = getattr(instantiate(cfg.strategy), "estimator", None)

@@ -1,99 +1,158 @@
-"""What a configuration may call: `_target_` can name any function that Python can import, and a YAML file may come from others."""
+"""The classes and functions that a configuration may construct.
 
+`_target_` can name anything that Python can import, and a configuration may come from others. Names
+are therefore looked up in a registry before anything is imported. Allowed are:
+
+- what the package's own configurations name, and the classes of its public API;
+- the optimizers of torch.optim;
+- public classes and functions of the user's own modules, see `is_own`;
+- what the command line allows: `allow_targets=[package.module.Name]`, or a package or module.
+"""
+
+import ast
+import inspect
+import re
 import sysconfig
 from collections.abc import Iterator, Sequence
+from functools import cache
+from importlib import import_module
+from importlib.machinery import PathFinder
+from importlib.resources import files
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from hydra.core.hydra_config import HydraConfig
-from hydra.core.override_parser.overrides_parser import OverridesParser
+import torch
 from hydra.utils import get_object
-from omegaconf import DictConfig, OmegaConf
 
 from metavpt.errors import MetaVPTError
 
-ALLOWED = (
-    "metavpt",
-    "torch.optim",
-    "torch.nn",
-    "torchvision.transforms",
-    "kornia",
-    "timm.optim",
-    "timm.layers",
-)
+TARGET = re.compile(r"_target_:\s*(metavpt\.[\w.]+)")
 INSTALLED = {"site-packages", "dist-packages"}
 
 
-def check_targets(config: DictConfig, also: Sequence[str] = ()) -> None:
-    """Raises MetaVPTError for a `_target_` outside of `ALLOWED`, of `also` and of the user's own code. Nothing is called.
+def check_targets(content: Any, also: Sequence[str] = ()) -> None:
+    """Raise MetaVPTError if a `_target_` in `content` may not be constructed.
 
-    Own code is what Python finds outside of its standard library and its installed packages: in the working directory, in PYTHONPATH, in
-    an editable install. What a name leads to counts beside the name: metavpt.run.command.shutil.rmtree is shutil's. So a file from others cannot
-    run code that it brings, nor the system's; it can still call what is allowed with arguments of its own, which may name files to write.
-
-    Hydra's own section (callbacks, launcher, sweeper, searchpath) is acted on before any of our code runs: look for `hydra:` in a file from
-    others before naming its folder with --config-dir.
+    Args:
+        content: A configuration as plain dicts and lists, without interpolations.
+        also: Names, modules and packages that the command line allows.
     """
-    for target in _targets(OmegaConf.to_container(config, resolve=True)):
-        if not _is_allowed(target, also):
-            package = target.partition(".")[0]
-            raise MetaVPTError(
-                f"_target_: {target} is neither part of metavpt nor code of your own, so this configuration could run anything; "
-                f"if you trust it, say allow_targets=[{package}] on the command line"
-            )
+    targets = list(_targets(content))
+    for target in targets:
+        if not (target in registry() or is_own(target) or _is_below(target, also)):
+            raise _refusal(target)
+    for target in targets:  # nothing is imported until every name has passed
+        if not (target in registry() or target in also or is_own(target)):
+            _check_found(target, also)
 
 
-def asked_for() -> list[str]:
-    """The packages in allow_targets=[...] of the command line: a file that asks for it itself is not heard."""
-    found: list[str] = []
-    for override in OverridesParser.create().parse_overrides(
-        list(HydraConfig.get().overrides.task)
-    ):
-        if override.key_or_group == "allow_targets":
-            value: Any = override.value()
-            found = [str(name) for name in value] if isinstance(value, list) else [str(value)]
-    return found
+@cache
+def registry() -> frozenset[str]:
+    """Full names of what the package and its configurations construct, and of torch's optimizers."""
+    named = {
+        name
+        for path in Path(str(files("metavpt.configs"))).rglob("*.yaml")
+        for name in TARGET.findall(path.read_text(encoding="utf-8"))
+    }
+    api = import_module("metavpt")  # not above: it imports what stands above this module
+    public = [getattr(api, name) for name in api.__all__]
+    classes = [item for item in public if inspect.isclass(item) and not issubclass(item, Exception)]
+    optimizers = [
+        name
+        for name, item in vars(torch.optim).items()
+        if inspect.isclass(item) and issubclass(item, torch.optim.Optimizer)
+    ]
+    return frozenset(
+        named
+        | {f"metavpt.{item.__name__}" for item in classes}
+        | {f"{item.__module__}.{item.__name__}" for item in classes}
+        | {f"torch.optim.{name}" for name in optimizers}
+    )
 
 
-def _targets(node: Any) -> Iterator[str]:
-    if isinstance(node, dict):
-        for key, value in node.items():
-            if key == "_target_":
-                yield str(value)
-            yield from _targets(value)
-    elif isinstance(node, list):
-        for item in node:
-            yield from _targets(item)
+def is_own(target: str) -> bool:
+    """Whether `target` is a public class or function that a module of the user's own defines.
 
-
-def _is_allowed(target: str, also: Sequence[str]) -> bool:
-    names = (*ALLOWED, *also)
-    if not (_is_within(target, names) or _is_own(target)):
+    Own modules lie outside of Python's library and of installed packages: in the working directory,
+    on PYTHONPATH or in an editable install. The source is read, not imported: a name that the module
+    imports from elsewhere, a method, or a name with a leading underscore anywhere does not count.
+    """
+    *module, name = target.split(".")
+    if not module or any(not part.isidentifier() or part[0] == "_" for part in (*module, name)):
         return False
+    source = _source(module)
+    if source is None or module[0] == "metavpt" or _is_installed(source):
+        return False
+    try:
+        statements = ast.parse(source.read_bytes()).body
+    except (OSError, SyntaxError, ValueError, RecursionError):
+        return False
+    return any(
+        isinstance(item, (ast.ClassDef, ast.FunctionDef)) and item.name == name
+        for item in statements
+    )
+
+
+def _source(module: Sequence[str]) -> Path | None:
+    """The file of a module, found without importing it or its packages."""
+    try:
+        spec = find_spec(module[0])
+        for k in range(1, len(module)):
+            if spec is None:
+                return None
+            places = list(spec.submodule_search_locations or [])
+            spec = PathFinder.find_spec(".".join(module[: k + 1]), places)
+    except (ImportError, ValueError):
+        return None
+    origin = (spec.origin if spec else None) or ""
+    return Path(origin) if origin.endswith(".py") else None
+
+
+def _is_installed(file: Path) -> bool:
+    library = Path(sysconfig.get_path("stdlib")).resolve()
+    file = file.resolve()
+    return bool(INSTALLED & set(file.parts)) or library in file.parents
+
+
+def _is_below(target: str, also: Sequence[str]) -> bool:
+    """Whether the command line allows `target`: by its name, or by a module or package of it.
+
+    Private names and methods are allowed by their full name alone.
+    """
+    if target in also:
+        return True
+    is_public = not any(part.startswith("_") for part in target.split("."))
+    return is_public and any(target.startswith(f"{package}.") for package in also)
+
+
+def _check_found(target: str, also: Sequence[str]) -> None:
+    """Check what a name below an allowed package leads to: `package.os.system` belongs to os."""
     try:
         found = get_object(target)
     except Exception:
-        return True  # hydra says better than we what is wrong with the name
-    home = getattr(found, "__module__", None)
-    return isinstance(home, str) and callable(found) and (_is_within(home, names) or _is_own(home))
+        return  # hydra's own message names what is wrong
+    module, name = getattr(found, "__module__", None), getattr(found, "__qualname__", "")
+    is_plain = (inspect.isclass(found) or inspect.isroutine(found)) and "." not in name
+    is_below = any(f"{module}.".startswith(f"{package}.") for package in also)
+    if not (is_plain and is_below and target.endswith(f".{name}")):
+        raise _refusal(target)
 
 
-def _is_within(name: str, packages: Sequence[str]) -> bool:
-    return any(name == package or name.startswith(f"{package}.") for package in packages)
-
-
-def _is_own(name: str) -> bool:
-    """Whether the package that `name` begins with lies where neither Python nor pip put it."""
-    try:
-        spec = find_spec(name.partition(".")[0])
-    except (ImportError, ValueError):
-        return False
-    places = [*(spec.submodule_search_locations or []), spec.origin] if spec else []
-    files = [
-        Path(place) for place in places if place not in (None, "built-in", "frozen", "namespace")
-    ]
-    library = Path(sysconfig.get_path("stdlib")).resolve()
-    return bool(files) and not any(
-        INSTALLED & set(file.parts) or library in file.resolve().parents for file in files
+def _refusal(target: str) -> MetaVPTError:
+    return MetaVPTError(
+        f"_target_: {target} is neither something that metavpt constructs nor a public class or "
+        "function of your own code, so this configuration could run anything; "
+        f"if you trust it, say allow_targets=[{target}] on the command line"
     )
+
+
+def _targets(content: Any) -> Iterator[str]:
+    if isinstance(content, dict):
+        for key, value in content.items():
+            if key == "_target_":
+                yield str(value)
+            yield from _targets(value)
+    elif isinstance(content, list):
+        for item in content:
+            yield from _targets(item)

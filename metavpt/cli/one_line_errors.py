@@ -74,12 +74,9 @@ def _user_error(error: BaseException) -> str | None:
         return dead_worker(str(error))
     if isinstance(error, UnicodeDecodeError):
         return _not_text(error)
-    chain = [error]
-    while chain[-1].__cause__ or chain[-1].__context__:
-        chain.append(chain[-1].__cause__ or chain[-1].__context__)  # type: ignore[arg-type]
-    ours = next((link for link in chain if isinstance(link, MetaVPTError)), None)
-    if ours is not None:
+    if ours := own_error(error):
         return str(ours)
+    chain = _chain(error)
     if isinstance(error, MissingConfigException):
         return _missing_config(str(error))
     if isinstance(error, ConfigCompositionException):
@@ -91,6 +88,18 @@ def _user_error(error: BaseException) -> str | None:
         ]  # the innermost first: it names what is wrong
         return next((line for line in lines if any(words in line for words in blamed)), None)
     return str(error).splitlines()[0]
+
+
+def own_error(error: BaseException) -> MetaVPTError | None:
+    """The package's own error that `error` stands for: libraries wrap what is raised within them."""
+    return next((link for link in _chain(error) if isinstance(link, MetaVPTError)), None)
+
+
+def _chain(error: BaseException) -> list[BaseException]:
+    chain = [error]
+    while chain[-1].__cause__ or chain[-1].__context__:
+        chain.append(chain[-1].__cause__ or chain[-1].__context__)  # type: ignore[arg-type]
+    return chain
 
 
 def _not_text(error: UnicodeDecodeError) -> str | None:

@@ -8,16 +8,14 @@ from functools import partial
 from pathlib import Path
 from typing import cast
 
-import hydra
 import torch
 from hydra import compose
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from metavpt import report
-from metavpt.cli.allowed_targets import asked_for, check_targets
+from metavpt.cli.configuration import check, command
 from metavpt.cli.console import Console
-from metavpt.cli.one_line_errors import reporting
 from metavpt.compare import results
 from metavpt.compare.runner import Comparison, Job
 from metavpt.compare.table import Table
@@ -51,7 +49,7 @@ GROWS = {
     "seed",
     "metrics",
 }  # what may differ when a comparison goes on
-PLACE = {"resume", "output", "runs", "allow_targets"}
+PLACE = {"resume", "output", "runs", "allow_targets", "allow_env"}
 
 Row = tuple[str, list[str]]  # a name and the overrides that make it
 
@@ -88,7 +86,7 @@ def compositions(cfg: DictConfig) -> dict[str, DictConfig]:
         for name, overrides in [(WARM_START, ["strategy=fixed"]), *rows(cfg)]
     }
     for name, row in made.items():
-        check_targets(row, asked_for())
+        check(row)
         for unit in UNITS:
             if unit != cfg.match and row.budget[unit] != cfg.budget[unit]:
                 raise MetaVPTError(
@@ -202,6 +200,9 @@ def _combinations(vary: DictConfig | None) -> list[list[str]]:
 
 def _compose(command_line: Sequence[str], overrides: Sequence[str]) -> DictConfig:
     """The configuration of one row, with what is shared by all rows that have the option; its own `overrides` come last."""
+    for option in overrides:  # they may stand in a file
+        if option.lstrip("+~").startswith("hydra"):
+            raise MetaVPTError(f"{option}: set Hydra's options on the command line, not in a row")
     plain = compose("compare", overrides=[*command_line, *overrides])
     applying = [option for option in shared if _has(plain, option)]
     return (
@@ -226,6 +227,7 @@ def _prepare(
     with open_dict(row):
         row.seed, row.threads = seed, cfg.threads or max(1, (os.cpu_count() or 1) // cfg.jobs)
         row.budget = {"_target_": row.budget._target_, **dict.fromkeys(UNITS), **limits}
+    check(row)
     text, file = OmegaConf.to_yaml(row, resolve=True), folder / "config.yaml"
     if file.is_file() and file.read_text() != text:
         raise MetaVPTError(
@@ -237,8 +239,7 @@ def _prepare(
     return partial(build, cast(DictConfig, OmegaConf.create(text)))
 
 
-@hydra.main(version_base="1.3", config_path="pkg://metavpt.configs", config_name="compare")
+@command("compare")
 def main(cfg: DictConfig) -> None:
     """Entry point of `python -m metavpt.compare`."""
-    with reporting():
-        compare(cfg)
+    compare(cfg)

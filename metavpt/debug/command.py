@@ -9,12 +9,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import hydra
 import torch
 from omegaconf import DictConfig
 from torch import Tensor, nn
 
-from metavpt.cli.allowed_targets import asked_for, check_targets
+from metavpt.cli.configuration import command, read_config
 from metavpt.cli.console import Console
 from metavpt.errors import MetaVPTError, NonFiniteError
 from metavpt.hypergradients import params, trees
@@ -22,7 +21,6 @@ from metavpt.problem import Problem
 from metavpt.strategies.learned import Learned
 from metavpt.training import checkpoint, health
 from metavpt.training.build import build
-from metavpt.training.run_folder import read_config
 from metavpt.training.trainer import Trainer
 
 
@@ -209,7 +207,7 @@ def _same(a: float, b: float) -> bool:
     return a == b or (math.isnan(a) and math.isnan(b))
 
 
-@hydra.main(version_base="1.3", config_path="pkg://metavpt.configs", config_name="debug")
+@command("debug")
 def main(cfg: DictConfig) -> None:
     """Entry point of `python -m metavpt.debug`."""
     folder = Path(cfg.run)
@@ -220,7 +218,6 @@ def main(cfg: DictConfig) -> None:
             "not finite"
         )
     config = read_config(folder)
-    check_targets(config, asked_for())
     config.tracker = None
     console = Console(soft_wrap=True)
     with tempfile.TemporaryDirectory() as scratch:

@@ -8,15 +8,13 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-import hydra
 from omegaconf import DictConfig
 
-from metavpt.cli.allowed_targets import asked_for, check_targets
+from metavpt.cli.configuration import allowed, command, read_config
 from metavpt.cli.console import Console
 from metavpt.errors import MetaVPTError
 from metavpt.export.backbone import Part, export_backbone
 from metavpt.export.model_card import Description, model_card
-from metavpt.training.run_folder import read_config
 
 
 def export(
@@ -34,8 +32,7 @@ def export(
     """
     if to.exists():
         raise MetaVPTError(f"to={to}: is there already; name a new folder")
-    config = _config(run)
-    check_targets(config, allow_targets)  # a language model's problem is built again
+    config = _config(run, allow_targets)
     to.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=to.parent, prefix=f".{to.name}-") as scratch:
         made = Path(scratch) / to.name
@@ -58,8 +55,8 @@ def _write(run: Path, config: DictConfig, folder: Path, part: Part, format: str)
     return export_backbone(run, config, folder, part, format)
 
 
-def _config(run: Path) -> DictConfig:
-    config = read_config(run)
+def _config(run: Path, allow_targets: Sequence[str]) -> DictConfig:
+    config = read_config(run, allow_targets)
     if not (config.get("learner") or "name" in (config.get("backbone") or {})):
         raise MetaVPTError(
             f"{run / 'config.yaml'}: names neither a backbone of create_backbone nor a language "
@@ -68,8 +65,8 @@ def _config(run: Path) -> DictConfig:
     return config
 
 
-@hydra.main(version_base="1.3", config_path="pkg://metavpt.configs", config_name="export")
+@command("export")
 def main(cfg: DictConfig) -> None:
     """Entry point of `python -m metavpt.export`."""
-    folder = export(Path(cfg.run), Path(cfg.to), cfg.part, cfg.format, asked_for())
+    folder = export(Path(cfg.run), Path(cfg.to), cfg.part, cfg.format, allowed("allow_targets"))
     Console(soft_wrap=True).print(f"exported: {folder}")

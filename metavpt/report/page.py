@@ -8,6 +8,7 @@ import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from metavpt.cli.formatting import breakable, duration, hundredths, number, with_error
+from metavpt.cli.yaml_size import check_yaml
 from metavpt.report.svg import NUM_COLOURS, hue, turn
 from metavpt.report.texts import visible
 from metavpt.training.disk import write_text
@@ -68,6 +69,7 @@ def _text(path: Path) -> str:
 def _parsed(text: str) -> dict[str, Any]:
     """JSON is YAML too. What cannot be read leaves its part of the page empty: the run's numbers matter more than its labels."""
     try:
+        check_yaml(text)
         value = yaml.safe_load(text)
     except Exception:  # of the constructors too: 2026-99-99 is no date
         return {}

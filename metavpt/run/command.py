@@ -7,7 +7,6 @@ import sys
 from pathlib import Path
 from signal import Signals
 
-import hydra
 import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
@@ -15,9 +14,9 @@ from lightning_fabric import Fabric
 from omegaconf import DictConfig, OmegaConf
 
 from metavpt import report
-from metavpt.cli.allowed_targets import asked_for, check_targets
+from metavpt.cli.configuration import command
 from metavpt.cli.console import Console, say
-from metavpt.cli.one_line_errors import dead_worker, reporting
+from metavpt.cli.one_line_errors import dead_worker
 from metavpt.distributed import collectives
 from metavpt.errors import MetaVPTError, NonFiniteError
 from metavpt.run import dry_run, summary
@@ -38,6 +37,7 @@ NOT_CONFIGURATION = (
     "metrics",
     "tracker",
     "allow_targets",
+    "allow_env",
     "devices",
     "nodes",
     "parallel",
@@ -47,7 +47,6 @@ NOT_CONFIGURATION = (
 def run(cfg: DictConfig) -> float | None:
     """Train, print the table of step 0 against the end, write the report; the value of `cfg.minimise`, None without one."""
     console = Console()
-    check_targets(cfg, asked_for())
     if cfg.trainer.get("dry_run"):
         return describe(cfg, console)
     objective = Objective.parse(cfg.minimise)
@@ -194,14 +193,13 @@ def _is_restarted() -> bool:
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
 
 
-@hydra.main(version_base="1.3", config_path="pkg://metavpt.configs", config_name="run")
+@command("run")
 def main(cfg: DictConfig) -> float | None:
     """Entry point of `python -m metavpt.run`; the value is what a sweep minimises."""
-    with reporting():
-        try:
-            return run(cfg)
-        except (NonFiniteError, torch.OutOfMemoryError) as error:
-            if HydraConfig.get().mode is not RunMode.MULTIRUN:
-                raise
-            say("warning:", f"this job of the sweep failed: {error}", "yellow")
-            return math.inf  # an outcome of the values that were tried: the sweep goes on
+    try:
+        return run(cfg)
+    except (NonFiniteError, torch.OutOfMemoryError) as error:
+        if HydraConfig.get().mode is not RunMode.MULTIRUN:
+            raise
+        say("warning:", f"this job of the sweep failed: {error}", "yellow")
+        return math.inf  # an outcome of the values that were tried: the sweep goes on

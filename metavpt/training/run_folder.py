@@ -13,10 +13,9 @@ from pathlib import Path
 from typing import IO, Any
 
 import torch
-from omegaconf import DictConfig, OmegaConf
 
 from metavpt.cli.console import say
-from metavpt.errors import MetaVPTError, reading, writing
+from metavpt.errors import MetaVPTError, writing
 from metavpt.training import disk
 from metavpt.training.checkpoint import Checkpoints
 from metavpt.training.disk import write_text
@@ -157,19 +156,6 @@ def newest_state(run: Path) -> tuple[dict[str, Any], Path]:
     for line in unreadable:
         say("warning:", f"{line}; {path.name} is taken", "yellow")
     return state.get("problem", {}), path
-
-
-def read_config(folder: Path) -> DictConfig:
-    """What config.yaml of a run says, whoever wrote it: see `metavpt.cli.allowed_targets` before anything of it is called."""
-    file = folder / "config.yaml"
-    if not file.is_file():
-        raise MetaVPTError(f"run={folder}: holds no run (config.yaml is missing)")
-    with reading(f"{file}: not a readable configuration", "restore the file that the run wrote"):
-        config = OmegaConf.load(file)
-        if not isinstance(config, DictConfig):
-            raise MetaVPTError(f"{file}: not a configuration of a run, which is a mapping")
-        OmegaConf.resolve(config)
-        return config
 
 
 def write_environment(

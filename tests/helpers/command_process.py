@@ -11,9 +11,19 @@ CONTEXT = mp.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["metavpt.run.command", "metavpt.problems.sources", "torch._dynamo"])
 
 
-def start(folder, *options, module="run", file_limit=None):
-    """The started process; what it prints goes to folder/output.txt. `file_limit` in bytes is its disk: no file may grow beyond."""
-    process = CONTEXT.Process(target=_work, args=(str(folder), module, options, file_limit))
+def start(folder, *options, module="run", file_limit=None, environment=None):
+    """The started process; what it prints goes to folder/output.txt.
+
+    Args:
+        folder: Its working directory.
+        options: The command line.
+        module: The command.
+        file_limit: Its disk, in bytes: no file may grow beyond.
+        environment: Variables to set.
+    """
+    process = CONTEXT.Process(
+        target=_work, args=(str(folder), module, options, file_limit, environment)
+    )
     process.start()
     return process
 
@@ -26,10 +36,11 @@ def finish(folder, *options, **how):
     return process.exitcode, (Path(folder) / "output.txt").read_text()
 
 
-def _work(folder, module, options, file_limit):
+def _work(folder, module, options, file_limit, environment):
     from metavpt.cli.one_line_errors import run_command
 
     os.chdir(folder)
+    os.environ.update(environment or {})
     with open("output.txt", "w") as output:
         os.dup2(output.fileno(), 1)
         os.dup2(output.fileno(), 2)
