@@ -185,6 +185,8 @@ def train(job: Job, warm: Path) -> Result:
     """The row from its warm start to the end of its budget, with the report of its run."""
     trainer = _begin(job)
     state = checkpoint.read(warm / STATE)
+    if not {"problem", "metrics"} <= state.keys():
+        raise MetaVPTError(f"{warm / STATE}: not the state of a warm start; delete it")
     if trainer.budget.steps == 0:
         _copy_last_step(warm, job.folder)
         trainer.start_from(state["problem"], state["metrics"])

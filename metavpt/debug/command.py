@@ -70,14 +70,15 @@ def replay(trainer: Trainer, file: Path) -> Replay:
     if not {"trainer", "random", "task", "values"} <= saved.keys():
         raise MetaVPTError(f"{file}: not written by a run that ended on something not finite")
     problem, findings = trainer.problem, []
-    _restore(trainer, saved)
+    trainer.restore(saved["trainer"], file, finite=False)
+    _rewind(trainer, saved)
     step = trainer.budget.steps
     findings += [
         f"the parameter {name} of the {part}, before the step"
         for part, name in _bad_parameters(problem)
     ]
     findings += _watch_update(trainer)
-    _restore(trainer, saved)
+    _rewind(trainer, saved)
     with first_not_finite(problem) as seen:
         proposal = trainer.strategy.next_task(trainer.state)
     task, same_task = _as_saved(proposal.task, saved["task"])
@@ -122,14 +123,9 @@ def first_not_finite(problem: Problem) -> Iterator[list[str]]:
             handle.remove()
 
 
-def _restore(trainer: Trainer, saved: dict[str, Any]) -> None:
-    try:
-        trainer.load_state_dict(saved["trainer"])
-    except (RuntimeError, KeyError, ValueError, AttributeError, TypeError) as error:
-        raise MetaVPTError(
-            "failure.pt is of another model or configuration "
-            f"({' '.join(str(error).split())[:200]})"
-        ) from error
+def _rewind(trainer: Trainer, saved: dict[str, Any]) -> None:
+    """Bring the trainer and the generators to where the step began."""
+    trainer.load_state_dict(saved["trainer"])
     checkpoint.set_random_state(saved["random"])
     trainer._schedule()
 

@@ -111,6 +111,7 @@ def _train(
             trainer.resume()
         else:
             trainer.log.discard()  # of an attempt that reached no checkpoint
+            trainer.check()
             trainer.measure()
         if objective and trainer.metrics:
             objective(

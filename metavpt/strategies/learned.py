@@ -28,6 +28,7 @@ from metavpt.problem import Problem, aligned_names, supports
 from metavpt.profiling.timers import phase
 from metavpt.strategies.period import Period
 from metavpt.strategies.random_direction import RandomDirection
+from metavpt.training.schedule import make_optimizer
 from metavpt.training.strategy import Proposal, TrainState, designed, draw
 
 MakeOptimizer = Callable[[Iterable[Tensor]], Optimizer]
@@ -194,7 +195,8 @@ class DesignerOptimizer:
         Raises:
             MetaVPTError: The designer has no trainable parameter.
         """
-        self.optimizer = self.make(trainable(problem.designer, owner).values())
+        parameters = trainable(problem.designer, owner).values()
+        self.optimizer = make_optimizer(self.make, parameters, "strategy.optimizer")
 
     @phase("phi")
     def step(self, problem: Problem, by_phi: Params, batch: Any) -> float:

@@ -12,7 +12,7 @@ from metavpt.hypergradients import params
 from metavpt.problem import Problem
 from metavpt.profiling.timers import phase
 from metavpt.strategies.learned import MakeOptimizer, trainable
-from metavpt.training.schedule import WarmupCosine
+from metavpt.training.schedule import WarmupCosine, make_optimizer
 
 Replay = dict[str, Tensor]  # what `SupportsReplay.replay_batch` or `output_values` returns
 
@@ -48,7 +48,7 @@ class ReplayBuffer:
             )
         if batch_size is not None and batch_size < 1:
             raise MetaVPTError(f"strategy.batch_size={batch_size} must be at least 1")
-        self.make_optimizer, self.max_norm = optimizer, max_norm
+        self.make, self.max_norm = optimizer, max_norm
         self.phi_steps, self.replay, self.batch_size = phi_steps, replay, batch_size
         self.schedule = WarmupCosine() if anneal else WarmupCosine(final=1.0)
         self.generator = torch.Generator().manual_seed(seed)
@@ -61,7 +61,8 @@ class ReplayBuffer:
         Raises:
             MetaVPTError: The designer has no trainable parameter.
         """
-        self.optimizer = self.make_optimizer(trainable(problem.designer, owner).values())
+        parameters = trainable(problem.designer, owner).values()
+        self.optimizer = make_optimizer(self.make, parameters, "strategy.optimizer")
         self.peak_lr = [group["lr"] for group in self.optimizer.param_groups]
 
     @phase("phi")

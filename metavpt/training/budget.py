@@ -95,7 +95,12 @@ class Budget:
 
     def state_dict(self) -> dict[str, Any]:
         counters = {"steps": self.steps, "samples": self.samples, "grad_evals": self.grad_evals}
-        return {**counters, "times": dict(self.times), "peak_memory": self.memory.peak}
+        return {
+            **counters,
+            "times": dict(self.times),
+            "peak_memory": self.memory.peak,
+            "limits": dict(self.limits),
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.steps, self.samples, self.grad_evals = (

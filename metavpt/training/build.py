@@ -1,6 +1,7 @@
 """A trainer from a configuration."""
 
 from pathlib import Path
+from typing import Any
 
 from hydra.utils import instantiate
 from lightning_fabric import Fabric
@@ -10,6 +11,7 @@ from metavpt.cli.console import Console
 from metavpt.distributed import collectives
 from metavpt.metrics import check_directions
 from metavpt.problem import move_to_device
+from metavpt.training import run_options
 from metavpt.training.checkpoint import Checkpoints, seed_generators
 from metavpt.training.engine import make_fabric
 from metavpt.training.run_log import RunLog, UnwrittenLog
@@ -44,5 +46,7 @@ def build(cfg: DictConfig, folder: Path, console: Console, fabric: Fabric | None
         seed=cfg.seed,
         fabric=fabric,
     )
-    log.start_trackers(OmegaConf.to_container(cfg, resolve=True))  # type: ignore[arg-type]
+    config: Any = OmegaConf.to_container(cfg, resolve=True)
+    trainer.options |= run_options.significant(config)
+    log.start_trackers(config)
     return trainer

@@ -26,7 +26,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_flatten_with_path, tree_leaves, tree_map_only, tree_unflatten
 
 from metavpt.distributed import collectives
-from metavpt.errors import MetaVPTError, writing
+from metavpt.errors import MetaVPTError, reading, writing
 from metavpt.training.disk import replacing, sync_folder
 
 STATE = "state.pt"  # in the folder of a checkpoint: all but the shards, which meta tensors stand for, and the sums of their files
@@ -56,6 +56,7 @@ class Checkpoints:
         is_sharded = any(isinstance(leaf, DTensor) for leaf in tree_leaves(state))
         path = self.folder / (f"step-{step:08d}" if is_sharded else f"step-{step:08d}.pt")
         state = {"step": step, "random": random_state(), **state}
+        state["digest"] = None if is_sharded else digest(state)
         if collectives.rank() == 0:
             self.folder.mkdir(parents=True, exist_ok=True)
             for torn in self.folder.glob("*.partial"):  # of a run that was killed while it wrote
@@ -100,9 +101,18 @@ class Checkpoints:
     def load(self, like: Any = None) -> Saved:
         """The same; also sets the random number generators as they were."""
         saved = self.newest(like)
-        if "random" not in saved.state:
-            raise MetaVPTError(f"{saved.path}: not a checkpoint of a metavpt run")
-        set_random_state(saved.state.pop("random"))
+        if not {"random", "digest"} <= saved.state.keys():
+            raise MetaVPTError(f"{saved.path}: not a checkpoint of a metavpt run of this version")
+        expected = saved.state.pop("digest")
+        if saved.path.is_file() and expected != digest(saved.state):
+            raise MetaVPTError(
+                f"{saved.path}: was changed since it was saved; delete it to resume from an earlier one"
+            )
+        with reading(
+            f"{saved.path}: its random states cannot be read",
+            "delete it to resume from an earlier one",
+        ):
+            set_random_state(saved.state.pop("random"))
         return saved
 
 
@@ -215,6 +225,20 @@ def _place(outline: Tensor, like: Any, keys: tuple[Any, ...]) -> Tensor:
 
 def _name(keys: tuple[Any, ...]) -> str:
     return "/".join(str(getattr(key, "key", getattr(key, "idx", key))) for key in keys)
+
+
+def digest(state: Any) -> int:
+    """CRC-32 of the names, types and values of all entries of a state."""
+    crc = 0
+    for keys, leaf in tree_flatten_with_path(state)[0]:
+        described = leaf
+        if isinstance(leaf, Tensor):
+            described = (str(leaf.dtype), tuple(leaf.shape))
+        crc = zlib.crc32(f"{_name(keys)}={described!r};".encode(errors="replace"), crc)
+        if isinstance(leaf, Tensor) and leaf.numel():
+            data = leaf.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+            crc = zlib.crc32(data.numpy(), crc)
+    return crc
 
 
 def _check_sums(path: Path) -> None:

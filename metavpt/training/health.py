@@ -178,6 +178,15 @@ class Failures:
             message += f"; python -m metavpt.debug run={self.folder} takes the last one again and says where it begins"
         raise NonFiniteError(message)
 
+    @property
+    def in_a_row(self) -> str | None:
+        """What is being counted at the moment; None while everything is finite."""
+        if self.steps:
+            return f"{self.steps} steps in a row were skipped as not finite"
+        if self.updates:
+            return f"{self.updates} designer updates in a row were skipped as not finite"
+        return None
+
     def state_dict(self) -> dict[str, int]:
         return {"steps": self.steps, "updates": self.updates}
 

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import zlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,12 +12,13 @@ from typing import Any, Protocol
 import numpy as np
 from PIL import Image
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor
 
 from metavpt.cli.console import Console
 from metavpt.errors import MetaVPTError, brief, writing
 from metavpt.probes.samples import Texts
 from metavpt.training.budget import Budget
-from metavpt.training.disk import write_text
+from metavpt.training.disk import replacing, write_text
 from metavpt.training.trackers import Tracker
 
 
@@ -42,7 +44,7 @@ class Reportable(Protocol):
 class RunLog:
     """Appends one JSON object a line to `folder`/metrics.jsonl, shows progress on `console`, passes numbers and figures on to `trackers`.
 
-    A checkpoint holds the length of the file; loading it cuts off what came later, so a resumed run logs every step once.
+    A checkpoint holds length and CRC of the file; a resumed run cuts off what came later, so that every step is logged once.
     A tracker that fails is left out from then on, with a warning: the run is worth more.
     """
 
@@ -71,22 +73,14 @@ class RunLog:
                 ) from error
 
     def write(self, kind: str, step: int, **values: Any) -> None:
+        plain = _jsonable(values)
         with writing(self.path):
             self.folder.mkdir(parents=True, exist_ok=True)
         with writing(self.path), self.path.open("a") as file:
-            file.write(
-                json.dumps(
-                    {
-                        "kind": kind,
-                        "step": step,
-                        **{name: _jsonable(value) for name, value in values.items()},
-                    }
-                )
-                + "\n"
-            )
+            file.write(json.dumps({"kind": kind, "step": step, **plain}) + "\n")
         self._shown.update({name: values[name] for name in ("loss", "value") if name in values})
         self._step = step
-        numbers = dict(_numbers(kind, values))
+        numbers = dict(_numbers(kind, plain))
         if numbers:
             self._track(lambda tracker: tracker.log(step, numbers))
 
@@ -167,11 +161,39 @@ class RunLog:
         )
 
     def state_dict(self) -> dict[str, int]:
-        return {"bytes": self.path.stat().st_size if self.path.exists() else 0}
+        """Length and CRC-32 of the file as it is."""
+        data = self._data()
+        return {"bytes": len(data), "crc": zlib.crc32(data)}
 
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        if self.path.exists():
-            os.truncate(self.path, min(state["bytes"], self.path.stat().st_size))
+    def rewind(self, state: Mapping[str, int], step: int) -> list[str]:
+        """Cut off what was logged after a checkpoint.
+
+        Args:
+            state: The log's `state_dict` in the checkpoint.
+            step: The step of the checkpoint.
+
+        Returns:
+            A line of warning if the file is no longer the one that the checkpoint knew. Of such a
+            file the whole lines up to `step` stay.
+        """
+        data, expected = self._data(), state["bytes"]
+        if len(data) >= expected and zlib.crc32(data[:expected]) == state["crc"]:
+            if data:
+                os.truncate(self.path, expected)
+            return []
+        kept = [line for line in data.splitlines(keepends=True) if _is_record(line, step)]
+        if data:
+            with replacing(self.path) as file:
+                file.writelines(kept)
+        what = (
+            "is shorter than when the checkpoint was saved"
+            if len(data) < expected
+            else "was changed after the checkpoint was saved"
+        )
+        return [f"{self.path.name} {what}; its {len(kept)} whole lines up to step {step} are kept"]
+
+    def _data(self) -> bytes:
+        return self.path.read_bytes() if self.path.is_file() else b""
 
 
 class UnwrittenLog(RunLog):
@@ -192,15 +214,28 @@ class UnwrittenLog(RunLog):
     def state_dict(self) -> dict[str, int]:
         return {}
 
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        pass
+    def rewind(self, state: Mapping[str, int], step: int) -> list[str]:
+        return []
 
 
 def _jsonable(value: Any) -> Any:
-    """JSON has no NaN and no infinity: null stands for both."""
-    if isinstance(value, dict):
-        return {name: _jsonable(item) for name, item in value.items()}
+    """Convert numbers of NumPy and torch to those of Python; null stands for NaN and infinity, which JSON lacks."""
+    if isinstance(value, Mapping):
+        return {str(name): _jsonable(item) for name, item in value.items()}
+    if isinstance(value, Tensor | np.ndarray | np.generic):
+        return _jsonable(value.tolist())
+    if isinstance(value, list | tuple):
+        return [_jsonable(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _is_record(line: bytes, step: int) -> bool:
+    """Return whether `line` is a whole record of `step` or before."""
+    try:
+        record = json.loads(line)
+        return line.endswith(b"\n") and record["step"] <= step
+    except (ValueError, TypeError, KeyError, RecursionError):
+        return False
 
 
 def _numbers(kind: str, values: Mapping[str, Any]) -> Iterator[tuple[str, float]]:

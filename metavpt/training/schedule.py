@@ -1,10 +1,11 @@
 """The learning rate over a run, and what it is the learning rate of."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from torch import Tensor
+from torch.optim import Optimizer
 
 from metavpt.errors import MetaVPTError
 from metavpt.learners.annealing import cosine
@@ -46,6 +47,27 @@ def parameter_groups(problem: Problem, weight_decay: float) -> list[dict[str, An
         {"params": group, "weight_decay": weight_decay if decays else 0.0, "warm": is_warm}
         for (decays, is_warm), group in groups.items()
     ]
+
+
+def make_optimizer(
+    make: Callable[[Any], Optimizer], parameters: Iterable[Any], key: str
+) -> Optimizer:
+    """Call `make` on parameters or groups of them.
+
+    Raises:
+        MetaVPTError: An option of the optimizer is out of its range, or `make` makes something
+            else. The message names the option below `key`.
+    """
+    try:
+        optimizer = make(parameters)
+    except (TypeError, ValueError) as error:
+        option = ".lr" if "learning rate" in str(error) else ""
+        raise MetaVPTError(f"{key}{option}: {' '.join(str(error).split())}") from error
+    if not isinstance(optimizer, Optimizer):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise MetaVPTError(
+            f"{key}: must make a torch.optim.Optimizer, not a {type(optimizer).__name__}"
+        )
+    return optimizer
 
 
 class WarmsUp(Protocol):

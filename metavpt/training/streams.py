@@ -1,5 +1,6 @@
 """Endless batches with a position that a checkpoint can hold."""
 
+import itertools
 import signal
 import threading
 from collections.abc import Callable, Iterable, Iterator
@@ -53,6 +54,22 @@ class Stream:
             return next(self)
         self.position += 1
         return batch if self._is_shared else collectives.own(batch)
+
+    def check(self, draw: bool) -> None:
+        """Open the source of a stream that has not begun, so that what is wrong with it shows now.
+
+        Args:
+            draw: Also draw the first batch, which the next call of `next` then returns.
+        """
+        if self.has_begun or self._batches is not None:
+            return
+        self._batches = self._begin()
+        if draw:
+            try:
+                first = self._draw(self._batches)
+            except StopIteration:
+                raise MetaVPTError(f"{self.name}: the source is empty, it gave no batch") from None
+            self._batches = itertools.chain([first], self._batches)
 
     @property
     def has_begun(self) -> bool:

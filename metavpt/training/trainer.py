@@ -1,6 +1,7 @@
 """The loop, readable top to bottom: ask the strategy for a task, take one ordinary pretraining step on it, count, measure, save."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -8,10 +9,11 @@ from torch.optim import Optimizer
 
 from metavpt.distributed import collectives, fsdp
 from metavpt.errors import MetaVPTError, brief
-from metavpt.hypergradients import trees
+from metavpt.hypergradients import params, trees
 from metavpt.metrics import check_directions
 from metavpt.problem import Problem, supports
 from metavpt.profiling.timers import phase
+from metavpt.training import run_options
 from metavpt.training.budget import Budget
 from metavpt.training.checkpoint import Checkpoints
 from metavpt.training.engine import Execution
@@ -25,7 +27,8 @@ from metavpt.training.health import (
     untouched,
 )
 from metavpt.training.run_log import Reportable, RunLog
-from metavpt.training.schedule import WarmupCosine, parameter_groups
+from metavpt.training.run_state import Parameters, faults, not_finite, optimizer_states
+from metavpt.training.schedule import WarmupCosine, make_optimizer, parameter_groups
 from metavpt.training.signals import Stopped, StopRequest
 from metavpt.training.steered_steps import SteeredSteps
 from metavpt.training.strategy import Strategy, TrainState
@@ -33,14 +36,6 @@ from metavpt.training.streams import TIMEOUT, Stream, Streams, meta_batches
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
-
-MISMATCH = (
-    RuntimeError,
-    KeyError,
-    ValueError,
-    AttributeError,
-    TypeError,
-)  # what loading the state of another model raises
 
 
 class Trainer:
@@ -60,6 +55,8 @@ class Trainer:
     max_failures        learner's steps, or designer updates, in a row that were skipped as not finite, after which the run stops
     data_timeout        seconds that a batch may take to come, after which the run stops; 0: no limit
     dry_run             `python -m metavpt.run` describes this run instead, see `metavpt.run.dry_run`; nothing trains it
+
+    `options` names what the numbers of the run depend on, see `run_options`: a checkpoint of others is refused.
     """
 
     def __init__(
@@ -88,6 +85,19 @@ class Trainer:
         compile: str | None = None,
         fabric: "Fabric | None" = None,
     ) -> None:
+        _check_at_least(1, log_every=log_every, max_failures=max_failures, accumulate=accumulate)
+        _check_at_least(
+            0,
+            probe_every=probe_every,
+            checkpoint_every=checkpoint_every,
+            first_order_every=first_order_every,
+            head_warmup_steps=head_warmup_steps,
+            head_warmup_lr=head_warmup_lr or 0,
+            weight_decay=weight_decay,
+            data_timeout=data_timeout,
+        )
+        if not clip_norm > 0:
+            raise MetaVPTError(f"trainer.clip_norm={clip_norm} must be positive")
         self.problem, self.strategy, self.budget, self.log, self.checkpoints = (
             problem,
             strategy,
@@ -107,16 +117,42 @@ class Trainer:
         self.failures = Failures(max_failures, log.folder)
         self.watch, self.stop, self.steered = Watch(), StopRequest(), SteeredSteps()
         self.metrics: dict[str, float] = {}  # of the last measurement
+        self.measured_at = 0  # the step of it
         self.execution = Execution(
             problem, fabric, accumulate, recompute, compile
         )  # first: sharding makes other parameters of them
         strategy.start(problem)
         groups = parameter_groups(problem, weight_decay)
-        self.optimizer = optimizer(groups) if optimizer else torch.optim.AdamW(groups, lr=1e-4)
+        self.optimizer = make_optimizer(
+            optimizer or _default_optimizer, groups, "trainer.optimizer"
+        )
         self.peak_lr = [group["lr"] for group in self.optimizer.param_groups]
+        self.options = self._own_options(seed)
         self._draw_from(
             1_000_000 * seed, data_timeout
         )  # a stream takes one more seed for every pass: room for 300,000 passes
+
+    def _own_options(self, seed: int) -> run_options.Options:
+        """What can be told without a configuration; before the first step, which changes learning rates."""
+        options: run_options.Options = {
+            "seed": seed,
+            "problem": _kind(self.problem),
+            "strategy": _kind(self.strategy),
+            "trainer.optimizer": type(self.optimizer).__name__,
+            "trainer.schedule": type(self.schedule).__name__,
+            "trainer.clip_norm": self.clip_norm,
+            "trainer.accumulate": self.execution.accumulate,
+            "trainer.head_warmup_steps": self.head_warmup_steps,
+            "trainer.head_warmup_lr": self.head_warmup_lr,
+        }
+        state = {
+            "trainer.optimizer": self.optimizer.state_dict(),
+            "strategy": self.strategy.state_dict(),
+        }
+        for part, value in state.items():
+            for name, found in optimizer_states(value, part):
+                options |= run_options.of_optimizer(name, found["param_groups"])
+        return options
 
     def _draw_from(self, first: int, timeout: float) -> None:
         """The streams and the first-order probe, with seeds from `first` on."""
@@ -139,8 +175,12 @@ class Trainer:
             raise MetaVPTError(
                 "trainer.dry_run=true: this run is only to be described, which python -m metavpt.run does"
             )
-        if self.budget.exhausted:
-            return  # resumed at its very end, which is measured and saved
+        if self.budget.exhausted:  # resumed at its end
+            if self.measured_at != self.budget.steps:
+                self.measure()
+            return
+        if self.budget.steps == 0:
+            self.check()
         if self.budget.steps == 0 and not self.metrics:
             self.measure()
         self.budget.memory.restart()
@@ -156,6 +196,17 @@ class Trainer:
             self.measure()
             self.save()
 
+    def check(self) -> None:
+        """Find what is wrong with the data before step 0 is measured, which may take minutes.
+
+        The first unlabelled batch is drawn, and the first labelled one for strategies that use it.
+        """
+        steers = hasattr(self.strategy, "period")
+        self.streams.pretrain.check(draw=True)
+        if steers:
+            self.streams.meta.check(draw=False)
+            self.streams.feedback.check(draw=True)
+
     def _between_steps(self) -> None:
         """Measure, save, and end where the run is asked to."""
         step, stopping = self.budget.steps, collectives.any_of(self.stop.signal)
@@ -170,10 +221,10 @@ class Trainer:
         """Begin where another run ended: its learner and what belongs to it, and `metrics` as step 0."""
         try:
             self.problem.load_state_dict(problem_state)
-        except MISMATCH as error:
+        except Exception as error:
             what = "the learner that all rows begin with is built otherwise; compare options of the learner one comparison at a time"
             raise MetaVPTError(f"{what} ({brief(error)})") from error
-        self.metrics = metrics
+        self.metrics = as_metrics(metrics, "the warm start")
         self._log_metrics()
 
     def resume(self) -> None:
@@ -181,19 +232,55 @@ class Trainer:
         if self.checkpoints is None:
             raise MetaVPTError("Trainer.resume: the trainer was made without checkpoints")
         state, path, unreadable = self.checkpoints.load(self._layout())
-        try:
-            self.load_state_dict(state)
-        except MISMATCH as error:
-            raise MetaVPTError(
-                f"{path}: is the checkpoint of another model or configuration ({brief(error)})"
-            ) from error
+        self.restore(state, path)
+        for line in self.log.rewind(state["log"], self.budget.steps):
+            self.log.warn(self.budget.steps, line)
         for line in unreadable:
             self.log.warn(self.budget.steps, f"{line}; this run goes on from {path.name}")
+        before = state["budget"]["limits"]
+        if before != self.budget.limits:
+            self.log.warn(
+                self.budget.steps,
+                f"the budget was {before} and is {self.budget.limits}; the learning rate follows the new one",
+            )
+
+    def restore(self, state: dict[str, Any], source: Path, finite: bool = True) -> None:
+        """Take over a state that `state_dict` gave.
+
+        Args:
+            state: The state, as it was read.
+            source: The file that it was read from, for errors.
+            finite: Refuse a state that holds NaN, or was saved while steps failed.
+
+        Raises:
+            MetaVPTError: The state is damaged, or that of another model or configuration.
+        """
+        learner = [p for group in self.optimizer.param_groups for p in group["params"]]
+        designer = list(params.named(self.problem.designer).values())
+        try:
+            found = faults(state, self.state_dict(), Parameters(learner, designer))
+            fault = next(found, None)
+            if fault is None and finite:
+                bad = (
+                    "a step before" if any(state["failures"].values()) else self._not_finite(state)
+                )
+                fault = bad and f"{bad} is not finite; delete it to resume from an earlier one"
+        except Exception as error:
+            fault = f"is no state of a run ({brief(error)})"
+        if fault := collectives.any_of(fault):
+            raise MetaVPTError(f"{source}: {fault}")
+        try:
+            self.load_state_dict(state)
+        except Exception as error:
+            raise MetaVPTError(
+                f"{source}: is the checkpoint of another model or configuration ({brief(error)})"
+            ) from error
 
     def measure(self) -> None:
         """Probe metrics, figures and texts of the learner as it is; a warning where it collapses."""
         with self.budget.timed("probe"), self.execution.eager():
-            self.metrics = dict(self.problem.evaluate())
+            self.metrics = as_metrics(self.problem.evaluate(), type(self.problem).__name__)
+            self.measured_at = self.budget.steps
             self._log_metrics()
             if supports(self.problem, Reportable):
                 self.log.save_figures(self.budget.steps, self.problem.figures())
@@ -244,8 +331,25 @@ class Trainer:
         self.log.advance(self.budget)
 
     def save(self) -> None:
-        if self.checkpoints:
-            self.checkpoints.save(self.budget.steps, self.state_dict())
+        """Write a checkpoint; none while steps fail, or of a state that is not finite, which would push out good ones."""
+        if self.checkpoints is None:
+            return
+        state = self.state_dict()
+        bad = self._not_finite(state)
+        fault = self.failures.in_a_row or (f"{bad} is not finite" if bad else None)
+        if fault := collectives.any_of(fault):
+            self.log.warn(self.budget.steps, f"no checkpoint of this step is saved: {fault}")
+        else:
+            self.checkpoints.save(self.budget.steps, state)
+
+    def _not_finite(self, state: Mapping[str, Any]) -> str | None:
+        parts = {name: state[name] for name in ("problem", "optimizer", "strategy")}
+        names = {
+            f"problem.{part}.{name}"
+            for part in ("learner", "designer")
+            for name, _ in getattr(self.problem, part).named_parameters()
+        }
+        return not_finite(parts, names)
 
     def _schedule(self) -> None:
         factor = self.schedule(self.budget.steps, self.budget.progress)
@@ -313,6 +417,8 @@ class Trainer:
             "log": self.log.state_dict(),
             "failures": self.failures.state_dict(),
             "metrics": self.metrics,
+            "measured_at": self.measured_at,
+            "options": self.options,
             "watch": self.watch.state_dict(),
             "steered": self.steered.state_dict(),
         }
@@ -327,9 +433,8 @@ class Trainer:
             stream.load_state_dict(state["streams"][name])
         self.budget.load_state_dict(state["budget"])
         self.first_order.load_state_dict(state["first_order"])
-        self.log.load_state_dict(state["log"])
         self.failures.load_state_dict(state["failures"])
-        self.metrics = state["metrics"]
+        self.metrics, self.measured_at = state["metrics"], state["measured_at"]
         self.watch.load_state_dict(state["watch"])
         self.steered.load_state_dict(state["steered"])
 
@@ -340,3 +445,43 @@ class Trainer:
             "problem": self.problem.state_dict(),
             "optimizer": {"state": dict(enumerate(parameters))},
         }
+
+
+def as_metrics(found: Mapping[str, Any], problem: str) -> dict[str, float]:
+    """Convert the metrics that `evaluate` returned to numbers of Python; they may be of NumPy or torch.
+
+    Raises:
+        MetaVPTError: A metric is no number.
+    """
+    if not isinstance(found, Mapping):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise MetaVPTError(
+            f"{problem}.evaluate returns {type(found).__name__}; it must map names to numbers"
+        )
+    metrics = {}
+    for name, value in found.items():
+        try:
+            if isinstance(value, str | bytes):
+                raise TypeError
+            metrics[str(name)] = float(value)
+        except (TypeError, ValueError, RuntimeError):
+            raise MetaVPTError(
+                f"{problem}.evaluate: the metric {name!r} is a {type(value).__name__}, not a number"
+            ) from None
+    return metrics
+
+
+def _kind(value: object) -> str:
+    """Name the class; of one that extends a class of the package, that class."""
+    classes = type(value).__mro__
+    ours = (kind for kind in classes if kind.__module__.partition(".")[0] == "metavpt")
+    return next(ours, classes[0]).__name__
+
+
+def _check_at_least(least: float, **options: float) -> None:
+    for name, value in options.items():
+        if not value >= least:
+            raise MetaVPTError(f"trainer.{name}={value} must be at least {least}")
+
+
+def _default_optimizer(groups: list[dict[str, Any]]) -> Optimizer:
+    return torch.optim.AdamW(groups, lr=1e-4)

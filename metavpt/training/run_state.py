@@ -1,0 +1,206 @@
+"""Checks of the state of a run: before it is saved, and before the state in a checkpoint is taken over."""
+
+import math
+from collections.abc import Container, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from torch.utils._pytree import tree_flatten_with_path, tree_leaves
+
+from metavpt.training import run_options
+
+MAX_DRAWS = 1000  # batches that a step may take from each stream
+OF_PARAMETER_SHAPE = {  # entries of torch's optimizers with one number for each of the parameter
+    *("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "exp_inf", "momentum_buffer", "square_avg"),
+    *("grad_avg", "acc_delta", "sum", "prev", "step_size", "ax"),
+}
+OPEN = {"times", "limits", "first", "metrics"}  # mappings of any names to numbers
+ANY_NUMBER = {"first", "metrics"}  # of these also negative ones and NaN
+WHOLE = {"steps", "epoch", "position", "bytes", "crc", "measured_at"}
+
+
+class Parameters(NamedTuple):
+    """The parameters that the optimizers of a run hold, in their order."""
+
+    learner: Sequence[Tensor]
+    designer: Sequence[Tensor]
+
+
+def faults(
+    saved: Mapping[str, Any], own: Mapping[str, Any], parameters: Parameters
+) -> Iterator[str]:
+    """Say what tells that `saved` is not the state of a run like the one whose state is `own`.
+
+    The first fault counts: later ones rest on what was found sound before.
+
+    Args:
+        saved: The state in a checkpoint.
+        own: The state of the run that is to take it over, before its first step.
+        parameters: Those of this run.
+    """
+    for name in own.keys() ^ (saved.keys() - {"step"}):
+        what = "lacks" if name in own else "holds"
+        yield f"{what} the entry {name!r}; it is not a checkpoint of this version"
+    if found := run_options.difference(saved["options"], own["options"]):
+        yield f"was saved by a run with {found}; repeat the options of that run"
+    for name in own.keys() - {"options", *([] if own["log"] else ["log"])}:
+        for bad in _bad_entries(saved[name], own[name], name, shapes=name != "problem"):
+            yield f"is the checkpoint of another model or configuration ({bad} does not fit)"
+    for bad in _bad_optimizers(saved, own, parameters):
+        yield f"is the checkpoint of another model or configuration ({bad} does not fit)"
+    yield from _wrong_counts(saved)
+
+
+def _wrong_counts(saved: Mapping[str, Any]) -> Iterator[str]:
+    steps = saved["budget"]["steps"]
+    if saved.get("step", steps) != steps:
+        yield f"is of step {saved['step']} by its name and of step {steps} by its budget"
+    if saved["measured_at"] > steps:
+        yield f"was measured at step {saved['measured_at']} and is of step {steps}"
+    probes = {f"probe, {name}": saved["first_order"][name] for name in ("feedback", "held_out")}
+    for name, stream in {**saved["streams"], **probes}.items():
+        if sum(stream.values()) > MAX_DRAWS * (steps + 1):
+            yield f"has a stream ({name}) beyond what {steps} steps can draw"
+
+
+def not_finite(state: Any, parameters: Container[str] = ()) -> str | None:
+    """Name the first tensor in `state` that holds NaN, or None.
+
+    Infinity counts as well in those of the names `parameters`. A buffer may hold it: attention masks do.
+    """
+    for keys, leaf in tree_flatten_with_path(state)[0]:
+        if isinstance(leaf, Tensor) and leaf.is_floating_point():
+            local = leaf.to_local() if isinstance(leaf, DTensor) else leaf
+            name = ".".join(str(getattr(key, "key", getattr(key, "idx", key))) for key in keys)
+            if not (local.isfinite() if name in parameters else ~local.isnan()).all():
+                return name
+    return None
+
+
+def optimizer_states(state: Any, name: str) -> Iterator[tuple[str, Any]]:
+    """Find the states of optimizers in `state`, each with its dotted name."""
+    if _is_of_optimizer(state):
+        yield name, state
+    elif isinstance(state, Mapping):
+        for key, value in state.items():
+            yield from optimizer_states(value, f"{name}.{key}")
+
+
+def _is_of_optimizer(state: Any) -> bool:
+    return isinstance(state, Mapping) and {"state", "param_groups"} <= state.keys()
+
+
+def _bad_entries(saved: Any, own: Any, name: str, shapes: bool) -> Iterator[str]:
+    """Name the entries of `saved` that are not of the kind that the tree `own` has in their place.
+
+    What is None or empty in `own`, because nothing was computed yet, may be any tensors and numbers.
+    States of optimizers are passed over, see `_bad_optimizers`.
+    """
+    if _is_of_optimizer(own):
+        return
+    if isinstance(own, Mapping) and (own or name.rpartition(".")[2] in OPEN):
+        yield from _bad_members(saved, own, name, shapes)
+    elif own is None or isinstance(own, Mapping):
+        kinds = (int, float, Tensor, type(None))
+        is_data = all(isinstance(leaf, kinds) for leaf in tree_leaves(saved))
+        if not is_data or (own is not None and not isinstance(saved, Mapping)):
+            yield name
+    elif isinstance(own, Tensor):
+        same = isinstance(saved, Tensor) and saved.dtype == own.dtype
+        if not same or (shapes and saved.shape != own.shape):
+            yield name
+    elif isinstance(own, int | float):
+        if not _is_count(saved, name.rpartition(".")[2] in WHOLE):
+            yield name
+    elif not isinstance(saved, type(own)):
+        yield name
+
+
+def _bad_members(saved: Any, own: Mapping[str, Any], name: str, shapes: bool) -> Iterator[str]:
+    last = name.rpartition(".")[2]
+    if not isinstance(saved, Mapping):
+        yield name
+    elif last in OPEN:
+        for key, value in saved.items():
+            if not (isinstance(value, int | float) if last in ANY_NUMBER else _is_count(value)):
+                yield f"{name}.{key}"
+    elif saved.keys() != own.keys():
+        yield name
+    else:
+        for key, value in own.items():
+            yield from _bad_entries(saved[key], value, f"{name}.{key}", shapes)
+
+
+def _is_count(value: Any, whole: bool = False) -> bool:
+    return isinstance(value, int if whole else int | float) and math.isfinite(value) and value >= 0
+
+
+def _bad_optimizers(
+    saved: Mapping[str, Any], own: Mapping[str, Any], parameters: Parameters
+) -> Iterator[str]:
+    yield from _bad_optimizer(
+        saved["optimizer"], own["optimizer"], parameters.learner, "trainer.optimizer", free={"lr"}
+    )
+    found = dict(optimizer_states(saved["strategy"], "strategy"))
+    for name, like in optimizer_states(own["strategy"], "strategy"):
+        free = like["param_groups"][0].keys()  # a strategy may change what it likes
+        yield from _bad_optimizer(found.get(name), like, parameters.designer, name, free)
+
+
+def _bad_optimizer(
+    saved: Any, own: Any, parameters: Sequence[Tensor], name: str, free: Container[str]
+) -> Iterator[str]:
+    """Name what in the state of an optimizer does not fit the optimizer with the state `own`.
+
+    Args:
+        saved: The state to check.
+        own: The state of the optimizer that is to take it over.
+        parameters: Its parameters, in their order.
+        name: Its name in the message.
+        free: Options of the groups that may be another number than in `own`.
+    """
+    groups = saved.get("param_groups") if isinstance(saved, Mapping) else None
+    if not isinstance(groups, list) or len(groups) != len(own["param_groups"]):
+        yield f"{name}.param_groups"
+        return
+    for group, like in zip(groups, own["param_groups"], strict=True):
+        if not isinstance(group, Mapping) or group.keys() != like.keys():
+            yield f"{name}.param_groups"
+            return
+        yield from (
+            f"{name}.{key}" for key in like if not _same(group[key], like[key], key in free)
+        )
+    entries = saved["state"]
+    for group in groups:
+        alike = {frozenset(entries[index]) for index in group["params"] if index in entries}
+        if len(alike) > 1:
+            yield f"{name}.state"
+            return
+    for index, entry in entries.items():
+        if index not in range(len(parameters)):
+            yield f"{name}.state.{index}"
+            return
+        yield from (
+            f"{name}.state.{index}.{key}"
+            for key, value in entry.items()
+            if not _fits(key, value, parameters[index])
+        )
+
+
+def _same(value: Any, like: Any, free: bool) -> bool:
+    """Return whether an option is as in `like`, or a number in the place of one if it is `free`."""
+    if free and isinstance(like, int | float | Tensor) and not isinstance(like, bool):
+        return _is_count(value) or (isinstance(value, Tensor) and value.numel() == 1)
+    return type(value) is type(like) and bool(value == like)
+
+
+def _fits(key: str, value: Any, parameter: Tensor) -> bool:
+    """Return whether `value` can be the entry `key` of an optimizer's state for a parameter."""
+    if key == "step":
+        one = isinstance(value, Tensor) and value.numel() == 1
+        return _is_count(float(value) if one else value)
+    if key not in OF_PARAMETER_SHAPE or (key == "momentum_buffer" and value is None):
+        return True
+    same = isinstance(value, Tensor) and value.shape == parameter.shape
+    return same and value.is_floating_point() == parameter.is_floating_point()
