@@ -183,6 +183,11 @@ class DenseProblem(MultipleFeedbacks, Shardable, Reportable, Problem):
         """The last blocks and the final norm: what depth and segmentation share with pretraining and lies nearest to both."""
         return [name for name in params.named(self.learner) if name.startswith("backbone.tail.")]
 
+    def tail_parameters(self) -> list[str]:
+        """Return all parameters but the trunk's: `pretrain_tail` is a function of any of them."""
+        named = params.named(self.learner)
+        return [name for name in named if not name.startswith("backbone.trunk.")]
+
     def warm_up_parameters(self) -> list[str]:
         return [name for name in params.named(self.learner) if not name.startswith("backbone.")]
 

@@ -59,6 +59,7 @@ def main(cfg: DictConfig) -> None:
             problem,
             estimator=estimator,
             optimizer=instantiate(cfg.trainer.optimizer),
+            clip_norm=cfg.trainer.clip_norm,
             seed=cfg.seed,
         )
     console.print(table(findings))

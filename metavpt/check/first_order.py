@@ -14,7 +14,7 @@ from metavpt.check.scene import Scene
 from metavpt.compare.paired_statistics import pearson
 from metavpt.hypergradients import params
 from metavpt.hypergradients.mixed_products import value_and_gradient
-from metavpt.hypergradients.optimizer_updates import Update, first_order_value, from_torch
+from metavpt.hypergradients.optimizer_updates import first_order_value, from_torch
 from metavpt.hypergradients.params import Params
 from metavpt.problem import Problem
 from metavpt.training.streams import Stream
@@ -29,8 +29,8 @@ FORESEEN = 0.5
 class Pair(NamedTuple):
     """The drop of the feedback loss in one step: predicted to first order, and real."""
 
-    plain: float  # lr <g_down, g_pre>
-    aware: float  # <g_down, theta - theta'> through AdamW's moments
+    plain: float  # lr <g_down, g_pre>, not clipped
+    aware: float  # <g_down, theta - theta'> through clipping and AdamW's moments
     same: float  # real, on the labelled batch that g_down was taken on
     held_out: float  # real, on another one
 
@@ -38,13 +38,15 @@ class Pair(NamedTuple):
 def first_order(
     scene: Scene,
     optimizer: MakeOptimizer | None = None,
+    clip_norm: float = math.inf,
     seed: int = 0,
-    deadline: float = float("inf"),
+    deadline: float = math.inf,
 ) -> Finding:
     """Pearson's r of prediction and reality over pairs of batches, each from the same learner after a short warm-up of its optimizer."""
     pairs = _pairs(
         scene.problem,
         optimizer or (lambda parameters: torch.optim.AdamW(parameters, lr=1e-4)),
+        clip_norm,
         seed,
         deadline,
     )
@@ -66,7 +68,11 @@ def first_order(
 
 
 def _pairs(
-    problem: Problem, make_optimizer: MakeOptimizer, seed: int, deadline: float
+    problem: Problem,
+    make_optimizer: MakeOptimizer,
+    clip_norm: float,
+    seed: int,
+    deadline: float,
 ) -> list[Pair]:
     """On copies of theta alone; the problem does not move."""
     unlabelled = Stream(problem.pretrain_batches, seed, "pretrain_batches")
@@ -74,7 +80,7 @@ def _pairs(
     theta = params.leaves(params.clone(params.named(problem.learner)))
     optimizer = make_optimizer(list(theta.values()))
     for _ in range(WARM_UP):
-        _step(optimizer, theta, _gradient(problem, theta, next(unlabelled)))
+        step(optimizer, theta, _gradient(problem, theta, next(unlabelled)), clip_norm)
     start, state = params.clone(theta), _copy_state(optimizer)
     labelled, pairs = next(feedback), []
     while len(pairs) < NUM_PAIRS and not (
@@ -83,7 +89,7 @@ def _pairs(
         _restore(optimizer, theta, start, state)
         g_pre = _gradient(problem, theta, next(unlabelled))
         another = next(feedback)
-        pairs.append(_pair(problem, optimizer, theta, g_pre, labelled, another))
+        pairs.append(_pair(problem, optimizer, clip_norm, theta, g_pre, labelled, another))
         labelled = another
     return pairs
 
@@ -91,23 +97,22 @@ def _pairs(
 def _pair(
     problem: Problem,
     optimizer: Optimizer,
+    clip_norm: float,
     theta: Params,
     g_pre: Params,
     labelled: Any,
     another: Any,
 ) -> Pair:
-    names = list(problem.aligned_parameters())
     loss, g_down = value_and_gradient(
         lambda theta_s: problem.feedback_loss({**theta, **theta_s}, labelled),
-        {n: theta[n] for n in names},
+        {name: theta[name] for name in problem.aligned_parameters()},
     )
-    update: Update = from_torch(optimizer, {name: theta[name] for name in names})
-    g_pre_s = {name: g_pre[name] for name in names}
-    plain = float(optimizer.param_groups[0]["lr"] * params.dot(g_down, g_pre_s))
-    aware = float(first_order_value(update, g_pre_s, g_down)[1])
+    plain = float(optimizer.param_groups[0]["lr"] * params.dot(g_down, g_pre))
+    update = from_torch(optimizer, theta, clip_norm)
+    aware = float(first_order_value(update, g_pre, {**params.zeros_like(theta), **g_down})[1])
     with torch.no_grad():
         before = float(loss), float(problem.feedback_loss(theta, another))
-        _step(optimizer, theta, g_pre)
+        step(optimizer, theta, g_pre, clip_norm)
         after = (
             float(problem.feedback_loss(theta, labelled)),
             float(problem.feedback_loss(theta, another)),
@@ -121,9 +126,11 @@ def _gradient(problem: Problem, theta: Params, batch: Any) -> Params:
     return value_and_gradient(lambda theta: problem.pretrain_loss(theta, task), theta)[1]
 
 
-def _step(optimizer: Optimizer, theta: Params, gradient: Params) -> None:
+def step(optimizer: Optimizer, theta: Params, gradient: Params, clip_norm: float) -> None:
+    """Take the learner's step on `gradient`: clip it by its norm, then let the optimizer step."""
     for name, p in theta.items():
-        p.grad = gradient[name]
+        p.grad = gradient[name].clone()
+    torch.nn.utils.clip_grad_norm_(theta.values(), clip_norm)
     optimizer.step()
 
 

@@ -1,5 +1,6 @@
 """All checks in order: what later ones rest on comes first."""
 
+import math
 import random
 import time
 from collections.abc import Iterator
@@ -27,6 +28,7 @@ def check(
     *,
     estimator: Estimator | None = None,
     optimizer: MakeOptimizer | None = None,
+    clip_norm: float = math.inf,
     seed: int = 0,
     seconds: float = 60.0,
 ) -> list[Finding]:
@@ -34,6 +36,7 @@ def check(
 
     estimator   the one that the run will use: its own product is checked too
     optimizer   parameters -> the learner's optimizer; AdamW by default
+    clip_norm   the norm at which the trainer clips the learner's gradient
     seconds     about how long it may take: with the time spent, what remains is repeated less
 
     Where losses are impure, phi does not arrive or the tail is another loss, what rests on them is not measured.
@@ -69,7 +72,7 @@ def check(
             findings += attempt(
                 "first_order",
                 "use SGD, Adam or AdamW",
-                lambda: first_order(scene, optimizer, seed, deadline),
+                lambda: first_order(scene, optimizer, clip_norm, seed, deadline),
             )
     return findings
 

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
-from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+from torch.distributed.tensor import DTensor, Partial, distribute_tensor
+from torch.nn.utils import clip_grads_with_norm_
 from torch.utils._pytree import tree_map_only
 
 from metavpt.distributed import collectives
@@ -78,26 +78,36 @@ def _shared(problem: Any, trunks: Iterable[nn.Module]) -> set[nn.Parameter]:
     return {p for trunk in trunks for name, p in trunk.named_parameters() if name in names}
 
 
-def clip_grad_norm(parameters: Iterable[Tensor], max_norm: float) -> Tensor:
-    """`torch.nn.utils.clip_grad_norm_`, for parameters of which some are sharded: the norm is that of all of them."""
-    groups: dict[bool, list[Tensor]] = {}
-    for p in parameters:
-        if p.grad is not None:
-            groups.setdefault(isinstance(p, DTensor), []).append(p)
-    norms = [
-        _whole(get_total_norm([p.grad for p in group if p.grad is not None]))
-        for group in groups.values()
-    ]
-    norm = (
-        norms[0]
-        if len(norms) == 1
-        else torch.linalg.vector_norm(torch.stack(norms))
-        if norms
-        else torch.tensor(0.0)
-    )
-    for group in groups.values():
-        clip_grads_with_norm_(group, max_norm, norm)
-    return norm
+def clip_grad_norm(parameters: Iterable[Tensor], max_norm: float) -> dict[Tensor, Tensor]:
+    """Clip the gradients of parameters of which some are sharded, as `torch.nn.utils.clip_grad_norm_`.
+
+    Args:
+        parameters: All that the norm is taken over. Those without a gradient do not count.
+        max_norm: The largest norm of the gradient.
+
+    Returns:
+        The norm of each parameter's gradient before it was clipped. The norm of all of them is
+        `total_norm`.
+    """
+    held = {p: p.grad for p in parameters if p.grad is not None}
+    norms = {p: torch.linalg.vector_norm(_local(grad)) for p, grad in held.items()}
+    if sharded := [p for p in held if isinstance(p, DTensor)]:
+        squares = torch.stack([norms[p] for p in sharded]).square()
+        mesh = sharded[0].device_mesh
+        whole = DTensor.from_local(squares, mesh, [Partial()] * mesh.ndim).full_tensor().sqrt()
+        norms.update(zip(sharded, whole, strict=True))
+    for kind in (True, False):  # one call takes tensors of one kind
+        clip_grads_with_norm_(
+            [p for p in held if isinstance(p, DTensor) is kind], max_norm, total_norm(norms)
+        )
+    return norms
+
+
+def total_norm(norms: Mapping[Tensor, Tensor]) -> Tensor:
+    """Return the norm of all gradients from the norm of each."""
+    if not norms:
+        return torch.tensor(0.0)
+    return torch.linalg.vector_norm(torch.stack(list(norms.values())))
 
 
 def gathered(state: Any) -> Any:
@@ -133,6 +143,10 @@ def scattered(state: Any, like: Any) -> Any:
             state.to(like.device), like.device_mesh, like.placements, src_data_rank=None
         )
     return state
+
+
+def _local(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def _whole(tensor: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ With respect to phi it is the mixed product, with respect to theta the Hessian p
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -219,6 +219,17 @@ def check_reached(value: Tensor, theta: Params, name: str) -> None:
         "its gradient would be a silent zero. Use them in the loss, "
         "functional_call(model, theta, inputs) instead of model(inputs)"
     )
+
+
+def reached(loss: Loss, theta: Params) -> list[str]:
+    """Return the names of the parameters that `loss` depends on."""
+    theta = params.leaves(theta)
+    with torch.enable_grad():
+        value = loss(theta)
+    if not value.requires_grad:
+        return []
+    gradients: Any = torch.autograd.grad(value, list(theta.values()), allow_unused=True)
+    return [name for name, grad in zip(theta, gradients, strict=True) if grad is not None]
 
 
 def _reaches(value: Tensor, p: Tensor) -> bool:

@@ -7,8 +7,9 @@
 Formulas and names are torch.optim's.
 """
 
+import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -19,6 +20,7 @@ from metavpt.errors import MetaVPTError
 from metavpt.hypergradients import params
 from metavpt.hypergradients.params import Params
 
+CLIP_EPS = 1e-6  # of torch.nn.utils.clip_grad_norm_
 Moments = dict[
     str, Params
 ]  # parameter -> moment -> tensor of the parameter's shape, as {"head.weight": {"exp_avg": m, "exp_avg_sq": v}}
@@ -44,6 +46,18 @@ class Rule(ABC):
     ) -> tuple[Tensor, Params]:
         """The change of parameter `name` of value `p` in its step number `num_steps` + 1, and its moments after it."""
 
+    def of(self, name: str) -> "Rule":
+        """Return the rule of parameter `name`, without clipping."""
+        return self
+
+    def clip(self, grad: Params) -> Params:
+        """Return the gradient that `update` sees; differentiable by `grad`."""
+        return grad
+
+    def clip_vjp(self, grad: Params, ct: Params) -> Params:
+        """Pull a cotangent of `clip(grad)` back to `grad`."""
+        return ct
+
     def init(self, theta: Params) -> State:
         """The state before the first step."""
         moments = {
@@ -54,7 +68,7 @@ class Rule(ABC):
 
     def step(self, theta: Params, state: State, grad: Params) -> tuple[Params, State]:
         """theta and state after one step on `grad`: differentiable by theta, the moments and grad."""
-        after, moments = {}, {}
+        after, moments, grad = {}, {}, self.clip(grad)
         for name, p in theta.items():
             change, moments[name] = self.update(
                 name, p, state.moments[name], state.num_steps[name], grad[name]
@@ -138,6 +152,9 @@ class PerParameter(Rule):
 
     rules: Mapping[str, Rule]
 
+    def of(self, name: str) -> Rule:
+        return self.rules[name]
+
     def moment_names(self, name: str) -> tuple[str, ...]:
         return self.rules[name].moment_names(name)
 
@@ -145,6 +162,57 @@ class PerParameter(Rule):
         self, name: str, p: Tensor, moments: Params, num_steps: int, grad: Tensor
     ) -> tuple[Tensor, Params]:
         return self.rules[name].update(name, p, moments, num_steps, grad)
+
+
+@dataclass(frozen=True)
+class ClipGradNorm(Rule):
+    """torch.nn.utils.clip_grad_norm_ before the step of `rule`.
+
+    The gradient is scaled by min(1, max_norm / (norm + 1e-6)), and the norm depends on it.
+
+    Attributes:
+        rule: The rule of the step.
+        max_norm: The largest norm of the gradient.
+        rest_norm: The norm of the gradient of the learner's other parameters, where theta is a part
+            of them. It counts in the norm, and is held constant.
+    """
+
+    rule: Rule
+    max_norm: float
+    rest_norm: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.max_norm < math.inf:
+            raise MetaVPTError(f"max_norm={self.max_norm}: must be positive and finite")
+
+    def of(self, name: str) -> Rule:
+        return self.rule.of(name)
+
+    def moment_names(self, name: str) -> tuple[str, ...]:
+        return self.rule.moment_names(name)
+
+    def update(
+        self, name: str, p: Tensor, moments: Params, num_steps: int, grad: Tensor
+    ) -> tuple[Tensor, Params]:
+        return self.rule.update(name, p, moments, num_steps, grad)
+
+    def clip(self, grad: Params) -> Params:
+        return params.scale(grad, self._factor(self._norm(grad)))
+
+    def clip_vjp(self, grad: Params, ct: Params) -> Params:
+        """With factor c and norm n: c (ct - <ct, grad> grad / (n (n + 1e-6))) where c < 1."""
+        grad, ct = params.detach(grad), params.detach(ct)
+        norm = self._norm(grad)
+        factor = self._factor(norm)
+        inner = torch.where(factor < 1, params.dot(ct, grad) / (norm * (norm + CLIP_EPS)), 0.0)
+        return params.scale(params.add(ct, grad, alpha=-inner), factor)
+
+    def _norm(self, grad: Params) -> Tensor:
+        norm = params.norm(grad)
+        return torch.linalg.vector_norm(torch.stack([norm, norm.new_tensor(self.rest_norm)]))
+
+    def _factor(self, norm: Tensor) -> Tensor:
+        return self.max_norm / (norm + CLIP_EPS).clamp_min(self.max_norm)
 
 
 class Cotangents(NamedTuple):
@@ -176,8 +244,9 @@ def vjp(
     `ct_moments` None stands for zeros: no later step follows. The graph that is held is that of one tensor at a time. All detached.
     """
     pulled = Cotangents({}, {}, {})
-    for name in theta:
-        p, g = theta[name].detach().requires_grad_(), grad[name].detach().requires_grad_()
+    clipped = params.leaves(rule.clip(grad))
+    for name, g in clipped.items():
+        p = theta[name].detach().requires_grad_()
         moments = params.leaves(state.moments[name])
         with torch.enable_grad():
             change, after = rule.update(name, p, moments, state.num_steps[name], g)
@@ -190,7 +259,7 @@ def vjp(
                 outputs, [p, g, *moments.values()], cotangents, materialize_grads=True
             )
         pulled.moments[name] = dict(zip(moments, rest, strict=True))
-    return pulled
+    return pulled._replace(grad=rule.clip_vjp(grad, pulled.grad))
 
 
 def first_order_value(update: Update, grad: Params, g_down: Params) -> tuple[Params, Tensor]:
@@ -203,8 +272,8 @@ def first_order_value(update: Update, grad: Params, g_down: Params) -> tuple[Par
     rule, theta, state = update
     w: Params = {}
     values: list[Tensor] = []
-    for name, p in theta.items():
-        g = grad[name].detach().requires_grad_()
+    for name, g in params.leaves(rule.clip(grad)).items():
+        p = theta[name]
         with torch.enable_grad():
             change, _ = rule.update(
                 name, p.detach(), params.detach(state.moments[name]), state.num_steps[name], g
@@ -213,14 +282,31 @@ def first_order_value(update: Update, grad: Params, g_down: Params) -> tuple[Par
             value = -(g_down[name].detach() * change).sum()
             (w[name],) = torch.autograd.grad(value, g)
         values.append(value.detach())
-    return w, torch.stack(values).sum()
+    return rule.clip_vjp(grad, w), torch.stack(values).sum()
 
 
-def from_torch(optimizer: torch.optim.Optimizer, theta: Params) -> Update:
-    """The step that a learner's optimizer is about to take on the live parameters `theta`, by name, that it holds.
+def from_torch(
+    optimizer: torch.optim.Optimizer, theta: Params, max_norm: float | None = None
+) -> Update:
+    """Read the step that a learner's optimizer is about to take.
 
-    Parameters and moments are views of the optimizer's own, which its next step overwrites: read them again after it.
-    Raises MetaVPTError, naming it, on a class or an option that has no rule here and on a parameter that the optimizer does not hold.
+    Clipping belongs to the step. Where `theta` is a part of what the optimizer holds, the norm of
+    the rest's gradient is that of the last step, as the trainer left it in `param_groups`
+    (`grad_norms`, one for each parameter; 0 before the first step).
+
+    Args:
+        optimizer: torch.optim.SGD, Adam or AdamW.
+        theta: The live parameters by name, all of them held by `optimizer`.
+        max_norm: What torch.nn.utils.clip_grad_norm_ is called with before the step. Default: what
+            the trainer left in `param_groups` (`max_grad_norm`), otherwise no clipping.
+
+    Returns:
+        The update. Its parameters and moments are views of the optimizer's, which the next step
+        overwrites: read them again after it.
+
+    Raises:
+        MetaVPTError: The class or an option of the optimizer has no rule here, or it does not hold
+            a parameter. The message names it.
     """
     rules = {name: _rule(optimizer, _group(optimizer, name, p)) for name, p in theta.items()}
     num_steps: dict[str, int] = {}
@@ -238,7 +324,45 @@ def from_torch(optimizer: torch.optim.Optimizer, theta: Params) -> Update:
         }
     first, *others = rules.values()
     rule = first if all(other == first for other in others) else PerParameter(rules)
+    if max_norm is None:
+        max_norm = optimizer.param_groups[0].get("max_grad_norm")
+    if max_norm is not None and max_norm != math.inf:
+        chosen = {id(p) for p in theta.values()}
+        rest_norm = last_grad_norm(optimizer, lambda p: id(p) not in chosen)
+        rule = ClipGradNorm(rule, max_norm, rest_norm)
     return Update(rule, params.detach(theta), State(num_steps, moments))
+
+
+def last_grad_norm(
+    optimizer: torch.optim.Optimizer, chosen: Callable[[Tensor], bool] = lambda _: True
+) -> float:
+    """Return the norm of the gradient of the last step, before it was clipped.
+
+    Args:
+        optimizer: The learner's, with `grad_norms` in its `param_groups` as the trainer leaves them.
+        chosen: Which parameters count.
+
+    Returns:
+        The norm; 0 where no step has been taken.
+    """
+    squares = [
+        norm**2
+        for group in optimizer.param_groups
+        for p, norm in zip(group["params"], group.get("grad_norms", ()), strict=False)
+        if chosen(p)
+    ]
+    return math.sqrt(sum(squares))
+
+
+def last_clip_factor(optimizer: torch.optim.Optimizer) -> float:
+    """Return the factor that clipping scaled the last gradient by, 1 where it did not.
+
+    Args:
+        optimizer: The learner's, with `max_grad_norm` and `grad_norms` in its `param_groups` as the
+            trainer leaves them.
+    """
+    max_norm = optimizer.param_groups[0].get("max_grad_norm", math.inf)
+    return min(1.0, max_norm / (last_grad_norm(optimizer) + CLIP_EPS))
 
 
 def _group(optimizer: torch.optim.Optimizer, name: str, p: Tensor) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from metavpt.hypergradients.estimators import (
     finite,
 )
 from metavpt.hypergradients.mixed_products import value_and_gradient
-from metavpt.hypergradients.optimizer_updates import Adam, PerParameter, Update
+from metavpt.hypergradients.optimizer_updates import Adam, Update
 from metavpt.hypergradients.params import Params
 from metavpt.interop import peer
 
@@ -136,9 +136,10 @@ class Sama(Betty):
             loss = inner(phi)
         g_pre = value_and_gradient(loss, theta)[1]
         _, after = update.rule.step(update.theta, update.state, g_pre)
+        g_pre = update.rule.clip(g_pre)
         states = []
         for name in theta:
-            rule = update.rule.rules[name] if isinstance(update.rule, PerParameter) else update.rule
+            rule = update.rule.of(name)
             if not isinstance(rule, Adam):
                 raise MetaVPTError(
                     f"Sama: is defined for Adam and AdamW, not {type(rule).__name__}; use Darts, "

@@ -11,7 +11,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from metavpt.errors import MetaVPTError
 from metavpt.hypergradients import params
 from metavpt.hypergradients.estimators import Hypergradient, InnerLoss, OuterLoss
-from metavpt.hypergradients.optimizer_updates import SGD, Adam, PerParameter, Rule, Update
+from metavpt.hypergradients.optimizer_updates import SGD, Adam, Rule, Update
 from metavpt.hypergradients.params import Params
 from metavpt.hypergradients.trajectory import Unroll
 from metavpt.interop import backpropagated, peer
@@ -47,10 +47,8 @@ class TorchOptUnroll(Unroll):
                     create_graph=True,
                     materialize_grads=True,
                 )
-                after = {
-                    name: steppers[name](p, g)
-                    for (name, p), g in zip(after.items(), gradients, strict=True)
-                }
+                clipped = update.rule.clip(dict(zip(after, gradients, strict=True)))
+                after = {name: steppers[name](p, clipped[name]) for name, p in after.items()}
             return backpropagated(outer_loss, theta, after, phi, self.num_steps)
 
 
@@ -58,8 +56,7 @@ class _Stepper:
     """TorchOpt's update of one parameter; parameter groups differ in their options."""
 
     def __init__(self, update: Update, name: str) -> None:
-        rule = update.rule.rules[name] if isinstance(update.rule, PerParameter) else update.rule
-        self.transform = _transform(rule)
+        self.transform = _transform(update.rule.of(name))
         p, moments, num_steps = (
             update.theta[name].detach(),
             update.state.moments[name],

@@ -1,4 +1,7 @@
-"""The direction of the feedback: g_down, kept for some steps, as a vector w on theta_S."""
+"""The direction of the feedback: g_down, kept for some steps, as a vector w on theta_S.
+
+A direction that follows the learner's step may also hold the tail's other parameters.
+"""
 
 from typing import Any
 
@@ -11,9 +14,8 @@ from metavpt.hypergradients.directions import Direction, Dot
 from metavpt.hypergradients.distributed_losses import averaged
 from metavpt.hypergradients.estimators import downstream
 from metavpt.hypergradients.mixed_products import value_and_gradient
-from metavpt.hypergradients.optimizer_updates import from_torch
 from metavpt.hypergradients.params import Params
-from metavpt.strategies.learned import feedback_on, tail_loss
+from metavpt.strategies.learned import LearnerStep, feedback_on, tail_loss
 from metavpt.strategies.period import Period
 from metavpt.strategies.random_direction import RandomDirection
 from metavpt.training.strategy import TrainState
@@ -50,6 +52,7 @@ class FeedbackDirection:
         self.period, self.ema = Period(every, burn_in), ema
         self.direction, self.combination = direction or Dot(), unpaired(combination)
         self.random = None if random_seed is None else RandomDirection(random_seed)
+        self.step = LearnerStep()
         self.num_skipped = 0
         self.g_down: Params | None = None
 
@@ -86,19 +89,17 @@ class FeedbackDirection:
             return None
         problem, live = state.problem, params.named(state.problem.learner)
         theta = params.detach(live)
-        aligned = {name: theta[name] for name in self.g_down}
-        g_pre = None
+        g_down, update, g_pre = self.g_down, None, None
+        at = {name: theta[name] for name in g_down}
         if self.direction.needs_g_pre:
             with torch.no_grad():
-                loss = tail_loss(problem, theta, problem.recipe(batch))
+                loss = averaged(tail_loss(problem, theta, problem.recipe(batch)))
+            if self.direction.needs_update:
+                at, update = self.step(problem, theta, at, lambda: loss, state.optimizer)
+                g_down = {**params.zeros_like(at), **g_down}
             state.budget.charge(grad_evals=1)
-            g_pre = value_and_gradient(averaged(loss), aligned)[1]
-        update = (
-            from_torch(state.optimizer, {name: live[name] for name in aligned})
-            if self.direction.needs_update
-            else None
-        )
-        w = self.direction(self.g_down, g_pre, update).w
+            g_pre = value_and_gradient(loss, at)[1]
+        w = self.direction(g_down, g_pre, update).w
         return self.random.like(w) if self.random else w
 
     def state_dict(self) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """The learned designer: hypergradients of the feedback loss train it, one update at a time."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -21,8 +21,8 @@ from metavpt.hypergradients.estimators import (
     OuterLoss,
     downstream,
 )
-from metavpt.hypergradients.mixed_products import Loss
-from metavpt.hypergradients.optimizer_updates import from_torch
+from metavpt.hypergradients.mixed_products import Loss, reached
+from metavpt.hypergradients.optimizer_updates import Update, from_torch
 from metavpt.hypergradients.params import Params
 from metavpt.problem import Problem, aligned_names, supports
 from metavpt.profiling.timers import phase
@@ -42,6 +42,14 @@ class SharedTrunk(Protocol):
 
         Compute what does not depend on theta_S before the function is returned.
         """
+        ...
+
+
+class TailParameters(Protocol):
+    """A problem whose `pretrain_tail` returns a function of more parameters than theta_S."""
+
+    def tail_parameters(self) -> Sequence[str]:
+        """Return names that the function may be given, theta_S among them: all but the trunk's."""
         ...
 
 
@@ -79,6 +87,7 @@ class Learned:
         self.combination = combination or WeightedSum()
         self.designer = DesignerOptimizer(optimizer, max_norm)
         self.random = None if random_seed is None else RandomDirection(random_seed)
+        self.step = LearnerStep()
         self.num_skipped = 0
         self._solutions: dict[str, Params | None] = {}
 
@@ -142,19 +151,19 @@ class Learned:
         self, name: str, pair: Pair, feedback: Feedback, optimizer: Optimizer
     ) -> Hypergradient:
         problem, aligned = feedback.problem, feedback.aligned
-        live = params.named(problem.learner)
+        phi = params.named(problem.designer)
+        inner = [inner_loss(problem, feedback.theta, batch) for batch in pair.unlabelled]
         outer_loss = pair.outer_loss
         if self.random:
             outer_loss = _linear(self.random.like(downstream(outer_loss, aligned)[1]))
+        theta, update = aligned, None
+        if self.estimator.needs_update:
+            theta, update = self.step(
+                problem, feedback.theta, aligned, lambda: inner[0](phi), optimizer
+            )
+            outer_loss = _through_aligned(outer_loss, aligned)
         return self.estimator(
-            [inner_loss(problem, feedback.theta, batch) for batch in pair.unlabelled],
-            outer_loss,
-            aligned,
-            params.named(problem.designer),
-            update=from_torch(optimizer, {name: live[name] for name in aligned})
-            if self.estimator.needs_update
-            else None,
-            start=self._solutions.get(name),
+            inner, outer_loss, theta, phi, update=update, start=self._solutions.get(name)
         )
 
     def state_dict(self) -> dict[str, Any]:
@@ -262,6 +271,57 @@ def inner_loss(problem: Problem, theta: Params, batch: Any) -> InnerLoss:
         return averaged(tail_loss(problem, theta, task))
 
     return at_phi
+
+
+class LearnerStep:
+    """Reads the step that the learner's optimizer is about to take, clipping included.
+
+    It covers theta_S and the other parameters that the pretraining tail depends on, such as a
+    projection head (`TailParameters`): their gradients cost no extra pass, they count in the norm
+    that the trainer clips by, and they move in an unrolled step. The rest is the trunk. Its
+    gradient counts by its norm in the learner's last step, held constant. Where the trunk is
+    frozen, or the problem has no `pretrain_tail`, nothing is neglected.
+    """
+
+    def __init__(self) -> None:
+        self._names: set[str] | None = None  # found at first use
+
+    def __call__(
+        self,
+        problem: Problem,
+        theta: Params,
+        aligned: Params,
+        make_loss: Callable[[], Loss],
+        optimizer: Optimizer,
+    ) -> tuple[Params, Update]:
+        """Return the parameters of the step, and the step.
+
+        Args:
+            problem: The problem that is trained.
+            theta: All parameters of the learner.
+            aligned: theta_S, a part of `theta`.
+            make_loss: Makes the function theta_S -> pretraining loss, of any task.
+            optimizer: The learner's.
+        """
+        if self._names is None:
+            with torch.no_grad():
+                loss = make_loss()
+            candidates = {name: theta[name] for name in _tail_names(problem, theta, aligned)}
+            self._names = {*aligned, *reached(loss, candidates)}
+        live = params.named(problem.learner)
+        held = {name: p for name, p in live.items() if name in self._names}
+        return {name: theta[name] for name in held}, from_torch(optimizer, held)
+
+
+def _tail_names(problem: Problem, theta: Params, aligned: Params) -> Iterable[str]:
+    if supports(problem, TailParameters):
+        return (name for name in problem.tail_parameters() if name in theta)
+    return aligned if supports(problem, SharedTrunk) else theta
+
+
+def _through_aligned(outer_loss: OuterLoss, aligned: Params) -> OuterLoss:
+    """Return a feedback loss of more parameters than theta_S that depends on theta_S alone."""
+    return lambda theta: outer_loss({name: theta[name] for name in aligned})
 
 
 def feedback_on(problem: Problem, labelled: Any) -> Feedback:

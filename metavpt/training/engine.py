@@ -193,9 +193,19 @@ class Execution:
         return collectives.leave(total)
 
     def clip_gradients(self, optimizer: Optimizer, max_norm: float) -> Tensor:
-        """The norm of the gradient before it was clipped, over all that the ranks hold."""
+        """Clip the gradient, and leave the norms in `optimizer.param_groups` for `from_torch`.
+
+        Returns:
+            The norm of the gradient before it was clipped, over all that the ranks hold.
+        """
         self.precision.unscale_gradients(optimizer)
-        return fsdp.clip_grad_norm(self.problem.learner.parameters(), max_norm)
+        norms = fsdp.clip_grad_norm(self.problem.learner.parameters(), max_norm)
+        total = fsdp.total_norm(norms)
+        if norms and torch.isfinite(total):
+            values = dict(zip(norms, torch.stack(list(norms.values())).tolist(), strict=True))
+            for group in optimizer.param_groups:
+                group["grad_norms"] = [values.get(p, 0.0) for p in group["params"]]
+        return total
 
     def take_step(self, optimizer: Optimizer) -> None:
         self.fabric.strategy.optimizer_step(optimizer)

@@ -12,6 +12,7 @@ from metavpt.distributed import collectives
 from metavpt.hypergradients import params
 from metavpt.hypergradients.distributed_losses import averaged
 from metavpt.hypergradients.estimators import downstream
+from metavpt.hypergradients.optimizer_updates import last_clip_factor
 from metavpt.hypergradients.params import Params
 from metavpt.problem import Problem, aligned_names, supports
 from metavpt.training.streams import Stream, held_out_batches
@@ -49,7 +50,8 @@ class FirstOrderProbe:
         realised_same       the same on the batch that g_down was taken on: what is left of curvature once noise is out
         predicted           <g_down, theta' - theta>, the learner's real optimizer, all parameters
         predicted_aligned   the same on theta_S alone
-        predicted_plain     -lr <g_down, g_pre> on theta_S: the paper's value (section 5 of arXiv 2601.22108 reports r = 0.657)
+        predicted_plain     -lr <g_down, g_pre> on theta_S, g_pre before it is clipped: the paper's value (section 5 of arXiv 2601.22108
+                            reports r = 0.657)
 
     Heads are fitted for the probe alone and the strategy's own are put back, so that measuring changes no run.
     """
@@ -61,7 +63,7 @@ class FirstOrderProbe:
         self._heads: dict[str, Any] = {}
 
     def before(self, optimizer: Optimizer) -> Before:
-        """To be called with the step's gradients in place, before the optimizer takes it."""
+        """Predict the step. Call it once its gradient is clipped, before the optimizer takes it."""
         live = params.named(self.problem.learner)
         theta = {name: p.detach().clone() for name, p in live.items()}
         labelled, held_out = next(self.feedback), next(self.held_out)
@@ -73,11 +75,12 @@ class FirstOrderProbe:
             held_out_loss = self._loss(theta, held_out)
         lr = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
         aligned = aligned_names(self.problem, theta)
-        plain = -sum(
+        clipped = -sum(
             lr[id(p)] * float((g_down[name] * p.grad).sum())
             for name in aligned
             if (p := live[name]).grad is not None
         )
+        plain = clipped / last_clip_factor(optimizer)
         return Before(theta, g_down, plain, labelled, loss, held_out, held_out_loss)
 
     def after(self, before: Before) -> dict[str, float]:

@@ -358,6 +358,7 @@ class Trainer:
             if warming_up:
                 peak_lr = (self.head_warmup_lr or peak_lr) if group["warm"] else 0.0
             group["lr"] = peak_lr * factor
+            group["max_grad_norm"] = self.clip_norm
 
     def _skip(self, task: Any, loss: torch.Tensor, grad_norm: torch.Tensor) -> None:
         what = "" if trees.is_finite(task) else ", and the designer's task is not finite either"

@@ -28,6 +28,7 @@ from metavpt import (
     Unrolled,
 )
 from metavpt.distributed import collectives, fsdp
+from metavpt.hypergradients import params
 from metavpt.training.engine import make_fabric
 from metavpt.training.run_log import UnwrittenLog
 
@@ -87,8 +88,14 @@ class Small(Problem):
         return ((x, x[:, :2]) for x in self.pretrain_batches(seed))
 
     def pretrain_loss(self, theta, task):
+        return self.pretrain_tail(theta, task)({})
+
+    def pretrain_tail(self, theta, task):
         x, weights = task
-        return (weights * (self._outputs(theta, x * (1 + weights)) - x) ** 2).sum(1).mean()
+        states = self._trunk(theta, x * (1 + weights))
+        return lambda theta_s: (
+            (weights * (self._tail({**theta, **theta_s}, states) - x) ** 2).sum(1).mean()
+        )
 
     def feedback_loss(self, theta, batch):
         x, y = batch
@@ -104,15 +111,13 @@ class Small(Problem):
         return [self.learner["trunk"]]
 
     def _outputs(self, theta, x):
-        trunk = {
-            name.removeprefix("trunk."): p for name, p in theta.items() if name.startswith("trunk.")
-        }
-        tail = {
-            name.removeprefix("tail."): p for name, p in theta.items() if name.startswith("tail.")
-        }
-        return functional_call(
-            self.learner["tail"], tail, (functional_call(self.learner["trunk"], trunk, (x,)),)
-        )
+        return self._tail(theta, self._trunk(theta, x))
+
+    def _trunk(self, theta, x):
+        return functional_call(self.learner["trunk"], params.subset(theta, "trunk."), (x,))
+
+    def _tail(self, theta, states):
+        return functional_call(self.learner["tail"], params.subset(theta, "tail."), (states,))
 
 
 class Doubled(nn.Module):

@@ -10,7 +10,15 @@ from metavpt.errors import MetaVPTError, NonFiniteError
 from metavpt.hypergradients import params
 from metavpt.hypergradients.estimators import Unrolled
 from metavpt.hypergradients.mixed_products import ExactProduct
-from metavpt.hypergradients.optimizer_updates import SGD, Adam, AdamW, PerParameter, Rule, Update
+from metavpt.hypergradients.optimizer_updates import (
+    SGD,
+    Adam,
+    AdamW,
+    ClipGradNorm,
+    PerParameter,
+    Rule,
+    Update,
+)
 from metavpt.interop.torchopt import TorchOptUnroll
 
 pytestmark = pytest.mark.peers
@@ -70,6 +78,20 @@ def test_equals_unrolled_from_the_state_of_the_real_optimizer(ridge, theta, rule
         TorchOptUnroll(4)(*arguments, update=update),
     )
     torch.testing.assert_close(theirs.by_phi, ours.by_phi, rtol=1e-8, atol=1e-12)
+
+
+@pytest.mark.parametrize("max_norm", [0.3, 100.0])
+@pytest.mark.parametrize("rule", RULES, ids=str)
+def test_equals_unrolled_through_clipping(ridge, theta, rule, max_norm):
+    clipping = ClipGradNorm(rule, max_norm, rest_norm=0.4)
+    update = Update(clipping, theta, state_after(rule, theta, 3))
+    arguments = [ridge.inner] * 4, ridge.outer, theta, ridge.phi
+    ours, theirs = (
+        Unrolled(4, product=ExactProduct())(*arguments, update=update),
+        TorchOptUnroll(4)(*arguments, update=update),
+    )
+    torch.testing.assert_close(theirs.by_phi, ours.by_phi, rtol=1e-8, atol=1e-12)
+    assert theirs.value == pytest.approx(ours.value, rel=1e-10)
 
 
 def test_parameter_groups_have_their_own_options(ridge):

@@ -1,31 +1,237 @@
-"""What a run with a learned designer refuses."""
+"""The learner's own step as strategies follow it: against the trainer's clip and torch.optim, in float64."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from helpers.regression import Regression, X, Y, trainer_of
+from helpers.differences import relative
+from helpers.real_steps import OPTIMIZERS, real_steps, slopes, twin
+from torch import Tensor, nn
+from torch.func import functional_call
 
-from metavpt import Learned, MetaVPTError, UnreachedParameterError
-from metavpt.errors import ImpureLossError
-
-
-class Forgets(Regression):
-    def feedback_loss(self, theta, batch):
-        return (X[batch] @ self.learner.weight - Y[batch]).square().mean()
-
-
-class Noisy(Regression):
-    def pretrain_loss(self, theta, task):
-        return super().pretrain_loss({"weight": torch.dropout(theta["weight"], 0.1, True)}, task)
-
-
-@pytest.mark.parametrize(
-    ("problem", "error", "words"),
-    [
-        (Forgets, UnreachedParameterError, "feedback loss depends on none of .*weight"),
-        (Noisy, ImpureLossError, "pretraining loss is random"),
-    ],
+from metavpt import (
+    AdamAware,
+    Budget,
+    ExactProduct,
+    Fixed,
+    Learned,
+    OneStep,
+    Problem,
+    RunLog,
+    Trainer,
+    Unrolled,
 )
-def test_a_run_stops_on_losses_that_cannot_steer(tmp_path, problem, error, words):
-    with pytest.raises(error, match=words) as raised:
-        trainer_of(tmp_path, Learned(every=2), problem=problem).run()
-    assert isinstance(raised.value, MetaVPTError)
+from metavpt.hypergradients import params
+from metavpt.hypergradients.directions import Aim
+from metavpt.hypergradients.optimizer_updates import ClipGradNorm, last_grad_norm
+from metavpt.hypergradients.params import Params
+from metavpt.strategies.selection import Greedy, sample_values
+from metavpt.training.strategy import TrainState
+from metavpt.training.streams import Streams
+
+
+class Scale(nn.Module):
+    """The designer: a factor for each input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.log_scale = nn.Parameter(torch.linspace(-0.3, 0.4, 4))
+
+    def forward(self, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        x, y = batch
+        return x * self.log_scale.exp(), y
+
+
+class Deep(Problem):
+    """A trunk, a tail (theta_S) and a head of which the feedback knows nothing."""
+
+    def __init__(self, trunk_trains: bool) -> None:
+        torch.manual_seed(0)
+        self.learner = nn.ModuleDict(
+            {"trunk": nn.Linear(4, 4), "tail": nn.Linear(4, 3), "head": nn.Linear(3, 2)}
+        ).double()
+        self.learner["trunk"].requires_grad_(trunk_trains)
+        self.designer = Scale().double()
+        self.readout = torch.randn(3, 2, dtype=torch.float64)
+
+    def pretrain_batches(self, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
+        g = torch.Generator().manual_seed(seed)
+        while True:
+            x, y = (torch.randn(10, n, generator=g, dtype=torch.float64) for n in (4, 2))
+            yield x, 3 * y
+
+    feedback_batches = pretrain_batches
+
+    def aligned_parameters(self) -> list[str]:
+        return ["tail.weight", "tail.bias"]
+
+    def tail_parameters(self) -> list[str]:
+        return [name for name in params.named(self.learner) if not name.startswith("trunk.")]
+
+    def _part(self, name: str, theta: Params, x: Tensor) -> Tensor:
+        own = params.subset({**params.named(self.learner), **theta}, f"{name}.")
+        return torch.tanh(functional_call(self.learner[name], own, (x,)))
+
+    def pretrain_tail(self, theta: Params, task: Any) -> Callable[[Params], Tensor]:
+        x, y = task
+        state = self._part("trunk", theta, x)
+
+        def loss(theta_s: Params) -> Tensor:
+            own = {**theta, **theta_s}
+            head = functional_call(
+                self.learner["head"],
+                params.subset(own, "head."),
+                (self._part("tail", own, state),),
+            )
+            return ((head - y) ** 2).mean()
+
+        return loss
+
+    def pretrain_loss(self, theta: Params, task: Any) -> Tensor:
+        return self.pretrain_tail(theta, task)({})
+
+    def per_sample_tail(self, theta: Params, task: Any) -> Callable[[Params], Tensor]:
+        x, y = task
+        return lambda theta_s: torch.stack(
+            [
+                self.pretrain_tail(theta, (x[i : i + 1], y[i : i + 1]))(theta_s)
+                for i in range(len(x))
+            ]
+        )
+
+    def candidates(self, batch: Any, num_candidates: int) -> list[Any]:
+        x, y = batch
+        return [(x * (1 + k), y) for k in range(num_candidates)]
+
+    def feedback_loss(self, theta: Params, batch: Any) -> Tensor:
+        x, y = batch
+        features = self._part("tail", theta, self._part("trunk", theta, x))
+        return ((features @ self.readout - y) ** 2).mean()
+
+    def evaluate(self) -> dict[str, float]:
+        return {}
+
+
+def trained(
+    folder: Path, optimizer: str, trunk_trains: bool = False, clip_norm: float = 0.5
+) -> Trainer:
+    """Five ordinary steps."""
+    trainer = Trainer(
+        Deep(trunk_trains),
+        Fixed(),
+        Budget(steps=50),
+        RunLog(folder),
+        optimizer=OPTIMIZERS[optimizer],
+        clip_norm=clip_norm,
+    )
+    for _ in range(5):
+        trainer.step()
+    trainer._schedule()  # as the trainer does before it asks for a task
+    return trainer
+
+
+def state_of(trainer: Trainer, num_batches: int) -> tuple[TrainState, list[Any], Any]:
+    """What the strategy sees, and the unlabelled batches and the labelled one that it will draw."""
+    batches, labelled = trainer.problem.pretrain_batches(7), trainer.problem.feedback_batches(8)
+    unlabelled, labelled = [next(batches) for _ in range(num_batches)], next(labelled)
+    streams: Any = Streams(trainer.streams.pretrain, iter(unlabelled), iter([labelled]))
+    state = TrainState(trainer.problem, streams, trainer.optimizer, trainer.budget)
+    return state, unlabelled, labelled
+
+
+@pytest.mark.parametrize("clip_norm", [0.5, 1e3], ids=["active", "inactive"])
+@pytest.mark.parametrize("num_steps", [1, 4])
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_unrolled_follows_the_trainers_step_through_theta_s_and_the_head(
+    tmp_path: Path, optimizer: str, num_steps: int, clip_norm: float
+) -> None:
+    """With a frozen trunk the derivative is exact, though theta_S is a part of what is clipped."""
+    trainer = trained(tmp_path, optimizer, clip_norm=clip_norm)
+    problem: Any = trainer.problem
+    state, unlabelled, labelled = state_of(trainer, num_steps)
+    strategy = Learned(Unrolled(num_steps, product=ExactProduct()))
+    strategy.start(problem)
+    live = dict(problem.learner.named_parameters())
+
+    def after(phi: Params) -> float:
+        copies, other = twin({n: p for n, p in live.items() if p.requires_grad}, trainer.optimizer)
+        tasks = [functional_call(problem.designer, phi, (batch,)) for batch in unlabelled]
+        losses = [lambda theta, task=task: problem.pretrain_loss(theta, task) for task in tasks]
+        norms = real_steps(losses, copies, other, clip_norm)
+        assert all((norm > clip_norm) == (clip_norm == 0.5) for norm in norms)
+        moved = {name: p.detach() for name, p in copies.items() if name.startswith("tail.")}
+        return float(problem.feedback_loss({**params.detach(live), **moved}, labelled))
+
+    found, _ = strategy.estimate(state)
+    expected = slopes(after, params.detach(params.named(problem.designer)))
+    assert relative(found.by_phi, expected) < 1e-6
+
+
+def test_the_trunks_gradient_counts_by_its_norm_in_the_last_step(tmp_path: Path) -> None:
+    trainer = trained(tmp_path, "adamw", trunk_trains=True)
+    problem, seen = trainer.problem, []
+
+    class Spy(AdamAware):
+        def __call__(self, g_down, g_pre, update=None) -> Aim:
+            seen.append((g_pre.keys(), update.rule))
+            return super().__call__(g_down, g_pre, update)
+
+    strategy = Learned(OneStep(Spy(), ExactProduct()))
+    strategy.start(problem)
+    # the last step's gradients are still there, clipped to a norm of 0.5
+    total = torch.nn.utils.get_total_norm([p.grad for p in problem.learner.parameters()])
+    trunk = torch.nn.utils.get_total_norm([p.grad for p in problem.learner["trunk"].parameters()])
+    expected = float(trunk / total) * last_grad_norm(trainer.optimizer)
+    strategy.estimate(state_of(trainer, 1)[0])
+    ((names, rule),) = seen
+    assert list(names) == ["tail.weight", "tail.bias", "head.weight", "head.bias"]
+    assert isinstance(rule, ClipGradNorm)
+    assert rule.max_norm == 0.5
+    assert rule.rest_norm == pytest.approx(expected, rel=1e-9)
+
+
+def test_a_run_without_clipping_follows_the_plain_step(tmp_path: Path) -> None:
+    """With clip_norm=inf nothing is clipped, and with a bound that is never reached nothing changes."""
+    found = []
+    for clip_norm in (float("inf"), 1e6):
+        trainer = trained(tmp_path / str(clip_norm), "adamw", clip_norm=clip_norm)
+        strategy = Learned(Unrolled(2))
+        strategy.start(trainer.problem)
+        found.append(strategy.estimate(state_of(trainer, 2)[0])[0])
+    torch.testing.assert_close(found[0].by_phi, found[1].by_phi, rtol=1e-12, atol=0)
+
+
+def test_greedy_values_samples_along_the_clipped_step(tmp_path: Path) -> None:
+    """A sample's value under AdamAware is the drop, to first order, that a larger weight of it brings in the real step."""
+    trainer = trained(tmp_path, "adamw")
+    problem: Any = trainer.problem
+    state, _, labelled = state_of(trainer, 0)
+    strategy = Greedy(2, every=1, direction=AdamAware())
+    strategy.start(problem)
+    batch = next(problem.pretrain_batches(9))
+    strategy.feedback.renew(state)
+    w = strategy.feedback.along(state, batch)
+    live = dict(problem.learner.named_parameters())
+    at = params.detach(live)
+    leaves = params.leaves({name: at[name] for name in problem.aligned_parameters()})
+    grads = torch.autograd.grad(problem.feedback_loss({**at, **leaves}, labelled), leaves.values())
+    g_down = dict(zip(leaves, grads, strict=True))
+    task = problem.recipe(batch)
+
+    def drop(weight: Params) -> float:
+        copies, other = twin({n: p for n, p in live.items() if p.requires_grad}, trainer.optimizer)
+        loss = lambda theta: (
+            problem.pretrain_loss(theta, task)
+            + weight["weight"] @ problem.per_sample_tail({**at, **theta}, task)({})
+        )
+        real_steps([loss], copies, other, trainer.clip_norm)
+        return sum(
+            float((g_down[name] * (at[name] - copies[name].detach())).sum()) for name in g_down
+        )
+
+    assert w is not None
+    found = sample_values(state, w)(task)
+    expected = slopes(drop, {"weight": torch.zeros(10, dtype=torch.float64)})["weight"]
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-8)

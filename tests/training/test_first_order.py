@@ -4,7 +4,9 @@ import pytest
 import torch
 from channels import Channels
 
+from metavpt import Budget, Fixed, RunLog, Trainer
 from metavpt.hypergradients import params
+from metavpt.hypergradients.mixed_products import value_and_gradient
 from metavpt.training.first_order import FirstOrderProbe
 
 
@@ -54,7 +56,7 @@ def test_sgd_by_hand(problem):
     record, _, start, gradients = one_step(problem, optimizer, FirstOrderProbe(problem, seed=3))
     labelled, held_out = (
         next(iter(problem.feedback_batches(3))),
-        next(iter(problem.held_out_batches(100_003))),
+        next(iter(problem.feedback_batches(100_003))),
     )
     theta = params.leaves(start)
     loss = problem.feedback_loss(theta, labelled)
@@ -105,3 +107,33 @@ def test_heads_are_fitted_for_the_probe_alone_and_remembered_by_it():
         one_step(problem, optimizer, probe)
         assert torch.equal(problem.head.weight, theirs)
     assert torch.allclose(probe.state_dict()["heads"]["head"]["weight"], theirs + 0.2)
+
+
+@pytest.mark.parametrize("clip_norm", [1e-2, 1e6], ids=["active", "inactive"])
+def test_the_plain_prediction_is_that_of_the_gradient_before_it_is_clipped(
+    problem, tmp_path, clip_norm
+):
+    """Through the trainer's own step; the real change is the clipped one."""
+    trainer = Trainer(
+        problem,
+        Fixed(),
+        Budget(steps=50),
+        RunLog(tmp_path),
+        optimizer=lambda groups: torch.optim.SGD(groups, lr=1e-3),
+        weight_decay=0.0,
+        clip_norm=clip_norm,
+        first_order_every=1,
+    )
+    start = params.clone(params.named(problem.learner))
+    trainer.step()
+    (record,) = (r for r in trainer.log.records() if r["kind"] == "first_order")
+    change = params.add(params.detach(params.named(problem.learner)), start, alpha=-1)
+    labelled = next(iter(problem.feedback_batches(800_000)))
+    g_down = value_and_gradient(lambda theta: problem.feedback_loss(theta, labelled), start)[1]
+    task = problem.recipe(next(iter(problem.pretrain_batches(0))))
+    g_pre = value_and_gradient(lambda theta: problem.pretrain_loss(theta, task), start)[1]
+    assert (float(params.norm(g_pre)) > clip_norm) == (clip_norm < 1)
+    assert record["predicted"] == pytest.approx(float(params.dot(g_down, change)), rel=1e-9)
+    assert record["predicted_plain"] == pytest.approx(
+        -1e-3 * float(params.dot(g_down, g_pre)), rel=1e-6
+    )
