@@ -26,6 +26,7 @@ PATHS = {
     "weights",
 }  # of these counts only whether there is one; of others the name
 ABSENT = "(absent)"
+WRITTEN_BY_STEPS = frozenset({"grad_norms", "max_grad_norm"})  # in parameter groups, by the clip
 
 
 def significant(config: Mapping[str, Any]) -> Options:
@@ -44,7 +45,7 @@ def of_optimizer(key: str, groups: Sequence[Mapping[str, Any]]) -> Options:
     options = {}
     for name in groups[0] if groups else ():
         values = [_plain(group.get(name)) for group in groups]
-        if name != "params" and values[0] is not None:
+        if name not in WRITTEN_BY_STEPS | {"params"} and values[0] is not None:
             options[f"{key}.{name}"] = values[0] if values == values[:1] * len(values) else values
     return options
 

@@ -9,6 +9,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_flatten_with_path, tree_leaves
 
 from metavpt.training import run_options
+from metavpt.training.run_options import WRITTEN_BY_STEPS
 
 MAX_DRAWS = 1000  # batches that a step may take from each stream
 OF_PARAMETER_SHAPE = {  # entries of torch's optimizers with one number for each of the parameter
@@ -165,11 +166,14 @@ def _bad_optimizer(
         yield f"{name}.param_groups"
         return
     for group, like in zip(groups, own["param_groups"], strict=True):
-        if not isinstance(group, Mapping) or group.keys() != like.keys():
+        options = like.keys() - WRITTEN_BY_STEPS
+        if not isinstance(group, Mapping) or group.keys() - WRITTEN_BY_STEPS != options:
             yield f"{name}.param_groups"
             return
         yield from (
-            f"{name}.{key}" for key in like if not _same(group[key], like[key], key in free)
+            f"{name}.{key}"
+            for key in like
+            if key in options and not _same(group[key], like[key], key in free)
         )
     entries = saved["state"]
     for group in groups:
