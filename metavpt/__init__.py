@@ -3,11 +3,23 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from metavpt.errors import MetaVPTError, NonFiniteError, UnreachedParameterError
+from metavpt.errors import (
+    ImpureLossError,
+    MetaVPTError,
+    NonFiniteError,
+    UnreachedParameterError,
+    UnsolvedError,
+)
+from metavpt.hypergradients.curvature import GaussNewton
 from metavpt.hypergradients.directions import AdamAware, Clipped, Cosine, Dot, Normalized
 from metavpt.hypergradients.estimators import Hypergradient, Implicit, OneStep, Unrolled
 from metavpt.hypergradients.functional import hypergradient
-from metavpt.hypergradients.linear_solvers import ConjugateGradient, Neumann, Nystrom
+from metavpt.hypergradients.linear_solvers import (
+    ConjugateGradient,
+    DampedLanczos,
+    Neumann,
+    Nystrom,
+)
 from metavpt.hypergradients.mixed_products import DifferenceProduct, ExactProduct
 from metavpt.hypergradients.optimizer_updates import SGD, Adam, AdamW, from_torch
 from metavpt.hypergradients.params import Params, named
@@ -57,17 +69,20 @@ __all__ = [
     "Clipped",
     "ConjugateGradient",
     "Cosine",
+    "DampedLanczos",
     "DifferenceProduct",
     "Direct",
     "Dot",
     "ExactProduct",
     "Fixed",
     "Functional",
+    "GaussNewton",
     "Greedy",
     "GreedySelection",
     "Hardest",
     "Hypergradient",
     "Implicit",
+    "ImpureLossError",
     "Learned",
     "MetaVPTError",
     "Neumann",
@@ -84,6 +99,7 @@ __all__ = [
     "Uniform",
     "UnreachedParameterError",
     "Unrolled",
+    "UnsolvedError",
     "WarmupCosine",
     "from_torch",
     "hypergradient",

@@ -21,6 +21,19 @@ class ImpureLossError(MetaVPTError):
     """Two evaluations of a loss with the same arguments differ, or move a module's state."""
 
 
+class UnsolvedError(MetaVPTError):
+    """A linear solve ended no nearer to the solution than x = 0.
+
+    Args:
+        message: What happened and what to do.
+        grad_evals: What the solve cost, in gradient evaluations.
+    """
+
+    def __init__(self, message: str, grad_evals: int = 0) -> None:
+        super().__init__(message)
+        self.grad_evals = grad_evals
+
+
 class NonFiniteError(MetaVPTError):
     """A value that must be finite is NaN or infinite."""
 

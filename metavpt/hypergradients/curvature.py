@@ -41,14 +41,23 @@ class Hessian:
 
 @dataclass(frozen=True)
 class GaussNewton:
-    """A = J^T H_out J with J = d outputs / d theta and H_out the Hessian of the criterion by the outputs (Schraudolph, 2002).
+    """A = J^T H_out J with J = d outputs / d theta, H_out the Hessian of the criterion by the outputs.
 
-    Positive semi-definite wherever the criterion is convex in its outputs, as cross-entropy is in logits. Needs a `ComposedLoss`.
-    It is taken by reverse mode alone: forward mode through a norm cannot be trusted to be differentiated (see the check command).
+    Positive semi-definite wherever the criterion is convex in its outputs, as cross-entropy is in
+    logits (Schraudolph, 2002). Needs a `ComposedLoss`. It takes reverse mode alone: forward mode
+    through a norm cannot be trusted to be differentiated (see the check command).
+
+    Args:
+        otherwise: The curvature of a loss that is no `ComposedLoss`. None: such a loss is an error.
     """
 
+    otherwise: Curvature | None = None
+
     def __call__(self, loss: Loss, theta: Params, v: Params, product: Product) -> Params:
+        """Return A v, exact."""
         if not isinstance(loss, ComposedLoss):
+            if self.otherwise is not None:
+                return self.otherwise(loss, theta, v, product)
             raise MetaVPTError(
                 "GaussNewton: the pretraining loss must be a ComposedLoss(outputs, criterion); return one from pretrain_tail"
             )

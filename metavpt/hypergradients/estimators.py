@@ -18,7 +18,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from metavpt.errors import MetaVPTError, NonFiniteError
+from metavpt.errors import MetaVPTError, NonFiniteError, UnsolvedError
 from metavpt.hypergradients import params
 from metavpt.hypergradients.curvature import Curvature, Hessian
 from metavpt.hypergradients.directions import Direction, Dot
@@ -140,8 +140,11 @@ class Implicit(ChecksLosses):
     """dL_down(theta*(phi))/dphi = -d<w, g_pre>/dphi with (H + damping I) w = g_down, H the curvature of the pretraining loss.
 
     Implicit differentiation (Lorraine et al. 2020) at theta, which the learner's own training keeps near a stationary point.
-    H and the product are averages over the batches. The solver says whether it converged: residual, iterations and smallest
-    curvature are diagnostics.
+    H and the product are averages over the batches. Residual, iterations, damping and smallest curvature of the solve are
+    diagnostics. A solve that ends with a residual of 1 or more, that of x = 0, raises `UnsolvedError`.
+
+    With the default curvature, the Hessian, and damping 0 the hypergradient is exact at a minimum. Away from one the Hessian is
+    indefinite: take `GaussNewton` and `DampedLanczos` there, as strategy=implicit does.
     """
 
     solve: LinearSolver = field(default_factory=ConjugateGradient)
@@ -170,23 +173,26 @@ class Implicit(ChecksLosses):
         theta, phi = params.leaves(theta), params.leaves(phi)
         feedback_loss, g_down = downstream(outer_loss, theta)
         solution, num_products = self._solve(inner_losses, g_down, theta, phi, start)
+        count = len(inner_losses)
+        solve_cost = 1 + num_products * self.product.num_gradients * count
+        _check_solved(solution, solve_cost)
         total, value = params.zeros_like(phi), 0.0
         for inner in inner_losses:
             with torch.enable_grad():
                 loss = inner(phi)
             (by_phi,), inner_product = self.product(loss, theta, solution.x, (phi,))
             total, value = params.add(total, by_phi), value + float(inner_product)
-        count = len(inner_losses)
         diagnostics = {
             "feedback_loss": feedback_loss,
             "g_down_norm": float(params.norm(g_down)),
             "residual": solution.residual,
+            "damping": self.damping + solution.added_damping,
             "iterations": float(solution.num_iterations),
             "curvature_products": float(num_products),
             "min_curvature": solution.min_curvature,
             "converged": float(solution.converged),
         }
-        grad_evals = 1 + (num_products + 1) * self.product.num_gradients * count
+        grad_evals = solve_cost + self.product.num_gradients * count
         # one that is no better than none would make the next solve start worse, and the one after that: on an indefinite H, without bound
         useful = solution.x if solution.residual < 1 else None
         return finite(
@@ -309,6 +315,17 @@ def finite(hypergradient: Hypergradient) -> Hypergradient:
     if not params.is_finite(hypergradient.by_phi):
         raise NonFiniteError("the hypergradient is not finite")
     return hypergradient
+
+
+def _check_solved(solution: Solution, grad_evals: int) -> None:
+    """Raise UnsolvedError, with what the solve cost, for an x that is no better than 0."""
+    if solution.residual >= 1 and not solution.converged:
+        raise UnsolvedError(
+            f"the implicit solve ended with residual {solution.residual:.3g}, no better than x = 0, after "
+            f"{solution.num_iterations} iterations (smallest curvature {solution.min_curvature:.3g}): "
+            "raise damping, or use curvature=GaussNewton with solve=DampedLanczos",
+            grad_evals,
+        )
 
 
 def _positive(owner: str, **values: float) -> None:

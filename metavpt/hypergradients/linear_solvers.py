@@ -1,6 +1,6 @@
 """Solvers of (A + damping I) x = b, where A is known only by its products with a vector.
 
-    x, num_iterations, residual, min_curvature, converged = ConjugateGradient()(matvec, b, damping=1e-2)
+    solution = ConjugateGradient()(matvec, b, damping=1e-2)
 
 A is symmetric (a Hessian or a Gauss-Newton matrix); `b`, `x` and the vectors that `matvec` maps are dicts of tensors. No solver raises on a
 matrix that it cannot handle, and none returns NaN: what went wrong is in the Solution.
@@ -9,7 +9,7 @@ matrix that it cannot handle, and none returns NaN: what went wrong is in the So
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import partial, reduce
 from typing import NamedTuple, Protocol
 
 import torch
@@ -25,10 +25,11 @@ Matvec = Callable[[Params], Params]
 class Solution(NamedTuple):
     """`x`, always finite, and how far to trust it.
 
-    num_iterations  steps (ConjugateGradient), terms (Neumann), vectors of the sketch (Nystrom)
+    num_iterations  steps (ConjugateGradient, DampedLanczos), terms (Neumann), vectors of the sketch (Nystrom)
     residual        |b - (A + damping I) x| / |b|; infinite where it is not known. What each solver knows of it, it says
     min_curvature   smallest p^T (A + damping I) p / p^T p met: not positive means indefinite; infinite where none was met
     converged       the solver's own verdict
+    added_damping   what DampedLanczos adds to the damping that it is asked for; residual and x include it
     """
 
     x: Params
@@ -36,6 +37,7 @@ class Solution(NamedTuple):
     residual: float
     min_curvature: float
     converged: bool
+    added_damping: float = 0.0
 
 
 class LinearSolver(Protocol):
@@ -57,9 +59,8 @@ class ConjugateGradient:
     the two have come apart the method restarts from the true residual. Without convergence `residual` is the recurrence's, taken
     afresh every 50 steps.
 
-    On a direction of curvature <= 0 the matrix is indefinite: it stops and keeps the last x, not converged. If that is the very
-    first direction, x is `x0`, or without one b |b| / |(A + damping I) b|, the one-step direction in the units of a solution
-    (zero if the product is).
+    On a direction of curvature <= 0 the matrix is indefinite: it stops, not converged, with the
+    iterate of smallest residual, the start included.
     """
 
     max_iterations: int = 20
@@ -76,12 +77,13 @@ class ConjugateGradient:
     def __call__(
         self, matvec: Matvec, b: Params, damping: float = 0.0, x0: Params | None = None
     ) -> Solution:
-        return _solve_from(x0, partial(self._iterate, is_cold=x0 is None), matvec, b, damping)
+        return _solve_from(x0, self._iterate, matvec, b, damping)
 
-    def _iterate(self, product: Matvec, b: Params, scale: float, *, is_cold: bool) -> Solution:
+    def _iterate(self, product: Matvec, b: Params, scale: float) -> Solution:
         goal = self.tolerance * scale
         x, r, p = params.zeros_like(b), b, b
         error, min_curvature, k = 1.0, math.inf, 0
+        best, best_error = x, error
         while k < self.max_iterations and error > goal:
             product_p = product(p)
             curvature, length = float(params.dot(p, product_p)), float(params.dot(p, p))
@@ -89,9 +91,7 @@ class ConjugateGradient:
                 break
             min_curvature = min(min_curvature, curvature / length)
             if curvature <= 0:
-                if k == 0 and is_cold:
-                    x, error = _one_step(b, product_p)
-                break
+                return Solution(best, k, best_error, min_curvature, False)
             alpha = (
                 float(params.dot(r, p)) / curvature
             )  # r.p is r.r but for rounding, under which only this one never overshoots
@@ -106,7 +106,97 @@ class ConjugateGradient:
                 error = float(params.norm(r))
                 has_drifted = error > 2 * recurred  # then p has lost its conjugacy too
             p = r if has_drifted else params.add(r, p, alpha=(error / previous) ** 2)
+            if error < best_error:
+                best, best_error = x, error
         return Solution(x, k, error, min_curvature, error <= goal)
+
+
+@dataclass(frozen=True)
+class DampedLanczos:
+    """Solves with the least damping for which a few products give a solution.
+
+    Lanczos tridiagonalizes A on the Krylov space of b: A Q = Q T + beta_k q_{k+1} e_k^T. The same Q
+    serves A + lambda I for every lambda. So x(lambda) = |b| Q (T + lambda I)^-1 e_1 and its residual
+    prod_i beta_i / prod_i (theta_i + lambda), theta the eigenvalues of T, cost no further product.
+    The residual falls as lambda grows, and lambda is the least value from `damping` up whose
+    residual is at most `tolerance`: the damping of Levenberg and Marquardt, found within one solve.
+    Where A is indefinite, lambda is at least twice the most negative curvature, which keeps x small
+    along such directions.
+
+    x lies between the solution at `damping` and b / lambda, the direction of a single step;
+    `added_damping` tells where. A start `x0` is not used, as its residual depends on the damping.
+    Memory: `max_iterations` + 1 vectors.
+
+    Args:
+        max_iterations: Products with A at most. One more measures the true residual.
+        tolerance: The residual to reach, below 1, that of x = 0.
+    """
+
+    max_iterations: int = 10
+    tolerance: float = 0.3
+
+    def __post_init__(self) -> None:
+        _at_least_one("max_iterations", self.max_iterations)
+        if not 0 < self.tolerance < 1:
+            raise MetaVPTError(f"tolerance={self.tolerance}: must lie between 0 and 1")
+
+    def __call__(
+        self, matvec: Matvec, b: Params, damping: float = 0.0, x0: Params | None = None
+    ) -> Solution:
+        """Solve (A + lambda I) x = b with the least lambda >= `damping` that reaches `tolerance`."""
+        return _solve_from(None, self._solve, matvec, b, damping)
+
+    def _solve(self, product: Matvec, b: Params, scale: float) -> Solution:
+        basis, alphas, betas = [b], list[float](), list[float]()
+        lowest = shift = math.inf
+        eps = torch.finfo(next(iter(b.values())).dtype).eps
+        while len(alphas) < self.max_iterations and shift > 0:
+            image = product(basis[-1])
+            alpha = float(params.dot(image, basis[-1]))
+            image = _orthogonal(image, basis)
+            beta = float(params.norm(image))
+            if not math.isfinite(alpha + beta):
+                break
+            alphas.append(alpha)
+            betas.append(beta)
+            curvatures = torch.linalg.eigvalsh(_tridiagonal(alphas, betas))
+            lowest, top = float(curvatures[0]), float(curvatures.abs().max())
+            shift = self._least_shift(curvatures, torch.tensor(betas).double(), eps)
+            if beta <= len(alphas) * eps * top:  # A maps the space onto itself: it cannot grow
+                break
+            basis.append(params.scale(image, 1 / beta))
+        if not math.isfinite(shift):  # no curvature, or a product that is not finite
+            return Solution(params.zeros_like(b), len(alphas), 1.0, lowest, False)
+        unit = torch.eye(len(alphas), dtype=torch.float64)
+        y = torch.linalg.solve(_tridiagonal(alphas, betas) + shift * unit, unit[0]).tolist()
+        x = reduce(params.add, map(params.scale, basis, y))
+        rest = params.add(params.add(b, product(x), alpha=-1), x, alpha=-shift)
+        error = float(params.norm(rest))
+        error = error if math.isfinite(error) else math.inf
+        return Solution(x, len(alphas), error, lowest, error <= self.tolerance, shift)
+
+    def _least_shift(self, curvatures: Tensor, betas: Tensor, eps: float) -> float:
+        """The least shift >= 0 of T that reaches `tolerance`; infinite without any curvature."""
+        size = float(torch.cat([curvatures.abs(), betas]).max())
+        if size == 0:
+            return math.inf
+        curvatures, betas = curvatures / size, betas / size
+        lowest, goal = float(curvatures[0]), 0.99 * self.tolerance  # the rest is left to rounding
+
+        def excess(shift: float) -> float:
+            return float((betas / (curvatures + shift)).prod()) - goal
+
+        is_singular = lowest <= len(curvatures) * eps
+        floor = max(0.0, -2 * lowest, math.sqrt(eps) if is_singular else 0.0)
+        if excess(floor) <= 0:
+            return size * floor
+        # the residual is at most prod_i beta_i / (lowest + shift)^k
+        reach = float((betas.log().mean() - math.log(goal) / len(betas)).exp())
+        low, high = floor, reach - lowest
+        for _ in range(50):  # bisection
+            middle = (low + high) / 2
+            low, high = (middle, high) if excess(middle) > 0 else (low, middle)
+        return size * high
 
 
 @dataclass(frozen=True)
@@ -246,11 +336,18 @@ def _solve_from(
     return found._replace(x=x, residual=residual)
 
 
-def _one_step(b: Params, product_b: Params) -> tuple[Params, float]:
-    """x = b |b| / |A b| for a unit b, and its residual |b - A x|."""
-    size = float(params.norm(product_b))
-    alpha = 1 / size if size > 0 else 0.0
-    return params.scale(b, alpha), float(params.norm(params.add(b, product_b, alpha=-alpha)))
+def _orthogonal(v: Params, basis: list[Params]) -> Params:
+    """v without its part in the span of an orthonormal basis."""
+    for _ in range(2):  # the second pass removes what rounding left
+        for q in basis:
+            v = params.add(v, q, alpha=-float(params.dot(v, q)))
+    return v
+
+
+def _tridiagonal(alphas: list[float], betas: list[float]) -> Tensor:
+    """The symmetric matrix with `alphas` on its diagonal and `betas` beside it, (k, k) float64."""
+    beside = torch.diag(torch.tensor(betas[: len(alphas) - 1], dtype=torch.float64), 1)
+    return torch.diag(torch.tensor(alphas, dtype=torch.float64)) + beside + beside.T
 
 
 def _flatten(x: Params) -> Tensor:

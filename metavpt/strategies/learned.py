@@ -9,7 +9,7 @@ from torch.func import functional_call
 from torch.optim import Optimizer
 
 from metavpt.distributed import collectives
-from metavpt.errors import MetaVPTError, NonFiniteError
+from metavpt.errors import MetaVPTError, NonFiniteError, UnsolvedError
 from metavpt.feedback.aggregation import Combination, Feedback, Pair, WeightedSum
 from metavpt.hypergradients import params
 from metavpt.hypergradients.distributed_losses import averaged
@@ -58,7 +58,7 @@ class Learned:
 
     With a designer learning rate of 0 this is the designer as it started. Where that equals the
     recipe, the run equals `Fixed` bit for bit. An update with a non-finite loss or hypergradient is
-    skipped and counted.
+    skipped and counted, and so is one whose implicit solve ended no better than x = 0.
 
     Args:
         estimator: How the hypergradient is estimated. Default: `OneStep()`.
@@ -88,8 +88,9 @@ class Learned:
         self.designer = DesignerOptimizer(optimizer, max_norm)
         self.random = None if random_seed is None else RandomDirection(random_seed)
         self.step = LearnerStep()
-        self.num_skipped = 0
+        self.num_skipped = self.num_unsolved = 0
         self._solutions: dict[str, Params | None] = {}
+        self._warning: str | None = None
 
     @property
     def optimizer(self) -> Optimizer:
@@ -107,10 +108,11 @@ class Learned:
             with state.budget.timed("designer"):
                 record = self.update(state)
         steered = None if self.random else self.period.num_updates > 0
-        return designed(state, draw(state), record, steered)
+        warning, self._warning = self._warning, None
+        return designed(state, draw(state), record, steered)._replace(warning=warning)
 
     def update(self, state: TrainState) -> dict[str, float]:
-        """Estimate the hypergradient and apply it, or count an update that was not finite."""
+        """Estimate the hypergradient and apply it, or count an update that is skipped."""
         try:
             hypergradient, batch = self.estimate(state)
             return self.apply(state, hypergradient, batch)
@@ -118,6 +120,13 @@ class Learned:
             self.num_skipped += 1
             self._solutions = {}  # a failed update leaves no solution to start from
             return {"skipped_updates": float(self.num_skipped)}
+        except UnsolvedError as error:
+            state.budget.charge(grad_evals=error.grad_evals)
+            self.num_unsolved += 1
+            self._solutions = {}
+            if self.num_unsolved == 1:
+                self._warning = f"designer update skipped: {error}. unsolved_updates counts them"
+            return {"unsolved_updates": float(self.num_unsolved)}
 
     def estimate(self, state: TrainState) -> tuple[Hypergradient, Any]:
         """Estimate the hypergradient on fresh batches; return it and an unlabelled one of them."""
@@ -171,6 +180,7 @@ class Learned:
         return {
             "num_skipped": self.num_skipped,
             "period": self.period.state_dict(),
+            "num_unsolved": self.num_unsolved,
             "optimizer": self.designer.state_dict(),
             "solutions": self._solutions,
             "random": self.random.state_dict() if self.random else None,
@@ -178,7 +188,7 @@ class Learned:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what `state_dict` returned."""
-        self.num_skipped = state["num_skipped"]
+        self.num_skipped, self.num_unsolved = state["num_skipped"], state["num_unsolved"]
         self.period.load_state_dict(state["period"])
         self.designer.load_state_dict(state["optimizer"])
         self._solutions = state["solutions"]

@@ -44,6 +44,7 @@ class Proposal(NamedTuple):
             on labels, so only a strategy that says so (`TrainsOnLabels`) may set it.
         steered: Whether feedback shaped the task. None: the strategy does not use feedback for
             tasks.
+        warning: A line for the user, or None.
     """
 
     task: Any
@@ -51,6 +52,7 @@ class Proposal(NamedTuple):
     record: dict[str, float]
     labelled_loss: Callable[[Params], Tensor] | None = None
     steered: bool | None = None
+    warning: str | None = None
 
     def loss(self, problem: Problem, theta: Params) -> Tensor:
         """Compute the loss that the learner takes a step on."""

@@ -307,6 +307,8 @@ class Trainer:
             proposal = self.strategy.next_task(self.state)
         check_labels(self.strategy, proposal)
         self.steered.count(proposal)
+        if proposal.warning:
+            self.log.warn(self.budget.steps, proposal.warning)
         self.failures.count_update(proposal.record, proposal.task)
         with self.budget.timed("learner"):
             loss = self.execution.backward(proposal)

@@ -7,11 +7,11 @@ import pytest
 import torch
 from helpers.ridge import Ridge
 
-from metavpt.errors import MetaVPTError, NonFiniteError
+from metavpt.errors import MetaVPTError, NonFiniteError, UnsolvedError
 from metavpt.hypergradients import params
 from metavpt.hypergradients.directions import AdamAware, Cosine, Dot
 from metavpt.hypergradients.estimators import Implicit, OneStep, Unrolled
-from metavpt.hypergradients.linear_solvers import ConjugateGradient, Neumann
+from metavpt.hypergradients.linear_solvers import ConjugateGradient, DampedLanczos, Neumann
 from metavpt.hypergradients.mixed_products import DifferenceProduct, ExactProduct
 from metavpt.hypergradients.optimizer_updates import SGD
 from metavpt.hypergradients.params import Params
@@ -97,8 +97,8 @@ def test_a_solve_that_did_not_converge_says_so(ridge: Ridge, theta: Params) -> N
         (OneStep(Dot(), DifferenceProduct()), 1 + 1),
         (OneStep(Dot(), ExactProduct()), 1 + 2),
         (OneStep(Cosine(), DifferenceProduct(), num_batches=3), 1 + 3 * 2),
-        (Implicit(Neumann(4), product=DifferenceProduct()), 1 + 3 + 1),
-        (Implicit(Neumann(4), product=ExactProduct(), num_batches=2), 1 + (3 + 1) * 2 * 2),
+        (Implicit(Neumann(4, 0.3), product=DifferenceProduct()), 1 + 3 + 1),
+        (Implicit(Neumann(4, 0.3), product=ExactProduct(), num_batches=2), 1 + (3 + 1) * 2 * 2),
         (Unrolled(3, SGD(0.1), DifferenceProduct()), 1 + 3 * 2),
         (Unrolled(3, SGD(0.1), ExactProduct()), 1 + 3 * 3),
     ],
@@ -130,17 +130,23 @@ def test_no_gradient_is_taken_that_the_direction_does_not_need(
     assert len(calls) == num_losses
 
 
-def test_a_solution_that_is_as_good_as_none_starts_no_other_solve() -> None:
-    """A loss without curvature: the solver stays at zero, where the residual is one."""
+@pytest.mark.parametrize(
+    ("solve", "curvature"),
+    [
+        (ConjugateGradient(), 0.0),
+        (DampedLanczos(), 0.0),
+        (ConjugateGradient(), -1.0),
+        (Neumann(9, 3.0), -1.0),
+    ],
+)
+def test_a_solution_that_is_no_better_than_zero_is_an_error(solve, curvature: float) -> None:
     theta, phi = ({"x": torch.ones(1, dtype=torch.float64)} for _ in range(2))
-    found = Implicit()(
-        [lambda phi: lambda theta: (phi["x"] * theta["x"]).sum()],
-        lambda theta: theta["x"].sum(),
-        theta,
-        phi,
+    inner = lambda phi: (
+        lambda theta: (phi["x"] * theta["x"] + curvature / 2 * theta["x"].square()).sum()
     )
-    assert found.diagnostics["residual"] == 1
-    assert found.solution is None
+    with pytest.raises(UnsolvedError, match=r"residual .* no better than x = 0") as raised:
+        Implicit(solve)([inner], lambda theta: theta["x"].sum(), theta, phi)
+    assert raised.value.grad_evals >= 2
 
 
 def test_one_unrolled_step_needs_no_curvature() -> None:
@@ -176,7 +182,7 @@ def test_offloaded_steps_go_to_the_cpu(offload: bool, error: str) -> None:
 def test_the_time_of_a_solve_counts_as_its_own(ridge: Ridge, theta: Params) -> None:
     clock = Clock(by_path=True)
     with clock.listen("product"):
-        Implicit(Neumann(2))([ridge.inner], ridge.outer, theta, ridge.phi)
+        Implicit(Neumann(2, 0.3))([ridge.inner], ridge.outer, theta, ridge.phi)
     assert set(clock.seconds) == {"product", "product/g_down", "product/solve"}
 
 
@@ -203,7 +209,7 @@ def test_the_curvature_of_an_implicit_step_needs_no_graph_of_the_task(
     ridge: Ridge, theta: Params
 ) -> None:
     inner = Counted(ridge)
-    Implicit(Neumann(3), check_losses=False)([inner], ridge.outer, theta, ridge.phi)
+    Implicit(Neumann(3, 0.3), check_losses=False)([inner], ridge.outer, theta, ridge.phi)
     assert inner.graphs == [False, True]
 
 

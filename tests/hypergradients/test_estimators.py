@@ -6,7 +6,7 @@ import pytest
 import torch
 from helpers.ridge import Ridge
 
-from metavpt.errors import MetaVPTError, NonFiniteError
+from metavpt.errors import MetaVPTError, NonFiniteError, UnsolvedError
 from metavpt.hypergradients import params
 from metavpt.hypergradients.directions import AdamAware, Clipped, Cosine, Dot, Normalized
 from metavpt.hypergradients.estimators import Implicit, OneStep, Unrolled
@@ -266,8 +266,8 @@ def test_warm_start_saves_iterations(ridge):
     assert second.diagnostics["iterations"] <= 1 < first.diagnostics["iterations"]
 
 
-def test_a_solve_that_is_worse_than_none_starts_no_other_one(ridge):
-    """Saddles of differing batches, each solve started from the last; on a ViT the solutions grew without bound before this held."""
+def test_a_solve_on_a_saddle_is_better_than_none_or_an_error(ridge):
+    """Saddles of differing batches, each solve started from the last."""
     torch.manual_seed(0)
     theta = {"w": torch.randn(40, dtype=torch.float64)}
     phi = {"s": torch.ones((), dtype=torch.float64)}
@@ -276,9 +276,14 @@ def test_a_solve_that_is_worse_than_none_starts_no_other_one(ridge):
         q = torch.linalg.qr(torch.randn(40, 40, dtype=torch.float64)).Q
         a = q @ torch.diag(torch.linspace(-0.2, 3.0, 40, dtype=torch.float64)) @ q.T
         inner = lambda phi, a=a: lambda theta: phi["s"] * theta["w"] @ a @ theta["w"] / 2
-        found = estimator([inner], lambda theta: theta["w"].sum(), theta, phi, start=start)
+        try:
+            found = estimator([inner], lambda theta: theta["w"].sum(), theta, phi, start=start)
+        except UnsolvedError:
+            start = None
+            continue
         start = found.solution
-        assert (start is None) == (found.diagnostics["residual"] >= 1)
+        assert start is not None
+        assert found.diagnostics["residual"] < 1
 
 
 @pytest.mark.parametrize(

@@ -104,24 +104,24 @@ def test_indefinite_is_never_nan_and_never_converged(n_terms_or_steps: int, damp
         assert not found.converged
 
 
-def test_cg_on_negative_curvature_keeps_the_last_iterate() -> None:
-    a, b = indefinite(), vector()
+@pytest.mark.parametrize("seed", range(20))
+def test_cg_on_negative_curvature_keeps_its_best_iterate(seed: int) -> None:
+    a, b = symmetric(torch.linspace(-0.1, 1, 30)), vector(seed=seed)
     found = ConjugateGradient(30, 1e-12)(Matrix(a), split(b))
     assert found.min_curvature <= 0
-    again = (
-        ConjugateGradient(found.num_iterations, 1e-12)(Matrix(a), split(b))
-        if found.num_iterations
-        else found
-    )
-    torch.testing.assert_close(join(found.x), join(again.x), rtol=0, atol=0)
+    assert not found.converged
+    residuals = [1.0] + [
+        true_residual(a, ConjugateGradient(k, 1e-12)(Matrix(a), split(b)).x, b)
+        for k in range(1, found.num_iterations + 1)
+    ]
     assert found.residual == pytest.approx(true_residual(a, found.x, b))
+    assert found.residual == pytest.approx(min(residuals))
 
 
 def test_cg_on_negative_curvature_at_once() -> None:
     a, b = -spd(10), vector()
     cold = ConjugateGradient()(Matrix(a), split(b))
-    torch.testing.assert_close(join(cold.x), b * b.norm() / (a @ b).norm())
-    assert cold.residual == pytest.approx(true_residual(a, cold.x, b))
+    assert (float(params.norm(cold.x)), cold.residual) == (0, 1)
     assert cold.num_iterations == 0
     assert cold.min_curvature < 0
     x0 = split(vector(seed=3))

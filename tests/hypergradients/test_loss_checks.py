@@ -11,6 +11,7 @@ from torch.func import functional_call
 from metavpt import (
     SGD,
     Cosine,
+    DampedLanczos,
     ExactProduct,
     Implicit,
     OneStep,
@@ -25,7 +26,7 @@ ESTIMATORS = {
     "one_step": OneStep,
     "cosine": lambda **options: OneStep(Cosine(), **options),
     "exact": lambda **options: OneStep(product=ExactProduct(), **options),
-    "implicit": lambda **options: Implicit(damping=1.0, **options),
+    "implicit": lambda **options: Implicit(DampedLanczos(), **options),
     "unrolled": lambda **options: Unrolled(2, SGD(0.1), **options),
 }
 every_estimator = pytest.mark.parametrize("estimator", ESTIMATORS.values(), ids=ESTIMATORS)
