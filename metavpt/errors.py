@@ -59,7 +59,8 @@ def brief(error: BaseException, named: bool = False) -> str:
 def reading(fault: str, remedy: str = "get the file again") -> Iterator[None]:
     """Raises MetaVPTError `<fault> (<reason>); <remedy>` for whatever goes wrong inside the block, which is for decoders alone.
 
-    Of every error, not of a list of them: a damaged file fails in as many ways as its format has fields.
+    Of every error, not of a list of them: a damaged file fails in as many ways as its format has
+    fields.
     """
     try:
         yield

@@ -41,7 +41,8 @@ class LMGSM8K(LanguageProblem, SharedTrunk, SupportsSelection, SupportsTilting):
 
     With `TokenWeights` for a designer: to the true token, some tokens counting more than others.
 
-    steered_domains   domains of the stream whose targets may be other than the true token, by any strategy; the rows of other domains keep
+    steered_domains   domains of the stream whose targets may be other than the true token, by any
+    strategy; the rows of other domains keep
                       it, as under `fixed`. None: all
     """
 
@@ -59,7 +60,8 @@ class LMGSM8K(LanguageProblem, SharedTrunk, SupportsSelection, SupportsTilting):
         unknown = [name for name in steered_domains or [] if name not in domains]
         if unknown or (steered_domains is not None and not len(steered_domains)):
             raise MetaVPTError(
-                f"problem.steered_domains={list(steered_domains or [])}: name domains of the stream, {', '.join(domains)}"
+                f"problem.steered_domains={list(steered_domains or [])}: name domains of the "
+                f"stream, {', '.join(domains)}"
             )
         self._steered = (
             None

@@ -79,8 +79,10 @@ class MaskedDense(DenseProblem, SharedTrunk, SupportsCandidates, SupportsSelecti
         """Of the visible patches as many as the task with fewest has."""
         if len({task.targets.shape[1:] for task in tasks}) > 1:
             raise MetaVPTError(
-                "samples of batches with blocks of different sizes do not fit into one task: for greedy_selection set "
-                "designer.target_scale and designer.target_aspect to one value each, [0.15, 0.15] and [1.0, 1.0]"
+                "samples of batches with blocks of different sizes do not fit into one task: for "
+                "greedy_selection set "
+                "designer.target_scale and designer.target_aspect to one value each, [0.15, "
+                "0.15] and [1.0, 1.0]"
             )
         fewest = min(task.visible.shape[1] for task in tasks)
         cut = [

@@ -45,7 +45,8 @@ class SourceWeights(nn.Module):
 class Sources(Problem, SupportsCandidates, SupportsSelection):
     """Regression on a stream of sources y = A_s x + noise, of which the feedback wants the first, A_0, alone.
 
-    The best weights are known: all on source 0. Uniform weights lead the learner to the mean of all A_s.
+    The best weights are known: all on source 0. Uniform weights lead the learner to the mean of all
+    A_s.
     """
 
     metric_directions: Directions = MappingProxyType({"error": "lower"})

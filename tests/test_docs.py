@@ -131,7 +131,8 @@ def test_every_option_of_a_command_exists(
             config = compose(name if name in ("bench", "export", "debug") else "run", options)
             assert OmegaConf.to_container(config, resolve=True)
             return
-        # options of `strategy` hold for the rows that have them: the command takes them out before hydra sees them
+        # options of `strategy` hold for the rows that have them: the command takes them out before
+        # hydra sees them
         monkeypatch.setattr(
             command, "shared", [option for option in options if option.startswith("strategy.")]
         )

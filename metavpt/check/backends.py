@@ -57,7 +57,10 @@ def compiled_parts(problem: Problem) -> list[str]:
 
 
 def attention(scene: Scene) -> Finding:
-    """Which kernel attention runs in. Exact products switch fused ones off, `exact_product` tells whether they get through."""
+    """Which kernel attention runs in.
+
+    Exact products switch fused ones off, `exact_product` tells whether they get through.
+    """
     with torch.no_grad():
         task = scene.task()
     with _Kernels() as kernels, _Calls() as calls:

@@ -24,7 +24,9 @@ def twin(problem: AnyProblem) -> AnyProblem:
             try:
                 setattr(other, name, copy.deepcopy(value, memo))
             except (TypeError, RuntimeError, AttributeError):
-                continue  # holds a generator that has begun, an open file, part of a graph: nothing that could be copied
+                # holds a generator that has begun, an open file, part of a graph: nothing that
+                # could be copied
+                continue
     return other
 
 

@@ -98,7 +98,10 @@ def _cuda_peak(call: Callable[[], Any], device: torch.device) -> int:
 
 
 def _cpu_peak(call: Callable[[], Any]) -> int | None:
-    """The highest running sum of allocations and releases that the profiler saw. The process's own high-water mark never falls again."""
+    """The highest running sum of allocations and releases that the profiler saw.
+
+    The process's own high-water mark never falls again.
+    """
     with _quiet(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         result = call()
         del result

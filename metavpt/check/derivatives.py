@@ -68,7 +68,8 @@ class Reference:
         with torch.no_grad():
             loss = self.scene.inner()(self.scene.phi)
         by_theta = params.detach(product(loss, theta, self.w, (theta,)).by[0])
-        # along the product itself: a random direction in so many dimensions would be all but orthogonal to it
+        # along the product itself: a random direction in so many dimensions would be all but
+        # orthogonal to it
         direction = params.scale(
             by_theta,
             1e-3 * params.norm(params.detach(theta)) / params.norm(by_theta).clamp_min(1e-30),
@@ -101,7 +102,8 @@ class Reference:
         errors = []
         for direction, slope in zip(self.directions, self.slopes, strict=True):
             along = float(params.dot(by_phi, direction))
-            # along a random direction a slope can vanish by chance: never divide by less than a tenth of its usual size
+            # along a random direction a slope can vanish by chance: never divide by less than a
+            # tenth of its usual size
             usual = 0.1 * float(norm * params.norm(direction)) / count**0.5
             scale = max(abs(along), abs(slope.value), usual, 1e-300)
             errors.append((abs(along - slope.value) / scale, slope.uncertainty / scale))
@@ -158,7 +160,8 @@ def compare(name: str, product: Product, reference: Reference) -> Finding:
         return Finding(
             name, "failed", measured + "; not finite", "look for sqrt(0), 0/0 or log(0) in the loss"
         )
-    # the difference product has an error of its own that a user cannot mend here; its step is judged by `difference_step`
+    # the difference product has an error of its own that a user cannot mend here; its step is
+    # judged by `difference_step`
     if reference.agrees(
         by_phi, max(reference.tolerance, 1e-3) if isinstance(product, DifferenceProduct) else None
     ):
@@ -172,7 +175,8 @@ def _advice(product: Product) -> str:
     if isinstance(product, (ExactProduct, DifferenceProduct)):
         return "look for .data, .item(), numpy, in-place changes or a custom autograd.Function between the designer and the loss"
     return (
-        "use ExactProduct or DifferenceProduct; forward mode (torch.func.jvp) differentiated once more "
+        "use ExactProduct or DifferenceProduct; forward mode (torch.func.jvp) differentiated "
+        "once more "
         "is silently wrong through LayerNorm and BatchNorm"
     )
 
@@ -180,8 +184,9 @@ def _advice(product: Product) -> str:
 def settle(reference: Reference) -> tuple[Reference, Finding]:
     """A reference whose analytic derivative is whole, and whether no_grad or detach cuts part of it in the problem as it is.
 
-    Finite differences see everything that phi changes, a no_grad teacher's targets included; autograd sees what is not cut. Where the two
-    disagree and agree once the cut is undone, the cut is the whole difference.
+    Finite differences see everything that phi changes, a no_grad teacher's targets included;
+    autograd sees what is not cut. Where the two disagree and agree once the cut is undone, the cut
+    is the whole difference.
     """
     name = "teacher_credit"
     plain = reference.exact
@@ -196,8 +201,10 @@ def settle(reference: Reference) -> tuple[Reference, Finding]:
         if (by_phi := _whole(whole)) is None:
             continue
         measured = (
-            f"part of the dependence on phi is cut: relative error {reference.error(plain):.2g} against finite differences, "
-            f"{whole.error(by_phi):.1e} without the cut, cosine of the two {cosine(plain, by_phi):.3f}"
+            f"part of the dependence on phi is cut: relative error {reference.error(plain):.2g} "
+            "against finite differences, "
+            f"{whole.error(by_phi):.1e} without the cut, cosine of the two "
+            f"{cosine(plain, by_phi):.3f}"
         )
         if chosen:
             return whole, Finding(name, "ok", measured + "; by choice (teacher_credit=False)")

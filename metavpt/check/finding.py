@@ -22,7 +22,10 @@ class Finding:
 def attempt(
     name: str, advice: str, measure: Callable[[], Finding | list[Finding]]
 ) -> list[Finding]:
-    """The findings of `measure`; that it raises is one too. The user's code runs inside, so anything may be raised."""
+    """The findings of `measure`; that it raises is one too.
+
+    The user's code runs inside, so anything may be raised.
+    """
     try:
         findings = measure()
     except Exception as error:

@@ -22,7 +22,8 @@ from metavpt.training.streams import Stream
 MakeOptimizer = Callable[[list[Tensor]], Optimizer]
 NUM_PAIRS = 16
 FEWEST_PAIRS = 8
-WARM_UP = 4  # steps before the first pair: an AdamW without moments steps by the sign of the gradient alone
+# steps before the first pair: an AdamW without moments steps by the sign of the gradient alone
+WARM_UP = 4
 FORESEEN = 0.5
 
 
@@ -57,8 +58,10 @@ def first_order(
         for b in ("same", "held_out")
     }
     measured = (
-        f"r of predicted and real change in {len(pairs)} single steps: AdamW-aware {r['aware', 'same']:.2f} on the same labelled batch, "
-        f"{r['aware', 'held_out']:.2f} on another; plain inner product {r['plain', 'same']:.2f} and {r['plain', 'held_out']:.2f}"
+        f"r of predicted and real change in {len(pairs)} single steps: AdamW-aware "
+        f"{r['aware', 'same']:.2f} on the same labelled batch, "
+        f"{r['aware', 'held_out']:.2f} on another; plain inner product {r['plain', 'same']:.2f} "
+        f"and {r['plain', 'held_out']:.2f}"
     )
     name = "first_order"
     if not r["aware", "same"] >= FORESEEN:

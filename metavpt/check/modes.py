@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-# Their numbers differ by dtype: drawn as they would be in the run, and widened afterwards, they give the run's own task.
+# Their numbers differ by dtype: drawn as they would be in the run, and widened afterwards, they
+# give the run's own task.
 RANDOM = frozenset(
     {
         "rand",
@@ -49,7 +50,10 @@ class Float64(TorchFunctionMode):
 
 
 class Uncut(TorchFunctionMode):
-    """`no_grad` and `detach` do nothing: the gradient that there would be without them. Enter it where gradients are enabled."""
+    """`no_grad` and `detach` do nothing: the gradient that there would be without them.
+
+    Enter it where gradients are enabled.
+    """
 
     def __torch_function__(
         self,

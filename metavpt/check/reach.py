@@ -37,7 +37,8 @@ def _designer(by_phi: dict[str, Tensor | None], loss_by_phi: dict[str, Tensor | 
         beside = [name for name in missing if loss_by_phi[name] is not None]
         measured = f"the learner's gradient does not depend on {listed(missing)}"
         measured += (
-            f" (the loss itself does on {listed(beside)}: an added term that moves no parameter of the learner)"
+            f" (the loss itself does on {listed(beside)}: an added term that moves no parameter "
+            "of the learner)"
             if beside
             else ""
         )
@@ -45,7 +46,8 @@ def _designer(by_phi: dict[str, Tensor | None], loss_by_phi: dict[str, Tensor | 
             "designer_reach",
             "failed",
             measured,
-            "use them in the task, drop them, or look for a no_grad or detach on the way to the loss",
+            "use them in the task, drop them, or look for a no_grad or detach on the way to the "
+            "loss",
         )
     zero = [name for name, g in by_phi.items() if g is not None and not g.any()]
     if len(zero) == len(by_phi):
@@ -111,8 +113,8 @@ def _feedback(scene: Scene) -> Finding:
 def tail(scene: Scene) -> Finding:
     """pretrain_tail(theta, task)(theta_s) == pretrain_loss({**theta, **theta_s}, task), and their gradients, for a theta_s beside theta_S.
 
-    Beside it: a tail that keeps the theta_S that it was made with is right there alone. A `LinearLoss` is made there too: what its targets
-    take from the learner is fixed with it.
+    Beside it: a tail that keeps the theta_S that it was made with is right there alone. A
+    `LinearLoss` is made there too: what its targets take from the learner is fixed with it.
     """
     theta_s = params.add(scene.aligned, random_direction(scene.aligned, seed=2))
     with torch.no_grad():

@@ -27,8 +27,9 @@ NUM_BATCHES = 4  # as many as Unrolled(4) takes
 class Scene:
     """theta as it is, phi beside where it is, the first batches. `around` is entered around every evaluation of the user's code.
 
-    phi is moved a little at random. Designers start on purpose where derivatives are special: a zero last layer hides all others, and
-    a mask at the edge of its range has another slope on either side.
+    phi is moved a little at random. Designers start on purpose where derivatives are special: a
+    zero last layer hides all others, and a mask at the edge of its range has another slope on
+    either side.
     """
 
     problem: Problem

@@ -39,10 +39,12 @@ def check(
     clip_norm   the norm at which the trainer clips the learner's gradient
     seconds     about how long it may take: with the time spent, what remains is repeated less
 
-    Where losses are impure, phi does not arrive or the tail is another loss, what rests on them is not measured.
+    Where losses are impure, phi does not arrive or the tail is another loss, what rests on them is
+    not measured.
     """
     deadline = time.monotonic() + seconds
-    # Compiled code has no second derivative to compare with; that it is compiled is a finding of its own.
+    # Compiled code has no second derivative to compare with; that it is compiled is a finding of
+    # its own.
     with _random_state_kept(), torch.compiler.set_stance("force_eager"):
         findings = [backends.compiled(problem, estimator)]
         if not params.named(problem.designer):
@@ -67,7 +69,8 @@ def check(
         if not _failed(foundations):
             findings += _derivatives(scene, wide or scene, estimator)
             findings += attempt("attention", "", lambda: backends.attention(scene))
-            # costs first: each is measured at least once, while the pairs of first_order shrink to what time is left
+            # costs first: each is measured at least once, while the pairs of first_order shrink to
+            # what time is left
             findings += attempt("cost", "", lambda: costs(scene, deadline - seconds / 2))
             findings += attempt(
                 "first_order",

@@ -75,8 +75,9 @@ def is_own(target: str) -> bool:
     """Whether `target` is a public class or function that a module of the user's own defines.
 
     Own modules lie outside of Python's library and of installed packages: in the working directory,
-    on PYTHONPATH or in an editable install. The source is read, not imported: a name that the module
-    imports from elsewhere, a method, or a name with a leading underscore anywhere does not count.
+    on PYTHONPATH or in an editable install. The source is read, not imported: a name that the
+    module imports from elsewhere, a method, or a name with a leading underscore anywhere does not
+    count.
     """
     *module, name = target.split(".")
     if not module or any(not part.isidentifier() or part[0] == "_" for part in (*module, name)):

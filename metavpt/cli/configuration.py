@@ -1,6 +1,7 @@
 """Configurations that may come from others: what they may hold, before anything in them is acted on.
 
-A file below --config-dir, or config.yaml in the folder of a run, may be somebody else's. Such a file
+A file below --config-dir, or config.yaml in the folder of a run, may be somebody else's. Such a
+file
 
 - constructs only what `metavpt.cli.allowed_targets` allows;
 - does not grow: neither YAML aliases nor interpolations make much more of it than it holds;

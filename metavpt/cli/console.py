@@ -1,8 +1,8 @@
 """The terminal: everything that the package prints goes through this module.
 
-Messages quote names that files bring along: members of archives, folders, parameters. Such a name must
-neither be read as rich's markup (`[/red]` without an opening tag is an error) nor act on the terminal
-(escape sequences move the cursor, set colours or write to the clipboard).
+Messages quote names that files bring along: members of archives, folders, parameters. Such a name
+must neither be read as rich's markup (`[/red]` without an opening tag is an error) nor act on the
+terminal (escape sequences move the cursor, set colours or write to the clipboard).
 """
 
 import unicodedata
@@ -20,8 +20,8 @@ ACTS = {"Cc", "Cf", "Cs"}  # Unicode categories: control, format (reversed writi
 class Console(rich_console.Console):
     r"""rich's console, for text that may come from anywhere.
 
-    Strings are printed as they are, without markup or emoji codes; colours are given as styles, or in
-    a rich Text. Characters that would act on the terminal are shown as escapes, as in `\x1b[2J`.
+    Strings are printed as they are, without markup or emoji codes; colours are given as styles, or
+    in a rich Text. Characters that would act on the terminal are shown as escapes, as in `\x1b[2J`.
     """
 
     def __init__(self, **options: Any) -> None:

@@ -1,4 +1,7 @@
-"""python -m metavpt.compare problem=... strategies=[fixed,greedy,one_step] seeds=[0,1,2] match=steps: strategies at equal cost."""
+"""python -m metavpt.compare problem=...
+
+strategies=[fixed,greedy,one_step] seeds=[0,1,2] match=steps: strategies at equal cost.
+"""
 
 import itertools
 import os
@@ -90,7 +93,8 @@ def compositions(cfg: DictConfig) -> dict[str, DictConfig]:
         for unit in UNITS:
             if unit != cfg.match and row.budget[unit] != cfg.budget[unit]:
                 raise MetaVPTError(
-                    f"{name}: budget.{unit}={row.budget[unit]}: rows are matched by {cfg.match}; set budget.{cfg.match}"
+                    f"{name}: budget.{unit}={row.budget[unit]}: rows are matched by {cfg.match}; "
+                    f"set budget.{cfg.match}"
                 )
     for option in shared:
         if not any(_has(row, option) for row in made.values()):
@@ -154,7 +158,8 @@ def compare(cfg: DictConfig) -> Path:
     if failed:
         first = failed[0]
         raise MetaVPTError(
-            f"{len(failed)} of {len(found)} rows failed; {first.row} on seed {first.seed}: {first.error}"
+            f"{len(failed)} of {len(found)} rows failed; {first.row} on seed {first.seed}: "
+            f"{first.error}"
         )
     return folder
 
@@ -231,7 +236,8 @@ def _prepare(
     text, file = OmegaConf.to_yaml(row, resolve=True), folder / "config.yaml"
     if file.is_file() and file.read_text() != text:
         raise MetaVPTError(
-            f"{folder}: holds this row with another configuration; name the row differently, or choose another output="
+            f"{folder}: holds this row with another configuration; name the row differently, or "
+            "choose another output="
         )
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)

@@ -32,8 +32,8 @@ class Paired(NamedTuple):
     difference  mean of a - b
     low, high   95 % bootstrap interval of it
     p           two-sided, of the sign-flip permutation test
-    wins        seeds in which a is better, a tie counting half; None where nobody said which way is good
-    sign        -1 lower is better, +1 higher is better, 0 unknown
+    wins        seeds in which a is better, a tie counting half; None where nobody said which way is
+    good sign        -1 lower is better, +1 higher is better, 0 unknown
     """
 
     difference: float
@@ -74,10 +74,12 @@ def mean_se(values: Sequence[float]) -> Mean:
 def paired(a: Sequence[float], b: Sequence[float], sign: int) -> Paired:
     """a - b with its interval and p-value; a[k] and b[k] are of the same seed.
 
-    The interval is the percentile bootstrap at Hesterberg's expanded level: the plain one is too short for few seeds, and BCa is
-    as short and undefined where all differences are equal (an interval of length zero here). Coverage of normal differences is
-    95 % from 8 seeds on; below MIN_SEEDS the interval is the range of the differences, see `range_coverage`.
-    Source: Hesterberg, "What Teachers Should Know About the Bootstrap", The American Statistician 69 (2015), expanded percentile interval.
+    The interval is the percentile bootstrap at Hesterberg's expanded level: the plain one is too
+    short for few seeds, and BCa is as short and undefined where all differences are equal (an
+    interval of length zero here). Coverage of normal differences is 95 % from 8 seeds on; below
+    MIN_SEEDS the interval is the range of the differences, see `range_coverage`. Source:
+    Hesterberg, "What Teachers Should Know About the Bootstrap", The American Statistician 69
+    (2015), expanded percentile interval.
     """
     if len(a) != len(b):
         raise MetaVPTError(
@@ -120,7 +122,8 @@ def range_coverage(n: int) -> float:
 def pearson(x: Sequence[float], y: Sequence[float]) -> Correlation:
     """r of x and y, and the slope of y on x (`x` predicted, `y` realised). Pairs that are not finite are left out.
 
-    Two points lie on a line whatever they are, so fewer than three have neither; a constant x has neither, a constant y no r.
+    Two points lie on a line whatever they are, so fewer than three have neither; a constant x has
+    neither, a constant y no r.
     """
     if len(x) != len(y):
         raise MetaVPTError(f"pearson: {len(x)} values against {len(y)}; give pairs")
@@ -143,15 +146,20 @@ def _finite(values: Sequence[float]) -> np.ndarray:
     array = np.asarray(values, dtype=float)
     if not len(array) or not np.isfinite(array).all():
         raise MetaVPTError(
-            f"statistics over seeds need finite values, one at least, not {list(values)}; leave out the seeds that failed"
+            f"statistics over seeds need finite values, one at least, not {list(values)}; leave "
+            "out the seeds that failed"
         )
     return array
 
 
 def power_law(sizes: Sequence[float], values: Sequence[float]) -> float:
-    """The exponent b of values ~ a sizes^b, by least squares on logarithms. MetaVPTError for one size alone or a value <= 0."""
+    """The exponent b of values ~ a sizes^b, by least squares on logarithms.
+
+    MetaVPTError for one size alone or a value <= 0.
+    """
     if len(set(sizes)) < 2 or min(*sizes, *values) <= 0:
         raise MetaVPTError(
-            f"power_law: needs two sizes at least and positive numbers, got {list(sizes)} and {list(values)}"
+            f"power_law: needs two sizes at least and positive numbers, got {list(sizes)} and "
+            f"{list(values)}"
         )
     return float(np.polyfit(np.log(sizes), np.log(values), 1)[0])

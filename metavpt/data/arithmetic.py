@@ -27,11 +27,12 @@ CHAINS = {
 class Arithmetic:
     """Problems of the generators in `kinds` that belong to one `part`, in an order set by the seed.
 
-    kinds   name of a reasoning-gym generator -> its options, and `weight`; those of `chain_sum` set its difficulty
-    limit   so many different problems; None: without end, and some come again
+    kinds   name of a reasoning-gym generator -> its options, and `weight`; those of `chain_sum` set
+    its difficulty limit   so many different problems; None: without end, and some come again
 
-    What a question hashes to says whether it is the stream's, feedback's or the test's, so no question is in two parts, whatever the
-    seeds. `chain_sum` has its partial results for steps and `gsm_symbolic` its own solution; other generators have an answer alone.
+    What a question hashes to says whether it is the stream's, feedback's or the test's, so no
+    question is in two parts, whatever the seeds. `chain_sum` has its partial results for steps and
+    `gsm_symbolic` its own solution; other generators have an answer alone.
     """
 
     def __init__(
@@ -50,7 +51,8 @@ class Arithmetic:
         self.weights = [float(options.pop("weight", 1.0)) for options in self.kinds.values()]
         if min(self.weights) < 0 or sum(self.weights) <= 0:
             raise MetaVPTError(
-                f"arithmetic: the weights {self.weights} of {', '.join(self.kinds)} must not be negative, nor all 0"
+                f"arithmetic: the weights {self.weights} of {', '.join(self.kinds)} must not be "
+                "negative, nor all 0"
             )
         for name in self.kinds:
             self._block(name, seed=0)
@@ -87,7 +89,8 @@ class Arithmetic:
                 repeats += 1
             if repeats > MAX_REPEATS:
                 raise MetaVPTError(
-                    f"arithmetic.kinds.{name}: no problem falls into the part {self.part!r}; raise its difficulty"
+                    f"arithmetic.kinds.{name}: no problem falls into the part {self.part!r}; "
+                    "raise its difficulty"
                 )
 
     def _block(self, name: str, seed: int) -> Any:
@@ -101,7 +104,8 @@ class Arithmetic:
             ) from None
         except (TypeError, ValueError, AssertionError) as error:
             raise MetaVPTError(
-                f"arithmetic.kinds.{name}: {error}; see reasoning-gym's generators and their options"
+                f"arithmetic.kinds.{name}: {error}; see reasoning-gym's generators and their "
+                "options"
             ) from None
 
     def _distinct(self, drawn: Iterator[WordProblem]) -> Iterator[WordProblem]:
@@ -115,7 +119,8 @@ class Arithmetic:
                 yield problem
             elif repeats == MAX_REPEATS:
                 raise MetaVPTError(
-                    f"arithmetic: the part {self.part!r} of {', '.join(self.kinds)} has but {len(seen)} different problems, "
+                    f"arithmetic: the part {self.part!r} of {', '.join(self.kinds)} has but "
+                    f"{len(seen)} different problems, "
                     f"not {self.limit}; lower the limit or raise the difficulty"
                 )
 
@@ -137,7 +142,8 @@ def _chain(item: dict[str, Any]) -> WordProblem:
         total = result
     if str(total) != item["answer"]:
         raise MetaVPTError(
-            f"arithmetic.kinds.chain_sum: reasoning-gym says {item['answer']} for {item['metadata']['expression']}"
+            f"arithmetic.kinds.chain_sum: reasoning-gym says {item['answer']} for "
+            f"{item['metadata']['expression']}"
         )
     return WordProblem(
         f"What is {item['metadata']['expression']}?", "\n".join(steps), item["answer"]

@@ -22,8 +22,8 @@ def cache_folder(chosen: str | Path | None = None) -> Path:
 class Cache(Generic[Item]):
     """`cache(index)` is `load(index)`: kept in memory while `max_bytes` last, loaded anew each time for what comes after.
 
-    What is kept stays: a set read in random order and larger than the bound would only push itself out. Copies and other processes
-    begin with none; items are shared, never to be written to.
+    What is kept stays: a set read in random order and larger than the bound would only push itself
+    out. Copies and other processes begin with none; items are shared, never to be written to.
     """
 
     def __init__(self, load: Callable[[int], Item], max_bytes: int) -> None:

@@ -11,7 +11,9 @@ from metavpt.data.text import Document
 from metavpt.errors import MetaVPTError
 
 WORD = re.compile(r"\w+")
-MISSED = 0.005  # how probable it may be that a pair at the threshold is no candidate; false candidates only cost a comparison
+# how probable it may be that a pair at the threshold is no candidate; false candidates only cost a
+# comparison
+MISSED = 0.005
 
 
 class Match(NamedTuple):
@@ -28,10 +30,11 @@ class Match(NamedTuple):
 class Benchmarks:
     """Items of benchmarks by name, in an index of their word n-grams.
 
-    threshold   the Jaccard similarity |A & B| / |A | B| of two sets of n-grams from which they count as the same
-    num_perm    hash functions of a MinHash
+    threshold   the Jaccard similarity |A & B| / |A | B| of two sets of n-grams from which they
+    count as the same num_perm    hash functions of a MinHash
 
-    Case and punctuation are ignored. Long texts are compared in windows of the items' median length that overlap by a half.
+    Case and punctuation are ignored. Long texts are compared in windows of the items' median length
+    that overlap by a half.
     """
 
     def __init__(
@@ -49,7 +52,8 @@ class Benchmarks:
             ) from None
         if ngram < 1 or not 0 < threshold <= 1 or num_perm < 16:
             raise MetaVPTError(
-                f"decontaminate: ngram={ngram} must be positive, threshold={threshold} in (0, 1] and num_perm={num_perm} >= 16"
+                f"decontaminate: ngram={ngram} must be positive, threshold={threshold} in (0, 1] "
+                f"and num_perm={num_perm} >= 16"
             )
         self.ngram, self.threshold = ngram, threshold
         self.items = [
@@ -67,7 +71,10 @@ class Benchmarks:
                     session.insert(k, self._minhash(grams))
 
     def match(self, document: Document) -> Match | None:
-        """The most similar item of a benchmark, if any reaches the threshold. Compares the question; of plain text, all of it."""
+        """The most similar item of a benchmark, if any reaches the threshold.
+
+        Compares the question; of plain text, all of it.
+        """
         best: Match | None = None
         for passage in self._passages(document):
             grams = self._grams(passage)

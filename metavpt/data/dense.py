@@ -24,15 +24,17 @@ class DenseData:
     """Pools of a labelled set, disjoint, and the unlabelled images.
 
     depth        whether the frames' depth is fed back and probed; False where they have none
-    unlabelled   where the stream comes from: "frames" (train frames without their labels), folders, zips, npz files, tar shards
-    stream_size  (H, W) of the streamed images; None: that of the frames
-    num_train    frames that the feedback heads are fitted on, num_meta frames that g_down is taken on, both from the train split
-    share        share of both that feedback has (at least one frame each); the probes' heads have all of `num_train` whatever it is
-    cache_bytes  how much of the labelled frames may stay decoded in memory, in each process that reads them
+    unlabelled   where the stream comes from: "frames" (train frames without their labels), folders,
+    zips, npz files, tar shards stream_size  (H, W) of the streamed images; None: that of the frames
+    num_train    frames that the feedback heads are fitted on, num_meta frames that g_down is taken
+    on, both from the train split share        share of both that feedback has (at least one frame
+    each); the probes' heads have all of `num_train` whatever it is cache_bytes  how much of the
+    labelled frames may stay decoded in memory, in each process that reads them
 
-    The pools are drawn by `seed` and are the same for every run with it; `labelled` is what feedback has of both. `held_out` are train
-    frames of neither pool (where there are none left, the meta frames again): what designer updates do to other frames is measured on
-    them. `val` is the split's own and is seen by probes alone.
+    The pools are drawn by `seed` and are the same for every run with it; `labelled` is what
+    feedback has of both. `held_out` are train frames of neither pool (where there are none left,
+    the meta frames again): what designer updates do to other frames is measured on them. `val` is
+    the split's own and is seen by probes alone.
     """
 
     def __init__(
@@ -51,12 +53,14 @@ class DenseData:
         train = frames.splits["train"]
         if num_train < 1 or num_meta < 1 or num_train + num_meta > len(train):
             raise MetaVPTError(
-                f"data.num_train={num_train} and data.num_meta={num_meta} must be positive and fit into the {len(train)} train frames "
+                f"data.num_train={num_train} and data.num_meta={num_meta} must be positive and "
+                f"fit into the {len(train)} train frames "
                 f"of {frames.name}"
             )
         if not 0 < share <= 1:
             raise MetaVPTError(
-                f"data.share={share}: the share of the labelled frames that feedback has lies in (0, 1]"
+                f"data.share={share}: the share of the labelled frames that feedback has lies in "
+                "(0, 1]"
             )
         order = torch.randperm(len(train), generator=torch.Generator().manual_seed(seed)).tolist()
         fitting, meta, rest = (
@@ -72,11 +76,13 @@ class DenseData:
         self.val = list(frames.splits["val"])
         if leaked := set(train) & set(self.val):
             raise MetaVPTError(
-                f"{frames.name}: frame {min(leaked)} and {len(leaked) - 1} more are in the train and in the val split"
+                f"{frames.name}: frame {min(leaked)} and {len(leaked) - 1} more are in the train "
+                "and in the val split"
             )
         if stream_size is not None and (len(stream_size) != 2 or min(stream_size) < 1):
             raise MetaVPTError(
-                f"data.stream_size={list(stream_size)}: must be two positive numbers, height and width"
+                f"data.stream_size={list(stream_size)}: must be two positive numbers, height and "
+                "width"
             )
         height, width = stream_size or frames.size
         self.stream_size = size = (int(height), int(width))
@@ -101,7 +107,8 @@ class DenseData:
             say(
                 "data:",
                 f"{len(shown)} of the {len(self.unlabelled)} unlabelled images are images of the evaluation as well, "  # type: ignore[arg-type]
-                f"the first is {shown[0]}: the learner trains on what it is measured on, without its labels",
+                f"the first is {shown[0]}: the learner trains on what it is measured on, without "
+                "its labels",
             )
 
 
@@ -129,7 +136,8 @@ def ade20k_data(
 ) -> DenseData:
     """ADE20K at `path`, see `ADE20K`; the rest as in `DenseData`.
 
-    Without a path generated rooms stand in for it, their depth unread, with a visible line that says so.
+    Without a path generated rooms stand in for it, their depth unread, with a visible line that
+    says so.
     """
     if path is None:
         _announce_rooms("ADE20K", "ADEChallengeData2016")
@@ -140,5 +148,6 @@ def ade20k_data(
 def _announce_rooms(name: str, file: str) -> None:
     say(
         "data:",
-        f"no data.path, so this trains on generated rooms; for {name} give data.path=/path/to/{file}",
+        f"no data.path, so this trains on generated rooms; for {name} give "
+        f"data.path=/path/to/{file}",
     )

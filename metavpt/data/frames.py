@@ -47,7 +47,8 @@ class RGBDFrames(Dataset[Frame]):
 def make_frame(image: np.ndarray, depth: np.ndarray, label: np.ndarray, source: str) -> Frame:
     """A frame of arrays image (H,W,3), depth and label (H,W).
 
-    Depth that is not positive and finite in float32 is unknown and becomes 0; a frame without any known depth is an error.
+    Depth that is not positive and finite in float32 is unknown and becomes 0; a frame without any
+    known depth is an error.
     """
     with np.errstate(over="ignore"):
         depth = depth.astype(np.float32)

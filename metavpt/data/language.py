@@ -27,7 +27,8 @@ class Source:
     """One source of the stream: documents that are read, or a generator with a `draw` of its own (`Arithmetic`).
 
     weight, domain, max_epochs   as in `Component`
-    buffer                       None: held in memory; else read as a stream, each document drawn from the next `buffer`
+    buffer                       None: held in memory; else read as a stream, each document drawn
+    from the next `buffer`
     """
 
     documents: Any
@@ -45,15 +46,17 @@ class LanguageData:
     """What a language problem trains on and is measured on, as text.
 
     stream       sources by name
-    feedback     documents or word problems by domain: of each the first `num_feedback` are the pool and the next `num_held_out` belong to
+    feedback     documents or word problems by domain: of each the first `num_feedback` are the pool
+    and the next `num_held_out` belong to
                  no pool, to measure on them what the pool predicts
     test         word problems by name, the first `num_test` of each
     general      documents by name, the first `num_general` of each: text that feedback is not about
-    on_error     as in `Encoder`, for all but the test problems: what happens to a document whose prompt leaves no room for its answer
-    benchmarks   texts by name -> `Benchmarks`: documents read into the stream that nearly equal a question of feedback or test are left
+    on_error     as in `Encoder`, for all but the test problems: what happens to a document whose
+    prompt leaves no room for its answer benchmarks   texts by name -> `Benchmarks`: documents read
+    into the stream that nearly equal a question of feedback or test are left
                  out. None: none are
-    report       a folder for the list of these documents, a file for each source that is held in memory
-    path         the folder that the files lie in; it must exist
+    report       a folder for the list of these documents, a file for each source that is held in
+    memory path         the folder that the files lie in; it must exist
     """
 
     def __init__(
@@ -73,19 +76,22 @@ class LanguageData:
     ) -> None:
         if path is not None and not Path(path).is_dir():
             raise MetaVPTError(
-                f"data.path={path}: no such folder; name the one that holds gsm8k, mathtext and generaltext"
+                f"data.path={path}: no such folder; name the one that holds gsm8k, mathtext and "
+                "generaltext"
             )
         if not stream or not feedback or not test:
             raise MetaVPTError("data: stream, feedback and test must each name a source")
         twice = set(test) & set(general or {})
         if twice:
             raise MetaVPTError(
-                f"data.general.{min(twice)}: data.test has this name, and metrics go by it; choose another"
+                f"data.general.{min(twice)}: data.test has this name, and metrics go by it; "
+                "choose another"
             )
         is_generated = all(source.is_generated for source in stream.values())
         if is_generated:
             _say(
-                "generated arithmetic; for GSM8K and real text give data=gsm8k data.path=/path/to/folder",
+                "generated arithmetic; for GSM8K and real text give data=gsm8k "
+                "data.path=/path/to/folder",
                 left_out=False,
             )
         self.stream, self.on_error, self.report = stream, on_error, report
@@ -119,7 +125,10 @@ class LanguageData:
             yield from map(text_of, islice(source.documents, SAMPLE))
 
     def encode(self, tokenizer: Any, length: int) -> "TokenData":
-        """The same in tokens, at most `length` of them in a row. Longer examples of feedback and test are cut, other documents split."""
+        """The same in tokens, at most `length` of them in a row.
+
+        Longer examples of feedback and test are cut, other documents split.
+        """
         split, cut = (Encoder(tokenizer, length, long, self.on_error) for long in ("split", "cut"))
         whole = Encoder(
             tokenizer, length, "cut"
@@ -142,7 +151,8 @@ class LanguageData:
         ]
         if cut.skipped:
             _say(
-                f"feedback: {len(cut.skipped)} examples have a prompt that fills the {length} tokens of a row"
+                f"feedback: {len(cut.skipped)} examples have a prompt that fills the {length} "
+                "tokens of a row"
             )
         return TokenData(split, components, *corpora, problems=self.test)
 
@@ -160,7 +170,8 @@ class LanguageData:
         corpus = Corpus(encoder(documents), f"data.stream.{name}")
         if len(encoder.skipped) > num_skipped:
             _say(
-                f"{name}: {len(encoder.skipped) - num_skipped} documents have a prompt that fills the {encoder.length} tokens of a row"
+                f"{name}: {len(encoder.skipped) - num_skipped} documents have a prompt that fills "
+                f"the {encoder.length} tokens of a row"
             )
         if isinstance(documents, Decontaminated):
             self._report(name, documents)
@@ -169,7 +180,8 @@ class LanguageData:
     def _report(self, name: str, documents: Decontaminated) -> None:
         if documents.removed:
             _say(
-                f"{name}: {len(documents.removed)} of {documents.num_read} documents nearly equal a question of feedback or test"
+                f"{name}: {len(documents.removed)} of {documents.num_read} documents nearly equal "
+                "a question of feedback or test"
             )
         if self.report:
             Path(self.report).mkdir(parents=True, exist_ok=True)
@@ -188,7 +200,10 @@ class LanguageData:
 
 @dataclass(frozen=True)
 class TokenData:
-    """`LanguageData` in tokens, and the batches of it. `problems` are those of `test`, with their final answers."""
+    """`LanguageData` in tokens, and the batches of it.
+
+    `problems` are those of `test`, with their final answers.
+    """
 
     encoder: Encoder
     components: list[Component]

@@ -34,8 +34,9 @@ class FrameBatch(NamedTuple):
 class EndlessBatches(Sampler[list[int]]):
     """Batches out of range(num_items) for ever: epoch e is the permutation seeded by (seed, e); batches run on across epochs.
 
-    `part` (k, n): of each batch the k-th n-th alone. `groups`: how many items, one after the other, lie in each file; these are then drawn
-    from `WINDOW` files at a time, in a random order of the files, so that reading stays within few of them.
+    `part` (k, n): of each batch the k-th n-th alone. `groups`: how many items, one after the other,
+    lie in each file; these are then drawn from `WINDOW` files at a time, in a random order of the
+    files, so that reading stays within few of them.
     """
 
     def __init__(
@@ -275,5 +276,6 @@ def _check_size(num_items: int, batch_size: int, key: str, what: str) -> None:
 def _check_share(batch_size: int, num_processes: int, key: str) -> None:
     if batch_size % num_processes:
         raise MetaVPTError(
-            f"{key}={batch_size}: {num_processes} processes cannot share it alike; choose a multiple of {num_processes}"
+            f"{key}={batch_size}: {num_processes} processes cannot share it alike; choose a "
+            f"multiple of {num_processes}"
         )

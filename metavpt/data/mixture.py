@@ -65,7 +65,8 @@ class Component:
 
     weight       its expected share of the rows, so of the tokens, up to the weights' sum
     domain       rows keep it, for feedback of the same domain
-    max_epochs   the cap: after so many passes the source is used up and the others share its weight; None: no cap
+    max_epochs   the cap: after so many passes the source is used up and the others share its
+    weight; None: no cap
     """
 
     documents: Drawable
@@ -77,8 +78,8 @@ class Component:
 class PackedLoader:
     """`TokenBatch`es of a mixture; every row holds documents of one source. Ends when all sources are used up, perhaps on a smaller batch.
 
-    `domains` names what `TokenBatch.domain` counts. `skip(n)` starts at batch n: what comes before is packed, but no tensor is made of
-    it, and documents held in a `Corpus` are not read.
+    `domains` names what `TokenBatch.domain` counts. `skip(n)` starts at batch n: what comes before
+    is packed, but no tensor is made of it, and documents held in a `Corpus` are not read.
     """
 
     def __init__(
@@ -92,14 +93,16 @@ class PackedLoader:
     ) -> None:
         if not components or batch_size < 1:
             raise MetaVPTError(
-                f"a mixture needs a source (it has {len(components)}) and problem.batch_size={batch_size} 1 or more"
+                f"a mixture needs a source (it has {len(components)}) and "
+                f"problem.batch_size={batch_size} 1 or more"
             )
         for component in components:
             if not 0 < component.weight < float("inf") or (
                 component.max_epochs is not None and component.max_epochs < 1
             ):
                 raise MetaVPTError(
-                    f"mixture, domain {component.domain!r}: weight={component.weight} must be positive and "
+                    f"mixture, domain {component.domain!r}: weight={component.weight} must be "
+                    "positive and "
                     f"max_epochs={component.max_epochs} 1 or more"
                 )
         self.components, self.length, self.batch_size, self.seed, self.pad, self.device = (
@@ -159,5 +162,6 @@ class PackedLoader:
                 yield document
             if num_documents == 0:
                 raise MetaVPTError(
-                    f"mixture, domain {component.domain!r}: the source is empty, it gave no document at all"
+                    f"mixture, domain {component.domain!r}: the source is empty, it gave no "
+                    "document at all"
                 )

@@ -24,8 +24,9 @@ def encoded_file(path: Path) -> Encoded:
 def overlap(stream: Any, evaluation: Any, indices: Iterable[int]) -> list[str]:
     """Names of the images of `stream` that are, byte for byte, one of those at `indices` of `evaluation`.
 
-    Both tell their images by a method `encoded(index) -> Encoded`; of a set without one (arrays, HDF5) nothing can be said, and nothing is.
-    A file is read only where its length is that of an image of the evaluation. The same photograph encoded anew is not found.
+    Both tell their images by a method `encoded(index) -> Encoded`; of a set without one (arrays,
+    HDF5) nothing can be said, and nothing is. A file is read only where its length is that of an
+    image of the evaluation. The same photograph encoded anew is not found.
     """
     parts: list[Any] = list(stream.datasets) if isinstance(stream, ConcatDataset) else [stream]
     known: dict[int, list[Encoded]] = {}

@@ -9,8 +9,9 @@ from metavpt.errors import MetaVPTError
 class Packer:
     """Best-fit packing: rows of documents that together have at most `length` tokens; no document is divided, none is lost.
 
-    A document goes into the fullest of the open rows that has room for it. Where none has, the fullest open row is given out;
-    at the end all of them are. `num_rows` and `num_tokens` count what was given out: the rest of its `length` a row is padding.
+    A document goes into the fullest of the open rows that has room for it. Where none has, the
+    fullest open row is given out; at the end all of them are. `num_rows` and `num_tokens` count
+    what was given out: the rest of its `length` a row is padding.
     """
 
     def __init__(self, length: int, num_open: int = 16) -> None:
@@ -26,7 +27,8 @@ class Packer:
             size = len(document.tokens)
             if size > self.length:
                 raise MetaVPTError(
-                    f"packing: a document of {size} tokens does not fit into {self.length}; encode with that length"
+                    f"packing: a document of {size} tokens does not fit into {self.length}; "
+                    "encode with that length"
                 )
             best = max(
                 (k for k, used in enumerate(sizes) if used + size <= self.length),

@@ -38,7 +38,8 @@ def open_revisited(path: Path) -> Revisited:
     found = sorted(path.glob("gnd_*.pkl")) if path.is_dir() else []
     if len(found) != 1:
         raise MetaVPTError(
-            f"{path}: must be a folder with exactly one gnd_<name>.pkl and a folder jpg beside it; it has {len(found)}"
+            f"{path}: must be a folder with exactly one gnd_<name>.pkl and a folder jpg beside "
+            f"it; it has {len(found)}"
         )
     file = found[0]
     truth = read_plain_pickle(file)
@@ -68,7 +69,10 @@ def _query(name: str, entry: dict[str, Any], num_images: int) -> Query:
 
 
 def read_plain_pickle(file: Path) -> Any:
-    """Lists, dicts, numbers, strings and numpy arrays. A pickle may run anything when read, so one that asks for more is refused."""
+    """Lists, dicts, numbers, strings and numpy arrays.
+
+    A pickle may run anything when read, so one that asks for more is refused.
+    """
     with (
         reading(f"{file}: cannot be read as a pickle of lists, dicts and arrays"),
         file.open("rb") as opened,

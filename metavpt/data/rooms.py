@@ -1,8 +1,9 @@
 """Generated RGB-D rooms: a small sample with metric depth and classes, made on the spot, that looks like indoor frames.
 
-Every frame is a room of its own, ray-cast analytically: textured walls, floor and ceiling, furniture (boxes turned about the
-vertical), balls, pictures, windows and a door on the walls, and a lamp that lights it all. Colours and textures are drawn independently
-of the class, so that depth and classes must be read from shape and context.
+Every frame is a room of its own, ray-cast analytically: textured walls, floor and ceiling,
+furniture (boxes turned about the vertical), balls, pictures, windows and a door on the walls, and a
+lamp that lights it all. Colours and textures are drawn independently of the class, so that depth
+and classes must be read from shape and context.
 """
 
 import os
@@ -57,7 +58,8 @@ DECALS = {
 class Surface(NamedTuple):
     """What P rays meet of one thing: the distance (P,) along each, infinite for a miss.
 
-    `at(seen)` gives unit normals (S,3) and texture coordinates (S,2), in metres, for the S rays of the mask `seen` (P,).
+    `at(seen)` gives unit normals (S,3) and texture coordinates (S,2), in metres, for the S rays of
+    the mask `seen` (P,).
     """
 
     distance: np.ndarray
@@ -319,13 +321,15 @@ def rooms_file(
 ) -> Path:
     """The rooms as a file in the layout of nyu_depth_v2_labeled.mat, written on first use; the first 80 % of frames are for training.
 
-    folder: METAVPT_CACHE, else ~/.cache/metavpt. Frame i depends on (seed, i) alone, so no room is in both splits.
+    folder: METAVPT_CACHE, else ~/.cache/metavpt. Frame i depends on (seed, i) alone, so no room is
+    in both splits.
     """
     folder = cache_folder(folder)
     height, width = (int(side) for side in size)
     if num_frames < 2 or min(height, width) < 1:
         raise MetaVPTError(
-            f"data.rooms: num_frames={num_frames} must be 2 or more, and size={height}x{width} positive"
+            f"data.rooms: num_frames={num_frames} must be 2 or more, and size={height}x{width} "
+            "positive"
         )
     path = folder / f"rooms-{num_frames}-{height}x{width}-seed{seed}.mat"
     if path.exists():
@@ -339,7 +343,8 @@ def rooms_file(
         os.replace(partial, path)
     except OSError as error:
         raise MetaVPTError(
-            f"{folder}: generated rooms cannot be written ({error}); set data.rooms.folder or METAVPT_CACHE"
+            f"{folder}: generated rooms cannot be written ({error}); set data.rooms.folder or "
+            "METAVPT_CACHE"
         ) from None
     finally:
         with suppress(OSError):

@@ -14,7 +14,10 @@ UNITS = ("paragraph", "line", "file")
 
 
 class Document(NamedTuple):
-    """A question with its answer, or plain text where `question` is empty. Losses are taken on the answer alone."""
+    """A question with its answer, or plain text where `question` is empty.
+
+    Losses are taken on the answer alone.
+    """
 
     question: str
     answer: str
@@ -29,7 +32,8 @@ class Format(NamedTuple):
     """Which fields of a row make a document: those of `question`, joined by newlines, and `answer`.
 
     optional   question fields that may be missing, empty or null
-    config     the configuration that the hub wants named, split: the part of the data set that is read
+    config     the configuration that the hub wants named, split: the part of the data set that is
+    read
     """
 
     answer: str
@@ -80,7 +84,8 @@ def text_field(row: Mapping[str, Any], name: str, optional: bool = False) -> str
 class Rows(ABC, Generic[Item]):
     """What `convert(row, where)` makes of the rows of one source, in their order; can be read again and again.
 
-    on_error   "raise": the first row that cannot be read is an error that names its file and line; "skip": it is left out, and
+    on_error   "raise": the first row that cannot be read is an error that names its file and line;
+    "skip": it is left out, and
                `skipped` tells which rows were and why
     start      items that are passed over, so that one file can serve two purposes
     limit      at most so many items after them
@@ -119,7 +124,8 @@ class Rows(ABC, Generic[Item]):
             except BadRowError as reason:
                 if self.on_error == "raise":
                     raise MetaVPTError(
-                        f"{where}: {reason}; repair the row, or set on_error=skip to leave such rows out"
+                        f"{where}: {reason}; repair the row, or set on_error=skip to leave such "
+                        "rows out"
                     ) from None
                 self.skipped[where] = str(reason)
                 continue
@@ -146,7 +152,10 @@ class Rows(ABC, Generic[Item]):
 
 
 class JsonLines(Rows[Item]):
-    """One JSON object a line, in UTF-8; empty lines are no rows. A file that ends in .json is one array of objects."""
+    """One JSON object a line, in UTF-8; empty lines are no rows.
+
+    A file that ends in .json is one array of objects.
+    """
 
     def __init__(
         self, path: str | Path, convert: Callable[[Mapping[str, Any], str], Item], **options: Any
@@ -237,7 +246,8 @@ class HubDataset(Rows[Item]):
             import datasets
         except ImportError:
             raise MetaVPTError(
-                f"{self.name}: Hugging Face data sets need the package datasets: pip install 'metavpt[language]'"
+                f"{self.name}: Hugging Face data sets need the package datasets: pip install "
+                "'metavpt[language]'"
             ) from None
         if (Path(self.name) / "dataset_dict.json").exists():
             return datasets.load_from_disk(self.name)[self.split]
@@ -252,8 +262,8 @@ def open_documents(
 ) -> Rows[Document]:
     """Documents of a .jsonl or .json file, a text file, a local folder, or a data set of the hub.
 
-    format    a name in FORMATS, or the fields {answer: ..., question: [...]}; None: that of the hub name, plain text for others
-    options   of `JsonLines`, `PlainText` or `HubDataset`
+    format    a name in FORMATS, or the fields {answer: ..., question: [...]}; None: that of the hub
+    name, plain text for others options   of `JsonLines`, `PlainText` or `HubDataset`
     """
     path, chosen = Path(name), _format(str(name), format)
     if path.suffix in (".jsonl", ".json"):
@@ -273,12 +283,14 @@ def _format(name: str, format: str | Mapping[str, Any] | Format | None) -> Forma
         }
         if "answer" not in fields or not fields.keys() <= set(Format._fields):
             raise MetaVPTError(
-                f"{name}: format needs `answer` and may have {', '.join(Format._fields[1:])}; it is {dict(format)}"
+                f"{name}: format needs `answer` and may have {', '.join(Format._fields[1:])}; it "
+                f"is {dict(format)}"
             )
         return Format(**fields)
     if format is not None and format not in FORMATS:
         raise MetaVPTError(
-            f"{name}: format={format!r} is unknown; use one of {', '.join(FORMATS)}, or name the fields"
+            f"{name}: format={format!r} is unknown; use one of {', '.join(FORMATS)}, or name the "
+            "fields"
         )
     return FORMATS.get(format or name, PLAIN)
 

@@ -16,7 +16,10 @@ NUM_BYTES = 256
 
 
 def load_tokenizer(name: str | Path) -> Any:
-    """The fast tokenizer of a hub name, a local folder or a GGUF file. One without EOS is an error: nothing would end a document."""
+    """The fast tokenizer of a hub name, a local folder or a GGUF file.
+
+    One without EOS is an error: nothing would end a document.
+    """
     transformers = _transformers()
     path = Path(name)
     source = {"pretrained_model_name_or_path": str(name)}
@@ -32,11 +35,13 @@ def load_tokenizer(name: str | Path) -> Any:
         )  # None would ask, and wait
     if not tokenizer.is_fast:
         raise MetaVPTError(
-            f"{name}: its tokenizer gives no offsets, which tell prompt from answer; use a model with a fast tokenizer"
+            f"{name}: its tokenizer gives no offsets, which tell prompt from answer; use a model "
+            "with a fast tokenizer"
         )
     if tokenizer.eos_token_id is None:
         raise MetaVPTError(
-            f"{name}: its tokenizer has no EOS token, which ends every document; set eos_token in its configuration"
+            f"{name}: its tokenizer has no EOS token, which ends every document; set eos_token in "
+            "its configuration"
         )
     return tokenizer
 
@@ -44,12 +49,14 @@ def load_tokenizer(name: str | Path) -> Any:
 def train_tokenizer(texts: Iterable[str], vocab_size: int, folder: str | Path | None = None) -> Any:
     """A byte-level BPE of `texts` with EOS and padding, every digit a token of its own; kept, and trained on first use.
 
-    folder: METAVPT_CACHE, else ~/.cache/metavpt. The name of what is kept says what it was trained on, so other texts train another.
+    folder: METAVPT_CACHE, else ~/.cache/metavpt. The name of what is kept says what it was trained
+    on, so other texts train another.
     """
     texts = list(texts)
     if vocab_size < NUM_BYTES + 2:
         raise MetaVPTError(
-            f"tokenizer: vocab_size={vocab_size} must be {NUM_BYTES + 2} or more: the bytes, EOS and padding"
+            f"tokenizer: vocab_size={vocab_size} must be {NUM_BYTES + 2} or more: the bytes, EOS "
+            "and padding"
         )
     if not any(texts):
         raise MetaVPTError("tokenizer: there is no text to train it on")

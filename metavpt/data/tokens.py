@@ -28,9 +28,9 @@ class TokenBatch(NamedTuple):
 
     tokens      int64 (B,T)
     positions   int64 (B,T), from 0 in every document
-    documents   int64 (B,T), from 0 in every row, -1 for padding: attention stays where they are equal
-    loss_mask   bool (B,T): token t is a target, predicted from what its document has before t; never the first of a document
-    seed        of all randomness in what is made of the batch
+    documents   int64 (B,T), from 0 in every row, -1 for padding: attention stays where they are
+    equal loss_mask   bool (B,T): token t is a target, predicted from what its document has before
+    t; never the first of a document seed        of all randomness in what is made of the batch
     domain      int64 (B,), the domain of each row
     """
 
@@ -74,9 +74,12 @@ class Encoder:
 
     A special token that is spelt out in a document is text.
 
-    long       a longer document is "split" into pieces that share one token, so that each of its tokens stays a target exactly
-               once; or "cut" after `length` tokens, `cut` telling where and how many tokens were lost
-    on_error   a prompt of `length` tokens or more leaves no room for an answer: "raise" names its file and line, "skip" leaves
+    long       a longer document is "split" into pieces that share one token, so that each of its
+    tokens stays a target exactly
+               once; or "cut" after `length` tokens, `cut` telling where and how many tokens were
+               lost
+    on_error   a prompt of `length` tokens or more leaves no room for an answer: "raise" names its
+    file and line, "skip" leaves
                the document out, and `skipped` tells which were and why
     """
 
@@ -90,7 +93,8 @@ class Encoder:
     ) -> None:
         if tokenizer.eos_token_id is None:
             raise MetaVPTError(
-                f"{tokenizer.name_or_path or 'tokenizer'}: no EOS token, which ends every document; set its eos_token"
+                f"{tokenizer.name_or_path or 'tokenizer'}: no EOS token, which ends every "
+                "document; set its eos_token"
             )
         if (
             length < 2
@@ -99,7 +103,8 @@ class Encoder:
             or "{question}" not in prompt
         ):
             raise MetaVPTError(
-                f"tokens: length={length} must be 2 or more, long={long!r} 'split' or 'cut', on_error={on_error!r} 'raise' or 'skip', "
+                f"tokens: length={length} must be 2 or more, long={long!r} 'split' or 'cut', "
+                f"on_error={on_error!r} 'raise' or 'skip', "
                 f"and prompt={prompt!r} must hold {{question}}"
             )
         self.tokenizer, self.length, self.long, self.on_error, self.template = (
@@ -150,7 +155,8 @@ class Encoder:
             reason = f"the prompt has {num_prompt} tokens, which leaves no room for an answer in {self.length}"
             if self.on_error == "raise":
                 raise MetaVPTError(
-                    f"{where or 'document'}: {reason}; raise the length, or leave it out (on_error=skip, if it is no test problem)"
+                    f"{where or 'document'}: {reason}; raise the length, or leave it out "
+                    "(on_error=skip, if it is no test problem)"
                 )
             self.skipped[where] = reason
         elif len(tokens) <= self.length:
@@ -233,7 +239,8 @@ class ExampleLoader:
     ) -> None:
         if not 1 <= batch_size <= len(corpus):
             raise MetaVPTError(
-                f"problem.feedback_batch_size={batch_size} must be at least 1 and at most the {len(corpus)} feedback documents"
+                f"problem.feedback_batch_size={batch_size} must be at least 1 and at most the "
+                f"{len(corpus)} feedback documents"
             )
         self.corpus, self.batch_size, self.seed, self.pad, self.domain, self.device = (
             corpus,

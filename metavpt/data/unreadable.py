@@ -14,7 +14,10 @@ NUM_PLACES = 512  # processes that count apart from each other
 
 
 class Skips:
-    """How many reads were passed over, by this process and its loading workers together. Part of a checkpoint."""
+    """How many reads were passed over, by this process and its loading workers together.
+
+    Part of a checkpoint.
+    """
 
     def __init__(self) -> None:
         self.counts = torch.zeros(NUM_PLACES, dtype=torch.int64, device="cpu").share_memory_()
@@ -38,7 +41,8 @@ class Skips:
 class Readable(Dataset[Tensor]):
     """`images`, the next one that can be read in the place of each that cannot; the first failure of each is named on stderr.
 
-    Which image stands in does not depend on the run: the same seed gives the same batches, resumed or not.
+    Which image stands in does not depend on the run: the same seed gives the same batches, resumed
+    or not.
     """
 
     def __init__(self, images: Dataset[Tensor], skips: Skips) -> None:

@@ -22,8 +22,8 @@ ASPECT_RATIO = (
 class RandomCrop(nn.Module):
     """Images and a seed -> (B, 3, size, size): random resized crop, flip, normalisation. A deterministic function of its arguments.
 
-    mean, std: the backbone's normalisation. size in pixels. scale: shares of the image's area, 0.2 to 1 in MAE, 0.3 to 1
-    in I-JEPA. flip: its probability.
+    mean, std: the backbone's normalisation. size in pixels. scale: shares of the image's area, 0.2
+    to 1 in MAE, 0.3 to 1 in I-JEPA. flip: its probability.
     """
 
     def __init__(
@@ -37,7 +37,8 @@ class RandomCrop(nn.Module):
         super().__init__()
         if size < 1 or not 0 < scale[0] <= scale[1] <= 1 or not 0 <= flip <= 1:
             raise MetaVPTError(
-                f"RandomCrop: needs size >= 1, 0 < scale <= 1 in order and flip in [0, 1], got {size=}, {scale=}, {flip=}"
+                "RandomCrop: needs size >= 1, 0 < scale <= 1 in order and flip in [0, 1], got "
+                f"{size=}, {scale=}, {flip=}"
             )
         self.mean, self.std, self.size, self.scale, self.flip = (
             tuple(mean),
@@ -78,7 +79,8 @@ class WholeFrames(nn.Module):
         super().__init__()
         if len(size) != 2 or min(size) < 1 or not 0 <= flip <= 1:
             raise MetaVPTError(
-                f"WholeFrames: needs size=[H, W] of at least 1 and flip in [0, 1], got {size=}, {flip=}"
+                f"WholeFrames: needs size=[H, W] of at least 1 and flip in [0, 1], got {size=}, "
+                f"{flip=}"
             )
         self.mean, self.std, self.flip = tuple(mean), tuple(std), flip
         self.size = (int(size[0]), int(size[1]))
@@ -120,7 +122,8 @@ def _as_float(images: Tensor, name: str) -> Tensor:
         or not (images.dtype == torch.uint8 or images.is_floating_point())
     ):
         raise MetaVPTError(
-            f"{name}: images must be (B, 3, H, W), uint8 or float, got {tuple(images.shape)} {images.dtype}"
+            f"{name}: images must be (B, 3, H, W), uint8 or float, got {tuple(images.shape)} "
+            f"{images.dtype}"
         )
     return images / 255 if images.dtype == torch.uint8 else images
 
@@ -141,7 +144,8 @@ def draw_crop(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Sides (B, 2), position (B, 2) and mirror (B,) of random crops, see `Knobs`.
 
-    Area uniform in `scale`, aspect ratio log-uniform in [3/4, 4/3]; of ten draws the first that fits is taken, else the last is cut to fit.
+    Area uniform in `scale`, aspect ratio log-uniform in [3/4, 4/3]; of ten draws the first that
+    fits is taken, else the last is cut to fit.
     """
     height, width = image_size
     area = uniform((batch_size, 10), scale, rng) * (height * width)

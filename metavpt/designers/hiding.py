@@ -51,7 +51,8 @@ def scattered_patches(
 def blockwise_mask(grid: tuple[int, int], num_hidden: int, rng: np.random.Generator) -> np.ndarray:
     """Bool (h, w), True in at most `num_hidden` patches, and in fewer only where no further block was found to fit (BEiT, algorithm 1).
 
-    Random blocks, one over another, of at least (min(h, w) // 3)^2 patches (BEiT's 16 of 14 x 14), or of what is still to be hidden.
+    Random blocks, one over another, of at least (min(h, w) // 3)^2 patches (BEiT's 16 of 14 x 14),
+    or of what is still to be hidden.
     """
     mask, failures = np.zeros(grid, dtype=bool), 0
     while (missing := num_hidden - int(mask.sum())) > 0 and failures < NUM_ATTEMPTS:

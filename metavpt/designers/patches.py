@@ -15,7 +15,10 @@ from metavpt.errors import MetaVPTError, check_known
 
 
 class MaskedImages(NamedTuple):
-    """A task: what is seen of images, and what is to be predicted. Indices are of patches, row by row; weights are 1 in the recipe."""
+    """A task: what is seen of images, and what is to be predicted.
+
+    Indices are of patches, row by row; weights are 1 in the recipe.
+    """
 
     images: Tensor  # (B, 3, H, W), normalised
     visible: Tensor  # (B, K) int64
@@ -29,10 +32,12 @@ class MaskedImages(NamedTuple):
 class PatchDesigner(nn.Module, ABC):
     """Draws a masked task by logits = network(image), one for each patch. A subclass says what is drawn.
 
-    It is Gumbel-top-k with the batch's own noise: with a network whose last layer is zero, the draw of the recipe, bit for bit.
+    It is Gumbel-top-k with the batch's own noise: with a network whose last layer is zero, the draw
+    of the recipe, bit for bit.
 
-    recipe: makes the images. network: (B, 3, H, W) -> (B, 1, h, w), averaged onto the patches. estimator: what of the draw reaches the
-    network's gradient, see `choose`. kl_weight: of KL(softmax(logits) || uniform), which keeps the draw from becoming certain.
+    recipe: makes the images. network: (B, 3, H, W) -> (B, 1, h, w), averaged onto the patches.
+    estimator: what of the draw reaches the network's gradient, see `choose`. kl_weight: of
+    KL(softmax(logits) || uniform), which keeps the draw from becoming certain.
     """
 
     def __init__(
@@ -96,7 +101,8 @@ class PatchMasks(PatchDesigner):
         self.num_visible = round((1 - hidden) * self.num_patches)
         if not 0 < self.num_visible < self.num_patches:
             raise MetaVPTError(
-                f"designer.hidden={hidden} of {self.num_patches} patches leaves nothing to see, or nothing to predict"
+                f"designer.hidden={hidden} of {self.num_patches} patches leaves nothing to see, "
+                "or nothing to predict"
             )
 
     def task(self, images: Tensor, logits: Tensor, seed: int, draw: int) -> MaskedImages:

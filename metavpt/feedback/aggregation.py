@@ -1,7 +1,8 @@
 """How several named feedbacks become the outer losses that hypergradients are taken of.
 
-A rule is a value object, called on a labelled batch at theta. `WeightedSum` and `TorchJD` answer with one outer loss,
-sum_j lambda_j w_j L_j with lambda held constant, so that every estimator takes it as it is; `DomainMatched` with one for each domain.
+A rule is a value object, called on a labelled batch at theta. `WeightedSum` and `TorchJD` answer
+with one outer loss, sum_j lambda_j w_j L_j with lambda held constant, so that every estimator takes
+it as it is; `DomainMatched` with one for each domain.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -22,7 +23,8 @@ from metavpt.hypergradients.estimators import Hypergradient, OuterLoss
 from metavpt.hypergradients.params import Params
 from metavpt.problem import Problem, require, supports
 
-# Those of torchjd's weightings that read the Gramian alone: no random numbers, and no state that a checkpoint would have to hold.
+# Those of torchjd's weightings that read the Gramian alone: no random numbers, and no state that a
+# checkpoint would have to hold.
 WEIGHTINGS = ("AlignedMTL", "CAGrad", "DualProj", "FairGrad", "IMTLG", "MGDA", "Sum", "UPGrad")
 
 
@@ -77,7 +79,8 @@ class Feedback:
         weights = {name: weight for name, weight in self.all_weights.items() if weight}
         if not weights:
             raise MetaVPTError(
-                f"{type(self.problem).__name__}.feedback_weights: every weight is 0, so there is no feedback"
+                f"{type(self.problem).__name__}.feedback_weights: every weight is 0, so there is "
+                "no feedback"
             )
         return weights
 
@@ -181,13 +184,17 @@ class WeightedSum:
 class TorchJD:
     """sum_j lambda_j w_j L_j, lambda from the inner products of the gradients of w_j L_j by theta_S: feedbacks in conflict are reconciled.
 
-    weighting   MGDA (the point of least norm in the convex hull of the gradients, see `min_norm_weights`), UPGrad (Quinton and Rey 2024)
-                or another of `WEIGHTINGS`. All but MGDA come from the package torchjd; Sum changes nothing and only logs
+    weighting   MGDA (the point of least norm in the convex hull of the gradients, see
+    `min_norm_weights`), UPGrad (Quinton and Rey 2024)
+                or another of `WEIGHTINGS`. All but MGDA come from the package torchjd; Sum changes
+                nothing and only logs
     options     the weighting's own, as torchjd names them; MGDA has none
-    normalize   scale the gradients to one length, their root mean square, first: where they point decides, not how long they are
+    normalize   scale the gradients to one length, their root mean square, first: where they point
+    decides, not how long they are
 
-    One gradient for each feedback beside those of the estimator. `weight/<name>` in the log is lambda_j w_j, `conflict/<a>-<b>` the cosine
-    between two gradients, negative where they conflict. A single feedback is left as it is.
+    One gradient for each feedback beside those of the estimator. `weight/<name>` in the log is
+    lambda_j w_j, `conflict/<a>-<b>` the cosine between two gradients, negative where they conflict.
+    A single feedback is left as it is.
     """
 
     pairs_batches = False
@@ -215,7 +222,8 @@ class TorchJD:
             torchjd = import_module("torchjd.aggregation")
         except ImportError as error:
             raise MetaVPTError(
-                f"strategy.combination: torchjd cannot be imported ({error}); pip install 'metavpt[torchjd]'"
+                f"strategy.combination: torchjd cannot be imported ({error}); pip install "
+                "'metavpt[torchjd]'"
             ) from error
         try:
             return getattr(torchjd, f"{name}Weighting")(**options)
@@ -261,8 +269,8 @@ class TorchJD:
 class DomainMatched:
     """Hypergradients of each domain's feedback through the same domain's unlabelled batches; their mean by the problem's weights.
 
-    Language multitask in V-Pretraining, section 4. Domains are the names of the feedbacks; `problem.by_domain` finds them in an unlabelled
-    batch. Costs an estimate for each.
+    Language multitask in V-Pretraining, section 4. Domains are the names of the feedbacks;
+    `problem.by_domain` finds them in an unlabelled batch. Costs an estimate for each.
     """
 
     pairs_batches = True
@@ -274,8 +282,10 @@ class DomainMatched:
         for parts in domains:
             if set(weights) - set(parts) or set(parts) - set(feedback.all_weights):
                 raise MetaVPTError(
-                    f"strategy.combination=DomainMatched: by_domain gives {', '.join(parts) or 'nothing'}, the feedbacks are "
-                    f"{', '.join(weights)}; every unlabelled batch must hold each domain that has feedback, and no other"
+                    "strategy.combination=DomainMatched: by_domain gives "
+                    f"{', '.join(parts) or 'nothing'}, the feedbacks are "
+                    f"{', '.join(weights)}; every unlabelled batch must hold each domain that has "
+                    "feedback, and no other"
                 )
         total = sum(weights.values())
         return Combined({
@@ -313,7 +323,8 @@ def unpaired(combination: Combination | None) -> Combination:
     combination = combination or WeightedSum()
     if combination.pairs_batches:
         raise MetaVPTError(
-            f"strategy.combination={type(combination).__name__} pairs unlabelled batches with feedback, which only strategies that "
+            f"strategy.combination={type(combination).__name__} pairs unlabelled batches with "
+            "feedback, which only strategies that "
             "learn a designer do; use WeightedSum or TorchJD"
         )
     return combination
@@ -322,7 +333,8 @@ def unpaired(combination: Combination | None) -> Combination:
 def _gradient(name: str, loss: Tensor, theta_s: Params) -> Params:
     if not loss.requires_grad:
         raise MetaVPTError(
-            f"feedback_losses: {name} depends on none of aligned_parameters, so it cannot be weighed by its gradient"
+            f"feedback_losses: {name} depends on none of aligned_parameters, so it cannot be "
+            "weighed by its gradient"
         )
     parts = torch.autograd.grad(
         loss, list(theta_s.values()), retain_graph=True, materialize_grads=True
@@ -354,7 +366,8 @@ def weighted(losses: Mapping[str, Tensor], weights: Mapping[str, float]) -> dict
     active = [name for name, weight in weights.items() if weight]
     if not active or set(active) - set(losses) or set(losses) - set(weights):
         raise MetaVPTError(
-            f"feedback_losses gives {', '.join(losses) or 'nothing'}; feedback_weights names {', '.join(weights) or 'nothing'}: "
+            f"feedback_losses gives {', '.join(losses) or 'nothing'}; feedback_weights names "
+            f"{', '.join(weights) or 'nothing'}: "
             "every loss needs a weight, every weight but 0 a loss, and one must not be 0"
         )
     return {name: weights[name] * losses[name] for name in active}

@@ -30,9 +30,10 @@ class LabelledFrames(Protocol):
 class DenseFeedback(nn.Module):
     """L_down = depth_weight * L1(depth in metres, valid pixels) + segmentation_weight * CE(classes), through linear-BN heads.
 
-    `fit` trains the heads on detached features of labelled train batches; `forward` gives both losses of features (B,D,h,w) by name,
-    without one of weight 0, and is pure: it reads the batch statistics that `fit` has gathered and moves nothing (V-Pretraining,
-    section 3: heads first, then g_down on separate batches).
+    `fit` trains the heads on detached features of labelled train batches; `forward` gives both
+    losses of features (B,D,h,w) by name, without one of weight 0, and is pure: it reads the batch
+    statistics that `fit` has gathered and moves nothing (V-Pretraining, section 3: heads first,
+    then g_down on separate batches).
     """
 
     fitted_by_steps = True
@@ -100,13 +101,16 @@ class RidgeFeedback(nn.Module):
     L_down = depth_weight * squared error (m^2, valid pixels)
            + segmentation_weight * squared error to one-hot classes (Brier score).
 
-    The frames of a labelled batch are cut into `num_folds` parts; each is scored with the heads that `Ridge`, as the probes have it, fits
-    to the others in closed form. Both the scored features and, through the solve of the normal equations, the fitted ones carry the
-    gradient: g_down is the total derivative. It asks for nothing that a refit absorbs: where `penalty` is small, an invertible linear map
-    of the features changes neither the predictions nor the loss. A head held fixed would ask for it.
+    The frames of a labelled batch are cut into `num_folds` parts; each is scored with the heads
+    that `Ridge`, as the probes have it, fits to the others in closed form. Both the scored features
+    and, through the solve of the normal equations, the fitted ones carry the gradient: g_down is
+    the total derivative. It asks for nothing that a refit absorbs: where `penalty` is small, an
+    invertible linear map of the features changes neither the predictions nor the loss. A head held
+    fixed would ask for it.
 
-    There is no state: `forward` of features (B,D,h,w) with their labels is all, and a pure function of them. It solves in float64. The
-    folds are those of the whole batch: each of several processes solves all of them, on the features of all.
+    There is no state: `forward` of features (B,D,h,w) with their labels is all, and a pure function
+    of them. It solves in float64. The folds are those of the whole batch: each of several processes
+    solves all of them, on the features of all.
     """
 
     fitted_by_steps = False
@@ -123,7 +127,8 @@ class RidgeFeedback(nn.Module):
         super().__init__()
         if num_folds < 2:
             raise MetaVPTError(
-                f"feedback.num_folds={num_folds}: heads are scored on frames that they were not fitted to; at least 2"
+                f"feedback.num_folds={num_folds}: heads are scored on frames that they were not "
+                "fitted to; at least 2"
             )
         self.weights = _weights(depth_weight, segmentation_weight)
         self.ridge, self.num_folds = Ridge(penalty), num_folds
@@ -141,7 +146,8 @@ class RidgeFeedback(nn.Module):
         )
         if len(features) < self.num_folds:
             raise MetaVPTError(
-                f"feedback.num_folds={self.num_folds}: a labelled batch of {len(features)} frames is too small; raise "
+                f"feedback.num_folds={self.num_folds}: a labelled batch of {len(features)} frames "
+                "is too small; raise "
                 "problem.feedback_batch_size"
             )
         frame = torch.arange(len(features), device=features.device)
@@ -201,6 +207,7 @@ def _squares(
 def _weights(depth: float, segmentation: float) -> dict[str, float]:
     if min(depth, segmentation) < 0 or depth + segmentation == 0:
         raise MetaVPTError(
-            f"feedback.depth_weight={depth}, feedback.segmentation_weight={segmentation}: neither may be negative and one must be positive"
+            f"feedback.depth_weight={depth}, feedback.segmentation_weight={segmentation}: neither "
+            "may be negative and one must be positive"
         )
     return {"depth": depth, "segmentation": segmentation}

@@ -59,7 +59,8 @@ class GaussNewton:
             if self.otherwise is not None:
                 return self.otherwise(loss, theta, v, product)
             raise MetaVPTError(
-                "GaussNewton: the pretraining loss must be a ComposedLoss(outputs, criterion); return one from pretrain_tail"
+                "GaussNewton: the pretraining loss must be a ComposedLoss(outputs, criterion); "
+                "return one from pretrain_tail"
             )
         theta = params.leaves(theta)
         leaves = list(theta.values())

@@ -2,8 +2,9 @@
 
     solution = ConjugateGradient()(matvec, b, damping=1e-2)
 
-A is symmetric (a Hessian or a Gauss-Newton matrix); `b`, `x` and the vectors that `matvec` maps are dicts of tensors. No solver raises on a
-matrix that it cannot handle, and none returns NaN: what went wrong is in the Solution.
+A is symmetric (a Hessian or a Gauss-Newton matrix); `b`, `x` and the vectors that `matvec` maps are
+dicts of tensors. No solver raises on a matrix that it cannot handle, and none returns NaN: what
+went wrong is in the Solution.
 """
 
 import math
@@ -25,11 +26,12 @@ Matvec = Callable[[Params], Params]
 class Solution(NamedTuple):
     """`x`, always finite, and how far to trust it.
 
-    num_iterations  steps (ConjugateGradient, DampedLanczos), terms (Neumann), vectors of the sketch (Nystrom)
-    residual        |b - (A + damping I) x| / |b|; infinite where it is not known. What each solver knows of it, it says
-    min_curvature   smallest p^T (A + damping I) p / p^T p met: not positive means indefinite; infinite where none was met
-    converged       the solver's own verdict
-    added_damping   what DampedLanczos adds to the damping that it is asked for; residual and x include it
+    num_iterations  steps (ConjugateGradient, DampedLanczos), terms (Neumann), vectors of the sketch
+    (Nystrom) residual        |b - (A + damping I) x| / |b|; infinite where it is not known. What
+    each solver knows of it, it says min_curvature   smallest p^T (A + damping I) p / p^T p met: not
+    positive means indefinite; infinite where none was met converged       the solver's own verdict
+    added_damping   what DampedLanczos adds to the damping that it is asked for; residual and x
+    include it
     """
 
     x: Params
@@ -55,9 +57,9 @@ class LinearSolver(Protocol):
 class ConjugateGradient:
     """Hestenes & Stiefel (1952): one matvec a step, plus one whenever the residual is taken afresh.
 
-    Converged means that the true residual is at most `tolerance`: the recurrence only claims it, a matvec confirms it, and where
-    the two have come apart the method restarts from the true residual. Without convergence `residual` is the recurrence's, taken
-    afresh every 50 steps.
+    Converged means that the true residual is at most `tolerance`: the recurrence only claims it, a
+    matvec confirms it, and where the two have come apart the method restarts from the true
+    residual. Without convergence `residual` is the recurrence's, taken afresh every 50 steps.
 
     On a direction of curvature <= 0 the matrix is indefinite: it stops, not converged, with the
     iterate of smallest residual, the start included.
@@ -116,12 +118,12 @@ class DampedLanczos:
     """Solves with the least damping for which a few products give a solution.
 
     Lanczos tridiagonalizes A on the Krylov space of b: A Q = Q T + beta_k q_{k+1} e_k^T. The same Q
-    serves A + lambda I for every lambda. So x(lambda) = |b| Q (T + lambda I)^-1 e_1 and its residual
-    prod_i beta_i / prod_i (theta_i + lambda), theta the eigenvalues of T, cost no further product.
-    The residual falls as lambda grows, and lambda is the least value from `damping` up whose
-    residual is at most `tolerance`: the damping of Levenberg and Marquardt, found within one solve.
-    Where A is indefinite, lambda is at least twice the most negative curvature, which keeps x small
-    along such directions.
+    serves A + lambda I for every lambda. So x(lambda) = |b| Q (T + lambda I)^-1 e_1 and its
+    residual prod_i beta_i / prod_i (theta_i + lambda), theta the eigenvalues of T, cost no further
+    product. The residual falls as lambda grows, and lambda is the least value from `damping` up
+    whose residual is at most `tolerance`: the damping of Levenberg and Marquardt, found within one
+    solve. Where A is indefinite, lambda is at least twice the most negative curvature, which keeps
+    x small along such directions.
 
     x lies between the solution at `damping` and b / lambda, the direction of a single step;
     `added_damping` tells where. A start `x0` is not used, as its residual depends on the damping.
@@ -203,10 +205,11 @@ class DampedLanczos:
 class Neumann:
     """x = step_size sum_{k < num_terms} (I - step_size (A + damping I))^k b, by num_terms - 1 matvecs (one more with `x0`).
 
-    This is the adjoint of `num_terms` gradient steps of size `step_size` (Lorraine et al., 2020); one term gives step_size b.
-    `residual` is |last term| / |b|, exact for the sum without its last term: x itself has a smaller one if the series converges.
-    Converged means that no term outgrew the one before it: every step_size (A + damping I) met lies between 0 and 2. A series that grows is
-    summed all the same, being the truncated unroll that it stands for, until it overflows.
+    This is the adjoint of `num_terms` gradient steps of size `step_size` (Lorraine et al., 2020);
+    one term gives step_size b. `residual` is |last term| / |b|, exact for the sum without its last
+    term: x itself has a smaller one if the series converges. Converged means that no term outgrew
+    the one before it: every step_size (A + damping I) met lies between 0 and 2. A series that grows
+    is summed all the same, being the truncated unroll that it stands for, until it overflows.
     """
 
     num_terms: int = 10
@@ -254,10 +257,12 @@ class Neumann:
 class Nystrom:
     """Inverts a low-rank approximation of A, plus damping: `rank` matvecs and one for the true residual (one more with `x0`).
 
-    A ~ (A Q) (Q^T A Q)^+ (A Q)^T = U diag(s) U^T for an orthonormal Gaussian sketch Q, and by Woodbury's identity
-    x = U diag(1 / (s + damping)) U^T b + (b - U U^T b) / damping (Hataya & Yamada, 2023; factored stably as in Tropp et al., 2017).
-    Exact where A has that rank and is positive semidefinite; directions of the sketch with curvature <= 0 are taken as flat.
-    Memory: three times `rank` vectors. Converged means that x is better than none, residual < 1. `damping` must be positive.
+    A ~ (A Q) (Q^T A Q)^+ (A Q)^T = U diag(s) U^T for an orthonormal Gaussian sketch Q, and by
+    Woodbury's identity x = U diag(1 / (s + damping)) U^T b + (b - U U^T b) / damping (Hataya &
+    Yamada, 2023; factored stably as in Tropp et al., 2017). Exact where A has that rank and is
+    positive semidefinite; directions of the sketch with curvature <= 0 are taken as flat. Memory:
+    three times `rank` vectors. Converged means that x is better than none, residual < 1. `damping`
+    must be positive.
     """
 
     rank: int = 10
@@ -308,7 +313,8 @@ def _solve_from(
 ) -> Solution:
     """x0 + |r| iterate(A + damping I, r / |r|, |b| / |r|) with r = b - (A + damping I) x0.
 
-    Every solver starts from zero on a unit vector, so that no scale of b can under- or overflow in it.
+    Every solver starts from zero on a unit vector, so that no scale of b can under- or overflow in
+    it.
     """
     if not 0 <= damping < math.inf:
         raise MetaVPTError(f"damping={damping}: must be a finite number, not negative")

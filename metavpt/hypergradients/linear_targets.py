@@ -2,7 +2,8 @@
 
     L(theta) = <q, cost(theta)>   =>   <w, dL/dtheta> = <q, d cost/dtheta [w]>
 
-With q alone holding the graph to phi, one derivative of the costs along w, forward passes through the tail, gives the whole product.
+With q alone holding the graph to phi, one derivative of the costs along w, forward passes through
+the tail, gives the whole product.
 """
 
 from collections.abc import Callable, Sequence
@@ -48,7 +49,8 @@ class ForwardMode:
 class CentralDifference:
     """(fn(theta + eps w) - fn(theta - eps w)) / (2 eps), with the step of `DifferenceProduct`; attention stays fused.
 
-    Two forward passes, where forward mode costs more than three. Half precision leaves few digits of the difference: there `ForwardMode`.
+    Two forward passes, where forward mode costs more than three. Half precision leaves few digits
+    of the difference: there `ForwardMode`.
     """
 
     relative_step: float | None = None
@@ -63,8 +65,9 @@ class CentralDifference:
 class LinearLoss(Protocol):
     """A loss <targets, cost(theta)>. `targets` alone holds a graph to phi.
 
-    `slopes` is d cost/dtheta [w], detached and of the shape of `targets`. Where `absolute` is False it may leave out what the targets
-    cannot change, if that is cheaper: then <targets, slopes> is the value over that of the ordinary recipe.
+    `slopes` is d cost/dtheta [w], detached and of the shape of `targets`. Where `absolute` is False
+    it may leave out what the targets cannot change, if that is cheaper: then <targets, slopes> is
+    the value over that of the ordinary recipe.
     """
 
     @property
@@ -81,11 +84,13 @@ class LinearLoss(Protocol):
 class LinearProduct:
     """d<q, d cost/dtheta [w]>/d phi by backward through the designer alone. Needs a `LinearLoss`, and goes with any direction.
 
-    Its cost is that of forward passes through the tail; it is counted as one gradient. Where the derivative by theta is asked for too
-    (`Implicit`, `Unrolled`), linearity is of no help and `general` takes the product.
+    Its cost is that of forward passes through the tail; it is counted as one gradient. Where the
+    derivative by theta is asked for too (`Implicit`, `Unrolled`), linearity is of no help and
+    `general` takes the product.
 
     derivative  of the costs: exact by default, cheaper by `CentralDifference`
-    absolute    False: `Derivative.value` may be that over the ordinary recipe, where that saves a pass (see `LinearLoss`); `by` is the same
+    absolute    False: `Derivative.value` may be that over the ordinary recipe, where that saves a
+    pass (see `LinearLoss`); `by` is the same
     """
 
     derivative: DirectionalDerivative = field(default_factory=ForwardMode)
@@ -107,7 +112,8 @@ class LinearProduct:
             return self.general(loss, theta, w, wrt, retain_graph=retain_graph)
         if not isinstance(loss, LinearLoss):
             raise MetaVPTError(
-                "LinearProduct: the pretraining loss must be linear in its targets; return a LinearLoss from pretrain_tail, "
+                "LinearProduct: the pretraining loss must be linear in its targets; return a "
+                "LinearLoss from pretrain_tail, "
                 "or use DifferenceProduct"
             )
         slopes = loss.slopes(theta, w, self.derivative, self.absolute)

@@ -1,10 +1,12 @@
 """The derivative of <w, dL/dtheta>: the one product that every hypergradient is made of.
 
-With respect to phi it is the mixed product, with respect to theta the Hessian product. Both ways of taking it share one call:
+With respect to phi it is the mixed product, with respect to theta the Hessian product. Both ways of
+taking it share one call:
 
     (by_theta, by_phi), value = product(loss, theta, w, (theta, phi))
 
-`loss` maps parameters to a scalar and may hold a graph to phi (the designer's, and the trunk's that ran once on its task).
+`loss` maps parameters to a scalar and may hold a graph to phi (the designer's, and the trunk's that
+ran once on its task).
 """
 
 import math
@@ -35,7 +37,8 @@ class Derivative(NamedTuple):
 class Product(Protocol):
     """d<w, dL/dtheta>/d wrt for each dict in `wrt`; `theta` and every entry of `wrt` ask for a gradient.
 
-    `num_gradients` is the cost in evaluations of dL/dtheta. The graph that `loss` holds is freed unless `retain_graph`.
+    `num_gradients` is the cost in evaluations of dL/dtheta. The graph that `loss` holds is freed
+    unless `retain_graph`.
     """
 
     num_gradients: int
@@ -79,11 +82,13 @@ class ExactProduct:
 class DifferenceProduct:
     """The central difference (dL(theta + eps w) - dL(theta - eps w)) / (2 eps): first-order autodiff only.
 
-    The trunk, held in `loss`, runs once; only what depends on theta runs twice. Fused attention stays as it is.
-    The step is relative, eps |w| = relative_step |theta|, so that scaling w or theta changes nothing but the scale.
-    The error is O(relative_step^2) from truncation and O(machine eps / relative_step) from rounding, which balance near the cube root of
-    the machine epsilon. `relative_step=None` takes a fifth of that, in the dtype that the loss is computed in: the losses of
-    transformers bend on a scale shorter than |theta|, and there a fifth was the more exact in float32 and float64 alike.
+    The trunk, held in `loss`, runs once; only what depends on theta runs twice. Fused attention
+    stays as it is. The step is relative, eps |w| = relative_step |theta|, so that scaling w or
+    theta changes nothing but the scale. The error is O(relative_step^2) from truncation and
+    O(machine eps / relative_step) from rounding, which balance near the cube root of the machine
+    epsilon. `relative_step=None` takes a fifth of that, in the dtype that the loss is computed in:
+    the losses of transformers bend on a scale shorter than |theta|, and there a fifth was the more
+    exact in float32 and float64 alike.
     """
 
     relative_step: float | None = None
@@ -215,7 +220,8 @@ def check_reached(value: Tensor, theta: Params, name: str) -> None:
         seen.add(node)
         pending += [parent for parent, _ in node.next_functions]
     raise UnreachedParameterError(
-        f"the {name} loss depends on none of the parameters that it is given ({_listed(list(theta))}): "
+        f"the {name} loss depends on none of the parameters that it is given "
+        f"({_listed(list(theta))}): "
         "its gradient would be a silent zero. Use them in the loss, "
         "functional_call(model, theta, inputs) instead of model(inputs)"
     )
@@ -233,7 +239,10 @@ def reached(loss: Loss, theta: Params) -> list[str]:
 
 
 def _reaches(value: Tensor, p: Tensor) -> bool:
-    """Whether there is a path from p to `value`. That its buffers have been freed by now is another error than that there is none."""
+    """Whether there is a path from p to `value`.
+
+    That its buffers have been freed by now is another error than that there is none.
+    """
     try:
         torch.autograd.grad(value, p, retain_graph=True)
     except RuntimeError as error:
@@ -247,6 +256,8 @@ def _listed(names: list[str]) -> str:
 
 def _unreached(names: list[str]) -> str:
     return (
-        f"the pretraining loss does not depend on {_listed(names)}: its hypergradient would be a silent zero. "
-        "Use the parameter in the task, drop it from the designer, or look for a no_grad or detach on the way to the loss"
+        f"the pretraining loss does not depend on {_listed(names)}: its hypergradient would be a "
+        "silent zero. "
+        "Use the parameter in the task, drop it from the designer, or look for a no_grad or "
+        "detach on the way to the loss"
     )

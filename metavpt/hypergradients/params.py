@@ -11,8 +11,8 @@ Params = dict[str, Tensor]
 def named(module: nn.Module) -> Params:
     """The trainable parameters of `module` by name: the live tensors, not copies.
 
-    Those that are sharded over processes (DTensors, see `metavpt.distributed.fsdp`) are left out: their modules use them, no loss is a function
-    of them.
+    Those that are sharded over processes (DTensors, see `metavpt.distributed.fsdp`) are left out:
+    their modules use them, no loss is a function of them.
     """
     return {
         name: p

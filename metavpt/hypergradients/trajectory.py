@@ -15,7 +15,8 @@ from metavpt.hypergradients.params import Params
 class Unroll:
     """K = `num_steps` steps of an optimizer, one unlabelled batch each.
 
-    optimizer   the rule to unroll, from fresh moments; by default the learner's real one as it stands (`update`)
+    optimizer   the rule to unroll, from fresh moments; by default the learner's real one as it
+    stands (`update`)
     """
 
     num_steps: int = 4
@@ -41,7 +42,8 @@ class Unroll:
             return Update(self.optimizer, theta, self.optimizer.init(params.detach(theta)))
         if update is None:
             raise MetaVPTError(
-                f"{type(self).__name__}: needs an optimizer to unroll: set `optimizer`, or pass the learner's as `update`"
+                f"{type(self).__name__}: needs an optimizer to unroll: set `optimizer`, or pass "
+                "the learner's as `update`"
             )
         return update
 
@@ -49,8 +51,8 @@ class Unroll:
 class Trajectory:
     """The steps of a rule from (theta, state): forwards by `advance`, then once `backwards`.
 
-    It keeps every gradient, but theta and state only at the start of each `segment` of steps; the rule replays the others elementwise.
-    With `offload` what is kept waits in the CPU's memory.
+    It keeps every gradient, but theta and state only at the start of each `segment` of steps; the
+    rule replays the others elementwise. With `offload` what is kept waits in the CPU's memory.
     """
 
     def __init__(

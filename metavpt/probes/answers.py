@@ -25,8 +25,9 @@ class AnswerProbe:
     """NLL and Pass@1 on `problems`; `batches()` is one pass over the same with their answers.
 
         nll                            mean over answer tokens, in nats
-        pass@1_strict, pass@1_flexible   greedy; `is_strict_match` (lm-evaluation-harness's), `is_flexible_match`
-        sampled_pass@k_strict, ..._flexible   for each k in `ks`, of `num_samples` samples at `temperature`; 0 samples: none
+        pass@1_strict, pass@1_flexible   greedy; `is_strict_match` (lm-evaluation-harness's),
+        `is_flexible_match` sampled_pass@k_strict, ..._flexible   for each k in `ks`, of
+        `num_samples` samples at `temperature`; 0 samples: none
 
     `answers` holds the first greedy answers of the last call.
     """
@@ -45,7 +46,8 @@ class AnswerProbe:
             temperature <= 0 or not 1 <= min(ks, default=0) <= max(ks, default=0) <= num_samples
         ):
             raise MetaVPTError(
-                f"answers: ks={list(ks)} must lie in 1 to num_samples={num_samples}, and temperature={temperature} be positive"
+                f"answers: ks={list(ks)} must lie in 1 to num_samples={num_samples}, and "
+                f"temperature={temperature} be positive"
             )
         self.problems, self.batches, self.generator = list(problems), batches, generator
         self.num_samples, self.ks, self.temperature, self.seed = (

@@ -21,7 +21,10 @@ from metavpt.probes.summaries import Describe, Pool, check_pool, stack, summaris
 
 
 class Classifier(Protocol):
-    """A way to classify: `KNN`, `Ridge` (to one-hot targets), `LinearBN`. To the last two an image is a frame of one patch."""
+    """A way to classify: `KNN`, `Ridge` (to one-hot targets), `LinearBN`.
+
+    To the last two an image is a frame of one patch.
+    """
 
     def fit(self, task: DenseTask, train: FeatureSet) -> Callable[[Tensor], Tensor]:
         """(M, D, 1, 1) -> scores (M, C, 1, 1)."""
@@ -54,11 +57,11 @@ class ClassificationProbe:
     """`{"knn/accuracy": 0.31, ...}`: the share of validation images that each classifier gets right.
 
     path                 classified images, see `open_classified`
-    size                 (H, W) that images are cut to; the backbone sees the nearest size that its patches divide
-    heads                name to classifier; the weighted k-NN of DINO unless told
-    num_train, num_val   at most so many images, drawn by `seed`; None: all. Each costs one forward pass a probe
-    pool                 "mean" of the patches, or the "cls" token
-    cache_bytes          how much of the images may stay decoded in memory
+    size                 (H, W) that images are cut to; the backbone sees the nearest size that its
+    patches divide heads                name to classifier; the weighted k-NN of DINO unless told
+    num_train, num_val   at most so many images, drawn by `seed`; None: all. Each costs one forward
+    pass a probe pool                 "mean" of the patches, or the "cls" token cache_bytes
+    how much of the images may stay decoded in memory
     """
 
     def __init__(

@@ -67,7 +67,8 @@ class DepthMetrics:
         """prediction, depth (B, H, W)."""
         if prediction.shape != depth.shape:
             raise MetaVPTError(
-                f"DepthMetrics: prediction {tuple(prediction.shape)} and depth {tuple(depth.shape)} differ in shape"
+                f"DepthMetrics: prediction {tuple(prediction.shape)} and depth "
+                f"{tuple(depth.shape)} differ in shape"
             )
         rows, columns = (
             eigen_crop(depth.shape[-2], depth.shape[-1])

@@ -1,6 +1,7 @@
 """Frozen features of a labelled set, computed once and shared by every head and every task.
 
-Letters: M images of the set, B of a batch, D width of a feature, C outputs, H W pixels, h w patches.
+Letters: M images of the set, B of a batch, D width of a feature, C outputs, H W pixels, h w
+patches.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -57,7 +58,8 @@ def extract(
 ) -> FeatureSet:
     """`features` of every image beside its labels, kept on `device` (None: where the features are computed); ranks share out the batches.
 
-    Raises MetaVPTError for no batch, images of several sizes or labels beyond 0..255; NonFiniteError for NaN or infinite features.
+    Raises MetaVPTError for no batch, images of several sizes or labels beyond 0..255;
+    NonFiniteError for NaN or infinite features.
     """
 
     def read(batch: LabelledBatch) -> FeatureSet:
@@ -79,7 +81,8 @@ def extract(
     for part in collectives.share_out(read, batches):
         if not torch.isfinite(part.features).all():
             raise NonFiniteError(
-                "probe: the features of the learner are not finite; look at the losses before this step"
+                "probe: the features of the learner are not finite; look at the losses before "
+                "this step"
             )
         parts.append(FeatureSet(*(field.to(device) for field in part)))
     if not parts:
@@ -94,6 +97,7 @@ def extract(
         > 1
     ):
         raise MetaVPTError(
-            "probe: all images of a labelled set must have one size; resize or crop them in the dataset"
+            "probe: all images of a labelled set must have one size; resize or crop them in the "
+            "dataset"
         )
     return FeatureSet(*(torch.cat(field) for field in zip(*parts, strict=True)))

@@ -18,7 +18,8 @@ from metavpt.learners.lm import LanguageModel
 class Generator:
     """Prompts -> texts: batches padded on the left, with a key-value cache, until EOS, a text in `stop` or `max_new_tokens`.
 
-    temperature   0: greedy. Otherwise samples of the full softmax, whatever settings the model was released with
+    temperature   0: greedy. Otherwise samples of the full softmax, whatever settings the model was
+    released with
     """
 
     def __init__(
@@ -30,7 +31,8 @@ class Generator:
     ) -> None:
         if max_new_tokens < 1 or batch_size < 1:
             raise MetaVPTError(
-                f"generation: max_new_tokens={max_new_tokens} and batch_size={batch_size} must be positive"
+                f"generation: max_new_tokens={max_new_tokens} and batch_size={batch_size} must be "
+                "positive"
             )
         self.encoder, self.max_new_tokens, self.batch_size, self.stop = (
             encoder,
@@ -82,7 +84,8 @@ class Generator:
         longest = max(map(len, tokens))
         if longest + self.max_new_tokens > learner.max_length:
             raise MetaVPTError(
-                f"generation: a prompt of {longest} tokens and max_new_tokens={self.max_new_tokens} do not fit into the context of "
+                f"generation: a prompt of {longest} tokens and "
+                f"max_new_tokens={self.max_new_tokens} do not fit into the context of "
                 f"{learner.max_length}; lower max_new_tokens, or leave long questions out"
             )
         return tokens
@@ -105,7 +108,8 @@ class Generator:
             options: dict[str, Any] = (
                 {"stop_strings": self.stop, "tokenizer": tokenizer} if self.stop else {}
             )
-            # of several ranks none may stop before the others: a sharded model gathers its weights at every token
+            # of several ranks none may stop before the others: a sharded model gathers its weights
+            # at every token
             out = model.generate(
                 tokens.to(device),
                 attention_mask=mask.to(device),

@@ -72,8 +72,9 @@ def enlarge(output: Tensor, size: torch.Size | tuple[int, int]) -> Tensor:
 class Ridge:
     """Closed form: argmin_W sum_i s_i |y_i - W z_i - b|^2 + penalty * mean(diag(Z^T S Z)) * |W|^2, deterministic, in float64.
 
-    i runs over patches, z_i are standardised features, y_i is the patch's mean target and s_i the share of its pixels that is valid: least
-    squares over pixels for a prediction that is constant on each patch. Features that do not vary get no weight. b is not penalised.
+    i runs over patches, z_i are standardised features, y_i is the patch's mean target and s_i the
+    share of its pixels that is valid: least squares over pixels for a prediction that is constant
+    on each patch. Features that do not vary get no weight. b is not penalised.
     """
 
     penalty: float = 1e-3
@@ -103,7 +104,8 @@ class Ridge:
         total = moments[-1, -1]
         if total == 0:
             raise MetaVPTError(
-                "Ridge: the labelled set has no valid pixel; check the depth and label maps of the feedback data"
+                "Ridge: the labelled set has no valid pixel; check the depth and label maps of "
+                "the feedback data"
             )
         mean, target_mean = moments[:width, -1] / total, moments[-1, width:-1] / total
         covariance = moments[:width, :width] / total - torch.outer(mean, mean)
@@ -150,8 +152,9 @@ def patch_moments(features: Tensor, target: Tensor, share: Tensor) -> Tensor:
 class LinearBN:
     """The paper's protocol: batch norm and a 1x1 convolution, AdamW with warm-up and cosine decay, clipped, on the enlarged output.
 
-    The batch norm is folded into the returned head. `seed` rules a generator of its own; the global one is left alone. Features are frozen
-    and read from memory, so there is no augmentation; float32 throughout, where the paper uses bf16. Source: V-Pretraining, evaluation.
+    The batch norm is folded into the returned head. `seed` rules a generator of its own; the global
+    one is left alone. Features are frozen and read from memory, so there is no augmentation;
+    float32 throughout, where the paper uses bf16. Source: V-Pretraining, evaluation.
     """
 
     num_steps: int = 20_000
@@ -164,11 +167,13 @@ class LinearBN:
     def __post_init__(self) -> None:
         if self.num_steps < 1 or self.batch_size < 1:
             raise MetaVPTError(
-                f"LinearBN: num_steps={self.num_steps} and batch_size={self.batch_size} must be at least 1"
+                f"LinearBN: num_steps={self.num_steps} and batch_size={self.batch_size} must be "
+                "at least 1"
             )
         if not 0 <= self.warmup < 1:
             raise MetaVPTError(
-                f"LinearBN: warmup={self.warmup} is the share of the steps that warm up, at least 0 and below 1"
+                f"LinearBN: warmup={self.warmup} is the share of the steps that warm up, at least "
+                "0 and below 1"
             )
 
     @torch.enable_grad()

@@ -17,7 +17,8 @@ CHUNK = 256  # queries at a time: all similarities at once may not fit
 class KNN:
     """The k training images of highest cosine vote for their class with weight exp(cosine / temperature).
 
-    The protocol of DINO (arXiv 2104.14294, section 4.1) after Wu et al. (arXiv 1805.01978, section 3.4).
+    The protocol of DINO (arXiv 2104.14294, section 4.1) after Wu et al. (arXiv 1805.01978, section
+    3.4).
     """
 
     k: int = 20

@@ -16,7 +16,8 @@ from metavpt.errors import MetaVPTError
 from metavpt.metrics import Direction
 from metavpt.probes.summaries import Describe, summarise
 
-LEVELS = {  # level -> kinds that count as right, kinds that are left out (arXiv 1803.11285, section 3.3)
+# level -> kinds that count as right, kinds that are left out (arXiv 1803.11285, section 3.3)
+LEVELS = {
     "easy": (("easy",), ("junk", "hard")),
     "medium": (("easy", "hard"), ("junk",)),
     "hard": (("hard",), ("junk", "easy")),
@@ -26,7 +27,8 @@ LEVELS = {  # level -> kinds that count as right, kinds that are left out (arXiv
 def average_precision(ranking: np.ndarray, right: np.ndarray, junk: np.ndarray) -> float:
     """Area under precision and recall by trapezoids, as the official code; rows `junk` are taken out of the ranking first.
 
-    ranking: all rows, nearest first. right: at least one row; one that the ranking lacks counts as never found.
+    ranking: all rows, nearest first. right: at least one row; one that the ranking lacks counts as
+    never found.
     """
     kept = ranking[~np.isin(ranking, junk)]
     rank = np.flatnonzero(np.isin(kept, right))
@@ -59,7 +61,8 @@ class RetrievalProbe:
     """`{"roxford5k/map_easy": 0.53, ...}`: images ranked by the cosine of their mean patches to the query's, no learning.
 
     path   a folder in the official layout, see `open_revisited`
-    size   pixels of the longer side; the aspect is kept up to the nearest size that the patches divide
+    size   pixels of the longer side; the aspect is kept up to the nearest size that the patches
+    divide
     """
 
     def __init__(self, path: str, size: int = 224) -> None:

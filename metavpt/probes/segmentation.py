@@ -38,7 +38,8 @@ class SegmentationMetrics:
         """prediction int (B, H, W) in 0..C-1, label int (B, H, W) in 0..C-1 or 255."""
         if prediction.shape != label.shape:
             raise MetaVPTError(
-                f"SegmentationMetrics: prediction {tuple(prediction.shape)} and label {tuple(label.shape)} differ in shape"
+                f"SegmentationMetrics: prediction {tuple(prediction.shape)} and label "
+                f"{tuple(label.shape)} differ in shape"
             )
         counted = label != IGNORE
         truth, guess = label[counted].long(), prediction[counted].long()
@@ -67,7 +68,8 @@ def check_classes(truth: Tensor, num_classes: int) -> None:
     """Raise MetaVPTError for a label that is neither a class nor ignored."""
     if truth.numel() and int(truth.max()) >= num_classes:
         raise MetaVPTError(
-            f"segmentation probe: label {int(truth.max())} with num_classes={num_classes}; ignored pixels are {IGNORE}"
+            f"segmentation probe: label {int(truth.max())} with num_classes={num_classes}; "
+            f"ignored pixels are {IGNORE}"
         )
 
 

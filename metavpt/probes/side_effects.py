@@ -12,7 +12,10 @@ from metavpt.probes.summaries import Describe, Probe
 
 
 class SideEffects:
-    """The metrics of all `probes` together. Their names are their own, so two probes must not measure the same."""
+    """The metrics of all `probes` together.
+
+    Their names are their own, so two probes must not measure the same.
+    """
 
     def __init__(self, probes: Mapping[str, Probe] | None = None) -> None:
         self.probes = dict(probes or {})
@@ -23,7 +26,8 @@ class SideEffects:
             measured = probe(describe, images)
             if twice := sorted(metrics.keys() & measured.keys()):
                 raise MetaVPTError(
-                    f"problem.probes.{name}: {twice[0]} is measured by another probe too; give its head another name"
+                    f"problem.probes.{name}: {twice[0]} is measured by another probe too; give "
+                    "its head another name"
                 )
             metrics |= measured
         return metrics

@@ -33,11 +33,11 @@ def linear_cka(x: Tensor, y: Tensor) -> float:
 class Spectrum:
     """`{"rank/rankme": 71.2, "cka/step0": 0.93}` of the features of some of the learner's own unlabelled images.
 
-    num_images   spread evenly over them; the rank is at most this number, so take more than the width of the features
-    pool         "mean" of the patches, or the "cls" token
+    num_images   spread evenly over them; the rank is at most this number, so take more than the
+    width of the features pool         "mean" of the patches, or the "cls" token
 
-    The features that cka compares with are those of the first measurement: before any training, a warm start's included. They are part
-    of a checkpoint.
+    The features that cka compares with are those of the first measurement: before any training, a
+    warm start's included. They are part of a checkpoint.
     """
 
     directions: ClassVar[Directions] = {"rank/rankme": "higher"}

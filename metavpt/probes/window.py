@@ -13,9 +13,10 @@ from metavpt.probes.features import Features
 class SlidingWindow:
     """Images (B, 3, H, W) -> features (B, D, H/p, W/p): windows two thirds of their size apart, averaged where they overlap.
 
-    A linear head on them gives at every patch the mean of the scores of the windows that see it: the sliding inference of mmsegmentation
-    (512 and 341), with scores averaged before they are enlarged instead of after. Steps are rounded down to whole patches, and a window
-    no larger than the image.
+    A linear head on them gives at every patch the mean of the scores of the windows that see it:
+    the sliding inference of mmsegmentation (512 and 341), with scores averaged before they are
+    enlarged instead of after. Steps are rounded down to whole patches, and a window no larger than
+    the image.
 
     features   of images of any size that the patches of p pixels divide
     size       (H, W) of a window
@@ -28,7 +29,8 @@ class SlidingWindow:
     def __post_init__(self) -> None:
         if any(side < self.patch_size or side % self.patch_size for side in self.size):
             raise MetaVPTError(
-                f"probe_window={self.size[0]}x{self.size[1]}: patches of {self.patch_size} pixels must divide it"
+                f"probe_window={self.size[0]}x{self.size[1]}: patches of {self.patch_size} pixels "
+                "must divide it"
             )
 
     def __call__(self, images: Tensor) -> Tensor:

@@ -10,7 +10,9 @@ from matplotlib.ticker import EngFormatter, MaxNLocator
 
 from metavpt.report.svg import INK, LARGE, LINE, SMALL, chart, row_colour, row_dashes, short_numbers
 
-MAX_POINTS = 200  # a longer series is drawn as the mean of half as many stretches of steps, with their range behind it
+# a longer series is drawn as the mean of half as many stretches of steps, with their range behind
+# it
+MAX_POINTS = 200
 MARKED = 12  # a series of at most so many points shows each of them
 
 

@@ -63,7 +63,8 @@ def pareto_chart(
 
     Args:
         points: one for each row.
-        x_metric: name of the metric on the x axis, and -1 where lower is better, +1 where higher is.
+        x_metric: name of the metric on the x axis, and -1 where lower is better, +1 where higher
+            is.
         y_metric: the same of the y axis.
         key: keeps the ids of this chart apart from those of others on the page.
     """

@@ -71,7 +71,8 @@ def write_report(run_folder: Path) -> Path:
     records = read_log(run_folder / "metrics.jsonl")
     if not records:
         raise MetaVPTError(
-            f"{run_folder / 'metrics.jsonl'}: nothing has been logged yet, so there is nothing to report"
+            f"{run_folder / 'metrics.jsonl'}: nothing has been logged yet, so there is nothing to "
+            "report"
         )
     config = page.configuration(run_folder)
     return page.write(

@@ -156,17 +156,22 @@ def _how_it_goes_on(folder: Path, signal: Signals) -> str:
 
 
 def _folder(cfg: DictConfig) -> tuple[Path, bool]:
-    """The folder of the run, and whether one is continued there. A job of a sweep has its own in the sweep's."""
+    """The folder of the run, and whether one is continued there.
+
+    A job of a sweep has its own in the sweep's.
+    """
     hydra_cfg = HydraConfig.get()
     output, resume = Path(cfg.output) if cfg.output else None, cfg.resume or _is_restarted()
     if hydra_cfg.mode is RunMode.MULTIRUN:
         if output:
             raise MetaVPTError(
-                f"output={output}: the runs of a sweep cannot share a folder; name that of the sweep with hydra.sweep.dir="
+                f"output={output}: the runs of a sweep cannot share a folder; name that of the "
+                "sweep with hydra.sweep.dir="
             )
         if not cfg.minimise and not hydra_cfg.sweeper._target_.endswith(".BasicSweeper"):
             raise MetaVPTError(
-                "minimise=null: this sweeper minimises a metric; name it, as in minimise=ridge/depth_rmse"
+                "minimise=null: this sweeper minimises a metric; name it, as in "
+                "minimise=ridge/depth_rmse"
             )
         output = Path(hydra_cfg.runtime.output_dir)
         resume = (

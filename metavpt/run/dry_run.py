@@ -1,4 +1,7 @@
-"""What a run would take, without its data, weights or GPU: parameters, memory, schedule. `trainer.dry_run=true` prints it."""
+"""What a run would take, without its data, weights or GPU: parameters, memory, schedule.
+
+`trainer.dry_run=true` prints it.
+"""
 
 from collections.abc import Iterable
 from typing import Any
@@ -20,9 +23,12 @@ from metavpt.training.trainer import Trainer
 
 NUM_IMAGES = 2  # that activations are counted on
 NOTE = (
-    "activations: what autograd keeps of the pretraining loss of {images} images, counted on the meta device with fused attention, "
-    "times batch_size / {images}. float32. Not in it: what lives for the length of one operation, the GPU's own context, probes, and a "
-    "designer update (the graph of meta_batch_size images through trunk and designer, the tail once more)."
+    "activations: what autograd keeps of the pretraining loss of {images} images, counted on the "
+    "meta device with fused attention, "
+    "times batch_size / {images}. float32. Not in it: what lives for the length of one "
+    "operation, the GPU's own context, probes, and a "
+    "designer update (the graph of meta_batch_size images through trunk and designer, the tail "
+    "once more)."
 )
 
 
@@ -39,12 +45,14 @@ def without_files(cfg: DictConfig) -> DictConfig:
         data: Any = cfg.get("data")
         if not cfg.get("backbone") or not data:
             raise MetaVPTError(
-                "trainer.dry_run=true: only a problem with the groups backbone and data can be planned without its files"
+                "trainer.dry_run=true: only a problem with the groups backbone and data can be "
+                "planned without its files"
             )
         for node in [data] if "_target_" in data else data.values():
             if node._target_ not in ABSENT:
                 raise MetaVPTError(
-                    f"trainer.dry_run=true: there is no stand-in for {node._target_}, only for {', '.join(ABSENT)}"
+                    f"trainer.dry_run=true: there is no stand-in for {node._target_}, only for "
+                    f"{', '.join(ABSENT)}"
                 )
             node._target_, node.path, node.unlabelled = ABSENT[node._target_], None, None
     return cfg

@@ -49,7 +49,8 @@ def spending(records: list[Record]) -> list[str]:
     if values:
         quarter = max(1, len(values) // 4)
         lines.append(
-            f"value V: {fmean(values[:quarter]):+.3g} -> {fmean(values[-quarter:]):+.3g} over {len(values)} designer updates"
+            f"value V: {fmean(values[:quarter]):+.3g} -> {fmean(values[-quarter:]):+.3g} over "
+            f"{len(values)} designer updates"
         )
     throughput = list(series_of(records, "train").get("samples_per_s", {}).values())
     if throughput:

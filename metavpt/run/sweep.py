@@ -187,7 +187,8 @@ def experiment(job: Job) -> str:
             OmegaConf.update(values, key, value, force_add=True)
     lines = [
         "# @package _global_",
-        f"# Job {job.number} of a sweep, objective {job.value}. Run it with experiment=best and the folder above `experiment`",
+        f"# Job {job.number} of a sweep, objective {job.value}. Run it with experiment=best and "
+        "the folder above `experiment`",
         "# as --config-dir, or beside another one as 'hydra.searchpath=[file://<folder>]'.",
     ]
     lines += [f"# and {line} on the command line, which a file cannot say" for line in left_out]

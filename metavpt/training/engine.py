@@ -47,9 +47,10 @@ def make_fabric(
     """A Fabric of `devices` processes on each of `nodes` machines, already launched.
 
     device     cpu, cuda or cuda:1; None: the GPU where there is one
-    precision  of the learner's own step; hypergradients are taken in float32 whatever it is, see `metavpt.hypergradients.mixed_products`
-    devices    processes on a machine, a GPU each. Under torchrun both numbers are torchrun's
-    parallel   how several share the learner: "ddp", each holds all of it; "fsdp", each a part of its trunk (`Shardable.trunks`)
+    precision  of the learner's own step; hypergradients are taken in float32 whatever it is, see
+    `metavpt.hypergradients.mixed_products` devices    processes on a machine, a GPU each. Under
+    torchrun both numbers are torchrun's parallel   how several share the learner: "ddp", each holds
+    all of it; "fsdp", each a part of its trunk (`Shardable.trunks`)
     """
     check_known(precision, "precision", *PRECISIONS)
     if "LOCAL_WORLD_SIZE" in os.environ:  # torchrun says it
@@ -58,7 +59,8 @@ def make_fabric(
     kind, _, index = (device or ("cuda" if torch.cuda.is_available() else "cpu")).partition(":")
     if devices < 1 or nodes < 1 or (index and devices * nodes > 1):
         raise MetaVPTError(
-            f"devices={devices} nodes={nodes} device={device}: wants at least 1 of each, and of several no index in device"
+            f"devices={devices} nodes={nodes} device={device}: wants at least 1 of each, and of "
+            "several no index in device"
         )
     accelerator = "cuda" if kind == "cuda" else "cpu"
     where: Any = [int(index)] if index and accelerator == "cuda" else devices
@@ -94,7 +96,8 @@ def _meet(backend: str, attempt: str) -> None:
 
 def _strategy(parallel: str, num_processes: int, backend: str) -> Strategy:
     if parallel == "ddp":
-        # a problem may leave parameters out of a step's loss, such as a head whose term weighs nothing
+        # a problem may leave parameters out of a step's loss, such as a head whose term weighs
+        # nothing
         return DDPStrategy(
             process_group_backend=backend, find_unused_parameters=True, gradient_as_bucket_view=True
         )
@@ -106,7 +109,8 @@ def _strategy(parallel: str, num_processes: int, backend: str) -> Strategy:
 class PretrainLoss(nn.Module):
     """The pretraining loss as a module of the learner, for Fabric to distribute: its backward pass leaves the mean over the ranks in .grad.
 
-    DistributedDataParallel averages what it wraps, and fully_shard what it shards. What fully_shard leaves whole is averaged here.
+    DistributedDataParallel averages what it wraps, and fully_shard what it shards. What fully_shard
+    leaves whole is averaged here.
     """
 
     def __init__(self, problem: Problem) -> None:
@@ -219,8 +223,8 @@ class Execution:
 def compile_blocks(learner: nn.Module, backend: str) -> None:
     """torch.compile of each block by itself, in place: one compilation serves blocks of one shape, and the rest stays as it is.
 
-    Compiled functions have no second derivative (pytorch #91469), so what takes hypergradients must run them eagerly:
-    `torch.compiler.set_stance("force_eager")`.
+    Compiled functions have no second derivative (pytorch #91469), so what takes hypergradients must
+    run them eagerly: `torch.compiler.set_stance("force_eager")`.
     """
     for block in _blocks(learner):
         block.compile(backend=backend)
@@ -231,7 +235,8 @@ def recompute_blocks(learner: nn.Module) -> None:
     able = [module for module in learner.modules() if hasattr(module, "recompute")]
     if not able:
         raise MetaVPTError(
-            f"trainer.recompute=true: {type(learner).__name__} has no part with an attribute `recompute`"
+            f"trainer.recompute=true: {type(learner).__name__} has no part with an attribute "
+            "`recompute`"
         )
     for module in able:
         module.recompute = True  # pyright: ignore[reportArgumentType]
@@ -248,6 +253,7 @@ def _blocks(learner: nn.Module) -> Iterable[nn.Module]:
     blocks = [block for block in found if id(block) not in inner]
     if not blocks:
         raise MetaVPTError(
-            f"trainer.compile: {type(learner).__name__} has no blocks, members of a ModuleList or ModuleDict, to compile"
+            f"trainer.compile: {type(learner).__name__} has no blocks, members of a ModuleList or "
+            "ModuleDict, to compile"
         )
     return blocks

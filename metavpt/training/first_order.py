@@ -47,13 +47,16 @@ class FirstOrderProbe:
     """Change of the feedback loss in one step of the learner, predicted on one labelled batch and realised on a held-out one.
 
         realised            L(theta') - L(theta) on the held-out batch
-        realised_same       the same on the batch that g_down was taken on: what is left of curvature once noise is out
+        realised_same       the same on the batch that g_down was taken on: what is left of
+            curvature once noise is out
         predicted           <g_down, theta' - theta>, the learner's real optimizer, all parameters
         predicted_aligned   the same on theta_S alone
-        predicted_plain     -lr <g_down, g_pre> on theta_S, g_pre before it is clipped: the paper's value (section 5 of arXiv 2601.22108
+        predicted_plain     -lr <g_down, g_pre> on theta_S, g_pre before it is clipped: the paper's
+            value (section 5 of arXiv 2601.22108
                             reports r = 0.657)
 
-    Heads are fitted for the probe alone and the strategy's own are put back, so that measuring changes no run.
+    Heads are fitted for the probe alone and the strategy's own are put back, so that measuring
+    changes no run.
     """
 
     def __init__(self, problem: Problem, seed: int) -> None:

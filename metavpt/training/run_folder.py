@@ -62,7 +62,8 @@ def create(folder: Path | None, parent: Path, name: str) -> Path:
 def _check_empty(folder: Path) -> None:
     if any(path.name != LOCK for path in folder.iterdir()):
         raise MetaVPTError(
-            f"output={folder}: the folder is not empty; choose another one, or continue that run with resume=true"
+            f"output={folder}: the folder is not empty; choose another one, or continue that run "
+            "with resume=true"
         )
 
 
@@ -97,7 +98,8 @@ def lock(folder: Path) -> None:
         holder = file.read(200).decode(errors="replace").strip()
         file.close()
         raise MetaVPTError(
-            f"{folder}: another process is at work in this folder ({holder}); wait for it, or choose another folder"
+            f"{folder}: another process is at work in this folder ({holder}); wait for it, or "
+            "choose another folder"
         )
     file.truncate(0)
     file.write(f"process {os.getpid()} on {platform.node()}".encode())
@@ -146,12 +148,16 @@ def find(folder: Path | None, parent: Path, config: str) -> Path:
                 f"resume=true output={folder}: the folder {reason}; repeat the options of that run"
             )
     raise MetaVPTError(
-        f"resume=true: no run under {parent} has this configuration; repeat its options, or name its folder with output="
+        f"resume=true: no run under {parent} has this configuration; repeat its options, or name "
+        "its folder with output="
     )
 
 
 def newest_state(run: Path) -> tuple[dict[str, Any], Path]:
-    """What the newest checkpoint of `run` that can be read holds of the problem, and its file. What is passed over is said on stderr."""
+    """What the newest checkpoint of `run` that can be read holds of the problem, and its file.
+
+    What is passed over is said on stderr.
+    """
     state, path, unreadable = Checkpoints(run / "checkpoints").newest()
     for line in unreadable:
         say("warning:", f"{line}; {path.name} is taken", "yellow")

@@ -44,8 +44,9 @@ class Reportable(Protocol):
 class RunLog:
     """Appends one JSON object a line to `folder`/metrics.jsonl, shows progress on `console`, passes numbers and figures on to `trackers`.
 
-    A checkpoint holds length and CRC of the file; a resumed run cuts off what came later, so that every step is logged once.
-    A tracker that fails is left out from then on, with a warning: the run is worth more.
+    A checkpoint holds length and CRC of the file; a resumed run cuts off what came later, so that
+    every step is logged once. A tracker that fails is left out from then on, with a warning: the
+    run is worth more.
     """
 
     def __init__(
@@ -129,7 +130,8 @@ class RunLog:
                 del self.trackers[name]
                 self.warn(
                     self._step,
-                    f"tracker {name} failed and is left out from here on ({brief(error, named=True)})",
+                    f"tracker {name} failed and is left out from here on "
+                    f"({brief(error, named=True)})",
                 )
 
     @contextmanager

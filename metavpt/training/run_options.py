@@ -1,7 +1,7 @@
 """The options that the numbers of a run depend on, to recognise the checkpoint or the folder of another run.
 
-They are kept as `Options`, dotted keys with plain values. Left out is what may change when a run is resumed:
-the length of its budget, where files lie, on what it runs, and what it logs.
+They are kept as `Options`, dotted keys with plain values. Left out is what may change when a run is
+resumed: the length of its budget, where files lie, on what it runs, and what it logs.
 """
 
 import math

@@ -68,7 +68,8 @@ def _wrong_counts(saved: Mapping[str, Any]) -> Iterator[str]:
 def not_finite(state: Any, parameters: Container[str] = ()) -> str | None:
     """Name the first tensor in `state` that holds NaN, or None.
 
-    Infinity counts as well in those of the names `parameters`. A buffer may hold it: attention masks do.
+    Infinity counts as well in those of the names `parameters`. A buffer may hold it: attention
+    masks do.
     """
     for keys, leaf in tree_flatten_with_path(state)[0]:
         if isinstance(leaf, Tensor) and leaf.is_floating_point():
@@ -95,8 +96,8 @@ def _is_of_optimizer(state: Any) -> bool:
 def _bad_entries(saved: Any, own: Any, name: str, shapes: bool) -> Iterator[str]:
     """Name the entries of `saved` that are not of the kind that the tree `own` has in their place.
 
-    What is None or empty in `own`, because nothing was computed yet, may be any tensors and numbers.
-    States of optimizers are passed over, see `_bad_optimizers`.
+    What is None or empty in `own`, because nothing was computed yet, may be any tensors and
+    numbers. States of optimizers are passed over, see `_bad_optimizers`.
     """
     if _is_of_optimizer(own):
         return

@@ -16,7 +16,8 @@ from metavpt.problem import Problem, supports
 class WarmupCosine:
     """A factor for the peak learning rate: linear over `warmup_steps`, then half a cosine down to `final` at the end of the budget.
 
-    It follows the share of the budget spent, whatever its unit, so it cannot overrun and serves budgets in seconds as well.
+    It follows the share of the budget spent, whatever its unit, so it cannot overrun and serves
+    budgets in seconds as well.
     """
 
     warmup_steps: int = 0
@@ -25,7 +26,8 @@ class WarmupCosine:
     def __post_init__(self) -> None:
         if self.warmup_steps < 0 or not 0 <= self.final <= 1:
             raise MetaVPTError(
-                f"schedule: warmup_steps={self.warmup_steps} must not be negative and final={self.final} lies in [0, 1]"
+                f"schedule: warmup_steps={self.warmup_steps} must not be negative and "
+                f"final={self.final} lies in [0, 1]"
             )
 
     def __call__(self, step: int, progress: float) -> float:

@@ -18,11 +18,13 @@ TIMEOUT = 600.0  # seconds
 class Stream:
     """The batches of `source(seed)`, then of `source(seed + 1)` and so on, for ever.
 
-    `state_dict` is the position alone. Loading it begins the source again and skips: through the iterable's own `skip(n)` where it has one
-    (no decoding), by drawing and dropping batches otherwise. A batch that is not there after `timeout` seconds is an error; 0: no limit.
+    `state_dict` is the position alone. Loading it begins the source again and skips: through the
+    iterable's own `skip(n)` where it has one (no decoding), by drawing and dropping batches
+    otherwise. A batch that is not there after `timeout` seconds is an error; 0: no limit.
 
-    Of several processes each gets its own rows of the same batches, see `metavpt.distributed.collectives`: again through the iterable's own
-    `share(rank, size)` where it has one, by cutting whole batches otherwise. The position does not depend on how many there are.
+    Of several processes each gets its own rows of the same batches, see
+    `metavpt.distributed.collectives`: again through the iterable's own `share(rank, size)` where it
+    has one, by cutting whole batches otherwise. The position does not depend on how many there are.
     """
 
     def __init__(
@@ -144,7 +146,8 @@ def held_out_batches(problem: Problem) -> Source:
 def time_limit(seconds: float, message: str) -> Iterator[None]:
     """Raises MetaVPTError with `message` when the block takes longer than `seconds`; 0: no limit.
 
-    It rests on SIGALRM, which reaches a main thread alone and not Windows: elsewhere there is no limit.
+    It rests on SIGALRM, which reaches a main thread alone and not Windows: elsewhere there is no
+    limit.
     """
     if (
         not seconds

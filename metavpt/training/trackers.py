@@ -55,7 +55,11 @@ class TensorBoard:
             self._writer.close()
 
     def _at(self, step: int) -> Any:
-        """The writer. Opened by the first step, because a resumed run hides what an earlier process wrote from there on."""
+        """The writer.
+
+        Opened by the first step, because a resumed run hides what an earlier process wrote from
+        there on.
+        """
         if self._writer is None:
             self._writer = self._module.SummaryWriter(str(self._folder), purge_step=step)
             self._writer.add_text(
@@ -110,7 +114,8 @@ class Trackio:
     def start(self, config: dict[str, Any], folder: Path) -> None:
         self._run = self._trackio.init(
             self.project,
-            name=f"{_name(folder)} {_identity(folder)}",  # a run is continued by its name, which a folder alone does not make unique
+            # a run is continued by its name, which a folder alone does not make unique
+            name=f"{_name(folder)} {_identity(folder)}",
             config=config,
             space_id=self.space,
             resume="allow",
@@ -176,7 +181,8 @@ def _required(module: str, extra: str) -> ModuleType:
         return importlib.import_module(module)
     except ImportError as error:
         raise MetaVPTError(
-            f"tracker={extra}: its package cannot be imported ({error}); pip install 'metavpt[{extra}]'"
+            f"tracker={extra}: its package cannot be imported ({error}); pip install "
+            f"'metavpt[{extra}]'"
         ) from None
 
 

@@ -236,12 +236,12 @@ def test_rows_that_did_not_start_at_the_same_learner_are_named():
 def test_what_few_seeds_can_show_is_said():
     notes = "\n".join(Table(three_rows()).notes)
     assert (
-        "With 2 seeds no p-value is below 0.5, and the interval is the range of the differences, which holds the truth 50.0%"
-        in notes
+        "With 2 seeds no p-value is below 0.5, and the interval is the range of the differences, "
+        "which holds the truth 50.0%" in notes
     )
     assert (
-        "With 3 seeds no p-value is below 0.25, and the interval is the range of the differences, which holds the truth 75.0%"
-        in notes
+        "With 3 seeds no p-value is below 0.25, and the interval is the range of the "
+        "differences, which holds the truth 75.0%" in notes
     )
     many = "\n".join(
         Table(

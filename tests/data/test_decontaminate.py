@@ -9,15 +9,19 @@ from metavpt.data.text import Document, open_documents
 from metavpt.errors import MetaVPTError
 
 ITEMS = [
-    "Natalia sold clips to 48 of her friends in April, and then she sold half as many clips in May. How many clips did she sell in all?",
-    "Weng earns $12 an hour for babysitting. Yesterday, she just did 50 minutes of babysitting. How much money did she earn that day?",
-    "A robe takes 2 bolts of blue fiber and half that much white fiber. How many bolts in total does it take to make the robe?",
+    "Natalia sold clips to 48 of her friends in April, and then she sold half as many clips in "
+    "May. How many clips did she sell in all?",
+    "Weng earns $12 an hour for babysitting. Yesterday, she just did 50 minutes of babysitting. "
+    "How much money did she earn that day?",
+    "A robe takes 2 bolts of blue fiber and half that much white fiber. How many bolts in total "
+    "does it take to make the robe?",
 ]
 EXACT = Document(ITEMS[0], "72", "exact")
 LOUD = Document(ITEMS[1].upper().replace(",", " --"), "10", "loud")
 ONE_WORD = Document(ITEMS[2].replace("blue", "green"), "3", "one word")
 PARAPHRASE = Document(
-    "In April 48 friends bought a clip from Natalia; in May half of that number did. What is the sum?",
+    "In April 48 friends bought a clip from Natalia; in May half of that number did. What is the "
+    "sum?",
     "72",
     "other words",
 )

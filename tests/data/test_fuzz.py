@@ -185,7 +185,8 @@ def test_a_damaged_file_is_a_clear_error_or_is_read(
 SIDE = 2500  # pixels: 25 MB as Pillow holds them, 4 bytes each
 DECODE, DOCUMENTS = "decode(path.read_bytes(), str(path))", "list(open_documents(path))"
 LONG = json.dumps({"text": "word " * 20_000}).encode()
-LARGE: dict[str, tuple[str, Callable[[], bytes], str, str]] = {  # the file's name; its bytes; what reads it; how
+# the file's name; its bytes; what reads it; how
+LARGE: dict[str, tuple[str, Callable[[], bytes], str, str]] = {
     "png": ("a.png", lambda: encoded("PNG", smooth()), "metavpt.data.images import decode", DECODE),
     "jpeg": ("a.jpg", lambda: encoded("JPEG", smooth()), "metavpt.data.images import decode", DECODE),
     "16 bits": ("a.png", lambda: encoded("PNG", smooth()[..., 0] * np.uint16(257)), "metavpt.data.images import decode", DECODE),

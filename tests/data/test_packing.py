@@ -66,7 +66,8 @@ def test_best_fit():
     rows = list(
         Packer(10, num_open=2)(documents_of([(6, 0), (8, 0), (2, 0), (4, 0), (9, 0), (3, 0)]))
     )
-    # 2 goes to the 8, the fullest with room; 4 to the 6; both are full when 9 comes, and one of them is given out
+    # 2 goes to the 8, the fullest with room; 4 to the 6; both are full when 9 comes, and one of
+    # them is given out
     assert [[len(document.tokens) for document in row] for row in rows] == [
         [6, 4],
         [8, 2],

@@ -249,7 +249,8 @@ def test_the_total_derivative_is_not_that_of_fixed_heads():
     features, frames = frames_for()
     through, held = gradient(ridge(), features, frames), held_gradient(features, frames)
     assert float(torch.cosine_similarity(through.flatten(), held.flatten(), dim=0)) < 0.95
-    # and what differs is the heads: with these in the graph as well the loop by hand has the same gradient
+    # and what differs is the heads: with these in the graph as well the loop by hand has the same
+    # gradient
     at = features.clone().requires_grad_()
     whole = torch.autograd.grad(sum(by_hand(at, frames, [[0, 1], [2, 3]]).values()), at)[0]
     torch.testing.assert_close(through, whole, rtol=1e-8, atol=1e-12)

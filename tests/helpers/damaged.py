@@ -1,6 +1,7 @@
 """Files with damage in them: what a reader may make of one, how long it may take over it, and how much memory.
 
-METAVPT_FUZZ=400 pytest -k damaged tests      10,000 files and more; the default is few, and always the same ones
+METAVPT_FUZZ=400 pytest -k damaged tests      10,000 files and more; the default is few, and always
+the same ones
 """
 
 import os
@@ -20,7 +21,8 @@ from metavpt.errors import MetaVPTError
 from metavpt.training.streams import time_limit
 
 NUM_EXAMPLES = int(os.environ.get("METAVPT_FUZZ", "15"))
-SECONDS = 60  # what reading one file of a few kB may take at most, on a machine that is busy with other things
+# what reading one file of a few kB may take at most, on a machine that is busy with other things
+SECONDS = 60
 MIB = 2**20
 SPARE = (
     64 * MIB
@@ -145,7 +147,8 @@ def growth(call: Callable[[], Any]) -> int:
 def growth_alone(imports: str, read: str, path: Path) -> tuple[int, int]:
     """`growth` in an expression `read` of `path`, and what it then holds, in bytes.
 
-    In a process of its own: with the small holes that other tests leave in the heap, the same call takes up to twice as much.
+    In a process of its own: with the small holes that other tests leave in the heap, the same call
+    takes up to twice as much.
     """
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     command = [sys.executable, "-c", ALONE.format(imports=imports, read=read), str(path)]

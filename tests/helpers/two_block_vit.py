@@ -88,7 +88,10 @@ def relative(a, b) -> float:
 
 
 def warm(toy, rule) -> Update:
-    """`rule` after a step on some gradient. Adam's very first step is the gradient's sign, which finite differences cannot see through."""
+    """`rule` after a step on some gradient.
+
+    Adam's very first step is the gradient's sign, which finite differences cannot see through.
+    """
     g = torch.Generator().manual_seed(5)
     gradient = params.zip_with(
         lambda p: 0.1 * torch.randn(p.shape, generator=g, dtype=p.dtype), toy.theta

@@ -1,4 +1,7 @@
-"""What ranks share beside the training step: probes, and losses of the whole batch. Numbers that one process and two must agree on."""
+"""What ranks share beside the training step: probes, and losses of the whole batch.
+
+Numbers that one process and two must agree on.
+"""
 
 import torch
 from helpers.tiny_lm import packed, tiny_lm

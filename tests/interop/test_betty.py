@@ -76,8 +76,9 @@ def test_one_cg_iteration_is_ours(ridge, theta, cg_alpha):
 def test_their_cg_never_arrives(ridge, cg_alpha, errors):
     """Six unknowns: CG is exact after six steps, ours to 1e-14; theirs drifts off, 14 % wrong there and 31 % after a hundred.
 
-    The release (0.2.1) makes the next direction of the residual before the step, which its repository corrected a month later (betty #15);
-    and cg_alpha scales the curvature in the step but not in the residual: 20 times off after 20 steps at 0.1.
+    The release (0.2.1) makes the next direction of the residual before the step, which its
+    repository corrected a month later (betty #15); and cg_alpha scales the curvature in the step
+    but not in the residual: 20 times off after 20 steps at 0.1.
     """
     arguments = [ridge.inner], ridge.outer, ridge.solution(), ridge.phi
     exact = {"log_penalty": ridge.hypergradient()}

@@ -111,7 +111,10 @@ class Point:
 def test_exact_and_difference_products_agree_and_are_finite_differences_of_the_relaxed_task(
     make, name, estimator
 ):
-    """In float64, to a relative 1e-6. The other two tell autograd of a discrete choice what finite differences cannot see."""
+    """In float64, to a relative 1e-6.
+
+    The other two tell autograd of a discrete choice what finite differences cannot see.
+    """
     point = Point(in_float64(make(name, f"designer.estimator={estimator}")))
     exact, difference = point(ExactProduct()), point(DifferenceProduct())
     assert params.norm(exact.by_phi) > 0

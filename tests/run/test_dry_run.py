@@ -18,8 +18,10 @@ from metavpt.hypergradients import params
 from metavpt.run import command, dry_run, memory_estimate
 from metavpt.training.build import build
 
-# The table of hyper-parameters of V-Pretraining (arXiv 2601.22108): lr, batch, meta every, meta SSL batch, aligned blocks, designer,
-# designer lr, keep, sparsity, total variation, weight of segmentation, of depth (ADE20K's labels have none)
+# The table of hyper-parameters of V-Pretraining (arXiv 2601.22108): lr, batch, meta every, meta SSL
+# batch, aligned blocks, designer,
+# designer lr, keep, sparsity, total variation, weight of segmentation, of depth (ADE20K's labels
+# have none)
 PAPER = {
     "paper_ade20k_vitb": (4.15e-6, 256, 4, 32, 2, "UNet", 1.54e-4, 0.6, 0.131, 0.144, 1, 0),
     "paper_ade20k_vitl": (4.50e-5, 50, 4, 16, 4, "UNet", 2.17e-4, 0.5, 0.196, 0.0399, 4, 0),

@@ -1,6 +1,7 @@
 """Runs that are killed at random moments, and disks that fill: what is left can be gone on from, bit for bit.
 
-pytest tests/training/test_faults.py --kills 50 -s      the long version, with a line of what was hit
+pytest tests/training/test_faults.py --kills 50 -s      the long version, with a line of what was
+hit
 """
 
 import json
