@@ -284,6 +284,15 @@ class DenseProblem(MultipleFeedbacks, Shardable, Reportable, Problem):
             }
         return metrics
 
+    def trivial_metrics(self) -> dict[str, dict[str, float]]:
+        """Score predictions that ignore the image, of every labelled set together."""
+        scores: dict[str, dict[str, float]] = {}
+        for name, probe in self.probe.items():
+            for predictor, metrics in probe.trivial_metrics().items():
+                own = {self._called(name, metric): value for metric, value in metrics.items()}
+                scores.setdefault(predictor, {}).update(own)
+        return scores
+
     def patch_features(self, theta: Params, images: Tensor) -> Tensor:
         """Features (B,D,h,w) of images uint8 (B,3,H,W) under the learner's parameters `theta`."""
         normalized = self.normalize(images, self.feature_size)

@@ -1,5 +1,6 @@
 """What every language problem shares: the packed stream, feedback from examples, probes, text for the report."""
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -16,6 +17,7 @@ from metavpt.feedback.aggregation import MultipleFeedbacks, SplitsDomains
 from metavpt.hypergradients.params import Params
 from metavpt.learners.lm import LanguageModel
 from metavpt.learners.tokenized import TokenizedModel
+from metavpt.objectives.prediction import predicted_tokens
 from metavpt.objectives.target_task import OneHot, TargetTask, target_loss
 from metavpt.probes.answers import AnswerProbe
 from metavpt.probes.generation import Generator
@@ -166,6 +168,33 @@ class LanguageProblem(MultipleFeedbacks, SplitsDomains, Shardable, Reportable, P
             else []
         )
         return Texts(shown, [answer for probe in self.answers.values() for answer in probe.answers])
+
+    def trivial_metrics(self) -> dict[str, dict[str, float]]:
+        """Score predictions that ignore the context.
+
+        `uniform tokens` gives all tokens of the vocabulary one probability, `unigram` their
+        frequencies in the answers of the feedback, each counted once more than it occurs.
+        """
+        size = self.learner.vocab_size
+        uniform = {f"{name}/nll": math.log(size) for name in self.answers}
+        uniform |= {f"{name}/perplexity": float(size) for name in self.perplexities}
+        counts = torch.ones(size, dtype=torch.float64)
+        for corpus in self.data.feedback.values():
+            counts += self._token_counts(corpus)
+        nll = -(counts / counts.sum()).log()
+        unigram: dict[str, float] = {}
+        for name in self.answers:
+            found = self._token_counts(self.data.test[name])
+            unigram[f"{name}/nll"] = float((found * nll).sum() / found.sum())
+        return {"uniform tokens": uniform, "unigram": unigram}
+
+    def _token_counts(self, corpus: Corpus) -> Tensor:
+        """Count how often each token of the vocabulary is to be predicted, float64 (V,)."""
+        counts = torch.zeros(self.learner.vocab_size, dtype=torch.float64)
+        for batch in self._in_order(corpus)():
+            tokens = batch.tokens[predicted_tokens(batch)].cpu()
+            counts += torch.bincount(tokens, minlength=len(counts))
+        return counts
 
     def _in_order(self, corpus: Corpus) -> Callable[[], Iterable[TokenBatch]]:
         size = min(self.probe_batch_size, len(corpus))

@@ -24,6 +24,7 @@ class Result:
     step0, metrics   probe metrics before and after
     peak_memory      bytes, of training alone
     steered          the metrics that the feedback is about; None: all of them
+    trivial          metrics of predictions that ignore the input, by the name of the predictor
     steered_steps    steps on a task that feedback shaped; None where the strategy uses no feedback for tasks
     labelled_steps   steps with a loss on labels, which controls take on purpose
     directions       metric to "lower" or "higher", whichever is better, as the problem states it
@@ -42,6 +43,7 @@ class Result:
     times: dict[str, float] = field(default_factory=dict)
     peak_memory: int = 0
     steered: list[str] | None = None
+    trivial: dict[str, dict[str, float]] = field(default_factory=dict)
     steered_steps: int | None = None
     labelled_steps: int = 0
     directions: dict[str, Direction] = field(default_factory=dict)
@@ -140,7 +142,7 @@ def _parse(record: Mapping[str, Any]) -> Result:
         result.seconds,
         result.peak_memory,
     ]
-    for part in (result.step0, result.metrics, result.times):
+    for part in (result.step0, result.metrics, result.times, *result.trivial.values()):
         numbers += part.values()
     if not (
         all(isinstance(text, str) for text in texts)

@@ -178,7 +178,12 @@ def warm_start(job: Job) -> None:
     state = {
         name: value for name, value in trainer.problem.state_dict().items() if name not in untouched
     }
-    checkpoint.write(job.folder / STATE, {"problem": state, "metrics": trainer.metrics})
+    trivial: dict[str, dict[str, float]] = {}
+    if supports(trainer.problem, TrivialPredictors):
+        trivial = trainer.problem.trivial_metrics()
+    checkpoint.write(
+        job.folder / STATE, {"problem": state, "metrics": trainer.metrics, "trivial": trivial}
+    )
 
 
 def train(job: Job, warm: Path) -> Result:
@@ -206,6 +211,7 @@ def train(job: Job, warm: Path) -> Result:
         times=dict(budget.times),
         peak_memory=budget.memory.peak,
         steered=[name for name in trainer.metrics if is_target_metric(trainer.problem, name)],
+        trivial=state.get("trivial", {}),
         steered_steps=trainer.steered.steered,
         labelled_steps=trainer.steered.labelled,
         directions=dict(trainer.problem.metric_directions),
@@ -242,6 +248,14 @@ def _copy_last_step(warm: Path, row: Path) -> None:
 
 def _titles(running: dict[int, tuple[Job, Any]]) -> str:
     return " | ".join(job.title for job, _ in running.values())
+
+
+class TrivialPredictors(Protocol):
+    """A problem that scores predictions which ignore the input, as rows to compare with."""
+
+    def trivial_metrics(self) -> dict[str, dict[str, float]]:
+        """Return metrics as `evaluate` names them, by the name of the predictor."""
+        ...
 
 
 class KnowsTargets(Protocol):

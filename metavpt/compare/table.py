@@ -14,6 +14,7 @@ from rich.table import Table as RichTable
 from rich.text import Text
 
 from metavpt.cli.formatting import number, with_error
+from metavpt.compare.headline import headline
 from metavpt.compare.paired_statistics import (
     LEVEL,
     MIN_SEEDS,
@@ -30,6 +31,7 @@ from metavpt.metrics import Direction, Directions, sign
 from metavpt.training.disk import write_text
 
 STEP0 = "step 0"
+LABELS_ONLY, DIRECT = "labels_only", "direct"  # the rows that train the learner on labels
 MIB = 2**20
 COLUMNS = (
     "row",
@@ -82,7 +84,11 @@ class Section(NamedTuple):
 class Table:
     """Results by row and metric, first of all step 0: the warm start that the rows of a seed share.
 
-    rows          step 0, then the rows in the order in which they appear
+    rows          step 0, the trivial predictors, then the rows in the order in which they appear
+    trivial       predictors that ignore the input
+    trained       the rows that were trained
+    designed      those of them whose tasks feedback shapes; empty where the results do not say
+    target        the first metric that the feedback is about and whose direction is stated
     metrics       those that the feedback is about
     side_effects  the other ones
     warnings      side effects on which a row is worse than step 0 or the reference by more than the
@@ -104,7 +110,11 @@ class Table:
         for result in results:
             self.directions |= result.directions
         self.directions |= directions or {}
-        self.rows = [STEP0, *dict.fromkeys(result.row for result in results)]
+        self.trivial = list(dict.fromkeys(name for result in results for name in result.trivial))
+        self.trained = list(dict.fromkeys(result.row for result in results))
+        self.rows = [STEP0, *self.trivial, *self.trained]
+        steering = {result.row for result in results if result.steered_steps is not None}
+        self.designed = [row for row in self.trained if row in steering]
         self.values = _values(results)
         self.has_reference = any(self.values.get(reference, {}).values())
         names = list(
@@ -113,6 +123,7 @@ class Table:
         self.steered = _steered(results, names)
         everywhere = set().union(*self.steered.values())
         self.metrics = [name for name in names if name in everywhere]
+        self.target = next((name for name in self.metrics if self.sign(name)), None)
         self.side_effects = [name for name in names if name not in everywhere]
         self.cells = {(row, name): self._cell(row, name) for row in self.rows for name in names}
         self.warnings = list(self._warnings())
@@ -131,6 +142,60 @@ class Table:
             if seeds
             else None
         )
+
+    def share_of_direct(self, row: str, metric: str) -> float | None:
+        """Return the gain of `row` over the reference as a share of the gain of `direct`.
+
+        None where `direct` does not gain by an interval that excludes zero, or a gain is unknown.
+        """
+        whole = self.difference(DIRECT, self.reference, metric)
+        own = self.difference(row, self.reference, metric)
+        if not own or not whole or whole.low is None or whole.high is None:
+            return None
+        gain = self.sign(metric) * whole.difference
+        if gain <= 0 or whole.low <= 0 <= whole.high:
+            return None
+        return self.sign(metric) * own.difference / gain
+
+    def summary(self) -> Section | None:
+        """Return what each row gains on the target metric and what it changes besides.
+
+        None where there is no reference, or the results do not say what steered them.
+        """
+        target = self.target
+        if target is None or not self.has_reference or not self._knows_roles():
+            return None
+        lines, verdicts = [], []
+        for row in self.rows:
+            mean, against = self.cells[row, target]
+            gain = self.sign(target) * against.difference if against else None
+            shares = row in self.trained and row != self.reference
+            share = self.share_of_direct(row, target) if shares else None
+            percent = number(None) if share is None else f"{number(round(100 * share))}%"
+            lines.append([row, _mean(mean), number(gain, sign=True), percent, self._others(row)])
+            verdicts.append(against.verdict if against else "unclear")
+        header = ["row", "mean ± s.e.", "gain", f"share of {DIRECT}", "other metrics"]
+        return Section(f"gain over {self.reference} on {target}", header, lines, verdicts)
+
+    def _knows_roles(self) -> bool:
+        return bool(self.designed) or any(result.labelled_steps for result in self.results)
+
+    def _others(self, row: str) -> str:
+        """Say what changes besides the target: the metrics with a verdict, the worse ones by name."""
+        changes = {
+            name: against.verdict
+            for name in (*self.metrics, *self.side_effects)
+            if name != self.target and (against := self.cells[row, name].paired)
+        }
+        if not changes:
+            return number(None)
+        if set(changes.values()) == {"too few seeds"}:
+            return "too few seeds"
+        better = sum(verdict == "better" for verdict in changes.values())
+        worse = [name for name, verdict in changes.items() if verdict == "worse"]
+        parts = [f"{better} better"] if better else []
+        parts += [f"{len(worse)} worse: {', '.join(worse)}"] if worse else []
+        return ", ".join(parts) or "none beyond the interval"
 
     def cost(self, row: str) -> Cost:
         finished = {
@@ -175,12 +240,16 @@ class Table:
 
     def rich(self) -> Group:
         """For a terminal of 100 columns. A difference with a verdict is green or red."""
-        parts: list[RichTable | Text] = []
-        for section in self.sections():
+        parts: list[RichTable | Text] = [Text(headline(self)), Text()]
+        summary = self.summary()
+        for section in [*([summary] if summary else []), *self.sections()]:
             made = RichTable(box=None, header_style="dim", pad_edge=False)
             for i, name in enumerate(section.header):
                 made.add_column(
-                    name, justify="right" if i else "left", no_wrap=i > 0, overflow="fold"
+                    name,
+                    justify="right" if i else "left",
+                    no_wrap=i > 0 and name != "other metrics",
+                    overflow="fold",
                 )
             for line, verdict in zip(section.lines, section.verdicts, strict=True):
                 made.add_row(
@@ -194,8 +263,9 @@ class Table:
         return Group(*parts, *(Text(note, "dim") for note in self.notes))
 
     def markdown(self) -> str:
-        parts = []
-        for section in self.sections():
+        parts = [_escaped(headline(self))]
+        summary = self.summary()
+        for section in [*([summary] if summary else []), *self.sections()]:
             rule = ["---", *["---:"] * (len(section.header) - 1)]
             lines = [section.header, rule, *section.lines]
             parts.append(
@@ -265,7 +335,7 @@ class Table:
             *(["throughput"] if relative else []),
         ]
         lines = []
-        for row in self.rows[1:]:
+        for row in self.trained:
             cost = self.cost(row)
             counts = [_count(value) for value in (cost.steps, cost.samples, cost.grad_evals)]
             throughput = [number(cost.throughput)] if relative else []
@@ -283,7 +353,7 @@ class Table:
 
     def _warnings(self) -> Iterator[str]:
         for metric in (*self.metrics, *self.side_effects):
-            for row in self.rows[1:]:
+            for row in self.trained:
                 if metric in self.steered[row]:
                     continue
                 for other in dict.fromkeys((STEP0, self.reference)):
@@ -344,6 +414,10 @@ def _values(results: Sequence[Result]) -> Values:
         for name, value in result.step0.items():
             if math.isfinite(value):
                 values[STEP0].setdefault(name, {}).setdefault(result.seed, value)
+        for predictor, metrics in result.trivial.items():
+            for name, value in metrics.items():
+                if math.isfinite(value):
+                    values.setdefault(predictor, {}).setdefault(name, {})[result.seed] = value
     for result in results:
         for name, value in result.metrics.items():
             if math.isfinite(value):

@@ -8,12 +8,19 @@ from torch import Tensor
 
 from metavpt.errors import MetaVPTError
 from metavpt.metrics import Direction
-from metavpt.probes.depth import DepthMetrics, DepthTask, evaluate_depth, predict_depth
-from metavpt.probes.features import Features, LabelledBatch, extract
+from metavpt.probes.depth import (
+    DepthMetrics,
+    DepthTask,
+    evaluate_depth,
+    predict_depth,
+    valid_pixels,
+)
+from metavpt.probes.features import IGNORE, Features, LabelledBatch, extract
 from metavpt.probes.heads import Fit, LinearHead, Ridge
 from metavpt.probes.segmentation import (
     SegmentationMetrics,
     SegmentationTask,
+    check_classes,
     evaluate_segmentation,
     predict_label,
 )
@@ -85,6 +92,55 @@ class DenseProbe:
             measured |= evaluate_segmentation(segmentation, val) if segmentation else {}
             metrics |= {f"{name}/{metric}": value for metric, value in measured.items()}
         return metrics
+
+    @torch.no_grad()
+    def trivial_metrics(self) -> dict[str, dict[str, float]]:
+        """Score predictions that ignore the image, made from the labels of the train set.
+
+        Returns:
+            Name of the predictor to its metrics, under the names that every head has them.
+        """
+        scores: dict[str, dict[str, float]] = {}
+        if self.depth:
+            scores |= self._trivial_depth()
+        if self.segmentation:
+            scores["majority class"] = self._majority_class(self.segmentation.num_classes)
+        return {
+            predictor: {f"{head}/{name}": v for head in self.heads for name, v in metrics.items()}
+            for predictor, metrics in scores.items()
+        }
+
+    def _trivial_depth(self) -> dict[str, dict[str, float]]:
+        """Score the mean depth of each pixel, and the mean depth of all."""
+        total, count = torch.zeros(()), torch.zeros(())
+        for batch in self.train_batches():
+            depth = batch.depth.double()
+            valid = valid_pixels(depth)
+            total = total + depth.where(valid, 0.0).sum(dim=0)
+            count = count + valid.sum(dim=0)
+        constant = total.sum() / count.sum()
+        image = torch.where(count > 0, total / count.clamp_min(1), constant)  # (H, W)
+        guesses = {"mean depth image": image, "constant depth": constant.expand_as(image)}
+        metrics = {name: DepthMetrics() for name in guesses}
+        for batch in self.val_batches():
+            for name, guess in guesses.items():
+                metrics[name].update(guess.expand_as(batch.depth), batch.depth)
+        return {
+            name: {f"depth_{metric}": value for metric, value in one.compute().items()}
+            for name, one in metrics.items()
+        }
+
+    def _majority_class(self, num_classes: int) -> dict[str, float]:
+        """Score the most frequent class of the train set at every pixel."""
+        counts = torch.zeros(num_classes, dtype=torch.int64)
+        for batch in self.train_batches():
+            label = batch.label[batch.label != IGNORE].long()
+            check_classes(label, num_classes)
+            counts += torch.bincount(label, minlength=num_classes).cpu()
+        metrics, majority = SegmentationMetrics(num_classes), int(counts.argmax())
+        for batch in self.val_batches():
+            metrics.update(torch.full_like(batch.label, majority), batch.label)
+        return {f"seg_{name}": value for name, value in metrics.compute().items()}
 
     @torch.no_grad()
     def predict(self, features: Features, images: Tensor, head: str | None = None) -> Predictions:

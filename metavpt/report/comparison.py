@@ -7,13 +7,13 @@ from typing import Any, NamedTuple
 from markupsafe import Markup
 
 from metavpt.compare import results
+from metavpt.compare.headline import headline
 from metavpt.compare.paired_statistics import MIN_SEEDS
-from metavpt.compare.table import Table
+from metavpt.compare.table import STEP0, Table
 from metavpt.report import page
 from metavpt.report.curves import Band, bands
 from metavpt.report.first_order import PREDICTIONS, FirstOrder, first_order_chart
 from metavpt.report.gallery import MAX_BYTES, Picture, gallery
-from metavpt.report.headline import headline
 from metavpt.report.logs import warnings
 from metavpt.report.pareto import Point, pareto_axes, pareto_chart
 from metavpt.report.progress import samples_to_reach
@@ -60,6 +60,7 @@ def write_comparison_report(folder: Path, reference: str = "fixed") -> Path:
         "comparison.html.jinja",
         title=" · ".join(filter(None, (page.choice(config, "problem"), "comparison"))),
         headline=headline(table),
+        summary=table.summary(),
         matched=_matched(folder, rows, config),
         table=table,
         min_seeds=MIN_SEEDS,
@@ -104,9 +105,17 @@ def _curves(table: Table, rows: list[Row]) -> Iterator[tuple[str, Markup]]:
 
 
 def _reached(table: Table, rows: list[Row]) -> Iterator[Reached]:
-    """Every row against the reference on the seeds that both have."""
+    """Every row against the reference on the seeds that both have.
+
+    Only for metrics on which the reference beats step 0: otherwise step 0 is as good as its end.
+    """
     reference = next((row for row in rows if row.name == table.reference), None)
     for name in filter(table.sign, (*table.metrics, *table.side_effects)):
+        gain = table.difference(table.reference, STEP0, name)
+        if gain is None or gain.sign * gain.difference <= 0:
+            continue
+        if gain.low is not None and gain.high is not None and gain.low <= 0 <= gain.high:
+            continue
         samples = {}
         for row in rows:
             seeds = (

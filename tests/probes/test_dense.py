@@ -7,6 +7,7 @@ import torch
 
 from metavpt.errors import MetaVPTError
 from metavpt.probes.dense import DenseProbe
+from metavpt.probes.depth import eigen_crop
 from metavpt.probes.heads import LinearBN, Ridge
 
 
@@ -102,3 +103,31 @@ def test_the_global_generator_is_left_alone() -> None:
         Colours()
     )
     assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_trivial_predictors_are_means_and_the_majority_of_the_train_set() -> None:
+    train, val = batches(0), batches(1, 2)
+    probe = DenseProbe(lambda: train, lambda: val, 2, {"a": Ridge(), "b": Ridge(0.1)})
+    scores = probe.trivial_metrics()
+    assert scores.keys() == {"mean depth image", "constant depth", "majority class"}
+    known, truth = (torch.cat([b.depth for b in part]).double() for part in (train, val))
+    valid = (known > 1e-3) & (known < 10)
+    constant = known[valid].mean()
+    pixels = (known * valid).sum(0) / valid.sum(0)
+    image = torch.where(valid.any(0), pixels, constant)  # some pixels have no truth in any frame
+    assert not valid.any(0).all()
+    rows, columns = eigen_crop(*truth.shape[1:])
+    counted = ((truth > 1e-3) & (truth < 10))[:, rows, columns]
+    for name, guess in (("mean depth image", image), ("constant depth", constant)):
+        errors = (guess - truth)[:, rows, columns][counted]
+        rmse = float(errors.square().mean().sqrt())
+        for head in "ab":
+            assert scores[name][f"{head}/depth_rmse"] == pytest.approx(rmse, rel=1e-6)
+    label = torch.cat([b.label for b in train])
+    majority = int((label == 1).sum() > (label == 0).sum())
+    asked = torch.cat([b.label for b in val])
+    share = float((asked == majority).sum() / (asked != 255).sum())
+    assert scores["majority class"]["a/seg_acc"] == pytest.approx(share)
+    assert scores["majority class"]["a/seg_miou"] == pytest.approx(share / 2)
+    names = probe(Colours()).keys()
+    assert all(metrics.keys() <= names for metrics in scores.values())

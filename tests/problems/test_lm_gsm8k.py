@@ -2,6 +2,7 @@
 
 import copy
 import json
+import math
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from metavpt.feedback.aggregation import DomainMatched
 from metavpt.hypergradients import params
 from metavpt.hypergradients.linear_targets import LinearProduct
 from metavpt.hypergradients.mixed_products import DifferenceProduct
+from metavpt.objectives.prediction import predicted_tokens
 from metavpt.objectives.target_task import Tilted
 from metavpt.strategies.controls import Uniform
 from metavpt.strategies.learned import inner_loss
@@ -320,3 +322,24 @@ def test_a_copy_of_the_problem_trains_alike(make, tmp_path):
     other.load_state_dict(state)
     train(tmp_path / "b", other, Fixed(), steps=2)
     assert_identical(weights(problem), weights(other))
+
+
+def test_trivial_predictors_are_uniform_and_unigram_tokens(make):
+    problem = make()
+    scores, metrics = problem.trivial_metrics(), problem.evaluate()
+    size = problem.learner.vocab_size
+    assert scores["uniform tokens"]["answers/nll"] == pytest.approx(math.log(size))
+    assert scores["uniform tokens"]["stories/perplexity"] == size
+    assert all(part.keys() <= metrics.keys() for part in scores.values())
+    counts = torch.ones(size, dtype=torch.float64)
+    (corpus,) = problem.data.feedback.values()
+    for batch in problem._in_order(corpus)():
+        for b, t in predicted_tokens(batch).nonzero().tolist():
+            counts[batch.tokens[b, t]] += 1
+    nll, total = 0.0, 0
+    for batch in problem._in_order(problem.data.test["answers"])():
+        for b, t in predicted_tokens(batch).nonzero().tolist():
+            nll -= math.log(counts[batch.tokens[b, t]] / counts.sum())
+            total += 1
+    assert scores["unigram"]["answers/nll"] == pytest.approx(nll / total, rel=1e-10)
+    assert scores["unigram"]["answers/nll"] < scores["uniform tokens"]["answers/nll"]
