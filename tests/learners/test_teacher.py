@@ -27,7 +27,7 @@ def test_update_is_the_moving_average() -> None:
     torch.testing.assert_close(
         teacher.learner.linear.weight,
         0.75 * before + 0.25 * student.linear.weight.detach(),
-        atol=1e-15,
+        atol=1e-14,
         rtol=0,
     )
     assert teacher.learner.scale.item() == 3.0

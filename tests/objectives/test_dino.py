@@ -75,7 +75,7 @@ def test_centered_probs() -> None:
     center = student[1][0]
     expected = ((student[0] - center) / 0.04).softmax(-1)
     torch.testing.assert_close(
-        centered_probs(student[0], center, 0.04), expected, atol=1e-15, rtol=0
+        centered_probs(student[0], center, 0.04), expected, atol=1e-14, rtol=0
     )
 
 
