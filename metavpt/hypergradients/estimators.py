@@ -44,7 +44,7 @@ class Hypergradient:
     """`by_phi`, shaped like phi, is the gradient for the designer's optimizer to descend.
 
     value         V, the drop of the feedback loss that the estimator expects, per unit of `step_size`
-    grad_evals    cost in forward and backward passes through the learner, on one batch each
+    grad_evals    how many gradients of a loss by theta it took; a run's budget counts passes as they run
     diagnostics   scalars worth logging: feedback loss, norms, residuals
     solution      the solution of an implicit solve, to start the next one from; None where it is no better than none
     """

@@ -20,6 +20,7 @@ from metavpt.errors import ImpureLossError
 from metavpt.hypergradients import params
 from metavpt.hypergradients.mixed_products import Loss, check_reached
 from metavpt.hypergradients.params import Params
+from metavpt.profiling.passes import uncounted
 
 ROUNDING = 1e-5  # relative; on a GPU some kernels add in another order each time
 OFF = "if it is meant to be so, pass check_losses=False to the estimator"
@@ -45,7 +46,8 @@ class ChecksLosses:
     ) -> None:
         """Check the first inner loss and the outer loss, unless this estimator has done so."""
         if self.check_losses and not self._has_checked:
-            check_losses(inner_losses[0], outer_loss, theta, phi)
+            with uncounted():
+                check_losses(inner_losses[0], outer_loss, theta, phi)
             self._has_checked.append(True)
 
 

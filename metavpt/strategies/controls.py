@@ -100,7 +100,6 @@ class Hardest(Stateless):
         theta = params.detach(params.named(state.problem.learner))
 
         def loss(task: Any) -> Tensor:
-            state.budget.charge(grad_evals=1)
             return problem.per_sample_tail(theta, task)({})
 
         with state.budget.timed("designer"):
@@ -152,7 +151,6 @@ class Adversarial:
         theta, phi = params.detach(params.named(problem.learner)), params.named(problem.designer)
         loss = inner_loss(problem, theta, batch)(phi)({})
         by_phi = params.scale(differentiate(loss, (phi,))[0], -1.0)
-        state.budget.charge(grad_evals=1)
         try:
             if not params.is_finite(by_phi):
                 raise NonFiniteError("the gradient of the pretraining loss is not finite")
@@ -201,7 +199,6 @@ class LabelsOnly(Stateless):
             labelled = next(state.streams.feedback)
         with state.budget.timed("designer"):
             combined = self.combination(feedback_on(state.problem, labelled))
-        state.budget.charge(grad_evals=combined.grad_evals)
         count = num_labelled(labelled)
         return Proposal(None, count, combined.record, labelled_loss=combined.outer_loss)
 
@@ -240,7 +237,6 @@ class Direct(Stateless):
             with state.budget.timed("data"):
                 labelled = next(state.streams.feedback)
             combined = self.combination(feedback_on(state.problem, labelled))
-        state.budget.charge(grad_evals=1 + combined.grad_evals)
         loss: Callable[[Params], Tensor] = lambda theta: self.weight * combined.outer_loss(theta)  # noqa: E731
         return proposal._replace(labelled_loss=loss, record=combined.record)
 

@@ -24,8 +24,7 @@ from metavpt.training.strategy import TrainState
 class FeedbackDirection:
     """g_down, renewed every `every` steps after `burn_in`, and the direction w made of it.
 
-    A renewal that is not finite leaves g_down as it was and is counted. All cost is charged to the
-    budget.
+    A renewal that is not finite leaves g_down as it was and is counted.
 
     Args:
         every: Steps from one renewal to the next.
@@ -69,7 +68,6 @@ class FeedbackDirection:
             labelled = next(state.streams.feedback)
         feedback = feedback_on(state.problem, labelled)
         combined = self.combination(feedback)
-        state.budget.charge(grad_evals=1 + combined.grad_evals)
         try:
             fresh = downstream(combined.outer_loss, feedback.aligned)[1]
         except NonFiniteError:
@@ -97,7 +95,6 @@ class FeedbackDirection:
             if self.direction.needs_update:
                 at, update = self.step(problem, theta, at, lambda: loss, state.optimizer)
                 g_down = {**params.zeros_like(at), **g_down}
-            state.budget.charge(grad_evals=1)
             g_pre = value_and_gradient(loss, at)[1]
         w = self.direction(g_down, g_pre, update).w
         return self.random.like(w) if self.random else w

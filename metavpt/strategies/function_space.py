@@ -42,9 +42,8 @@ class SupportsFunctionSpace(Protocol):
 class Functional:
     """The designer's tasks. Every `every` steps it is fitted to values in function space.
 
-    One batch of values takes a forward pass on labelled samples and no backward pass; it is charged
-    as one gradient evaluation. The signal is not filtered through a parameter step, so one batch is
-    informative: use few, large batches (`Amortized` needs many small ones).
+    One batch of values takes a forward pass on labelled samples and no backward pass. The signal is
+    not filtered through a parameter step, so one batch is informative: use few, large batches (`Amortized` needs many small ones).
 
     Args:
         optimizer: Makes the designer's optimizer. Default: AdamW with a learning rate of 1e-3 and
@@ -111,7 +110,6 @@ class Functional:
             return {"skipped_updates": float(self.num_skipped)}
         if self.permute:
             replay = permuted(replay, self.buffer.generator)
-        state.budget.charge(grad_evals=1)
         record = self.buffer.fit(state.problem, problem.designer_loss, replay)
         self.period.num_updates += "skipped_updates" not in record
         return record

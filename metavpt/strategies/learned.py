@@ -25,6 +25,7 @@ from metavpt.hypergradients.mixed_products import Loss, reached
 from metavpt.hypergradients.optimizer_updates import Update, from_torch
 from metavpt.hypergradients.params import Params
 from metavpt.problem import Problem, aligned_names, supports
+from metavpt.profiling.passes import uncounted
 from metavpt.profiling.timers import phase
 from metavpt.strategies.period import Period
 from metavpt.strategies.random_direction import RandomDirection
@@ -146,7 +147,6 @@ class Learned:
         self, state: TrainState, hypergradient: Hypergradient, batch: Any
     ) -> dict[str, float]:
         """Take one step of the designer's optimizer, and return the record of the update."""
-        state.budget.charge(grad_evals=hypergradient.grad_evals)
         regularizer = self.designer.step(state.problem, hypergradient.by_phi, batch)
         self.period.num_updates += 1
         return {
@@ -314,10 +314,11 @@ class LearnerStep:
             optimizer: The learner's.
         """
         if self._names is None:
-            with torch.no_grad():
-                loss = make_loss()
-            candidates = {name: theta[name] for name in _tail_names(problem, theta, aligned)}
-            self._names = {*aligned, *reached(loss, candidates)}
+            with uncounted():  # once in a process, so again in a resumed run
+                with torch.no_grad():
+                    loss = make_loss()
+                candidates = {name: theta[name] for name in _tail_names(problem, theta, aligned)}
+                self._names = {*aligned, *reached(loss, candidates)}
         live = params.named(problem.learner)
         held = {name: p for name, p in live.items() if name in self._names}
         return {name: theta[name] for name in held}, from_torch(optimizer, held)

@@ -13,6 +13,7 @@ from metavpt.problem import Problem
 from metavpt.strategies.learned import Learned
 from metavpt.strategies.period import Period
 from metavpt.training.budget import Budget
+from metavpt.training.passes import LearnerPasses
 from metavpt.training.strategy import Strategy, TrainState
 from metavpt.training.streams import Stream, Streams
 
@@ -75,6 +76,7 @@ class Steering:
         self._current = _Current()
         self._feedback = Stream(self.problem.feedback_batches, 0, "feedback")
         self._check_strategy()
+        self._passes = LearnerPasses(self.problem)
         self.strategy.start(self.problem)
 
     def _check_strategy(self) -> None:
@@ -101,8 +103,10 @@ class Steering:
         own = cast(Stream, self._current)
         streams = Streams(pretrain=own, meta=own, feedback=self._feedback)
         state = TrainState(self.problem, streams, self.optimizer, self.budget)
-        proposal = self.strategy.next_task(state)
-        self.budget.charge(steps=1, samples=proposal.num_samples, grad_evals=1)
+        with self._passes.counter.on():
+            proposal = self.strategy.next_task(state)
+        spent = self._passes.spent(proposal)
+        self.budget.charge(steps=1, samples=proposal.num_samples, grad_evals=1 + spent)
         self.record = proposal.record
         return proposal.task
 
@@ -112,6 +116,7 @@ class Steering:
             "designer": self.problem.designer.state_dict(),
             "strategy": self.strategy.state_dict(),
             "budget": self.budget.state_dict(),
+            "passes": self._passes.state_dict(),
             "feedback": self._feedback.state_dict(),
         }
 
@@ -120,6 +125,7 @@ class Steering:
         self.problem.designer.load_state_dict(state["designer"])
         self.strategy.load_state_dict(state["strategy"])
         self.budget.load_state_dict(state["budget"])
+        self._passes.load_state_dict(state["passes"])
         self._feedback.load_state_dict(state["feedback"])
 
 

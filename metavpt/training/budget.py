@@ -18,7 +18,8 @@ class Budget:
 
     steps       updates of the learner
     samples     unlabelled samples (images, tokens) that the learner trained on
-    grad_evals  forward and backward passes through the learner, on one batch each: its own steps and what designing tasks takes
+    grad_evals  passes through the learner: its own steps and what designing tasks takes. The unit is a
+                forward and a backward pass of the batch of a step, so a forward pass alone is a third
     seconds     training time: data, task design and learner; probes, figures, checkpoints and reports are left out
 
     Time is kept by purpose; `timed("designer")` inside `timed("learner")` stops the outer clock. Peak memory is that of training too.
@@ -43,7 +44,7 @@ class Budget:
                 raise MetaVPTError(f"budget.{unit}={limit}: a budget must be positive")
         self.steps = 0
         self.samples = 0
-        self.grad_evals = 0
+        self.grad_evals = 0.0
         self.clock = Clock()
         self.memory = PeakMemory()
 
@@ -78,7 +79,7 @@ class Budget:
         if "seconds" in self.limits:
             self.clock.seconds = collectives.first(self.times)
 
-    def charge(self, *, steps: int = 0, samples: int = 0, grad_evals: int = 0) -> None:
+    def charge(self, *, steps: int = 0, samples: int = 0, grad_evals: float = 0.0) -> None:
         self.steps += steps
         self.samples += samples
         self.grad_evals += grad_evals

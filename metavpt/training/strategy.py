@@ -24,7 +24,7 @@ class TrainState:
         problem: The problem that is trained.
         streams: The unlabelled and labelled batches.
         optimizer: The learner's optimizer. Strategies read it and never write it.
-        budget: What is spent. A strategy charges its own cost to it.
+        budget: What is spent. Passes through the learner are counted as they run.
     """
 
     problem: Problem
@@ -71,7 +71,7 @@ class Strategy(Protocol):
         ...
 
     def next_task(self, state: TrainState) -> Proposal:
-        """Return the next task, and charge what it cost besides the step to the budget."""
+        """Return the next task."""
         ...
 
     def state_dict(self) -> dict[str, Any]:

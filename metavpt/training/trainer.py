@@ -1,6 +1,7 @@
 """The loop, readable top to bottom: ask the strategy for a task, take one ordinary pretraining step on it, count, measure, save."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,12 +27,13 @@ from metavpt.training.health import (
     check_labels,
     untouched,
 )
+from metavpt.training.passes import LearnerPasses
 from metavpt.training.run_log import Reportable, RunLog
 from metavpt.training.run_state import Parameters, faults, not_finite, optimizer_states
 from metavpt.training.schedule import WarmupCosine, make_optimizer, parameter_groups
 from metavpt.training.signals import Stopped, StopRequest
 from metavpt.training.steered_steps import SteeredSteps
-from metavpt.training.strategy import Strategy, TrainState
+from metavpt.training.strategy import Proposal, Strategy, TrainState
 from metavpt.training.streams import TIMEOUT, Stream, Streams, meta_batches
 
 if TYPE_CHECKING:
@@ -121,6 +123,7 @@ class Trainer:
         self.execution = Execution(
             problem, fabric, accumulate, recompute, compile
         )  # first: sharding makes other parameters of them
+        self.passes = LearnerPasses(problem, self._measuring_passes)
         strategy.start(problem)
         groups = parameter_groups(problem, weight_decay)
         self.optimizer = make_optimizer(
@@ -303,6 +306,7 @@ class Trainer:
         with (
             self.execution.eager(),
             untouched(self.problem.learner, f"{type(self.strategy).__name__}.next_task"),
+            self.passes.counter.on(),
         ):
             proposal = self.strategy.next_task(self.state)
         check_labels(self.strategy, proposal)
@@ -324,13 +328,28 @@ class Trainer:
                 self.failures.steps = 0
             else:
                 self._skip(proposal.task, loss, grad_norm)
-        self.budget.charge(steps=1, samples=collectives.total(proposal.num_samples), grad_evals=1)
+        self.budget.charge(
+            steps=1,
+            samples=collectives.total(proposal.num_samples),
+            grad_evals=1 + self._passes_of(proposal),
+        )
         self.budget.agree()
         if proposal.record:
             self.log.write("designer", self.budget.steps, **proposal.record)
         if self.budget.steps % self.log_every == 0 or self.budget.exhausted:
             self._log_train(float(loss), float(grad_norm))
         self.log.advance(self.budget)
+
+    def _passes_of(self, proposal: Proposal) -> float:
+        """What the strategy spent on this step, in passes of the learner's own batch."""
+        if "grad_evals" in self.budget.limits:
+            self.passes.require_layers(proposal)
+        return self.passes.spent(proposal)
+
+    @contextmanager
+    def _measuring_passes(self) -> Iterator[None]:
+        with self.budget.timed("probe"), self.execution.eager(), self.execution.fabric.autocast():
+            yield
 
     def save(self) -> None:
         """Write a checkpoint; none while steps fail, or of a state that is not finite, which would push out good ones."""
@@ -416,6 +435,7 @@ class Trainer:
                 name: stream.state_dict() for name, stream in self.streams._asdict().items()
             },
             "budget": self.budget.state_dict(),
+            "passes": self.passes.state_dict(),
             "first_order": self.first_order.state_dict(),
             "log": self.log.state_dict(),
             "failures": self.failures.state_dict(),
@@ -435,6 +455,7 @@ class Trainer:
         for name, stream in self.streams._asdict().items():
             stream.load_state_dict(state["streams"][name])
         self.budget.load_state_dict(state["budget"])
+        self.passes.load_state_dict(state["passes"])
         self.first_order.load_state_dict(state["first_order"])
         self.failures.load_state_dict(state["failures"])
         self.metrics, self.measured_at = state["metrics"], state["measured_at"]

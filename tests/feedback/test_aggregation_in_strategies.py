@@ -20,7 +20,7 @@ from metavpt.strategies.selection import Greedy, GreedySelection
 @pytest.mark.parametrize(
     "make", [partial(Greedy, 2), partial(GreedySelection, 2)], ids=["greedy", "selection"]
 )
-def test_greedy_values_along_the_combined_gradient_and_is_charged(tmp_path, make):
+def test_greedy_values_along_the_combined_gradient(tmp_path, make):
     pytest.importorskip("torchjd")
     problem = Pulled(CONFLICT)
     strategy = make(combination=TorchJD("MGDA"))
@@ -28,7 +28,6 @@ def test_greedy_values_along_the_combined_gradient_and_is_charged(tmp_path, make
     proposal = strategy.next_task(loop.state)
     expected, combined = gradient(TorchJD("MGDA"), problem)
     assert torch.equal(strategy.state_dict()["g_down"]["p"], expected)
-    assert loop.budget.grad_evals == 2 + 1 + 2
     assert combined.record.items() <= proposal.record.items()
     loop.budget.charge(steps=1)
     assert "weight/a" not in strategy.next_task(loop.state).record
@@ -56,7 +55,6 @@ def test_direct_trains_the_learner_on_the_combined_loss(tmp_path):
     theta = params.named(problem.learner)
     (found,) = torch.autograd.grad(proposal.labelled_loss(theta), list(theta.values()))
     torch.testing.assert_close(found, 2 * gradient(TorchJD("MGDA"), problem)[0], rtol=1e-14, atol=0)
-    assert loop.budget.grad_evals == 3
     assert "conflict/a-b" in proposal.record
 
 
@@ -89,7 +87,6 @@ def test_weights_and_conflict_stand_in_the_log_of_a_run(tmp_path):
     for record in records:
         assert record["weight/a"] + record["weight/b"] == pytest.approx(1, abs=1e-12)
         assert -1 <= record["conflict/a-b"] <= 1
-    assert loop.budget.grad_evals == 4 + 2 * (2 + 1 + OneStep().product.num_gradients)
 
 
 def test_a_feedback_that_theta_s_does_not_reach_is_named():

@@ -228,9 +228,9 @@ def test_only_the_step_writes_gradients_of_the_learner(tmp_path):
 def test_the_budget_counts_steps_samples_and_gradient_evaluations(tmp_path):
     budget = train(tmp_path, strategy=Learned(OneStep(), adam, every=4), steps=8).budget
     assert (budget.steps, budget.samples) == (8, 8 * 64)
-    assert budget.grad_evals == 8 + 2 * (
-        1 + 1
-    )  # a g_down and a difference product in steps 0 and 4
+    # In steps 0 and 4 a g_down and the two losses of a difference product. The designer weighs
+    # the errors, so the way back to it does not pass the learner.
+    assert budget.grad_evals == pytest.approx(8 + 2 * (1 + 2 / 3), rel=1e-12)
     assert set(budget.times) >= {"data", "task", "designer", "learner", "probe"}
     assert budget.seconds == pytest.approx(
         sum(t for name, t in budget.times.items() if name != "probe")
