@@ -11,7 +11,8 @@ from typing import Any
 Options = dict[str, Any]
 
 LEFT_OUT = {
-    *("budget", "runs", "output", "resume", "minimise", "tracker", "allow_targets"),
+    *("budget", "runs", "output", "resume", "minimise", "metrics", "tracker"),
+    *("allow_targets", "allow_env"),
     *("device", "devices", "nodes", "parallel", "threads"),
     *("strategies", "controls", "vary", "seeds", "match", "warm_start", "jobs"),  # of comparisons
 }
@@ -25,7 +26,6 @@ PATHS = {
     "folder",
     "weights",
 }  # of these counts only whether there is one; of others the name
-ABSENT = "(absent)"
 WRITTEN_BY_STEPS = frozenset({"grad_norms", "max_grad_norm"})  # in parameter groups, by the clip
 
 
@@ -51,13 +51,14 @@ def of_optimizer(key: str, groups: Sequence[Mapping[str, Any]]) -> Options:
 
 
 def difference(before: Options, now: Options) -> str | None:
-    """Name up to three options that differ, as in `seed=0, now 1`; None where all are equal."""
+    """Name up to three options that differ, as in `seed=0, now 1`; None where all are equal.
+
+    An option that is absent equals one that is null.
+    """
     keys = [
-        key
-        for key in dict.fromkeys([*before, *now])
-        if not _equal(before.get(key, ABSENT), now.get(key, ABSENT))
+        key for key in dict.fromkeys([*before, *now]) if not _equal(before.get(key), now.get(key))
     ]
-    named = [f"{key}={before.get(key, ABSENT)}, now {now.get(key, ABSENT)}" for key in keys[:3]]
+    named = [f"{key}={before.get(key)}, now {now.get(key)}" for key in keys[:3]]
     more = f"; {len(keys) - 3} more differ" if len(keys) > 3 else ""
     return "; ".join(named) + more if keys else None
 
