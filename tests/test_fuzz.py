@@ -97,7 +97,7 @@ READERS = {
         4,
         refuses=False,
     ),
-    "rows": Reader("rows.jsonl", row, lambda path: results.read(path.parent)),
+    "rows": Reader("rows.jsonl", row, lambda path: results.read(path.parent), refuses=False),
     "texts": Reader(
         "step1.json",
         lambda _: json.dumps(TEXTS).encode(),
@@ -117,7 +117,9 @@ def test_reading_a_checkpoint_takes_at_most_twice_what_it_holds(tmp_path: Path):
     path = checkpoint.Checkpoints(tmp_path).save(
         1, {"problem": {"learner": {"weight": torch.ones(15_000_000)}}}
     )
-    grown, holds = growth_alone("from metavpt import checkpoint", "checkpoint.read(path)", path)
+    grown, holds = growth_alone(
+        "from metavpt.training import checkpoint", "checkpoint.read(path)", path
+    )
     assert holds > 6e7
     assert grown < 2 * holds + SPARE / 8
 

@@ -1,5 +1,6 @@
 """The floor against what really runs, in FLOPs, which no other process on the machine can change."""
 
+import dataclasses
 import itertools
 
 import pytest
@@ -119,7 +120,7 @@ ESTIMATORS = {
 
 @pytest.mark.parametrize("estimator", ESTIMATORS.values(), ids=ESTIMATORS)
 def test_no_update_takes_less_than_its_floor_and_ours_take_little_more(estimator):
-    strategy = Learned(estimator, every=1)
+    strategy = Learned(dataclasses.replace(estimator, check_losses=False), every=1)
     problem, streams, optimizer = scene(strategy)
     record = {}
     taken = flops.count(

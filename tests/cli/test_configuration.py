@@ -16,7 +16,7 @@ from metavpt.cli.one_line_errors import USER_ERRORS, reason
 from metavpt.cli.yaml_size import check_yaml
 from metavpt.errors import MetaVPTError
 from metavpt.report.page import configuration
-from metavpt.training import non_finite
+from metavpt.training import health
 
 HARM = "{_target_: os.mkdir, path: harm}"
 # By names that were allowed: a call of what an import made by name returns.
@@ -77,7 +77,7 @@ def test_every_command_checks_before_it_constructs(tmp_path, module):
 @pytest.mark.parametrize("problem", [HARM, f"\n{indented(CALLED_THROUGH_LIBRARIES)}"])
 def test_the_folder_of_a_run_runs_nothing(tmp_path, module, problem):
     run = put(tmp_path / "run" / "config.yaml", f"learner: {{}}\nproblem: {problem}\n").parent
-    put(run / non_finite.FILE, "")
+    put(run / health.FAILURE_FILE, "")
     with pytest.raises(MetaVPTError, match="_target_: "):
         read_config(run)
     options = [f"run={run}"] + ([f"to={tmp_path / 'to'}"] if module == "export" else [])

@@ -156,7 +156,7 @@ def lesson_of(learner, designer, rows=None):
         for name in learner.aligned_parameters()
     }
     prediction = Prediction.of(learner, theta, BATCH)
-    return designer.lesson(prediction, w, ForwardMode(), rows), prediction, w
+    return designer.replay_batch(prediction, w, ForwardMode(), rows), prediction, w
 
 
 def test_a_lesson_is_taught_where_targets_are_the_closed_form():

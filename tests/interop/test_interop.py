@@ -2,14 +2,11 @@
 
 import subprocess
 import sys
-from importlib import import_module
-from pathlib import Path
 
 import hydra
 import pytest
 import torch
 from helpers.ridge import Ridge
-from omegaconf import OmegaConf
 
 from metavpt.errors import MetaVPTError
 from metavpt.hypergradients.optimizer_updates import SGD
@@ -51,7 +48,8 @@ print({"betty", "torchopt", "learn2learn"} & set(sys.modules))
 
 @pytest.mark.parametrize("name", ["betty", "torchopt", "learn2learn"])
 def test_configurations_build_without_the_packages(name):
-    folder = Path(import_module("metavpt.configs").__path__[0])
-    strategy = hydra.utils.instantiate(OmegaConf.load(folder / "strategy" / f"{name}.yaml"))
+    with hydra.initialize_config_module("metavpt.configs", version_base="1.3"):
+        cfg = hydra.compose("run", ["problem=toy_sources", f"strategy={name}"])
+    strategy = hydra.utils.instantiate(cfg.strategy)
     assert isinstance(strategy, Learned)
     assert name in type(strategy.estimator).__module__

@@ -23,6 +23,8 @@ TARGETS = {  # what each row trains on
     "self_distillation": "metavpt.strategies.controls.Softened",
     "one_step_linear": "metavpt.strategies.learned.Learned",
     "tilt": "metavpt.strategies.tilted_targets.Tilt",
+    "labels_only": "metavpt.strategies.controls.LabelsOnly",
+    "direct": "metavpt.strategies.controls.Direct",
 }
 SMALL = [
     "learner.vocab_size=400", "learner.hidden_size=16", "learner.intermediate_size=24", "learner.num_attention_heads=2",

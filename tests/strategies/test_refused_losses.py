@@ -15,7 +15,7 @@ class Forgets(Regression):
 
 class Noisy(Regression):
     def pretrain_loss(self, theta, task):
-        return super().pretrain_loss({"weight": torch.dropout(theta["weight"], 0.1, True)}, task)
+        return super().pretrain_loss({"weight": torch.dropout(theta["weight"], 0.5, True)}, task)
 
 
 @pytest.mark.parametrize(

@@ -39,7 +39,7 @@ def finish(folder, *options, **limits):
 def outcome(run):
     """All that a run comes to, without what depends on the clock."""
     state = Checkpoints(run / "checkpoints").newest().state
-    del state["budget"]["times"], state["budget"]["peak_memory"], state["log"]
+    del state["budget"]["times"], state["budget"]["peak_memory"], state["log"], state["digest"]
     records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     return state, [
         {name: value for name, value in record.items() if name not in CLOCK} for record in records
