@@ -32,7 +32,7 @@ PLUGINS = {  # choices that come with a package of their own -> the extra that i
 USER_ERRORS = (MetaVPTError, HydraException, OmegaConfBaseException, YAMLError, UnicodeDecodeError)
 
 
-def run_command(main: Callable[[], None]) -> None:
+def run_command(main: Callable[[], object]) -> None:
     """Run `main`, a hydra entry point, with its own errors reported as `reporting` does."""
     os.environ["HYDRA_FULL_ERROR"] = (
         "1"  # hydra then raises its errors instead of printing a page and exiting with 1

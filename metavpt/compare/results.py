@@ -38,7 +38,7 @@ class Result:
     metrics: dict[str, float] = field(default_factory=dict)
     steps: int = 0
     samples: int = 0
-    grad_evals: int = 0
+    grad_evals: float = 0.0
     seconds: float = 0.0
     times: dict[str, float] = field(default_factory=dict)
     peak_memory: int = 0

@@ -237,7 +237,7 @@ def digest(state: Any) -> int:
         crc = zlib.crc32(f"{_name(keys)}={described!r};".encode(errors="replace"), crc)
         if isinstance(leaf, Tensor) and leaf.numel():
             data = leaf.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-            crc = zlib.crc32(data.numpy(), crc)
+            crc = zlib.crc32(data.numpy().data, crc)
     return crc
 
 
