@@ -13,7 +13,7 @@ from torch import Tensor
 from metavpt.cli.console import say
 from metavpt.data.frames import IGNORE, Frame, RGBDFrames
 from metavpt.data.overlap import Encoded, encoded_file
-from metavpt.data.photo import SUFFIXES, decode, open_image
+from metavpt.data.photo import SUFFIXES, decode, middle, open_image
 from metavpt.errors import MetaVPTError, check_known, reading
 
 FOLDERS = {"train": "training", "val": "validation"}
@@ -115,6 +115,7 @@ class ADE20K(RGBDFrames):
         factors = [height / maps.shape[1], width / maps.shape[2]]
         if self.resize == "cover":
             factors = [max(factors)] * 2
+            maps = middle(maps, self.size, factors[0])
         scaled = [
             max(side, round(length * factor))
             for side, length, factor in zip(self.size, maps.shape[1:], factors, strict=True)

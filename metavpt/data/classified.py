@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from metavpt.data.archives import load_npz
 from metavpt.data.images import FolderImages, NpzImages
 from metavpt.data.photo import SUFFIXES
 from metavpt.errors import MetaVPTError, reading
@@ -108,12 +109,12 @@ def _images_below(folder: Path) -> list[Path]:
 def _open_npz(path: Path, size: tuple[int, int]) -> ClassifiedSet:
     images = NpzImages(path, size)
     total = len(images.arrays.get("images", images.arrays.get("offsets", [0])[1:]))
-    with reading(f"{path}: not a readable npz"), np.load(path, allow_pickle=False) as file:
-        if not {"label", "split"} <= set(file.files):
-            raise MetaVPTError(
-                f"{path}: needs arrays `label` and `split` beside the images, one number an image"
-            )
-        labels, split = file["label"], file["split"]
+    found = load_npz(path, ("label", "split"))
+    if len(found) < 2:
+        raise MetaVPTError(
+            f"{path}: needs arrays `label` and `split` beside the images, one number an image"
+        )
+    labels, split = found["label"], found["split"]
     if (
         labels.shape != (total,)
         or split.shape != (total,)

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from metavpt.data import shards
+from metavpt.data.archives import check_unpacked, load_npz
 from metavpt.data.frames import RGBDFrames
 from metavpt.data.overlap import Encoded, encoded_file
 from metavpt.data.photo import SUFFIXES, decode, fit, is_image
@@ -92,12 +93,7 @@ class NpzImages(Dataset[Tensor]):
 
     def __init__(self, path: Path, size: tuple[int, int]) -> None:
         self.path, self.size = path, size
-        with reading(f"{path}: not a readable npz"), np.load(path, allow_pickle=False) as file:
-            self.arrays = {
-                name: file[name]
-                for name in ("images", "jpeg", "offsets", "split")
-                if name in file.files
-            }
+        self.arrays = load_npz(path, ("images", "jpeg", "offsets", "split"))
         if "images" not in self.arrays and not {"jpeg", "offsets"} <= self.arrays.keys():
             raise MetaVPTError(
                 f"{path}: needs an array `images` (N,H,W,3), or `jpeg` with `offsets`"
@@ -161,11 +157,12 @@ class Archive:
         with reading(f"{self.path}: {member} cannot be read"):
             if member not in self.names:
                 raise MetaVPTError(f"{self.path}: the zip lacks {member}; get the whole file again")
-            size = self._open().getinfo(member).file_size
-            if size > MAX_MEMBER:
+            entry = self._open().getinfo(member)
+            if entry.file_size > MAX_MEMBER:
                 raise MetaVPTError(
-                    f"{self.path}: {member} unpacks to {size / 2**20:.0f} MiB, which is no image; get the file again"
+                    f"{self.path}: {member} unpacks to {entry.file_size / 2**20:.0f} MiB, which is no image; get the file again"
                 )
+            check_unpacked([entry], f"{self.path}: {member}")
             return self._open().read(member)
 
     def encoded(self, member: str) -> Encoded:

@@ -2,6 +2,7 @@
 
 import io
 import json
+import math
 import os
 from collections.abc import Mapping
 from importlib.resources import files
@@ -16,7 +17,7 @@ from torch import Tensor
 from metavpt.data.frames import IGNORE, Frame, RGBDFrames, make_frame
 from metavpt.data.images import Archive
 from metavpt.data.overlap import Encoded
-from metavpt.data.photo import decode, open_image
+from metavpt.data.photo import decode, max_pixels, open_image
 from metavpt.data.rooms import CLASS_NAMES as ROOM_CLASSES
 from metavpt.data.rooms import rooms_file
 from metavpt.errors import MetaVPTError, reading
@@ -24,6 +25,9 @@ from metavpt.errors import MetaVPTError, reading
 ZIP_NAME, MAT_NAME = "nyuv2_labeled_240x320.zip", "nyu_depth_v2_labeled.mat"
 NUM_OFFICIAL_FRAMES, NUM_RAW_CLASSES = 1449, 894
 METRES_PER_CODE = 9.99547 / 255  # of the zip's 8-bit depth
+MAX_NAMES, MAX_LETTERS = 2**16, 2**10  # of classes, and in the name of one
+SPARE = 2**26  # bytes of a dataset that need not be held, and of a chunk, which is read as a whole
+DEFLATE = 1032  # times that deflate can shrink at most
 CLASSES: dict[str, Any] = json.loads((files("metavpt.data") / "nyuv2_classes.json").read_text())
 
 
@@ -79,11 +83,12 @@ class NYUv2Mat(RGBDFrames):
     def _read_layout(self, file: h5py.File, num_classes: int) -> None:
         """What all frames share."""
         path = self.path
-        for dataset in ("images", "depths", "labels", "names"):
-            if not isinstance(file.get(dataset), h5py.Dataset):
+        for name in ("images", "depths", "labels", "names"):
+            if name not in file:
                 raise MetaVPTError(
-                    f"{path}: lacks the dataset {dataset!r}; it is not {MAT_NAME}, or not all of it"
+                    f"{path}: lacks the dataset {name!r}; it is not {MAT_NAME}, or not all of it"
                 )
+            self._check_held(file, name)
         shape = self._array("images").shape
         if len(shape) != 4 or shape[1] != 3 or self._array("images").dtype != np.uint8:
             raise MetaVPTError(
@@ -102,6 +107,12 @@ class NYUv2Mat(RGBDFrames):
             if array.dtype.kind not in kinds:
                 raise MetaVPTError(
                     f"{path}: {dataset} is {array.dtype}; it must hold {'whole ' * ('f' not in kinds)}numbers"
+                )
+        for name in ("images", "depths", "labels"):
+            held = self._array(name).id.get_storage_size() / self.num_frames
+            if width * height > max_pixels(held):
+                raise MetaVPTError(
+                    f"{path}: {name} has frames of {height}x{width} pixels in {held:.0f} bytes each"
                 )
         self.class_names, self._classes = class_table(self._read_names(file), num_classes)
         self.splits = self._read_splits(file)
@@ -150,17 +161,50 @@ class NYUv2Mat(RGBDFrames):
                 self._file, self._process = h5py.File(self.path, "r"), os.getpid()
         return self._file
 
+    def _check_held(self, file: h5py.File, name: str) -> None:
+        """Raise MetaVPTError for a dataset that is elsewhere, or larger than what the file holds.
+
+        HDF5 can link to other files and store values in them, any that the user may read; and it can
+        declare any size without a byte behind it.
+        """
+        link = file.get(name, getlink=True)
+        if not isinstance(link, h5py.HardLink):
+            raise MetaVPTError(f"{self.path}: {name} is a link, which may lead to other files")
+        self._check_values(file[name], name)
+
+    def _check_values(self, dataset: Any, name: str, most: float = math.inf) -> None:
+        """The same for what a link or a reference leads to; `most` values are expected."""
+        if not isinstance(dataset, h5py.Dataset):
+            raise MetaVPTError(f"{self.path}: {name} is no dataset")
+        if dataset.external or dataset.is_virtual:
+            raise MetaVPTError(f"{self.path}: {name} has its values in other files")
+        held = min(dataset.id.get_storage_size(), self.path.stat().st_size)
+        chunk = math.prod(dataset.chunks or ()) * dataset.dtype.itemsize
+        if dataset.nbytes > max(SPARE, DEFLATE * held) or chunk > SPARE:
+            raise MetaVPTError(
+                f"{self.path}: {name} is declared with {dataset.nbytes:,} bytes, "
+                f"{chunk:,} in a chunk, of which the file holds {held:,}; get it again"
+            )
+        if dataset.size > most:
+            raise MetaVPTError(f"{self.path}: {name} has {dataset.size} values, not {most} at most")
+
     def _read_names(self, file: h5py.File) -> list[str]:
         """MATLAB's cell array: references to the character codes of each name."""
         with reading(f"{self.path}: names is not a cell array of strings"):
-            references = np.asarray(file["names"]).ravel()
-            return [
-                "".join(map(chr, np.asarray(file[reference]).ravel())) for reference in references
-            ]
+            self._check_values(file["names"], "names", MAX_NAMES)
+            names = []
+            for reference in np.asarray(file["names"]).ravel():
+                letters = file[reference]
+                self._check_values(letters, "a name", MAX_LETTERS)
+                names.append("".join(map(chr, np.asarray(letters).ravel())))
+            return names
 
     def _read_splits(self, file: h5py.File) -> dict[str, list[int]]:
         if "trainNdxs" in file and "testNdxs" in file:
             with reading(f"{self.path}: trainNdxs and testNdxs hold no rows"):
+                for name in ("trainNdxs", "testNdxs"):
+                    self._check_held(file, name)
+                    self._check_values(file[name], name, self.num_frames)
                 train, val = (
                     (np.asarray(file[name]).astype(int).ravel() - 1).tolist()
                     for name in ("trainNdxs", "testNdxs")

