@@ -185,7 +185,7 @@ class NYUv2Mat(RGBDFrames):
                 f"{self.path}: {name} is declared with {dataset.nbytes:,} bytes, "
                 f"{chunk:,} in a chunk, of which the file holds {held:,}; get it again"
             )
-        if dataset.size > most:
+        if (dataset.size or 0) > most:
             raise MetaVPTError(f"{self.path}: {name} has {dataset.size} values, not {most} at most")
 
     def _read_names(self, file: h5py.File) -> list[str]:
