@@ -35,7 +35,7 @@ from metavpt.training.run_log import UnwrittenLog
 ESTIMATORS = {
     "one_step": lambda product: OneStep(product=product),
     "unrolled": lambda product: Unrolled(2, product=product),
-    "implicit": lambda product: Implicit(damping=1.0, product=product),
+    "implicit": lambda product: Implicit(damping=1e2, product=product),
 }
 PRODUCTS = {"small": ExactProduct(), "dino": DifferenceProduct()}
 STEPS = {"small": 4, "dino": 3}  # the designer is updated in every other one
