@@ -10,6 +10,8 @@ from metavpt.hypergradients.optimizer_updates import SGD, AdamW
 
 pytestmark = pytest.mark.peers
 
+DECAY, STEP_SIZE = 1000.0, 5e-4
+
 
 @pytest.fixture(scope="module", params=["dino", "mae", "cross_entropy"])
 def vit(request) -> TwoBlockViT:
@@ -49,10 +51,16 @@ def test_betty_darts_is_our_one_step_and_its_neumann_ours(vit):
         )
         < 1e-6
     )
-    series = Implicit(Neumann(4, step_size=0.1), product=ExactProduct())(
-        [vit.loss], vit.outer, vit.theta, vit.phi
+
+    def convex(phi):
+        """The inner loss with weight decay above its negative curvature: the Neumann series converges."""
+        loss = vit.loss(phi)
+        return lambda theta: loss(theta) + DECAY / 2 * sum(p.square().sum() for p in theta.values())
+
+    series = Implicit(Neumann(4, step_size=STEP_SIZE), product=ExactProduct())(
+        [convex], vit.outer, vit.theta, vit.phi
     )
-    theirs = betty.Neumann(neumann_iterations=3, neumann_alpha=0.1)(
-        [vit.loss], vit.outer, vit.theta, vit.phi
+    theirs = betty.Neumann(neumann_iterations=3, neumann_alpha=STEP_SIZE)(
+        [convex], vit.outer, vit.theta, vit.phi
     )
     assert relative(theirs.by_phi, series.by_phi) < 1e-9
