@@ -250,7 +250,12 @@ class Data2VecDense(
                     figures.colour(length, 0.0, max(self.designer.gate, 1e-3)),
                 ]
             )
-        return {"targets": figures.grid(rows), **super().figures()}
+        columns = ["image", "what the student sees", "shift of the targets"]
+        legend = figures.scale("none", f"{max(self.designer.gate, 1e-3):g}")
+        return {
+            "targets": figures.with_legend(figures.titled(figures.grid(rows), columns), legend),
+            **super().figures(),
+        }
 
     def _step(self, theta: Params, task: FeatureTask) -> "_Step":
         """What a step on `task` needs. Trunk and teacher run once."""

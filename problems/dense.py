@@ -1,5 +1,6 @@
 """What every dense vision problem shares: the unlabelled stream, feedback from labelled frames, probes, pictures."""
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, Literal, cast
@@ -37,6 +38,7 @@ from metavpt.training.run_log import Reportable
 from metavpt.training.streams import Stream
 
 NUM_PICTURES = 4
+NUM_LEGEND = 24  # classes in the legend of a picture
 NUM_WATCHED = 64  # images that tell a collapse
 ONE = "labelled"  # the name within of a labelled set that is alone
 TASKS = {
@@ -284,6 +286,16 @@ class DenseProblem(MultipleFeedbacks, Shardable, Reportable, Problem):
             }
         return metrics
 
+    def class_metrics(self) -> dict[str, list[tuple[str, float | None]]]:
+        """Return the IoU of each class by head, with the names of the classes."""
+        found: dict[str, list[tuple[str, float | None]]] = {}
+        for name, probe in self.probe.items():
+            names = self.sets[name].frames.class_names
+            for metric, values in probe.class_iou.items():
+                known = [None if math.isnan(value) else value for value in values]
+                found[self._called(name, metric)] = list(zip(names, known, strict=True))
+        return found
+
     def trivial_metrics(self) -> dict[str, dict[str, float]]:
         """Score predictions that ignore the image, of every labelled set together."""
         scores: dict[str, dict[str, float]] = {}
@@ -343,7 +355,18 @@ class DenseProblem(MultipleFeedbacks, Shardable, Reportable, Problem):
                     figures.classes(classes, data.frames.num_classes)
                     for classes in (frame.label, predicted.label[i])
                 ]
-        return figures.grid(rows)
+        columns, legend = ["image"], list[tuple[np.ndarray, str]]()
+        if predicted.depth is not None:
+            columns += ["true depth", "predicted depth"]
+            legend += figures.scale("nearest in the frame", "farthest")
+        if predicted.label is not None:
+            columns += ["true classes", "predicted classes"]
+            names = data.frames.class_names
+            colours = figures.class_colours(len(names))
+            shown = torch.cat([predicted.label.cpu(), *(f.label[None].cpu() for f in frames)])
+            present = [i for i in shown.unique().tolist() if i < len(names)][:NUM_LEGEND]
+            legend += [(colours[i], names[i]) for i in present]
+        return figures.with_legend(figures.titled(figures.grid(rows), columns), legend)
 
     def _watched(self) -> Tensor:
         """A few of the unlabelled images, uint8 (B,3,H,W): the same ones each time."""

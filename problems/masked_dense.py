@@ -150,4 +150,6 @@ class MaskedDense(DenseProblem, SharedTrunk, SupportsCandidates, SupportsSelecti
                     figures.photo(image * mask),
                 ]
             )
-        return figures.grid(rows)
+        columns = ["image", "logits of the designer", "what the encoder sees"]
+        legend = figures.scale("-1 about the mean", "+1", "coolwarm")
+        return figures.with_legend(figures.titled(figures.grid(rows), columns), legend)

@@ -109,7 +109,7 @@ def jobs(cfg: DictConfig, made: dict[str, DictConfig], folder: Path) -> Iterator
         for name, row in made.items():
             if name == WARM_START:
                 row.trainer.first_order_every = 0  # it steers nothing
-                build = _prepare(row, seed, cfg, warm, {"steps": cfg.warm_start or 1})
+                build = _prepare(name, row, seed, cfg, warm, {"steps": cfg.warm_start or 1})
                 yield Job(name, seed, warm, build, untrained=not cfg.warm_start)
             else:
                 place = row_folder(folder, name, seed)
@@ -119,7 +119,7 @@ def jobs(cfg: DictConfig, made: dict[str, DictConfig], folder: Path) -> Iterator
                     name,
                     seed,
                     place,
-                    _prepare(row, seed, cfg, place, {cfg.match: row.budget[cfg.match]}),
+                    _prepare(name, row, seed, cfg, place, {cfg.match: row.budget[cfg.match]}),
                     warm,
                 )
 
@@ -225,7 +225,7 @@ def _has(cfg: DictConfig, option: str) -> bool:
 
 
 def _prepare(
-    row: DictConfig, seed: int, cfg: DictConfig, folder: Path, limits: dict[str, float]
+    name: str, row: DictConfig, seed: int, cfg: DictConfig, folder: Path, limits: dict[str, float]
 ) -> partial[Trainer]:
     """The row's own configuration, written to its folder, and the constructor of its trainer."""
     row = OmegaConf.masked_copy(row, [str(key) for key in row if key not in OWN | PLACE])
@@ -242,6 +242,9 @@ def _prepare(
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
     write_text(file, text)
+    if not (folder / "environment.json").is_file():
+        choices = {"problem": HydraConfig.get().runtime.choices["problem"], "strategy": name}
+        run_folder.write_environment(folder, seed, "compare", shared, choices)
     return partial(build, cast(DictConfig, OmegaConf.create(text)))
 
 

@@ -20,9 +20,10 @@ from metavpt.cli.one_line_errors import reason
 from metavpt.compare import results
 from metavpt.compare.results import Result
 from metavpt.errors import MetaVPTError
-from metavpt.problem import Problem, supports
+from metavpt.problem import supports
 from metavpt.training import checkpoint, run_folder
 from metavpt.training.first_order import head_names
+from metavpt.training.run_log import target_metrics
 from metavpt.training.trainer import Trainer
 
 STATE, OUTPUT = "state.pt", "output.txt"
@@ -210,7 +211,7 @@ def train(job: Job, warm: Path) -> Result:
         seconds=budget.seconds,
         times=dict(budget.times),
         peak_memory=budget.memory.peak,
-        steered=[name for name in trainer.metrics if is_target_metric(trainer.problem, name)],
+        steered=target_metrics(trainer.problem, trainer.metrics),
         trivial=state.get("trivial", {}),
         steered_steps=trainer.steered.steered,
         labelled_steps=trainer.steered.labelled,
@@ -256,16 +257,3 @@ class TrivialPredictors(Protocol):
     def trivial_metrics(self) -> dict[str, dict[str, float]]:
         """Return metrics as `evaluate` names them, by the name of the predictor."""
         ...
-
-
-class KnowsTargets(Protocol):
-    """A problem that knows which metrics its feedback is about; the others are side effects."""
-
-    def is_target_metric(self, metric: str) -> bool:
-        """Return whether the feedback is about this metric of `evaluate`."""
-        ...
-
-
-def is_target_metric(problem: Problem, metric: str) -> bool:
-    """Return whether the feedback is about `metric`: by default it is about all of them."""
-    return problem.is_target_metric(metric) if supports(problem, KnowsTargets) else True

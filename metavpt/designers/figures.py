@@ -5,7 +5,11 @@ from collections.abc import Sequence
 import matplotlib
 import numpy as np
 import torch
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
+
+LINE = 14  # pixels of a line of text
+INK = (40, 40, 40)
 
 
 def colour(values: Tensor, low: float, high: float, colormap: str = "turbo") -> np.ndarray:
@@ -26,11 +30,58 @@ def photo(image: Tensor) -> np.ndarray:
 
 def classes(labels: Tensor, num_classes: int) -> np.ndarray:
     """Colour labels (H, W); 255 is grey."""
-    palette = matplotlib.colormaps["tab20"](np.arange(num_classes) % 20)[:, :3]
     indices = labels.cpu().numpy().astype(int)
-    pixels = (palette[np.clip(indices, 0, num_classes - 1)] * 255).astype(np.uint8)
+    pixels = class_colours(num_classes)[np.clip(indices, 0, num_classes - 1)]
     pixels[indices == 255] = 128
     return pixels
+
+
+def class_colours(num_classes: int) -> np.ndarray:
+    """Return the colours of `classes`, uint8 of shape (C, 3)."""
+    palette = matplotlib.colormaps["tab20"](np.arange(num_classes) % 20)[:, :3]
+    return (palette * 255).astype(np.uint8)
+
+
+def titled(picture: np.ndarray, columns: Sequence[str]) -> np.ndarray:
+    """Write the titles of equal columns above a picture, cut to the width of a column."""
+    width = picture.shape[1] // len(columns)
+    band = Image.new("RGB", (picture.shape[1], LINE), "white")
+    draw, font = ImageDraw.Draw(band), _font()
+    for i, title in enumerate(columns):
+        while len(title) > 1 and draw.textlength(title, font) > width - 2:
+            title = title[:-2].rstrip() + "\N{HORIZONTAL ELLIPSIS}"
+        draw.text((i * width + 1, 0), title, INK, font)
+    return np.concatenate([np.asarray(band), picture])
+
+
+def with_legend(picture: np.ndarray, entries: Sequence[tuple[np.ndarray, str]]) -> np.ndarray:
+    """Write a legend below a picture: a patch of each colour, uint8 (3,), and its name."""
+    width, font = picture.shape[1], _font()
+    measure = ImageDraw.Draw(Image.new("RGB", (1, 1)))
+    places, x, y = list[tuple[int, int]](), 0, 2
+    for _, name in entries:
+        length = LINE + 4 + int(measure.textlength(name, font))
+        if x and x + length > width:
+            x, y = 0, y + LINE
+        places.append((x, y))
+        x += length + 6
+    band = Image.new("RGB", (width, y + LINE), "white")
+    draw = ImageDraw.Draw(band)
+    for (left, top), (colour_of, name) in zip(places, entries, strict=True):
+        red, green, blue = (int(part) for part in colour_of)
+        draw.rectangle((left, top + 2, left + LINE - 5, top + LINE - 3), (red, green, blue))
+        draw.text((left + LINE, top), name, INK, font)
+    return np.concatenate([picture, np.asarray(band)])
+
+
+def scale(low: str, high: str, colormap: str = "turbo") -> list[tuple[np.ndarray, str]]:
+    """Return the legend of `colour`: its first and its last colour, and what they stand for."""
+    ends = [np.array(matplotlib.colormaps[colormap](end)[:3]) * 255 for end in (0.0, 1.0)]
+    return [(end.astype(np.uint8), text) for end, text in zip(ends, (low, high), strict=True)]
+
+
+def _font() -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+    return ImageFont.load_default(LINE - 3)
 
 
 def grid(rows: Sequence[Sequence[np.ndarray]], gap: int = 2) -> np.ndarray:

@@ -132,7 +132,8 @@ class MaskDesigner(Designer):
         )[:NUM_PICTURES]:
             photos = [figures.photo(self.recipe.denormalize(view)) for view in (before, after)]
             rows.append([photos[0], figures.colour(mu[0], 0.0, 1.0, "gray"), photos[1]])
-        return {"masks": figures.grid(rows)}
+        columns = ["recipe's view", "mask, white keeps", "masked view"]
+        return {"masks": figures.titled(figures.grid(rows), columns)}
 
     def _mask(self, crops: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Mask crops (V, B, 3, H, W); return them with mu (V, B, 1, H, W) and the excess (V, B)."""

@@ -21,7 +21,7 @@ from metavpt.probes.segmentation import (
     SegmentationMetrics,
     SegmentationTask,
     check_classes,
-    evaluate_segmentation,
+    confusion_of,
     predict_label,
 )
 
@@ -61,6 +61,7 @@ class DenseProbe:
         self.segmentation = SegmentationTask(num_classes) if num_classes is not None else None
         if self.depth is None and self.segmentation is None:
             raise MetaVPTError("DenseProbe: nothing to probe; set num_classes or depth=True")
+        self.class_iou: dict[str, list[float]] = {}  # of the last measurement, by head
         self._fitted: dict[str, tuple[LinearHead | None, LinearHead | None]] = {}
 
     @property
@@ -87,9 +88,13 @@ class DenseProbe:
         del train  # two sets of features at a time may not fit
         val = extract(features, self.val_batches(), self.device)
         metrics: dict[str, float] = {}
+        self.class_iou.clear()
         for name, (depth, segmentation) in self._fitted.items():
             measured = evaluate_depth(depth, val) if depth else {}
-            measured |= evaluate_segmentation(segmentation, val) if segmentation else {}
+            if segmentation:
+                counted = confusion_of(segmentation, val)
+                measured |= {f"seg_{key}": value for key, value in counted.compute().items()}
+                self.class_iou[f"{name}/seg_iou"] = counted.by_class()
             metrics |= {f"{name}/{metric}": value for metric, value in measured.items()}
         return metrics
 

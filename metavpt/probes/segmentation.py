@@ -47,6 +47,11 @@ class SegmentationMetrics:
         counts = torch.bincount(truth * self.num_classes + guess, minlength=self.num_classes**2)
         self.confusion += counts.reshape(self.num_classes, self.num_classes).cpu()
 
+    def by_class(self) -> list[float]:
+        """Return the IoU of each class; NaN for one in neither the truth nor the prediction."""
+        right = self.confusion.diagonal().double()
+        return (right / (self.confusion.sum(1) + self.confusion.sum(0) - right)).tolist()
+
     def compute(self) -> dict[str, float]:
         """Raises MetaVPTError where no pixel was labelled."""
         right, truth, guess = (
@@ -117,9 +122,14 @@ def predict_label(head: LinearHead, features: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def evaluate_segmentation(head: LinearHead, val: FeatureSet) -> dict[str, float]:
-    """The metrics of SegmentationMetrics, each with `seg_` before its name."""
+def confusion_of(head: LinearHead, val: FeatureSet) -> SegmentationMetrics:
+    """Count the predictions of `head` on a set."""
     metrics = SegmentationMetrics(num_classes=len(head.bias))
     for chunk in val.chunks():
         metrics.update(predict_label(head, chunk.features), chunk.label)
-    return {f"seg_{name}": value for name, value in metrics.compute().items()}
+    return metrics
+
+
+def evaluate_segmentation(head: LinearHead, val: FeatureSet) -> dict[str, float]:
+    """The metrics of SegmentationMetrics, each with `seg_` before its name."""
+    return {f"seg_{name}": value for name, value in confusion_of(head, val).compute().items()}

@@ -33,6 +33,7 @@ def curve(series: Mapping[int, float], key: str) -> Markup:
     def paint(axes: Axes) -> None:
         _draw(axes, points)
         axes.xaxis.set_major_locator(MaxNLocator(4, integer=True))
+        axes.set_xlabel("step")
         short_numbers(axes.yaxis, points[:, 1])
 
     return chart(paint, key)

@@ -16,14 +16,14 @@ from metavpt.training.disk import write_text
 
 def write(path: Path, template: str, **values: Any) -> Path:
     """Fill `template` and put it at `path`, with config.yaml and environment.json of the folder at its end."""
-    environment = Environment(
+    templates = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {
+    templates.filters |= {
         function.__name__: function
         for function in (
             breakable,
@@ -36,12 +36,12 @@ def write(path: Path, template: str, **values: Any) -> Path:
             with_error,
         )
     }
-    environment.globals["num_colours"] = NUM_COLOURS
+    templates.globals["num_colours"] = NUM_COLOURS
     folder = path.parent
-    html = environment.get_template(template).render(
+    html = templates.get_template(template).render(
         folder=folder.resolve().name,
         config=_text(folder / "config.yaml"),
-        environment=_parsed(_text(folder / "environment.json")),
+        environment=environment(folder),
         **values,
     )
     write_text(path, html)  # whoever has the page open never reloads half of it
@@ -51,6 +51,11 @@ def write(path: Path, template: str, **values: Any) -> Path:
 def configuration(folder: Path) -> dict[str, Any]:
     """The config.yaml in `folder`; empty if there is none."""
     return _parsed(_text(folder / "config.yaml"))
+
+
+def environment(folder: Path) -> dict[str, Any]:
+    """Read environment.json of a run; empty where there is none."""
+    return _parsed(_text(folder / "environment.json"))
 
 
 def choice(config: Mapping[str, Any], axis: str) -> str:

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 from markupsafe import Markup
 
+from metavpt.cli.formatting import number
 from metavpt.errors import MetaVPTError
 from metavpt.metrics import sign
 from metavpt.report import page
@@ -63,6 +64,104 @@ def summary_rows(records: list[Record]) -> list[SummaryRow]:
     return rows
 
 
+class Health(NamedTuple):
+    """A health metric at the first and the last probe.
+
+    `verdict` is None where no range is stated; `healthy` says the range in words.
+    """
+
+    name: str
+    first: float
+    last: float
+    healthy: str
+    verdict: bool | None
+
+
+class ClassTable(NamedTuple):
+    """A metric by class: (class, first, last) in order; None: the class does not occur."""
+
+    metric: str
+    steps: tuple[int, int]
+    rows: list[tuple[str, float | None, float | None]]
+
+
+def lead(records: list[Record], strategy: str, seed: Any) -> str:
+    """Say in a sentence or two what happened to the first metric that the feedback is about."""
+    targets: Any = next((r.get("targets") for r in records if r.get("kind") == "probe"), None)
+    rows = [row for row in summary_rows(records) if row.last is not None]
+    wanted = [row for row in rows if not isinstance(targets, list) or row.name in targets]
+    row = next((row for row in wanted if row.sign), None) or next(iter(wanted), None)
+    if row is None:
+        return "Nothing has been measured after step 0 yet."
+    way = {True: " (better)", False: " (worse)", None: ""}[row.better]
+    who = ", ".join(
+        part
+        for part in (
+            f"strategy {strategy}" if strategy else "",
+            "" if seed is None else f"seed {seed}",
+        )
+        if part
+    )
+    return (
+        f"{row.name} went from {number(row.first)} at step {row.first_step} to {number(row.last)} "
+        f"after {row.last_step:,} steps{way}{f', {who}' if who else ''}. One run cannot tell a gain "
+        "from noise: python -m metavpt.compare runs the same beside strategy=fixed on several seeds."
+    )
+
+
+def steering(records: list[Record]) -> list[str]:
+    """Say how many steps feedback shaped, and on how many labels trained the learner."""
+    train = [record for record in records if record.get("kind") == "train"]
+    last: Record = train[-1] if train else {}
+    done, said = spent(records)["steps"], []
+    if is_number(last.get("steered_steps")):
+        said.append(f"{last['steered_steps']:,} of {done:,.0f} steps were steered")
+    if is_number(last.get("labelled_steps")):
+        said.append(f"labels trained the learner itself on {last['labelled_steps']:,} steps")
+    return said
+
+
+def health(records: list[Record]) -> list[Health]:
+    """Return the health metrics with the verdict of the last probe."""
+    watched = [record for record in records if record.get("kind") == "watch"]
+    bounds: Any = watched[-1].get("bounds") if watched else None
+    if not isinstance(bounds, dict):
+        return []
+    found = []
+    for name, values in series_of(records, "watch").items():
+        ends = bounds.get(name)
+        if not isinstance(ends, list) or len(ends) != 2:
+            continue
+        low, high = (float(end) if is_number(end) else None for end in ends)
+        first, last = values[min(values)], values[max(values)]
+        said = [f"at least {number(low)}"] if low is not None else []
+        said += [f"at most {number(high)}"] if high is not None else []
+        inside = (low is None or last >= low) and (high is None or last <= high)
+        found.append(Health(name, first, last, " and ".join(said), inside if said else None))
+    return found
+
+
+def class_tables(records: list[Record]) -> list[ClassTable]:
+    """Return each metric by class at the first and the last probe."""
+    by_metric: dict[str, dict[int, dict[str, float | None]]] = {}
+    for record in records:
+        pairs, step = record.get("values"), record.get("step")
+        if record.get("kind") != "classes" or not isinstance(pairs, list) or not is_number(step):
+            continue
+        values = {
+            str(pair[0]): float(pair[1]) if is_number(pair[1]) else None
+            for pair in pairs
+            if isinstance(pair, list) and len(pair) == 2
+        }
+        by_metric.setdefault(str(record.get("metric", "")), {})[int(step)] = values
+    tables = []
+    for metric, at in by_metric.items():
+        first, last = min(at), max(at)
+        rows = [(name, at[first].get(name), value) for name, value in at[last].items()]
+        tables.append(ClassTable(metric, (first, last), rows))
+    return tables
+
+
 def write_report(run_folder: Path) -> Path:
     """`run_folder`/report.html: one file without scripts or links, made of metrics.jsonl, figures/, texts/ and what describes the run.
 
@@ -74,14 +173,18 @@ def write_report(run_folder: Path) -> Path:
             f"{run_folder / 'metrics.jsonl'}: nothing has been logged yet, so there is nothing to "
             "report"
         )
-    config = page.configuration(run_folder)
+    config, typed = page.configuration(run_folder), page.environment(run_folder)
+    problem, strategy = (
+        str(typed.get(axis) or page.choice(config, axis)) for axis in ("problem", "strategy")
+    )
     return page.write(
         run_folder / "report.html",
         "run.html.jinja",
-        title=" · ".join(
-            filter(None, (page.choice(config, axis) for axis in ("problem", "strategy")))
-        )
-        or run_folder.resolve().name,
+        title=" · ".join(filter(None, (problem, strategy))) or run_folder.resolve().name,
+        lead=lead(records, strategy, typed.get("seed")),
+        steering=steering(records),
+        health=health(records),
+        class_tables=class_tables(records),
         status=_status(records, config),
         spent=spent(records),
         rows=summary_rows(records),

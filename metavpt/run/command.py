@@ -187,7 +187,8 @@ def _folder(cfg: DictConfig) -> tuple[Path, bool]:
     folder = run_folder.create(output, Path(cfg.runs), name)
     try:
         write_text(folder / "config.yaml", config)
-        run_folder.write_environment(folder, cfg.seed)
+        choices = {axis: hydra_cfg.runtime.choices[axis] for axis in ("problem", "strategy")}
+        run_folder.write_environment(folder, cfg.seed, choices=choices)
     except BaseException:
         run_folder.remove(folder)
         raise

@@ -8,6 +8,7 @@ from rich.text import Text
 
 from metavpt.cli.formatting import number
 from metavpt.report import Record, read_log, series_of, summary_rows
+from metavpt.report.run import steering
 from metavpt.training.budget import UNCOUNTED
 
 
@@ -29,9 +30,7 @@ def table(folder: Path) -> Table:
     for title in (f"step {first}", f"step {last}", "change", ""):
         made.add_column(title, justify="right")
     for row in rows:
-        verdict = {True: Text("better", "green"), False: Text("worse", "red"), None: Text()}[
-            row.better
-        ]
+        verdict = Text({True: "better", False: "worse", None: ""}[row.better])
         made.add_row(
             Text(row.name),
             number(row.first),
@@ -44,7 +43,7 @@ def table(folder: Path) -> Table:
 
 def spending(records: list[Record]) -> list[str]:
     """Lines on the value V (mean of the first and of the last quarter of the updates), samples a second, and the share of each purpose."""
-    lines = []
+    lines = [f"steering: {line}" for line in steering(records)]
     values = list(series_of(records, "designer").get("value", {}).values())
     if values:
         quarter = max(1, len(values) // 4)

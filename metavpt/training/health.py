@@ -43,6 +43,15 @@ class Watch:
     def __init__(self) -> None:
         self.first: dict[str, float] = {}
 
+    def bounds(self, metrics: Mapping[str, HealthMetric]) -> dict[str, list[float | None]]:
+        """Return the healthy range [low, high] of each metric, None where it has no such end."""
+        found: dict[str, list[float | None]] = {}
+        for name, metric in metrics.items():
+            kept = metric.keep * self.first.get(name, metric.value) if metric.keep else -math.inf
+            ends = (max(metric.low, kept), metric.high)
+            found[name] = [end if math.isfinite(end) else None for end in ends]
+        return found
+
     def __call__(self, signs: Mapping[str, HealthMetric]) -> list[str]:
         """A line for each: what it is, what it was at first, which option to turn."""
         found = []

@@ -5,7 +5,7 @@ import os
 import platform
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from datetime import datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -165,10 +165,23 @@ def newest_state(run: Path) -> tuple[dict[str, Any], Path]:
 
 
 def write_environment(
-    folder: Path, seed: int | None = None, command: str = "run", also: Sequence[str] = ()
+    folder: Path,
+    seed: int | None = None,
+    command: str = "run",
+    also: Sequence[str] = (),
+    choices: Mapping[str, str] | None = None,
 ) -> None:
-    """environment.json: versions, machine, threads, and the command with the arguments `also` that were taken out of it."""
+    """Write environment.json: the command, versions, machine and threads.
+
+    Args:
+        folder: The folder of the run.
+        seed: The seed of the run, if it has one.
+        command: The name of the command.
+        also: Arguments that were taken out of the command line.
+        choices: Configuration groups such as `strategy` to their choices as they were typed.
+    """
     environment = {
+        **(choices or {}),
         "command": " ".join(["python", "-m", f"metavpt.{command}", *sys.argv[1:], *also]),
         "seed": seed,
         "python": platform.python_version(),

@@ -4,7 +4,7 @@ import json
 import math
 import os
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
@@ -17,6 +17,7 @@ from torch import Tensor
 from metavpt.cli.console import Console
 from metavpt.errors import MetaVPTError, brief, writing
 from metavpt.probes.samples import Texts
+from metavpt.problem import Problem, supports
 from metavpt.training.budget import Budget
 from metavpt.training.disk import replacing, write_text
 from metavpt.training.trackers import Tracker
@@ -39,6 +40,31 @@ class Reportable(Protocol):
     def counters(self) -> dict[str, float]:
         """Return totals for the log that grow with the steps, such as images that were skipped."""
         return {}
+
+
+class ReportsClasses(Protocol):
+    """A problem with metrics by class, which the report shows in tables of their own."""
+
+    def class_metrics(self) -> dict[str, list[tuple[str, float | None]]]:
+        """Return metrics by class of the last `evaluate`: metric to (class, value) in order.
+
+        None: the class occurs neither in the truth nor in the prediction.
+        """
+        ...
+
+
+class KnowsTargets(Protocol):
+    """A problem that knows which metrics its feedback is about; the others are side effects."""
+
+    def is_target_metric(self, metric: str) -> bool:
+        """Return whether the feedback is about this metric of `evaluate`."""
+        ...
+
+
+def target_metrics(problem: Problem, metrics: Iterable[str]) -> list[str]:
+    """Return the metrics that the feedback is about: by default all of them."""
+    known = problem if supports(problem, KnowsTargets) else None
+    return [name for name in metrics if known is None or known.is_target_metric(name)]
 
 
 class RunLog:

@@ -28,7 +28,7 @@ from metavpt.training.health import (
     untouched,
 )
 from metavpt.training.passes import LearnerPasses
-from metavpt.training.run_log import Reportable, RunLog
+from metavpt.training.run_log import Reportable, ReportsClasses, RunLog, target_metrics
 from metavpt.training.run_state import Parameters, faults, not_finite, optimizer_states
 from metavpt.training.schedule import WarmupCosine, make_optimizer, parameter_groups
 from metavpt.training.signals import Stopped, StopRequest
@@ -208,6 +208,7 @@ class Trainer:
         self.streams.pretrain.check(draw=True)
         if steers:
             self.streams.meta.check(draw=False)
+        if steers or getattr(self.strategy, "trains_on_labels", False):
             self.streams.feedback.check(draw=True)
 
     def _between_steps(self) -> None:
@@ -285,6 +286,9 @@ class Trainer:
             self.metrics = as_metrics(self.problem.evaluate(), type(self.problem).__name__)
             self.measured_at = self.budget.steps
             self._log_metrics()
+            if supports(self.problem, ReportsClasses):
+                for name, values in self.problem.class_metrics().items():
+                    self.log.write("classes", self.budget.steps, metric=name, values=values)
             if supports(self.problem, Reportable):
                 self.log.save_figures(self.budget.steps, self.problem.figures())
                 self.log.save_texts(self.budget.steps, self.problem.texts())
@@ -292,10 +296,12 @@ class Trainer:
                 self._check_health(self.problem.health_metrics())
 
     def _check_health(self, metrics: dict[str, HealthMetric]) -> None:
+        unhealthy = self.watch(metrics)
         if metrics:
             values = {name: metric.value for name, metric in metrics.items()}
-            self.log.write("watch", self.budget.steps, **values)
-        for line in self.watch(metrics):
+            bounds = self.watch.bounds(metrics)
+            self.log.write("watch", self.budget.steps, **values, bounds=bounds)
+        for line in unhealthy:
             self.log.warn(self.budget.steps, line)
 
     def step(self) -> None:
@@ -405,8 +411,13 @@ class Trainer:
 
     def _log_metrics(self) -> None:
         """Write the metrics, with the directions in which they are better, as a probe record."""
-        directions = dict(self.problem.metric_directions)
-        self.log.write("probe", self.budget.steps, metrics=self.metrics, directions=directions)
+        self.log.write(
+            "probe",
+            self.budget.steps,
+            metrics=self.metrics,
+            directions=dict(self.problem.metric_directions),
+            targets=target_metrics(self.problem, self.metrics),
+        )
 
     def _log_train(self, loss: float, grad_norm: float) -> None:
         budget = self.budget

@@ -131,3 +131,15 @@ def test_trivial_predictors_are_means_and_the_majority_of_the_train_set() -> Non
     assert scores["majority class"]["a/seg_miou"] == pytest.approx(share / 2)
     names = probe(Colours()).keys()
     assert all(metrics.keys() <= names for metrics in scores.values())
+
+
+def test_iou_by_class_averages_to_miou_and_is_kept_for_each_head() -> None:
+    probe = DenseProbe(
+        lambda: batches(0), lambda: batches(1), 4, {"a": Ridge(), "b": Ridge(0.1)}, depth=False
+    )
+    metrics = probe(Colours())
+    assert probe.class_iou.keys() == {"a/seg_iou", "b/seg_iou"}
+    for head in "ab":
+        iou = torch.tensor(probe.class_iou[f"{head}/seg_iou"])
+        assert iou.isnan().tolist() == [False, False, True, True]  # two of the classes never occur
+        assert float(iou.nanmean()) == pytest.approx(metrics[f"{head}/seg_miou"])

@@ -15,6 +15,7 @@ from rich.console import Console
 
 from metavpt import report
 from metavpt.errors import MetaVPTError
+from metavpt.report.run import class_tables, health, lead, steering
 from metavpt.run import summary
 
 DIRECTIONS = {
@@ -227,3 +228,70 @@ def test_a_step_logged_twice_counts_once() -> None:
     ]
     (row,) = report.summary_rows(log)
     assert (row.first, row.last_step, row.last) == (0.1, 5, 0.3)
+
+
+def test_the_lead_states_what_happened_to_the_target_and_claims_no_gain(run: Path) -> None:
+    (run / "environment.json").write_text(
+        json.dumps({"problem": "rooms", "strategy": "one_step", "seed": 3})
+    )
+    page = Page(report.write_report(run).read_text())
+    assert "rooms · one_step" in page.text  # as typed, not the class that it stands for
+    assert "ridge/depth_rmse went from 0.6 at step 0 to 0.56 after 40 steps (better)" in page.text
+    assert "strategy one_step, seed 3. One run cannot tell a gain from noise" in page.text
+    marked = [value for name, value in page.attributes if name == "class"]
+    assert not {"better", "worse"} & {part for value in marked for part in (value or "").split()}
+
+
+def test_the_lead_takes_a_target_metric_and_survives_a_log_without_an_end() -> None:
+    log = [
+        {"kind": "probe", "step": step, "metrics": {"aside": 1.0, "loss": 2.0 + step},
+         "directions": {"aside": "lower", "loss": "lower"}, "targets": ["loss"]}
+        for step in (0, 5)
+    ]  # fmt: skip
+    assert lead(log, "fixed", 0).startswith("loss went from 2 at step 0 to 7 after 5 steps (worse)")
+    assert lead(log[:1], "fixed", 0) == "Nothing has been measured after step 0 yet."
+    assert lead([], "", None) == "Nothing has been measured after step 0 yet."
+
+
+def test_steering_counts_the_steps_of_the_last_record() -> None:
+    train = {"kind": "train", "step": 40, "steered_steps": 36}
+    assert steering([{**train, "step": 10, "steered_steps": 6}, train]) == [
+        "36 of 40 steps were steered"
+    ]
+    labelled = {"kind": "train", "step": 40, "labelled_steps": 40}
+    assert steering([labelled]) == ["labels trained the learner itself on 40 steps"]
+    assert steering([{"kind": "train", "step": 40}]) == steering([]) == []
+
+
+def test_health_is_judged_by_the_logged_range() -> None:
+    watch = {"kind": "watch", "rank": 9.0, "hidden": 0.99, "entropy": 0.5}
+    bounds = {"rank": [3.0, None], "hidden": [None, 0.95], "entropy": [None, None]}
+    log = [
+        {**watch, "step": 0, "bounds": bounds},
+        {**watch, "step": 8, "rank": 2.0, "bounds": bounds},
+    ]
+    rows = {row.name: row for row in health(log)}
+    assert (rows["rank"].first, rows["rank"].last, rows["rank"].verdict) == (9.0, 2.0, False)
+    assert (rows["rank"].healthy, rows["hidden"].healthy) == ("at least 3", "at most 0.95")
+    assert (rows["hidden"].verdict, rows["entropy"].verdict) == (False, None)
+    assert {row.name: row.verdict for row in health(log[:1])}["rank"] is True
+    assert health([{**watch, "step": 0}]) == health([]) == []  # a log from before the ranges
+
+
+def test_class_tables_hold_the_first_and_the_last_value_of_each_class(run: Path) -> None:
+    record = {"kind": "classes", "metric": "ridge/seg_iou"}
+    log = records()
+    log.append({**record, "step": 0, "values": [["wall", 0.5], ["cat", None], [HOSTILE, 0.25]]})
+    log.append({**record, "step": 40, "values": [["wall", 0.75], ["cat", None], [HOSTILE, 0.5]]})
+    log.append({**record, "step": 40, "metric": "broken", "values": [["wall"], 3, None]})
+    tables = {table.metric: table for table in class_tables(log)}
+    assert tables["ridge/seg_iou"].steps == (0, 40)
+    assert tables["ridge/seg_iou"].rows == [
+        ("wall", 0.5, 0.75), ("cat", None, None), (HOSTILE, 0.25, 0.5)
+    ]  # fmt: skip
+    assert tables["broken"].rows == []
+    (run / "metrics.jsonl").write_text("".join(json.dumps(one) + "\n" for one in log))
+    page = Page(report.write_report(run).read_text())
+    assert "ridge/seg_iou by class" in page.text
+    assert HOSTILE in page.text
+    assert "script" not in page.tags

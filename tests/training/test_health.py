@@ -215,3 +215,17 @@ def test_designer_updates_pass(tmp_path):
     )
     trainer.run()
     assert trainer.budget.steps == 3
+
+
+def test_bounds_state_the_range_that_the_verdict_goes_by() -> None:
+    watch = Watch()
+    assert watch({"rank": HealthMetric(10.0, "", keep=0.3)}) == []
+    now = {
+        "rank": HealthMetric(2.9, "turn", keep=0.3),
+        "hidden": HealthMetric(0.5, "", high=0.95),
+        "entropy": HealthMetric(0.5, ""),
+    }
+    assert watch.bounds(now) == {
+        "rank": [pytest.approx(3.0), None], "hidden": [None, 0.95], "entropy": [None, None]
+    }  # fmt: skip
+    assert len(watch(now)) == 1
