@@ -1,4 +1,4 @@
-"""Word problems answered: likelihood of the reference, and how often what the model writes ends in the right number."""
+"""Answers to word problems: likelihood of the reference, and accuracy of generated answers."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from math import comb
@@ -22,14 +22,30 @@ NUM_SHOWN = 6
 
 
 class AnswerProbe:
-    """NLL and Pass@1 on `problems`; `batches()` is one pass over the same with their answers.
+    """NLL and Pass@1 on word problems.
 
-        nll                            mean over answer tokens, in nats
-        pass@1_strict, pass@1_flexible   greedy; `is_strict_match` (lm-evaluation-harness's),
-        `is_flexible_match` sampled_pass@k_strict, ..._flexible   for each k in `ks`, of
-        `num_samples` samples at `temperature`; 0 samples: none
+    The metrics are:
 
-    `answers` holds the first greedy answers of the last call.
+    - `nll`: the mean negative log-likelihood of an answer token, in nats.
+    - `pass@1_strict`, `pass@1_flexible`: the accuracy of greedy answers by `is_strict_match` (the
+      rule of lm-evaluation-harness) and by `is_flexible_match`.
+    - `sampled_pass@k_strict`, `sampled_pass@k_flexible`: Pass@k of `num_samples` samples, for each
+      k in `ks`. Only with `num_samples` > 0.
+
+    Args:
+        problems: The word problems.
+        batches: Returns one pass over the same problems with their reference answers.
+        generator: Generates the answers.
+        num_samples: Samples per problem. 0: greedy answers only.
+        ks: The k of Pass@k, each in 1 to `num_samples`.
+        temperature: The temperature of the samples.
+        seed: The seed of the samples.
+
+    Attributes:
+        answers: The first greedy answers of the last call.
+
+    Raises:
+        MetaVPTError: `ks` or `temperature` is out of range.
     """
 
     def __init__(
@@ -47,20 +63,16 @@ class AnswerProbe:
         ):
             raise MetaVPTError(
                 f"answers: ks={list(ks)} must lie in 1 to num_samples={num_samples}, and "
-                f"temperature={temperature} be positive"
+                f"temperature={temperature} must be positive"
             )
         self.problems, self.batches, self.generator = list(problems), batches, generator
-        self.num_samples, self.ks, self.temperature, self.seed = (
-            num_samples,
-            tuple(ks),
-            temperature,
-            seed,
-        )
+        self.num_samples, self.ks = num_samples, tuple(ks)
+        self.temperature, self.seed = temperature, seed
         self.answers: list[Answer] = []
 
     @property
     def directions(self) -> dict[str, Direction]:
-        """Metric to the direction in which it is better."""
+        """Return the better direction of each metric."""
         stated: dict[str, Direction] = {"nll": "lower"}
         for name in MATCHES:
             stated[f"pass@1_{name}"] = "higher"
@@ -69,6 +81,7 @@ class AnswerProbe:
         return stated
 
     def __call__(self, learner: LanguageModel) -> dict[str, float]:
+        """Generate the answers and return the metrics by name."""
         metrics = {"nll": mean_nll(learner, self.batches())}
         prompts = [self.generator.encoder.prompt(problem.question) for problem in self.problems]
         texts = self.generator(learner, prompts)
@@ -81,7 +94,7 @@ class AnswerProbe:
         return metrics
 
     def _sampled(self, texts: Sequence[str]) -> dict[str, float]:
-        """Texts: `num_samples` of each problem, one problem after the other."""
+        """Compute Pass@k from `num_samples` texts per problem, grouped by problem."""
         n, metrics = self.num_samples, {}
         for name in MATCHES:
             right = self._right(texts, name)
@@ -107,7 +120,18 @@ class AnswerProbe:
 
 
 def pass_at_k(n: int, c: int, k: int) -> float:
-    """1 - C(n - c, k) / C(n, k): the chance that k of n samples, c of them right, hold a right one (Chen et al., arXiv 2107.03374)."""
+    """Compute 1 - C(n - c, k) / C(n, k), the chance that k of n samples hold a right one.
+
+    The unbiased estimator of Chen et al. (arXiv 2107.03374).
+
+    Args:
+        n: The number of samples.
+        c: The number of right samples.
+        k: The number of samples drawn without replacement.
+
+    Raises:
+        MetaVPTError: c is not in 0 to n, or k is not in 1 to n.
+    """
     if not 0 <= c <= n or not 1 <= k <= n:
         raise MetaVPTError(f"pass@k: k={k} must lie in 1 to n={n}, and c={c} in 0 to n")
     return 1 - comb(n - c, k) / comb(n, k)

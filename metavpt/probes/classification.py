@@ -1,4 +1,4 @@
-"""What frozen features are worth for recognition: classifiers fitted afresh at every probe on one vector an image."""
+"""Image classification from frozen features: classifiers are fitted anew at every probe."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,47 +21,68 @@ from metavpt.probes.summaries import Describe, Pool, check_pool, stack, summaris
 
 
 class Classifier(Protocol):
-    """A way to classify: `KNN`, `Ridge` (to one-hot targets), `LinearBN`.
+    """A classifier: `KNN`, `Ridge` (on one-hot targets) or `LinearBN`.
 
-    To the last two an image is a frame of one patch.
+    `Ridge` and `LinearBN` treat an image as a frame of one patch.
     """
 
     def fit(self, task: DenseTask, train: FeatureSet) -> Callable[[Tensor], Tensor]:
-        """(M, D, 1, 1) -> scores (M, C, 1, 1)."""
+        """Fit on `train`.
+
+        Returns:
+            A function from features (M, D, 1, 1) to scores (M, C, 1, 1).
+        """
         ...
 
 
 @dataclass(frozen=True)
 class ClassTask:
-    """One output a class, of frames of one patch and one pixel."""
+    """One output per class, for frames of one patch and one pixel.
+
+    Args:
+        num_classes: C.
+        lr: The peak learning rate of a head trained by gradient steps.
+    """
 
     num_classes: int
     lr: float = 1e-3
 
     @property
     def num_outputs(self) -> int:
+        """Return C."""
         return self.num_classes
 
     def patch_targets(self, batch: FeatureSet) -> tuple[Tensor, Tensor]:
+        """Return one-hot targets (B, C, 1, 1) and weights 1 (B, 1, 1, 1)."""
         onehot = F.one_hot(batch.label.long(), self.num_classes).movedim(-1, 1).float()
         return onehot, torch.ones_like(onehot[:, :1])
 
     def activate(self, output: Tensor) -> Tensor:
+        """Return the scores unchanged."""
         return output
 
     def loss(self, prediction: Tensor, batch: FeatureSet) -> Tensor:
+        """Compute the cross-entropy."""
         return F.cross_entropy(prediction, batch.label.long())
 
 
 class ClassificationProbe:
-    """`{"knn/accuracy": 0.31, ...}`: the share of validation images that each classifier gets right.
+    """Top-1 accuracy on the validation images, for each classifier: `{"knn/accuracy": 0.31, ...}`.
 
-    path                 classified images, see `open_classified`
-    size                 (H, W) that images are cut to; the backbone sees the nearest size that its
-    patches divide heads                name to classifier; the weighted k-NN of DINO unless told
-    num_train, num_val   at most so many images, drawn by `seed`; None: all. Each costs one forward
-    pass a probe pool                 "mean" of the patches, or the "cls" token cache_bytes
-    how much of the images may stay decoded in memory
+    Args:
+        path: Classified images, see `open_classified`.
+        size: (H, W) of the crops. The backbone gets the nearest size that its patches divide.
+        heads: Classifiers by name. Default: the weighted k-NN of DINO.
+        num_train: Number of training images, drawn by `seed`. None: all. Each image costs one
+            forward pass per probe.
+        num_val: The same for validation images.
+        pool: "mean" of the patches, or the "cls" token.
+        batch_size: Images per forward pass.
+        cache_bytes: The limit on decoded images kept in memory, in bytes, for each of the two sets.
+        seed: The seed of the subsets.
+
+    Raises:
+        MetaVPTError: The folder cannot be read, or an argument is out of range.
     """
 
     def __init__(
@@ -82,16 +103,16 @@ class ClassificationProbe:
         self.batch_size = batch_size
         train, val, num_classes = open_classified(Path(path), (int(size[0]), int(size[1])))
         self.task = ClassTask(num_classes)
-        self.train, self.val = (
-            _Part(train, num_train, seed, cache_bytes),
-            _Part(val, num_val, seed, cache_bytes),
-        )
+        self.train = _Part(train, num_train, seed, cache_bytes)
+        self.val = _Part(val, num_val, seed, cache_bytes)
 
     @property
     def directions(self) -> dict[str, Direction]:
+        """Return the better direction of each metric."""
         return {f"{name}/accuracy": "higher" for name in self.heads}
 
     def __call__(self, describe: Describe, images: Dataset[Tensor]) -> dict[str, float]:
+        """Fit every classifier and return its accuracy. `images` is not used."""
         train, val = (self._features(describe, part) for part in (self.train, self.val))
         metrics = {}
         for name, classifier in self.heads.items():
@@ -109,20 +130,14 @@ class ClassificationProbe:
 
 
 class _Part:
-    """A subset of classified images, drawn by `seed`, decoded once."""
+    """A subset of classified images, drawn by `seed`. Each image is decoded once."""
 
     def __init__(
         self, part: ClassifiedImages, count: int | None, seed: int, cache_bytes: int
     ) -> None:
         if count is not None and count < 1:
-            raise MetaVPTError(f"num_train, num_val={count}: at least one image, or null for all")
-        order = (
-            torch.randperm(len(part.labels), generator=torch.Generator().manual_seed(seed))[:count]
-            .sort()
-            .values
-        )
-        self.images, self.indices, self.labels = (
-            CachedImages(part.images, cache_bytes),
-            order.tolist(),
-            part.labels[order],
-        )
+            raise MetaVPTError(f"num_train, num_val: {count} must be at least 1, or null for all")
+        shuffled = torch.randperm(len(part.labels), generator=torch.Generator().manual_seed(seed))
+        order = shuffled[:count].sort().values
+        self.images = CachedImages(part.images, cache_bytes)
+        self.indices, self.labels = order.tolist(), part.labels[order]

@@ -1,4 +1,4 @@
-"""What frozen features are worth for dense prediction: linear heads for depth and segmentation, fitted afresh at every probe."""
+"""Dense prediction from frozen features: linear heads are fitted anew at every probe."""
 
 from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple
@@ -29,21 +29,37 @@ Batches = Callable[[], Iterable[LabelledBatch]]  # called once a probe: a fresh 
 
 
 class Predictions(NamedTuple):
-    """depth (B, H, W) in metres and label (B, H, W) int64, at the size of the labelled maps; None for what is not probed."""
+    """Predicted maps at the size of the labels. A map that is not probed is None.
+
+    Attributes:
+        depth: (B, H, W), in metres.
+        label: (B, H, W) int64.
+    """
 
     depth: Tensor | None
     label: Tensor | None
 
 
 class DenseProbe:
-    """`probe(features) -> {"ridge/depth_rmse": 0.61, "ridge/seg_miou": 0.34, ...}`: heads fitted on train, measured on val.
+    """Linear heads fitted on the train set and measured on the validation set.
 
-    num_classes   classes of the label maps; None: no segmentation probe
-    heads         name to way of fitting; one closed-form Ridge unless told
-    depth         False: no depth probe (ADE20K has no depth)
-    device        where cached features live and heads are fitted; None: where the features are computed
+    `probe(features)` returns `{"ridge/depth_rmse": 0.61, "ridge/seg_miou": 0.34, ...}`. The
+    features of each set are computed once for all heads and tasks.
 
-    Features of either set are computed once and serve all heads and tasks.
+    Args:
+        train_batches: Returns one pass over the train set.
+        val_batches: Returns one pass over the validation set.
+        num_classes: Classes of the label maps. None: no segmentation probe.
+        heads: Ways to fit a head, by name. Default: one closed-form `Ridge`.
+        depth: Whether to probe depth. ADE20K, for example, has none.
+        device: Where features are kept and heads are fitted. None: the device that computes
+            features.
+
+    Attributes:
+        class_iou: The IoU of each class at the last measurement, by head.
+
+    Raises:
+        MetaVPTError: There is nothing to probe.
     """
 
     def __init__(
@@ -66,7 +82,7 @@ class DenseProbe:
 
     @property
     def directions(self) -> dict[str, Direction]:
-        """Metric to the direction in which it is better."""
+        """Return the better direction of each metric."""
         stated: dict[str, Direction] = {}
         if self.depth:
             stated |= {f"depth_{name}": which for name, which in DepthMetrics.directions.items()}
@@ -76,7 +92,7 @@ class DenseProbe:
         return {f"{head}/{name}": which for head in self.heads for name, which in stated.items()}
 
     def __call__(self, features: Features) -> dict[str, float]:
-        """Fits and measures every head; the fitted heads serve `predict` until the next call."""
+        """Fit and measure every head. `predict` uses these heads until the next call."""
         train = extract(features, self.train_batches(), self.device)
         self._fitted = {
             name: (
@@ -149,11 +165,21 @@ class DenseProbe:
 
     @torch.no_grad()
     def predict(self, features: Features, images: Tensor, head: str | None = None) -> Predictions:
-        """Pictures for a few images uint8 (B, 3, H, W), by `head` (the first one unless told) as the last probe fitted it."""
+        """Predict the maps of a few images, for pictures.
+
+        Args:
+            features: The frozen backbone.
+            images: uint8 (B, 3, H, W).
+            head: The name of a head that the last call fitted. Default: the first one.
+
+        Raises:
+            MetaVPTError: The head is not fitted.
+        """
         name = head or next(iter(self.heads))
         if name not in self._fitted:
+            known = ", ".join(self.heads)
             raise MetaVPTError(
-                f"DenseProbe: head {name!r} is not fitted; call the probe first (heads: {', '.join(self.heads)})"
+                f"DenseProbe: head {name!r} is not fitted; call the probe first (heads: {known})"
             )
         depth, segmentation = self._fitted[name]
         grid = features(images).to(self.device)

@@ -1,4 +1,4 @@
-"""Depth in metres: targets for a head, and RMSE, AbsRel and delta1 by the usual protocol of NYUv2 (letters as in features.py)."""
+"""Depth in metres: targets of a head, and RMSE, AbsRel and delta1 as usual on NYUv2."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -18,7 +18,7 @@ MIN_DEPTH, MAX_DEPTH = 1e-3, 10.0  # metres
 def valid_pixels(depth: Tensor) -> Tensor:
     """Mark the pixels with a usable true depth.
 
-    Eigen's protocol leaves out what is not strictly between 1e-3 m and 10 m. NaN is left out too.
+    Eigen's protocol drops pixels that are not strictly between 1e-3 m and 10 m. NaN is dropped too.
     """
     return (depth > MIN_DEPTH) & (depth < MAX_DEPTH)
 
@@ -29,23 +29,28 @@ def clip(depth: Tensor) -> Tensor:
 
 
 def eigen_crop(height: int, width: int) -> tuple[slice, slice]:
-    """Rows 45:471 and columns 41:601 of 480 x 640, scaled to the frame and rounded outwards (22:236, 20:301 at 240 x 320)."""
+    """Return the rows and columns of Eigen's crop, scaled to the frame and rounded outwards.
+
+    The crop is 45:471, 41:601 of 480 x 640 pixels, so 22:236, 20:301 at 240 x 320.
+    """
     rows = slice(45 * height // 480, -(-471 * height // 480))
     return rows, slice(41 * width // 640, -(-601 * width // 640))
 
 
 class DepthMetrics:
-    """Depth errors by Eigen's protocol, summed over the set in float64.
+    """Depth errors by Eigen's protocol, accumulated over the set in float64.
 
-    Predictions are clipped to [1e-3, 10] m. Pixels outside the Eigen crop (unless `crop=False`) and
-    pixels whose truth is not strictly between 1e-3 m and 10 m are left out. A prediction that is
-    not finite makes every metric NaN.
+    Predictions are clipped to [1e-3, 10] m. Pixels without a valid truth (see `valid_pixels`) and
+    pixels outside Eigen's crop are dropped. One non-finite prediction makes every metric NaN.
 
-        rmse       sqrt(mean (p - t)^2) over all pixels of the set, metres
-        abs_rel    mean |p - t| / t over all pixels
-        delta1     share of pixels with max(p/t, t/p) < 1.25
-        rmse_per_image, abs_rel_per_image, delta1_per_image
-                   mean over images of each image's own value: what DINOv2, DINOv3 and others report
+    - `rmse`: sqrt(mean (p - t)^2) over all pixels of the set, in metres.
+    - `abs_rel`: mean |p - t| / t over all pixels.
+    - `delta1`: the share of pixels with max(p/t, t/p) < 1.25.
+    - `rmse_per_image`, `abs_rel_per_image`, `delta1_per_image`: the mean over images of each
+      image's own value, as DINOv2 and DINOv3 report it.
+
+    Args:
+        crop: Whether to use Eigen's crop.
     """
 
     directions: ClassVar[Directions] = {
@@ -64,7 +69,7 @@ class DepthMetrics:
         self.image_rmse = self.image_abs_rel = self.image_delta1 = 0.0
 
     def update(self, prediction: Tensor, depth: Tensor) -> None:
-        """prediction, depth (B, H, W)."""
+        """Add a batch of predicted and true depth, each (B, H, W) in metres."""
         if prediction.shape != depth.shape:
             raise MetaVPTError(
                 f"DepthMetrics: prediction {tuple(prediction.shape)} and depth "
@@ -98,7 +103,11 @@ class DepthMetrics:
         self.image_delta1 += close / len(t)
 
     def compute(self) -> dict[str, float]:
-        """Raises MetaVPTError where no pixel had a truth."""
+        """Return the metrics by name.
+
+        Raises:
+            MetaVPTError: No pixel had a valid truth.
+        """
         if self.num_pixels == 0:
             raise MetaVPTError(
                 "depth probe: no pixel of the evaluation set has a valid depth, "
@@ -116,24 +125,36 @@ class DepthMetrics:
 
 @dataclass(frozen=True)
 class DepthTask:
-    """One output in metres. The fit leaves out the same pixels as the metrics (`valid_pixels`)."""
+    """One output in metres. Fits and metrics drop the same pixels (`valid_pixels`).
+
+    Args:
+        lr: The peak learning rate of a head trained by gradient steps.
+    """
 
     lr: float = 1e-3
 
     @property
     def num_outputs(self) -> int:
+        """Return 1."""
         return 1
 
     def patch_targets(self, batch: FeatureSet) -> tuple[Tensor, Tensor]:
+        """Compute the mean depth of each patch over its valid pixels.
+
+        Returns:
+            The targets (B, 1, h, w) in metres, and the share of valid pixels (B, 1, h, w).
+        """
         valid = valid_pixels(batch.depth)[:, None]
         depth = torch.where(valid, batch.depth[:, None], 0.0)
         share = F.adaptive_avg_pool2d(valid.float(), batch.grid)
         return F.adaptive_avg_pool2d(depth, batch.grid) / share.clamp_min(1e-9), share
 
     def activate(self, output: Tensor) -> Tensor:
+        """Map an output to a positive depth by softplus."""
         return F.softplus(output)
 
     def loss(self, prediction: Tensor, batch: FeatureSet) -> Tensor:
+        """Compute the mean squared error over the valid pixels."""
         valid = valid_pixels(batch.depth)
         return (
             prediction[:, 0][valid] - batch.depth[valid]
@@ -141,13 +162,13 @@ class DepthTask:
 
 
 def predict_depth(head: LinearHead, features: Tensor) -> Tensor:
-    """(B, D, h, w) -> depth (B, H, W) in [1e-3, 10] m."""
+    """Predict depth (B, H, W) in [1e-3, 10] m from features (B, D, h, w)."""
     return clip(head(features.float())[:, 0])
 
 
 @torch.no_grad()
 def evaluate_depth(head: LinearHead, val: FeatureSet) -> dict[str, float]:
-    """The metrics of DepthMetrics, each with `depth_` before its name."""
+    """Compute the metrics of `DepthMetrics`, with the prefix `depth_`."""
     metrics = DepthMetrics()
     for chunk in val.chunks():
         metrics.update(predict_depth(head, chunk.features), chunk.depth)

@@ -1,4 +1,4 @@
-"""The final number of a written answer, and whether it is the right one."""
+"""The final number of a generated answer, and the test whether it is right."""
 
 import logging
 import re
@@ -16,28 +16,31 @@ STRICT = re.compile(rf"{FINAL} (-?[0-9.,]+)")
 
 
 def is_strict_match(text: str, answer: str) -> bool:
-    """Score a text as lm-evaluation-harness does under "exact_match,strict-match" of gsm8k.
+    """Compare a text with the answer as lm-evaluation-harness does (gsm8k, strict-match).
 
-    What stands after the first `#### ` must be the answer, character by character, but for commas
-    and a full stop at the end: `####42`, `#### $42` and `#### 42.0` do not match 42.
+    The number after the first `#### ` must equal the answer as a string, except for commas and a
+    final full stop. `####42`, `#### $42` and `#### 42.0` do not match 42.
     """
     given = strict(text)
     return given is not None and _exact(given) == _exact(answer)
 
 
 def is_flexible_match(text: str, answer: str) -> bool:
-    """Whether the last number of the text equals the answer as a number. This metric is ours."""
+    """Return whether the last number of the text equals the answer as a number.
+
+    This metric is our own.
+    """
     return is_equal(flexible(text), answer)
 
 
 def strict(text: str) -> str | None:
-    """The number after the first `#### ` that has one, as lm-evaluation-harness extracts it."""
+    """Return the number after the first `#### `, as lm-evaluation-harness extracts it."""
     found = STRICT.search(text)
     return found[1] if found else None
 
 
 def flexible(text: str) -> str | None:
-    """The last number of the text."""
+    """Return the last number of the text."""
     found = FLEXIBLE.findall(_plain(text))
     return found[-1] if found else None
 
@@ -47,13 +50,13 @@ def _exact(number: str) -> str:
 
 
 def _plain(text: str) -> str:
-    """The minus of typesetters (U+2212) as a hyphen."""
+    """Replace the typographic minus (U+2212) by a hyphen."""
     return text.replace("\u2212", "-")
 
 
 @lru_cache(maxsize=65_536)
 def is_equal(given: str | None, expected: str) -> bool:
-    """Whether two numerals are the same number, by math-verify: 1,600 and $1600.00 are."""
+    """Return whether two numerals are the same number by math-verify, as 1,600 and $1600.00 are."""
     if given is None:
         return False
     parse, verify = _math_verify()
@@ -62,16 +65,23 @@ def is_equal(given: str | None, expected: str) -> bool:
 
 @cache
 def _math_verify() -> tuple[Any, Any]:
-    """Its `parse` and `verify` without time limits: those use SIGALRM, which fails in threads, and no numeral takes long."""
+    """Return `parse` and `verify` of math-verify without their time limits.
+
+    The limits use SIGALRM, which fails in threads. Numerals are short.
+    """
     try:
         from math_verify import ExprExtractionConfig, parse, verify
     except ImportError:
         raise MetaVPTError(
-            "answers are compared by the package math-verify: pip install 'metavpt[language]'"
+            "the package math-verify, which compares answers, is missing: "
+            "pip install 'metavpt[language]'"
         ) from None
-    logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns that there is no time limit
+    # math-verify warns that there is no time limit.
+    logging.getLogger("math_verify").setLevel(logging.ERROR)
     config = [ExprExtractionConfig()]
-    return (
-        lambda text: parse(text.replace("$", ""), extraction_config=config, parsing_timeout=None),  # type: ignore[arg-type]
-        lambda a, b: verify(a, b, timeout_seconds=None),
-    )
+
+    def read(text: str) -> Any:
+        plain = text.replace("$", "")
+        return parse(plain, extraction_config=config, parsing_timeout=None)  # type: ignore[arg-type]
+
+    return read, lambda a, b: verify(a, b, timeout_seconds=None)

@@ -1,8 +1,4 @@
-"""Frozen features of a labelled set, computed once and shared by every head and every task.
-
-Letters: M images of the set, B of a batch, D width of a feature, C outputs, H W pixels, h w
-patches.
-"""
+"""Frozen features of a labelled set, computed once and shared by every head and every task."""
 
 from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple, Protocol
@@ -19,20 +15,38 @@ Features = Callable[[Tensor], Tensor]  # images uint8 (B, 3, H, W) -> feature gr
 
 
 class LabelledBatch(Protocol):
-    """image uint8 (B, 3, H, W); depth float32 (B, H, W) in metres, 0 where unknown; label int64 (B, H, W) in 0..C-1, 255 where ignored."""
+    """A batch of labelled images.
+
+    Attributes:
+        image: uint8 (B, 3, H, W).
+        depth: float32 (B, H, W) in metres, 0 where unknown.
+        label: int64 (B, H, W) in 0..C-1, 255 where ignored.
+    """
 
     @property
-    def image(self) -> Tensor: ...
+    def image(self) -> Tensor:
+        """Return the images."""
+        ...
 
     @property
-    def depth(self) -> Tensor: ...
+    def depth(self) -> Tensor:
+        """Return the depth maps."""
+        ...
 
     @property
-    def label(self) -> Tensor: ...
+    def label(self) -> Tensor:
+        """Return the label maps."""
+        ...
 
 
 class FeatureSet(NamedTuple):
-    """features (M, D, h, w), depth float32 (M, H, W), label uint8 (M, H, W): classes need one byte, a set of frames is large."""
+    """Features and labels of a set.
+
+    Attributes:
+        features: (M, D, h, w).
+        depth: float32 (M, H, W), in metres.
+        label: uint8 (M, H, W). One byte per pixel keeps large sets in memory.
+    """
 
     features: Tensor
     depth: Tensor
@@ -40,14 +54,18 @@ class FeatureSet(NamedTuple):
 
     @property
     def grid(self) -> tuple[int, int]:
-        """(h, w)."""
+        """Return (h, w)."""
         return self.features.shape[2], self.features.shape[3]
 
     def take(self, index: Tensor | slice) -> "FeatureSet":
+        """Return a subset."""
         return FeatureSet(*(field[index] for field in self))
 
     def chunks(self, size: int = 16) -> Iterator["FeatureSet"]:
-        """The set in order, `size` images at a time: full-size outputs of all images at once would not fit."""
+        """Iterate over the set, `size` images at a time.
+
+        Outputs at full size of all images at once may not fit into memory.
+        """
         for start in range(0, len(self.features), size):
             yield self.take(slice(start, start + size))
 
@@ -56,10 +74,16 @@ class FeatureSet(NamedTuple):
 def extract(
     features: Features, batches: Iterable[LabelledBatch], device: torch.device | str | None = None
 ) -> FeatureSet:
-    """`features` of every image beside its labels, kept on `device` (None: where the features are computed); ranks share out the batches.
+    """Compute the features of every image. Ranks share the batches.
 
-    Raises MetaVPTError for no batch, images of several sizes or labels beyond 0..255;
-    NonFiniteError for NaN or infinite features.
+    Args:
+        features: The frozen backbone.
+        batches: Labelled batches with images of one size.
+        device: Where the result is kept. None: where the features are computed.
+
+    Raises:
+        MetaVPTError: There is no batch, the images differ in size, or a label is not in 0..255.
+        NonFiniteError: A feature is NaN or infinite.
     """
 
     def read(batch: LabelledBatch) -> FeatureSet:

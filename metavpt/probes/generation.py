@@ -16,10 +16,18 @@ from metavpt.learners.lm import LanguageModel
 
 
 class Generator:
-    """Prompts -> texts: batches padded on the left, with a key-value cache, until EOS, a text in `stop` or `max_new_tokens`.
+    """Continues prompts in batches, with left padding and a key-value cache.
 
-    temperature   0: greedy. Otherwise samples of the full softmax, whatever settings the model was
-    released with
+    A continuation ends at EOS, at a text of `stop`, or after `max_new_tokens`.
+
+    Args:
+        encoder: Tokenises the prompts.
+        max_new_tokens: The limit on generated tokens.
+        batch_size: Prompts per batch.
+        stop: Texts that end a continuation.
+
+    Raises:
+        MetaVPTError: `max_new_tokens` or `batch_size` is not positive.
     """
 
     def __init__(
@@ -34,12 +42,8 @@ class Generator:
                 f"generation: max_new_tokens={max_new_tokens} and batch_size={batch_size} must be "
                 "positive"
             )
-        self.encoder, self.max_new_tokens, self.batch_size, self.stop = (
-            encoder,
-            max_new_tokens,
-            batch_size,
-            list(stop),
-        )
+        self.encoder, self.stop = encoder, list(stop)
+        self.max_new_tokens, self.batch_size = max_new_tokens, batch_size
 
     def __call__(
         self,
@@ -48,15 +52,25 @@ class Generator:
         temperature: float = 0.0,
         seed: int = 0,
     ) -> list[str]:
-        """The continuation of each prompt, in order, without the text that stopped it; ranks share out the batches.
+        """Return the continuation of each prompt, in order, without the stop text.
 
-        Global random numbers stay where they are. A batch's own hang on `seed` and its place alone.
+        Ranks share the batches. The global random state is unchanged: the samples of a batch depend
+        only on `seed` and the place of the batch.
+
+        Args:
+            learner: The language model.
+            prompts: Texts.
+            temperature: 0: greedy. Otherwise samples of the full softmax, whatever generation
+                settings the model was released with.
+            seed: The seed of the samples.
+
+        Raises:
+            MetaVPTError: A prompt and `max_new_tokens` exceed the context of the model.
         """
         device = next(learner.parameters()).device
         tokens = self._tokens(learner, prompts)
-        order = sorted(
-            range(len(tokens)), key=lambda k: len(tokens[k])
-        )  # alike in length: little padding
+        # Batches of prompts of similar length need little padding.
+        order = sorted(range(len(tokens)), key=lambda k: len(tokens[k]))
 
         def write(batch: tuple[int, Sequence[int]]) -> list[str]:
             number, which = batch
@@ -64,17 +78,12 @@ class Generator:
             return list(self._continue(learner, [tokens[k] for k in which], temperature, device))
 
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-            written = [
-                text
-                for texts in collectives.share_out(
-                    write, list(enumerate(runs(order, self.batch_size)))
-                )
-                for text in texts
-            ]
+            batches = list(enumerate(runs(order, self.batch_size)))
+            written = [text for texts in collectives.share_out(write, batches) for text in texts]
         return [text for _, text in sorted(zip(order, written, strict=True))]
 
     def _tokens(self, learner: LanguageModel, prompts: Sequence[str]) -> list[list[int]]:
-        """The prompts as `Encoder` tokenises them in front of an answer."""
+        """Tokenise the prompts as `Encoder` does in front of an answer."""
         encoded = self.encoder.tokenizer(
             list(prompts), split_special_tokens=True, return_attention_mask=False, verbose=False
         )
@@ -100,16 +109,13 @@ class Generator:
     ) -> Iterator[str]:
         tokens, mask = left_padded(prompts, self.encoder.pad)
         model, tokenizer = learner.transformers_model, self.encoder.tokenizer
-        released, model.generation_config = (
-            model.generation_config,
-            self._config(temperature),
-        )  # its gaps would be filled from there
+        # generate() would fill the gaps of our configuration from the released one.
+        released, model.generation_config = model.generation_config, self._config(temperature)
         try:
             options: dict[str, Any] = (
                 {"stop_strings": self.stop, "tokenizer": tokenizer} if self.stop else {}
             )
-            # of several ranks none may stop before the others: a sharded model gathers its weights
-            # at every token
+            # A sharded model gathers its weights at every token, so no rank may stop first.
             out = model.generate(
                 tokens.to(device),
                 attention_mask=mask.to(device),
@@ -139,7 +145,7 @@ class Generator:
 
 
 def left_padded(prompts: Sequence[Sequence[int]], pad: int) -> tuple[Tensor, Tensor]:
-    """Tokens and attention mask, int64 (B,T): every prompt ends in the last column."""
+    """Return tokens and attention mask, int64 (B, T). Every prompt ends in the last column."""
     length = max(map(len, prompts))
     tokens = torch.tensor([[pad] * (length - len(prompt)) + list(prompt) for prompt in prompts])
     mask = torch.tensor([[0] * (length - len(prompt)) + [1] * len(prompt) for prompt in prompts])

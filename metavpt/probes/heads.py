@@ -1,6 +1,6 @@
-"""Two ways to fit a linear head on frozen features; either one serves any dense task (letters as in features.py).
+"""Two ways to fit a linear head on frozen features, for any dense task.
 
-Both return the same thing, a LinearHead, so what is compared is the fit and never the head.
+Both return a `LinearHead`, so a comparison of the two compares fits and not heads.
 """
 
 import math
@@ -19,38 +19,58 @@ from metavpt.probes.features import FeatureSet
 
 
 class DenseTask(Protocol):
-    """What a head has to know of the quantity that it predicts."""
+    """The quantity that a head predicts."""
 
     @property
-    def num_outputs(self) -> int: ...
+    def num_outputs(self) -> int:
+        """Return C."""
+        ...
 
     @property
     def lr(self) -> float:
-        """Peak learning rate of a head that is trained by steps."""
+        """Return the peak learning rate of a head trained by gradient steps."""
         ...
 
     def patch_targets(self, batch: FeatureSet) -> tuple[Tensor, Tensor]:
-        """Mean target of the valid pixels of each patch (B, C, h, w), and their share of the patch (B, 1, h, w)."""
+        """Compute the mean target of each patch over its valid pixels.
+
+        Returns:
+            The targets (B, C, h, w), and the share of valid pixels (B, 1, h, w).
+        """
         ...
 
     def activate(self, output: Tensor) -> Tensor:
-        """Linear output to prediction, for a head trained on `loss`."""
+        """Map a linear output to a prediction, for a head trained on `loss`."""
         ...
 
     def loss(self, prediction: Tensor, batch: FeatureSet) -> Tensor:
-        """Mean loss of predictions (B, C, H, W) over the valid pixels; 0 where there is none."""
+        """Compute the mean loss of predictions (B, C, H, W) over the valid pixels.
+
+        It is 0 if no pixel is valid.
+        """
         ...
 
 
 class Fit(Protocol):
     """A way to fit a head."""
 
-    def fit(self, task: DenseTask, train: FeatureSet) -> "LinearHead": ...
+    def fit(self, task: DenseTask, train: FeatureSet) -> "LinearHead":
+        """Fit a head for `task` on `train`."""
+        ...
 
 
 @dataclass(frozen=True)
 class LinearHead:
-    """W x + b at every patch, bilinearly enlarged to the size of the labels: (B, D, h, w) -> (B, C, H, W)."""
+    """A linear map at every patch, enlarged bilinearly to the size of the labels.
+
+    It maps features (B, D, h, w) to predictions (B, C, H, W).
+
+    Attributes:
+        weight: (C, D).
+        bias: (C,).
+        size: (H, W).
+        task: The task whose activation is applied. None: linear.
+    """
 
     weight: Tensor  # (C, D)
     bias: Tensor  # (C,)
@@ -58,23 +78,28 @@ class LinearHead:
     task: DenseTask | None = None  # whose activation follows; None: linear
 
     def __call__(self, features: Tensor) -> Tensor:
+        """Predict (B, C, H, W) from features (B, D, h, w)."""
         weight, bias = self.weight.to(features), self.bias.to(features)
         output = enlarge(F.conv2d(features, weight[:, :, None, None], bias), self.size)
         return output if self.task is None else self.task.activate(output)
 
 
 def enlarge(output: Tensor, size: torch.Size | tuple[int, int]) -> Tensor:
-    """Bilinear interpolation of (B, C, h, w) to `size`."""
+    """Interpolate (B, C, h, w) bilinearly to `size`."""
     return F.interpolate(output, tuple(size), mode="bilinear", align_corners=False)
 
 
 @dataclass(frozen=True)
 class Ridge:
-    """Closed form: argmin_W sum_i s_i |y_i - W z_i - b|^2 + penalty * mean(diag(Z^T S Z)) * |W|^2, deterministic, in float64.
+    """Ridge regression on patches, in closed form and float64.
 
-    i runs over patches, z_i are standardised features, y_i is the patch's mean target and s_i the
-    share of its pixels that is valid: least squares over pixels for a prediction that is constant
-    on each patch. Features that do not vary get no weight. b is not penalised.
+    It minimises sum_i s_i |y_i - W z_i - b|^2 + penalty * mean(diag(Z^T S Z)) * |W|^2 over W and b.
+    i runs over patches, z_i are standardised features, y_i is the mean target of the patch, and s_i
+    is the share of its pixels that is valid. This is least squares over pixels for a prediction
+    that is constant on each patch. Constant features get weight 0. b is not penalised.
+
+    Args:
+        penalty: The weight of the penalty, positive.
     """
 
     penalty: float = 1e-3
@@ -84,12 +109,16 @@ class Ridge:
             raise MetaVPTError(f"Ridge: penalty={self.penalty} must be positive")
 
     def fit(self, task: DenseTask, train: FeatureSet) -> LinearHead:
-        """Raises MetaVPTError where no pixel of `train` is valid."""
+        """Fit the head.
+
+        Raises:
+            MetaVPTError: No pixel of `train` is valid.
+        """
         weight, bias = self.solve(self._moments(task, train), train.features.shape[1])
         return LinearHead(weight, bias, (train.depth.shape[1], train.depth.shape[2]))
 
     def solve(self, moments: Tensor, width: int) -> tuple[Tensor, Tensor]:
-        """Solve for the head whose rows have these moments.
+        """Compute the head whose rows have these moments.
 
         Args:
             moments: sum_i s_i a_i a_i^T for a_i = (x_i, y_i, 1), (D + C + 1, D + C + 1) float64.
@@ -132,7 +161,7 @@ class Ridge:
 
 
 def patch_moments(features: Tensor, target: Tensor, share: Tensor) -> Tensor:
-    """Sum s a a^T over patches, for a = (x, y, 1): what `Ridge.solve` needs.
+    """Compute sum s a a^T over patches, for a = (x, y, 1), as `Ridge.solve` takes it.
 
     Args:
         features: x, (B, D, h, w).
@@ -150,11 +179,19 @@ def patch_moments(features: Tensor, target: Tensor, share: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class LinearBN:
-    """The paper's protocol: batch norm and a 1x1 convolution, AdamW with warm-up and cosine decay, clipped, on the enlarged output.
+    """Batch norm and a 1x1 convolution, trained by AdamW on the enlarged output.
 
-    The batch norm is folded into the returned head. `seed` rules a generator of its own; the global
-    one is left alone. Features are frozen and read from memory, so there is no augmentation;
-    float32 throughout, where the paper uses bf16. Source: V-Pretraining, evaluation.
+    The learning rate warms up and decays by a cosine, and gradients are clipped. The batch norm is
+    folded into the returned head. Features are frozen and in memory, so there is no augmentation.
+    Everything is float32, where the paper uses bf16. Source: V-Pretraining, evaluation.
+
+    Args:
+        num_steps: Optimizer steps.
+        batch_size: Images per step.
+        warmup: The share of the steps that warm up, in [0, 1).
+        weight_decay: The weight decay of AdamW.
+        clip_norm: The limit on the gradient norm.
+        seed: The seed of a private generator. The global random state is unchanged.
     """
 
     num_steps: int = 20_000
@@ -178,6 +215,7 @@ class LinearBN:
 
     @torch.enable_grad()
     def fit(self, task: DenseTask, train: FeatureSet) -> LinearHead:
+        """Train the head."""
         generator = torch.Generator().manual_seed(self.seed)
         width, device = train.features.shape[1], train.features.device
         kernel = 0.01 * torch.randn(task.num_outputs, width, generator=generator).to(device)
@@ -219,6 +257,6 @@ class LinearBN:
         return cosine(1.0, 0.0, (step - num_warmup) / (self.num_steps - num_warmup))
 
     def _shuffled(self, num_images: int, generator: torch.Generator) -> Iterator[Tensor]:
-        """Indices of one batch after another, pass after pass over the images."""
+        """Iterate over the indices of batches, pass after pass."""
         while True:
             yield from torch.randperm(num_images, generator=generator).split(self.batch_size)

@@ -15,10 +15,17 @@ CHUNK = 256  # queries at a time: all similarities at once may not fit
 
 @dataclass(frozen=True)
 class KNN:
-    """The k training images of highest cosine vote for their class with weight exp(cosine / temperature).
+    """The k nearest training images vote for their class with weight exp(cosine / temperature).
 
     The protocol of DINO (arXiv 2104.14294, section 4.1) after Wu et al. (arXiv 1805.01978, section
     3.4).
+
+    Args:
+        k: Number of neighbours, by cosine similarity.
+        temperature: The temperature of the votes.
+
+    Raises:
+        MetaVPTError: An argument is out of range.
     """
 
     k: int = 20
@@ -31,7 +38,11 @@ class KNN:
             )
 
     def fit(self, task: DenseTask, train: FeatureSet) -> "Neighbours":
-        """features (N, D, 1, 1), label (N, 1, 1)."""
+        """Store the training images: features (N, D, 1, 1) and labels (N, 1, 1).
+
+        Raises:
+            MetaVPTError: There are fewer than k training images.
+        """
         if len(train.features) < self.k:
             raise MetaVPTError(
                 f"KNN: k={self.k} is more than the {len(train.features)} training images; lower it"
@@ -46,7 +57,14 @@ class KNN:
 
 @dataclass(frozen=True)
 class Neighbours:
-    """(M, D, 1, 1) -> votes (M, C, 1, 1); features (N, D) of length 1, label (N,)."""
+    """A fitted k-NN classifier, from queries (M, D, 1, 1) to votes (M, C, 1, 1).
+
+    Attributes:
+        knn: k and temperature.
+        features: (N, D), of unit length.
+        label: (N,) int64.
+        num_classes: C.
+    """
 
     knn: KNN
     features: Tensor
@@ -54,6 +72,7 @@ class Neighbours:
     num_classes: int
 
     def __call__(self, queries: Tensor) -> Tensor:
+        """Return the votes for each query."""
         votes = [
             self._votes(F.normalize(chunk.flatten(1).float(), dim=1))
             for chunk in queries.split(CHUNK)
@@ -62,9 +81,8 @@ class Neighbours:
 
     def _votes(self, queries: Tensor) -> Tensor:
         cosine, index = (queries @ self.features.T).topk(self.knn.k, dim=1)
-        weight = (
-            (cosine - 1) / self.knn.temperature
-        ).exp()  # cosine - 1: no overflow at a small temperature, the same order
+        # Subtracting 1 keeps the order and avoids an overflow at a small temperature.
+        weight = ((cosine - 1) / self.knn.temperature).exp()
         return torch.zeros(len(queries), self.num_classes, device=queries.device).scatter_add_(
             1, self.label[index], weight
         )

@@ -1,4 +1,4 @@
-"""Tokens of a batch with the targets, or the weights, that were chosen for them."""
+"""Tokens of a batch with their designed targets or weights, for the report."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -19,12 +19,18 @@ NUM_CANDIDATES = 6
 def passages(
     learner: LanguageModel, tokenizer: Any, task: TargetTask, num_rows: int = 3
 ) -> list[list[Token]]:
-    """The first rows of the task's batch; targets are those that its rule makes for the learner as it is."""
+    """Return the first rows of the task's batch, with the targets for the learner as it is now.
+
+    Args:
+        learner: The language model.
+        tokenizer: Decodes single tokens.
+        task: The designed task.
+        num_rows: Number of rows.
+    """
     tail = target_tail(learner, params.detach(params.named(learner)), task)
     predicted = predicted_tokens(task.batch)
-    number = (
-        predicted.flatten().cumsum(0).view_as(predicted) - 1
-    )  # of a predicted token among all of them
+    # The index of a predicted token among all predicted tokens.
+    number = predicted.flatten().cumsum(0).view_as(predicted) - 1
     shares, order = tail.targets.sort(dim=1, descending=True)
     candidates = tail.candidates.gather(1, order)[:, :NUM_CANDIDATES]
     weights = None if task.targets.sums_to_one else tail.targets[:, 0].tolist()

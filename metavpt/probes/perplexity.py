@@ -18,7 +18,7 @@ MAX_NLL = 709.0  # nats: what float64 can raise e to
 
 @torch.no_grad()
 def mean_nll(learner: LanguageModel, batches: Iterable[TokenBatch]) -> float:
-    """-log p of a target token in nats, the mean over all of them."""
+    """Compute the mean negative log-likelihood of a target token in nats. Ranks share the work."""
     theta = params.named(learner)
 
     def nll(batch: TokenBatch) -> tuple[float, int]:
@@ -30,7 +30,13 @@ def mean_nll(learner: LanguageModel, batches: Iterable[TokenBatch]) -> float:
 
 
 class PerplexityProbe:
-    """{"perplexity": exp(mean NLL of a token)} on one pass over `batches`; of questions with answers, the answers' tokens count."""
+    """exp(mean NLL of a token) on one pass over a set: `{"perplexity": 12.3}`.
+
+    For questions with answers, only the tokens of the answers count.
+
+    Args:
+        batches: Returns one pass over the set.
+    """
 
     directions: ClassVar[Directions] = {"perplexity": "lower"}
 
@@ -38,7 +44,7 @@ class PerplexityProbe:
         self.batches = batches
 
     def __call__(self, learner: LanguageModel) -> dict[str, float]:
+        """Measure the learner."""
         nll = mean_nll(learner, self.batches())
-        return {
-            "perplexity": math.exp(nll) if nll < MAX_NLL else math.inf
-        }  # math.exp raises where the result overflows
+        # math.exp raises where the result overflows
+        return {"perplexity": math.exp(nll) if nll < MAX_NLL else math.inf}

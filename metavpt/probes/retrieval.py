@@ -1,4 +1,4 @@
-"""Instance retrieval on Revisited Oxford and Paris: the photographs of a landmark nearest to a query first."""
+"""Instance retrieval on Revisited Oxford and Paris: images of the same landmark come first."""
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -25,10 +25,12 @@ LEVELS = {
 
 
 def average_precision(ranking: np.ndarray, right: np.ndarray, junk: np.ndarray) -> float:
-    """Area under precision and recall by trapezoids, as the official code; rows `junk` are taken out of the ranking first.
+    """Compute the area under the precision-recall curve by trapezoids, as the official code does.
 
-    ranking: all rows, nearest first. right: at least one row; one that the ranking lacks counts as
-    never found.
+    Args:
+        ranking: All rows, nearest first.
+        right: The right rows, at least one. A right row that `ranking` lacks counts as not found.
+        junk: Rows that are removed from `ranking` first.
     """
     kept = ranking[~np.isin(ranking, junk)]
     rank = np.flatnonzero(np.isin(kept, right))
@@ -41,7 +43,11 @@ def average_precision(ranking: np.ndarray, right: np.ndarray, junk: np.ndarray) 
 def mean_average_precision(
     rankings: Sequence[np.ndarray], queries: Sequence[Query]
 ) -> dict[str, float]:
-    """map_easy, map_medium, map_hard: means over the queries that have a right image at that level; a level without any has no entry."""
+    """Compute `map_easy`, `map_medium` and `map_hard`, in [0, 1].
+
+    Each is the mean over the queries that have a right image at that level. A level without such
+    queries has no entry.
+    """
     metrics = {}
     for level, (kinds, left_out) in LEVELS.items():
         values = []
@@ -58,11 +64,15 @@ def mean_average_precision(
 
 
 class RetrievalProbe:
-    """`{"roxford5k/map_easy": 0.53, ...}`: images ranked by the cosine of their mean patches to the query's, no learning.
+    """Retrieval by the cosine of mean patches: `{"roxford5k/map_easy": 0.53}`. Nothing is trained.
 
-    path   a folder in the official layout, see `open_revisited`
-    size   pixels of the longer side; the aspect is kept up to the nearest size that the patches
-    divide
+    Args:
+        path: A folder in the official layout, see `open_revisited`.
+        size: The longer side of an image, in pixels. The aspect ratio is kept, up to the nearest
+            size that the patches divide.
+
+    Raises:
+        MetaVPTError: `size` is not positive, or the folder cannot be read.
     """
 
     def __init__(self, path: str, size: int = 224) -> None:
@@ -72,9 +82,11 @@ class RetrievalProbe:
 
     @property
     def directions(self) -> dict[str, Direction]:
+        """Return the better direction of each metric."""
         return {f"{self.truth.name}/map_{level}": "higher" for level in LEVELS}
 
     def __call__(self, describe: Describe, images: Dataset[Tensor]) -> dict[str, float]:
+        """Return the mean average precision of each level. `images` is not used."""
         listed = F.normalize(summarise(describe, self._listed()), dim=1)
         queries = F.normalize(summarise(describe, self._queries()), dim=1)
         rankings = list(
@@ -92,7 +104,7 @@ class RetrievalProbe:
         return Lazy(lambda query: self._scaled(self._landmark(query)), self.truth.queries)
 
     def _landmark(self, query: Query) -> Tensor:
-        """The image cut to the box of the landmark."""
+        """Read the query image and crop it to the box of the landmark."""
         image = self._read(query.name)
         if query.box is not None:
             x1, y1, x2, y2 = (max(0, round(value)) for value in query.box)
@@ -111,7 +123,7 @@ class RetrievalProbe:
         return decode(file.read_bytes(), str(file), upright=False)
 
     def _scaled(self, image: Tensor) -> Tensor:
-        """(1, 3, H, W)."""
+        """Resize to the longer side `size`, (1, 3, H, W) uint8."""
         factor = self.size / max(image.shape[1:])
         size = [max(1, round(side * factor)) for side in image.shape[1:]]
         resized = F.interpolate(

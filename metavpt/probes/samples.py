@@ -1,11 +1,11 @@
-"""What a report shows of text: answers beside those expected, and tokens with the targets that were chosen for them."""
+"""Text samples for the report: generated answers, and tokens with their designed targets."""
 
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 
 class Answer(NamedTuple):
-    """A question with the expected answer and the one that was generated."""
+    """A question with its reference answer and a generated answer."""
 
     question: str
     expected: str
@@ -14,16 +14,20 @@ class Answer(NamedTuple):
 
 
 class Candidate(NamedTuple):
-    """A token that a target gives some of its probability to."""
+    """A token and its probability under a designed target."""
 
     text: str
     share: float  # of the target
 
 
 class Token(NamedTuple):
-    """`gate` is the share of its target that other tokens have, None where it is no target; `candidates` hold the largest shares.
+    """A token of a passage.
 
-    `weight` is how much it counts in the loss, 1 on average, where that was chosen.
+    Attributes:
+        text: The decoded token.
+        gate: The probability that its target gives to other tokens. None: the token is no target.
+        candidates: The tokens with the largest probability.
+        weight: Its weight in the loss, 1 on average. None: the weight is not designed.
     """
 
     text: str
@@ -40,7 +44,7 @@ class Texts(NamedTuple):
 
     @classmethod
     def parse(cls, state: Mapping[str, Any]) -> "Texts":
-        """From what JSON made of `_asdict()`: lists for tuples."""
+        """Read what JSON made of `_asdict()`, with lists for tuples."""
         passages = [
             [
                 Token(text, gate, [Candidate(*candidate) for candidate in candidates], *rest)

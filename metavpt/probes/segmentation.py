@@ -1,4 +1,4 @@
-"""Semantic segmentation: targets for a head, and mIoU from one confusion matrix over the set (letters as in features.py)."""
+"""Semantic segmentation: targets of a head, and mIoU from one confusion matrix over the set."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -14,14 +14,17 @@ from metavpt.probes.heads import LinearHead
 
 
 class SegmentationMetrics:
-    """One confusion matrix (C, C) over the set, rows truth, columns prediction.
+    """One confusion matrix (C, C) over the set, with rows for the truth.
 
-    Pixels labelled 255 are left out. The IoU of a class is TP / (TP + FP + FN).
+    Pixels labelled 255 are ignored. The IoU of a class is TP / (TP + FP + FN).
 
-        miou          mean IoU of the classes that occur in the truth or in the prediction: a class
-                      that is predicted but absent from the truth counts 0 (mmseg, DINOv2, DINOv3)
-        miou_present  mean IoU of the classes that occur in the truth
-        acc           share of labelled pixels that are right
+    - `miou`: the mean IoU of the classes that occur in the truth or in the prediction. A class that
+      is predicted but absent from the truth counts 0, as in mmseg, DINOv2 and DINOv3.
+    - `miou_present`: the mean IoU of the classes that occur in the truth.
+    - `acc`: the pixel accuracy.
+
+    Args:
+        num_classes: C.
     """
 
     directions: ClassVar[Directions] = {
@@ -35,7 +38,12 @@ class SegmentationMetrics:
         self.confusion = torch.zeros(num_classes, num_classes, dtype=torch.int64)
 
     def update(self, prediction: Tensor, label: Tensor) -> None:
-        """prediction int (B, H, W) in 0..C-1, label int (B, H, W) in 0..C-1 or 255."""
+        """Add a batch.
+
+        Args:
+            prediction: int (B, H, W) in 0..C-1.
+            label: int (B, H, W) in 0..C-1, or 255.
+        """
         if prediction.shape != label.shape:
             raise MetaVPTError(
                 f"SegmentationMetrics: prediction {tuple(prediction.shape)} and label "
@@ -48,12 +56,16 @@ class SegmentationMetrics:
         self.confusion += counts.reshape(self.num_classes, self.num_classes).cpu()
 
     def by_class(self) -> list[float]:
-        """Return the IoU of each class; NaN for one in neither the truth nor the prediction."""
+        """Return the IoU of each class, NaN for a class that neither truth nor prediction holds."""
         right = self.confusion.diagonal().double()
         return (right / (self.confusion.sum(1) + self.confusion.sum(0) - right)).tolist()
 
     def compute(self) -> dict[str, float]:
-        """Raises MetaVPTError where no pixel was labelled."""
+        """Return the metrics by name.
+
+        Raises:
+            MetaVPTError: No pixel has a label.
+        """
         right, truth, guess = (
             self.confusion.diagonal().double(),
             self.confusion.sum(1),
@@ -70,7 +82,11 @@ class SegmentationMetrics:
 
 
 def check_classes(truth: Tensor, num_classes: int) -> None:
-    """Raise MetaVPTError for a label that is neither a class nor ignored."""
+    """Check that every label is a class.
+
+    Raises:
+        MetaVPTError: A label is neither a class nor ignored.
+    """
     if truth.numel() and int(truth.max()) >= num_classes:
         raise MetaVPTError(
             f"segmentation probe: label {int(truth.max())} with num_classes={num_classes}; "
@@ -80,7 +96,12 @@ def check_classes(truth: Tensor, num_classes: int) -> None:
 
 @dataclass(frozen=True)
 class SegmentationTask:
-    """One output a class; targets of a patch are the frequencies of the classes among its labelled pixels."""
+    """One output per class.
+
+    Args:
+        num_classes: C.
+        lr: The peak learning rate of a head trained by gradient steps.
+    """
 
     num_classes: int
     lr: float = 5e-4
@@ -93,9 +114,15 @@ class SegmentationTask:
 
     @property
     def num_outputs(self) -> int:
+        """Return C."""
         return self.num_classes
 
     def patch_targets(self, batch: FeatureSet) -> tuple[Tensor, Tensor]:
+        """Compute the class frequencies of each patch.
+
+        Returns:
+            The frequencies (B, C, h, w), and the share of labelled pixels (B, 1, h, w).
+        """
         label = batch.label.long()
         counted = label != IGNORE
         check_classes(label[counted], self.num_classes)
@@ -105,9 +132,11 @@ class SegmentationTask:
         return F.adaptive_avg_pool2d(onehot, batch.grid) / share.clamp_min(1e-9), share
 
     def activate(self, output: Tensor) -> Tensor:
+        """Return the scores unchanged."""
         return output
 
     def loss(self, prediction: Tensor, batch: FeatureSet) -> Tensor:
+        """Compute the mean cross-entropy over the labelled pixels."""
         label = batch.label.long()
         counted = label != IGNORE
         check_classes(label[counted], self.num_classes)
@@ -117,7 +146,7 @@ class SegmentationTask:
 
 
 def predict_label(head: LinearHead, features: Tensor) -> Tensor:
-    """(B, D, h, w) -> most likely class (B, H, W), int64."""
+    """Predict the most likely class (B, H, W) int64 from features (B, D, h, w)."""
     return head(features.float()).argmax(1)
 
 
@@ -131,5 +160,5 @@ def confusion_of(head: LinearHead, val: FeatureSet) -> SegmentationMetrics:
 
 
 def evaluate_segmentation(head: LinearHead, val: FeatureSet) -> dict[str, float]:
-    """The metrics of SegmentationMetrics, each with `seg_` before its name."""
+    """Compute the metrics of `SegmentationMetrics`, with the prefix `seg_`."""
     return {f"seg_{name}": value for name, value in confusion_of(head, val).compute().items()}

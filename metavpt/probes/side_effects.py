@@ -1,4 +1,4 @@
-"""Probes of what the feedback is not about, all of one learner."""
+"""Several probes of one learner, for side effects that the feedback does not measure."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -12,15 +12,21 @@ from metavpt.probes.summaries import Describe, Probe
 
 
 class SideEffects:
-    """The metrics of all `probes` together.
+    """All metrics of several probes. No two probes may share the name of a metric.
 
-    Their names are their own, so two probes must not measure the same.
+    Args:
+        probes: Probes by name.
     """
 
     def __init__(self, probes: Mapping[str, Probe] | None = None) -> None:
         self.probes = dict(probes or {})
 
     def __call__(self, describe: Describe, images: Dataset[Tensor]) -> dict[str, float]:
+        """Return the metrics of all probes.
+
+        Raises:
+            MetaVPTError: Two probes share the name of a metric.
+        """
         metrics: dict[str, float] = {}
         for name, probe in self.probes.items():
             measured = probe(describe, images)
@@ -34,14 +40,14 @@ class SideEffects:
 
     @property
     def directions(self) -> dict[str, Direction]:
-        """Metric to the direction in which it is better, of the probes that state them."""
+        """Return the better direction of each metric, for the probes that state one."""
         stated: dict[str, Direction] = {}
         for probe in self.probes.values():
             stated |= getattr(probe, "directions", {})
         return stated
 
     def state_dict(self) -> dict[str, Any]:
-        """What probes remember from one measurement to the next."""
+        """Return the states of the probes that have one."""
         return {
             name: probe.state_dict()  # type: ignore[attr-defined]
             for name, probe in self.probes.items()
@@ -49,5 +55,6 @@ class SideEffects:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore what `state_dict` returned."""
         for name, value in state.items():
             self.probes[name].load_state_dict(value)  # type: ignore[attr-defined]

@@ -1,4 +1,4 @@
-"""Whether features collapse, and how far they have moved: effective rank, and similarity to those of step 0."""
+"""Collapse and drift of features: effective rank, and similarity to the features of step 0."""
 
 from typing import Any, ClassVar
 
@@ -12,9 +12,10 @@ from metavpt.probes.summaries import Describe, Pool, check_pool, stack, summaris
 
 
 def rankme(features: Tensor) -> float:
-    """exp(-sum_k p_k log p_k), p_k = sigma_k / sum sigma + 1e-7, of features (N, D): from 1 to about min(N, D).
+    """Compute the effective rank of features (N, D), from 1 to about min(N, D).
 
-    RankMe (arXiv 2210.02885, equations 1 and 2); the features are not centred.
+    exp(-sum_k p_k log p_k) with p_k = sigma_k / sum sigma + 1e-7. The features are not centred.
+    Source: RankMe (arXiv 2210.02885, equations 1 and 2).
     """
     sigma = torch.linalg.svdvals(features.double())
     p = sigma / sigma.sum() + 1e-7
@@ -22,22 +23,31 @@ def rankme(features: Tensor) -> float:
 
 
 def linear_cka(x: Tensor, y: Tensor) -> float:
-    """|Y^T X|^2 / (|X^T X| |Y^T Y|), Frobenius norms, of centred features (N, D) and (N, E) of the same images: 1 up to rotation and scale.
+    """Compute the linear centred kernel alignment of features (N, D) and (N, E) of the same images.
 
-    Linear centred kernel alignment (arXiv 1905.00414, section 3). NaN where either does not vary.
+    |Y^T X|^2 / (|X^T X| |Y^T Y|) in Frobenius norms, for centred X and Y. It is 1 if they agree up
+    to rotation and scale, and NaN if either is constant. Source: arXiv 1905.00414, section 3.
     """
     x, y = (z.double() - z.double().mean(dim=0) for z in (x, y))
     return float((y.T @ x).square().sum() / ((x.T @ x).norm() * (y.T @ y).norm()))
 
 
 class Spectrum:
-    """`{"rank/rankme": 71.2, "cka/step0": 0.93}` of the features of some of the learner's own unlabelled images.
+    """Rank and drift of features: `{"rank/rankme": 71.2, "cka/step0": 0.93}`.
 
-    num_images   spread evenly over them; the rank is at most this number, so take more than the
-    width of the features pool         "mean" of the patches, or the "cls" token
+    The images are the learner's own unlabelled ones.
 
-    The features that cka compares with are those of the first measurement: before any training, a
-    warm start's included. They are part of a checkpoint.
+    `cka/step0` compares with the features of the first measurement, before any training (a warm
+    start included). They are part of a checkpoint.
+
+    Args:
+        num_images: Number of images, spread evenly over the set. It bounds the rank, so take more
+            than the width of the features.
+        pool: "mean" of the patches, or the "cls" token.
+        batch_size: Images per forward pass.
+
+    Raises:
+        MetaVPTError: `num_images` is below 2, or `pool` is unknown.
     """
 
     directions: ClassVar[Directions] = {"rank/rankme": "higher"}
@@ -51,6 +61,7 @@ class Spectrum:
         self.first: Tensor | None = None
 
     def __call__(self, describe: Describe, images: Dataset[Tensor]) -> dict[str, float]:
+        """Return rank and similarity on the learner's unlabelled `images`."""
         total: int = len(images)  # type: ignore[arg-type]
         count = min(self.num_images, total)
         features = summarise(
@@ -63,7 +74,9 @@ class Spectrum:
         return {"rank/rankme": rankme(features), "cka/step0": linear_cka(features, self.first)}
 
     def state_dict(self) -> dict[str, Any]:
+        """Return the features of the first measurement."""
         return {"first": self.first}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore what `state_dict` returned."""
         self.first = state["first"]

@@ -1,4 +1,4 @@
-"""Frozen features of whole images, one vector each: what probes beside the dense one read."""
+"""Frozen features of whole images, one vector each, for probes other than the dense one."""
 
 from collections.abc import Callable, Iterable
 from typing import Literal, Protocol
@@ -19,15 +19,19 @@ Pool = Literal["mean", "cls"]
 
 
 class Probe(Protocol):
-    """A measurement of frozen features under names of its own, such as `knn/accuracy`.
+    """A measurement of frozen features, with metric names of its own, such as `knn/accuracy`.
 
-    It may have `directions`, a mapping from its metrics to "lower" or "higher", whichever is
-    better; a metric that is not named gets no verdict. It has a `state_dict` where it remembers
-    something.
+    It may have `directions`, which maps its metrics to "lower" or "higher", whichever is better. A
+    metric without a direction gets no verdict. A probe with state has a `state_dict`.
     """
 
     def __call__(self, describe: Describe, images: Dataset[Tensor]) -> dict[str, float]:
-        """`images` are the learner's own unlabelled ones, for probes that bring none."""
+        """Return the metrics by name.
+
+        Args:
+            describe: The frozen backbone.
+            images: The learner's own unlabelled images, for probes without images of their own.
+        """
         ...
 
 
@@ -39,7 +43,16 @@ def check_pool(pool: str) -> None:
 
 @torch.no_grad()
 def summarise(describe: Describe, batches: Iterable[Tensor], pool: Pool = "mean") -> Tensor:
-    """(N, D) float32: the mean patch, or the cls token, of every image of `batches`, which ranks share out. Raises NonFiniteError."""
+    """Compute one vector per image, (N, D) float32. Ranks share the batches.
+
+    Args:
+        describe: The frozen backbone.
+        batches: Images, uint8 (B, 3, H, W) each.
+        pool: "mean" of the patches, or the "cls" token.
+
+    Raises:
+        NonFiniteError: A feature is NaN or infinite.
+    """
 
     def summary(images: Tensor) -> Tensor:
         features = describe(images)
@@ -54,5 +67,5 @@ def summarise(describe: Describe, batches: Iterable[Tensor], pool: Pool = "mean"
 
 
 def stack(images: Dataset[Tensor], indices: list[int], batch_size: int) -> Iterable[Tensor]:
-    """The images at `indices`, uint8 (B, 3, H, W) at a time."""
+    """Return the images at `indices` in batches, uint8 (B, 3, H, W)."""
     return Lazy(lambda which: torch.stack([images[i] for i in which]), runs(indices, batch_size))

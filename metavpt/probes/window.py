@@ -1,4 +1,4 @@
-"""Features of an image larger than the backbone likes, from overlapping windows."""
+"""Features of an image that is larger than the backbone was made for, from overlapping windows."""
 
 import math
 from dataclasses import dataclass
@@ -11,15 +11,20 @@ from metavpt.probes.features import Features
 
 @dataclass(frozen=True)
 class SlidingWindow:
-    """Images (B, 3, H, W) -> features (B, D, H/p, W/p): windows two thirds of their size apart, averaged where they overlap.
+    """Features (B, D, H/p, W/p) of images (B, 3, H, W), averaged over overlapping windows.
 
-    A linear head on them gives at every patch the mean of the scores of the windows that see it:
-    the sliding inference of mmsegmentation (512 and 341), with scores averaged before they are
-    enlarged instead of after. Steps are rounded down to whole patches, and a window no larger than
-    the image.
+    Windows are two thirds of their size apart, rounded down to whole patches. A window is never
+    larger than the image. A linear head on these features returns the mean of the scores of the
+    windows that contain a patch. This is the sliding inference of mmsegmentation (512 and 341),
+    except that scores are averaged before they are enlarged.
 
-    features   of images of any size that the patches of p pixels divide
-    size       (H, W) of a window
+    Args:
+        features: The backbone, for images of any size that its patches divide.
+        size: (H, W) of a window, in pixels.
+        patch_size: p, in pixels.
+
+    Raises:
+        MetaVPTError: The patches do not divide the window.
     """
 
     features: Features
@@ -34,6 +39,7 @@ class SlidingWindow:
             )
 
     def __call__(self, images: Tensor) -> Tensor:
+        """Compute the features of images (B, 3, H, W)."""
         p = self.patch_size
         grid = (images.shape[-2] // p, images.shape[-1] // p)
         height, width = (
@@ -52,6 +58,6 @@ class SlidingWindow:
 
 
 def starts(length: int, window: int) -> list[int]:
-    """Where windows begin, in patches: steps of two thirds of a window, the last one flush with the end."""
+    """Return where windows begin, in patches. The last window ends at the edge."""
     step = max(1, 2 * window // 3)
     return [min(k * step, length - window) for k in range(1 + math.ceil((length - window) / step))]

@@ -101,7 +101,7 @@ def test_images_are_decoded_once(folder: Path) -> None:
 def test_bad_settings_and_features_are_named(folder: Path) -> None:
     with pytest.raises(MetaVPTError, match="pool='max'"):
         ClassificationProbe(str(folder), pool="max")  # type: ignore[arg-type]
-    with pytest.raises(MetaVPTError, match="num_train, num_val=0"):
+    with pytest.raises(MetaVPTError, match="num_train"):
         ClassificationProbe(str(folder), num_train=0)
     with pytest.raises(NonFiniteError):
         ClassificationProbe(str(folder), (16, 16))(
