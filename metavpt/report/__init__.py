@@ -1,4 +1,4 @@
-"""HTML reports: of a run, and of a comparison."""
+"""HTML reports of a run and of a comparison."""
 
 from metavpt.report.comparison import write_comparison_report
 from metavpt.report.logs import Record, read_log, series_of

@@ -1,4 +1,4 @@
-"""`python -m metavpt.report FOLDER...`: write report.html of runs and comparisons anew from their logs."""
+"""`python -m metavpt.report FOLDER...`: write the reports of runs and comparisons."""
 
 import re
 import shutil
@@ -25,8 +25,8 @@ def write(folder: Path) -> Path:
     """Write report.html into the folder of a run or of a comparison.
 
     Args:
-        folder: holds metrics.jsonl (a run) or rows.jsonl (a comparison). The logs of a comparison
-            may lie in one archive, logs.tar.gz, in place of its run folders.
+        folder: Holds metrics.jsonl (a run) or rows.jsonl (a comparison). The logs of a comparison
+            may be packed into one archive, logs.tar.gz, instead of its run folders.
 
     Returns:
         The path of the report.
@@ -49,7 +49,7 @@ def write(folder: Path) -> Path:
 
 
 def _unpack(path: Path, folder: Path) -> None:
-    """Write the logs and configurations of rows in the archive `path` to `folder`, and nothing else."""
+    """Unpack the logs and configurations of rows, and refuse any other member."""
     num_bytes = 0
     try:
         with tarfile.open(path) as archive:
@@ -58,7 +58,7 @@ def _unpack(path: Path, folder: Path) -> None:
                     raise MetaVPTError(f"{path}: {member.name!r} is not the log of a row")
                 num_bytes += max(member.size, 0)
                 if num_bytes > MAX_BYTES:
-                    raise MetaVPTError(f"{path}: its logs take more than {MAX_BYTES:,} bytes")
+                    raise MetaVPTError(f"{path}: the logs exceed {MAX_BYTES:,} bytes")
                 place = folder / member.name
                 place.parent.mkdir(parents=True, exist_ok=True)
                 with archive.extractfile(member) or BytesIO() as log, place.open("wb") as file:

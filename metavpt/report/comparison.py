@@ -1,4 +1,4 @@
-"""The page of a comparison: who beat the reference, by how much, at what cost, and how they got there."""
+"""The page of a comparison: differences to the reference, costs, and curves."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -32,14 +32,20 @@ PURPOSES = {
 
 
 class Reached(NamedTuple):
-    """By row: the samples that it took to be as good as the reference in the end, and their share of all that that one saw; None: never."""
+    """Samples that each row needs to reach the final value of the reference.
+
+    Attributes:
+        name: The metric.
+        rows: For each row, the samples and their share of the reference's samples. None: not
+            reached.
+    """
 
     name: str
     rows: dict[str, tuple[float, float] | None]
 
 
 class Bar(NamedTuple):
-    """A row's mean seconds by purpose; `total` is all of them."""
+    """Mean seconds of a row by purpose, and their total."""
 
     row: Row
     seconds: dict[str, float]
@@ -47,9 +53,19 @@ class Bar(NamedTuple):
 
 
 def write_comparison_report(folder: Path, reference: str = "fixed") -> Path:
-    """`folder`/report.html: one file without scripts or links, made of rows.jsonl, the run folders of its rows and the warm starts.
+    """Write `folder`/report.html, one file without scripts or links.
 
-    Raises MetaVPTError where no row has finished or failed yet.
+    It is made from rows.jsonl, the run folders of the rows, and the warm starts.
+
+    Args:
+        folder: The folder of the comparison.
+        reference: The row that differences are taken to.
+
+    Returns:
+        The path of the report.
+
+    Raises:
+        MetaVPTError: No row has finished or failed yet.
     """
     found = results.read(folder)
     table = Table(found, reference, results.read_directions(folder))
@@ -85,7 +101,7 @@ def write_comparison_report(folder: Path, reference: str = "fixed") -> Path:
 
 
 def _matched(folder: Path, rows: list[Row], config: dict[str, Any]) -> str | None:
-    """The unit of the budget that all rows share; None if budgets differ or one is not known."""
+    """Return the budget unit that all rows share. None: budgets differ, or one is unknown."""
     unit, limits = config.get("match"), set[str]()
     for row in rows:
         for result in row.results[:1]:
@@ -105,9 +121,10 @@ def _curves(table: Table, rows: list[Row]) -> Iterator[tuple[str, Markup]]:
 
 
 def _reached(table: Table, rows: list[Row]) -> Iterator[Reached]:
-    """Every row against the reference on the seeds that both have.
+    """Compare every row with the reference on the seeds that both have.
 
-    Only for metrics on which the reference beats step 0: otherwise step 0 is as good as its end.
+    Only for metrics on which the reference improves on step 0. Otherwise step 0 already reaches the
+    final value of the reference.
     """
     reference = next((row for row in rows if row.name == table.reference), None)
     for name in filter(table.sign, (*table.metrics, *table.side_effects)):
@@ -133,7 +150,7 @@ def _reached(table: Table, rows: list[Row]) -> Iterator[Reached]:
 
 
 def _front(table: Table, rows: list[Row]) -> Markup | None:
-    """Two steered metrics against each other, for three rows or more."""
+    """Plot two target metrics against each other, for three rows or more."""
     axes = pareto_axes([name for name in table.metrics if table.sign(name)])
     if axes is None:
         return None
@@ -149,7 +166,7 @@ def _front(table: Table, rows: list[Row]) -> Markup | None:
 
 
 def _first_orders(rows: list[Row]) -> list[tuple[Row, dict[str, FirstOrder], Markup]]:
-    """Row, its pooled predictions by name, and the scatter of the first of them."""
+    """Return each row with its pooled predictions by name, and the scatter plot of the first."""
     found = [(row, row.first_orders()) for row in rows]
     return [
         (
@@ -193,7 +210,7 @@ def _bars(rows: list[Row]) -> list[Bar]:
 
 
 def _pictures(folder: Path, rows: list[Row]) -> dict[str, list[tuple[Row, list[Picture]]]]:
-    """By name: those of every row's first seed, each row within its part of the bound."""
+    """Return the pictures of every row's first seed by name. Rows share the size limit equally."""
     found: dict[str, list[tuple[Row, list[Picture]]]] = {}
     for row in rows:
         if row.results:

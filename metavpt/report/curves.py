@@ -1,4 +1,4 @@
-"""Line charts: one series of a run, or one metric of several rows with bands over their seeds."""
+"""Line charts: a series of one run, or a metric of several rows with bands over their seeds."""
 
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
@@ -10,14 +10,20 @@ from matplotlib.ticker import EngFormatter, MaxNLocator
 
 from metavpt.report.svg import INK, LARGE, LINE, SMALL, chart, row_colour, row_dashes, short_numbers
 
-# a longer series is drawn as the mean of half as many stretches of steps, with their range behind
-# it
+# A longer series is drawn as the mean and range of MAX_POINTS / 2 blocks of steps.
 MAX_POINTS = 200
-MARKED = 12  # a series of at most so many points shows each of them
+MARKED = 12  # a series of at most this many points shows each point
 
 
 class Band(NamedTuple):
-    """The mean of a row's seeds and how far they spread, (P,) each; `row` chooses the colour."""
+    """The mean over a row's seeds and its spread.
+
+    Attributes:
+        row: The row's number, which selects the colour.
+        x: (P,).
+        mean: (P,).
+        error: (P,), half of the band's width.
+    """
 
     row: int
     x: np.ndarray
@@ -26,7 +32,7 @@ class Band(NamedTuple):
 
 
 def curve(series: Mapping[int, float], key: str) -> Markup:
-    """Step to value."""
+    """Plot values against steps."""
     points = np.array(sorted(series.items()), dtype=float)  # (N, 2)
     points[~np.isfinite(points)] = np.nan
 
@@ -40,7 +46,7 @@ def curve(series: Mapping[int, float], key: str) -> Markup:
 
 
 def bands(rows: Sequence[Band], key: str, x_name: str, small: bool = False) -> Markup:
-    """Mean +- error of every row; short series show their points."""
+    """Plot mean +- error of every row. Short series show their points."""
 
     def paint(axes: Axes) -> None:
         for band in rows:

@@ -1,4 +1,4 @@
-"""What a step was predicted to change to first order, against what it changed."""
+"""First-order predictions of a step's effect, compared with its measured effect."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -16,7 +16,14 @@ MAX_POINTS = 400  # of one chart; the numbers beside it are of all
 
 
 class FirstOrder(NamedTuple):
-    """Changes of the held-out feedback loss in single steps, (N,) each, and the regression of the realised on the predicted ones."""
+    """Changes of the held-out feedback loss in single steps.
+
+    Attributes:
+        name: The key of the prediction, see `PREDICTIONS`.
+        predicted: (N,).
+        realised: (N,), the measured changes.
+        fit: The regression of the realised on the predicted changes.
+    """
 
     name: str
     predicted: np.ndarray
@@ -25,7 +32,7 @@ class FirstOrder(NamedTuple):
 
 
 def first_orders(records: Sequence[Record]) -> list[FirstOrder]:
-    """One for every prediction that the `first_order` records hold, over all of them."""
+    """Collect the `first_order` records, one result for each kind of prediction."""
     logged = [
         record
         for record in records
@@ -53,7 +60,13 @@ def first_orders(records: Sequence[Record]) -> list[FirstOrder]:
 
 
 def first_order_chart(first_order: FirstOrder, key: str, row: int | None = None) -> Markup:
-    """Realised against predicted with the identity line (dashed) and the regression, in the colour of `row`."""
+    """Plot realised against predicted changes, with the identity (dashed) and the regression line.
+
+    Args:
+        first_order: The changes.
+        key: A prefix for the ids of the chart, unique on the page.
+        row: The row whose colour is used. None: the colour of single runs.
+    """
     x, y, fit = first_order.predicted, first_order.realised, first_order.fit
     colour = LINE if row is None else row_colour(row)
     shown = np.unique(np.linspace(0, len(x) - 1, min(len(x), MAX_POINTS)).astype(int))

@@ -1,4 +1,4 @@
-"""The pictures of a run as a page shows them: a few steps of every name, within a bound on bytes."""
+"""Pictures of a run for its page: a few steps of each name, within a size limit."""
 
 import base64
 import io
@@ -11,14 +11,18 @@ import numpy as np
 
 from metavpt.data.photo import open_image
 
-MAX_BYTES = (
-    9_000_000  # of all the pictures on a page; 12 MB in base64, so the page stays below 15 MB
-)
+MAX_BYTES = 9_000_000  # of all pictures; 12 MB in base64, so the page stays below 15 MB
 QUALITY = 85  # of a WebP, which is a tenth of the PNG of a photo and looks the same
 
 
 class Picture(NamedTuple):
-    """A picture of one step, embedded in the page."""
+    """A picture of one step, embedded in the page.
+
+    Attributes:
+        step: The training step.
+        source: A data URI.
+        wide: Whether it needs a wide cell.
+    """
 
     step: int
     source: str  # data URI
@@ -26,14 +30,22 @@ class Picture(NamedTuple):
 
 
 class Gallery(NamedTuple):
-    """Pictures by name, steps in order, and how many of the folder's are not shown."""
+    """Pictures by name in the order of their steps, and the number of pictures not shown."""
 
     groups: dict[str, list[Picture]]
     num_left_out: int
 
 
 def gallery(folder: Path, max_steps: int = 8, max_bytes: float = MAX_BYTES) -> Gallery:
-    """figures/<name>-step<N>.png by name. Beyond the bound on bytes middle steps go first, then whole names."""
+    """Select pictures from the files figures/<name>-step<N>.png.
+
+    Above the size limit, middle steps are dropped first, then whole names.
+
+    Args:
+        folder: The folder figures/.
+        max_steps: The limit on steps per name.
+        max_bytes: The limit on the encoded size of all pictures.
+    """
     found: dict[str, dict[int, Path]] = {}
     for path in sorted(folder.glob("*.png")):
         match = re.fullmatch(r"(.+)-step(\d+)", path.stem)
@@ -60,7 +72,7 @@ def gallery(folder: Path, max_steps: int = 8, max_bytes: float = MAX_BYTES) -> G
 
 
 def _spread(paths: dict[int, Path], count: int) -> list[tuple[int, Path]]:
-    """`count` of the steps with their files at even distances, the first and the last among them."""
+    """Select `count` steps at even distances, the first and the last included."""
     steps = sorted(paths.items())
     if count == 1:
         return steps[-1:]
@@ -80,7 +92,7 @@ def _is_readable(path: Path) -> bool:
 
 
 def _encoded(path: Path) -> bytes:
-    """The file, or a WebP of it where that is smaller."""
+    """Encode the file as WebP, unless the file itself is smaller."""
     buffer = io.BytesIO()
     with open_image(path) as image:
         image.convert("RGB").save(buffer, "WEBP", quality=QUALITY)

@@ -1,4 +1,4 @@
-"""What a run logged, read back from its metrics.jsonl."""
+"""The log of a run, read from its metrics.jsonl."""
 
 import json
 import math
@@ -14,25 +14,35 @@ from metavpt.metrics import Direction
 Record = dict[str, Any]
 Series = dict[str, dict[int, float]]  # name -> step -> value
 
-COUNTERS = (
-    "samples",
-    "grad_evals",
-    "seconds",
-    "steered_steps",
-    "labelled_steps",
-)  # of a train record: totals, which as a curve are a straight line
+# Totals of a train record. As curves they are straight lines.
+COUNTERS = ("samples", "grad_evals", "seconds", "steered_steps", "labelled_steps")
 MAX_WARNINGS = 50
 
 
 class Warnings(NamedTuple):
-    """The different warnings as (message, how often, where), oldest first, and how many more there were."""
+    """Distinct warnings of a log.
+
+    Attributes:
+        groups: Tuples (message, count, places), oldest first.
+        num_left_out: The number of further distinct warnings.
+    """
 
     groups: list[tuple[str, int, str]]
     num_left_out: int
 
 
 def read_log(path: Path) -> list[Record]:
-    """The records of metrics.jsonl. The last line of a killed run is cut short and skipped; any other bad line becomes a warning."""
+    """Read the records of metrics.jsonl.
+
+    The last line may be cut off by a killed run and is skipped. Any other bad line becomes a
+    warning.
+
+    Args:
+        path: The file.
+
+    Raises:
+        MetaVPTError: There is no such file.
+    """
     if not path.is_file():
         raise MetaVPTError(
             f"{path}: no such log; give the folder of a run (it holds metrics.jsonl)"
@@ -42,25 +52,22 @@ def read_log(path: Path) -> list[Record]:
     for number, line in enumerate(lines, start=1):
         try:
             record = json.loads(line)
-        except (
-            ValueError,
-            RecursionError,
-        ):  # broken, a number of thousands of digits, nested without end
+        # ValueError: not JSON, or a number of thousands of digits. RecursionError: too deep.
+        except (ValueError, RecursionError):
             record = None
         if isinstance(record, dict):
             records.append(record)
         elif line.strip() and number < len(lines):
-            records.append(
-                {
-                    "kind": "warning",
-                    "message": f"{path.name} line {number} cannot be read and was left out",
-                }
-            )
+            message = f"{path.name} line {number} cannot be read and was left out"
+            records.append({"kind": "warning", "message": message})
     return records
 
 
 def series_of(records: list[Record], kind: str) -> Series:
-    """Every number of the records of `kind` by name and step; where a step was logged twice the later record holds."""
+    """Return every number in the records of `kind`, by name and step.
+
+    If a step was logged twice, the later record counts.
+    """
     series: Series = {}
     for record in records:
         values = record.get("metrics") if kind == "probe" else record
@@ -77,7 +84,7 @@ def series_of(records: list[Record], kind: str) -> Series:
 
 
 def directions_of(records: list[Record]) -> dict[str, Direction]:
-    """Metric to "lower" or "higher", whichever is better, as the last probe record states it."""
+    """Return the better direction of each metric, as the last probe record states it."""
     stated: Any = {}
     for record in records:
         if record.get("kind") == "probe":
@@ -88,14 +95,14 @@ def directions_of(records: list[Record]) -> dict[str, Direction]:
 
 
 def samples_at(records: list[Record], steps: Iterable[int]) -> np.ndarray:
-    """Samples that the learner had seen by each of `steps`, straight lines between what was logged."""
+    """Return the samples seen by each of `steps`, linearly interpolated between records."""
     logged = {0: 0.0} | series_of(records, "train").get("samples", {})
     known = sorted(logged)
     return np.interp(list(steps), known, [logged[step] for step in known])
 
 
 def spent(records: list[Record]) -> dict[str, float]:
-    """Steps of the last record that has one, and the totals of the last train record."""
+    """Return the last step, and the totals of the last train record."""
     steps = float(max((r["step"] for r in records if _is_step(r.get("step"))), default=0))
     last = next((record for record in reversed(records) if record.get("kind") == "train"), {})
     return {"steps": steps} | {
@@ -104,7 +111,7 @@ def spent(records: list[Record]) -> dict[str, float]:
 
 
 def times(records: list[Record]) -> dict[str, float]:
-    """Seconds by purpose, from the last time record, which holds totals."""
+    """Return seconds by purpose. The last time record holds the totals."""
     last = next((record for record in reversed(records) if record.get("kind") == "time"), {})
     seconds = last.get("seconds")
     return (
@@ -115,7 +122,7 @@ def times(records: list[Record]) -> dict[str, float]:
 
 
 def warnings(records_by_place: dict[str, list[Record]]) -> Warnings:
-    """The warnings of one run, whose place is "", or of several, each with the places and the steps that it came from."""
+    """Group the warnings of one run (with place "") or of several runs by message."""
     found: dict[str, dict[str, list[Any]]] = {}
     for place, records in records_by_place.items():
         for record in records:
@@ -135,7 +142,7 @@ def warnings(records_by_place: dict[str, list[Record]]) -> Warnings:
 
 
 def is_number(value: Any) -> bool:
-    """Of what JSON can hold: no truth value, and no integer beyond every float."""
+    """Return whether a JSON value is a number that fits into a float. Booleans are not numbers."""
     return isinstance(value, float) or (
         isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**1023
     )

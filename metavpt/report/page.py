@@ -1,4 +1,4 @@
-"""A page is one file without scripts or links: a template over the base that all of them share, filled and written at once."""
+"""A report page: one file without scripts or links, rendered from a template."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,7 +15,18 @@ from metavpt.training.disk import write_text
 
 
 def write(path: Path, template: str, **values: Any) -> Path:
-    """Fill `template` and put it at `path`, with config.yaml and environment.json of the folder at its end."""
+    """Render `template` and write it to `path`.
+
+    The page ends with config.yaml and environment.json of the same folder.
+
+    Args:
+        path: The path of the page.
+        template: The name of a template in this folder.
+        values: The variables of the template.
+
+    Returns:
+        `path`.
+    """
     templates = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -49,17 +60,17 @@ def write(path: Path, template: str, **values: Any) -> Path:
 
 
 def configuration(folder: Path) -> dict[str, Any]:
-    """The config.yaml in `folder`; empty if there is none."""
+    """Read config.yaml in `folder`. Empty if there is none."""
     return _parsed(_text(folder / "config.yaml"))
 
 
 def environment(folder: Path) -> dict[str, Any]:
-    """Read environment.json of a run; empty where there is none."""
+    """Read environment.json in `folder`. Empty if there is none."""
     return _parsed(_text(folder / "environment.json"))
 
 
 def choice(config: Mapping[str, Any], axis: str) -> str:
-    """What was chosen on a configuration axis: its class, or its name where it is a plain string."""
+    """Return the choice on a configuration axis: a class name, or a plain string."""
     chosen = config.get(axis, "")
     target = (
         chosen.get("name") or chosen.get("_target_", "") if isinstance(chosen, dict) else chosen
@@ -72,7 +83,7 @@ def _text(path: Path) -> str:
 
 
 def _parsed(text: str) -> dict[str, Any]:
-    """JSON is YAML too. What cannot be read leaves its part of the page empty: the run's numbers matter more than its labels."""
+    """Parse YAML or JSON. An unreadable file leaves its part of the page empty."""
     try:
         check_yaml(text)
         value = yaml.safe_load(text)

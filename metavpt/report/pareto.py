@@ -1,4 +1,4 @@
-"""Two metrics of every row against each other, and the rows that no other one beats in both."""
+"""Two metrics of every row against each other, and the Pareto front."""
 
 import re
 from collections.abc import Sequence
@@ -23,7 +23,7 @@ from metavpt.report.svg import (
 
 
 class Point(NamedTuple):
-    """The mean of a row in two metrics with its standard errors, 0 for one seed; `row` chooses the colour."""
+    """The mean of a row in two metrics, with standard errors (0 for one seed)."""
 
     row: int
     name: str
@@ -34,9 +34,12 @@ class Point(NamedTuple):
 
 
 def pareto_axes(metrics: Sequence[str]) -> tuple[str, str] | None:
-    """Two metrics of different tasks, by the first word of their names, or else the first two.
+    """Choose two metrics of different tasks, by the first word of their names.
 
-    None where there are not two.
+    If all are of one task, the first two are chosen.
+
+    Returns:
+        The two metrics. None: there are fewer than two.
     """
     pairs = list(combinations(metrics, 2))
     tasks = [[name.rsplit("/")[-1].split("_")[0] for name in pair] for pair in pairs]
@@ -47,7 +50,15 @@ def pareto_axes(metrics: Sequence[str]) -> tuple[str, str] | None:
 
 
 def front(points: Sequence[Point], x_sign: int, y_sign: int) -> list[Point]:
-    """The points that no other one beats, from left to right: none is as good in both metrics and better in one."""
+    """Return the Pareto front from left to right.
+
+    A point is dropped if another one is as good in both metrics and better in one.
+
+    Args:
+        points: One per row.
+        x_sign: +1 if higher x is better, -1 if lower.
+        y_sign: The same for y.
+    """
 
     def beaten(point: Point) -> bool:
         gains = [(x_sign * (other.x - point.x), y_sign * (other.y - point.y)) for other in points]
@@ -59,14 +70,13 @@ def front(points: Sequence[Point], x_sign: int, y_sign: int) -> list[Point]:
 def pareto_chart(
     points: Sequence[Point], x_metric: tuple[str, int], y_metric: tuple[str, int], key: str
 ) -> Markup:
-    """Every row with its error bars and name, the rows of the front joined by a line.
+    """Plot every row with error bars and its name. A line joins the Pareto front.
 
     Args:
-        points: one for each row.
-        x_metric: name of the metric on the x axis, and -1 where lower is better, +1 where higher
-            is.
-        y_metric: the same of the y axis.
-        key: keeps the ids of this chart apart from those of others on the page.
+        points: One per row.
+        x_metric: The metric on the x axis, and +1 if higher is better, -1 if lower.
+        y_metric: The same for the y axis.
+        key: A prefix for the ids of the chart, unique on the page.
     """
 
     def paint(axes: Axes) -> None:
@@ -98,12 +108,16 @@ def pareto_chart(
 
 
 def _directed(metric: str, sign: int) -> str:
-    """The name of an axis, with an arrow to where the metric is better."""
+    """Return the label of an axis, with an arrow towards better values."""
     return f"{metric}   better →" if sign > 0 else f"← better   {metric}"
 
 
 def _label(axes: Axes, points: Sequence[Point]) -> None:
-    """The names beside their points, each at the first place in the chart that no error bar and no name has taken, if there is one."""
+    """Write the names beside their points.
+
+    Each name takes the first place that no error bar or name occupies. A name without a free place
+    is left out.
+    """
     to_points = axes.transData + Affine2D().scale(72 / axes.figure.dpi)
     frame = axes.bbox.transformed(Affine2D().scale(72 / axes.figure.dpi))
     taken: list[Bbox] = []

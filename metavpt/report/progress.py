@@ -9,14 +9,20 @@ from metavpt.compare.paired_statistics import mean_se
 
 
 class Progress(NamedTuple):
-    """Mean over seeds and its standard error, 0 for one seed, at `samples`; (P,) each."""
+    """The mean over seeds and its standard error (0 for one seed).
+
+    Attributes:
+        samples: (P,).
+        mean: (P,).
+        error: (P,).
+    """
 
     samples: np.ndarray
     mean: np.ndarray
     error: np.ndarray
 
     def thinned(self, num_points: int) -> "Progress":
-        """At most `num_points`, each the mean of a stretch of the old ones."""
+        """Average blocks of points, to at most `num_points`."""
         blocks = min(num_points, len(self.samples))
         return Progress(
             *(
@@ -27,7 +33,11 @@ class Progress(NamedTuple):
 
 
 def progress(seeds: Sequence[Mapping[float, float]]) -> Progress:
-    """samples -> value of every seed, joined where any seed was measured; straight lines between, no further than the shortest seed."""
+    """Average the courses of several seeds, each linearly interpolated between its points.
+
+    Args:
+        seeds: For each seed, values by samples. The result ends where the shortest seed ends.
+    """
     last = min(max(seed) for seed in seeds)
     samples = sorted({at for seed in seeds for at in seed if at <= last})
     values = np.stack(
@@ -42,7 +52,13 @@ def progress(seeds: Sequence[Mapping[float, float]]) -> Progress:
 
 
 def samples_to_reach(row: Progress, target: float, sign: int) -> float | None:
-    """Where the mean curve first is as good as `target`, straight lines between its points; None where it never is."""
+    """Return the samples at which the mean curve first is as good as `target`. None: never.
+
+    Args:
+        row: The curve, linearly interpolated between its points.
+        target: The value to reach.
+        sign: +1 if higher is better, -1 if lower.
+    """
     ahead = sign * (row.mean - target)  # (P,)
     reached = np.flatnonzero(ahead >= 0)
     if not len(reached):

@@ -1,4 +1,4 @@
-"""A row of a comparison with what its runs logged on the way."""
+"""A row of a comparison with the logs of its runs."""
 
 import math
 import re
@@ -15,7 +15,14 @@ from metavpt.report.progress import Progress, progress
 
 @dataclass(frozen=True)
 class Row:
-    """The results that finished, and the logs of all seeds; `colour` is 0 for the reference."""
+    """The finished results of a row, and the logs of all its seeds.
+
+    Attributes:
+        name: The row's name.
+        colour: Its colour's number, 0 for the reference.
+        results: The results that finished.
+        logs: Records by seed.
+    """
 
     name: str
     colour: int
@@ -23,7 +30,12 @@ class Row:
     logs: dict[int, list[Record]]
 
     def course(self, metric: str, only: Collection[int] | None = None) -> Progress | None:
-        """The metric against samples, over the seeds in `only`: step 0, what was probed on the way, and the end."""
+        """Return the metric against samples: step 0, the probes on the way, and the end.
+
+        Args:
+            metric: The metric's name.
+            only: The seeds to use. None: all.
+        """
         seeds = []
         for result in self.results:
             if only is not None and result.seed not in only:
@@ -41,7 +53,7 @@ class Row:
         return progress(seeds) if seeds else None
 
     def value(self) -> Progress | None:
-        """The value that the designer's updates expected, against steps."""
+        """Return the first-order value of the designer's updates, against steps."""
         seeds = [
             series_of(self.logs.get(result.seed, []), "designer").get("value", {})
             for result in self.results
@@ -54,13 +66,13 @@ class Row:
         return progress(seeds) if seeds else None
 
     def first_orders(self) -> list[FirstOrder]:
-        """Pooled over the seeds."""
+        """Return the first-order predictions, pooled over the seeds."""
         return first_orders(
             [record for result in self.results for record in self.logs.get(result.seed, [])]
         )
 
     def times(self) -> dict[str, float]:
-        """Mean seconds by purpose."""
+        """Return mean seconds by purpose."""
         purposes = dict.fromkeys(purpose for result in self.results for purpose in result.times)
         return {
             purpose: fmean(result.times.get(purpose, 0.0) for result in self.results)
@@ -69,7 +81,7 @@ class Row:
 
 
 def read_rows(folder: Path, results: list[Result], reference: str) -> list[Row]:
-    """The rows of `results` in their order, with the logs under `folder`/rows."""
+    """Return the rows of `results` in their order, with the logs under `folder`/rows."""
     names = list(dict.fromkeys(result.row for result in results))
     others = [name for name in names if name != reference]
     made = []
@@ -81,12 +93,12 @@ def read_rows(folder: Path, results: list[Result], reference: str) -> list[Row]:
 
 
 def run_folder(folder: Path, row: str, seed: int) -> Path:
-    """Where the comparison in `folder` keeps the run of `row`, whose name may hold what no folder's name can."""
+    """Return the folder of a row's run. Characters that a file name cannot hold are replaced."""
     return folder / "rows" / re.sub(r"[^\w.=+-]", "_", row) / f"seed{seed}"
 
 
 def read_logs(folder: Path) -> dict[int, list[Record]]:
-    """The logs in seed<k>/ by k."""
+    """Read the logs in seed<k>/, by k."""
     paths = {
         path.parent.name.removeprefix("seed"): path for path in folder.glob("seed*/metrics.jsonl")
     }

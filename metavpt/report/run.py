@@ -1,4 +1,4 @@
-"""The page of a run: what the learner was worth before and after, and how it got there."""
+"""The page of a run: metrics before and after, health, curves and pictures."""
 
 import math
 from collections.abc import Iterator, Mapping
@@ -29,7 +29,16 @@ from metavpt.report.texts import read_texts
 
 
 class SummaryRow(NamedTuple):
-    """One probe metric at the first and at the last step that has it; `last` is None where that is the same step."""
+    """A probe metric at the first and the last step that has it.
+
+    Attributes:
+        name: The metric.
+        first_step: The first step.
+        first: The value there.
+        last_step: The last step.
+        last: The value there. None: the same step as the first.
+        sign: +1 if higher is better, -1 if lower, 0 if not stated.
+    """
 
     name: str
     first_step: int
@@ -40,22 +49,24 @@ class SummaryRow(NamedTuple):
 
     @property
     def change(self) -> float | None:
+        """Return the change from the first to the last step."""
         return None if self.last is None else self.last - self.first
 
     @property
     def percent(self) -> float | None:
+        """Return the change in percent of the first value."""
         return None if not self.change or not self.first else 100 * self.change / abs(self.first)
 
     @property
     def better(self) -> bool | None:
-        """None: no change, not finite, or nobody said which way is good."""
+        """Return whether the change is good. None: no finite change, or no stated direction."""
         if not self.change or not math.isfinite(self.change) or not self.sign:
             return None
         return self.sign * self.change > 0
 
 
 def summary_rows(records: list[Record]) -> list[SummaryRow]:
-    """Step 0 against the last step for every probe metric, in the order of the log."""
+    """Compare step 0 with the last step for every probe metric, in the order of the log."""
     rows, directions = [], directions_of(records)
     for name, values in series_of(records, "probe").items():
         first, last = min(values), max(values)
@@ -102,10 +113,11 @@ def lead(records: list[Record], strategy: str, seed: Any) -> str:
         )
         if part
     )
+    end = f"to {number(row.last)} after {row.last_step:,} steps{way}{f', {who}' if who else ''}"
     return (
-        f"{row.name} went from {number(row.first)} at step {row.first_step} to {number(row.last)} "
-        f"after {row.last_step:,} steps{way}{f', {who}' if who else ''}. One run cannot tell a gain "
-        "from noise: python -m metavpt.compare runs the same beside strategy=fixed on several seeds."
+        f"{row.name} went from {number(row.first)} at step {row.first_step} {end}. One run cannot "
+        "tell a gain from noise: python -m metavpt.compare runs the same beside strategy=fixed on "
+        "several seeds."
     )
 
 
@@ -163,16 +175,19 @@ def class_tables(records: list[Record]) -> list[ClassTable]:
 
 
 def write_report(run_folder: Path) -> Path:
-    """`run_folder`/report.html: one file without scripts or links, made of metrics.jsonl, figures/, texts/ and what describes the run.
+    """Write `run_folder`/report.html, one file without scripts or links.
 
-    Raises MetaVPTError where the folder has no log or the log no record.
+    It is made from metrics.jsonl, figures/, texts/, config.yaml and environment.json.
+
+    Returns:
+        The path of the report.
+
+    Raises:
+        MetaVPTError: The folder has no log, or the log has no record.
     """
     records = read_log(run_folder / "metrics.jsonl")
     if not records:
-        raise MetaVPTError(
-            f"{run_folder / 'metrics.jsonl'}: nothing has been logged yet, so there is nothing to "
-            "report"
-        )
+        raise MetaVPTError(f"{run_folder / 'metrics.jsonl'}: nothing has been logged yet")
     config, typed = page.configuration(run_folder), page.environment(run_folder)
     problem, strategy = (
         str(typed.get(axis) or page.choice(config, axis)) for axis in ("problem", "strategy")
@@ -201,7 +216,7 @@ def write_report(run_folder: Path) -> Path:
 
 
 def _status(records: list[Record], config: Mapping[str, Any]) -> str:
-    """`finished` once a limit of the budget is reached, else how far the run has come."""
+    """Return `finished` once a limit of the budget is reached, else the step and the share."""
     done, budget = spent(records), config.get("budget")
     limits = (
         {unit: limit for unit, limit in budget.items() if is_number(limit)}
@@ -219,7 +234,7 @@ def _status(records: list[Record], config: Mapping[str, Any]) -> str:
 
 
 def _curves(records: list[Record]) -> Iterator[tuple[str, list[tuple[str, float, Markup]]]]:
-    """Heading and curves (name, last value, svg) of each group that has any."""
+    """Return heading and curves (name, last value, SVG) of each group that has any."""
     headings = {"probe": "Probes", "designer": "Task designer", "train": "Pretraining"}
     for kind, heading in headings.items():
         series = {
@@ -236,7 +251,7 @@ def _curves(records: list[Record]) -> Iterator[tuple[str, list[tuple[str, float,
 
 
 def _shares(seconds: Mapping[str, float]) -> list[tuple[str, float, float]]:
-    """(purpose, seconds, share), largest first."""
+    """Return (purpose, seconds, share), largest first."""
     total = sum(seconds.values())
     return (
         [

@@ -1,4 +1,4 @@
-"""The table of a comparison as its page shows it: results and costs by row, and below them the differences to the reference."""
+"""The table of a comparison for its page: results and costs, and differences to the reference."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -8,7 +8,7 @@ from metavpt.report.rows import Row
 
 
 class Line(NamedTuple):
-    """The texts behind a row's name, and the numbers behind those; step 0 has no row."""
+    """A line of the table. Step 0 has no row."""
 
     name: str
     row: Row | None
@@ -17,7 +17,7 @@ class Line(NamedTuple):
 
 
 class Block(NamedTuple):
-    """The lines of a metric; `scale` is the largest end of an interval."""
+    """The lines of a metric. `scale` is the largest absolute end of an interval."""
 
     title: str
     lines: list[Line]
@@ -25,10 +25,15 @@ class Block(NamedTuple):
 
 
 class Standing(NamedTuple):
-    """What the page shows of a `Table`; no differences and no `header` of theirs where there is no reference.
+    """The parts of a `Table` that the page shows.
 
-    costs   texts of every row that finished, under `cost_header`
-    notes   those of the table, without the rows that failed
+    Attributes:
+        header: Headings of the differences. Empty without a reference.
+        steered: A block for each target metric.
+        side_effects: A block for each side-effect metric.
+        cost_header: Headings of the costs.
+        costs: The costs of every finished row.
+        notes: The notes of the table, without failed rows.
     """
 
     header: list[str]
@@ -40,7 +45,7 @@ class Standing(NamedTuple):
 
 
 def standing(table: Table, rows: Sequence[Row]) -> Standing:
-    """The paired differences of all rows to the reference, one block for each metric."""
+    """Return the paired differences of all rows to the reference, one block for each metric."""
     *metrics, cost = table.sections()
     blocks = [
         _block(table, rows, name, section)

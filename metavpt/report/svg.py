@@ -1,4 +1,4 @@
-"""matplotlib's charts as inline SVG: no script, no font file, and colours that follow the page into dark mode."""
+"""Charts of matplotlib as inline SVG, without scripts and fonts, for light and dark pages."""
 
 import io
 import math
@@ -34,27 +34,33 @@ STYLE: dict[Any, Any] = {
 
 
 def hue(row: int) -> int:
-    """The number of a row's colour. The reference, row 0, has the first one to itself; the others share the rest."""
+    """Return the number of a row's colour. Only the reference, row 0, has colour 0."""
     return 0 if row == 0 else 1 + (row - 1) % (NUM_COLOURS - 1)
 
 
 def turn(row: int) -> int:
-    """How often the colours had been used up before `row`: its dashes tell it from the row that had its colour first."""
+    """Return how often the colours repeat before `row`. Rows of one colour differ in dashes."""
     return max(row - 1, 0) // (NUM_COLOURS - 1)
 
 
 def row_colour(row: int) -> str:
-    """The placeholder colour of a row, which `chart` replaces by a class."""
+    """Return the placeholder colour of a row, which `chart` replaces by a class."""
     return f"#0300{hue(row):02}"
 
 
 def row_dashes(row: int) -> str:
-    """The line style of a row."""
+    """Return the line style of a row."""
     return ("-", "--", ":", "-.")[turn(row) % 4]
 
 
 def chart(paint: Callable[[Axes], Any], key: str, size: tuple[float, float] = SMALL) -> Markup:
-    """What `paint` draws, as an `<svg>` that fills its container; `key` keeps its ids apart from those of the other charts on the page."""
+    """Render a chart as an `<svg>` that fills its container.
+
+    Args:
+        paint: Draws on the axes.
+        key: A prefix for the ids of the chart, unique on the page.
+        size: (width, height) in inches.
+    """
     with rc_context({**STYLE, "svg.hashsalt": key}):
         figure = Figure(figsize=size)
         axes = figure.add_axes((0, 0, 1, 1))
@@ -74,7 +80,7 @@ def chart(paint: Callable[[Axes], Any], key: str, size: tuple[float, float] = SM
 
 
 def short_numbers(axis: Any, values: np.ndarray) -> None:
-    """Tick labels as 1.5e-4 where plain ones would be long."""
+    """Write tick labels as 1.5e-4 where plain ones would be long."""
     finite = np.abs(values[np.isfinite(values)])
     largest = finite.max(initial=0)
     if not 1e-2 <= largest < 1e5:
@@ -84,7 +90,7 @@ def short_numbers(axis: Any, values: np.ndarray) -> None:
 
 
 def make_room(axes: Axes) -> None:
-    """For the numbers on the left, and for the names of the axes where there are any."""
+    """Set the margins for tick labels and axis labels."""
     width, height = axes.get_figure().get_size_inches()  # type: ignore[union-attr]
     low, high = axes.get_ylim()
     numbers = axes.yaxis.get_major_formatter().format_ticks(
@@ -100,7 +106,10 @@ def make_room(axes: Axes) -> None:
 
 
 def _inline(svg: str, key: str) -> Markup:
-    """matplotlib's file as an element of an HTML page: no prologue, namespace or size of its own, page colours and font, unique ids."""
+    """Turn matplotlib's file into an element of an HTML page.
+
+    Drops prologue, namespaces and size. Uses the page's colours and font, and makes ids unique.
+    """
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
     svg = re.sub(r' xmlns(:\w+)?="[^"]*"', "", svg)

@@ -1,4 +1,4 @@
-"""The texts of a run as its page shows them: answers at the first and at the last step, and the last targets that were chosen."""
+"""Texts of a run for its page: answers at the first and last step, and the last targets."""
 
 import json
 from pathlib import Path
@@ -8,14 +8,21 @@ from metavpt.probes.samples import Answer, Texts, Token
 
 
 class Answers(NamedTuple):
-    """The answers to one question; `last` is None where there is only one step."""
+    """The answers to one question. `last` is None if there is only one step."""
 
     first: Answer
     last: Answer | None
 
 
 class TextPage(NamedTuple):
-    """`steps` are the first and the last with answers, `step` is that of `passages`, None where there are none."""
+    """Answers and passages of a run.
+
+    Attributes:
+        answers: The answers by question.
+        steps: The first and the last step with answers.
+        passages: Tokens with their targets.
+        step: The step of `passages`. None: there are none.
+    """
 
     answers: list[Answers]
     steps: tuple[int, int]
@@ -24,12 +31,12 @@ class TextPage(NamedTuple):
 
     @property
     def weighted(self) -> bool:
-        """Whether tokens differ in how much they count, and not in their targets."""
+        """Return whether weights of tokens are designed rather than their targets."""
         return any(token.weight is not None for passage in self.passages for token in passage)
 
 
 def read_texts(folder: Path) -> TextPage:
-    """texts/step<N>.json of a run; a file that a killed run left half written is passed over."""
+    """Read texts/step<N>.json. A file that a killed run left half written is skipped."""
     found = {
         int(path.stem.removeprefix("step")): texts
         for path in sorted(folder.glob("step*.json"))
@@ -53,7 +60,7 @@ def read_texts(folder: Path) -> TextPage:
 
 
 def visible(text: str) -> str:
-    """A token by itself, with signs for its spaces and line breaks."""
+    """Replace spaces and line breaks of a token by visible signs."""
     return text.replace(" ", "\N{MIDDLE DOT}").replace("\n", "\N{RETURN SYMBOL}")
 
 
