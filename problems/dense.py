@@ -27,6 +27,7 @@ from metavpt.hypergradients.params import Params
 from metavpt.learners.trunk_states import TrunkStates
 from metavpt.learners.vit import Backbone, Features, Hidden
 from metavpt.probes.dense import DenseProbe
+from metavpt.probes.depth import DepthTask
 from metavpt.probes.heads import Fit
 from metavpt.probes.side_effects import SideEffects
 from metavpt.probes.spectrum import rankme
@@ -400,17 +401,23 @@ class DenseProblem(MultipleFeedbacks, Shardable, Reportable, Problem):
                 f"feedback names {', '.join(makers)}, data names {', '.join(self.sets)}; name the same sets in both"
             )
         made = {
-            name: makers[name](width, data.frames.num_classes) for name, data in self.sets.items()
+            name: makers[name](
+                width,
+                data.frames.num_classes or None,
+                max_depth=data.max_depth if data.depth else None,
+            )
+            for name, data in self.sets.items()
         }
         for name, heads in made.items():
-            if (weight := heads.weights["depth"]) and not self.sets[name].depth:
-                key, file = (
-                    self._called(name, "depth_weight").replace("/", "."),
-                    self.sets[name].frames.name,
-                )
-                raise MetaVPTError(
-                    f"feedback.{key}={weight}: {file} is read without depth; set it to 0"
-                )
+            data = self.sets[name]
+            has = {"depth": data.depth, "segmentation": data.frames.num_classes > 0}
+            for task, weight in heads.weights.items():
+                if weight and not has[task]:
+                    key = self._called(name, f"{task}_weight").replace("/", ".")
+                    raise MetaVPTError(
+                        f"feedback.{key}={weight}: {data.frames.name} is read without {task}; set "
+                        "it to 0"
+                    )
         return made
 
     def _dense_probe(self, data: DenseData, heads: Mapping[str, Fit] | None) -> DenseProbe:
@@ -421,9 +428,9 @@ class DenseProblem(MultipleFeedbacks, Shardable, Reportable, Problem):
         return DenseProbe(
             lambda: in_order(data.train),
             lambda: in_order(data.val),
-            data.frames.num_classes,
+            data.frames.num_classes or None,
             heads,
-            data.depth,
+            DepthTask(max_depth=data.max_depth, crop=data.crop) if data.depth else None,
         )
 
     def _labelled(self, pool: str, seed: int) -> JointLoader:

@@ -18,6 +18,8 @@ EXPERIMENTS = sorted(path.stem for path in (CONFIGS / "experiment").glob("*.yaml
 EXTRA = {
     "backbone=timm": ["backbone.name=vit_tiny_patch16_224"],
     "data=gsm8k": ["data.path=/path/to/data"],
+    "data=segmentation": ["data.path=/path/to/data"],
+    "data=depth": ["data.path=/path/to/data", "data.scale=0.001"],
 }
 LANGUAGE = {  # choices that only a language problem has a use for
     "data=gsm8k", "strategy=greedy_targets", "strategy=random_tilt", "strategy=self_distillation", "strategy=smoothing", "strategy=tilt",

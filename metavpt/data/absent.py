@@ -54,6 +54,31 @@ def absent_ade20k(
     return _pools(AbsentFrames("ADE20K", size, len(CLASS_NAMES), 20210, 2000), depth=False, **pools)
 
 
+def absent_labelled(
+    path: Any = None,
+    classes: Any = None,
+    depths: Any = None,
+    size: Sequence[int] | None = None,
+    max_depth: float = 10.0,
+    unlabelled: Any = None,
+    **options: Any,
+) -> DenseData:
+    """As `labelled_data`, with 1000 images of the size that is asked for."""
+    if size is None:
+        raise MetaVPTError(
+            "trainer.dry_run=true: no image is read; give their size by data.size=[H,W]"
+        )
+    num_classes = 0 if classes is None else classes if isinstance(classes, int) else len(classes)
+    pools = ("stream_size", "num_train", "num_meta", "share", "cache_bytes")
+    return _pools(
+        AbsentFrames("your images", size, num_classes, 800, 200),
+        depth=depths is not None,
+        max_depth=max_depth,
+        crop=False,
+        **{key: options[key] for key in pools if key in options},
+    )
+
+
 def _pools(frames: AbsentFrames, **pools: Any) -> DenseData:
     with torch.device(
         "cpu"
@@ -64,4 +89,5 @@ def _pools(frames: AbsentFrames, **pools: Any) -> DenseData:
 ABSENT = {
     "metavpt.data.dense.nyuv2_data": "metavpt.data.absent.absent_nyuv2",
     "metavpt.data.dense.ade20k_data": "metavpt.data.absent.absent_ade20k",
+    "metavpt.data.dense.labelled_data": "metavpt.data.absent.absent_labelled",
 }

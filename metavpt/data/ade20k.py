@@ -3,17 +3,15 @@
 import json
 from importlib.resources import files
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from metavpt.cli.console import say
 from metavpt.data.frames import IGNORE, Frame, RGBDFrames
 from metavpt.data.overlap import Encoded, encoded_file
-from metavpt.data.photo import SUFFIXES, decode, middle, open_image
+from metavpt.data.photo import SUFFIXES, Resize, decode, fit_maps, open_image
 from metavpt.errors import MetaVPTError, check_known, reading
 
 FOLDERS = {"train": "training", "val": "validation"}
@@ -30,13 +28,12 @@ class ADE20K(RGBDFrames):
     without image, is left out, with a visible line that counts them.
     """
 
-    def __init__(
-        self, path: str | Path, size: tuple[int, int], resize: Literal["cover", "stretch"] = "cover"
-    ) -> None:
+    def __init__(self, path: str | Path, size: tuple[int, int], resize: Resize = "cover") -> None:
         check_known(resize, "data.resize", "cover", "stretch")
         if min(size) < 1:
             raise MetaVPTError(f"data.size={size[0]}x{size[1]}: both sides must be positive")
-        self.path, self.size, self.resize = Path(path), size, resize
+        self.path, self.size = Path(path), size
+        self.resize: Resize = resize
         self.name, self.class_names = self.path.name, CLASS_NAMES
         self.pairs: list[tuple[Path, Path]] = []
         self.splits = {}
@@ -58,11 +55,13 @@ class ADE20K(RGBDFrames):
             )
         unknown = torch.zeros(()).expand(self.size)
         return Frame(
-            self._fit(image, "bilinear"), unknown, self._fit(label[None], "nearest-exact")[0].long()
+            fit_maps(image, self.size, self.resize, "bilinear"),
+            unknown,
+            fit_maps(label[None], self.size, self.resize, "nearest-exact")[0].long(),
         )
 
     def image(self, index: int) -> Tensor:
-        return self._fit(self._decode(index), "bilinear")
+        return fit_maps(self._decode(index), self.size, self.resize, "bilinear")
 
     def encoded(self, index: int) -> Encoded:
         return encoded_file(self.pairs[index][0])
@@ -108,28 +107,6 @@ class ADE20K(RGBDFrames):
                 f"{file}: is {height}x{width} pixels, below {MIN_SIDE} a side; remove it or get it again"
             )
         return image
-
-    def _fit(self, maps: Tensor, mode: str) -> Tensor:
-        """(C,H,W) -> uint8 (C, *size), as `resize` says."""
-        height, width = self.size
-        factors = [height / maps.shape[1], width / maps.shape[2]]
-        if self.resize == "cover":
-            factors = [max(factors)] * 2
-            maps = middle(maps, self.size, factors[0])
-        scaled = [
-            max(side, round(length * factor))
-            for side, length, factor in zip(self.size, maps.shape[1:], factors, strict=True)
-        ]
-        options = {"antialias": True, "align_corners": False} if mode == "bilinear" else {}
-        resized = F.interpolate(maps[None].float(), scaled, mode=mode, **options)[0]
-        top, left = (scaled[0] - height) // 2, (scaled[1] - width) // 2
-        return (
-            resized[:, top : top + height, left : left + width]
-            .round()
-            .clamp(0, 255)
-            .byte()
-            .contiguous()
-        )
 
 
 def read_annotation(file: Path) -> Tensor:

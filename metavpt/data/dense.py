@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,8 +13,10 @@ from metavpt.data.ade20k import ADE20K
 from metavpt.data.cache import CachedFrames
 from metavpt.data.frames import RGBDFrames
 from metavpt.data.images import FrameImages, open_images
+from metavpt.data.labelled import Classes, LabelledImages, Places
 from metavpt.data.nyuv2 import open_nyuv2
 from metavpt.data.overlap import overlap
+from metavpt.data.photo import Resize
 from metavpt.errors import MetaVPTError
 
 FRAMES = "frames"  # the name, in `unlabelled`, of the images of the labelled train frames
@@ -24,12 +26,17 @@ class DenseData:
     """Pools of a labelled set, disjoint, and the unlabelled images.
 
     depth        whether the frames' depth is fed back and probed; False where they have none
+    max_depth    metres from which on depth is neither learned from nor counted
+    crop         whether depth is measured within Eigen's crop alone, as is usual for NYUv2
     unlabelled   where the stream comes from: "frames" (train frames without their labels), folders,
-    zips, npz files, tar shards stream_size  (H, W) of the streamed images; None: that of the frames
+    zips, npz files, tar shards
+    stream_size  (H, W) of the streamed images; None: that of the frames
     num_train    frames that the feedback heads are fitted on, num_meta frames that g_down is taken
-    on, both from the train split share        share of both that feedback has (at least one frame
-    each); the probes' heads have all of `num_train` whatever it is cache_bytes  how much of the
-    labelled frames may stay decoded in memory, in each process that reads them
+    on, both from the train split; None: three and one of five, 512 and 128 at most
+    share        share of both that feedback has (at least one frame each); the probes' heads have
+    all of `num_train` whatever it is
+    cache_bytes  how much of the labelled frames may stay decoded in memory, in each process that
+    reads them
 
     The pools are drawn by `seed` and are the same for every run with it; `labelled` is what
     feedback has of both. `held_out` are train frames of neither pool (where there are none left,
@@ -41,16 +48,21 @@ class DenseData:
         self,
         frames: RGBDFrames,
         depth: bool = True,
+        max_depth: float = 10.0,
+        crop: bool = True,
         unlabelled: Sequence[str] = (FRAMES,),
         stream_size: Sequence[int] | None = None,
-        num_train: int = 512,
-        num_meta: int = 128,
+        num_train: int | None = None,
+        num_meta: int | None = None,
         share: float = 1.0,
         seed: int = 0,
         cache_bytes: int = 1_000_000_000,
     ) -> None:
         self.frames, self.depth = CachedFrames(frames, cache_bytes), depth
+        self.max_depth, self.crop = max_depth, crop
         train = frames.splits["train"]
+        num_train = min(512, 3 * len(train) // 5) if num_train is None else num_train
+        num_meta = min(128, len(train) // 5) if num_meta is None else num_meta
         if num_train < 1 or num_meta < 1 or num_train + num_meta > len(train):
             raise MetaVPTError(
                 f"data.num_train={num_train} and data.num_meta={num_meta} must be positive and "
@@ -130,7 +142,7 @@ def nyuv2_data(
 def ade20k_data(
     path: str | None = None,
     size: Sequence[int] = (512, 512),
-    resize: Literal["cover", "stretch"] = "cover",
+    resize: Resize = "cover",
     rooms: Mapping[str, Any] | None = None,
     **pools: Any,
 ) -> DenseData:
@@ -143,6 +155,30 @@ def ade20k_data(
         _announce_rooms("ADE20K", "ADEChallengeData2016")
         return DenseData(open_nyuv2(None, rooms=rooms), depth=False, **pools)
     return DenseData(ADE20K(path, (int(size[0]), int(size[1])), resize), depth=False, **pools)
+
+
+def labelled_data(
+    path: str,
+    images: Places = "images",
+    masks: Places | None = None,
+    classes: Classes | None = None,
+    ignore_index: int | Sequence[int] | None = 255,
+    depths: Places | None = None,
+    scale: float | None = None,
+    train: Places | None = None,
+    val: float | Places | None = None,
+    size: Sequence[int] | None = None,
+    resize: Resize = "cover",
+    max_depth: float = 10.0,
+    **pools: Any,
+) -> DenseData:
+    """The user's own images with masks, depth maps or both, see `LabelledImages`; the rest as in `DenseData`."""
+    if not max_depth > 0:
+        raise MetaVPTError(f"data.max_depth={max_depth}: must be positive, in metres")
+    frames = LabelledImages(
+        path, images, masks, classes, ignore_index, depths, scale, train, val, size, resize
+    )
+    return DenseData(frames, depth=depths is not None, max_depth=max_depth, crop=False, **pools)
 
 
 def _announce_rooms(name: str, file: str) -> None:

@@ -5,6 +5,7 @@ import math
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -30,6 +31,7 @@ TURNS: dict[int, Callable[[Tensor], Tensor]] = {  # EXIF orientation -> what mak
     7: lambda image: image.transpose(1, 2).flip(1, 2),
     8: lambda image: image.transpose(1, 2).flip(1),
 }
+Resize = Literal["cover", "stretch"]
 STRIP = (
     2**18
 )  # pixels that are converted at a time: Pillow holds 4 bytes each already, and all at once would take thrice as much again
@@ -62,6 +64,13 @@ def decode(data: bytes, source: str, upright: bool = True) -> Tensor:
         turn = TURNS.get(_orientation(image)) if upright else None
     pixels = torch.from_numpy(array).permute(2, 0, 1)
     return turn(pixels).contiguous() if turn else pixels
+
+
+def upright_size(file: Path) -> tuple[int, int]:
+    """Height and width that `decode` gives of a file, from its header alone."""
+    with open_image(file) as image:
+        turned = _orientation(image) in (5, 6, 7, 8)
+        return (image.width, image.height) if turned else (image.height, image.width)
 
 
 def _orientation(image: Image.Image) -> int:
@@ -149,3 +158,38 @@ def fit(image: Tensor, size: tuple[int, int]) -> Tensor:
         .to(torch.uint8)
         .contiguous()
     )
+
+
+def fit_maps(
+    maps: Tensor, size: tuple[int, int], resize: Resize, mode: Literal["bilinear", "nearest-exact"]
+) -> Tensor:
+    """Bring an image or a label map to a size, both alike.
+
+    Args:
+        maps: (C, H, W).
+        size: Height and width that are wanted.
+        resize: "cover" scales to cover `size` and cuts around the centre; "stretch" keeps all of
+            the image and not its aspect.
+        mode: "bilinear" for images, antialiased; "nearest-exact" for labels, which are never mixed.
+
+    Returns:
+        (C, *size) of the same dtype.
+    """
+    if tuple(maps.shape[1:]) == tuple(size):
+        return maps.contiguous()
+    height, width = size
+    factors = [height / maps.shape[1], width / maps.shape[2]]
+    if resize == "cover":
+        factors = [max(factors)] * 2
+        maps = middle(maps, size, factors[0])
+    scaled = [
+        max(side, round(length * factor))
+        for side, length, factor in zip(size, maps.shape[1:], factors, strict=True)
+    ]
+    options = {"antialias": True, "align_corners": False} if mode == "bilinear" else {}
+    resized = F.interpolate(maps[None].float(), scaled, mode=mode, **options)[0]
+    top, left = (scaled[0] - height) // 2, (scaled[1] - width) // 2
+    resized = resized[:, top : top + height, left : left + width]
+    if not maps.is_floating_point():
+        resized = resized.round().clamp(0, 255)
+    return resized.to(maps.dtype).contiguous()

@@ -15,11 +15,11 @@ from torch.autograd.function import once_differentiable
 
 from metavpt.distributed import collectives
 from metavpt.errors import MetaVPTError
+from metavpt.feedback.dense import dense_tasks, feedback_weights
 from metavpt.hypergradients.params import Params
-from metavpt.probes.depth import DepthTask
+from metavpt.probes.depth import MAX_DEPTH
 from metavpt.probes.features import FeatureSet
-from metavpt.probes.heads import DenseTask, Ridge, patch_moments
-from metavpt.probes.segmentation import SegmentationTask
+from metavpt.probes.heads import Ridge, patch_moments
 
 
 class LabelMaps(Protocol):
@@ -74,11 +74,12 @@ class CrossFitted(nn.Module):
 
     Args:
         width: D.
-        num_classes: Classes of the label maps.
-        depth_weight: Weight of depth; 0 leaves it out.
-        segmentation_weight: Weight of the classes; 0 leaves them out.
+        num_classes: Classes of the label maps; None: there are none.
+        depth_weight: Weight of depth; 0 leaves it out. None: 1 if there is depth.
+        segmentation_weight: Weight of the classes; 0 leaves them out. None: 1 if there are any.
         penalty: Of the ridge, relative to the mean variance of the standardised features.
         num_folds: Folds.
+        max_depth: Metres from which on depth is left out; None: there is no depth.
     """
 
     fitted_by_steps = False
@@ -86,11 +87,12 @@ class CrossFitted(nn.Module):
     def __init__(
         self,
         width: int,
-        num_classes: int,
-        depth_weight: float = 1.0,
-        segmentation_weight: float = 1.0,
+        num_classes: int | None,
+        depth_weight: float | None = None,
+        segmentation_weight: float | None = None,
         penalty: float = 1e-2,
         num_folds: int = 5,
+        max_depth: float | None = MAX_DEPTH,
     ) -> None:
         super().__init__()
         if num_folds < 2:
@@ -98,18 +100,9 @@ class CrossFitted(nn.Module):
                 f"feedback.num_folds={num_folds} must be at least 2: "
                 "a head scores frames that it was not fitted to"
             )
-        if min(depth_weight, segmentation_weight) < 0 or not depth_weight + segmentation_weight:
-            raise MetaVPTError(
-                f"feedback.depth_weight={depth_weight} and feedback.segmentation_weight="
-                f"{segmentation_weight} must not be negative, and one must be positive"
-            )
-        self.weights = {"depth": depth_weight, "segmentation": segmentation_weight}
+        self.weights = feedback_weights(depth_weight, segmentation_weight, max_depth, num_classes)
         self.ridge, self.num_folds = Ridge(penalty), num_folds
-        tasks: dict[str, DenseTask] = {
-            "depth": DepthTask(),
-            "segmentation": SegmentationTask(num_classes),
-        }
-        self.tasks = {name: task for name, task in tasks.items() if self.weights[name]}
+        self.tasks = dense_tasks(self.weights, max_depth, num_classes)
         sizes = [task.num_outputs for task in self.tasks.values()]
         ends = torch.tensor(sizes).cumsum(0).tolist()
         self.outputs = {

@@ -1,5 +1,6 @@
 """Downstream feedback on dense labels: light heads on frozen patch features, and the losses that they give the learner."""
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, Protocol
 
@@ -11,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from metavpt.distributed import collectives
 from metavpt.errors import MetaVPTError
 from metavpt.feedback.aggregation import weighted_sum
-from metavpt.probes.depth import DepthTask, valid_pixels
+from metavpt.probes.depth import MAX_DEPTH, DepthTask, valid_pixels
 from metavpt.probes.features import IGNORE, FeatureSet
 from metavpt.probes.heads import LinearHead, Ridge, enlarge
 from metavpt.probes.segmentation import SegmentationTask
@@ -30,6 +31,9 @@ class LabelledFrames(Protocol):
 class DenseFeedback(nn.Module):
     """L_down = depth_weight * L1(depth in metres, valid pixels) + segmentation_weight * CE(classes), through linear-BN heads.
 
+    A weight of None is 1 where the set has such labels, and 0 where it has none: `num_classes`
+    or `max_depth` is None.
+
     `fit` trains the heads on detached features of labelled train batches; `forward` gives both
     losses of features (B,D,h,w) by name, without one of weight 0, and is pure: it reads the batch
     statistics that `fit` has gathered and moves nothing (V-Pretraining, section 3: heads first,
@@ -41,16 +45,18 @@ class DenseFeedback(nn.Module):
     def __init__(
         self,
         width: int,
-        num_classes: int,
-        depth_weight: float = 1.0,
-        segmentation_weight: float = 1.0,
+        num_classes: int | None,
+        depth_weight: float | None = None,
+        segmentation_weight: float | None = None,
         lr: float = 1e-2,
+        max_depth: float | None = MAX_DEPTH,
     ) -> None:
         super().__init__()
-        self.weights = _weights(depth_weight, segmentation_weight)
+        self.weights = feedback_weights(depth_weight, segmentation_weight, max_depth, num_classes)
+        self.depth_task = DepthTask(max_depth=max_depth or MAX_DEPTH)
         self.norm = nn.BatchNorm2d(width, affine=False)
         self.depth = nn.Conv2d(width, 1, kernel_size=1)
-        self.segmentation = nn.Conv2d(width, num_classes, kernel_size=1)
+        self.segmentation = nn.Conv2d(width, num_classes or 1, kernel_size=1)
         nn.init.zeros_(self.depth.weight)
         nn.init.zeros_(self.segmentation.weight)
         self.optimizer = torch.optim.AdamW(self.parameters(), lr=lr)
@@ -75,7 +81,7 @@ class DenseFeedback(nn.Module):
         size = frames.depth.shape[-2:]
         if self.weights["depth"]:
             metres = F.softplus(enlarge(self.depth(normalized), size)[:, 0])
-            valid = valid_pixels(frames.depth)
+            valid = valid_pixels(frames.depth, self.depth_task.max_depth)
             losses["depth"] = (
                 (metres - frames.depth.where(valid, 0.0)).abs() * valid
             ).sum() / collectives.mean_count(valid.sum())
@@ -101,6 +107,8 @@ class RidgeFeedback(nn.Module):
     L_down = depth_weight * squared error (m^2, valid pixels)
            + segmentation_weight * squared error to one-hot classes (Brier score).
 
+    Weights as in `DenseFeedback`.
+
     The frames of a labelled batch are cut into `num_folds` parts; each is scored with the heads
     that `Ridge`, as the probes have it, fits to the others in closed form. Both the scored features
     and, through the solve of the normal equations, the fitted ones carry the gradient: g_down is
@@ -118,11 +126,12 @@ class RidgeFeedback(nn.Module):
     def __init__(
         self,
         width: int,
-        num_classes: int,
-        depth_weight: float = 1.0,
-        segmentation_weight: float = 1.0,
+        num_classes: int | None,
+        depth_weight: float | None = None,
+        segmentation_weight: float | None = None,
         penalty: float = 1e-3,
         num_folds: int = 2,
+        max_depth: float | None = MAX_DEPTH,
     ) -> None:
         super().__init__()
         if num_folds < 2:
@@ -130,13 +139,9 @@ class RidgeFeedback(nn.Module):
                 f"feedback.num_folds={num_folds}: heads are scored on frames that they were not "
                 "fitted to; at least 2"
             )
-        self.weights = _weights(depth_weight, segmentation_weight)
+        self.weights = feedback_weights(depth_weight, segmentation_weight, max_depth, num_classes)
         self.ridge, self.num_folds = Ridge(penalty), num_folds
-        tasks: dict[str, DepthTask | SegmentationTask] = {
-            "depth": DepthTask(),
-            "segmentation": SegmentationTask(num_classes),
-        }
-        self.tasks = {name: tasks[name] for name, weight in self.weights.items() if weight}
+        self.tasks = dense_tasks(self.weights, max_depth, num_classes)
 
     def forward(self, features: Tensor, frames: LabelledFrames) -> dict[str, Tensor]:
         features, depth, label = (
@@ -194,7 +199,7 @@ def _squares(
     """The sum of squared errors over the pixels that have a truth, and their number."""
     output = head(frames.features)
     if isinstance(task, DepthTask):
-        counted = valid_pixels(frames.depth)
+        counted = valid_pixels(frames.depth, task.max_depth)
         squares = (output[:, 0] - frames.depth.where(counted, 0.0)).square()
     else:
         label = frames.label.long()
@@ -204,10 +209,38 @@ def _squares(
     return (squares * counted).sum(), counted.sum()
 
 
-def _weights(depth: float, segmentation: float) -> dict[str, float]:
-    if min(depth, segmentation) < 0 or depth + segmentation == 0:
+def feedback_weights(
+    depth: float | None,
+    segmentation: float | None,
+    max_depth: float | None,
+    num_classes: int | None,
+) -> dict[str, float]:
+    """The weight of each feedback; None stands for 1 where there are such labels, for 0 elsewhere.
+
+    Raises:
+        MetaVPTError: A weight is negative, or all are 0.
+    """
+    known = {"depth": max_depth is not None, "segmentation": num_classes is not None}
+    given = {"depth": depth, "segmentation": segmentation}
+    found = {
+        name: float(has) if given[name] is None else float(given[name] or 0)
+        for name, has in known.items()
+    }
+    if min(found.values()) < 0 or not any(found.values()):
         raise MetaVPTError(
             f"feedback.depth_weight={depth}, feedback.segmentation_weight={segmentation}: neither "
             "may be negative and one must be positive"
         )
-    return {"depth": depth, "segmentation": segmentation}
+    return found
+
+
+def dense_tasks(
+    weights: Mapping[str, float], max_depth: float | None, num_classes: int | None
+) -> dict[str, DepthTask | SegmentationTask]:
+    """The tasks that have a weight."""
+    found: dict[str, DepthTask | SegmentationTask] = {}
+    if weights["depth"]:
+        found["depth"] = DepthTask(max_depth=max_depth or MAX_DEPTH)
+    if weights["segmentation"]:
+        found["segmentation"] = SegmentationTask(num_classes or 0)
+    return found

@@ -51,7 +51,7 @@ class DenseProbe:
         val_batches: Returns one pass over the validation set.
         num_classes: Classes of the label maps. None: no segmentation probe.
         heads: Ways to fit a head, by name. Default: one closed-form `Ridge`.
-        depth: Whether to probe depth. ADE20K, for example, has none.
+        depth: What to measure of depth. None: no depth probe; ADE20K, for example, has no depth.
         device: Where features are kept and heads are fitted. None: the device that computes
             features.
 
@@ -68,15 +68,15 @@ class DenseProbe:
         val_batches: Batches,
         num_classes: int | None,
         heads: Mapping[str, Fit] | None = None,
-        depth: bool = True,
+        depth: DepthTask | None = DepthTask(),  # noqa: B008 - frozen
         device: torch.device | str | None = None,
     ) -> None:
         self.train_batches, self.val_batches, self.device = train_batches, val_batches, device
         self.heads = dict(heads) if heads else {"ridge": Ridge()}
-        self.depth = DepthTask() if depth else None
+        self.depth = depth
         self.segmentation = SegmentationTask(num_classes) if num_classes is not None else None
         if self.depth is None and self.segmentation is None:
-            raise MetaVPTError("DenseProbe: nothing to probe; set num_classes or depth=True")
+            raise MetaVPTError("DenseProbe: nothing to probe; set num_classes or depth")
         self.class_iou: dict[str, list[float]] = {}  # of the last measurement, by head
         self._fitted: dict[str, tuple[LinearHead | None, LinearHead | None]] = {}
 
@@ -106,7 +106,7 @@ class DenseProbe:
         metrics: dict[str, float] = {}
         self.class_iou.clear()
         for name, (depth, segmentation) in self._fitted.items():
-            measured = evaluate_depth(depth, val) if depth else {}
+            measured = evaluate_depth(depth, val, self.depth) if depth else {}
             if segmentation:
                 counted = confusion_of(segmentation, val)
                 measured |= {f"seg_{key}": value for key, value in counted.compute().items()}
@@ -123,7 +123,7 @@ class DenseProbe:
         """
         scores: dict[str, dict[str, float]] = {}
         if self.depth:
-            scores |= self._trivial_depth()
+            scores |= self._trivial_depth(self.depth)
         if self.segmentation:
             scores["majority class"] = self._majority_class(self.segmentation.num_classes)
         return {
@@ -131,18 +131,18 @@ class DenseProbe:
             for predictor, metrics in scores.items()
         }
 
-    def _trivial_depth(self) -> dict[str, dict[str, float]]:
+    def _trivial_depth(self, task: DepthTask) -> dict[str, dict[str, float]]:
         """Score the mean depth of each pixel, and the mean depth of all."""
         total, count = torch.zeros(()), torch.zeros(())
         for batch in self.train_batches():
             depth = batch.depth.double()
-            valid = valid_pixels(depth)
+            valid = valid_pixels(depth, task.max_depth)
             total = total + depth.where(valid, 0.0).sum(dim=0)
             count = count + valid.sum(dim=0)
         constant = total.sum() / count.sum()
         image = torch.where(count > 0, total / count.clamp_min(1), constant)  # (H, W)
         guesses = {"mean depth image": image, "constant depth": constant.expand_as(image)}
-        metrics = {name: DepthMetrics() for name in guesses}
+        metrics = {name: DepthMetrics(task.crop, task.max_depth) for name in guesses}
         for batch in self.val_batches():
             for name, guess in guesses.items():
                 metrics[name].update(guess.expand_as(batch.depth), batch.depth)
@@ -184,6 +184,6 @@ class DenseProbe:
         depth, segmentation = self._fitted[name]
         grid = features(images).to(self.device)
         return Predictions(
-            predict_depth(depth, grid) if depth else None,
+            predict_depth(depth, grid, self.depth.max_depth) if depth and self.depth else None,
             predict_label(segmentation, grid) if segmentation else None,
         )

@@ -15,17 +15,17 @@ from metavpt.probes.heads import LinearHead
 MIN_DEPTH, MAX_DEPTH = 1e-3, 10.0  # metres
 
 
-def valid_pixels(depth: Tensor) -> Tensor:
+def valid_pixels(depth: Tensor, max_depth: float = MAX_DEPTH) -> Tensor:
     """Mark the pixels with a usable true depth.
 
     Eigen's protocol drops pixels that are not strictly between 1e-3 m and 10 m. NaN is dropped too.
     """
-    return (depth > MIN_DEPTH) & (depth < MAX_DEPTH)
+    return (depth > MIN_DEPTH) & (depth < max_depth)
 
 
-def clip(depth: Tensor) -> Tensor:
-    """Clamp predicted depth to [1e-3, 10] m. NaN stays NaN."""
-    return depth.clamp(MIN_DEPTH, MAX_DEPTH)
+def clip(depth: Tensor, max_depth: float = MAX_DEPTH) -> Tensor:
+    """Clamp predicted depth to [1e-3, max_depth] m. NaN stays NaN."""
+    return depth.clamp(MIN_DEPTH, max_depth)
 
 
 def eigen_crop(height: int, width: int) -> tuple[slice, slice]:
@@ -40,7 +40,7 @@ def eigen_crop(height: int, width: int) -> tuple[slice, slice]:
 class DepthMetrics:
     """Depth errors by Eigen's protocol, accumulated over the set in float64.
 
-    Predictions are clipped to [1e-3, 10] m. Pixels without a valid truth (see `valid_pixels`) and
+    Predictions are clipped to [1e-3, max_depth] m. Pixels without a valid truth (see `valid_pixels`) and
     pixels outside Eigen's crop are dropped. One non-finite prediction makes every metric NaN.
 
     - `rmse`: sqrt(mean (p - t)^2) over all pixels of the set, in metres.
@@ -51,6 +51,7 @@ class DepthMetrics:
 
     Args:
         crop: Whether to use Eigen's crop.
+        max_depth: Metres from which on a true depth is not valid.
     """
 
     directions: ClassVar[Directions] = {
@@ -62,8 +63,8 @@ class DepthMetrics:
         "delta1_per_image": "higher",
     }
 
-    def __init__(self, crop: bool = True) -> None:
-        self.crop = crop
+    def __init__(self, crop: bool = True, max_depth: float = MAX_DEPTH) -> None:
+        self.crop, self.max_depth = crop, max_depth
         self.num_pixels = self.num_images = 0
         self.squares = self.relative = self.close = 0.0
         self.image_rmse = self.image_abs_rel = self.image_delta1 = 0.0
@@ -81,14 +82,14 @@ class DepthMetrics:
             else (slice(None), slice(None))
         )
         for p, t in zip(prediction[:, rows, columns], depth[:, rows, columns], strict=True):
-            valid = valid_pixels(t)
+            valid = valid_pixels(t, self.max_depth)
             if valid.any():
                 self._add(p[valid].double(), t[valid].double())
 
     def _add(self, p: Tensor, t: Tensor) -> None:
         """Add the valid pixels of one image, (N,) each."""
         # Clipping would hide an infinite prediction, and NaN < 1.25 counts as a miss.
-        p = clip(p) if torch.isfinite(p).all() else torch.full_like(p, torch.nan)
+        p = clip(p, self.max_depth) if torch.isfinite(p).all() else torch.full_like(p, torch.nan)
         ratio = torch.maximum(p / t, t / p)
         squares = float((p - t).square().sum())
         relative = float(((p - t).abs() / t).sum())
@@ -111,7 +112,7 @@ class DepthMetrics:
         if self.num_pixels == 0:
             raise MetaVPTError(
                 "depth probe: no pixel of the evaluation set has a valid depth, "
-                f"between {MIN_DEPTH:g} and {MAX_DEPTH:g} m"
+                f"between {MIN_DEPTH:g} and {self.max_depth:g} m"
             )
         return {
             "rmse": (self.squares / self.num_pixels) ** 0.5,
@@ -129,9 +130,13 @@ class DepthTask:
 
     Args:
         lr: The peak learning rate of a head trained by gradient steps.
+        max_depth: Metres from which on a true depth is not valid. Predictions end there.
+        crop: Whether metrics use Eigen's crop.
     """
 
     lr: float = 1e-3
+    max_depth: float = MAX_DEPTH
+    crop: bool = True
 
     @property
     def num_outputs(self) -> int:
@@ -144,7 +149,7 @@ class DepthTask:
         Returns:
             The targets (B, 1, h, w) in metres, and the share of valid pixels (B, 1, h, w).
         """
-        valid = valid_pixels(batch.depth)[:, None]
+        valid = valid_pixels(batch.depth, self.max_depth)[:, None]
         depth = torch.where(valid, batch.depth[:, None], 0.0)
         share = F.adaptive_avg_pool2d(valid.float(), batch.grid)
         return F.adaptive_avg_pool2d(depth, batch.grid) / share.clamp_min(1e-9), share
@@ -155,21 +160,24 @@ class DepthTask:
 
     def loss(self, prediction: Tensor, batch: FeatureSet) -> Tensor:
         """Compute the mean squared error over the valid pixels."""
-        valid = valid_pixels(batch.depth)
+        valid = valid_pixels(batch.depth, self.max_depth)
         return (
             prediction[:, 0][valid] - batch.depth[valid]
         ).square().sum() / valid.sum().clamp_min(1)
 
 
-def predict_depth(head: LinearHead, features: Tensor) -> Tensor:
-    """Predict depth (B, H, W) in [1e-3, 10] m from features (B, D, h, w)."""
-    return clip(head(features.float())[:, 0])
+def predict_depth(head: LinearHead, features: Tensor, max_depth: float = MAX_DEPTH) -> Tensor:
+    """Predict depth (B, H, W) in [1e-3, max_depth] m from features (B, D, h, w)."""
+    return clip(head(features.float())[:, 0], max_depth)
 
 
 @torch.no_grad()
-def evaluate_depth(head: LinearHead, val: FeatureSet) -> dict[str, float]:
+def evaluate_depth(
+    head: LinearHead, val: FeatureSet, task: DepthTask | None = None
+) -> dict[str, float]:
     """Compute the metrics of `DepthMetrics`, with the prefix `depth_`."""
-    metrics = DepthMetrics()
+    task = task or DepthTask()
+    metrics = DepthMetrics(task.crop, task.max_depth)
     for chunk in val.chunks():
-        metrics.update(predict_depth(head, chunk.features), chunk.depth)
+        metrics.update(predict_depth(head, chunk.features, task.max_depth), chunk.depth)
     return {f"depth_{name}": value for name, value in metrics.compute().items()}

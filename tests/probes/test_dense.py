@@ -91,10 +91,10 @@ def test_one_task_alone() -> None:
     assert depth_only.predict(features, batches(2)[0].image).label is None
     assert all(
         "/seg_" in name
-        for name in DenseProbe(lambda: batches(0), lambda: batches(1), 2, depth=False)(features)
+        for name in DenseProbe(lambda: batches(0), lambda: batches(1), 2, depth=None)(features)
     )
     with pytest.raises(MetaVPTError, match="nothing to probe"):
-        DenseProbe(lambda: batches(0), lambda: batches(1), None, depth=False)
+        DenseProbe(lambda: batches(0), lambda: batches(1), None, depth=None)
 
 
 def test_the_global_generator_is_left_alone() -> None:
@@ -135,7 +135,7 @@ def test_trivial_predictors_are_means_and_the_majority_of_the_train_set() -> Non
 
 def test_iou_by_class_averages_to_miou_and_is_kept_for_each_head() -> None:
     probe = DenseProbe(
-        lambda: batches(0), lambda: batches(1), 4, {"a": Ridge(), "b": Ridge(0.1)}, depth=False
+        lambda: batches(0), lambda: batches(1), 4, {"a": Ridge(), "b": Ridge(0.1)}, depth=None
     )
     metrics = probe(Colours())
     assert probe.class_iou.keys() == {"a/seg_iou", "b/seg_iou"}
