@@ -17,7 +17,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
-    """The folder of real data; tests that read it are marked `shared_data` and skipped where there is none."""
+    """The folder of real data. Tests marked `shared_data` read it and are skipped without it."""
     folder = Path(
         os.environ.get("METAVPT_SHARED_DATA") or Path(__file__).parents[2] / "shared" / "data"
     )

@@ -1,4 +1,4 @@
-"""Every choice of every configuration group composes, and every strategy and budget can be built."""
+"""Every choice of every configuration group composes; every strategy and budget can be built."""
 
 from pathlib import Path
 
@@ -22,7 +22,8 @@ EXTRA = {
     "data=depth": ["data.path=/path/to/data", "data.scale=0.001"],
 }
 LANGUAGE = {  # choices that only a language problem has a use for
-    "data=gsm8k", "strategy=greedy_targets", "strategy=random_tilt", "strategy=self_distillation", "strategy=smoothing", "strategy=tilt",
+    "data=gsm8k", "strategy=greedy_targets", "strategy=random_tilt", "strategy=self_distillation",
+    "strategy=smoothing", "strategy=tilt",
 }  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""Everything that the README and docs/ tell users to run is valid: blocks, commands, choices, links."""
+"""Everything that README and docs/ ask users to run is valid: blocks, commands, choices, links."""
 
 import os
 import re

@@ -1,4 +1,4 @@
-"""What a run wrote, damaged or by someone else: a MetaVPTError that names the file, or what can still be read; nothing else, no hang."""
+"""Damaged or foreign run files: a MetaVPTError that names the file, or a partial result."""
 
 import io
 import json
@@ -22,7 +22,10 @@ from metavpt.report.gallery import gallery
 from metavpt.report.texts import read_texts
 from metavpt.training import checkpoint
 
-CONFIG = 'seed: 0\nproblem:\n  _target_: metavpt.problems.sources.Sources\n  sizes: [1, 2.5, "${seed}"]\ntrainer: {lr: 1e-3, x: null}\n'
+CONFIG = (
+    "seed: 0\nproblem:\n  _target_: metavpt.problems.sources.Sources\n"
+    '  sizes: [1, 2.5, "${seed}"]\ntrainer: {lr: 1e-3, x: null}\n'
+)
 STATE = {
     "random": 1,
     "problem": {"learner": {"weight": torch.ones(3, 4)}},
@@ -76,7 +79,7 @@ def read_run_config(path: Path) -> None:
 
 
 def read_own_choice(path: Path) -> None:
-    """As a command does that is told --config-dir: every error of a library that it shows as one line."""
+    """As a command with --config-dir: every library error that it shows as one line."""
     try:
         with initialize_config_dir(str(path.parent), version_base="1.3"):
             compose(path.stem)

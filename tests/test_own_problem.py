@@ -1,4 +1,4 @@
-"""The README's problem of one's own: short, shown as it is, and run from a folder outside the repository."""
+"""The README's problem: short, shown as it is, and run from a folder outside the repository."""
 
 import json
 import os

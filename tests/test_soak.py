@@ -14,7 +14,7 @@ soak = import_module("soak")
 
 
 def test_slopes_are_those_after_the_warm_up():
-    """400 MB that fill in the first fifth, then 2.5 MB, one file and no thread more in 1,000 steps."""
+    """400 MB that fill in the first fifth, then 2.5 MB, one file and no thread per 1,000 steps."""
     steps = range(0, 10_000, 100)
     samples = [
         soak.Sample(k, 400 * min(1.0, k / 1900) + 2.5 * k / 1000, 10 + k // 1000, 3, 0)

@@ -1,4 +1,4 @@
-"""The floor against what really runs, in FLOPs, which no other process on the machine can change."""
+"""The lower bound compared with real runs in FLOPs, which other processes cannot change."""
 
 import dataclasses
 import itertools
@@ -41,7 +41,7 @@ class Layers(nn.Module):
 
 
 class Deep(Problem):
-    """A stack of matrices that tells what the designer, a matrix too, made of its input; all FLOPs are matrix products."""
+    """A stack of matrices that predicts the designer's output. All FLOPs are matrix products."""
 
     def __init__(self) -> None:
         self.learner = nn.Sequential(Layers(0, DEPTH - TAIL), Layers(DEPTH - TAIL, DEPTH))

@@ -1,4 +1,4 @@
-"""Derivatives that are silently wrong, and what is only unusual: forward mode, no_grad teachers, compiled learners, dtypes."""
+"""Silently wrong derivatives: forward mode, no_grad teachers, compiled learners, dtypes."""
 
 from dataclasses import dataclass
 
@@ -43,7 +43,7 @@ def test_a_compiled_learner_is_caught_and_everything_else_still_measured(estimat
 
 
 def test_what_the_compile_check_says_of_estimators_is_so():
-    """An aot-compiled learner: first derivatives work, whichever graphs are kept meanwhile, and double backward does not."""
+    """An aot-compiled learner: first derivatives work, double backward does not."""
     problem = Channels()
     plain = Scene.of(problem)
     problem.learner = torch.compile(problem.learner, backend="aot_eager")
@@ -63,7 +63,7 @@ def test_what_the_compile_check_says_of_estimators_is_so():
         GaussNewton()(loss, theta, theta, DifferenceProduct())
 
 
-def test_modules_compiled_in_place_and_compiled_losses_are_found_and_a_compiled_designer_is_harmless():
+def test_compiled_modules_and_losses_are_found_and_a_compiled_designer_is_harmless():
     problem = Channels()
     problem.learner[0].compile(backend="aot_eager")
     assert "learner.0" in findings(problem)["compile"].measured

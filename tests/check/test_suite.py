@@ -1,4 +1,4 @@
-"""Each trap, seeded in a small problem, is caught by the check that is there for it; a sound problem passes all."""
+"""Each trap, planted in a small problem, is caught by its check; a sound problem passes all."""
 
 import numpy as np
 import pytest
@@ -215,7 +215,7 @@ class WrongTail(Channels):
 
 
 class FrozenTail(Channels):
-    """Right at theta_S, wrong beside it: the hidden layer is kept, though theta_S holds its parameters."""
+    """Right at theta_S, wrong beside it: a cached hidden layer whose parameters theta_S holds."""
 
     def pretrain_tail(self, theta, task):
         x, weights = task

@@ -23,7 +23,8 @@ REFUSED = [
     "metavpt.run.command.shutil.rmtree", "metavpt.compare.runner.os.system", "metavpt",
     "metavpt.training.checkpoint._remove", "metavpt.training.checkpoint.Checkpoints.save",
     "metavpt.training.checkpoint.write", "metavpt.hypergradients.trees.map_tensors",
-    "torch.optim.Adam.step", "torch.optim.lr_scheduler.LambdaLR", "torch.optim.swa_utils.AveragedModel",
+    "torch.optim.Adam.step", "torch.optim.lr_scheduler.LambdaLR",
+    "torch.optim.swa_utils.AveragedModel",
     # names of nothing
     "no.such.package", "", ".", "..", "channels", "channels.", "3",
 ]  # fmt: skip
@@ -121,7 +122,8 @@ def test_own_code_means_what_a_module_defines_under_a_public_name(own_code):
     module, package = "code_in_mine", "package_code_in_mine"
     allowed = ["Problem", "make"]
     refused = [
-        "make_folder", "Popen", "os", "os.system", "alias", "_hidden", "Problem.method", "Problem.Inner",
+        "make_folder", "Popen", "os", "os.system", "alias", "_hidden", "Problem.method",
+        "Problem.Inner",
         "__builtins__", "no_such_name",
     ]  # fmt: skip
     for name in allowed:

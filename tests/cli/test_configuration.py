@@ -54,7 +54,9 @@ HOSTILE = {
     "called through libraries": CALLED_THROUGH_LIBRARIES,
     "a file": "_target_: os.mkdir\npath: harm\n",
     "an argument": "_target_: metavpt.problems.sources.Sources\nsizes: [[" + HARM + "]]\n",
-    "a file that allows itself": "# @package _global_\nallow_targets: [os]\nproblem: " + HARM + "\n",
+    "a file that allows itself": (
+        "# @package _global_\nallow_targets: [os]\nproblem: " + HARM + "\n"
+    ),
     "a name that is put together": "x: os\n_target_: ${.x}.mkdir\npath: harm\n",
 }  # fmt: skip
 
@@ -111,19 +113,25 @@ CONFIGURES_HYDRA = {
     "callbacks": ("# @package _global_\nhydra: {callbacks: {a: " + HARM + "}}\n", "problem=nice"),
     "a package": (f"# @package hydra.callbacks.nice\n{HARM}\n", "+problem@hydra.callbacks.b=nice"),
     "logging": (
-        "# @package _global_\nhydra: {job_logging: {version: 1, handlers: {a: {(): os.mkdir, path: harm}}}}\n",
+        "# @package _global_\n"
+        "hydra: {job_logging: {version: 1, handlers: {a: {(): os.mkdir, path: harm}}}}\n",
         "problem=nice",
     ),
     "options of the command line": (
-        "# @package _global_\nhydra: {overrides: {task: ['allow_targets=[os]']}}\nproblem: " + HARM + "\n",
+        "# @package _global_\nhydra: {overrides: {task: ['allow_targets=[os]']}}\n"
+        "problem: " + HARM + "\n",
         "problem=nice",
     ),
     "a sweep that allows": (
-        "# @package _global_\nhydra: {mode: MULTIRUN, sweeper: {params: {allow_targets: '[os]'}}}\nproblem: "
+        "# @package _global_\n"
+        "hydra: {mode: MULTIRUN, sweeper: {params: {allow_targets: '[os]'}}}\nproblem: "
         + HARM + "\n",
         "problem=nice",
     ),
-    "the environment": ("# @package _global_\nhydra: {job: {env_set: {LD_PRELOAD: x}}}\n", "problem=nice"),
+    "the environment": (
+        "# @package _global_\nhydra: {job: {env_set: {LD_PRELOAD: x}}}\n",
+        "problem=nice",
+    ),
 }  # fmt: skip
 
 
@@ -155,7 +163,9 @@ def test_a_file_leads_nowhere_else(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "value", ["${oc.env:SECRET}", "${oc.env:SECRET,default}", "${oc.${x}:SECRET}", "${oc.decode:\"'${oc.env:SECRET}'\"}"]
+    "value",
+    ["${oc.env:SECRET}", "${oc.env:SECRET,default}", "${oc.${x}:SECRET}",
+        "${oc.decode:\"'${oc.env:SECRET}'\"}"]
 )  # fmt: skip
 def test_the_environment_is_not_read(tmp_path, monkeypatch, value):
     monkeypatch.setenv("SECRET", "swordfish")
@@ -221,8 +231,10 @@ BOMBS = {
     "mappings": interpolations(30, "{{x: '${{a{0}}}', y: '${{a{0}}}'}}"),
     "a long text many times": f"a: {'x' * 100_000}\nb: {'${a}' * 2_400}\n",
     "a long text of interpolations": f"a: x\nb: {'${a}' * 100_000}\n",
-    "a large list many times": f"a: [{'1,' * 3000}]\n" + "".join(f"b{k}: ${{a}}\n" for k in range(3000)),
-    "made by a resolver": interpolations(30, "\"${{oc.decode:'[${{a{0}}},${{a{0}}}]'}}\"").replace("xx", "'x"),
+    "a large list many times": f"a: [{'1,' * 3000}]\n"
+    + "".join(f"b{k}: ${{a}}\n" for k in range(3000)),
+    "made by a resolver": interpolations(30,
+        "\"${{oc.decode:'[${{a{0}}},${{a{0}}}]'}}\"").replace("xx", "'x"),
     "an interpolation of itself": "a: ${b}\nb: ${a}\n",
     "a deep one": "a: " + "[" * 3000 + "]" * 3000 + "\n",
 }  # fmt: skip

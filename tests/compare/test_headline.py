@@ -18,7 +18,7 @@ Gains = dict[str, tuple[int, int, int]]
 
 
 def table(gains: Gains, num_seeds: int = 6, steered: list[str] | None = None) -> Table:
-    """Rows that gain so much of depth_rmse, seg_miou and imagenet_acc; the noise of a seed is small and differs from row to row."""
+    """Rows with these gains; the noise of a seed is small and differs from row to row."""
     made = []
     for i, (row, (depth, segmentation, accuracy)) in enumerate(gains.items()):
         for seed in range(num_seeds):
@@ -91,7 +91,7 @@ TARGET = {"rmse": "lower", "miou": "higher"}
 
 
 def controlled(ends: dict[str, float], num_seeds: int = 5, mean_image: float = 2.0) -> Table:
-    """Rows that end at so many rmse; one_step is steered, labels_only and direct train on labels."""
+    """Rows with this final rmse. one_step is steered, labels_only and direct train on labels."""
     roles: dict[str, dict[str, int]] = {
         "one_step": {"steered_steps": 9},
         "labels_only": {"labelled_steps": 9},

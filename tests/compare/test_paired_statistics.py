@@ -1,4 +1,4 @@
-"""Against scipy on simulated data, against enumeration by hand, and where there is too little to say."""
+"""Paired statistics against scipy on simulated data, by enumeration, and for too little data."""
 
 import itertools
 import math
@@ -145,7 +145,7 @@ def test_one_seed_has_a_difference_and_nothing_about_its_noise():
 
 
 def test_without_an_effect_few_rows_are_called_better_or_worse():
-    """Below MIN_SEEDS none, where the range of the differences would say so in up to half of all cases."""
+    """No verdict below MIN_SEEDS, where the range of differences is often wrong."""
     for n in (2, 3, 4):
         verdicts = [against_zero(differences).verdict for differences in simulated(n, 200, seed=6)]
         assert set(verdicts) == {"too few seeds"}

@@ -1,4 +1,4 @@
-"""rows.jsonl: what was appended is read back, the last word on a row holds, a cut line is left out."""
+"""rows.jsonl: appended results are read back, the last one counts, a cut line is skipped."""
 
 import errno
 import multiprocessing as mp

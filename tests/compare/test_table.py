@@ -1,4 +1,4 @@
-"""The table of a comparison: every number checked against its formula, and what is missing said and not invented."""
+"""The table of a comparison: every number against its formula, and missing values stated."""
 
 import csv
 import io
@@ -51,7 +51,7 @@ ONE_STEP = [(1.1, 0.19), (1.25, 0.18), (1.29, 0.17), (1.4, 0.18), (1.5, 0.18)]  
 
 
 def three_rows(num_seeds: int = 3) -> list[Result]:
-    """Fixed and one_step on some seeds, greedy on two of them; one_step wins on depth and loses segmentation."""
+    """Rows on some seeds, greedy on two. one_step wins on depth and loses on segmentation."""
     return [
         *(result("fixed", seed, 1.2 + seed / 10, 0.21) for seed in range(num_seeds)),
         *(

@@ -24,7 +24,7 @@ def save(path: Path, array: np.ndarray, mode: str | None = None) -> None:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Two training pairs and one for validation, each of SIZE; the label of a pixel is its column."""
+    """Two training pairs and one for validation. The label of a pixel is its column."""
     label = np.repeat(np.arange(SIZE[1], dtype=np.uint8)[None], SIZE[0], axis=0)
     for split, names in (("training", "ab"), ("validation", "c")):
         for k, name in enumerate(names):
@@ -209,7 +209,7 @@ def test_bad_folders(folder: Path):
 
 @pytest.mark.shared_data
 def test_three_real_pairs(shared_data: Path, tmp_path: Path):
-    """Classes as looked up in the file's own list: sky, building, tree and so on lie where they are seen."""
+    """Classes from the file's own list: sky, building and tree lie where they are seen."""
     for split, numbers in (("training", (1, 2)), ("validation", (3,))):
         for kind, suffix in (("images", "jpg"), ("annotations", "png")):
             (tmp_path / kind / split).mkdir(parents=True)

@@ -11,7 +11,7 @@ BOTH = {"chain_sum": {"weight": 3, **CHAINS}, "gsm_symbolic": {"weight": 1}}
 
 
 def test_parts_share_no_question():
-    """Also with neighbouring seeds, which reasoning-gym itself turns into the same problems, shifted by one."""
+    """Also for neighbouring seeds, which reasoning-gym maps to the same problems shifted by one."""
     questions = {
         part: {p.question for p in Arithmetic(part, BOTH, seed, 300).problems()}
         for seed, part in enumerate(PARTS)

@@ -18,7 +18,7 @@ def save(path: Path, value: int) -> None:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Classes cat (10, 20) and dog (30), as ImageNet has them; one class keeps its images a folder deeper, as Tiny ImageNet."""
+    """Classes cat and dog as in ImageNet; one class is a folder deeper, as in Tiny ImageNet."""
     save(tmp_path / "train/cat/a.JPEG", 10)
     save(tmp_path / "train/cat/b.png", 20)
     save(tmp_path / "train/dog/images/c.jpg", 30)
@@ -111,7 +111,7 @@ def test_bad_folders(folder: Path, tmp_path: Path):
 @pytest.mark.shared_data
 def test_tiny_imagenet(shared_data: Path):
     train, val, num_classes = open_classified(shared_data / "tiny_imagenet", (64, 64))
-    assert (len(train.images), len(val.images), num_classes) == (10_000, 2_000, 200)  # type: ignore[arg-type]
+    assert (len(train.images), len(val.images), num_classes) == (10_000, 2_000, 200)
     assert train.labels.bincount().tolist() == [50] * 200
     assert val.labels.bincount().tolist() == [10] * 200
     assert train.images[9_999].shape == val.images[1_999].shape == (3, 64, 64)

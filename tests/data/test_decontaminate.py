@@ -123,7 +123,7 @@ def test_short_items_and_bad_options():
 
 @pytest.mark.shared_data
 def test_real_streams_against_gsm8k(shared_data: Path):
-    """The two rows of the train split that are the same problem with other numbers as a row of the test split, and no other."""
+    """Exactly the two train rows that equal a test row up to numbers."""
     benchmarks = Benchmarks(
         {
             "gsm8k": [

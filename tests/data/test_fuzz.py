@@ -1,4 +1,4 @@
-"""Damaged data of every kind that is read: a MetaVPTError that names the file, or what could still be read; nothing else, and no hang."""
+"""Damaged data of every kind: a MetaVPTError that names the file, or a partial result; no hang."""
 
 import io
 import json
@@ -152,26 +152,66 @@ def read_classified(path: Path) -> None:
 
 
 READERS = {
-    "png": Reader("a.png", lambda _: encoded("PNG"), lambda path: decode(path.read_bytes(), str(path))),
-    "jpeg": Reader("a.jpg", lambda _: encoded("JPEG"), lambda path: decode(path.read_bytes(), str(path))),
-    "webp": Reader("a.webp", lambda _: encoded("WEBP"), lambda path: decode(path.read_bytes(), str(path))),
+    "png": Reader(
+        "a.png", lambda _: encoded("PNG"), lambda path: decode(path.read_bytes(), str(path))
+    ),
+    "jpeg": Reader(
+        "a.jpg", lambda _: encoded("JPEG"), lambda path: decode(path.read_bytes(), str(path))
+    ),
+    "webp": Reader(
+        "a.webp", lambda _: encoded("WEBP"), lambda path: decode(path.read_bytes(), str(path))
+    ),
     "annotation": Reader("a.png", lambda _: encoded("PNG", pixels(8, 8) % 150), read_annotation),
-    "zip": Reader("a.zip", lambda _: zipped({f"{i}.png": encoded("PNG") for i in range(3)}), lambda path: every(open_images(path, (8, 8)))),
+    "zip": Reader(
+        "a.zip",
+        lambda _: zipped({f"{i}.png": encoded("PNG") for i in range(3)}),
+        lambda path: every(open_images(path, (8, 8))),
+    ),
     "tar": Reader("a.tar", lambda _: tar(), lambda path: every(open_images(path, (8, 8)))),
-    "npz": Reader("a.npz", lambda _: npz(images=pixels(4, 8, 8, 3)), lambda path: every(open_images(path, (8, 8)))),
-    "npz of jpeg": Reader("a.npz", lambda _: npz(**joined()), lambda path: every(open_images(path, (8, 8)))),
-    "classified": Reader("a.npz", lambda _: npz(**joined(), label=np.arange(4), split=np.array([0, 0, 1, 1])), read_classified),
+    "npz": Reader(
+        "a.npz",
+        lambda _: npz(images=pixels(4, 8, 8, 3)),
+        lambda path: every(open_images(path, (8, 8))),
+    ),
+    "npz of jpeg": Reader(
+        "a.npz", lambda _: npz(**joined()), lambda path: every(open_images(path, (8, 8)))
+    ),
+    "classified": Reader(
+        "a.npz",
+        lambda _: npz(**joined(), label=np.arange(4), split=np.array([0, 0, 1, 1])),
+        read_classified,
+    ),
     "mat": Reader("a.mat", lambda _: mat(), lambda path: every(open_nyuv2(path))),
     "frames": Reader(ZIP_NAME, lambda _: nyu_zip(), read_splits),
     "splits": Reader("splits.json", splits, lambda path: every(open_nyuv2(path.parent))),
-    "jsonl": Reader("a.jsonl", lambda _: ROWS.encode(), lambda path: list(open_documents(path, FIELDS))),
-    "json": Reader("a.json", lambda _: f"[{ROWS.strip().replace(chr(10), ',')}]".encode(), lambda path: list(read_word_problems(path))),
-    "jsonl, skipping": Reader("a.jsonl", lambda _: ROWS.encode(), lambda path: list(read_word_problems(path, on_error="skip"))),
-    "text": Reader("a.txt", lambda _: "One é.\n\nTwo.".encode(), lambda path: list(open_documents(path))),
-    "ground truth": Reader("gnd_x.pkl", lambda _: pickle.dumps(GROUND), lambda path: open_revisited(path.parent)),
-    "tokenizer": Reader("tokenizer.json", tokenizer, lambda path: load_tokenizer(path.parent)("One and 2.")),
-    "tokenizer_config": Reader("tokenizer_config.json", tokenizer_config, lambda path: load_tokenizer(path.parent)("One and 2.")),
-}  # fmt: skip
+    "jsonl": Reader(
+        "a.jsonl", lambda _: ROWS.encode(), lambda path: list(open_documents(path, FIELDS))
+    ),
+    "json": Reader(
+        "a.json",
+        lambda _: f"[{ROWS.strip().replace(chr(10), ',')}]".encode(),
+        lambda path: list(read_word_problems(path)),
+    ),
+    "jsonl, skipping": Reader(
+        "a.jsonl",
+        lambda _: ROWS.encode(),
+        lambda path: list(read_word_problems(path, on_error="skip")),
+    ),
+    "text": Reader(
+        "a.txt", lambda _: "One é.\n\nTwo.".encode(), lambda path: list(open_documents(path))
+    ),
+    "ground truth": Reader(
+        "gnd_x.pkl", lambda _: pickle.dumps(GROUND), lambda path: open_revisited(path.parent)
+    ),
+    "tokenizer": Reader(
+        "tokenizer.json", tokenizer, lambda path: load_tokenizer(path.parent)("One and 2.")
+    ),
+    "tokenizer_config": Reader(
+        "tokenizer_config.json",
+        tokenizer_config,
+        lambda path: load_tokenizer(path.parent)("One and 2."),
+    ),
+}
 
 
 @pytest.mark.parametrize("reader", READERS)
@@ -188,12 +228,37 @@ LONG = json.dumps({"text": "word " * 20_000}).encode()
 # the file's name; its bytes; what reads it; how
 LARGE: dict[str, tuple[str, Callable[[], bytes], str, str]] = {
     "png": ("a.png", lambda: encoded("PNG", smooth()), "metavpt.data.images import decode", DECODE),
-    "jpeg": ("a.jpg", lambda: encoded("JPEG", smooth()), "metavpt.data.images import decode", DECODE),
-    "16 bits": ("a.png", lambda: encoded("PNG", smooth()[..., 0] * np.uint16(257)), "metavpt.data.images import decode", DECODE),
-    "npz": ("a.npz", lambda: npz(images=smooth()[None]), "metavpt.data.images import open_images", "open_images(path, (8, 8)).arrays"),
-    "json": ("a.json", lambda: b"[" + b", ".join([LONG] * 300) + b"]", "metavpt.data.text import open_documents", DOCUMENTS),
-    "jsonl": ("a.jsonl", lambda: (LONG + b"\n") * 300, "metavpt.data.text import open_documents", DOCUMENTS),
-}  # fmt: skip
+    "jpeg": (
+        "a.jpg",
+        lambda: encoded("JPEG", smooth()),
+        "metavpt.data.images import decode",
+        DECODE,
+    ),
+    "16 bits": (
+        "a.png",
+        lambda: encoded("PNG", smooth()[..., 0] * np.uint16(257)),
+        "metavpt.data.images import decode",
+        DECODE,
+    ),
+    "npz": (
+        "a.npz",
+        lambda: npz(images=smooth()[None]),
+        "metavpt.data.images import open_images",
+        "open_images(path, (8, 8)).arrays",
+    ),
+    "json": (
+        "a.json",
+        lambda: b"[" + b", ".join([LONG] * 300) + b"]",
+        "metavpt.data.text import open_documents",
+        DOCUMENTS,
+    ),
+    "jsonl": (
+        "a.jsonl",
+        lambda: (LONG + b"\n") * 300,
+        "metavpt.data.text import open_documents",
+        DOCUMENTS,
+    ),
+}
 
 
 def smooth() -> np.ndarray:

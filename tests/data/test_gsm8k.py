@@ -10,7 +10,9 @@ from metavpt.errors import MetaVPTError
 
 ROW = {
     "question": "Natalia sold 48 clips in April, and half as many in May. How many?",
-    "answer": "She sold 48/2 = <<48/2=24>>24 clips in May.\nShe sold 48+24 = $<<48+24=72>>72 in all.\n#### 72",
+    "answer": "She sold 48/2 = <<48/2=24>>24 clips in May.\n"
+    "She sold 48+24 = $<<48+24=72>>72 in all.\n"
+    "#### 72",
 }
 
 

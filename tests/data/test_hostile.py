@@ -1,4 +1,4 @@
-"""Data made to do harm: files that lead to others, that declare more than they hold, that never end."""
+"""Hostile data: files that lead elsewhere, declare more than they hold, or never end."""
 
 import io
 import tarfile

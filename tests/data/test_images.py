@@ -97,7 +97,7 @@ def test_npz_of_arrays_and_of_jpegs(tmp_path: Path):
         tmp_path / "jpegs.npz", jpeg=joined, offsets=offsets, split=np.array([0, 1, 0, 0], np.uint8)
     )
     images = open_images(tmp_path / "jpegs.npz", SIZE)
-    assert [round(float(images[k].float().mean()) / 60) for k in range(len(images))] == [0, 2, 3]  # type: ignore[arg-type]
+    assert [round(float(images[k].float().mean()) / 60) for k in range(len(images))] == [0, 2, 3]
 
 
 def test_frame_images(tmp_path: Path):

@@ -1,4 +1,4 @@
-"""The data of a language problem: pools that share nothing, domains, decontamination, and one clear error for each kind of bad input."""
+"""Data of a language problem: disjoint pools, domains, decontamination, and bad input."""
 
 import json
 from itertools import islice
@@ -112,7 +112,7 @@ def test_a_document_that_nearly_equals_a_test_question_is_left_out_and_reported(
         "proofs: 1 of 9 documents nearly equal a question of feedback or test"
         in capsys.readouterr().err
     )
-    assert len(from_files(files).encode(tokenizer, 64).components[0].documents) == 9  # type: ignore[arg-type]
+    assert len(from_files(files).encode(tokenizer, 64).components[0].documents) == 9
 
 
 def test_examples_resume_and_hold_every_domain(tokenizer: Any) -> None:
@@ -169,12 +169,27 @@ def test_a_prompt_that_fills_a_row_ends_the_run_or_is_counted(
 
 
 BAD = {
-    "no folder": (lambda f: LanguageData({}, {}, {}, path=str(f / "nowhere")), "data.path=.*nowhere: no such folder"),
-    "no test": (lambda f: LanguageData({"a": Source(sums("stream"))}, {"math": sums("feedback", 9)}, {}), "must each name a source"),
-    "small pool": (lambda f: generated(num_feedback=9), r"data\.feedback\.math: has 12 documents, fewer than .*= 13"),
-    "one name twice": (lambda f: generated(general={"answers": sums("test", 6)}), r"data\.general\.answers: data\.test has this name"),
-    "small test": (lambda f: generated(num_test=7), r"data\.test\.answers: has 6 documents, fewer than data\.num_test = 7"),
-}  # fmt: skip
+    "no folder": (
+        lambda f: LanguageData({}, {}, {}, path=str(f / "nowhere")),
+        "data.path=.*nowhere: no such folder",
+    ),
+    "no test": (
+        lambda f: LanguageData({"a": Source(sums("stream"))}, {"math": sums("feedback", 9)}, {}),
+        "must each name a source",
+    ),
+    "small pool": (
+        lambda f: generated(num_feedback=9),
+        r"data\.feedback\.math: has 12 documents, fewer than .*= 13",
+    ),
+    "one name twice": (
+        lambda f: generated(general={"answers": sums("test", 6)}),
+        r"data\.general\.answers: data\.test has this name",
+    ),
+    "small test": (
+        lambda f: generated(num_test=7),
+        r"data\.test\.answers: has 6 documents, fewer than data\.num_test = 7",
+    ),
+}
 
 
 @pytest.mark.parametrize(("make", "message"), BAD.values(), ids=BAD)

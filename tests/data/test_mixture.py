@@ -101,7 +101,7 @@ def test_skip_makes_no_tensor_of_what_comes_before(
 
 
 def test_a_pass_has_every_document_once(encoder: Encoder):
-    """Finite sources with caps: passes are complete, the last batch is smaller, and then it ends."""
+    """Finite sources with caps: passes are complete, the last batch is smaller, then it ends."""
     cats, dogs = texts("cat", 40), texts("dog", 30)
     components = [
         Component(Corpus(encoder(cats)), 5.0, "cats", max_epochs=2),

@@ -37,7 +37,7 @@ def write_mat(
     names: list[str] = NAMES,
     change: Callable[[h5py.File], None] = lambda file: None,
 ):
-    """A file in the layout of the official one, and the arrays in it, upright: images (N,H,W,3), depths (N,H,W), labels (N,H,W)."""
+    """A file in the official layout and its arrays, upright: images, depths and labels."""
     rng = np.random.default_rng(0)
     images = rng.integers(0, 256, (num_frames, *SIZE, 3), dtype=np.uint8)
     depths = rng.uniform(0.7, 9.9, (num_frames, *SIZE)).astype(np.float32)
@@ -67,7 +67,7 @@ def png(array: np.ndarray, kind: str = "PNG") -> bytes:
 def write_zip(
     folder: Path, change: Callable[[dict[str, bytes]], None] = lambda members: None
 ) -> Path:
-    """Rows 3, 7 and 9 in the layout of the shared zip; the label of a pixel is its column, its code 20 + its row."""
+    """Rows 3, 7 and 9 as in the shared zip. A pixel's label is its column, its code 20 + row."""
     members = {}
     for row in (3, 7, 9):
         members[f"rgb/{row:04d}.jpg"] = png(np.full((*SIZE, 3), 10 * row, np.uint8), "JPEG")
@@ -172,7 +172,7 @@ def test_class_tables():
 
 
 def test_the_894_official_classes():
-    """Known raw numbers: 21 wall, 11 floor, 5 chair are named; 88 bookshelf; 161 is otherfurniture, 94 otherstructure, 1 otherprop."""
+    """Known raw numbers: 21 wall, 11 floor, 5 chair, 88 bookshelf; 161, 94 and 1 are the others."""
     raw = [f"thing {k}" for k in range(1, 895)]
     raw[21 - 1], raw[11 - 1], raw[5 - 1], raw[88 - 1] = "wall", "floor", "chair", "bookshelf"
     names, table = class_table(raw, 40)

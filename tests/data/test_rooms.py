@@ -16,7 +16,7 @@ def room(i: int, size: tuple[int, int] = SIZE, seed: int = 0):
 
 
 def camera(i: int, size: tuple[int, int] = SIZE):
-    """What `generate_room` draws first, drawn again: room (3,), eye (3,), rays (P,3), optical axis (3,)."""
+    """Draw again what `generate_room` draws first: room (3,), eye (3,), rays (P, 3), axis (3,)."""
     rng = np.random.default_rng([0, i])
     extent = rng.uniform((3.0, 3.5, 2.3), (6.5, 8.0, 3.0))
     eye = np.array(
@@ -31,7 +31,7 @@ def camera(i: int, size: tuple[int, int] = SIZE):
 
 
 def test_depth_is_metric_along_the_optical_axis():
-    """Pixels put back into the room by their depth lie on the floor, the ceiling or a wall, exactly where these are."""
+    """Pixels projected back by their depth lie on the floor, the ceiling or a wall."""
     for i in range(20):
         extent, eye, rays, axis = camera(i)
         _, depth, label = room(i)

@@ -30,7 +30,7 @@ def png(value):
 
 
 def write_shard(path, values, broken=()):
-    """Each image beside a text, as webdataset pairs them; in the place of `broken` ones stands noise."""
+    """Each image beside a text, as in webdataset pairs. Noise replaces the `broken` ones."""
     with tarfile.open(path, "w") as tar:
         for value in values:
             for name, data in (
@@ -170,7 +170,7 @@ def test_a_damaged_list_of_contents_is_made_anew(tmp_path):
 
 
 def test_a_member_that_claims_more_than_the_shard_is_refused(tmp_path):
-    """A sparse member has another size in its header than in the file; read at once it would take that much memory."""
+    """A sparse member whose header declares a much larger size than the file has."""
     with tarfile.open(tmp_path / "a.tar", "w", format=tarfile.GNU_FORMAT) as tar:
         tar.addfile(tarfile.TarInfo("1.png"))
     data = bytearray((tmp_path / "a.tar").read_bytes())

@@ -207,7 +207,8 @@ def test_empty_streams_and_options(tmp_path: Path):
     assert list(open_documents(good, start=1, limit=2)) == everything[1:3]
     with pytest.raises(
         MetaVPTError,
-        match=rf"the stream is empty \(0 rows were skipped, {len(everything)} come before start=100\)",
+        match=rf"the stream is empty \(0 rows were skipped, {len(everything)} come before "
+        r"start=100\)",
     ):
         list(open_documents(good, start=100))
     with pytest.raises(MetaVPTError, match="start=-1 must not be negative"):

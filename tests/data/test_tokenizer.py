@@ -36,7 +36,9 @@ def test_it_is_trained_once_and_by_what_it_is_trained_on(
 
 
 def test_the_same_texts_give_the_same_tokenizer_in_another_process(tmp_path: Path):
-    code = f"from metavpt.data.tokenizer import train_tokenizer; train_tokenizer({TEXTS!r}, 280, {str(tmp_path / 'there')!r})"
+    place = str(tmp_path / "there")
+    code = "from metavpt.data.tokenizer import train_tokenizer; "
+    code += f"train_tokenizer({TEXTS!r}, 280, {place!r})"
     subprocess.run(
         [sys.executable, "-c", code], check=True, env={**os.environ, "PYTHONHASHSEED": "7"}
     )

@@ -73,7 +73,7 @@ def test_special_tokens_in_a_document_are_text(tokenizer: Any):
 def test_a_tokenizer_without_eos_is_an_error(tokenizer: Any):
     with pytest.raises(MetaVPTError, match="no EOS token"):
         Encoder(Spliced(tokenizer, eos_token_id=None), 256)  # type: ignore[arg-type]
-    assert Encoder(Spliced(tokenizer, pad_token_id=None), 256).pad == tokenizer.eos_token_id  # type: ignore[arg-type]
+    assert Encoder(Spliced(tokenizer, pad_token_id=None), 256).pad == tokenizer.eos_token_id
     for options in ({"length": 1}, {"long": "drop"}, {"on_error": "no"}, {"prompt": "Q:"}):
         with pytest.raises(MetaVPTError, match="tokens: length="):
             Encoder(tokenizer, **{"length": 8, **options})

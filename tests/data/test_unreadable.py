@@ -1,4 +1,4 @@
-"""Loading that goes wrong: a file that cannot be read, a worker that dies, with one clear line or a counted skip."""
+"""Files that cannot be read and workers that die: one clear line, or a counted skip."""
 
 import os
 import signal

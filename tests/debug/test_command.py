@@ -41,7 +41,7 @@ class Overflow(Broken):
 
 
 class RootOfZero(Broken):
-    """A finite loss whose gradient is not: the slope of a root at 0, infinite, times that of a square, 0."""
+    """A finite loss with a non-finite gradient: the slope of a root at 0 times that of a square."""
 
     def damage(self, x):
         return torch.zeros_like(x)

@@ -1,4 +1,4 @@
-"""The estimators of a discrete choice, held against enumeration: every draw, with its probability, in float64."""
+"""Estimators of a discrete choice against enumeration of every draw, in float64."""
 
 import itertools
 import math
@@ -123,7 +123,7 @@ def expectation(logits: Tensor) -> Tensor:
 
 
 def test_score_is_unbiased_over_all_draws_of_two_images() -> None:
-    """E[d expected_mean / d logits] = d E[loss] / d logits, with the other image's loss for a baseline."""
+    """E[d expected_mean / d logits] = d E[loss] / d logits, with the other image as baseline."""
     truth_at = LOGITS.clone().requires_grad_()
     (truth,) = torch.autograd.grad(expectation(truth_at), truth_at)
     losses, mean, plain = table(), torch.zeros_like(LOGITS), torch.zeros_like(LOGITS)

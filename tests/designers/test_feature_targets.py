@@ -80,7 +80,7 @@ def test_random_tasks_differ_share_their_images_and_shift_by_nearly_the_gate():
 
 @pytest.mark.parametrize("tau", [0.5, 2.0])
 def test_tilted_targets_are_the_best_within_their_trust_region(tau):
-    """Of <t', A> - tau/2 |t' - t|^2, A scaled to a mean square of 1, against random others; the gate takes its share."""
+    """Of <t', A> - tau/2 |t' - t|^2 with A scaled to mean square 1; the gate takes its share."""
     values, x = torch.randn(3, 16, 12, dtype=torch.float64), features()
     task = in_float64(designer().recipe_task(BATCH))
     shift = moved(x, tilted(task, values, 1.0, tau)) - x

@@ -30,7 +30,7 @@ def test_a_mask_never_hides_more_than_it_is_told_and_seldom_less(grid: tuple[int
 
 
 def test_hidden_patches_lie_in_blocks() -> None:
-    """Far more of their neighbours are hidden than of patches drawn one by one, of which half would be."""
+    """Far more neighbours are hidden than for patches drawn one by one, where half would be."""
     rng = np.random.default_rng(0)
     masks = np.stack([blockwise_mask((14, 14), 98, rng) for _ in range(50)])
     beside = masks[:, :, 1:] & masks[:, :, :-1]

@@ -77,7 +77,7 @@ def with_setting(
 def drawn(
     made: PolicyDesigner, size: int = 300, seed: int = 3
 ) -> list[tuple[dict[str, Tensor], dict[str, Tensor]]]:
-    """The knobs of the recipe, and what the policy of the first image makes of them, for each kind of view."""
+    """The policy of the first image changes the recipe's parameters, for each kind of view."""
     x = images(size)
     knobs = made.recipe.draw(x, seed)
     policy = made(batch(1)).policy.detach().expand(-1, size, -1)

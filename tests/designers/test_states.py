@@ -160,7 +160,7 @@ def lesson_of(learner, designer, rows=None):
 
 
 def test_a_lesson_is_taught_where_targets_are_the_closed_form():
-    """Over free logits of r the loss is least at those of `Tilted`: the gradient vanishes there, and the designer's own is not below."""
+    """Over free logits of r the loss is least at those of `Tilted`, where its gradient vanishes."""
     learner, designer = tiny_lm(), state_designer(moved=0.3)
     designer.tau = 0.8
     lesson, prediction, w = lesson_of(learner, designer)

@@ -85,7 +85,7 @@ def test_the_loss_is_the_weighted_mean_of_the_tokens_losses():
 
 @pytest.mark.parametrize("per", ["token", "row"])
 def test_the_linear_product_is_the_general_one(per):
-    """Also with `absolute=False`: weights do not sum to 1 for a token, so that nothing may be left out."""
+    """Also with `absolute=False`: weights do not sum to 1 for a token, so none may be dropped."""
     problem = TinyLanguage(designer=designer(per, moved=0.3))
     theta = params.detach(params.named(problem.learner))
     aligned = {name: theta[name] for name in problem.aligned_parameters()}
@@ -130,4 +130,4 @@ def test_the_regularizer_is_the_divergence_from_uniform():
     with pytest.raises(MetaVPTError, match="has no weights"):
         made.regularizer(made.recipe_task(BATCH))
     with pytest.raises(MetaVPTError, match="per=word"):
-        TokenWeights(designer_body(VOCAB, 8, 1, 2), per="word")  # pyright: ignore[reportArgumentType]
+        TokenWeights(designer_body(VOCAB, 8, 1, 2), per="word")

@@ -71,7 +71,7 @@ def test_transformers_reads_the_model_and_its_tokenizer(
 
 
 def test_the_evaluation_harness_reads_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As `lm_eval --model hf --model_args pretrained=<folder>/transformers --tasks ...` does, on a task that lies here."""
+    """As `lm_eval --model hf --model_args pretrained=<folder>/transformers --tasks ...` does."""
     lm_eval = pytest.importorskip("lm_eval")
     from lm_eval.tasks import TaskManager
 

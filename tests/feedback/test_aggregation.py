@@ -1,4 +1,4 @@
-"""Rules of combination on two quadratic feedbacks whose gradients, conflicts and hypergradients are known, in float64."""
+"""Aggregation rules on two quadratic feedbacks with known gradients, in float64."""
 
 import copy
 import itertools
@@ -140,7 +140,7 @@ def test_the_direction_opposes_no_feedback(name, options, gradients):
 
 
 def test_upgrad_by_torchjds_own_solver():
-    """The same weights as by scipy, also where gradients are small, to what its regularisation of 1e-4 leaves."""
+    """The same weights as scipy, also for small gradients, up to its regularisation of 1e-4."""
     pytest.importorskip("torchjd")
     pytest.importorskip("quadprog")
     for scale in (1.0, 1e-4):
@@ -164,7 +164,7 @@ def test_every_weighting_is_indifferent_to_the_unit_of_the_losses(name):
 
 
 def test_normalize_compares_directions_only():
-    """lambda_j |g_j| is the rule's answer to gradients of one length: for MGDA on two, the bisector."""
+    """lambda_j |g_j| is the rule's answer for unit gradients: for MGDA on two, the bisector."""
     pytest.importorskip("torchjd")
     problem = Pulled(CONFLICT, {"a": 10.0, "b": 0.1})
     g, combined = gradient(TorchJD("MGDA", normalize=True), problem)

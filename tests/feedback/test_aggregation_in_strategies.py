@@ -1,4 +1,4 @@
-"""What strategies and the command line make of a combination of feedbacks, and how its faults are named."""
+"""Aggregation of feedbacks in strategies and on the command line, and its bad settings."""
 
 import sys
 from functools import partial

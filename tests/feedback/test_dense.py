@@ -1,4 +1,4 @@
-"""The losses of the dense heads against loops written from their formulas, and how named losses are summed."""
+"""The losses of dense heads against loops written from their formulas, and sums of named losses."""
 
 import copy
 from typing import NamedTuple
@@ -120,7 +120,7 @@ PENALTY = 1e-2
 
 
 def frames_for(num_frames=4, classes=3, width=5):
-    """Features (B,D,2,3) that tell a part of their labels (B,4,6), every patch of which is wholly known or wholly unknown."""
+    """Features (B,D,2,3) that predict part of their labels (B,4,6); a patch is known or unknown."""
     g = torch.Generator().manual_seed(1)
     features = torch.randn(num_frames, width, 2, 3, generator=g, dtype=torch.float64)
     metres = (
@@ -137,7 +137,7 @@ def ridge(penalty=PENALTY, num_folds=2, **weights):
 
 
 def by_hand(features, frames, folds, penalty=PENALTY, fitted=None):
-    """Both losses, from standardised features of the patches and the normal equations; `fitted`: other features to fit the heads on."""
+    """Both losses by the normal equations. `fitted`: other features to fit the heads on."""
     fitted = features if fitted is None else fitted
     losses = {}
     for name in ("depth", "segmentation"):
@@ -215,7 +215,7 @@ def test_the_gradient_through_the_solve_is_that_of_differences(name):
 
 
 def test_what_a_refit_absorbs_is_not_asked_for():
-    """An invertible map of the features, x -> x + t (M x + c), changes nothing that is fitted afresh; a head held fixed asks for it."""
+    """An invertible map x -> x + t (M x + c) changes fixed heads, but not refitted ones."""
     features, frames = frames_for(num_frames=6)
     generator = torch.Generator().manual_seed(2)
     matrix, shift = (

@@ -1,4 +1,4 @@
-"""python -m metavpt.<command> in a process that is forked where torch is imported already: a start takes a fraction of a second."""
+"""`python -m metavpt.<command>` in a forked process that has imported torch, to start fast."""
 
 import multiprocessing as mp
 import os

@@ -1,4 +1,4 @@
-"""Files with damage in them: what a reader may make of one, how long it may take over it, and how much memory.
+"""Damaged files: what a reader may return, how long it may take, and how much memory it may use.
 
 METAVPT_FUZZ=400 pytest -k damaged tests      10,000 files and more; the default is few, and always
 the same ones
@@ -24,9 +24,9 @@ NUM_EXAMPLES = int(os.environ.get("METAVPT_FUZZ", "15"))
 # what reading one file of a few kB may take at most, on a machine that is busy with other things
 SECONDS = 60
 MIB = 2**20
-SPARE = (
-    64 * MIB
-)  # beside twice what a file holds: libraries loaded late, buffers, images that claim somewhat more than they hold
+# Beside twice the size of the file: libraries loaded late, buffers, and images that declare
+# somewhat more than they hold.
+SPARE = 64 * MIB
 KEYS = (
     "_target_",
     "tail_layers",
@@ -49,8 +49,14 @@ print(growth(lambda: found.append({read})), held(found))
 
 
 class Reader(NamedTuple):
-    """The file's name; the bytes of a valid one, and what lies beside it, in a folder; how it is read; how many times slower than most;
-    whether damage is an error, and not as a rule an empty part of a page.
+    """A reader of one kind of file.
+
+    Attributes:
+        file: The file's name.
+        make: Writes what lies beside it, and returns the bytes of a valid file.
+        read: Reads it.
+        slower: How many times slower than most readers it is.
+        refuses: Whether damage is an error. Otherwise it may leave a part of a page empty.
     """
 
     file: str
@@ -103,7 +109,7 @@ def complaint(read: Callable[[Path], Any], path: Path) -> str:
 
 
 def assert_survives(reader: Reader, folder: Path) -> None:
-    """Every damaged file is read, or is a MetaVPTError that names it, in time and within `SPARE`; some are errors where any may be."""
+    """Every damaged file is read or raises a MetaVPTError with its name, in time and memory."""
     path = folder / "file" / reader.file
     path.parent.mkdir()
     whole = reader.make(path.parent)
@@ -134,7 +140,7 @@ def assert_survives(reader: Reader, folder: Path) -> None:
 
 
 def growth(call: Callable[[], Any]) -> int:
-    """Bytes by which the resident memory rises at most while `call` runs; 0 where the system cannot tell."""
+    """The growth of the resident memory while `call` runs, in bytes. 0: the system cannot tell."""
     if not RESET.exists():
         call()
         return 0

@@ -32,7 +32,7 @@ def assert_gradient_is_that_of_differences(
 
 
 def assert_products_are_differences(inner, outer, aligned, phi, step=1e-6):
-    """The hypergradient of one step by double backward, by the difference product and by differences in phi: to a relative 1e-6."""
+    """Double backward, difference product and differences in phi give the same hypergradient."""
     estimator = OneStep(Dot(), ExactProduct())
     exact = estimator([inner], outer, aligned, phi)
     difference = OneStep(Dot(), DifferenceProduct())([inner], outer, aligned, phi)

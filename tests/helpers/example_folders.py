@@ -1,4 +1,4 @@
-"""Folders as a run and a comparison leave them, with made-up numbers and pictures, for the tests of what is drawn from them."""
+"""Folders of a run and of a comparison with made-up numbers and pictures, for report tests."""
 
 import json
 from collections.abc import Sequence
@@ -42,7 +42,10 @@ ENVIRONMENT = {
     "gpu": None,
     "threads": 2,
 }
-CONFIG = "problem:\n  _target_: metavpt.problems.dino_dense.DinoDense\nstrategy: one_step\nmatch: steps\nbudget:\n  steps: 400\n"
+CONFIG = (
+    "problem:\n  _target_: metavpt.problems.dino_dense.DinoDense\nstrategy: one_step\n"
+    "match: steps\nbudget:\n  steps: 400\n"
+)
 
 
 def write_run(folder: Path, records: list[dict[str, Any]], figures: bool = True) -> Path:
@@ -126,7 +129,7 @@ def records(row: str, seed: int) -> list[dict[str, Any]]:
 
 
 def metrics(row: str, seed: int, step: int) -> dict[str, float]:
-    """Gains of steps that shrink, with noise of the row and seed; step 0 of a seed is the same for all rows."""
+    """Gains of steps that shrink, with noise by row and seed. Rows of a seed share step 0."""
     starts = np.random.default_rng(seed).normal(0, 0.004, 4)
     noise = (
         np.random.default_rng([seed, step, *row.encode()]).normal(0, 0.2, 4)
@@ -172,7 +175,7 @@ def write_comparison(
     seeds: Sequence[int] = range(6),
     figures: bool = True,
 ) -> Path:
-    """Warm starts, rows and their results; the last row fails on the last seed where there are several."""
+    """Warm starts, rows and results. With several seeds, the last row fails on the last one."""
     for seed in seeds:
         write_run(folder / "warm" / f"seed{seed}", records("fixed", seed)[:1], figures=False)
         for row in rows:

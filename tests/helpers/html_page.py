@@ -34,7 +34,7 @@ class Page(HTMLParser):
 
 
 def assert_self_contained(html: str) -> None:
-    """Nothing runs and nothing is fetched; ids are unique, and every one that is referred to is there."""
+    """Nothing runs and nothing is fetched; ids are unique, and every reference resolves."""
     page = Page(html)
     assert "script" not in page.tags
     for text in ("http:", "https:", "@import"):

@@ -1,4 +1,4 @@
-"""A point pulled by two quadratic feedbacks whose gradients, conflicts and hypergradients are known, in float64."""
+"""A point with two quadratic feedbacks whose gradients, conflicts and hypergradients are known."""
 
 from pathlib import Path
 
@@ -29,7 +29,7 @@ class Point(nn.Module):
 
 
 class Pulled(MultipleFeedbacks, Problem):
-    """A point in R^4, pretrained towards samples of several domains; feedback j is |theta - goal_j|^2 / 2, at first with gradient g_j."""
+    """A point in R^4. Feedback j is |theta - goal_j|^2 / 2, with gradient g_j at first."""
 
     def __init__(self, gradients, weights=None):
         self.learner, self.designer = Point(), Weights()
@@ -105,7 +105,7 @@ def gradient(combination, problem):
 
 
 def hypergradient(problem, estimator, combination=None):
-    """The designer's gradient as `Learned` finds it, from the first batches of seeded streams, and what was charged."""
+    """The designer's gradient in `Learned` on the first batches, and what was charged."""
     strategy = Learned(
         estimator, lambda p: torch.optim.SGD(p, lr=1.0), combination=combination, max_norm=1e9
     )
@@ -124,7 +124,7 @@ def trainer(problem, strategy, folder=Path("unused"), steps=4):
 
 
 class ScipyProjector:
-    """min_v v'Gv over v >= u as the least squares |L'(u + x)| over x >= 0 with G = LL': what torchjd asks of a projector."""
+    """min_v v'Gv over v >= u, as least squares |L'(u + x)| over x >= 0 with G = LL'."""
 
     def __call__(self, U, G):
         factor = torch.linalg.cholesky(G + 1e-12 * torch.eye(len(G), dtype=G.dtype)).T.numpy()
@@ -137,7 +137,7 @@ class ScipyProjector:
 
 
 def rule(name, **options):
-    """`TorchJD(name)`; the quadratic programs are solved by scipy where quadprog is not installed."""
+    """`TorchJD(name)`. scipy solves the quadratic programs if quadprog is not installed."""
     pytest.importorskip("torchjd")
     return TorchJD(
         name,

@@ -1,4 +1,4 @@
-"""Steps of a real torch.optim optimizer after torch.nn.utils.clip_grad_norm_, as functions of phi."""
+"""Steps of a torch.optim optimizer after clip_grad_norm_, as functions of phi."""
 
 import copy
 from collections.abc import Callable, Iterable, Sequence

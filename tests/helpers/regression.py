@@ -82,7 +82,7 @@ def last_drawn(stream):
 
 
 def assert_resumes(trainer_of, strategy, folder):
-    """A run stopped after 7 of its 12 steps ends where one that was not does, and elsewhere than `Fixed`."""
+    """A run stopped after 7 of 12 steps ends like an uninterrupted one, and unlike `Fixed`."""
     whole = trainer_of(folder / "whole", strategy())
     whole.run()
     killed = trainer_of(folder / "parts", strategy())

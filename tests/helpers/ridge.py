@@ -1,4 +1,4 @@
-"""Ridge regression whose log penalties are the designer: every hypergradient of it has a closed form.
+"""Ridge regression with log penalties as the designer: all hypergradients have a closed form.
 
 inner  L(theta; phi) = |X theta - y|^2 / (2 n) + sum_j exp(phi_j) theta_j^2 / 2          outer
 F(theta) = |V theta - z|^2 / (2 m)

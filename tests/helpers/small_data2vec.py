@@ -8,8 +8,10 @@ from metavpt.hypergradients import params
 
 SMALL = [
     "problem.hidden_at=input",
-    "backbone.tail_blocks=1", "backbone.embed_dim=24", "backbone.depth=2", "backbone.num_heads=2", "+backbone.patch_size=4",
-    "recipe.size=16", "data.rooms={num_frames: 40, size: [32, 48], seed: 0, folder: null}", "data.num_train=16", "data.num_meta=8",
+    "backbone.tail_blocks=1", "backbone.embed_dim=24", "backbone.depth=2", "backbone.num_heads=2",
+    "+backbone.patch_size=4",
+    "recipe.size=16", "data.rooms={num_frames: 40, size: [32, 48], seed: 0, folder: null}",
+    "data.num_train=16", "data.num_meta=8",
     "problem.feature_size=[16, 24]", "problem.batch_size=4", "problem.meta_batch_size=4",
     "problem.feedback_batch_size=4",
 ]  # fmt: skip

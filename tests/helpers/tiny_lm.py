@@ -1,4 +1,4 @@
-"""A language model of a few thousand parameters, packed batches for it, and the least problem that trains it on targets."""
+"""A language model of a few thousand parameters, packed batches, and a minimal problem for it."""
 
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -23,8 +23,10 @@ def tiny_lm(
 ) -> LanguageModel:
     """float64; wide initial weights, so that predictions differ from token to token."""
     shape: dict[str, Any] = {
-        "vocab_size": VOCAB, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 3, "num_attention_heads": 4,
-        "num_key_value_heads": 2, "head_dim": 4, "max_position_embeddings": 64, "initializer_range": 0.3,
+        "vocab_size": VOCAB, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2, "head_dim": 4, "max_position_embeddings": 64,
+        "initializer_range": 0.3,
         "tie_word_embeddings": kind != "qwen2",
     }  # fmt: skip
     torch.manual_seed(seed)
@@ -32,7 +34,7 @@ def tiny_lm(
 
 
 def packed(lengths: Sequence[Sequence[int]], seed: int = 0, num_prompt: int = 1) -> TokenBatch:
-    """Rows of documents of the given lengths, padded on the right to the longest row; targets from `num_prompt` on."""
+    """Rows of documents of these lengths, padded on the right; targets from `num_prompt` on."""
     width = max(sum(row) for row in lengths)
     tokens = torch.randint(
         VOCAB, (len(lengths), width), generator=torch.Generator().manual_seed(seed)

@@ -10,7 +10,7 @@ def adam(parameters, lr=1e-2):
 
 
 def train(folder, problem, strategy, steps, resume=False, seed=0):
-    """A run of `steps` steps in `folder`, a checkpoint after each; with `resume` from the newest one on."""
+    """A run of `steps` steps with a checkpoint after each; `resume` continues from the newest."""
     checkpoints = Checkpoints(folder / "checkpoints")
     trainer = Trainer(
         problem,

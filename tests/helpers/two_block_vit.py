@@ -1,4 +1,4 @@
-"""A two-block ViT in float64 under a DINO, a MAE-like and a cross-entropy loss, for tests of estimators."""
+"""A two-block ViT in float64 under DINO, MAE-like and cross-entropy losses, to test estimators."""
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +13,7 @@ B, SIDE, WIDTH = 3, 16, 16
 
 
 class TwoBlockViT:
-    """A two-block ViT whose pixels the designer scales and shifts: every loss sees phi through the whole trunk. S is the last block."""
+    """The designer scales and shifts the pixels, so every loss sees phi. S is the last block."""
 
     def __init__(self, objective: str) -> None:
         torch.manual_seed(0)

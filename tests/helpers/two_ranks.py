@@ -1,4 +1,4 @@
-"""What tests/distributed/test_collectives.py has two processes do under torchrun, and does itself in one: the same runs, in float64."""
+"""The runs of tests/distributed/test_collectives.py, for two processes or for one, in float64."""
 
 import json
 import os
@@ -40,11 +40,17 @@ ESTIMATORS = {
 PRODUCTS = {"small": ExactProduct(), "dino": DifferenceProduct()}
 STEPS = {"small": 4, "dino": 3}  # the designer is updated in every other one
 DINO = [
-    "problem=dino_nyuv2", "backbone.tail_blocks=1", "backbone.embed_dim=24", "backbone.depth=3", "backbone.num_heads=2",
-    "recipe.global_size=16", "recipe.local_size=8", "recipe.num_local=1", "designer=unet", "designer.network.base=4",
-    "designer.network.depth=1", "data.rooms={num_frames: 20, size: [32, 48], seed: 0, folder: null}", "data.num_train=8", "data.num_meta=4",
-    "problem.feature_size=[16, 24]", "problem.num_prototypes=16", "problem.head_hidden=8", "problem.head_bottleneck=4",
-    "problem.batch_size=4", "problem.meta_batch_size=4", "problem.feedback_batch_size=4", "problem.head_steps=1",
+    "problem=dino_nyuv2", "backbone.tail_blocks=1", "backbone.embed_dim=24", "backbone.depth=3",
+    "backbone.num_heads=2",
+    "recipe.global_size=16", "recipe.local_size=8", "recipe.num_local=1", "designer=unet",
+    "designer.network.base=4",
+    "designer.network.depth=1",
+    "data.rooms={num_frames: 20, size: [32, 48], seed: 0, folder: null}", "data.num_train=8",
+    "data.num_meta=4",
+    "problem.feature_size=[16, 24]", "problem.num_prototypes=16", "problem.head_hidden=8",
+    "problem.head_bottleneck=4",
+    "problem.batch_size=4", "problem.meta_batch_size=4", "problem.feedback_batch_size=4",
+    "problem.head_steps=1",
     "problem.first_head_steps=2",
 ]  # fmt: skip
 
@@ -73,7 +79,7 @@ class Weights(nn.Module):
 
 
 class Small(Problem):
-    """A trunk of two blocks and a linear tail reconstruct their input; the designer weighs its channels."""
+    """Two blocks and a linear tail reconstruct their input. The designer weighs channels."""
 
     def __init__(self, folder=None):
         self.learner = nn.ModuleDict({"trunk": Trunk(), "tail": nn.Linear(6, 6)}).double()
@@ -204,7 +210,7 @@ def outcome(folder, trainer):
 
 
 def checkpoints_of(run, steps, folder, damaged=None):
-    """Copies of a run's checkpoints of these steps, alone in a folder to go on from, by the first process; a bit of one flipped."""
+    """Copies of a run's checkpoints of these steps, alone in a folder, with one bit flipped."""
     if collectives.rank() == 0:
         (folder / "checkpoints").mkdir(parents=True)
         for step in steps:
@@ -232,8 +238,10 @@ def run(folder, problem, estimator, fabric=None, dies_at=None):
 
 
 def main(folder):
-    """Every problem, estimator and way to be parallel, and what goes on from a checkpoint of others; then a run whose second process dies,
-    which torchrun starts again."""
+    """Run every problem, estimator and kind of parallelism, and resume checkpoints of others.
+
+    Then a run whose second process dies, which torchrun starts again.
+    """
     restarted = int(os.environ["TORCHELASTIC_RESTART_COUNT"]) > 0
     fabrics = {parallel: make_fabric("cpu", parallel=parallel) for parallel in ("ddp", "fsdp")}
     runs = [

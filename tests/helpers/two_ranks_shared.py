@@ -22,7 +22,7 @@ from metavpt.probes.summaries import summarise
 
 
 def derivatives(loss, x):
-    """Value and gradient of the mean over the ranks of loss({"x": x}), and the product of its Hessian with ones."""
+    """Value and gradient of the ranks' mean loss({"x": x}), and its Hessian times ones."""
     x = x.clone().requires_grad_()
     value = averaged(loss)({"x": x})
     (gradient,) = torch.autograd.grad(value, x, create_graph=True)

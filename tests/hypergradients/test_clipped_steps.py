@@ -1,4 +1,4 @@
-"""Gradient clipping as part of the learner's step: against torch.optim after clip_grad_norm_, in float64."""
+"""Clipping as part of the learner's step, against torch.optim and clip_grad_norm_, in float64."""
 
 import math
 
@@ -104,7 +104,7 @@ def test_adam_aware_is_the_derivative_of_a_clipped_step_of_torch_optim(
 
 @every_optimizer
 def test_the_rest_of_the_gradient_counts_in_the_norm(make: MakeOptimizer) -> None:
-    """theta is a part of what is clipped; the gradient of the rest is constant, so this is exact."""
+    """theta is a part of what is clipped. The rest has a constant gradient, so this is exact."""
     problem, max_norm = TwoLayers(), 6.0
     live, optimizer = trained(problem, make, max_norm)
     rest = torch.full((5,), 4.0, dtype=torch.float64)

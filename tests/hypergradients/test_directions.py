@@ -1,4 +1,4 @@
-"""Directions against the derivative of the value that they claim, in float64; hand-computed cases where the numbers are plain."""
+"""Directions against the derivative of their value, in float64, and cases computed by hand."""
 
 import math
 
@@ -72,7 +72,7 @@ def test_w_is_the_derivative_of_the_value_by_the_pretraining_gradient(direction:
             for sign in (1, -1):
                 moved = params.clone(PRE)
                 moved[name].view(-1)[i] += sign * eps
-                values.append(float(direction(DOWN, moved, update()).value))  # type: ignore[arg-type]
+                values.append(float(direction(DOWN, moved, update()).value))
             assert float(w[name].view(-1)[i]) == pytest.approx(
                 (values[0] - values[1]) / (2 * eps), abs=1e-8
             )
@@ -149,7 +149,8 @@ def test_what_is_missing_or_wrong_is_named() -> None:
     for g_pre, step in ((None, update()), (PRE, None)):
         with pytest.raises(
             MetaVPTError,
-            match=r"^AdamAware: needs the pretraining gradient and the learner's optimizer; .* update=$",
+            match=r"^AdamAware: needs the pretraining gradient and the learner's optimizer; .* "
+            r"update=$",
         ):
             AdamAware()(DOWN, g_pre, step)
     for bad in (0.0, -1.0, math.nan):

@@ -1,4 +1,4 @@
-"""What an estimate says beside the gradient for the designer: its value, its cost and its diagnostics; in float64 on ridge regression."""
+"""Value, cost and diagnostics of an estimate, in float64 on ridge regression."""
 
 import math
 from dataclasses import replace
@@ -150,7 +150,7 @@ def test_a_solution_that_is_no_better_than_zero_is_an_error(solve, curvature: fl
 
 
 def test_one_unrolled_step_needs_no_curvature() -> None:
-    """L = <phi, theta> has none, so an exact product by theta would be an error. theta' = theta - lr phi and F = |theta'|^2 / 2."""
+    """L = <phi, theta> has no Hessian in theta. theta' = theta - lr phi and F = |theta'|^2 / 2."""
     theta, phi = (
         {"x": torch.tensor(values, dtype=torch.float64)} for values in ([1.0, 2.0], [3.0, -1.0])
     )
@@ -170,7 +170,7 @@ def test_one_unrolled_step_needs_no_curvature() -> None:
     ("offload", "error"), [(True, "copy out of meta tensor"), (False, "item.*meta tensor")]
 )
 def test_offloaded_steps_go_to_the_cpu(offload: bool, error: str) -> None:
-    """Tensors without data cannot go there; where the steps stay, the first thing that fails is to read the feedback loss after them."""
+    """Tensors without data cannot be moved; else the feedback loss after the steps fails first."""
     theta, phi = ({"x": torch.ones(2, device="meta")} for _ in range(2))
     outer = lambda theta: theta["x"].sum() if theta["x"].requires_grad else torch.ones(())
     with pytest.raises((NotImplementedError, RuntimeError), match=error):

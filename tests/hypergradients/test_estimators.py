@@ -1,4 +1,4 @@
-"""Every estimator against closed forms, finite differences and each other, in float64 on ridge regression."""
+"""Estimators against closed forms, finite differences and each other, on ridge regression."""
 
 from dataclasses import replace
 
@@ -218,7 +218,7 @@ def test_one_step_is_the_derivative_of_the_value_that_it_reports(ridge, theta, d
 
 
 def test_adam_aware_value_is_the_drop_in_a_linear_feedback_loss_after_one_real_step(ridge, theta):
-    """For a linear outer loss first order is exact, so the value is what torch.optim.AdamW really gains."""
+    """For a linear outer loss first order is exact: the value is the gain of torch.optim.AdamW."""
     g_down = torch.randn(6, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
     live = torch.nn.Parameter(theta["theta"].clone())
     optimizer = torch.optim.AdamW([live], lr=0.05, weight_decay=0.1)

@@ -72,7 +72,7 @@ class Point:
         return by_phi, value
 
     def value(self, phi):
-        """<w, dL_pre/dtheta> by one backward pass through `target_loss`, which shares no code with the tail's product."""
+        """<w, dL_pre/dtheta> by a backward pass through `target_loss`, without the product."""
         with torch.no_grad():
             task = functional_call(self.problem.designer, phi, (BATCH,))
         loss = lambda theta_s: target_loss(self.problem.learner, {**self.theta, **theta_s}, task)
@@ -194,7 +194,7 @@ class CostLoss:
 
 
 def test_any_loss_that_shows_its_costs_will_do():
-    """As a cross-entropy of prototypes against a teacher's probabilities, which a designer may set."""
+    """As for a cross-entropy of prototypes with teacher probabilities, which a designer may set."""
     g = torch.Generator().manual_seed(0)
     x, weight = torch.randn(7, 3, generator=g), torch.randn(4, 3, generator=g)
     theta, w = {"weight": weight.requires_grad_()}, {"weight": torch.randn(4, 3, generator=g)}

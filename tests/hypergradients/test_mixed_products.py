@@ -60,7 +60,7 @@ def test_difference_product_of_a_zero_direction_is_zero(ridge):
 
 
 def float32_case(length: float, size: float):
-    """L = <phi, theta^2> / 2, so d<w, dL/dtheta>/dphi = theta w; |w| = `length` and |theta| = `size`."""
+    """L = <phi, theta^2> / 2, so d<w, dL/dtheta>/dphi = theta w, with |w| and |theta| given."""
     generator = torch.Generator().manual_seed(2)
     theta, w = (torch.randn(50, generator=generator, dtype=torch.float64) for _ in range(2))
     theta, w = (size / theta.norm() * theta).float(), (length / w.norm() * w).float()
@@ -135,7 +135,7 @@ def test_a_loss_without_any_graph_names_what_it_misses():
 def test_the_error_names_what_is_unreached_alone_and_says_what_to_do(
     num_idle: int, named: str
 ) -> None:
-    """Reached parameters stand on either side, on a graph whose buffers the first attempt has freed."""
+    """Reached parameters on both sides, on a graph whose buffers the first attempt freed."""
     reached = {name: torch.ones(2, requires_grad=True) for name in ("first", "last")}
     idle = {f"idle{i}": torch.zeros(1, requires_grad=True) for i in range(num_idle)}
     wrt = {"first": reached["first"], **idle, "last": reached["last"]}
@@ -143,8 +143,9 @@ def test_the_error_names_what_is_unreached_alone_and_says_what_to_do(
     with pytest.raises(UnreachedParameterError) as raised:
         differentiate(value, (wrt,))
     assert str(raised.value) == (
-        f"the pretraining loss does not depend on {named}: its hypergradient would be a silent zero. "
-        "Use the parameter in the task, drop it from the designer, or look for a no_grad or detach on the way to the loss"
+        f"the pretraining loss does not depend on {named}: its hypergradient would be a silent "
+        "zero. Use the parameter in the task, drop it from the designer, or look for a no_grad or "
+        "detach on the way to the loss"
     )
 
 

@@ -83,7 +83,7 @@ def assert_same_steps(
     theta: dict[str, nn.Parameter],
     seeds: Iterable[int],
 ) -> None:
-    """On the same gradients the rule and the real optimizer go to the same parameters and moments."""
+    """Rule and optimizer give equal parameters and moments for equal gradients."""
     values = params.clone(dict(theta))
     state = State(
         state.num_steps, {name: params.clone(moments) for name, moments in state.moments.items()}
@@ -286,7 +286,7 @@ def test_vjp_equals_finite_differences(
 def unrolled(
     rule: Rule, theta: Params, grads: list[Params], ct_theta: Params
 ) -> tuple[Params, tuple[Tensor, ...]]:
-    """The last theta, and its derivatives by the first and by each gradient, by `vjp` from the last step to the first."""
+    """The last theta and its derivatives by the first and each gradient, by `vjp` step by step."""
     trail = [(theta, rule.init(theta))]
     for grad in grads:
         trail.append(rule.step(*trail[-1], grad))
@@ -316,7 +316,7 @@ def test_chained_vjp_equals_backward_through_the_steps(
 @pytest.mark.parametrize("rule", [Adam(), AdamW(), Adam(weight_decay=0.1)], ids=repr)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_square_root_of_zero_is_finite(rule: Adam, dtype: torch.dtype) -> None:
-    """Entries that never had a gradient have a finite derivative, and the guard leaves the other entries alone."""
+    """Entries that never had a gradient have a finite derivative; other entries are unchanged."""
     theta = {"weight": torch.zeros(3, dtype=dtype)}
     grad = {
         "weight": torch.tensor([0.0, 1e-30, 1.0], dtype=dtype)

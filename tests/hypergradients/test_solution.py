@@ -1,4 +1,4 @@
-"""What a Solution says of itself: how far to trust x, from where it started, and what it cost; in float64."""
+"""Diagnostics of a Solution: trust, start and cost, in float64."""
 
 import math
 
@@ -112,9 +112,9 @@ def test_cg_takes_the_residual_afresh_every_fifty_steps(steps: int, refreshes: i
 def test_cg_restarts_where_the_true_residual_is_more_than_twice_the_one_it_claims(
     claimed: float, second: float
 ) -> None:
-    """A = I, but the first product is another's: then x = b / 2, the true residual is b / 2 and the recurrence claims `claimed`.
+    """A = I, but the first product is wrong: x = b / 2, the residual is b / 2, not `claimed`.
 
-    The second direction is that residual r, or at twice the claim or less r + |r|^2 b, for b of length one.
+    The second direction is that residual r, or at twice the claim or less r + |r|^2 b, for unit b.
     """
     directions: list[Tensor] = []
 
@@ -139,7 +139,7 @@ def test_cg_takes_no_step_of_infinite_curvature() -> None:
 
 
 def test_cg_ends_where_the_square_of_a_direction_underflows() -> None:
-    """The recurrence of a single number shrinks on below the rounding of x, as nothing confirms it before step 50."""
+    """The recurrence of one number shrinks below the rounding of x, unconfirmed before step 50."""
     found = ConjugateGradient(49, 1e-300)(
         lambda x: params.scale(x, 49.0), {"x": torch.ones(1, dtype=torch.float64)}
     )
@@ -163,7 +163,7 @@ def test_neumann_that_neither_grows_nor_shrinks_has_converged_and_one_that_ends_
 def test_neumann_has_not_converged_if_a_term_outgrew_the_one_before_however_small_it_still_is() -> (
     None
 ):
-    """A part that halves hides one that grows by a half: the norms of the terms fall for six and then rise, far below that of b."""
+    """A part that halves hides one that grows by half: norms fall for six terms and then rise."""
     values = torch.tensor([0.5] * 29 + [2.5], dtype=torch.float64)
     b = torch.tensor([0.0] * 28 + [1.0, 1e-3], dtype=torch.float64)
     assert Neumann(7)(Matrix(torch.diag(values)), split(b)).converged
@@ -205,7 +205,7 @@ def test_neumann_meets_the_curvature_of_an_eigenvector(step_size: float) -> None
 def test_neumann_that_overflows_says_how_many_terms_it_summed(
     curvature: float, num_terms: int
 ) -> None:
-    """Each term is nine times the one before, until 1.8e308 is exceeded by the square of a term, or before by its curvature."""
+    """Each term is nine times the one before, until its square or its curvature overflows."""
     matrix, b, step_size = Matrix(curvature * EYE), split(EYE[3]), 10 / curvature
     found = Neumann(1000, step_size)(matrix, b)
     assert (found.num_iterations, found.residual, found.converged) == (num_terms, math.inf, False)
@@ -235,7 +235,7 @@ def test_nystrom_takes_curvature_below_zero_for_flat() -> None:
 def test_nystrom_has_converged_when_it_is_better_than_nothing(
     curvature: float, converged: bool
 ) -> None:
-    """All curvature is below zero and taken for flat, so x = b / damping and b - (A + damping I) x = -A b / damping."""
+    """Negative curvature is flat: x = b / damping and b - (A + damping I) x = -A b / damping."""
     b = 0 * vector()
     b[3] = 1.0
     found = Nystrom(30)(Matrix(curvature * EYE), split(b), 0.25)

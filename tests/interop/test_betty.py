@@ -1,4 +1,4 @@
-"""Betty's hypergradients against ours, in float64 on ridge regression; where Betty is wrong, by how much."""
+"""Betty's hypergradients against ours, in float64 on ridge regression, with Betty's error."""
 
 import pytest
 import torch
@@ -74,7 +74,7 @@ def test_one_cg_iteration_is_ours(ridge, theta, cg_alpha):
     ],
 )
 def test_their_cg_never_arrives(ridge, cg_alpha, errors):
-    """Six unknowns: CG is exact after six steps, ours to 1e-14; theirs drifts off, 14 % wrong there and 31 % after a hundred.
+    """Six unknowns: our CG is exact after six steps to 1e-14; Betty's is 14 % off, later 31 %.
 
     The release (0.2.1) makes the next direction of the residual before the step, which its
     repository corrected a month later (betty #15); and cg_alpha scales the curvature in the step

@@ -1,4 +1,4 @@
-"""The other packages stay optional: nothing imports them before they are used, and one that is missing is a clear error."""
+"""Other packages stay optional: nothing imports them early, and a missing one is a clear error."""
 
 import subprocess
 import sys
@@ -35,7 +35,8 @@ def test_a_missing_package_is_an_error_that_says_how_to_get_it(estimator, monkey
 
 def test_nothing_imports_the_packages_before_they_are_used():
     code = """
-import sys, metavpt.training.trainer, metavpt.interop.betty, metavpt.interop.torchopt, metavpt.interop.learn2learn
+import sys, metavpt.training.trainer
+import metavpt.interop.betty, metavpt.interop.torchopt, metavpt.interop.learn2learn
 print({"betty", "torchopt", "learn2learn"} & set(sys.modules))
 """
     assert (

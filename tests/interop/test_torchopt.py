@@ -113,7 +113,7 @@ def test_parameter_groups_have_their_own_options(ridge):
 
 
 def test_their_own_step_count_costs_float64_its_digits(ridge, theta):
-    """MetaAdam as shipped takes 1 - 0.999 in float32, 1.3e-5 off; with the count in theta's dtype, as we pass it, nothing is."""
+    """MetaAdam takes 1 - 0.999 in float32, 1.3e-5 off; with a count in theta's dtype it fits."""
 
     class Module(torch.nn.Module):
         def __init__(self):
@@ -132,7 +132,7 @@ def test_their_own_step_count_costs_float64_its_digits(ridge, theta):
 
 
 def test_they_differentiate_the_root_of_zero_where_we_do_not(ridge, theta):
-    """An entry whose gradient is exactly zero: NaN with TorchOpt, which is an error here, and finite with ours."""
+    """An entry whose gradient is exactly 0: NaN with TorchOpt (an error here), finite with ours."""
 
     def inner(phi):
         return lambda theta: ridge.inner(phi)(

@@ -1,4 +1,4 @@
-"""The peers on a two-block ViT, where their method is ours: DINO, MAE-like and cross-entropy losses, float64."""
+"""The peers on a two-block ViT, where their methods equal ours: three losses, float64."""
 
 import pytest
 from helpers.two_block_vit import TwoBlockViT, relative, warm
@@ -53,7 +53,7 @@ def test_betty_darts_is_our_one_step_and_its_neumann_ours(vit):
     )
 
     def convex(phi):
-        """The inner loss with weight decay above its negative curvature: the Neumann series converges."""
+        """The inner loss with weight decay above its negative curvature; Neumann converges."""
         loss = vit.loss(phi)
         return lambda theta: loss(theta) + DECAY / 2 * sum(p.square().sum() for p in theta.values())
 

@@ -1,4 +1,4 @@
-"""Damaged weights and models of others: a MetaVPTError that names the file, or what could still be read; and no code is run."""
+"""Damaged weights and models: a MetaVPTError that names the file, or a partial result."""
 
 import io
 import os
@@ -33,7 +33,10 @@ def tensors(folder: Path) -> bytes:
 
 def index(folder: Path) -> bytes:
     save_file(STATE, folder / "a.safetensors")
-    return b'{"weight_map": {"patch_embed.proj.weight": "a.safetensors", "norm.weight": "a.safetensors"}}'
+    return (
+        b'{"weight_map": '
+        b'{"patch_embed.proj.weight": "a.safetensors", "norm.weight": "a.safetensors"}}'
+    )
 
 
 def language_model(folder: Path, name: str) -> bytes:
@@ -51,13 +54,26 @@ def read_folder(path: Path) -> None:
 
 
 READERS = {
-    "weights": Reader("a.pt", lambda _: saved(STATE), lambda path: _backbone(_read_file(path), path)),
+    "weights": Reader(
+        "a.pt", lambda _: saved(STATE), lambda path: _backbone(_read_file(path), path)
+    ),
     "safetensors": Reader("a.safetensors", tensors, lambda path: _backbone(_read_file(path), path)),
-    "index": Reader("model.safetensors.index.json", index, lambda path: _backbone(_read_folder(path.parent), path.parent)),
-    "config": Reader("config.json", lambda folder: language_model(folder, "config.json"), read_folder, 3),
-    "model": Reader("model.safetensors", lambda folder: language_model(folder, "model.safetensors"), read_folder, 3),
+    "index": Reader(
+        "model.safetensors.index.json",
+        index,
+        lambda path: _backbone(_read_folder(path.parent), path.parent),
+    ),
+    "config": Reader(
+        "config.json", lambda folder: language_model(folder, "config.json"), read_folder, 3
+    ),
+    "model": Reader(
+        "model.safetensors",
+        lambda folder: language_model(folder, "model.safetensors"),
+        read_folder,
+        3,
+    ),
     "gguf": Reader("a.gguf", gguf, pretrained_language_model, 3),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("reader", READERS)
@@ -99,7 +115,8 @@ def test_a_model_that_brings_code_is_refused_without_a_question(
     monkeypatch.chdir(tmp_path)
     (tmp_path / "model.py").write_text("import os\nos.mkdir('harm')\n")
     (tmp_path / "config.json").write_text(
-        '{"model_type": "own", "auto_map": {"AutoConfig": "model.Own", "AutoModelForCausalLM": "model.Own"}}'
+        '{"model_type": "own", "auto_map": '
+        '{"AutoConfig": "model.Own", "AutoModelForCausalLM": "model.Own"}}'
     )
     with pytest.raises(MetaVPTError, match="cannot be loaded as a language model"):
         pretrained_language_model(tmp_path)

@@ -1,4 +1,4 @@
-"""The encoder on some of its patches, for every family that the backbone supports: absolute and rotary positions alike."""
+"""The encoder on some of its patches, for every family: absolute and rotary positions."""
 
 from typing import Any
 
@@ -68,7 +68,7 @@ def test_all_patches_are_the_full_forward(name: str) -> None:
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_some_patches_are_the_blocks_on_those_alone(name: str) -> None:
-    """Against each image by itself, through the blocks by hand, with the unbatched table of rotary positions."""
+    """Against each image alone, block by block, with the unbatched table of rotary positions."""
     backbone, images = encoder(name)
     trunk = backbone.trunk
     num_patches = (images.shape[2] // backbone.patch_size) * (

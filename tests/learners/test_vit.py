@@ -195,7 +195,8 @@ def test_local_weights(tmp_path: Path, suffix: str) -> None:
     )
     with pytest.raises(
         MetaVPTError,
-        match=rf"tiny{suffix} does not fit vit_tiny_dinov3.*cls_token is \(1, 1, 96\), not \(1, 1, 64\).*more",
+        match=rf"tiny{suffix} does not fit vit_tiny_dinov3.*"
+        r"cls_token is \(1, 1, 96\), not \(1, 1, 64\).*more",
     ):
         create_backbone("vit_tiny_dinov3", 3, weights=file, embed_dim=64, num_heads=2)
 
@@ -289,7 +290,8 @@ def test_pretrained_without_network(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(vit.timm, "create_model", offline)
     with pytest.raises(
         MetaVPTError,
-        match=r"vit_small_patch16_dinov3: .*Name or service not known.*pass a local file as weights=",
+        match=r"vit_small_patch16_dinov3: .*Name or service not known.*"
+        r"pass a local file as weights=",
     ):
         create_backbone("vit_small_patch16_dinov3", 1, pretrained=True)
 
@@ -326,7 +328,7 @@ def test_learner_reads_the_cls_token() -> None:
     "name", ["vit_small_patch16_dinov3", "vit_small_patch14_reg4_dinov2", "vit_small_patch16_224"]
 )
 def test_hidden_patches_show_the_mask_token_at_their_place(name: str) -> None:
-    """As if the patch embedding had said so itself: positions, rotary ones too, are kept; what the patch shows plays no part."""
+    """As if the patch embedding had returned it: positions, also rotary ones, are kept."""
     backbone = tiny(name)
     size = 3 * backbone.patch_size
     images = torch.randn(2, 3, size, size, dtype=torch.float64)
@@ -341,7 +343,7 @@ def test_hidden_patches_show_the_mask_token_at_their_place(name: str) -> None:
     def embedded(x: Tensor) -> Tensor:
         return torch.where(hidden.unflatten(1, (3, 3))[..., None], token, embed(x))
 
-    embedded.grid_size, embedded.patch_size = embed.grid_size, embed.patch_size  # type: ignore[attr-defined]
+    embedded.grid_size, embedded.patch_size = embed.grid_size, embed.patch_size
     del backbone.trunk.patch_embed
     backbone.trunk.patch_embed = embedded
     torch.testing.assert_close(seen.tokens, backbone.trunk(images).tokens, atol=0, rtol=0)

@@ -1,4 +1,4 @@
-"""The identities of the estimators on a two-block ViT, in float64, under a DINO, a MAE-like and a cross-entropy loss."""
+"""The identities of the estimators on a two-block ViT, in float64, under three losses."""
 
 import pytest
 import torch
@@ -106,7 +106,7 @@ def test_unrolled_is_backprop_and_finite_differences(toy, rule):
 
 
 def test_adam_aware_value_is_the_realised_drop_to_first_order(toy):
-    """After one real torch.optim.AdamW step, the realised drop differs from the value by the square of lr."""
+    """After a real torch.optim.AdamW step the drop differs from the value by order lr squared."""
 
     def gap(lr):
         live = {name: torch.nn.Parameter(p.clone()) for name, p in toy.theta.items()}

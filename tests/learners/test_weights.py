@@ -1,4 +1,4 @@
-"""Released weights in every layout they come in: the features are those of the library that wrote them."""
+"""Released weights in every layout: the features are those of the library that wrote them."""
 
 import argparse
 import json
@@ -45,8 +45,10 @@ TRANSFORMERS = [
     ("Dinov2Model", {"use_swiglu_ffn": True}, "vit_giant_patch14_dinov2"),
     ("Dinov2WithRegistersModel", {}, "vit_small_patch14_reg4_dinov2"),
     ("DINOv3ViTModel", DINOV3, "vit_small_patch16_dinov3_qkvb"),
-    ("DINOv3ViTModel", DINOV3 | {"query_bias": False, "value_bias": False}, "vit_small_patch16_dinov3"),
-    ("DINOv3ViTModel", DINOV3 | {"use_gated_mlp": True, "hidden_act": "silu"}, "vit_small_plus_patch16_dinov3_qkvb"),
+    ("DINOv3ViTModel", DINOV3 | {"query_bias": False, "value_bias": False},
+        "vit_small_patch16_dinov3"),
+    ("DINOv3ViTModel", DINOV3 | {"use_gated_mlp": True, "hidden_act": "silu"},
+        "vit_small_plus_patch16_dinov3_qkvb"),
     ("IJepaModel", HIDDEN, "vit_huge_patch14_gap_224"),
     ("ViTMAEModel", HIDDEN | {"mask_ratio": 0.0}, "vit_base_patch16_224.mae"),
     ("ViTMAEForPreTraining", HIDDEN | DECODER | {"mask_ratio": 0.0}, "vit_base_patch16_224.mae"),
@@ -54,7 +56,7 @@ TRANSFORMERS = [
 
 
 def random_parameters(model: Any) -> Any:
-    """Every parameter counts: as they are made, layer scales, positions and biases are near zero."""
+    """Every parameter counts: initial layer scales, positions and biases are near zero."""
     torch.manual_seed(1)
     for parameter in model.parameters():
         nn.init.normal_(parameter, std=0.2)
@@ -325,6 +327,9 @@ def test_a_name_on_the_hub_without_network(monkeypatch: pytest.MonkeyPatch) -> N
         raise OSError("Name or service not known\nsecond line")
 
     monkeypatch.setattr(weights, "snapshot_download", offline)
-    message = r"weights=someone/vit: no such file or folder here.*\(Name or service not known second line\); without network pass a local"
+    message = (
+        r"weights=someone/vit: no such file or folder here.*"
+        r"\(Name or service not known second line\); without network pass a local"
+    )
     with pytest.raises(MetaVPTError, match=message):
         create_backbone("vit_tiny_dinov3", 1, weights="someone/vit")

@@ -91,7 +91,7 @@ def test_sinkhorn_marginals() -> None:
 
 
 def test_sinkhorn_equals_the_published_iteration() -> None:
-    """SwAV's own: exponentiate, divide by the total, then rows and columns in turn, then scale to probabilities."""
+    """SwAV's algorithm: exponentiate, divide by the total, then rows and columns in turn."""
     logits = torch.randn(8, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
     q = (logits / 0.3).exp().T
     q /= q.sum()

@@ -1,4 +1,4 @@
-"""The sum of terms against each term's own function, which has its paper's formula for a test of its own."""
+"""The sum of terms against each term's own function, which is tested against its paper."""
 
 import pytest
 import torch
@@ -31,10 +31,12 @@ def scene() -> tuple[dict[str, Tensor], dict[str, Tensor], Tensor]:
     hidden[0, 0], hidden[1, 0] = True, False
     num_hidden = int(hidden.sum())
     outputs = {
-        "dino": draw(V, B, K, seed=1), "ibot": draw(num_hidden, K, seed=2), "koleo": draw(2, B, D, seed=3), "gram": draw(2, B, N, D, seed=4)
+        "dino": draw(V, B, K, seed=1), "ibot": draw(num_hidden, K, seed=2),
+        "koleo": draw(2, B, D, seed=3), "gram": draw(2, B, N, D, seed=4)
     }  # fmt: skip
     goals = {
-        "dino": draw(2, B, K, seed=5).softmax(-1), "ibot": draw(num_hidden, K, seed=6).softmax(-1), "gram": draw(2, B, N, 8, seed=7)
+        "dino": draw(2, B, K, seed=5).softmax(-1), "ibot": draw(num_hidden, K, seed=6).softmax(-1),
+        "gram": draw(2, B, N, 8, seed=7)
     }  # fmt: skip
     return outputs, goals, hidden
 

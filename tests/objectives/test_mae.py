@@ -15,7 +15,7 @@ def parts() -> tuple[Tensor, Tensor, Tensor]:
 
 
 def naive(predictions: Tensor, pixels: Tensor, weights: Tensor) -> list[float]:
-    """Patch by patch, pixel by pixel: the mean squared error of a patch, averaged over the hidden ones."""
+    """Patch by patch, pixel by pixel: the squared error of a patch, averaged over masked ones."""
     losses = []
     for p_image, x_image, w_image in zip(
         predictions.tolist(), pixels.tolist(), weights.tolist(), strict=True

@@ -240,7 +240,7 @@ def test_logits_of_the_whole_batch_never_exist_at_once():
 
 @pytest.mark.parametrize("num_candidates", [3, 30])
 def test_scores_of_few_and_of_many_candidates_are_the_same_products(num_candidates):
-    """Few rows of the table are gathered, many picked out of the product with all of it; gradients too."""
+    """Few rows of the table gathered, many picked from the full product; gradients too."""
     g = torch.Generator().manual_seed(0)
     vectors, table = (
         torch.randn(7, 4, generator=g, dtype=torch.float64),

@@ -64,7 +64,7 @@ def made(targets, learner, batch=BATCH):
 
 
 def advantage(learner, w):
-    """A = -d log p [w] of the candidates (N, K), through the whole network and vocabulary, by double backward."""
+    """A = -d log p [w] of the candidates (N, K), through the whole network, by double backward."""
     theta = theta_of(learner)
     aligned = params.leaves({name: theta[name] for name in w})
     log_probs = dense_log_probs(learner, {**theta, **aligned}, BATCH)
@@ -158,7 +158,7 @@ def test_the_tilt_is_indifferent_to_the_length_of_its_direction(learner):
 
 
 def test_the_tilt_is_the_best_target_within_its_trust_region(learner):
-    """Against a numerical optimiser of <r, A> - tau KL(r || base) over the simplex, by softmax of free logits."""
+    """Against a numerical optimiser of <r, A> - tau KL(r || base) over the simplex."""
     w, tau = direction(learner), 0.8
     log_probs, _ = candidates_of(learner)
     base, values = log_probs.softmax(dim=1), advantage(learner, w)

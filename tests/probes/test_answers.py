@@ -84,8 +84,10 @@ def test_the_probe_scores_greedy_and_sampled_answers() -> None:
     assert metrics.pop("nll") == pytest.approx(nll, rel=1e-12)
     assert metrics == pytest.approx({
         "pass@1_strict": 1 / 3, "pass@1_flexible": 2 / 3,
-        "sampled_pass@1_strict": (2 / 4 + 1 + 0) / 3, "sampled_pass@2_strict": (1 - 1 / 6 + 1 + 0) / 3,
-        "sampled_pass@1_flexible": (2 / 4 + 1 + 1 / 4) / 3, "sampled_pass@2_flexible": (5 / 6 + 1 + 1 / 2) / 3,
+        "sampled_pass@1_strict": (2 / 4 + 1 + 0) / 3,
+        "sampled_pass@2_strict": (1 - 1 / 6 + 1 + 0) / 3,
+        "sampled_pass@1_flexible": (2 / 4 + 1 + 1 / 4) / 3,
+        "sampled_pass@2_flexible": (5 / 6 + 1 + 1 / 2) / 3,
     })  # fmt: skip
     assert [(answer.given, answer.is_right) for answer in probe.answers] == [
         *zip(greedy, [True, True, False], strict=True)
@@ -107,4 +109,4 @@ def test_the_perplexity_of_a_learner_that_went_astray_is_infinite() -> None:
 
 def test_samples_must_be_enough_for_k() -> None:
     with pytest.raises(MetaVPTError, match=r"ks=\[1, 16\] must lie in 1 to num_samples=4"):
-        AnswerProbe(PROBLEMS, list, Scripted([], []), num_samples=4, ks=(1, 16))  # type: ignore[arg-type]
+        AnswerProbe(PROBLEMS, list, Scripted([], []), num_samples=4, ks=(1, 16))

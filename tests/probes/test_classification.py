@@ -1,4 +1,4 @@
-"""The classification probe on images whose colour is their class, and its heads against known answers."""
+"""The classification probe on images whose colour is their class, and heads with known answers."""
 
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ HEADS = {"knn": KNN(3), "ridge": Ridge(), "linear_bn": LinearBN(num_steps=60, ba
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """60 training and 30 validation images of three classes: red, green or blue is bright, beside noise; a tenth of the labels lie."""
+    """60 training and 30 validation images of three colours, with a tenth of the labels wrong."""
     rng = np.random.default_rng(0)
     label = np.arange(90) % 3
     images = rng.integers(0, 120, (90, 16, 16, 3), dtype=np.uint8)

@@ -18,7 +18,7 @@ class Batch(NamedTuple):
 
 
 def batches(seed: int, num: int = 3) -> list[Batch]:
-    """Images of 8 x 8 blocks: red is depth, green above one half is class 1; some pixels are without depth or label."""
+    """Images of 8 x 8 blocks: red is depth, green above one half is class 1; some labels miss."""
     generator = torch.Generator().manual_seed(seed)
     made = []
     for _ in range(num):

@@ -47,7 +47,7 @@ def errors(pairs: list[tuple[float, float]]) -> dict[str, float]:
 
 @pytest.fixture
 def maps() -> tuple[torch.Tensor, torch.Tensor]:
-    """Predictions and truth beyond both bounds, with zero, negative, NaN and infinite truth, and one frame that is NaN throughout."""
+    """Values beyond both bounds; zero, negative, NaN and infinite truth; and one frame of NaN."""
     generator = torch.Generator().manual_seed(0)
     depth = 12 * torch.rand(4, 24, 32, generator=generator)
     prediction = depth * (0.5 + torch.rand(4, 24, 32, generator=generator)) - 0.3

@@ -28,14 +28,16 @@ def model_of(encoder: Encoder, kind: str = "llama", seed: int = 0) -> LanguageMo
     """float64, with weights wide enough for every token to have a clear favourite after it."""
     torch.manual_seed(seed)
     return random_language_model(
-        kind, 1, vocab_size=len(encoder.tokenizer), hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=4, max_position_embeddings=96, initializer_range=0.5, tie_word_embeddings=False,
+        kind, 1, vocab_size=len(encoder.tokenizer), hidden_size=16, intermediate_size=24,
+        num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=4, max_position_embeddings=96, initializer_range=0.5,
+        tie_word_embeddings=False,
     ).double()  # fmt: skip
 
 
 @torch.no_grad()
 def naive(learner: LanguageModel, encoder: Encoder, prompt: str, num_tokens: int) -> list[int]:
-    """Greedy, the whole text read again for every token, by the learner's own forward pass: no cache, no padding."""
+    """Greedy, by the learner's forward pass on the whole text: no cache, no padding."""
     tokens = encoder.tokenizer(prompt)["input_ids"]
     start = len(tokens)
     while len(tokens) < start + num_tokens and tokens[-1] != encoder.eos:

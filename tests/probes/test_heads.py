@@ -1,4 +1,4 @@
-"""Linear heads: against the dense solve, on data with a known answer, and without side effects on the global generator."""
+"""Linear heads: against the dense solve, with known answers, and without global random state."""
 
 import math
 from collections.abc import Callable
@@ -104,7 +104,7 @@ def test_a_head_enlarges_bilinearly(frames: FeatureSet) -> None:
 
 
 def linear_frames(num: int = 24) -> FeatureSet:
-    """Frames whose depth and label are exact functions of a linear map of the features, enlarged as the heads do."""
+    """Frames whose labels are exact linear functions of the features, enlarged as usual."""
     generator = torch.Generator().manual_seed(1)
     features = torch.randn(num, D, h, w, generator=generator)
     weight = torch.randn(1, D, generator=generator) / D**0.5
@@ -128,7 +128,7 @@ def test_linear_bn_recovers_a_linear_relation() -> None:
 
 
 def test_linear_bn_folds_the_norm_into_the_head() -> None:
-    """After one step on the whole set the running moments are known: 0.1 of the batch's and 0.9 of the initial 0 and 1."""
+    """After one step the running moments are 0.1 of the batch's and 0.9 of the initial ones."""
     frames = linear_frames()
     head = LinearBN(num_steps=1, batch_size=100, warmup=0, seed=3).fit(DepthTask(lr=0.0), frames)
     kernel = 0.01 * torch.randn(1, D, generator=torch.Generator().manual_seed(3))

@@ -1,4 +1,4 @@
-"""Mean average precision against the official code's loop, and the probe on landmarks that are colours."""
+"""Mean average precision against the official loop, and the probe on landmarks that are colours."""
 
 import pickle
 from pathlib import Path
@@ -98,7 +98,7 @@ class Colours:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Two landmarks, a red and a blue one; the query of the red one shows it in a box only, on green."""
+    """A red and a blue landmark. The red query shows it only inside its box, on green."""
     (tmp_path / "jpg").mkdir()
 
     def save(

@@ -33,7 +33,7 @@ def test_rankme_is_not_centred() -> None:
 
 
 def naive_cka(x: Tensor, y: Tensor) -> float:
-    """HSIC(K, L) / sqrt(HSIC(K, K) HSIC(L, L)) with linear kernels and the centring matrix, as defined."""
+    """HSIC(K, L) / sqrt(HSIC(K, K) HSIC(L, L)) with linear kernels, as defined."""
     h = torch.eye(N, dtype=torch.float64) - 1 / N
     k, kl = x @ x.T, y @ y.T
 

@@ -37,7 +37,7 @@ def test_features_without_context_are_those_of_the_whole(
 
 
 def test_overlaps_are_averaged_as_in_the_plain_loop():
-    """Windows of 12 pixels, 8 apart, in an image of 20 by 28; the head of scores commutes with the average."""
+    """Windows of 12 pixels, 8 apart, in 20 x 28; a linear head commutes with the average."""
     images = draw(20, 28)
     total, count = (
         torch.zeros(2, 3, 5, 7, dtype=torch.float64),
@@ -67,7 +67,7 @@ def test_windows_cover_everything_and_overlap_by_a_third(length: int, window: in
 
 
 def test_the_windows_of_the_paper():
-    """512 x 683 seen by 512 with patches of 16: steps of 21 patches, 336 pixels, where mmsegmentation takes 341."""
+    """512 x 683 in windows of 512 with patches of 16: steps of 336 pixels, mmsegmentation's 341."""
     assert (starts(32, 32), starts(42, 32)) == ([0], [0, 10])
     assert starts(100, 32) == [0, 21, 42, 63, 68]
 

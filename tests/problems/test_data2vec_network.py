@@ -1,4 +1,4 @@
-"""data2vec with a network that moves features for its designer, and what it is taught in function space."""
+"""data2vec with a network that moves features as its designer, trained in function space."""
 
 import pytest
 import torch
@@ -25,7 +25,7 @@ def moving(problem):
 
 
 def test_a_network_moves_the_targets_and_its_products_agree(make):
-    """The loss is the distance from the moved features; exact = linear = finite differences in phi, in float64, to a relative 1e-6."""
+    """exact = linear = finite differences in phi, in float64, to a relative 1e-6."""
     problem = moving(make())
     theta, aligned, batch, g_down = at(problem)
     with torch.no_grad():

@@ -11,12 +11,16 @@ from metavpt.hypergradients import params
 from metavpt.strategies.learned import feedback_on
 
 SMALL = [
-    "problem=dino_nyuv2", "backbone.tail_blocks=1", "backbone.embed_dim=24", "backbone.depth=2", "backbone.num_heads=2",
-    "recipe.global_size=16", "recipe.local_size=8", "recipe.num_local=2", "designer.network.base=4", "designer.network.depth=1",
+    "problem=dino_nyuv2", "backbone.tail_blocks=1", "backbone.embed_dim=24", "backbone.depth=2",
+    "backbone.num_heads=2",
+    "recipe.global_size=16", "recipe.local_size=8", "recipe.num_local=2", "designer.network.base=4",
+    "designer.network.depth=1",
     "data.rooms={num_frames: 40, size: [32, 48], seed: 0, folder: null}",
     "data.num_train=16", "data.num_meta=8", "problem.feature_size=[16, 24]",
-    "problem.num_prototypes=32", "problem.head_hidden=16", "problem.head_bottleneck=8", "problem.batch_size=4",
-    "problem.meta_batch_size=4", "problem.feedback_batch_size=4", "problem.head_steps=1", "problem.first_head_steps=2",
+    "problem.num_prototypes=32", "problem.head_hidden=16", "problem.head_bottleneck=8",
+    "problem.batch_size=4",
+    "problem.meta_batch_size=4", "problem.feedback_batch_size=4", "problem.head_steps=1",
+    "problem.first_head_steps=2",
 ]  # fmt: skip
 
 
@@ -50,7 +54,7 @@ def test_the_feedback_loss_is_the_weighted_sum_of_depth_and_segmentation(make):
 
 @pytest.mark.parametrize(("zero", "other"), [("depth", "segmentation"), ("segmentation", "depth")])
 def test_either_weight_may_be_zero(make, tmp_path, zero, other):
-    """One end of the Pareto front: the run goes on the other feedback alone, whatever the rule of combination, at the cost of one."""
+    """One end of the Pareto front: only the other feedback counts, at the cost of one."""
     pytest.importorskip("torchjd")
     designers, spent = [], []
     for name, combination in (("sum", None), ("mgda", TorchJD("MGDA"))):

@@ -18,8 +18,10 @@ from metavpt.hypergradients import params
 CONFIGS = Path(__file__).parents[2] / "configs"
 SMALL = [
     "backbone.tail_blocks=1", "backbone.embed_dim=24", "backbone.depth=2", "backbone.num_heads=2",
-    "recipe.global_size=16", "recipe.local_size=8", "recipe.num_local=2", "designer.network.base=4", "designer.network.depth=1",
-    "problem.feature_size=[16, 24]", "problem.num_prototypes=32", "problem.head_hidden=16", "problem.head_bottleneck=8",
+    "recipe.global_size=16", "recipe.local_size=8", "recipe.num_local=2", "designer.network.base=4",
+    "designer.network.depth=1",
+    "problem.feature_size=[16, 24]", "problem.num_prototypes=32", "problem.head_hidden=16",
+    "problem.head_bottleneck=8",
     "problem.batch_size=4", "problem.meta_batch_size=4", "problem.feedback_batch_size=4",
     "problem.head_steps=1", "problem.first_head_steps=2",
 ]  # fmt: skip
@@ -55,7 +57,7 @@ def make(tmp_path_factory):
 
 def shipped(name, **changes):
     """The configuration of a probe as it is shipped."""
-    return {**OmegaConf.to_container(OmegaConf.load(CONFIGS / "probe" / f"{name}.yaml")), **changes}  # type: ignore[dict-item]
+    return {**OmegaConf.to_container(OmegaConf.load(CONFIGS / "probe" / f"{name}.yaml")), **changes}
 
 
 def labelled(problem):

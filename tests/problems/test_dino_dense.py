@@ -1,4 +1,4 @@
-"""The main problem at its smallest: real ViT, DINO, multi-crop, mask designer, feedback and probes on generated rooms."""
+"""The main problem at its smallest: ViT, DINO, multi-crop, mask designer, feedback and probes."""
 
 import copy
 import json
@@ -90,7 +90,7 @@ class Doubled(torch.nn.Module):
 @pytest.mark.parametrize("credit", [False, True], ids=["cut_teacher", "credited_teacher"])
 @pytest.mark.parametrize("network", ["unet", "dit"])
 def test_exact_and_difference_products_are_finite_differences_in_phi(make, network, credit):
-    """The hypergradient of the real step, in float64: three ways, one number, to a relative 1e-6."""
+    """The hypergradient of the real step in float64: three methods agree to a relative 1e-6."""
     problem = in_float64(make(*NETWORKS[network], f"problem.teacher_credit={str(credit).lower()}"))
     batch, labelled = next(iter(problem.meta_batches(1))), next(iter(problem.feedback_batches(2)))
     theta = params.detach(params.named(problem.learner))
@@ -219,10 +219,14 @@ def test_pick_takes_each_image_from_the_task_that_is_named(make):
 
 
 STRATEGIES = {
-    "greedy": lambda: Greedy(2, every=2), "greedy_cosine": lambda: Greedy(2, direction=Cosine(), every=2),
-    "selection": lambda: GreedySelection(2, every=2), "uniform": Uniform, "hardest": lambda: Hardest(2), "direct": Direct,
-    "random_feedback": lambda: Learned(OneStep(), adam, every=2, random_seed=0), "adversarial": lambda: Adversarial(adam, every=2),
-    "one_step": lambda: Learned(OneStep(Cosine()), adam, every=2), "unrolled": lambda: Learned(Unrolled(2), adam, every=2),
+    "greedy": lambda: Greedy(2, every=2),
+    "greedy_cosine": lambda: Greedy(2, direction=Cosine(), every=2),
+    "selection": lambda: GreedySelection(2, every=2), "uniform": Uniform,
+    "hardest": lambda: Hardest(2), "direct": Direct,
+    "random_feedback": lambda: Learned(OneStep(), adam, every=2, random_seed=0),
+    "adversarial": lambda: Adversarial(adam, every=2),
+    "one_step": lambda: Learned(OneStep(Cosine()), adam, every=2),
+    "unrolled": lambda: Learned(Unrolled(2), adam, every=2),
     "implicit": lambda: Learned(Implicit(damping=1e-2), adam, every=2),
 }  # fmt: skip
 
@@ -241,7 +245,7 @@ def test_every_strategy_runs_resumes_exactly_and_is_charged(make, tmp_path, stra
     assert measured(tmp_path / "whole") == measured(tmp_path / "parts")
 
 
-def test_a_step_with_centering_asks_the_teacher_once_and_the_centre_moves_by_its_answers_to_that_task(
+def test_a_step_with_centering_runs_the_teacher_once_and_updates_the_centre(
     make,
 ):
     problem = make("problem.targets=centering")

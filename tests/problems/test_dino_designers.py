@@ -1,4 +1,4 @@
-"""Every designer of views on the main problem at its smallest: identity at first, products against differences, controls."""
+"""Every view designer on the main problem: identity at first, products, differences, controls."""
 
 import pytest
 import torch
@@ -27,12 +27,14 @@ DESIGNERS = {
     "policy": ["designer=policy", *ENCODER],
     "global_policy": ["designer=policy", "designer.encoder=null"],
     "policy_mask": [
-        "designer=policy_mask", *(option.replace("designer.", "designer.stages.policy.") for option in ENCODER),
+        "designer=policy_mask",
+        *(option.replace("designer.", "designer.stages.policy.") for option in ENCODER),
         "designer.stages.mask.network.base=4", "designer.stages.mask.network.depth=1",
     ],
     "selection": ["designer=selection", *ENCODER],
     "prototypes": ["designer=prototypes", *ENCODER, "designer.support=8"],
-    "patch_prototypes": ["designer=prototypes", *ENCODER, "designer.support=8", "designer.patches=true", *PATCHES],
+    "patch_prototypes": ["designer=prototypes", *ENCODER, "designer.support=8",
+        "designer.patches=true", *PATCHES],
     "mixer": ["designer=mixer", *ENCODER, *PATCHES],
     "global_mixer": ["designer=mixer", "designer.encoder=null", *PATCHES],
 }  # fmt: skip
@@ -199,8 +201,10 @@ def test_pick_takes_every_part_of_each_image_from_the_task_that_is_named(make, n
 
 
 FIGURES = {
-    "policy": {"policy"}, "global_policy": {"policy"}, "policy_mask": {"policy", "masks"}, "selection": {"selection"},
-    "prototypes": {"prototypes"}, "patch_prototypes": {"prototypes"}, "mixer": {"mix"}, "global_mixer": {"mix"},
+    "policy": {"policy"}, "global_policy": {"policy"}, "policy_mask": {"policy", "masks"},
+    "selection": {"selection"},
+    "prototypes": {"prototypes"}, "patch_prototypes": {"prototypes"}, "mixer": {"mix"},
+    "global_mixer": {"mix"},
 }  # fmt: skip
 
 
@@ -246,7 +250,7 @@ def test_the_linear_product_refuses_a_designer_of_views(make):
 
 @pytest.mark.parametrize("name", ["prototypes", "patch_prototypes"])
 def test_tilted_targets_are_the_best_ones_within_their_trust_region(make, name):
-    """Value by finite differences of the cross-entropies themselves; for a wide tau the mean KL is 1 / (2 tau^2)."""
+    """Value by differences of the cross-entropies; for a wide tau the mean KL is 1 / (2 tau^2)."""
     problem = in_float64(make(name, "problem.targets=sinkhorn"))
     theta, aligned, batch = scene(problem)
     generator = torch.Generator().manual_seed(3)

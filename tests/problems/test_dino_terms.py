@@ -1,4 +1,4 @@
-"""The objective of several terms on the main problem at its smallest: DINOv2's and DINOv3's recipes, each term alone, the mixer."""
+"""Objectives of several terms on the main problem: DINOv2's and DINOv3's recipes, and each term."""
 
 import copy
 
@@ -56,7 +56,7 @@ full_objectives = pytest.mark.parametrize("name", ["ibot_centering", "dinov2", "
 
 @pytest.fixture(scope="module")
 def make(tmp_path_factory):
-    """make(name of an objective, *overrides) -> a fresh problem, its student moved away from the teacher."""
+    """make(name of an objective, *overrides) -> a problem whose student has left the teacher."""
     folder = tmp_path_factory.mktemp("rooms")
 
     def fresh(name, *overrides):
@@ -88,7 +88,7 @@ def disturb(module, scale):
 
 
 def in_float64(problem):
-    """With fitted heads and phi beside the recipe; masks from the edge of their range into its middle."""
+    """With fitted heads and phi away from the recipe; masks move from the edge of their range."""
     problem.fit_heads()
     for value in vars(problem).values():
         if isinstance(value, torch.nn.Module):
@@ -109,7 +109,7 @@ def scene(problem, double=True):
 
 
 def by_modules(problem, task):
-    """Every term from the modules themselves and the terms' own functions on whole maps of patches, by name; each (B,)."""
+    """Every term from the modules and its own function on whole maps, by name; each (B,)."""
     learner, teacher, batch_size = (
         problem.learner,
         problem.teacher.learner,
@@ -292,7 +292,8 @@ def test_learned_with_designer_lr_0_is_fixed_and_a_run_resumes_bit_for_bit(make,
     frozen = lambda: Learned(OneStep(Cosine()), lambda p: torch.optim.Adam(p, lr=0.0), every=2)
     strategies = {"fixed": Fixed(), "learned": frozen(), "resumed": frozen()}
     trainer = lambda part, steps: Trainer(
-        problems[part], strategies[part], Budget(steps=steps), RunLog(tmp_path / part), Checkpoints(tmp_path / part / "checkpoints"),
+        problems[part], strategies[part], Budget(steps=steps), RunLog(tmp_path / part),
+        Checkpoints(tmp_path / part / "checkpoints"),
         log_every=1, checkpoint_every=1,
     )  # fmt: skip
     trainer("fixed", 3).run()
@@ -310,7 +311,7 @@ def test_learned_with_designer_lr_0_is_fixed_and_a_run_resumes_bit_for_bit(make,
 
 
 def test_gauss_newton_is_the_second_derivative_where_the_loss_is_convex_in_logits(make):
-    """<v, A v> >= 0 for DINO and iBOT together: packed outputs show the curvature of all of them."""
+    """<v, A v> >= 0 for DINO and iBOT together: packed outputs carry the curvature of all terms."""
     problem = in_float64(make("ibot_centering"))
     theta, aligned, batch = scene(problem)
     loss = problem.pretrain_tail(theta, problem.recipe(batch))

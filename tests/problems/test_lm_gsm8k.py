@@ -1,4 +1,4 @@
-"""The language problem at its smallest: a Llama of a few thousand parameters on generated sums, with every kind of strategy."""
+"""The language problem at its smallest: a tiny Llama on generated sums, with every strategy."""
 
 import copy
 import json
@@ -33,7 +33,7 @@ def make(tmp_path_factory):
 
 
 def test_the_linear_product_is_the_exact_one_and_finite_differences_in_phi(make):
-    """The hypergradient of the real step, in float64, without a backward pass through the learner."""
+    """The hypergradient of the real step in float64, without a backward pass in the learner."""
     problem = in_float64(make())
     batch, labelled = next(iter(problem.meta_batches(1))), next(iter(problem.feedback_batches(2)))
     theta = params.detach(params.named(problem.learner))
@@ -113,7 +113,7 @@ def test_learned_with_designer_lr_0_is_fixed_bit_for_bit(make, tmp_path):
 
 
 def test_feedback_reaches_the_learner_through_the_designer_alone(make, tmp_path):
-    """With the designer's learning rate at 0, other feedback leaves the learner bit-identical; with tilt it does not."""
+    """With a designer learning rate of 0 the feedback has no effect; with tilt it has one."""
     other = "+data.feedback.math.seed=5"
     for name, strategy, equal in (
         (
@@ -132,8 +132,10 @@ def test_feedback_reaches_the_learner_through_the_designer_alone(make, tmp_path)
 
 
 STRATEGIES = [
-    "fixed", "one_step", "one_step_linear", "unrolled", "implicit", "direct", "random_feedback", "random_feedback_linear", "tilt",
-    "random_tilt", "greedy_targets", "self_distillation", "smoothing", "greedy_selection", "adversarial",
+    "fixed", "one_step", "one_step_linear", "unrolled", "implicit", "direct", "random_feedback",
+    "random_feedback_linear", "tilt",
+    "random_tilt", "greedy_targets", "self_distillation", "smoothing", "greedy_selection",
+    "adversarial",
 ]  # fmt: skip
 
 
@@ -171,7 +173,8 @@ def test_domains_have_feedback_of_their_own(make, tmp_path):
     assert dict(problem.feedback_weights) == {"math": 1.0, "other": 1.0}
     batch, labelled = next(iter(problem.meta_batches(0))), next(iter(problem.feedback_batches(0)))
     parts = problem.by_domain(batch)
-    assert {name: (part.domain.unique().tolist(), len(part.tokens)) for name, part in parts.items()} == {
+    assert {name: (part.domain.unique().tolist(), len(part.tokens)) for name,
+        part in parts.items()} == {
         "math": ([0], 1), "other": ([1], 1),
     }  # fmt: skip
     theta = params.detach(params.named(problem.learner))
@@ -314,7 +317,7 @@ def test_more_candidates_than_tokens_are_an_error_for_tilt_too(make, tmp_path):
 
 
 def test_a_copy_of_the_problem_trains_alike(make, tmp_path):
-    """What `metavpt.check` and comparisons rely on: nothing of a problem hides in a place that is not copied."""
+    """`metavpt.check` and comparisons rely on it: all state of a problem is copied."""
     problem = make()
     state = copy.deepcopy(problem.state_dict())
     train(tmp_path / "a", problem, Fixed(), steps=2)

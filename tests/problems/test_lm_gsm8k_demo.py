@@ -1,4 +1,4 @@
-"""`make demo-language`: the comparison that it starts composes, runs in small, and shows its texts."""
+"""`make demo-language`: its comparison composes, runs at a small size, and shows its texts."""
 
 import re
 import shlex
@@ -27,9 +27,12 @@ TARGETS = {  # what each row trains on
     "direct": "metavpt.strategies.controls.Direct",
 }
 SMALL = [
-    "learner.vocab_size=400", "learner.hidden_size=16", "learner.intermediate_size=24", "learner.num_attention_heads=2",
-    "designer.width=8", "designer.num_layers=1", "designer.num_heads=2", "designer.num_candidates=6", "data.num_test=4",
-    "data.num_general=3", "problem.generator.max_new_tokens=4", "problem.feedback_batch_size=4", "trainer.first_order_every=0",
+    "learner.vocab_size=400", "learner.hidden_size=16", "learner.intermediate_size=24",
+    "learner.num_attention_heads=2",
+    "designer.width=8", "designer.num_layers=1", "designer.num_heads=2",
+    "designer.num_candidates=6", "data.num_test=4",
+    "data.num_general=3", "problem.generator.max_new_tokens=4", "problem.feedback_batch_size=4",
+    "trainer.first_order_every=0",
 ]  # fmt: skip
 
 

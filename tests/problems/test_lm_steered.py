@@ -1,4 +1,4 @@
-"""Steering of some domains of the language stream, and the designer that learns the tilt from the learner's states."""
+"""Steering of some domains of the stream, and the designer that learns the tilt from states."""
 
 import pytest
 import torch
@@ -41,7 +41,7 @@ def test_the_designer_that_reads_states_runs_and_resumes_exactly(make, tmp_path,
 
 @pytest.mark.parametrize("choice", ["tilt", "designer"])
 def test_domains_that_are_not_steered_keep_the_true_token(make, choice):
-    """Their rows give the gradient of plain next-token prediction, the steered ones that of the targets."""
+    """Their rows have the gradient of next-token prediction, steered rows that of the targets."""
     problem = in_float64(make(*TWO_DOMAINS, "problem.steered_domains=[math]"))
     batch, theta = next(iter(problem.meta_batches(0))), params.detach(params.named(problem.learner))
     assert sorted(batch.domain.tolist()) == [0, 1]

@@ -1,4 +1,4 @@
-"""MAE and I-JEPA at their smallest: real ViT, predictor, patch designers, feedback and probes on generated rooms."""
+"""MAE and I-JEPA at their smallest: ViT, predictor, patch designers, feedback and probes."""
 
 import copy
 
@@ -30,10 +30,13 @@ from metavpt.strategies.learned import inner_loss
 from metavpt.strategies.selection import Greedy, GreedySelection
 
 SMALL = [
-    "backbone.tail_blocks=1", "backbone.embed_dim=24", "backbone.depth=2", "backbone.num_heads=2", "+backbone.patch_size=4",
-    "recipe.size=16", "data.rooms={num_frames: 40, size: [32, 48], seed: 0, folder: null}", "data.num_train=16", "data.num_meta=8",
+    "backbone.tail_blocks=1", "backbone.embed_dim=24", "backbone.depth=2", "backbone.num_heads=2",
+    "+backbone.patch_size=4",
+    "recipe.size=16", "data.rooms={num_frames: 40, size: [32, 48], seed: 0, folder: null}",
+    "data.num_train=16", "data.num_meta=8",
     "designer.network.patch_size=4", "designer.network.width=8",
-    "problem.feature_size=[16, 24]", "problem.batch_size=4", "problem.meta_batch_size=4", "problem.feedback_batch_size=4",
+    "problem.feature_size=[16, 24]", "problem.batch_size=4", "problem.meta_batch_size=4",
+    "problem.feedback_batch_size=4",
     "problem.head_steps=1", "problem.first_head_steps=2",
 ]  # fmt: skip
 PREDICTOR = ["width=16", "depth=1", "num_heads=2"]
@@ -232,8 +235,10 @@ def test_blocks_of_different_sizes_do_not_fit_into_one_task(make):
 
 # Together they take every way through a problem that a strategy can.
 STRATEGIES = {
-    "one_step": lambda: Learned(OneStep(Cosine()), adam, every=2), "unrolled": lambda: Learned(Unrolled(2), adam, every=2),
-    "implicit": lambda: Learned(Implicit(damping=1e2), adam, every=2), "greedy": lambda: Greedy(2, every=2),
+    "one_step": lambda: Learned(OneStep(Cosine()), adam, every=2),
+    "unrolled": lambda: Learned(Unrolled(2), adam, every=2),
+    "implicit": lambda: Learned(Implicit(damping=1e2), adam, every=2),
+    "greedy": lambda: Greedy(2, every=2),
     "uniform": Uniform, "hardest": lambda: Hardest(2),
 }  # fmt: skip
 

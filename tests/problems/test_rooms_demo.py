@@ -1,4 +1,4 @@
-"""`make demo`: the comparison that it starts composes, runs in small, and prints both rows beside step 0."""
+"""`make demo`: its comparison composes, runs at a small size, and prints both rows and step 0."""
 
 import re
 import shlex
@@ -13,8 +13,10 @@ from metavpt.compare import command, results
 
 MAKEFILE = Path(__file__).parents[2] / "Makefile"
 SMALL = [
-    "backbone=vit_tiny_dinov3", "backbone.tail_blocks=1", "backbone.embed_dim=24", "backbone.depth=2", "backbone.num_heads=2",
-    "data.rooms={num_frames: 40, size: [32, 48], seed: 0, folder: null}", "data.num_train=16", "data.num_meta=8",
+    "backbone=vit_tiny_dinov3", "backbone.tail_blocks=1", "backbone.embed_dim=24",
+    "backbone.depth=2", "backbone.num_heads=2",
+    "data.rooms={num_frames: 40, size: [32, 48], seed: 0, folder: null}", "data.num_train=16",
+    "data.num_meta=8",
     "problem.feature_size=[32, 48]", "problem.batch_size=4", "designer.hidden_width=8", "seeds=[0]",
     "strategy.phi_steps=3", "strategy.every=2",
 ]  # fmt: skip

@@ -1,4 +1,4 @@
-"""Both kinds of report in a real browser: they render at the width of a phone and of a desk, in light and in dark, and miss nothing."""
+"""Both reports in a real browser, on a phone and a desktop, in light and dark mode."""
 
 import shutil
 from collections.abc import Iterator
@@ -21,11 +21,19 @@ pytestmark = pytest.mark.skipif(
 )
 
 IMAGES = "[...document.images].map(image => image.complete ? image.naturalWidth : 0)"
-CHARTS = "[...document.querySelectorAll('.curves svg')].map(svg => svg.getBoundingClientRect()).map(box => Math.min(box.width, box.height))"
-LUMINANCE = "getComputedStyle(document.body).backgroundColor.match(/\\d+/g).slice(0, 3).map(Number).reduce((a, b) => a + b) / 765"
+CHARTS = (
+    "[...document.querySelectorAll('.curves svg')].map(svg => svg.getBoundingClientRect())"
+    ".map(box => Math.min(box.width, box.height))"
+)
+LUMINANCE = (
+    "getComputedStyle(document.body).backgroundColor.match(/\\d+/g).slice(0, 3)"
+    ".map(Number).reduce((a, b) => a + b) / 765"
+)
 OVERFLOW = "document.documentElement.scrollWidth - document.documentElement.clientWidth"
-WIDE = """[...document.querySelectorAll('body *')].filter(e => !e.closest('.scroll, .strip, pre, svg')
-    && e.getBoundingClientRect().right > document.documentElement.clientWidth + 1).map(e => e.outerHTML.slice(0, 80))"""
+WIDE = """[...document.querySelectorAll('body *')]
+    .filter(e => !e.closest('.scroll, .strip, pre, svg')
+    && e.getBoundingClientRect().right > document.documentElement.clientWidth + 1)
+    .map(e => e.outerHTML.slice(0, 80))"""
 
 
 @pytest.fixture(scope="module")

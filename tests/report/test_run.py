@@ -1,4 +1,4 @@
-"""The page of a run: everything that was logged, in one file that needs nothing else and breaks on nothing."""
+"""The page of a run: all logged values in one file, which no input breaks."""
 
 import io
 import json

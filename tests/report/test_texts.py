@@ -1,4 +1,4 @@
-"""Answers and targets on the page of a run: what was logged, nothing that runs, nothing that breaks it."""
+"""Answers and targets on the page of a run: all logged texts, escaped."""
 
 import json
 from pathlib import Path

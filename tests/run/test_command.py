@@ -1,4 +1,4 @@
-"""The command from outside: kill and resume, and every bad input in one clear line with exit status 2."""
+"""The command as users run it: kill and resume, and one line with status 2 for bad input."""
 
 import json
 import os
@@ -24,8 +24,10 @@ OPTIONS = [
     "trainer.log_every=5",
 ]
 SMALL_DINO = [
-    "problem=dino_nyuv2", "budget.steps=1", "backbone.tail_blocks=1", "backbone.embed_dim=24", "backbone.depth=2", "backbone.num_heads=2",
-    "recipe.global_size=16", "recipe.local_size=8", "data.num_train=2", "data.num_meta=1", "problem.feature_size=[16,16]",
+    "problem=dino_nyuv2", "budget.steps=1", "backbone.tail_blocks=1", "backbone.embed_dim=24",
+    "backbone.depth=2", "backbone.num_heads=2",
+    "recipe.global_size=16", "recipe.local_size=8", "data.num_train=2", "data.num_meta=1",
+    "problem.feature_size=[16,16]",
     "problem.batch_size=2", "problem.meta_batch_size=2", "problem.feedback_batch_size=1",
 ]  # fmt: skip
 
@@ -116,7 +118,8 @@ def test_two_runs_never_share_a_folder_and_resume_finds_its_own(tmp_path):
 def mat(path, **changes):
     """A file in the official layout with two frames of 16x16."""
     arrays = {
-        "images": np.zeros((4, 3, 16, 16), "uint8"), "depths": np.ones((4, 16, 16), "float32"), "labels": np.ones((4, 16, 16), "uint16"),
+        "images": np.zeros((4, 3, 16, 16), "uint8"), "depths": np.ones((4, 16, 16), "float32"),
+        "labels": np.ones((4, 16, 16), "uint16"),
         "trainNdxs": np.array([[1.0, 2.0, 3.0]]), "testNdxs": np.array([[4.0]]), **changes,
     }  # fmt: skip
     with h5py.File(path, "w") as file:

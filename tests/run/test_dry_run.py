@@ -59,8 +59,10 @@ def test_the_papers_rows_hold_its_figures(name: str) -> None:
     cfg = composed(f"experiment={name}")
     designer, feedback, strategy = cfg.designer, cfg.feedback, cfg.strategy
     assert PAPER[name] == (
-        cfg.trainer.optimizer.lr, cfg.problem.batch_size, strategy.every, cfg.problem.meta_batch_size, cfg.backbone.tail_blocks,
-        designer.network._target_.rpartition(".")[2], strategy.optimizer.lr, designer.keep, designer.sparsity_weight, designer.tv_weight,
+        cfg.trainer.optimizer.lr, cfg.problem.batch_size, strategy.every,
+        cfg.problem.meta_batch_size, cfg.backbone.tail_blocks,
+        designer.network._target_.rpartition(".")[2], strategy.optimizer.lr, designer.keep,
+        designer.sparsity_weight, designer.tv_weight,
         feedback.segmentation_weight, feedback.depth_weight,
     )  # fmt: skip
     assert (
@@ -77,7 +79,7 @@ def test_the_papers_rows_hold_its_figures(name: str) -> None:
 def test_full_size_without_data_weights_or_network(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """ViT-B with DINO's head and the patchwise designer; the numbers of parameters follow from the widths."""
+    """ViT-B with DINO's head and the patchwise designer: parameter counts follow from widths."""
     monkeypatch.chdir(tmp_path)
     asked: list[bool] = []
     create_model = timm.create_model
@@ -164,7 +166,7 @@ def test_a_planned_run_is_not_trained() -> None:
         trainer = build(
             dry_run.without_files(composed("problem=dino_nyuv2")), Path("runs"), Console(quiet=True)
         )
-    with pytest.raises(MetaVPTError, match="only to be described"):
+    with pytest.raises(MetaVPTError, match="dry_run"):
         trainer.run()
 
 

@@ -1,4 +1,4 @@
-"""Sweeps from the command line: every job a run of its own, a table of all, and a best configuration that gives the best run again."""
+"""Sweeps from the command line: one run per job, a table, and the best configuration again."""
 
 import csv
 import json
@@ -165,7 +165,8 @@ def test_a_minus_makes_the_largest_metric_the_smallest_objective():
 
 def test_the_best_configuration_says_what_a_file_can_say():
     overrides = [
-        "problem=dino_nyuv2", "experiment=paper_nyuv2_vitb", "+extra/group=one", "data.unlabelled=[frames,/a b]", "++new.key=null",
+        "problem=dino_nyuv2", "experiment=paper_nyuv2_vitb", "+extra/group=one",
+        "data.unlabelled=[frames,/a b]", "++new.key=null",
         "backbone.name='a: b'", "~designer.blur_sigma", "runs=elsewhere", "minimise=x",
     ]  # fmt: skip
     text = experiment(Job(4, overrides, ["problem", "experiment", "extra/group"], 0.5))
@@ -208,7 +209,7 @@ def test_the_ranges_of_the_paper_sweep_hold_the_papers_rows():
         swept = override.value()
         if isinstance(swept, IntervalSweep):
             assert swept.start <= min(values) <= max(values) <= swept.end  # type: ignore[operator]
-            assert math.isclose(swept.start, swept.end, rel_tol=0.6) or "log" in swept.tags  # type: ignore[arg-type]
+            assert math.isclose(swept.start, swept.end, rel_tol=0.6) or "log" in swept.tags
         else:
             assert set(values) <= set(override.sweep_iterator())
 

@@ -1,4 +1,4 @@
-"""The learned tilt on a learner and a designer small enough to write everything out: features are theta x, targets t + phi x."""
+"""The learned tilt on a minimal learner and designer: features theta x, targets t + phi x."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""The hypergradient in function space, on learners small enough to write everything out: features are theta x, targets x W + phi x."""
+"""The hypergradient in function space: features theta x, targets x W + phi x."""
 
 from functools import partial
 
@@ -39,7 +39,7 @@ def functional(lr=0.5, **options):
 
 
 def test_it_is_implicit_differentiation_where_the_learner_can_tell_any_targets():
-    """A table of outputs f, told targets t_phi by squares: Implicit at the solution = -d<values, t_phi>/dphi, values = -dL_down/df."""
+    """Outputs f regress on t_phi: Implicit = -d<values, t_phi>/dphi with values = -dL_down/df."""
     torch.manual_seed(0)
     network = torch.nn.Sequential(
         torch.nn.Linear(6, 5), torch.nn.Tanh(), torch.nn.Linear(5, 3)
@@ -104,7 +104,7 @@ def test_resumes_bit_for_bit_and_differs_from_fixed(tmp_path, permute):
 
 
 def test_labels_reach_the_learner_through_phi_alone(tmp_path):
-    """A lesson that is not finite changes nothing but the count, and neither does a feedback loss that is not."""
+    """Non-finite replay targets change only the count, and so does a non-finite feedback loss."""
 
     def broken(*_):
         raise NonFiniteError("the feedback loss is not finite")

@@ -1,4 +1,4 @@
-"""The learner's own step as strategies follow it: against the trainer's clip and torch.optim, in float64."""
+"""The learner's step as strategies model it, against the trainer's clip and torch.optim."""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -193,7 +193,7 @@ def test_the_trunks_gradient_counts_by_its_norm_in_the_last_step(tmp_path: Path)
 
 
 def test_a_run_without_clipping_follows_the_plain_step(tmp_path: Path) -> None:
-    """With clip_norm=inf nothing is clipped, and with a bound that is never reached nothing changes."""
+    """With clip_norm=inf nothing is clipped; a bound that is never reached changes nothing."""
     found = []
     for clip_norm in (float("inf"), 1e6):
         trainer = trained(tmp_path / str(clip_norm), "adamw", clip_norm=clip_norm)
@@ -204,7 +204,7 @@ def test_a_run_without_clipping_follows_the_plain_step(tmp_path: Path) -> None:
 
 
 def test_greedy_values_samples_along_the_clipped_step(tmp_path: Path) -> None:
-    """A sample's value under AdamAware is the drop, to first order, that a larger weight of it brings in the real step."""
+    """A sample's value under AdamAware is the first-order drop that its weight brings."""
     trainer = trained(tmp_path, "adamw")
     problem: Any = trainer.problem
     state, _, labelled = state_of(trainer, 0)

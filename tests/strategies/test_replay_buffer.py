@@ -1,4 +1,4 @@
-"""Designers fitted to lessons, on a designer small enough to write its steps out: targets are phi x, values A."""
+"""Designers fitted to a replay buffer, on a minimal designer: targets phi x, values A."""
 
 import pytest
 import torch
@@ -40,7 +40,7 @@ def entry(rows=slice(None)):
 
 
 def test_many_steps_on_one_lesson_end_at_the_regression_of_values_on_what_the_designer_reads():
-    """-<y, A> + |y|^2 / 2 is least at E[A | x], here within linear functions: the normal equations, to 1e-9."""
+    """-<y, A> + |y|^2 / 2 is least at E[A | x], here linear in x: the normal equations."""
     problem = Taught()
     buffer(problem, 3000).fit(problem, problem.designer_loss, entry())
     torch.testing.assert_close(

@@ -1,4 +1,4 @@
-"""Greedy selection and the controls, on the README's problem with per-sample losses and random tasks."""
+"""Greedy selection and its controls, on the README's problem with per-sample losses."""
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ from metavpt.strategies.selection import Greedy, GreedySelection
 
 
 class Selectable(Channels):
-    """Channels whose weights are a row for each sample, so that tasks can be picked sample by sample."""
+    """Channels with a row of weights per sample, so that tasks can be selected sample by sample."""
 
     def recipe(self, batch):
         return batch, torch.full_like(batch, 1 / 16)

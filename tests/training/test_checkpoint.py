@@ -43,7 +43,7 @@ class FullDisk(io.FileIO):
 
 @pytest.mark.parametrize("size", [10, 100_000])
 def test_a_full_disk_leaves_the_older_checkpoint_and_one_clear_line(tmp_path, monkeypatch, size):
-    """At the first byte, and in the middle of the weights, where torch's writer hides the error behind one of its own."""
+    """At the first byte, and amid the weights, where torch hides the error behind its own."""
     checkpoints = Checkpoints(tmp_path)
     checkpoints.save(1, {"value": 1})
     monkeypatch.setattr(Path, "open", lambda path, mode: FullDisk(path, mode))

@@ -1,4 +1,4 @@
-"""Checkpoints of sharded tensors, by one process: two write them and read them in other numbers in test_ranks."""
+"""Checkpoints of sharded tensors in one process; test_collectives has two processes."""
 
 import errno
 import os
@@ -62,7 +62,7 @@ def test_sharded_tensors_make_a_folder_and_come_back_whole(tmp_path, state):
 
 
 def test_they_come_back_sharded_where_they_are_to_be(tmp_path, state, mesh):
-    """A moment, which the optimizer does not hold before its first step, is laid out as its parameter."""
+    """A moment, which does not exist before the first step, has the layout of its parameter."""
     Checkpoints(tmp_path).save(3, state)
     parameter = distribute_tensor(torch.zeros(5, 3, dtype=torch.float64), mesh, [Shard(0)])
     found = (
@@ -88,7 +88,7 @@ def test_they_come_back_sharded_where_they_are_to_be(tmp_path, state, mesh):
 
 
 def test_files_and_folders_take_turns(tmp_path, state):
-    """A run that goes on by another number of processes writes the other kind; the newest two are kept, whatever they are."""
+    """A run resumed with another number of processes writes the other kind; two are kept."""
     checkpoints = Checkpoints(tmp_path, keep=2)
     checkpoints.save(1, state)
     checkpoints.save(2, {"name": "alone"})

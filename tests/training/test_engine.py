@@ -1,4 +1,4 @@
-"""How a step is run (in parts, compiled, with activations made again, in other precisions) does not change what it comes to."""
+"""Accumulation, compilation, recomputed activations and precisions keep a step's result."""
 
 import pytest
 import torch

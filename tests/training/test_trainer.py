@@ -1,4 +1,4 @@
-"""The invariants of the loop, on the README's problem: an autoencoder too narrow for its channels."""
+"""Invariants of the loop on the README's problem: an autoencoder too narrow for its channels."""
 
 import json
 
