@@ -1,1 +1,1 @@
-"""What the commands share: one-line errors and the targets that a configuration may name."""
+"""Shared parts of the commands: one-line errors, the console, and checked configurations."""

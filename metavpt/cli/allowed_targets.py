@@ -3,10 +3,11 @@
 `_target_` can name anything that Python can import, and a configuration may come from others. Names
 are therefore looked up in a registry before anything is imported. Allowed are:
 
-- what the package's own configurations name, and the classes of its public API;
+- targets of the package's own configurations, and the classes of its public API;
 - the optimizers of torch.optim;
 - public classes and functions of the user's own modules, see `is_own`;
-- what the command line allows: `allow_targets=[package.module.Name]`, or a package or module.
+- targets that the command line allows: `allow_targets=[package.module.Name]`, or a package or
+  module.
 """
 
 import ast
@@ -32,11 +33,14 @@ INSTALLED = {"site-packages", "dist-packages"}
 
 
 def check_targets(content: Any, also: Sequence[str] = ()) -> None:
-    """Raise MetaVPTError if a `_target_` in `content` may not be constructed.
+    """Check that every `_target_` in `content` may be constructed.
 
     Args:
         content: A configuration as plain dicts and lists, without interpolations.
         also: Names, modules and packages that the command line allows.
+
+    Raises:
+        MetaVPTError: A target is not allowed.
     """
     targets = list(_targets(content))
     for target in targets:
@@ -49,7 +53,7 @@ def check_targets(content: Any, also: Sequence[str] = ()) -> None:
 
 @cache
 def registry() -> frozenset[str]:
-    """Full names of what the package and its configurations construct, and of torch's optimizers."""
+    """Return the full names of the package's own targets and of torch's optimizers."""
     named = {
         name
         for path in Path(str(files("metavpt.configs"))).rglob("*.yaml")
@@ -72,12 +76,12 @@ def registry() -> frozenset[str]:
 
 
 def is_own(target: str) -> bool:
-    """Whether `target` is a public class or function that a module of the user's own defines.
+    """Return whether `target` is a public class or function defined in a module of the user.
 
     Own modules lie outside of Python's library and of installed packages: in the working directory,
-    on PYTHONPATH or in an editable install. The source is read, not imported: a name that the
-    module imports from elsewhere, a method, or a name with a leading underscore anywhere does not
-    count.
+    on PYTHONPATH or in an editable install. The source is read, not imported. A name that the
+    module imports from elsewhere, a method, or a name with a leading underscore in any part does
+    not count.
     """
     *module, name = target.split(".")
     if not module or any(not part.isidentifier() or part[0] == "_" for part in (*module, name)):
@@ -96,7 +100,7 @@ def is_own(target: str) -> bool:
 
 
 def _source(module: Sequence[str]) -> Path | None:
-    """The file of a module, found without importing it or its packages."""
+    """Find the file of a module without importing it or its packages."""
     try:
         spec = find_spec(module[0])
         for k in range(1, len(module)):
@@ -117,9 +121,9 @@ def _is_installed(file: Path) -> bool:
 
 
 def _is_below(target: str, also: Sequence[str]) -> bool:
-    """Whether the command line allows `target`: by its name, or by a module or package of it.
+    """Return whether the command line allows `target`, by its name or by a module or package of it.
 
-    Private names and methods are allowed by their full name alone.
+    Private names and methods are allowed by their full name only.
     """
     if target in also:
         return True
@@ -128,11 +132,11 @@ def _is_below(target: str, also: Sequence[str]) -> bool:
 
 
 def _check_found(target: str, also: Sequence[str]) -> None:
-    """Check what a name below an allowed package leads to: `package.os.system` belongs to os."""
+    """Check the object that a name leads to, since `package.os.system` belongs to os."""
     try:
         found = get_object(target)
     except Exception:
-        return  # hydra's own message names what is wrong
+        return  # Hydra's own message names the error
     module, name = getattr(found, "__module__", None), getattr(found, "__qualname__", "")
     is_plain = (inspect.isclass(found) or inspect.isroutine(found)) and "." not in name
     is_below = any(f"{module}.".startswith(f"{package}.") for package in also)
@@ -142,9 +146,9 @@ def _check_found(target: str, also: Sequence[str]) -> None:
 
 def _refusal(target: str) -> MetaVPTError:
     return MetaVPTError(
-        f"_target_: {target} is neither something that metavpt constructs nor a public class or "
-        "function of your own code, so this configuration could run anything; "
-        f"if you trust it, say allow_targets=[{target}] on the command line"
+        f"_target_: {target} is not a target of metavpt and not a public class or function of "
+        "your own code; it could run anything. "
+        f"If you trust it, set allow_targets=[{target}] on the command line"
     )
 
 

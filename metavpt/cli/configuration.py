@@ -1,15 +1,16 @@
-"""Configurations that may come from others: what they may hold, before anything in them is acted on.
+"""Checks of configurations that may come from others, before anything in them takes effect.
 
-A file below --config-dir, or config.yaml in the folder of a run, may be somebody else's. Such a
+A file below --config-dir, or config.yaml in the folder of a run, may come from someone else. Such a
 file
 
 - constructs only what `metavpt.cli.allowed_targets` allows;
-- does not grow: neither YAML aliases nor interpolations make much more of it than it holds;
+- does not grow: YAML aliases and interpolations must not expand much beyond its size;
 - does not read the environment, nor files outside of its folder;
 - does not configure Hydra itself, which acts on its own section before a command begins.
 
-The command line may allow it: `allow_targets=[name]`, `allow_env=[NAME]`, `allow_targets=[hydra]`.
-Importing this module puts the checks into Hydra and OmegaConf, so no command can leave them out.
+The command line may allow more: `allow_targets=[name]`, `allow_env=[NAME]`,
+`allow_targets=[hydra]`. Importing this module installs the checks in Hydra and OmegaConf, so no
+command can skip them.
 """
 
 import re
@@ -38,8 +39,8 @@ from metavpt.cli.one_line_errors import own_error, reporting
 from metavpt.cli.yaml_size import check_yaml
 from metavpt.errors import MetaVPTError, reading
 
-MAX_GROWTH = 2**20  # characters that the interpolations of a configuration may come to
-INTERPOLATION = 100  # characters that evaluating one counts for, beside those of its value
+MAX_GROWTH = 2**20  # limit on the characters that interpolations of a configuration expand to
+INTERPOLATION = 100  # characters counted per interpolation, in addition to its value
 
 Result = TypeVar("Result")
 
@@ -52,8 +53,8 @@ def command(
 ) -> Callable[[Callable[[DictConfig], Result]], Callable[[], Result | None]]:
     """Make a function of a configuration the entry point of a command.
 
-    The function gets the checked configuration that the command line makes of
-    configs/<config_name>.yaml; its errors are reported as `reporting` does.
+    The function gets the checked configuration, composed from configs/<config_name>.yaml and the
+    command line. Errors are reported as in `reporting`.
     """
 
     def decorate(function: Callable[[DictConfig], Result]) -> Callable[[], Result | None]:
@@ -72,11 +73,14 @@ def command(
 
 
 def check(config: DictConfig, allow_targets: Sequence[str] | None = None) -> None:
-    """Raise MetaVPTError for a configuration that must not be constructed; nothing is imported.
+    """Check a configuration before it is constructed. Nothing is imported.
 
     Args:
-        config: May still hold interpolations; it is left as it is.
-        allow_targets: See `check_targets`; None for what the command line allows.
+        config: May still hold interpolations. It is not changed.
+        allow_targets: See `check_targets`. None: what the command line allows.
+
+    Raises:
+        MetaVPTError: The configuration must not be constructed.
     """
     try:
         with _one_allowance():
@@ -84,28 +88,32 @@ def check(config: DictConfig, allow_targets: Sequence[str] | None = None) -> Non
     except OmegaConfBaseException as error:
         raise own_error(error) or error from None
     for key, value in _strings(content):
-        if "${" in value:  # it would be resolved once more when the configuration is read
-            raise MetaVPTError(f"{key}: an escaped interpolation, as in \\${{...}}; leave it out")
+        if "${" in value:  # reading the configuration would resolve it again
+            raise MetaVPTError(f"{key}: remove the escaped interpolation, as in \\${{...}}")
     check_targets(content, allowed("allow_targets") if allow_targets is None else allow_targets)
 
 
 def read_config(folder: Path, allow_targets: Sequence[str] | None = None) -> DictConfig:
-    """The checked configuration in config.yaml of a run, resolved."""
+    """Read, check and resolve config.yaml of a run.
+
+    Raises:
+        MetaVPTError: The file is missing, damaged or not allowed.
+    """
     file = folder / "config.yaml"
     if not file.is_file():
-        raise MetaVPTError(f"run={folder}: holds no run (config.yaml is missing)")
+        raise MetaVPTError(f"run={folder}: not the folder of a run (config.yaml is missing)")
     with reading(f"{file}: not a readable configuration", "restore the file that the run wrote"):
         check_yaml(file.read_text(encoding="utf-8"))
         config = OmegaConf.load(file)
         if not isinstance(config, DictConfig):
-            raise MetaVPTError(f"{file}: not a configuration of a run, which is a mapping")
+            raise MetaVPTError(f"{file}: not a mapping, so not the configuration of a run")
         check(config, allow_targets)
         OmegaConf.resolve(config)
         return config
 
 
 def allowed(option: str) -> list[str]:
-    """The names in `option`=[...] of the command line; a file cannot give this option."""
+    """Return the names in `option`=[...] of the command line. A file cannot set this option."""
     found: list[str] = []
     for text in _command_line():
         if text.partition("=")[0].lstrip("+") == option:
@@ -115,7 +123,7 @@ def allowed(option: str) -> list[str]:
 
 
 def _command_line() -> Sequence[str]:
-    """The overrides that the user typed: those of the command, else those being composed."""
+    """Return the overrides that the user typed: those of the command, or those being composed."""
     if not HydraConfig.initialized():
         return _overrides.get()
     texts: Any = OmegaConf.to_container(HydraConfig.get().overrides.task, resolve=False)
@@ -130,12 +138,12 @@ def _strings(content: Any, key: str = "") -> Iterator[tuple[str, str]]:
             yield from _strings(value, f"{key}.{name}".lstrip("."))
 
 
-# What follows goes into OmegaConf: interpolations that grow, and those that read the environment.
+# Changes to OmegaConf: interpolations that grow, and those that read the environment.
 
 
 @contextmanager
 def _one_allowance() -> Iterator[None]:
-    """All interpolations in the block share one allowance; otherwise every value has its own."""
+    """Let all interpolations in the block share one limit. Otherwise every value has its own."""
     token = _spent.set([0])
     try:
         yield
@@ -144,7 +152,7 @@ def _one_allowance() -> Iterator[None]:
 
 
 def _visit_interpolation(self: GrammarVisitor, ctx: Any) -> Any:
-    """Evaluate an interpolation, within what the value that it belongs to may still come to."""
+    """Evaluate an interpolation within the limit of its value."""
     spent = _spent.get() or self.__dict__.setdefault("spent", [0])
     token = _spent.set(spent)
     try:
@@ -153,18 +161,18 @@ def _visit_interpolation(self: GrammarVisitor, ctx: Any) -> Any:
         _spent.reset(token)
     spent[0] += INTERPOLATION + len(str(value))
     if spent[0] > MAX_GROWTH:
-        raise MetaVPTError("the interpolations of the configuration make far too much of it")
+        raise MetaVPTError("the interpolations of the configuration expand too far; shorten them")
     return value
 
 
 def _environment(key: str, *default: Any) -> str | None:
-    """`${oc.env:KEY}`, where the command line allows it by its own use of it or by `allow_env`."""
+    """Evaluate `${oc.env:KEY}` if the command line uses it too, or allows it with `allow_env`."""
     typed = re.compile(rf"oc\.env:\s*{re.escape(key)}\b")
     if key in allowed("allow_env") or any(typed.search(text) for text in _command_line()):
         return oc.env(key, *default)
     raise MetaVPTError(
-        f"the configuration reads the environment variable {key}, whose value would be written "
-        f"into config.yaml and the report; if it may, say allow_env=[{key}] on the command line"
+        f"the configuration reads the environment variable {key}, and its value would be written "
+        f"into config.yaml and the report; to allow it, set allow_env=[{key}] on the command line"
     )
 
 
@@ -173,14 +181,14 @@ GrammarVisitor.visitInterpolation = _visit_interpolation
 OmegaConf.register_new_resolver("oc.env", _environment, replace=True)
 
 
-# What follows goes into Hydra: files that grow, that lead elsewhere, or that configure Hydra.
+# Changes to Hydra: files that grow, that lead elsewhere, or that configure Hydra.
 
 
-class FileConfigSource(file_config_source.FileConfigSource):  # Hydra knows sources by this name
-    """Configurations in a folder: of the user, or of others."""
+class FileConfigSource(file_config_source.FileConfigSource):  # Hydra finds it by this name
+    """Configurations in a folder of the user or of others."""
 
     def load_config(self, config_path: str) -> ConfigResult:
-        """The configuration, once its text has been found harmless."""
+        """Load a configuration after its text has been checked."""
         folder = Path(self.path).resolve()
         file = (folder / self._normalize_file_name(config_path)).resolve()
         if file.is_file():
@@ -192,12 +200,12 @@ class FileConfigSource(file_config_source.FileConfigSource):  # Hydra knows sour
 
 
 class ConfigLoader(ConfigLoaderImpl):
-    """Hydra's loader, which knows what the command line allows and keeps files out of `hydra`."""
+    """Hydra's loader. It knows what the command line allows, and keeps files out of `hydra`."""
 
     def load_configuration(
         self, config_name: str | None, overrides: list[str], *args: Any, **options: Any
     ) -> DictConfig:
-        """As Hydra does; `overrides` are those of the command line."""
+        """Load as Hydra does, and remember the overrides of the command line."""
         token = _overrides.set(overrides)
         try:
             return super().load_configuration(config_name, overrides, *args, **options)

@@ -1,7 +1,7 @@
-"""The terminal: everything that the package prints goes through this module.
+"""The terminal. Everything that the package prints goes through this module.
 
-Messages quote names that files bring along: members of archives, folders, parameters. Such a name
-must neither be read as rich's markup (`[/red]` without an opening tag is an error) nor act on the
+Messages quote names from files: members of archives, folders, parameters. Such a name must not be
+read as rich's markup (`[/red]` without an opening tag is an error), and must not control the
 terminal (escape sequences move the cursor, set colours or write to the clipboard).
 """
 
@@ -18,21 +18,23 @@ ACTS = {"Cc", "Cf", "Cs"}  # Unicode categories: control, format (reversed writi
 
 
 class Console(rich_console.Console):
-    r"""rich's console, for text that may come from anywhere.
+    r"""rich's console for text from any source.
 
-    Strings are printed as they are, without markup or emoji codes; colours are given as styles, or
-    in a rich Text. Characters that would act on the terminal are shown as escapes, as in `\x1b[2J`.
+    Strings are printed unchanged, without markup or emoji codes. Give colours as styles, or in a
+    rich Text. Control characters are shown as escapes, as in `\x1b[2J`.
     """
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**{"markup": False, "emoji": False, **options})
 
     def render_str(self, text: str, **options: Any) -> Text:
+        """Escape control characters before columns are measured."""
         return super().render_str(printable(text), **options)  # before columns are measured
 
     def render(
         self, renderable: RenderableType, options: ConsoleOptions | None = None
     ) -> Iterable[Segment]:
+        """Escape control characters in all output except the console's own."""
         for segment in super().render(renderable, options):
             if segment.control:  # the console's own: a progress bar moves the cursor
                 yield segment
@@ -41,7 +43,7 @@ class Console(rich_console.Console):
 
 
 def printable(text: str) -> str:
-    """`text` with every character that acts on a terminal, other than newline and tab, as an escape."""
+    """Replace control characters other than newline and tab by escapes."""
     if text.isprintable():
         return text
     return "".join(
@@ -53,6 +55,6 @@ def printable(text: str) -> str:
 
 
 def say(label: str, message: str, style: str = "bold") -> None:
-    """Print `label` in `style` and then `message` on stderr, as one line."""
+    """Print `label` in `style` and `message` on stderr, as one line."""
     line = Text.assemble((label, style), " ", printable(message).replace("\n", "\\n"))
     Console(stderr=True, soft_wrap=True).print(line, highlight=False)

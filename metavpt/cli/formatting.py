@@ -1,4 +1,4 @@
-"""Numbers and names as a reader wants them."""
+"""Formats for numbers and names."""
 
 import math
 import re
@@ -8,7 +8,7 @@ from markupsafe import Markup, escape
 
 
 def number(value: float | None, sign: bool = False) -> str:
-    """Four significant digits, or three and a sign for a change; a true minus, a dash for None."""
+    """Format with four significant digits, or with three and a sign for a change. None: a dash."""
     if value is None:
         return "\N{EN DASH}"
     text = f"{value:+.3g}" if sign and value else f"{value:.4g}"
@@ -16,7 +16,7 @@ def number(value: float | None, sign: bool = False) -> str:
 
 
 def short(value: float, digits: int = 3) -> str:
-    """At most so many significant digits with an exponent, 1.5e−4, as the label of a tick."""
+    """Format with at most `digits` significant digits and an exponent, as 1.5e−4, for ticks."""
     mantissa, exponent = f"{value:.{digits - 1}e}".split("e")
     text = (mantissa.rstrip("0").rstrip(".") if "." in mantissa else mantissa) + (
         f"e{int(exponent)}" if value and int(exponent) else ""
@@ -25,7 +25,7 @@ def short(value: float, digits: int = 3) -> str:
 
 
 def with_error(value: float, error: float | None) -> str:
-    """1.2955 ± 0.0012: the error with two digits, and the value with as many decimals."""
+    """Format as 1.2955 ± 0.0012: the error with two digits, and the value with as many decimals."""
     if not error or not 1e-6 <= error < 1e4:
         return number(value) if error is None else f"{number(value)} ± {number(error)}"
     decimals = max(0, 1 - math.floor(math.log10(error)))
@@ -33,12 +33,12 @@ def with_error(value: float, error: float | None) -> str:
 
 
 def hundredths(value: float | None) -> str:
-    """Two decimals; a dash for None."""
+    """Format with two decimals. None is a dash."""
     return "\N{EN DASH}" if value is None else f"{value:.2f}".replace("-", "\N{MINUS SIGN}")
 
 
 def duration(seconds: float) -> str:
-    """Seconds, minutes or hours, whichever reads best."""
+    """Format seconds as seconds, minutes or hours."""
     if seconds < 60:
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)
@@ -54,7 +54,7 @@ def listed(names: Sequence[str]) -> str:
 
 
 def breakable(name: str) -> Markup:
-    """A long metric name that a narrow screen may break after / _ . and =."""
+    """Allow a long metric name to break after / _ . and =."""
     return Markup("").join(
         escape(part) + Markup("<wbr>") for part in re.split(r"(?<=[/_.=])", name)
     )

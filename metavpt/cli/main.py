@@ -1,4 +1,4 @@
-"""`metavpt run|compare|check|bench|export|debug ...`: the commands as one console script."""
+"""The console script: `metavpt run|compare|check|bench|export|report|debug ...`."""
 
 import runpy
 import sys

@@ -1,4 +1,4 @@
-"""What the commands share: one clear line and exit status 2 for what a user can mend, a traceback for what is our fault."""
+"""Error reports of the commands: one line and status 2 for user errors, a traceback for bugs."""
 
 import difflib
 import os
@@ -21,7 +21,7 @@ from yaml import YAMLError
 from metavpt.cli.console import printable, say
 from metavpt.errors import MetaVPTError
 
-PLUGINS = {  # choices that come with a package of their own -> the extra that installs it
+PLUGINS = {  # choices that need a plugin -> the extra that installs it
     "hydra/sweeper/optuna": "optuna",
     "hydra/launcher/joblib": "joblib",
     "hydra/launcher/ray": "ray",
@@ -33,23 +33,25 @@ USER_ERRORS = (MetaVPTError, HydraException, OmegaConfBaseException, YAMLError, 
 
 
 def run_command(main: Callable[[], object]) -> None:
-    """Run `main`, a hydra entry point, with its own errors reported as `reporting` does."""
-    os.environ["HYDRA_FULL_ERROR"] = (
-        "1"  # hydra then raises its errors instead of printing a page and exiting with 1
-    )
+    """Run `main`, a Hydra entry point, and report its errors as in `reporting`."""
+    # Hydra then raises its errors instead of printing a page and exiting with 1.
+    os.environ["HYDRA_FULL_ERROR"] = "1"
     sys.excepthook = _print_traceback
     with reporting():
         main()
 
 
 def _print_traceback(kind: type[BaseException], error: BaseException, trace: Any) -> None:
-    """Python's own hook, for messages that may quote names from files."""
+    """Print a traceback as Python does, with control characters escaped."""
     sys.stderr.write(printable("".join(format_exception(kind, error, trace))))
 
 
 @contextmanager
 def reporting() -> Iterator[None]:
-    """Exit with status 2 and one line on bad input, 130 on Ctrl-C. Jobs use it too: hydra adds lines of its own to what leaves one."""
+    """Exit with status 2 and one line on bad input, and with 130 on Ctrl-C.
+
+    Jobs of a command use it too, since Hydra adds its own lines to an exception that leaves a job.
+    """
     try:
         yield
     except KeyboardInterrupt:
@@ -63,13 +65,13 @@ def reporting() -> Iterator[None]:
 
 
 def reason(error: BaseException) -> str:
-    """One line of why something failed: as `reporting` has it for bad input, the kind of error and its message for anything else."""
+    """Describe an exception in one line: as in `reporting` for bad input, else with its type."""
     cause = _user_error(error) if isinstance(error, USER_ERRORS) else None
     return " ".join((cause or f"{type(error).__name__}: {error}").split())
 
 
 def _user_error(error: BaseException) -> str | None:
-    """The line to print; None for an error inside a constructor that is no fault of the configuration."""
+    """Return the line to print. None: the error is not the user's."""
     if isinstance(error, RuntimeError):
         return dead_worker(str(error))
     if isinstance(error, UnicodeDecodeError):
@@ -83,15 +85,14 @@ def _user_error(error: BaseException) -> str | None:
         return _unknown_key([str(link) for link in chain])
     if isinstance(error, InstantiationException):
         blamed = ("unexpected keyword argument", "locating target")
-        lines = [
-            line for link in reversed(chain) for line in str(link).splitlines()
-        ]  # the innermost first: it names what is wrong
+        # The innermost error names the cause.
+        lines = [line for link in reversed(chain) for line in str(link).splitlines()]
         return next((line for line in lines if any(words in line for words in blamed)), None)
     return str(error).splitlines()[0]
 
 
 def own_error(error: BaseException) -> MetaVPTError | None:
-    """The package's own error that `error` stands for: libraries wrap what is raised within them."""
+    """Return the package's own error inside `error`, since libraries wrap exceptions."""
     return next((link for link in _chain(error) if isinstance(link, MetaVPTError)), None)
 
 
@@ -103,44 +104,47 @@ def _chain(error: BaseException) -> list[BaseException]:
 
 
 def _not_text(error: UnicodeDecodeError) -> str | None:
-    """The line for a configuration file that hydra could not decode, which its error does not name; None for any other text."""
+    """Return the line for a configuration file that is not UTF-8. None: another text.
+
+    Hydra's error does not name the file.
+    """
     for frame, _ in walk_tb(error.__traceback__):
         if frame.f_code.co_filename.endswith("file_config_source.py"):
-            return f"{frame.f_locals.get('full_path')}: not text in UTF-8 ({error.reason} at byte {error.start}); repair the file"
+            path, at = frame.f_locals.get("full_path"), f"{error.reason} at byte {error.start}"
+            return f"{path}: not UTF-8 text ({at}); fix or replace the file"
     return None
 
 
 def dead_worker(message: str) -> str | None:
-    """The line for a RuntimeError that torch raises, in the middle of whatever runs, when a loading process has died; None for others."""
+    """Return the line for torch's RuntimeError about a dead data worker. None: another error.
+
+    torch raises it in the middle of any computation.
+    """
     worker = re.search(
         r"DataLoader worker \(pid.*?\) (?:is killed by signal: [^.]*|exited unexpectedly[^.]*)",
         message,
     )
-    return (
-        f"{worker[0]}: out of memory, or a fault in what reads the data; try problem.num_workers=0"
-        if worker
-        else None
-    )
+    if worker is None:
+        return None
+    return f"{worker[0]}: out of memory, or a bug in the data set; try problem.num_workers=0"
 
 
 def _missing_config(message: str) -> str:
-    """`problem=foo` -> the nearest of the names that exist."""
+    """Return the line for a choice that does not exist, with the nearest existing one."""
     asked = re.search(r"Could not (?:find|load) '([^']+)/([^']+)'", message)
     options = re.findall(r"^\t(\S+)$", message, flags=re.MULTILINE)
     if not asked:
         return message.splitlines()[0]
     group, name = asked.groups()
     if extra := PLUGINS.get(f"{group}/{name}"):
-        return f"{group}={name} comes with a package that is not installed; pip install 'metavpt[{extra}]'"
+        return f"{group}={name}: the package is missing; pip install 'metavpt[{extra}]'"
     near = difflib.get_close_matches(name, options, n=1)
-    hint = f"did you mean {group}={near[0]}?" if near else ""
-    return f"{group}={name}: no such choice; {hint} known: {', '.join(options)}".replace(
-        ";  ", "; "
-    )
+    hint = f" did you mean {group}={near[0]}?" if near else ""
+    return f"{group}={name}: no such choice;{hint} known: {', '.join(options)}"
 
 
 def _unknown_key(messages: list[str]) -> str:
-    """An unknown key, with the nearest valid one from hydra's own list of what is there."""
+    """Return the line for an unknown key, with the nearest valid one."""
     text = "\n".join(messages)
     key = re.search(r"Could not override '([^']+)'", text) or re.search(
         r"Key '([^']+)' is not in struct", text
@@ -154,7 +158,7 @@ def _unknown_key(messages: list[str]) -> str:
 
 
 def nearest_key(key: str) -> str | None:
-    """The valid option nearest to `key`, among those of the configuration with its other overrides."""
+    """Return the valid option nearest to `key`, in the configuration with the other overrides."""
     from hydra import compose
     from hydra.core.global_hydra import GlobalHydra
     from hydra.initialize import initialize_config_module
@@ -176,8 +180,9 @@ def nearest_key(key: str) -> str | None:
     def collect(node: DictConfig, prefix: str) -> None:
         for name in node:
             names.append(f"{prefix}{name}")
-            if OmegaConf.is_dict(child := node._get_node(name)) and not child._is_none():  # type: ignore[union-attr]
-                collect(child, f"{prefix}{name}.")  # type: ignore[arg-type]
+            child: Any = node._get_node(name)
+            if OmegaConf.is_dict(child) and not child._is_none():
+                collect(child, f"{prefix}{name}.")
 
     collect(config, "")
     near = difflib.get_close_matches(key, names, n=1, cutoff=0.5)

@@ -1,20 +1,23 @@
-"""YAML documents that stand for far more than they hold."""
+"""YAML documents that expand to much more than their size."""
 
 import yaml
 
 from metavpt.errors import MetaVPTError
 
-MAX_GROWTH = 2**20  # characters that the aliases of a document may add to it
-NODE = 100  # characters that a node counts for, beside those of its value
-MAX_INTERPOLATED = 10_000  # characters of a text with interpolations: parsing one takes 1 kB each
+MAX_GROWTH = 2**20  # limit on the characters that aliases add to a document
+NODE = 100  # characters counted per node, in addition to its value
+MAX_INTERPOLATED = 10_000  # limit on a text with interpolations: parsing takes 1 kB per character
 
 
 def check_yaml(text: str) -> None:
-    """Raise MetaVPTError for a document whose aliases or interpolations take far more than it.
+    """Check that aliases and interpolations do not expand a document too far.
 
-    Aliases of aliases double at each line: 30 lines can stand for a billion nodes. A document that
-    is no valid YAML passes, because its reader has the better message. One that is nested too
-    deeply raises RecursionError.
+    Aliases of aliases double at each line, so 30 lines can stand for a billion nodes. Invalid YAML
+    passes, since its reader has the better message.
+
+    Raises:
+        MetaVPTError: The document expands too far.
+        RecursionError: It is nested too deeply.
     """
     try:
         root = yaml.compose(text, Loader=yaml.SafeLoader)
@@ -27,11 +30,11 @@ def check_yaml(text: str) -> None:
         nonlocal own
         if id(node) in sizes:
             return sizes[id(node)]
-        sizes[id(node)] = float("inf")  # until it is known: a node inside of itself
+        sizes[id(node)] = float("inf")  # until it is known, for a node inside of itself
         if isinstance(node, yaml.ScalarNode):
             if "${" in node.value and len(node.value) > MAX_INTERPOLATED:
                 raise MetaVPTError(
-                    f"a text with interpolations is {len(node.value)} characters long"
+                    f"a text with interpolations has {len(node.value)} characters; shorten it"
                 )
             alone, parts = NODE + len(node.value), []
         else:
@@ -42,4 +45,4 @@ def check_yaml(text: str) -> None:
         return sizes[id(node)]
 
     if root is not None and size(root) - own > MAX_GROWTH:
-        raise MetaVPTError("the aliases of the YAML document stand for far more than it holds")
+        raise MetaVPTError("the YAML aliases expand too far; write them out or remove them")

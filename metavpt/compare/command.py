@@ -1,6 +1,6 @@
-"""python -m metavpt.compare problem=...
+"""`python -m metavpt.compare problem=...`: strategies at equal cost.
 
-strategies=[fixed,greedy,one_step] seeds=[0,1,2] match=steps: strategies at equal cost.
+For example `strategies=[fixed,greedy,one_step] seeds=[0,1,2] match=steps`.
 """
 
 import itertools
@@ -32,58 +32,46 @@ from metavpt.training.disk import write_text
 from metavpt.training.trainer import Trainer
 
 WARM_START = "warm start"
-OWN = {
-    "strategies",
-    "controls",
-    "vary",
-    "seeds",
-    "match",
-    "warm_start",
-    "jobs",
-    "metrics",
-}  # what a single run does not have
-GROWS = {
-    "strategies",
-    "controls",
-    "vary",
-    "seeds",
-    "jobs",
-    "strategy",
-    "seed",
-    "metrics",
-}  # what may differ when a comparison goes on
+# Options of a comparison that a single run does not have.
+OWN = {"strategies", "controls", "vary", "seeds", "match", "warm_start", "jobs", "metrics"}
+# Options that may change when a comparison is resumed.
+GROWS = {"strategies", "controls", "vary", "seeds", "jobs", "strategy", "seed", "metrics"}
 PLACE = {"resume", "output", "runs", "allow_targets", "allow_env"}
 
 Row = tuple[str, list[str]]  # a name and the overrides that make it
 
-shared: list[
-    str
-] = []  # strategy.<option>=... of the command line: for every row that has the option
+# strategy.<option>=... of the command line, for every row that has the option
+shared: list[str] = []
 
 
 def rows(cfg: DictConfig) -> list[Row]:
-    """The controls, then the strategies, each of these repeated over the values of `vary`."""
+    """List the controls, then the strategies, each of these repeated over the values of `vary`.
+
+    Raises:
+        MetaVPTError: Two rows share a name, or there is no row.
+    """
     found: dict[str, list[str]] = {}
     for entry in cfg.controls or []:
         found |= dict([_row(entry)])
     for entry in cfg.strategies:
         name, overrides = _row(entry)
         if found.get(name, overrides) != overrides:
-            raise MetaVPTError(f"strategies: {name} names two rows; give one of them another name")
+            raise MetaVPTError(f"strategies: two rows have the name {name}; rename one of them")
         for values in _combinations(cfg.vary) if name not in found else [[]]:
             found[" ".join([name, *values])] = overrides + values
     if not found:
-        raise MetaVPTError("strategies=[]: name at least one row")
+        raise MetaVPTError("strategies=[]: give at least one row")
     return list(found.items())
 
 
 def compositions(cfg: DictConfig) -> dict[str, DictConfig]:
-    """The configuration of each row, and of the warm start, by name."""
-    command_line = [
-        o
-        for o in HydraConfig.get().overrides.task
-        if o.partition("=")[0].lstrip("+") not in OWN | PLACE
-    ]
+    """Compose the configuration of each row and of the warm start, by name.
+
+    Raises:
+        MetaVPTError: A row has another budget than the others, or no row has an option.
+    """
+    words = HydraConfig.get().overrides.task
+    command_line = [o for o in words if o.partition("=")[0].lstrip("+") not in OWN | PLACE]
     made = {
         name: _compose(command_line, overrides)
         for name, overrides in [(WARM_START, ["strategy=fixed"]), *rows(cfg)]
@@ -103,35 +91,37 @@ def compositions(cfg: DictConfig) -> dict[str, DictConfig]:
 
 
 def jobs(cfg: DictConfig, made: dict[str, DictConfig], folder: Path) -> Iterator[Job]:
-    """The warm start of each seed and its rows; the configuration of each stands in its folder."""
+    """Yield the warm start and the rows of each seed, and write the configuration of each job."""
     for seed in cfg.seeds:
         warm = folder / "warm" / f"seed{seed}"
         for name, row in made.items():
             if name == WARM_START:
-                row.trainer.first_order_every = 0  # it steers nothing
+                row.trainer.first_order_every = 0  # a warm start has no designer updates
                 build = _prepare(name, row, seed, cfg, warm, {"steps": cfg.warm_start or 1})
                 yield Job(name, seed, warm, build, untrained=not cfg.warm_start)
             else:
                 place = row_folder(folder, name, seed)
                 if cfg.warm_start:
-                    row.trainer.head_warmup_steps = 0  # they are over with the warm start
-                yield Job(
-                    name,
-                    seed,
-                    place,
-                    _prepare(name, row, seed, cfg, place, {cfg.match: row.budget[cfg.match]}),
-                    warm,
-                )
+                    row.trainer.head_warmup_steps = 0  # part of the warm start
+                limits = {cfg.match: row.budget[cfg.match]}
+                yield Job(name, seed, place, _prepare(name, row, seed, cfg, place, limits), warm)
 
 
 def build(cfg: DictConfig, folder: Path) -> Trainer:
-    """The trainer of one job, in the job's own process."""
+    """Build the trainer of one job, in the process of the job."""
     torch.set_num_threads(cfg.threads)
     return build_trainer(cfg, folder, Console(quiet=True))
 
 
 def compare(cfg: DictConfig) -> Path:
-    """Run what is missing, print the table, write it and the report; the folder of the comparison."""
+    """Run the missing jobs, print the table, and write the table and the report.
+
+    Returns:
+        The folder of the comparison.
+
+    Raises:
+        MetaVPTError: The configuration is wrong, or a row failed.
+    """
     _validate(cfg)
     made = compositions(cfg)
     console = Console()
@@ -167,23 +157,19 @@ def compare(cfg: DictConfig) -> Path:
 def _validate(cfg: DictConfig) -> None:
     seeds = list(cfg.seeds)
     if not seeds or len(set(seeds)) < len(seeds):
-        raise MetaVPTError(f"seeds={seeds}: name each seed once, and at least one")
+        raise MetaVPTError(f"seeds={seeds}: list each seed once, and at least one")
     check_known(cfg.match, "match", *UNITS)
     if not cfg.budget[cfg.match]:
-        raise MetaVPTError(
-            f"match={cfg.match}: say how much each row may spend with budget.{cfg.match}=N"
-        )
+        raise MetaVPTError(f"match={cfg.match}: set the budget of a row with budget.{cfg.match}=N")
     if cfg.jobs < 1:
-        raise MetaVPTError(f"jobs={cfg.jobs}: at least one row must run at a time")
+        raise MetaVPTError(f"jobs={cfg.jobs} must be at least 1")
     check_directions(cfg.metrics or {}, "metrics")
     if cfg.warm_start < 0:
-        raise MetaVPTError(
-            f"warm_start={cfg.warm_start}: the number of its steps must not be negative"
-        )
+        raise MetaVPTError(f"warm_start={cfg.warm_start}: the number of steps must not be negative")
 
 
 def _row(entry: str | DictConfig) -> Row:
-    """`one_step`, `one_step strategy.every=4` or {name: 'one_step ...'}."""
+    """Parse `one_step`, `one_step strategy.every=4` or {name: 'one_step ...'}."""
     if OmegaConf.is_dict(entry):
         ((name, text),) = entry.items()  # type: ignore[union-attr]
     else:
@@ -204,8 +190,12 @@ def _combinations(vary: DictConfig | None) -> list[list[str]]:
 
 
 def _compose(command_line: Sequence[str], overrides: Sequence[str]) -> DictConfig:
-    """The configuration of one row, with what is shared by all rows that have the option; its own `overrides` come last."""
-    for option in overrides:  # they may stand in a file
+    """Compose the configuration of one row.
+
+    Options on the command line that apply to strategies are used where the row has them. The row's
+    own `overrides` come last.
+    """
+    for option in overrides:  # a file may hold them
         if option.lstrip("+~").startswith("hydra"):
             raise MetaVPTError(f"{option}: set Hydra's options on the command line, not in a row")
     plain = compose("compare", overrides=[*command_line, *overrides])
@@ -227,7 +217,7 @@ def _has(cfg: DictConfig, option: str) -> bool:
 def _prepare(
     name: str, row: DictConfig, seed: int, cfg: DictConfig, folder: Path, limits: dict[str, float]
 ) -> partial[Trainer]:
-    """The row's own configuration, written to its folder, and the constructor of its trainer."""
+    """Write the row's configuration to its folder and return the constructor of its trainer."""
     row = OmegaConf.masked_copy(row, [str(key) for key in row if key not in OWN | PLACE])
     with open_dict(row):
         row.seed, row.threads = seed, cfg.threads or max(1, (os.cpu_count() or 1) // cfg.jobs)
@@ -236,7 +226,7 @@ def _prepare(
     text, file = OmegaConf.to_yaml(row, resolve=True), folder / "config.yaml"
     if file.is_file() and file.read_text() != text:
         raise MetaVPTError(
-            f"{folder}: holds this row with another configuration; name the row differently, or "
+            f"{folder}: holds this row with another configuration; rename the row, or "
             "choose another output="
         )
     with writing(folder):
@@ -250,5 +240,5 @@ def _prepare(
 
 @command("compare")
 def main(cfg: DictConfig) -> None:
-    """Entry point of `python -m metavpt.compare`."""
+    """Run the command."""
     compare(cfg)

@@ -1,4 +1,4 @@
-"""A comparison in a few sentences, what happened on the target metric first."""
+"""The results of a comparison in a few sentences, the target metric first."""
 
 from typing import TYPE_CHECKING
 
@@ -12,16 +12,17 @@ VERBS = {"better": ("beats", "beat"), "worse": ("is worse than", "are worse than
 
 
 def headline(table: "Table") -> str:
-    """Say what steering did to the target metric, then what the controls say of it.
+    """Summarise the effect of steering on the target metric, then that of the controls.
 
-    Where the results do not say which rows were steered, only which rows beat the reference.
+    If the results do not state which rows were steered, only rows that beat the reference are
+    named.
     """
     found = [_outcome(table), _labels_alone(table), _share(table), _trivial(table)]
     return " ".join([*filter(None, found), _ranking(table)])
 
 
 def _best(table: "Table") -> tuple[str, Paired] | None:
-    """The steered row with the largest gain over the reference on the target metric."""
+    """Return the steered row with the largest gain over the reference on the target metric."""
     if table.target is None:
         return None
     gains = [
@@ -50,7 +51,10 @@ def _outcome(table: "Table") -> str | None:
     if pair.verdict == "better":
         return f"{row} is better than {reference} on {target}: {by} ({seeds})."
     if pair.verdict == "worse":
-        return f"Every steered row is worse than {reference} on {target}; the best, {row}: {by} ({seeds})."
+        return (
+            f"Every steered row is worse than {reference} on {target}; "
+            f"the best, {row}: {by} ({seeds})."
+        )
     return (
         f"No steered row is better than {reference} on {target} by an interval that excludes zero; "
         f"the best, {row}: {by} ({seeds})."
@@ -58,7 +62,7 @@ def _outcome(table: "Table") -> str | None:
 
 
 def _labels_alone(table: "Table") -> str | None:
-    """Say so where labels alone, or the learner at step 0, beat every steered row."""
+    """Report that labels alone, or the learner at step 0, are better than every steered row."""
     found, target = _best(table), table.target
     if found is None or target is None:
         return None
@@ -91,7 +95,7 @@ def _share(table: "Table") -> str | None:
 
 
 def _trivial(table: "Table") -> str | None:
-    """Name the rows that no learner is needed for."""
+    """List the rows that are no better than a prediction that ignores the input."""
     target = table.target
     known = [
         (mean.value, name)
@@ -117,7 +121,10 @@ def _ends(pair: Paired) -> str:
 
 
 def _ranking(table: "Table") -> str:
-    """Which rows beat the reference on which steered metric, and which fall behind it, by an interval that excludes zero."""
+    """List the rows that are better or worse than the reference on a target metric.
+
+    A verdict needs an interval that excludes zero.
+    """
     reference = table.reference
     if not table.has_reference:
         return f"No finished row {reference}, so there is nothing to compare with."
@@ -146,7 +153,7 @@ def _ranking(table: "Table") -> str:
 
 
 def _clauses(table: "Table", pairs: dict[tuple[str, str], Paired], verdict: str) -> list[str]:
-    """One for all rows that have the verdict on the same metrics."""
+    """Write one clause for all rows that have the verdict on the same metrics."""
     rows: dict[tuple[str, ...], list[str]] = {}
     for row in table.trained:
         names = tuple(

@@ -1,4 +1,4 @@
-"""Is one strategy better than another by more than noise: paired statistics over seeds, by scipy.stats. Same values, same numbers."""
+"""Paired statistics over seeds, by scipy.stats. Equal values give equal numbers."""
 
 import math
 from collections.abc import Sequence
@@ -11,15 +11,21 @@ from metavpt.errors import MetaVPTError
 
 LEVEL = 0.95
 NUM_RESAMPLES = 9999  # 2^13 sign flips are fewer, so the test is exact up to 13 seeds
-# Below it the interval is the range of the differences, which misses the truth too often (in 50 %
-# of cases with 2 seeds, in 25 % with 3) to call a difference better or worse.
+# Below this number the interval is the range of the differences. It misses the truth in 50 % of
+# cases with 2 seeds and in 25 % with 3, too often for a verdict.
 MIN_SEEDS = 5
 
 Verdict = Literal["better", "worse", "unclear", "too few seeds"]
 
 
 class Mean(NamedTuple):
-    """Mean of n values and its standard error, None for one value."""
+    """The mean of n values.
+
+    Attributes:
+        value: The mean.
+        se: Its standard error. None for one value.
+        n: The number of values.
+    """
 
     value: float
     se: float | None
@@ -27,13 +33,17 @@ class Mean(NamedTuple):
 
 
 class Paired(NamedTuple):
-    """a against b on the same n seeds. One seed has a difference and no interval or p-value.
+    """a against b on the same n seeds. One seed gives a difference without interval and p-value.
 
-    difference  mean of a - b
-    low, high   95 % bootstrap interval of it
-    p           two-sided, of the sign-flip permutation test
-    wins        seeds in which a is better, a tie counting half; None where nobody said which way is
-    good sign        -1 lower is better, +1 higher is better, 0 unknown
+    Attributes:
+        difference: The mean of a - b.
+        low: The lower end of its 95 % bootstrap interval.
+        high: The upper end.
+        p: The two-sided p-value of the sign-flip permutation test.
+        wins: The number of seeds in which a is better; a tie counts half. None: no stated
+            direction.
+        n: The number of seeds.
+        sign: +1 if higher is better, -1 if lower, 0 if not stated.
     """
 
     difference: float
@@ -46,7 +56,7 @@ class Paired(NamedTuple):
 
     @property
     def verdict(self) -> Verdict:
-        """Judge a: "unclear" where the interval holds zero, or nobody said which way is good."""
+        """Judge a. "unclear": the interval contains zero, or no direction is stated."""
         if self.n < MIN_SEEDS:
             return "too few seeds"
         if not self.sign or self.low is None or self.high is None or self.low <= 0 <= self.high:
@@ -55,7 +65,10 @@ class Paired(NamedTuple):
 
 
 class Correlation(NamedTuple):
-    """Pearson r, and the slope of the regression of y on x, of n finite pairs; None where it is not defined."""
+    """Pearson's r and the slope of the regression of y on x, over n finite pairs.
+
+    None where it is not defined.
+    """
 
     r: float | None
     slope: float | None
@@ -63,28 +76,37 @@ class Correlation(NamedTuple):
 
 
 def mean_se(values: Sequence[float]) -> Mean:
-    """Mean and its standard error. Raises MetaVPTError for no value, or one that is not finite."""
+    """Compute the mean and its standard error.
+
+    Raises:
+        MetaVPTError: There is no value, or one is not finite.
+    """
     array = _finite(values)
-    se = (
-        float(stats.sem(array - array[0])) if len(array) > 1 else None
-    )  # shifted, so that equal values have an error of exactly zero
+    # Shifted, so that equal values have an error of exactly zero.
+    se = float(stats.sem(array - array[0])) if len(array) > 1 else None
     return Mean(float(array.mean()), se, len(array))
 
 
 def paired(a: Sequence[float], b: Sequence[float], sign: int) -> Paired:
-    """a - b with its interval and p-value; a[k] and b[k] are of the same seed.
+    """Compute a - b with its interval and p-value.
 
-    The interval is the percentile bootstrap at Hesterberg's expanded level: the plain one is too
-    short for few seeds, and BCa is as short and undefined where all differences are equal (an
-    interval of length zero here). Coverage of normal differences is 95 % from 8 seeds on; below
+    The interval is the percentile bootstrap at Hesterberg's expanded level. The plain one is too
+    short for few seeds. BCa is as short, and undefined if all differences are equal (the interval
+    then has length zero here). The coverage for normal differences is 95 % from 8 seeds on. Below
     MIN_SEEDS the interval is the range of the differences, see `range_coverage`. Source:
     Hesterberg, "What Teachers Should Know About the Bootstrap", The American Statistician 69
     (2015), expanded percentile interval.
+
+    Args:
+        a: One value per seed.
+        b: The values of the same seeds.
+        sign: +1 if higher is better, -1 if lower, 0 if not stated.
+
+    Raises:
+        MetaVPTError: The lengths differ, or a value is not finite.
     """
     if len(a) != len(b):
-        raise MetaVPTError(
-            f"paired: {len(a)} values against {len(b)}; give one of each for every seed"
-        )
+        raise MetaVPTError(f"paired: {len(a)} values against {len(b)}; give one of each per seed")
     differences = _finite(a) - _finite(b)
     n = len(differences)
     wins = float((sign * differences > 0).sum() + 0.5 * (differences == 0).sum()) if sign else None
@@ -110,20 +132,30 @@ def paired(a: Sequence[float], b: Sequence[float], sign: int) -> Paired:
 
 
 def smallest_p(n: int) -> float:
-    """The p-value of n differences that all have one sign: no two-sided sign-flip test gives less."""
+    """Return the p-value of n differences of one sign, the smallest that the test can give."""
     return 2 / 2**n
 
 
 def range_coverage(n: int) -> float:
-    """How often the range of n symmetric differences holds their centre: all but the two cases of one sign for all."""
+    """Return how often the range of n symmetric differences contains their centre.
+
+    It does not if all differences have the same sign.
+    """
     return 1 - smallest_p(n)
 
 
 def pearson(x: Sequence[float], y: Sequence[float]) -> Correlation:
-    """r of x and y, and the slope of y on x (`x` predicted, `y` realised). Pairs that are not finite are left out.
+    """Compute r of x and y, and the slope of y on x. Pairs that are not finite are dropped.
 
-    Two points lie on a line whatever they are, so fewer than three have neither; a constant x has
-    neither, a constant y no r.
+    Fewer than three points define neither, since any two lie on a line. A constant x defines
+    neither, and a constant y no r.
+
+    Args:
+        x: For example the predicted changes.
+        y: For example the realised changes.
+
+    Raises:
+        MetaVPTError: The lengths differ.
     """
     if len(x) != len(y):
         raise MetaVPTError(f"pearson: {len(x)} values against {len(y)}; give pairs")
@@ -137,7 +169,10 @@ def pearson(x: Sequence[float], y: Sequence[float]) -> Correlation:
 
 
 def _expanded(n: int) -> float:
-    """The level at which a percentile interval of n normal values is as long as their t interval."""
+    """Return the level at which the percentile interval is as long as the t interval.
+
+    This holds for the mean of n normal values.
+    """
     tail = stats.norm.sf(math.sqrt(n / (n - 1)) * stats.t.isf((1 - LEVEL) / 2, n - 1))
     return float(1 - 2 * tail)
 
@@ -146,20 +181,21 @@ def _finite(values: Sequence[float]) -> np.ndarray:
     array = np.asarray(values, dtype=float)
     if not len(array) or not np.isfinite(array).all():
         raise MetaVPTError(
-            f"statistics over seeds need finite values, one at least, not {list(values)}; leave "
-            "out the seeds that failed"
+            f"statistics over seeds need at least one value, all finite, not {list(values)}; "
+            "drop the seeds that failed"
         )
     return array
 
 
 def power_law(sizes: Sequence[float], values: Sequence[float]) -> float:
-    """The exponent b of values ~ a sizes^b, by least squares on logarithms.
+    """Fit the exponent b of values ~ a sizes^b by least squares on logarithms.
 
-    MetaVPTError for one size alone or a value <= 0.
+    Raises:
+        MetaVPTError: There is only one size, or a value is not positive.
     """
     if len(set(sizes)) < 2 or min(*sizes, *values) <= 0:
         raise MetaVPTError(
-            f"power_law: needs two sizes at least and positive numbers, got {list(sizes)} and "
+            f"power_law: needs at least two sizes and positive numbers, got {list(sizes)} and "
             f"{list(values)}"
         )
     return float(np.polyfit(np.log(sizes), np.log(values), 1)[0])

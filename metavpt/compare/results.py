@@ -1,4 +1,4 @@
-"""What a comparison measured: one result for each row and seed, kept as lines of rows.jsonl."""
+"""Results of a comparison: one for each row and seed, stored as lines of rows.jsonl."""
 
 import json
 import os
@@ -21,14 +21,23 @@ DIRECTIONS = "metrics.yaml"  # what the configuration of the comparison states
 class Result:
     """One strategy on one seed, from the shared warm start to the end of its budget.
 
-    step0, metrics   probe metrics before and after
-    peak_memory      bytes, of training alone
-    steered          the metrics that the feedback is about; None: all of them
-    trivial          metrics of predictions that ignore the input, by the name of the predictor
-    steered_steps    steps on a task that feedback shaped; None where the strategy uses no feedback for tasks
-    labelled_steps   steps with a loss on labels, which controls take on purpose
-    directions       metric to "lower" or "higher", whichever is better, as the problem states it
-    error            one line where the row failed; then nothing else is known
+    Attributes:
+        row: The row's name.
+        seed: The seed.
+        error: One line if the row failed. Then the other fields are empty.
+        step0: Probe metrics before training.
+        metrics: Probe metrics after training.
+        steps: Optimizer steps of the learner.
+        samples: Unlabelled samples seen.
+        grad_evals: Gradient evaluations.
+        seconds: Wall-clock time.
+        times: Seconds by purpose.
+        peak_memory: The peak of training alone, in bytes.
+        steered: The target metrics. None: all metrics.
+        trivial: Metrics of predictions that ignore the input, by the name of the predictor.
+        steered_steps: Steps on a task that feedback shaped. None: the strategy has no such tasks.
+        labelled_steps: Steps with a loss on labels, as some controls take.
+        directions: The better direction of each metric, as the problem states it.
     """
 
     row: str
@@ -50,16 +59,17 @@ class Result:
 
     @property
     def samples_per_s(self) -> float:
+        """Return the throughput."""
         return self.samples / max(self.seconds, 1e-9)
 
 
 def append(folder: Path, result: Result) -> None:
-    """Add a line to rows.jsonl, whole or not at all; a last line that a crash cut short goes first.
+    """Append a line to rows.jsonl, whole or not at all. Several processes may append at once.
 
-    Several processes may append at once.
+    A last line that a crash cut short is removed first.
 
     Raises:
-        MetaVPTError: There is no room for it.
+        MetaVPTError: The disk is full, or the file cannot be written.
     """
     path = folder / FILE
     line = (json.dumps(asdict(result)) + "\n").encode()
@@ -77,12 +87,13 @@ def append(folder: Path, result: Result) -> None:
 
 
 def read(folder: Path, warn: Callable[[str], None] = lambda line: None) -> list[Result]:
-    """The results in `folder`, the last one for each row and seed.
+    """Read the results in `folder`, the last one for each row and seed.
 
     Args:
         folder: The folder of a comparison.
-        warn: Called with a line of text for each line of rows.jsonl that is no result. Such a line is
-            left out, so that its row runs again. A last line that a crash cut short is left out silently.
+        warn: Called with a line of text for each line of rows.jsonl that is not a result. The row
+            of such a line runs again. A last line that a crash cut short is skipped without a
+            warning.
     """
     path = folder / FILE
     if not path.is_file():
@@ -97,22 +108,24 @@ def read(folder: Path, warn: Callable[[str], None] = lambda line: None) -> list[
             result = _parse(json.loads(line))
         except (ValueError, TypeError, AttributeError, RecursionError) as error:
             if number <= text.count("\n"):
-                warn(
-                    f"{path} line {number}: not the result of a comparison ({error}); it is left out and its row runs again"
-                )
+                warn(f"{path} line {number}: not a result ({error}); skipped, its row runs again")
             continue
         found[result.row, result.seed] = result
     return list(found.values())
 
 
 def write_directions(folder: Path, directions: Directions) -> None:
-    """Keep the directions that the configuration states, for the table and the report."""
+    """Save the directions that the configuration states, for the table and the report."""
     if directions:
         write_text(folder / DIRECTIONS, yaml.safe_dump(dict(directions)))
 
 
 def read_directions(folder: Path) -> dict[str, Direction]:
-    """The directions that `write_directions` kept; empty where there are none."""
+    """Read what `write_directions` saved. Empty if there is no file.
+
+    Raises:
+        MetaVPTError: The file is damaged.
+    """
     path = folder / DIRECTIONS
     if not path.is_file():
         return {}
@@ -121,15 +134,20 @@ def read_directions(folder: Path) -> dict[str, Direction]:
     except yaml.YAMLError:
         stated = None
     if not isinstance(stated, dict):
-        raise MetaVPTError(f"{path}: no mapping from metrics to lower or higher; mend or delete it")
+        raise MetaVPTError(f"{path}: not a mapping of metrics to lower or higher; fix or delete it")
     return check_directions(stated, str(path))
 
 
 def _parse(record: Mapping[str, Any]) -> Result:
-    """Raises ValueError, TypeError or AttributeError for what is no result."""
-    result = Result(
-        **{name: record[name] for name in (f.name for f in fields(Result)) if name in record}
-    )
+    """Parse a line.
+
+    Raises:
+        ValueError: A field has the wrong type or value.
+        TypeError: A required field is missing.
+        AttributeError: It is not a result.
+    """
+    known = {f.name for f in fields(Result)}
+    result = Result(**{name: value for name, value in record.items() if name in known})
     texts: list[Any] = [
         result.row,
         *(result.steered or []),
@@ -147,7 +165,7 @@ def _parse(record: Mapping[str, Any]) -> Result:
     if not (
         all(isinstance(text, str) for text in texts)
         and all(type(number) in (int, float) for number in numbers)
-        and type(result.seed) is int  # a truth value is none
+        and type(result.seed) is int  # not a bool
     ):
         raise ValueError("a field is of the wrong type")
     if not set(result.directions.values()) <= {"lower", "higher"}:

@@ -1,4 +1,4 @@
-"""Strategies against each other: every row of every seed from the same warm start, each in a process of its own."""
+"""Runs every row of every seed from a shared warm start, each in its own process."""
 
 import multiprocessing as mp
 import os
@@ -31,9 +31,15 @@ STATE, OUTPUT = "state.pt", "output.txt"
 
 @dataclass(frozen=True)
 class Job:
-    """One training run of a comparison: a row on a seed, or the warm start that all rows of a seed share.
+    """One training run: a row on a seed, or the warm start that all rows of a seed share.
 
-    build   (run folder) -> the trainer; it must pickle, since it is called in another process
+    Attributes:
+        row: The row's name.
+        seed: The seed.
+        folder: The folder of the run.
+        build: Builds the trainer from the folder. It must pickle, since another process calls it.
+        warm: The folder of the warm start. None: this job is one.
+        untrained: Whether the warm start has no steps. Then it measures the initial weights.
     """
 
     row: str
@@ -45,13 +51,21 @@ class Job:
 
     @property
     def title(self) -> str:
+        """Return the row and the seed, for messages."""
         return f"{self.row}, seed {self.seed}"
 
 
 class Comparison:
-    """Runs the jobs that `folder` does not hold yet, `num_processes` at once, warm starts first.
+    """Runs the jobs that are not finished yet, warm starts first.
 
-    A row that fails is kept as a result with its error, and the others go on. What was interrupted goes on from its checkpoint.
+    A failed row is stored as a result with its error, and the others continue. Interrupted jobs
+    resume from their checkpoints.
+
+    Args:
+        folder: The folder of the comparison.
+        jobs: All jobs.
+        num_processes: Jobs that run at the same time.
+        console: Shows the progress. None: nothing is shown.
     """
 
     def __init__(
@@ -66,12 +80,15 @@ class Comparison:
         self.context = cast(Any, mp).get_context(
             "forkserver" if "forkserver" in mp.get_all_start_methods() else "spawn"
         )
-        self.context.set_forkserver_preload(
-            ["metavpt.run.command", "torch._dynamo"]
-        )  # what every job imports; optimizers bring the second
+        # Modules that every job imports; optimizers import the second.
+        self.context.set_forkserver_preload(["metavpt.run.command", "torch._dynamo"])
 
     def run(self) -> list[Result]:
-        """Results in the order of the jobs."""
+        """Run the jobs and return the results in the order of the jobs.
+
+        Raises:
+            MetaVPTError: A warm start failed.
+        """
         results.read(self.folder, warn=self._warn)
         columns = (
             BarColumn(),
@@ -81,10 +98,8 @@ class Comparison:
         )
         with Progress(*columns, console=self.console) as progress:
             bar = progress.add_task("", total=len(self.jobs))
-            waiting, running = (
-                [job for job in self.jobs if not self._is_done(job)],
-                dict[int, tuple[Job, Any]](),
-            )
+            waiting = [job for job in self.jobs if not self._is_done(job)]
+            running: dict[int, tuple[Job, Any]] = {}
             try:
                 while waiting or running:
                     for job in self._ready(waiting, running):
@@ -110,7 +125,7 @@ class Comparison:
         return self.results()
 
     def results(self) -> list[Result]:
-        """What is known so far, in the order of the jobs."""
+        """Return the results so far, in the order of the jobs."""
         found = {(result.row, result.seed): result for result in results.read(self.folder)}
         return [found[job.row, job.seed] for job in self.jobs if (job.row, job.seed) in found]
 
@@ -118,7 +133,7 @@ class Comparison:
         self.console.print(line, style="yellow", soft_wrap=True)
 
     def _ready(self, waiting: list[Job], running: dict[int, tuple[Job, Any]]) -> list[Job]:
-        """The jobs to start now."""
+        """Return the jobs to start now."""
         free = self.num_processes - len(running)
         return [job for job in waiting if job.warm is None or (job.warm / STATE).exists()][:free]
 
@@ -133,13 +148,12 @@ class Comparison:
     def _finish(self, job: Job, exitcode: int | None) -> None:
         if exitcode == 0:
             return
-        path = (
-            job.folder / OUTPUT
-        )  # there is none where what it is to build is not found in another process
+        # A job that could not be unpickled in its process has no output.
+        path = job.folder / OUTPUT
         output = path.read_text(errors="replace").splitlines() if path.exists() else []
-        why = (
-            output[-1] if exitcode == 1 and output else f"its process ended with status {exitcode}"
-        )
+        why = f"its process ended with status {exitcode}"
+        if exitcode == 1 and output:
+            why = output[-1]
         if job.warm is None:
             raise MetaVPTError(f"{job.title}: {why}")
         self._warn(f"{job.title} failed: {why}")
@@ -147,9 +161,15 @@ class Comparison:
 
 
 def work(job: Job, folder: Path, start_method: str) -> None:
-    """What the process of `job` does; what it prints goes to output.txt, and its last line is the reason where it failed (status 1).
+    """Run a job. This is the target of its process.
 
-    Loading processes of its own start as they do in a run, by `start_method`: one made as this one was would import everything anew.
+    Output goes to output.txt. If the job fails, the last line is the reason and the status is 1.
+
+    Args:
+        job: The job.
+        folder: The folder of the comparison.
+        start_method: How data workers start, the default of a single run. The start method of this
+            process would import every module again in each worker.
     """
     mp.set_start_method(start_method, force=True)
     threading.Thread(target=_end_with_parent, daemon=True).start()
@@ -169,13 +189,14 @@ def work(job: Job, folder: Path, start_method: str) -> None:
 
 
 def warm_start(job: Job) -> None:
-    """Train the ordinary recipe and keep the problem's state with its metrics, from which every row of the seed begins."""
+    """Train on the ordinary recipe, and save the state and the metrics for all rows of the seed."""
     trainer = _begin(job)
     if job.untrained:
         trainer.measure()
     else:
         trainer.run()
-    untouched = {"designer", *head_names(trainer.problem)}  # by the recipe; a row may have others
+    # The recipe does not change them, and a row may have others.
+    untouched = {"designer", *head_names(trainer.problem)}
     state = {
         name: value for name, value in trainer.problem.state_dict().items() if name not in untouched
     }
@@ -188,7 +209,11 @@ def warm_start(job: Job) -> None:
 
 
 def train(job: Job, warm: Path) -> Result:
-    """The row from its warm start to the end of its budget, with the report of its run."""
+    """Run a row from its warm start to the end of its budget, and write the report of the run.
+
+    Raises:
+        MetaVPTError: The state of the warm start is damaged.
+    """
     trainer = _begin(job)
     state = checkpoint.read(warm / STATE)
     if not {"problem", "metrics"} <= state.keys():
@@ -220,7 +245,7 @@ def train(job: Job, warm: Path) -> Result:
 
 
 def _begin(job: Job) -> Trainer:
-    """The trainer, from the job's newest checkpoint where it has one, else with a log of its own."""
+    """Build the trainer and resume its newest checkpoint, or start a new log."""
     trainer = job.build(job.folder)
     if trainer.checkpoints and trainer.checkpoints.paths():
         trainer.resume()
@@ -230,7 +255,10 @@ def _begin(job: Job) -> Trainer:
 
 
 def _end_with_parent() -> None:
-    """A killed comparison leaves no process behind that would write beside the resumed one's."""
+    """Exit with the parent process.
+
+    Otherwise jobs of a killed comparison would write beside those of the resumed one.
+    """
     parent = mp.parent_process()
     if parent is not None:
         parent.join()
@@ -238,7 +266,7 @@ def _end_with_parent() -> None:
 
 
 def _copy_last_step(warm: Path, row: Path) -> None:
-    """Figures and texts of the warm start's last step, as step 0 of the row."""
+    """Copy figures and texts of the warm start's last step as step 0 of the row."""
     for pattern in ("figures/*-step*.png", "texts/step*.json"):
         newest = {path.stem.rpartition("step")[0]: path for path in sorted(warm.glob(pattern))}
         for name, path in newest.items():
@@ -252,7 +280,7 @@ def _titles(running: dict[int, tuple[Job, Any]]) -> str:
 
 
 class TrivialPredictors(Protocol):
-    """A problem that scores predictions which ignore the input, as rows to compare with."""
+    """A problem that can score predictions which ignore the input, to compare rows with."""
 
     def trivial_metrics(self) -> dict[str, dict[str, float]]:
         """Return metrics as `evaluate` names them, by the name of the predictor."""

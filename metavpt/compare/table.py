@@ -1,4 +1,4 @@
-"""The table of a comparison: what every row is worth, against the reference on the same seeds, and what it cost."""
+"""The table of a comparison: metrics of every row, differences to the reference, and costs."""
 
 import csv
 import io
@@ -33,35 +33,29 @@ from metavpt.training.disk import write_text
 STEP0 = "step 0"
 LABELS_ONLY, DIRECT = "labels_only", "direct"  # the rows that train the learner on labels
 MIB = 2**20
-COLUMNS = (
-    "row",
-    "metric",
-    "block",
-    "mean",
-    "se",
-    "seeds",
-    "difference",
-    "low",
-    "high",
-    "p",
-    "wins",
-    "n",
-    "verdict",
-)  # of the CSV
+COLUMNS = (  # of the CSV
+    *("row", "metric", "block", "mean", "se", "seeds"),
+    *("difference", "low", "high", "p", "wins", "n", "verdict"),
+)
 STYLES = {"better": "green", "worse": "red"}
 
 Values = dict[str, dict[str, dict[int, float]]]  # row -> metric -> seed -> value
 
 
 class Cell(NamedTuple):
-    """One row on one metric: over its seeds, and against the reference; None where it has no finite value or no seed in common."""
+    """One row on one metric. A part is None without a finite value or a common seed.
+
+    Attributes:
+        mean: Over the row's seeds.
+        paired: Against the reference.
+    """
 
     mean: Mean | None
     paired: Paired | None
 
 
 class Cost(NamedTuple):
-    """Means over the seeds that finished; throughput in samples a second relative to the reference."""
+    """Means over the finished seeds. Throughput is relative to the reference."""
 
     seeds: int
     steps: float | None = None
@@ -73,7 +67,7 @@ class Cost(NamedTuple):
 
 
 class Section(NamedTuple):
-    """A part of the table as text; `verdicts` has one for each line."""
+    """A part of the table as text, with one verdict per line."""
 
     title: str
     header: list[str]
@@ -82,18 +76,28 @@ class Section(NamedTuple):
 
 
 class Table:
-    """Results by row and metric, first of all step 0: the warm start that the rows of a seed share.
+    """Results by row and metric, and step 0: the warm start that the rows of a seed share.
 
-    rows          step 0, the trivial predictors, then the rows in the order in which they appear
-    trivial       predictors that ignore the input
-    trained       the rows that were trained
-    designed      those of them whose tasks feedback shapes; empty where the results do not say
-    target        the first metric that the feedback is about and whose direction is stated
-    metrics       those that the feedback is about
-    side_effects  the other ones
-    warnings      side effects on which a row is worse than step 0 or the reference by more than the
-                  interval, of MIN_SEEDS seeds or more
-    notes         what a reader must know: rows that failed, values that are missing, how much the seeds can show
+    Args:
+        results: The results of the comparison.
+        reference: The row that differences are taken to.
+        directions: Directions of the configuration. They override those of the problem.
+
+    Attributes:
+        rows: Step 0, the trivial predictors, then the trained rows in their order.
+        trivial: Predictors that ignore the input.
+        trained: The rows that were trained.
+        designed: The trained rows whose tasks feedback shapes. Empty if the results do not state
+            it.
+        target: The first target metric with a stated direction.
+        metrics: The target metrics.
+        side_effects: The other metrics.
+        warnings: Side-effect metrics on which a row is worse than step 0 or the reference, by an
+            interval that excludes zero, with MIN_SEEDS seeds or more.
+        notes: Failed rows, missing values, and the resolution of so few seeds.
+
+    Raises:
+        MetaVPTError: There is no result.
     """
 
     def __init__(
@@ -130,23 +134,21 @@ class Table:
         self.notes = list(dict.fromkeys(self._notes()))
 
     def sign(self, metric: str) -> int:
-        """-1 where lower is better, +1 where higher is better, 0 where nobody said."""
+        """Return +1 if higher is better, -1 if lower, 0 if not stated."""
         return sign(metric, self.directions)
 
     def difference(self, row: str, other: str, metric: str) -> Paired | None:
-        """`row` minus `other` on the seeds that both have; None where there is none."""
+        """Compute `row` minus `other` on the seeds that both have. None: there is none."""
         a, b = (self.values.get(name, {}).get(metric, {}) for name in (row, other))
         seeds = sorted(a.keys() & b.keys())
-        return (
-            paired([a[seed] for seed in seeds], [b[seed] for seed in seeds], self.sign(metric))
-            if seeds
-            else None
-        )
+        if not seeds:
+            return None
+        return paired([a[seed] for seed in seeds], [b[seed] for seed in seeds], self.sign(metric))
 
     def share_of_direct(self, row: str, metric: str) -> float | None:
         """Return the gain of `row` over the reference as a share of the gain of `direct`.
 
-        None where `direct` does not gain by an interval that excludes zero, or a gain is unknown.
+        None: the interval of the gain of `direct` contains zero, or a gain is unknown.
         """
         whole = self.difference(DIRECT, self.reference, metric)
         own = self.difference(row, self.reference, metric)
@@ -158,9 +160,9 @@ class Table:
         return self.sign(metric) * own.difference / gain
 
     def summary(self) -> Section | None:
-        """Return what each row gains on the target metric and what it changes besides.
+        """Return the gain of each row on the target metric, and its other changes.
 
-        None where there is no reference, or the results do not say what steered them.
+        None: there is no reference, or the results do not state which rows were steered.
         """
         target = self.target
         if target is None or not self.has_reference or not self._knows_roles():
@@ -181,7 +183,7 @@ class Table:
         return bool(self.designed) or any(result.labelled_steps for result in self.results)
 
     def _others(self, row: str) -> str:
-        """Say what changes besides the target: the metrics with a verdict, the worse ones by name."""
+        """Summarise the changes of the other metrics, and list the worse ones."""
         changes = {
             name: against.verdict
             for name in (*self.metrics, *self.side_effects)
@@ -198,6 +200,7 @@ class Table:
         return ", ".join(parts) or "none beyond the interval"
 
     def cost(self, row: str) -> Cost:
+        """Return the costs of a row."""
         finished = {
             result.seed: result
             for result in self.results
@@ -230,7 +233,7 @@ class Table:
         )
 
     def sections(self) -> list[Section]:
-        """Steered metrics, side effects, cost; each line begins with the name of its row."""
+        """Return target metrics, side effects and costs. A line begins with the name of its row."""
         steered = [self._metric_section(name) for name in self.metrics]
         return [
             *steered,
@@ -239,7 +242,7 @@ class Table:
         ]
 
     def rich(self) -> Group:
-        """For a terminal of 100 columns. A difference with a verdict is green or red."""
+        """Render for a terminal of 100 columns. A difference with a verdict is green or red."""
         parts: list[RichTable | Text] = [Text(headline(self)), Text()]
         summary = self.summary()
         for section in [*([summary] if summary else []), *self.sections()]:
@@ -263,6 +266,7 @@ class Table:
         return Group(*parts, *(Text(note, "dim") for note in self.notes))
 
     def markdown(self) -> str:
+        """Render as Markdown."""
         parts = [_escaped(headline(self))]
         summary = self.summary()
         for section in [*([summary] if summary else []), *self.sections()]:
@@ -279,7 +283,10 @@ class Table:
         return "\n\n".join([*parts, "\n".join(closing)]).rstrip() + "\n"
 
     def csv(self) -> str:
-        """One line for each row and metric, numbers in full; what is not known is empty. `n` counts the seeds of the difference."""
+        """Render one line for each row and metric, in full precision.
+
+        Unknown values are empty. `n` counts the seeds of the difference.
+        """
         file = io.StringIO()
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow([*COLUMNS, *Cost._fields[1:]])
@@ -293,7 +300,7 @@ class Table:
         return file.getvalue()
 
     def write(self, folder: Path) -> None:
-        """table.md and table.csv in `folder`; a reader finds the old file or the new one, never a part."""
+        """Write table.md and table.csv to `folder`, each at once."""
         for name, text in (("table.md", self.markdown()), ("table.csv", self.csv())):
             write_text(folder / name, text)
 
@@ -359,8 +366,11 @@ class Table:
                 for other in dict.fromkeys((STEP0, self.reference)):
                     change = self.difference(row, other, metric) if row != other else None
                     if change and change.verdict == "worse":
-                        by = f"{number(change.difference, sign=True)} {_interval(change)}, {change.n} seeds"
-                        yield f"side effect: {row} is worse than {other} on {metric} by more than the interval: {by}"
+                        by = f"{number(change.difference, sign=True)} {_interval(change)}"
+                        yield (
+                            f"side effect: {row} is worse than {other} on {metric} by more than "
+                            f"the interval: {by}, {change.n} seeds"
+                        )
 
     def _notes(self) -> Iterator[str]:
         for result in self.results:
@@ -383,14 +393,15 @@ class Table:
             )
         if any(cell.mean and cell.mean.n == 1 for cell in self.cells.values()):
             yield (
-                "One seed has no standard error, interval or p-value: nothing is known of its noise. "
-                f"To call a row better or worse takes {MIN_SEEDS} seeds."
+                "One seed has no standard error, interval or p-value, so its noise is unknown. "
+                f"A verdict needs {MIN_SEEDS} seeds."
             )
         if not self.has_reference:
-            yield f"No differences: there is no finished row {self.reference} to take them to."
+            yield f"No differences: there is no finished row {self.reference} to compare with."
             return
         yield (
-            f"Differences are to {self.reference} on the seeds that both have: {LEVEL:.0%} bootstrap interval, two-sided sign-flip test, "
+            f"Differences are to {self.reference} on the seeds that both have: "
+            f"{LEVEL:.0%} bootstrap interval, two-sided sign-flip test, "
             "not corrected for the number of rows and metrics; a tie is half a win."
         )
         yield from map(
@@ -398,17 +409,18 @@ class Table:
         )
 
     def _uneven_starts(self) -> Iterator[str]:
-        """The rows of a seed begin at the same learner, so they have the same step 0."""
+        """Check that the rows of a seed have the same metrics at step 0."""
         for result in self.results:
             for name, value in result.step0.items():
                 first = self.values[STEP0].get(name, {}).get(result.seed, value)
                 if math.isfinite(value) and not math.isclose(first, value, rel_tol=1e-6):
                     who = f"{result.row}, seed {result.seed}"
-                    yield f"{who}: {name} starts at {number(value)}, the first row of that seed at {number(first)}"
+                    starts = f"{name} starts at {number(value)}, the first row of that seed at"
+                    yield f"{who}: {starts} {number(first)}"
 
 
 def _values(results: Sequence[Result]) -> Values:
-    """The finite metrics of the rows; step 0 of a seed is that of its first result."""
+    """Collect the finite metrics of the rows. Step 0 of a seed is that of its first result."""
     values: Values = {STEP0: {}}
     for result in results:
         for name, value in result.step0.items():
@@ -426,7 +438,10 @@ def _values(results: Sequence[Result]) -> Values:
 
 
 def _steered(results: Sequence[Result], names: Sequence[str]) -> Mapping[str, set[str]]:
-    """What the feedback of each row is about. A row that does not say has what the other ones say together, or all."""
+    """Return the target metrics of each row.
+
+    A row that states none has those of all other rows, or all metrics.
+    """
     said: dict[str, set[str]] = {}
     for result in results:
         if result.steered is not None:
@@ -436,14 +451,14 @@ def _steered(results: Sequence[Result], names: Sequence[str]) -> Mapping[str, se
 
 
 def _strength(n: int) -> str:
-    """What n > 1 seeds can show at most."""
+    """State what n > 1 seeds can show at most."""
     least = f"With {n} seeds no p-value is below {number(smallest_p(n))}"
     if n >= MIN_SEEDS:
         return f"{least}."
     return (
-        f"{least}, and the interval is the range of the differences, which holds the truth "
-        f"{range_coverage(n):.1%} of the time at best: too few seeds to call a row better or worse, "
-        f"which takes {MIN_SEEDS}."
+        f"{least}, and the interval is the range of the differences, which contains the truth "
+        f"{range_coverage(n):.1%} of the time at best: too few seeds for a verdict, "
+        f"which needs {MIN_SEEDS}."
     )
 
 
@@ -452,7 +467,7 @@ def _mean(mean: Mean | None) -> str:
 
 
 def _compared(against: Paired | None) -> list[str]:
-    """Difference, interval, p-value or that there are too few seeds for one, wins of seeds."""
+    """Format difference, interval, p-value ("too few seeds" without one) and wins."""
     if against is None:
         return [number(None)] * 4
     wins = number(None) if against.wins is None else f"{against.wins:g}/{against.n}"

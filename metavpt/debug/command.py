@@ -30,10 +30,10 @@ class Replay:
 
     Attributes:
         step: Its number.
-        saved: Loss and gradient norm in the run; empty if a designer update ended it.
-        loss, grad_norm: Of the learner's step now.
-        same_task: Whether the data gave the task that was saved. The loss is that of the saved
-            task.
+        saved: Loss and gradient norm in the run. Empty if a designer update ended it.
+        loss: The loss of the learner's step now.
+        grad_norm: Its gradient norm now.
+        same_task: Whether the data gave the saved task. The loss is that of the saved task.
         findings: What was not finite, in the order of the computation.
     """
 
@@ -46,6 +46,7 @@ class Replay:
 
     @property
     def is_reproduced(self) -> bool:
+        """Return whether the step gave the saved values again."""
         if not self.saved:
             return bool(self.findings)
         return all(
@@ -54,12 +55,16 @@ class Replay:
         )
 
     def lines(self) -> Iterator[str]:
+        """Describe the result, line by line."""
         yield f"step {self.step}: loss {self.loss:.6g}, gradient norm {self.grad_norm:.6g}"
         if self.saved:
-            yield f"in the run: loss {self.saved['loss']:.6g}, gradient norm {self.saved['grad_norm']:.6g}"
+            saved = self.saved
+            norm = saved["grad_norm"]
+            yield f"in the run: loss {saved['loss']:.6g}, gradient norm {norm:.6g}"
         if not self.same_task:
-            yield "the data give another task than the run had; the loss is that of the saved one"
-        yield f"reproduced: {'yes' if self.is_reproduced else 'no; another device, version or thread count rounds differently'}"
+            yield "the data give another task than in the run; the loss is that of the saved task"
+        why = "another device, version or thread count rounds differently"
+        yield f"reproduced: {'yes' if self.is_reproduced else f'no; {why}'}"
         for rank, finding in enumerate(self.findings):
             yield f"{'first not finite' if rank == 0 else 'then'}: {finding}"
 
@@ -68,7 +73,7 @@ def replay(trainer: Trainer, file: Path) -> Replay:
     """Run the last step in failure.pt again with `trainer` as in the run; nothing is trained."""
     saved = checkpoint.read(file)
     if not {"trainer", "random", "task", "values"} <= saved.keys():
-        raise MetaVPTError(f"{file}: not written by a run that ended on something not finite")
+        raise MetaVPTError(f"{file}: not a failure that a run saved")
     problem, findings = trainer.problem, []
     trainer.restore(saved["trainer"], file, finite=False)
     _rewind(trainer, saved)
@@ -162,8 +167,8 @@ def _as_saved(task: Any, kept: list[Tensor]) -> tuple[Any, bool]:
     own = trees.tensors(task)
     if [tensor.shape for tensor in own] != [tensor.shape for tensor in kept]:
         raise MetaVPTError(
-            "failure.pt holds a task of other shapes than this configuration makes; the code of "
-            "the problem has changed"
+            "failure.pt: the saved task has other shapes than this configuration makes; the code "
+            "of the problem has changed"
         )
     same = all(trees.same(a.detach().cpu(), b) for a, b in zip(own, kept, strict=True))
     rest = iter(kept)
@@ -174,9 +179,8 @@ def _gradient(loss: Tensor, theta: params.Params) -> tuple[float, list[str]]:
     """Return the norm of the gradient, and where in the backward pass it stops being finite."""
     findings = []
     with warnings.catch_warnings():
-        warnings.simplefilter(
-            "ignore"
-        )  # anomaly detection prints a page for what becomes one line here
+        # Anomaly detection prints a page where one line is enough.
+        warnings.simplefilter("ignore")
         gradients = torch.autograd.grad(
             loss, list(theta.values()), retain_graph=True, materialize_grads=True
         )
@@ -205,13 +209,12 @@ def _same(a: float, b: float) -> bool:
 
 @command("debug")
 def main(cfg: DictConfig) -> None:
-    """Entry point of `python -m metavpt.debug`."""
+    """Run the command."""
     folder = Path(cfg.run)
     file = folder / health.FAILURE_FILE
     if not file.is_file():
         raise MetaVPTError(
-            f"{file}: no such file; a run writes it when it ends on a loss or gradient that is "
-            "not finite"
+            f"{file}: no such file; a run writes it if a loss or gradient is not finite"
         )
     config = read_config(folder)
     config.tracker = None

@@ -81,7 +81,8 @@ def _math_verify() -> tuple[Any, Any]:
     config = [ExprExtractionConfig()]
 
     def read(text: str) -> Any:
-        plain = text.replace("$", "")
-        return parse(plain, extraction_config=config, parsing_timeout=None)  # type: ignore[arg-type]
+        plain: Any = text.replace("$", "")
+        options: Any = {"extraction_config": config, "parsing_timeout": None}
+        return parse(plain, **options)
 
     return read, lambda a, b: verify(a, b, timeout_seconds=None)

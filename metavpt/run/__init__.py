@@ -1,1 +1,1 @@
-"""`python -m metavpt.run`: one run, from step 0 to its report; with -m a sweep."""
+"""`python -m metavpt.run`: one training run and its report; with -m a sweep."""

@@ -1,4 +1,7 @@
-"""python -m metavpt.run problem=dino_nyuv2 [strategy=...] [seed=0] [resume=true]: one run, from step 0 to its report; with -m a sweep."""
+"""`python -m metavpt.run problem=dino_nyuv2`: one run and its report; with -m a sweep.
+
+For example `strategy=one_step seed=0`, or `resume=true` to continue a run.
+"""
 
 import math
 import os
@@ -29,23 +32,19 @@ from metavpt.training.engine import make_fabric
 from metavpt.training.signals import Stopped, StopRequest
 from metavpt.training.trainer import Trainer
 
-# does not change what a run comes to
+# Options that do not change the result of a run.
 NOT_CONFIGURATION = (
-    "resume",
-    "output",
-    "minimise",
-    "metrics",
-    "tracker",
-    "allow_targets",
-    "allow_env",
-    "devices",
-    "nodes",
-    "parallel",
+    *("resume", "output", "minimise", "metrics", "tracker", "allow_targets", "allow_env"),
+    *("devices", "nodes", "parallel"),
 )
 
 
 def run(cfg: DictConfig) -> float | None:
-    """Train, print the table of step 0 against the end, write the report; the value of `cfg.minimise`, None without one."""
+    """Train, print the metrics before and after, and write the report.
+
+    Returns:
+        The value of `cfg.minimise`. None without one.
+    """
     console = Console()
     if cfg.trainer.get("dry_run"):
         return describe(cfg, console)
@@ -62,7 +61,7 @@ def run(cfg: DictConfig) -> float | None:
 
 
 def describe(cfg: DictConfig, console: Console) -> None:
-    """Print what the run would take; no data and no weights are read, nothing is written."""
+    """Print parameters, memory and schedule of a run. No data and no weights are read."""
     with torch.device("meta"):
         trainer = build(dry_run.without_files(cfg), Path(cfg.runs), console)
     console.print(dry_run.plan(trainer))
@@ -76,7 +75,7 @@ def _train_and_report(
     console: Console,
     fabric: Fabric,
 ) -> dict[str, float]:
-    """Train, print the table and write the report; the metrics at the end."""
+    """Train, print the table, write the report, and return the final metrics."""
     stop = StopRequest()
     try:
         with stop.listening():
@@ -100,7 +99,10 @@ def _train(
     fabric: Fabric,
     stop: StopRequest,
 ) -> dict[str, float]:
-    """The metrics at the end. A run that fails before its first step leaves nothing behind."""
+    """Train and return the final metrics.
+
+    A run that fails before its first step leaves no folder.
+    """
     trainer: Trainer | None = None
     try:
         trainer = build(cfg, folder, console, fabric)
@@ -110,21 +112,19 @@ def _train(
         if trainer.checkpoints and trainer.checkpoints.paths():
             trainer.resume()
         else:
-            trainer.log.discard()  # of an attempt that reached no checkpoint
+            trainer.log.discard()  # from an attempt that ended before a checkpoint
             trainer.check()
             trainer.measure()
+        # An unknown metric name is an error before the training.
         if objective and trainer.metrics:
-            objective(
-                trainer.metrics
-            )  # a name that no probe has is known before the training, not after it
+            objective(trainer.metrics)
         trainer.run()
         return trainer.metrics
     except RuntimeError as error:
         if stop.signal is None or not dead_worker(str(error)):
             raise
-        raise Stopped(
-            stop.signal
-        ) from error  # the signal went to the loading processes too, and they did not wait
+        # The signal reached the data workers too, and they exited first.
+        raise Stopped(stop.signal) from error
     except BaseException:
         nothing = (
             not resume
@@ -140,10 +140,10 @@ def _train(
 
 
 def _how_it_goes_on(folder: Path, signal: Signals) -> str:
-    """The line that a run ends with which was asked to stop."""
+    """Return the line that explains how to resume a stopped run."""
     saved = Checkpoints(folder / "checkpoints").paths()
     if not saved:
-        return f"stopped by {signal.name} before the first checkpoint: nothing was trained"
+        return f"stopped by {signal.name} before the first checkpoint; nothing was saved"
     multirun = HydraConfig.get().mode is RunMode.MULTIRUN
     place = f"hydra.sweep.dir={folder.parent}" if multirun else f"output={folder}"
     options = [
@@ -152,42 +152,42 @@ def _how_it_goes_on(folder: Path, signal: Signals) -> str:
         if not option.startswith(("resume=", place.partition("=")[0] + "="))
     ]
     command = shlex.join(["python", "-m", "metavpt.run", *options, place, "resume=true"])
-    return f"stopped by {signal.name}, saved in {saved[-1]}; go on with\n{command}"
+    return f"stopped by {signal.name}, saved in {saved[-1]}; resume with\n{command}"
 
 
 def _folder(cfg: DictConfig) -> tuple[Path, bool]:
-    """The folder of the run, and whether one is continued there.
+    """Return the folder of the run, and whether the run is resumed.
 
-    A job of a sweep has its own in the sweep's.
+    A job of a sweep has its own folder inside the sweep's.
     """
     hydra_cfg = HydraConfig.get()
     output, resume = Path(cfg.output) if cfg.output else None, cfg.resume or _is_restarted()
     if hydra_cfg.mode is RunMode.MULTIRUN:
         if output:
             raise MetaVPTError(
-                f"output={output}: the runs of a sweep cannot share a folder; name that of the "
-                "sweep with hydra.sweep.dir="
+                f"output={output}: the runs of a sweep cannot share a folder; set the folder of "
+                "the sweep with hydra.sweep.dir="
             )
         if not cfg.minimise and not hydra_cfg.sweeper._target_.endswith(".BasicSweeper"):
             raise MetaVPTError(
-                "minimise=null: this sweeper minimises a metric; name it, as in "
+                "minimise=null: this sweeper minimises a metric; set it, for example "
                 "minimise=ridge/depth_rmse"
             )
         output = Path(hydra_cfg.runtime.output_dir)
-        resume = (
-            resume and (output / "config.yaml").is_file()
-        )  # the jobs that an interrupted sweep never reached begin
+        # Jobs that an interrupted sweep did not reach start anew.
+        resume = resume and (output / "config.yaml").is_file()
     config = OmegaConf.to_yaml(
         OmegaConf.masked_copy(cfg, [str(key) for key in cfg if key not in NOT_CONFIGURATION]),
         resolve=True,
     )
     if resume:
         return run_folder.find(output, Path(cfg.runs), config), True
-    name = f"{hydra_cfg.runtime.choices['problem']}-{hydra_cfg.runtime.choices['strategy']}-seed{cfg.seed}"
+    chosen = hydra_cfg.runtime.choices
+    name = f"{chosen['problem']}-{chosen['strategy']}-seed{cfg.seed}"
     folder = run_folder.create(output, Path(cfg.runs), name)
     try:
         write_text(folder / "config.yaml", config)
-        choices = {axis: hydra_cfg.runtime.choices[axis] for axis in ("problem", "strategy")}
+        choices = {axis: chosen[axis] for axis in ("problem", "strategy")}
         run_folder.write_environment(folder, cfg.seed, choices=choices)
     except BaseException:
         run_folder.remove(folder)
@@ -196,17 +196,17 @@ def _folder(cfg: DictConfig) -> tuple[Path, bool]:
 
 
 def _is_restarted() -> bool:
-    """Whether torchrun has started the processes anew, after one of them failed (--max-restarts)."""
+    """Return whether torchrun restarted the processes after a failure (--max-restarts)."""
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
 
 
 @command("run")
 def main(cfg: DictConfig) -> float | None:
-    """Entry point of `python -m metavpt.run`; the value is what a sweep minimises."""
+    """Run the command and return the value that a sweep minimises."""
     try:
         return run(cfg)
     except (NonFiniteError, torch.OutOfMemoryError) as error:
         if HydraConfig.get().mode is not RunMode.MULTIRUN:
             raise
         say("warning:", f"this job of the sweep failed: {error}", "yellow")
-        return math.inf  # an outcome of the values that were tried: the sweep goes on
+        return math.inf  # a result of the sampled values, so the sweep continues

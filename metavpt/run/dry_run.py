@@ -1,10 +1,10 @@
-"""What a run would take, without its data, weights or GPU: parameters, memory, schedule.
+"""Parameters, memory and schedule of a run, without its data, weights or GPU.
 
-`trainer.dry_run=true` prints it.
+`trainer.dry_run=true` prints them.
 """
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from omegaconf import DictConfig, open_dict
@@ -21,19 +21,25 @@ from metavpt.run import memory_estimate
 from metavpt.training.schedule import warm_up_names
 from metavpt.training.trainer import Trainer
 
-NUM_IMAGES = 2  # that activations are counted on
+NUM_IMAGES = 2  # images that activations are counted on
 NOTE = (
-    "activations: what autograd keeps of the pretraining loss of {images} images, counted on the "
+    "activations: tensors that autograd keeps for the pretraining loss of {images} images, on the "
     "meta device with fused attention, "
-    "times batch_size / {images}. float32. Not in it: what lives for the length of one "
-    "operation, the GPU's own context, probes, and a "
-    "designer update (the graph of meta_batch_size images through trunk and designer, the tail "
+    "times batch_size / {images}. float32. Not included: temporary tensors "
+    "inside an operation, the CUDA context, probes, and a "
+    "designer update (the graph of meta_batch_size images through trunk and designer, and the tail "
     "once more)."
 )
 
 
 def without_files(cfg: DictConfig) -> DictConfig:
-    """`cfg` on the meta device, with random weights and with stand-ins for its labelled sets; nothing is tracked."""
+    """Move a configuration to the meta device, with random weights and stand-ins for the data.
+
+    Trackers are turned off.
+
+    Raises:
+        MetaVPTError: The problem cannot be built without its files.
+    """
     cfg = cfg.copy()
     with open_dict(cfg):
         cfg.device, cfg.tracker = "meta", {}
@@ -45,13 +51,13 @@ def without_files(cfg: DictConfig) -> DictConfig:
         data: Any = cfg.get("data")
         if not cfg.get("backbone") or not data:
             raise MetaVPTError(
-                "trainer.dry_run=true: only a problem with the groups backbone and data can be "
-                "planned without its files"
+                "trainer.dry_run=true: needs a problem with the configuration groups "
+                "backbone and data"
             )
         for node in [data] if "_target_" in data else data.values():
             if node._target_ not in ABSENT:
                 raise MetaVPTError(
-                    f"trainer.dry_run=true: there is no stand-in for {node._target_}, only for "
+                    f"trainer.dry_run=true: no stand-in for {node._target_}, only for "
                     f"{', '.join(ABSENT)}"
                 )
             node._target_, node.path, node.unlabelled = ABSENT[node._target_], None, None
@@ -59,7 +65,7 @@ def without_files(cfg: DictConfig) -> DictConfig:
 
 
 def plan(trainer: Trainer) -> Group:
-    """Tables of a trainer whose problem is on the meta device."""
+    """Return the tables of a trainer whose problem is on the meta device."""
     return Group(
         _parameters(trainer),
         "",
@@ -100,7 +106,7 @@ def _memory(trainer: Trainer) -> Table:
             name: memory_estimate.num_bytes([*module.parameters(), *module.buffers()])
             for name, module in _others(trainer)
         },
-        "activations": activation_bytes(problem) * problem.batch_size,  # pyright: ignore[reportAttributeAccessIssue]
+        "activations": activation_bytes(problem) * cast(Any, problem).batch_size,
     }
     table = _table("memory", "")
     for name, size in {**rows, "together": sum(rows.values())}.items():
@@ -109,10 +115,9 @@ def _memory(trainer: Trainer) -> Table:
 
 
 def activation_bytes(problem: Any) -> float:
-    """What autograd keeps of the pretraining loss for each image, with a batch of the recipe."""
-    with (
-        torch.no_grad()
-    ):  # the recipe's draws are made for real: they decide how much a batch shows
+    """Return the bytes per image that autograd keeps for the pretraining loss on the recipe."""
+    # The recipe is drawn for real: the draws decide how many tokens are computed.
+    with torch.no_grad():
         task = problem.recipe(Batch(torch.zeros(NUM_IMAGES, 3, 64, 64, dtype=torch.uint8), seed=0))
     task = tree_map_only(torch.Tensor, lambda tensor: tensor.to("meta"), task)
     theta = params.named(problem.learner)
@@ -128,7 +133,10 @@ def activation_bytes(problem: Any) -> float:
 def _schedule(trainer: Trainer) -> Iterable[Table | str]:
     total = trainer.budget.limits.get("steps")
     if total is None:
-        yield "schedule: the budget has no limit in steps, so the learning rate follows the share of it that is spent"
+        yield (
+            "schedule: the budget has no limit in steps, so the learning rate follows the share "
+            "of the budget that is spent"
+        )
         return
     table = _table("step", "learning rate", "of the heads")
     steps = {
@@ -166,7 +174,7 @@ def _schedule(trainer: Trainer) -> Iterable[Table | str]:
 
 
 def _others(trainer: Trainer) -> list[tuple[str, nn.Module]]:
-    """Modules of the problem beside learner and designer: teacher, feedback heads."""
+    """Return the problem's modules other than learner and designer: teacher, feedback heads."""
     own = ("learner", "designer")
     found = [
         (name, module)

@@ -1,4 +1,4 @@
-"""The memory that training takes, counted on tensors of the meta device, which have a size and no storage."""
+"""Memory of training, counted on the meta device, where tensors have a size and no storage."""
 
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -12,12 +12,12 @@ from torch.utils._pytree import tree_leaves
 
 
 def num_bytes(tensors: Iterable[Tensor]) -> int:
-    """The bytes that the elements of `tensors` take."""
+    """Return the bytes of the elements of `tensors`."""
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
 def state_bytes(optimizer: Optimizer) -> int:
-    """What the optimizer keeps of its parameters, all on the meta device, after a step."""
+    """Return the bytes of the optimizer's state after a step. Parameters are on the meta device."""
     for group in optimizer.param_groups:
         for p in group["params"]:
             p.grad = torch.empty_like(p)
@@ -27,9 +27,13 @@ def state_bytes(optimizer: Optimizer) -> int:
 
 
 def saved_bytes(loss: Callable[[], Any], kept: Iterable[Tensor]) -> int:
-    """What autograd saves for the backward pass of loss() beside the tensors `kept` that are in memory anyway, each storage once.
+    """Return the bytes that autograd saves for the backward pass of loss(), each storage once.
 
-    Attention counts as the fused kernels have it, without a matrix of N x N; no gradient is taken.
+    Attention counts as in the fused kernels, without an N x N matrix. No gradient is computed.
+
+    Args:
+        loss: Computes the loss.
+        kept: Tensors that are in memory anyway. They do not count.
     """
     counted: dict[int, torch.UntypedStorage] = {}
     known = {tensor.untyped_storage()._cdata for tensor in kept}
@@ -37,7 +41,7 @@ def saved_bytes(loss: Callable[[], Any], kept: Iterable[Tensor]) -> int:
     def pack(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
         if storage._cdata not in known:
-            counted[storage._cdata] = storage  # held, so that no later tensor takes its place
+            counted[storage._cdata] = storage  # kept alive, so that its id stays unique
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), _FusedAttention():
@@ -46,7 +50,7 @@ def saved_bytes(loss: Callable[[], Any], kept: Iterable[Tensor]) -> int:
 
 
 class _FusedAttention(TorchFunctionMode):
-    """On the meta device torch would take the attention that keeps every probability."""
+    """Replaces attention, since torch would keep all probabilities on the meta device."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is F.scaled_dot_product_attention:
@@ -55,7 +59,7 @@ class _FusedAttention(TorchFunctionMode):
 
 
 class _Attention(torch.autograd.Function):
-    """Keeps what flash attention does: its inputs, its output, and a number for each query."""
+    """Keeps the tensors that flash attention keeps: inputs, output, and a number for each query."""
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""A run in a few lines, for a terminal."""
+"""A summary of a run for the terminal."""
 
 from pathlib import Path
 from statistics import fmean
@@ -13,13 +13,11 @@ from metavpt.training.budget import UNCOUNTED
 
 
 def table(folder: Path) -> Table:
-    """Step 0 beside the last step for every metric of the run in `folder`; below it the value's trend, throughput, time shares."""
+    """Compare step 0 with the last step for every metric of the run in `folder`."""
     records = read_log(folder / "metrics.jsonl")
     rows = summary_rows(records)
-    first, last = (
-        min((row.first_step for row in rows), default=0),
-        max((row.last_step for row in rows), default=0),
-    )
+    first = min((row.first_step for row in rows), default=0)
+    last = max((row.last_step for row in rows), default=0)
     made = Table(
         "metric",
         box=None,
@@ -42,7 +40,10 @@ def table(folder: Path) -> Table:
 
 
 def spending(records: list[Record]) -> list[str]:
-    """Lines on the value V (mean of the first and of the last quarter of the updates), samples a second, and the share of each purpose."""
+    """Describe steering, the value V, throughput and time shares, one line each.
+
+    V is the mean over the first and over the last quarter of the designer's updates.
+    """
     lines = [f"steering: {line}" for line in steering(records)]
     values = list(series_of(records, "designer").get("value", {}).values())
     if values:

@@ -1,4 +1,4 @@
-"""A sweep's outcome: a table of its jobs, best first, and the best configuration as an experiment to run again."""
+"""The result of a sweep: a table of its jobs, and the best configuration as an experiment file."""
 
 import csv
 import io
@@ -24,17 +24,9 @@ from metavpt.metrics import Directions, sign
 from metavpt.report import read_log, series_of
 from metavpt.training.disk import write_text
 
-# where a run stood and who watched it
+# Options that do not change the result of a run.
 NOT_WHAT_RAN = {
-    "runs",
-    "output",
-    "resume",
-    "minimise",
-    "tracker",
-    "device",
-    "devices",
-    "nodes",
-    "parallel",
+    *("runs", "output", "resume", "minimise", "tracker", "device", "devices", "nodes", "parallel")
 }
 
 Row = dict[str, str | float | None]
@@ -42,23 +34,26 @@ Row = dict[str, str | float | None]
 
 @dataclass(frozen=True)
 class Objective:
-    """What a sweep minimises: a metric of the last probe, or with factor -1 its negative."""
+    """The metric of the last probe that a sweep minimises, times `factor` (1 or -1)."""
 
     metric: str
     factor: int = 1
 
     @classmethod
     def parse(cls, text: str | None) -> "Objective | None":
-        """`ridge/depth_rmse` or `-ridge/seg_miou`; None for None."""
+        """Parse `ridge/depth_rmse` or `-ridge/seg_miou`. None for None."""
         if text is None:
             return None
         return cls(text.removeprefix("-"), -1 if text.startswith("-") else 1)
 
     def check(self, directions: Directions) -> None:
-        """Raise MetaVPTError where the sign would look for the worst run.
+        """Check that the sign fits the direction of the metric.
 
         Args:
-            directions: metric to the direction in which it is better, as the problem states it.
+            directions: The better direction of each metric, as the problem states it.
+
+        Raises:
+            MetaVPTError: The sweep would look for the worst run.
         """
         if sign(self.metric, directions) == self.factor:
             ours, right = ("-", "") if self.factor < 0 else ("", "-")
@@ -68,6 +63,11 @@ class Objective:
             )
 
     def __call__(self, metrics: Mapping[str, float]) -> float:
+        """Return the value to minimise.
+
+        Raises:
+            MetaVPTError: There is no such metric.
+        """
         if self.metric not in metrics:
             raise MetaVPTError(
                 f"minimise={self.metric}: no such metric; known: {', '.join(metrics)}"
@@ -77,19 +77,25 @@ class Objective:
 
 @dataclass(frozen=True)
 class Job:
-    """One run of a sweep; kept as job.json in its folder, because jobs may run on other machines."""
+    """One run of a sweep, stored as job.json in its folder, since jobs may run on other machines.
+
+    Attributes:
+        number: The number of the job.
+        overrides: Its overrides.
+        groups: The configuration groups. The overrides alone do not tell groups from keys.
+        value: The objective. None: there is none, or it is not finite.
+        failed: Whether the run diverged or ran out of memory. Then only its first metrics are
+            known.
+    """
 
     number: int
     overrides: list[str]
-    groups: list[
-        str
-    ]  # the configuration groups, told from other keys by nothing in the overrides themselves
-    value: float | None  # None: no objective, or not finite
-    failed: bool = (
-        False  # the run diverged or ran out of memory: of its metrics only the first ones are known
-    )
+    groups: list[str]
+    value: float | None
+    failed: bool = False
 
     def write(self, folder: Path) -> None:
+        """Write job.json."""
         folder.mkdir(parents=True, exist_ok=True)
         write_text(folder / "job.json", json.dumps(asdict(self)) + "\n")
 
@@ -98,6 +104,7 @@ class Sweep(Callback):
     """Writes table.md, table.csv and experiment/best.yaml into the folder of a finished sweep."""
 
     def on_job_end(self, config: DictConfig, job_return: JobReturn, **kwargs: Any) -> None:
+        """Store the job and its objective."""
         hydra = config.hydra
         if hydra.mode is RunMode.MULTIRUN:
             value = job_return._return_value  # the property would raise what the job raised
@@ -113,6 +120,7 @@ class Sweep(Callback):
             job.write(Path(hydra.runtime.output_dir))
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
+        """Write the table and the best configuration."""
         folder = Path(config.hydra.sweep.dir)
         jobs = [
             (Job(**json.loads(path.read_text())), path.parent) for path in folder.glob("*/job.json")
@@ -133,7 +141,7 @@ class Sweep(Callback):
 
 
 def write_table(folder: Path, rows: Sequence[Row]) -> None:
-    """table.csv with every digit, table.md to read."""
+    """Write table.csv with all digits, and table.md for reading."""
     names = _names(rows)
     table = io.StringIO()
     writer = csv.DictWriter(table, names)
@@ -152,7 +160,7 @@ def write_table(folder: Path, rows: Sequence[Row]) -> None:
 
 
 def rich_table(rows: Sequence[Row]) -> Table:
-    """For a terminal: up to the objective where there is one, all metrics where there is none."""
+    """Render for a terminal: up to the objective if there is one, else all metrics."""
     names = _names(rows)
     if any(row["objective"] is not None for row in rows):
         names = names[: names.index("objective") + 1]
@@ -165,7 +173,10 @@ def rich_table(rows: Sequence[Row]) -> Table:
 
 
 def experiment(job: Job) -> str:
-    """The overrides of `job` as an experiment file: choices of groups in its defaults list, everything else below it."""
+    """Write the overrides of `job` as an experiment file.
+
+    Choices of groups go into its defaults list, everything else below it.
+    """
     parents: list[Any] = []
     chosen: list[Any] = []
     values = OmegaConf.create()
@@ -191,13 +202,13 @@ def experiment(job: Job) -> str:
         "the folder above `experiment`",
         "# as --config-dir, or beside another one as 'hydra.searchpath=[file://<folder>]'.",
     ]
-    lines += [f"# and {line} on the command line, which a file cannot say" for line in left_out]
+    lines += [f"# and {line} on the command line, which a file cannot set" for line in left_out]
     defaults = yaml.safe_dump({"defaults": [*parents, "_self_", *chosen]}, sort_keys=False)
     return "\n".join(lines) + "\n" + defaults + (OmegaConf.to_yaml(values) if values else "")
 
 
 def _rows(jobs: Sequence[tuple[Job, Path]]) -> list[Row]:
-    """Job number, what the jobs differ in, objective and last metrics of each."""
+    """Return job number, swept options, objective and last metrics of each job."""
     settings = [_setting(job) for job, _ in jobs]
     keys = list(dict.fromkeys(key for setting in settings for key in setting))
     swept = [key for key in keys if len({setting.get(key) for setting in settings}) > 1]
@@ -218,7 +229,7 @@ def _setting(job: Job) -> dict[str, str]:
 
 
 def _outcome(job: Job, folder: Path) -> Row:
-    """The metrics of the last probe."""
+    """Return the metrics of the last probe."""
     path = folder / "metrics.jsonl"
     if job.failed or not path.is_file():
         return {"objective": "failed"}

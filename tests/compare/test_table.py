@@ -181,7 +181,7 @@ def test_failed_rows_are_listed_with_their_error():
 def test_without_the_reference_there_are_no_differences_and_a_line_says_so():
     for rows in (three_rows(5)[5:], [Result("fixed", 0, error="killed"), *three_rows(5)[5:]]):
         table = Table(rows)
-        assert "No differences: there is no finished row fixed to take them to." in table.notes
+        assert any(note.startswith("No differences") and "fixed" in note for note in table.notes)
         assert all(cell.paired is None for cell in table.cells.values())
         assert "minus" not in table.markdown()
         assert "throughput" not in table.markdown()
@@ -234,15 +234,13 @@ def test_rows_that_did_not_start_at_the_same_learner_are_named():
 
 
 def test_what_few_seeds_can_show_is_said():
-    notes = "\n".join(Table(three_rows()).notes)
-    assert (
-        "With 2 seeds no p-value is below 0.5, and the interval is the range of the differences, "
-        "which holds the truth 50.0%" in notes
-    )
-    assert (
-        "With 3 seeds no p-value is below 0.25, and the interval is the range of the "
-        "differences, which holds the truth 75.0%" in notes
-    )
+    notes = {note.partition(" seeds ")[0]: note for note in Table(three_rows()).notes}
+    for seeds, p_value, coverage in (
+        ("With 2", "below 0.5,", "50.0%"),
+        ("With 3", "0.25", "75.0%"),
+    ):
+        assert p_value in notes[seeds]
+        assert coverage in notes[seeds]
     many = "\n".join(
         Table(
             [result(row, seed, 1.2 + seed) for row in ("fixed", "copy") for seed in range(6)]

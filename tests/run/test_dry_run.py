@@ -157,7 +157,7 @@ def test_every_dense_problem_can_be_planned(options: list[str]) -> None:
 
 
 def test_a_problem_without_the_groups_is_refused() -> None:
-    with pytest.raises(MetaVPTError, match="only a problem with the groups backbone and data"):
+    with pytest.raises(MetaVPTError, match="backbone and data"):
         printed(composed("problem=toy_sources"))
 
 
