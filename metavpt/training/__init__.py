@@ -1,1 +1,1 @@
-"""The training loop and what it needs: engine, streams, budget, schedule, checkpoints, health, logs."""
+"""The training loop with its engine, streams, budget, schedule, checkpoints, health and logs."""

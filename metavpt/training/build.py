@@ -1,4 +1,4 @@
-"""A trainer from a configuration."""
+"""Builds a trainer from a configuration."""
 
 from pathlib import Path
 from typing import Any
@@ -19,9 +19,13 @@ from metavpt.training.trainer import Trainer
 
 
 def build(cfg: DictConfig, folder: Path, console: Console, fabric: Fabric | None = None) -> Trainer:
-    """The trainer that `cfg` describes, with its log and checkpoints in `folder`; all that is random comes from `cfg.seed`.
+    """Build the trainer of a configuration. `cfg.seed` sets all randomness.
 
-    `fabric` None: one process.
+    Args:
+        cfg: The resolved configuration of a run.
+        folder: Where the log and the checkpoints go.
+        console: Where the log shows the progress.
+        fabric: Device, precision and processes. None: one process.
     """
     fabric = fabric or make_fabric(cfg.device, cfg.precision)
     log: RunLog = UnwrittenLog(folder)

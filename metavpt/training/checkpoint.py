@@ -1,4 +1,4 @@
-"""Checkpoints that are whole or absent, and that resume a run exactly."""
+"""Checkpoints that are written whole or not at all, and that resume a run bit for bit."""
 
 import os
 import random
@@ -30,12 +30,15 @@ from metavpt.distributed import collectives
 from metavpt.errors import MetaVPTError, reading, writing
 from metavpt.training.disk import replacing, sync_folder
 
-STATE = "state.pt"  # in the folder of a checkpoint: all but the shards, which meta tensors stand for, and the sums of their files
-SHARD_FILES = "*.safetensors"  # not DCP's own format, whose index is a pickle that could run code
+# In the folder of a checkpoint: the sums of the shard files, and the state with meta tensors in
+# place of the shards.
+STATE = "state.pt"
+# Not DCP's own format: its index is a pickle, which could run code.
+SHARD_FILES = "*.safetensors"
 
 
 class Saved(NamedTuple):
-    """The state in a checkpoint, its path, and a line for each newer one that could not be read."""
+    """The state in a checkpoint, its path, and a line for each newer one that cannot be read."""
 
     state: dict[str, Any]
     path: Path
@@ -43,24 +46,38 @@ class Saved(NamedTuple):
 
 
 class Checkpoints:
-    """The `keep` newest states of a run in `folder`: a file `step-00000123.pt` each, or a folder `step-00000123` where tensors are sharded.
+    """The newest states of a run: a file `step-00000123.pt`, or a folder if tensors are sharded.
 
-    Either is written beside its place, flushed to the disk and then moved there, so a run killed at any moment leaves only whole ones.
-    Reading never runs code from it (`weights_only=True`, safetensors), and one that is damaged is passed over for the one before it.
+    A checkpoint is written beside its place, flushed to the disk and then renamed, so a killed run
+    leaves only whole ones. Reading never runs code (`weights_only=True`, safetensors). A damaged
+    checkpoint is skipped, and the one before it is used.
+
+    Args:
+        folder: The folder of the checkpoints.
+        keep: How many are kept.
     """
 
     def __init__(self, folder: Path, keep: int = 2) -> None:
         self.folder, self.keep = folder, keep
 
     def save(self, step: int, state: dict[str, Any]) -> Path:
-        """Every rank calls it: shards are written by who holds them, all else by the first rank."""
+        """Save the state of a step. Every rank calls it.
+
+        Each rank writes its own shards, and the first rank everything else.
+
+        Returns:
+            The path of the checkpoint.
+
+        Raises:
+            MetaVPTError: The disk is full.
+        """
         is_sharded = any(isinstance(leaf, DTensor) for leaf in tree_leaves(state))
         path = self.folder / (f"step-{step:08d}" if is_sharded else f"step-{step:08d}.pt")
         state = {"step": step, "random": random_state(), **state}
         state["digest"] = None if is_sharded else digest(state)
         if collectives.rank() == 0:
             self.folder.mkdir(parents=True, exist_ok=True)
-            for torn in self.folder.glob("*.partial"):  # of a run that was killed while it wrote
+            for torn in self.folder.glob("*.partial"):  # from a run that was killed while writing
                 _remove(torn)
         if is_sharded:
             _write_folder(path, state)
@@ -68,14 +85,13 @@ class Checkpoints:
             write(path, state)
         if collectives.rank() == 0:
             before = [other for other in self.paths() if other.stem < path.stem]
+            # Later checkpoints could not be read: the run resumed from an earlier one.
             for other in {*self.paths()} - {path, *before[max(0, len(before) + 1 - self.keep) :]}:
-                _remove(
-                    other
-                )  # those of later steps too: they could not be read, the run went on from before them
+                _remove(other)
         return path
 
     def paths(self) -> list[Path]:
-        """All checkpoints, oldest first."""
+        """Return all checkpoints, oldest first."""
         return sorted(
             path
             for path in self.folder.glob("step-*")
@@ -83,7 +99,14 @@ class Checkpoints:
         )
 
     def newest(self, like: Any = None) -> Saved:
-        """The newest checkpoint that every rank can read, `like` as in `read`. Raises MetaVPTError, the newest one's fault, for none."""
+        """Read the newest checkpoint that every rank can read.
+
+        Args:
+            like: See `read`.
+
+        Raises:
+            MetaVPTError: There is none. The message states what is wrong with the newest one.
+        """
         unreadable: list[str] = []
         for path in reversed(collectives.first(self.paths())):
             state, fault = {}, None
@@ -100,14 +123,21 @@ class Checkpoints:
         )
 
     def load(self, like: Any = None) -> Saved:
-        """The same; also sets the random number generators as they were."""
+        """Read the newest checkpoint and restore the random number generators.
+
+        Args:
+            like: See `read`.
+
+        Raises:
+            MetaVPTError: There is none, or it was changed.
+        """
         saved = self.newest(like)
         if not {"random", "digest"} <= saved.state.keys():
             raise MetaVPTError(f"{saved.path}: not a checkpoint of a metavpt run of this version")
-        expected = saved.state.pop("digest")
-        if saved.path.is_file() and expected != digest(saved.state):
+        expected, name = saved.state.pop("digest"), saved.path
+        if name.is_file() and expected != digest(saved.state):
             raise MetaVPTError(
-                f"{saved.path}: was changed since it was saved; delete it to resume from an earlier one"
+                f"{name}: was changed since it was saved; delete it to resume from an earlier one"
             )
         with reading(
             f"{saved.path}: its random states cannot be read",
@@ -121,14 +151,18 @@ def write(path: Path, state: dict[str, Any]) -> None:
     """Write `state` to `path`, whole or not at all.
 
     Raises:
-        MetaVPTError: There is no room for it.
+        MetaVPTError: The disk is full.
     """
     with replacing(path) as file:
         _save(state, file)
 
 
 def _write_folder(path: Path, state: dict[str, Any]) -> None:
-    """`state` in the folder `path`, whole or not at all, by all ranks together. Raises MetaVPTError on each where one has no room."""
+    """Write `state` to the folder `path`, whole or not at all. All ranks call it.
+
+    Raises:
+        MetaVPTError: A disk is full. Every rank raises it.
+    """
     partial, fault = path.with_suffix(".partial"), None
     sharded = {
         _name(keys): leaf
@@ -145,7 +179,7 @@ def _write_folder(path: Path, state: dict[str, Any]) -> None:
             write(partial / STATE, {"sums": sums, "state": outline})
             with writing(path):
                 if path.exists():
-                    _remove(path)  # it could not be read: the run went on from before it
+                    _remove(path)  # it could not be read: the run resumed from an earlier one
                 os.rename(partial, path)
                 sync_folder(path.parent)
     except MetaVPTError as error:
@@ -158,7 +192,10 @@ def _write_folder(path: Path, state: dict[str, Any]) -> None:
 
 
 def _remove(path: Path) -> None:
-    """A folder loses its name first, so that half of it is never taken for a checkpoint."""
+    """Delete a checkpoint.
+
+    A folder is renamed first, so that half of it never counts as a checkpoint.
+    """
     if path.is_dir():
         shutil.rmtree(
             path if path.suffix == ".partial" else path.rename(path.with_suffix(".old.partial"))
@@ -168,7 +205,7 @@ def _remove(path: Path) -> None:
 
 
 def _save(state: dict[str, Any], file: Any) -> None:
-    """torch.save, with the OSError that its writer hides behind a RuntimeError of its own."""
+    """Call torch.save, and raise the OSError that torch hides behind a RuntimeError."""
     try:
         torch.save(state, file)
     except RuntimeError as error:
@@ -178,10 +215,16 @@ def _save(state: dict[str, Any], file: Any) -> None:
 
 
 def read(path: Path, like: Any = None) -> dict[str, Any]:
-    """The checkpoint in `path` on the CPU; data only, no code. A file that has changed since it was written is refused.
+    """Read a checkpoint to the CPU, without running code from it. A changed file is refused.
 
-    like   a structure as that of the state, where only parts of it matter: shards are read into shards where it has them, in the layout of
-           today's ranks, and into whole tensors elsewhere. A tensor stands for all below it, as a parameter for its moments
+    Args:
+        path: The file or folder of the checkpoint.
+        like: A structure like the state, which may be partial. Where it holds sharded tensors,
+            shards are read in that layout. Elsewhere tensors are read whole. A tensor stands for
+            everything below it, as a parameter for its moments.
+
+    Raises:
+        MetaVPTError: There is no such checkpoint, or it is damaged.
     """
     try:
         state = _read_folder(path, like) if path.is_dir() else _read_file(path)
@@ -215,7 +258,7 @@ def _read_folder(path: Path, like: Any) -> Any:
 
 
 def _place(outline: Tensor, like: Any, keys: tuple[Any, ...]) -> Tensor:
-    """An empty tensor for the one of `outline`, sharded as its counterpart in `like` is."""
+    """Create an empty tensor for `outline`, sharded as its counterpart in `like`."""
     for key in keys:
         if isinstance(like, Mapping):
             like = like.get(getattr(key, "key", None))
@@ -229,7 +272,7 @@ def _name(keys: tuple[Any, ...]) -> str:
 
 
 def digest(state: Any) -> int:
-    """CRC-32 of the names, types and values of all entries of a state."""
+    """Return the CRC-32 of the names, types and values of all entries of a state."""
     crc = 0
     for keys, leaf in tree_flatten_with_path(state)[0]:
         described = leaf
@@ -243,7 +286,11 @@ def digest(state: Any) -> int:
 
 
 def _check_sums(path: Path) -> None:
-    """Raise BadZipFile for a flipped bit: torch.load does not check the sums that it writes."""
+    """Check the sums in a file of torch.save, which torch.load does not.
+
+    Raises:
+        BadZipFile: A bit has flipped.
+    """
     check_stored(path)
     with zipfile.ZipFile(path) as archive:
         if archive.testzip() is not None:
@@ -251,14 +298,14 @@ def _check_sums(path: Path) -> None:
 
 
 def seed_generators(seed: int) -> None:
-    """Every global generator that user code may draw from."""
+    """Seed every global generator that user code may use."""
     torch.manual_seed(seed)
     random.seed(seed)
     np.random.seed(seed % 2**32)
 
 
 def random_state() -> dict[str, Any]:
-    """The state of every global generator that user code may draw from, in plain types."""
+    """Return the state of every global generator that user code may use, in plain types."""
     kind, keys, position, has_gauss, cached = np.random.get_state()
     return {
         "torch": torch.get_rng_state(),
@@ -286,7 +333,11 @@ def set_random_state(state: dict[str, Any]) -> None:
 
 
 def _write_shards(folder: Path, tensors: dict[str, DTensor]) -> dict[str, int]:
-    """This rank's shards in a file of its own, flushed to the disk; the CRC-32 of every rank's file by name. All ranks call it."""
+    """Write this rank's shards to a file and flush it. All ranks call it.
+
+    Returns:
+        The CRC-32 of every rank's file by name.
+    """
     with _plain_errors():
         save(tensors, storage_writer=HuggingFaceStorageWriter(str(folder), save_distributed=True))
     own = {
@@ -297,9 +348,13 @@ def _write_shards(folder: Path, tensors: dict[str, DTensor]) -> dict[str, int]:
 
 
 def _read_shards(folder: Path, sums: Mapping[str, int], into: dict[str, Tensor]) -> None:
-    """Fill tensors, whole or sharded over any number of ranks, by their names. Raises MetaVPTError where a file is not what was written.
+    """Fill tensors by their names. They may be whole, or sharded over any number of ranks.
 
-    Of several ranks each looks at the sums of some of the files: only together do they know, see `Checkpoints.newest`.
+    Each rank checks the sums of some of the files, so only all ranks together know the result, see
+    `Checkpoints.newest`.
+
+    Raises:
+        MetaVPTError: A file is missing or has changed.
     """
     names = sorted(path.name for path in folder.glob(SHARD_FILES))
     if names != sorted(sums):
@@ -310,15 +365,17 @@ def _read_shards(folder: Path, sums: Mapping[str, int], into: dict[str, Tensor])
         if _crc(folder / name) != sums[name]:
             raise MetaVPTError(f"{folder / name}: has changed since it was written")
     with _plain_errors(), warnings.catch_warnings():
-        warnings.filterwarnings(
-            "ignore", message="torch.distributed is disabled"
-        )  # each rank reads for itself, on purpose
+        # Each rank reads by itself, on purpose.
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
         load(into, storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=True)  # type: ignore[arg-type]
 
 
 @contextmanager
 def _plain_errors() -> Iterator[None]:
-    """DCP's own is no Exception, and hides what went wrong; saving raises it on every rank, whichever of them failed."""
+    """Raise the cause of a CheckpointException, which is not an Exception and hides the cause.
+
+    Saving raises it on every rank, whichever rank failed.
+    """
     try:
         yield
     except CheckpointException as error:

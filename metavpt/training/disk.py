@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, and locks on them."""
+"""Files that are written whole or not at all, and file locks."""
 
 import os
 import sys
@@ -15,13 +15,13 @@ if sys.platform != "win32":
 
 @contextmanager
 def replacing(path: Path) -> Iterator[BinaryIO]:
-    """Open a file that takes the place of `path` when the block ends.
+    """Open a file that replaces `path` when the block ends.
 
-    It is written beside `path`, flushed to the disk and then renamed, so that a reader, or whoever
-    comes after a crash, finds the old contents or the new ones, never a part.
+    It is written beside `path`, flushed to the disk and then renamed. A reader, also after a crash,
+    finds the old contents or the new ones, never a part.
 
     Raises:
-        MetaVPTError: The file cannot be written; what was at `path` is still there.
+        MetaVPTError: The file cannot be written. The file at `path` is unchanged.
     """
     partial = path.with_name(f"{path.name}.partial")
     with writing(path):
@@ -46,7 +46,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Flush the names in `folder`: a power cut may otherwise bring back those from before a rename."""
+    """Flush the names in `folder`. Otherwise a power cut may undo a rename."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -56,7 +56,7 @@ def sync_folder(folder: Path) -> None:
 
 @contextmanager
 def locked(file: IO[bytes]) -> Iterator[None]:
-    """Wait for the lock on an open file and hold it inside the block, where the system has locks."""
+    """Hold the lock on an open file inside the block, if the system has locks."""
     lock(file, wait=True)
     try:
         yield
@@ -69,9 +69,14 @@ def locked(file: IO[bytes]) -> Iterator[None]:
 def lock(file: IO[bytes], wait: bool = False) -> bool:
     """Lock an open file until it is closed or its process ends.
 
+    Args:
+        file: The open file.
+        wait: Whether to wait for the lock.
+
     Returns:
-        False where another process holds the lock and `wait` is false. True otherwise, also where
-        the system or the file system has no locks.
+        False if another process holds the lock and `wait` is false. True otherwise, also if the
+        system
+        or the file system has no locks.
     """
     if sys.platform != "win32":
         try:

@@ -1,4 +1,4 @@
-"""How well the first-order value of a learner's step predicts what the step does to feedback that was held out."""
+"""Compares the first-order prediction of a step with its measured effect on held-out feedback."""
 
 import copy
 from collections.abc import Iterator, Sequence
@@ -27,12 +27,12 @@ class FitsHeads(Protocol):
 
 
 def head_names(problem: Problem) -> Sequence[str]:
-    """Return the names of the attributes that `fit_heads` writes: by default none."""
+    """Return the attributes that `fit_heads` writes. Default: none."""
     return problem.heads() if supports(problem, FitsHeads) else ()
 
 
 class Before(NamedTuple):
-    """What is known of a step before it is taken."""
+    """Quantities of a step before it is taken."""
 
     theta: Params
     g_down: Params
@@ -44,19 +44,22 @@ class Before(NamedTuple):
 
 
 class FirstOrderProbe:
-    """Change of the feedback loss in one step of the learner, predicted on one labelled batch and realised on a held-out one.
+    """Predicted and measured change of the feedback loss in one step of the learner.
 
-        realised            L(theta') - L(theta) on the held-out batch
-        realised_same       the same on the batch that g_down was taken on: what is left of
-            curvature once noise is out
-        predicted           <g_down, theta' - theta>, the learner's real optimizer, all parameters
-        predicted_aligned   the same on theta_S alone
-        predicted_plain     -lr <g_down, g_pre> on theta_S, g_pre before it is clipped: the paper's
-            value (section 5 of arXiv 2601.22108
-                            reports r = 0.657)
+    The prediction uses one labelled batch, the measurement a held-out one. A record holds
 
-    Heads are fitted for the probe alone and the strategy's own are put back, so that measuring
-    changes no run.
+    - `realised`: L(theta') - L(theta) on the held-out batch.
+    - `realised_same`: the same on the batch of g_down. It shows curvature without sampling noise.
+    - `predicted`: <g_down, theta' - theta>, for the learner's optimizer and all parameters.
+    - `predicted_aligned`: the same on theta_S only.
+    - `predicted_plain`: -lr <g_down, g_pre> on theta_S, with g_pre before clipping. This is the
+      paper's value (arXiv 2601.22108, section 5, which reports r = 0.657).
+
+    The probe fits its own heads and then restores those of the strategy, so it changes no run.
+
+    Args:
+        problem: The problem.
+        seed: The seed of the two streams.
     """
 
     def __init__(self, problem: Problem, seed: int) -> None:
@@ -66,7 +69,7 @@ class FirstOrderProbe:
         self._heads: dict[str, Any] = {}
 
     def before(self, optimizer: Optimizer) -> Before:
-        """Predict the step. Call it once its gradient is clipped, before the optimizer takes it."""
+        """Predict the step. Call it after clipping and before the optimizer's step."""
         live = params.named(self.problem.learner)
         theta = {name: p.detach().clone() for name, p in live.items()}
         labelled, held_out = next(self.feedback), next(self.held_out)
@@ -87,7 +90,7 @@ class FirstOrderProbe:
         return Before(theta, g_down, plain, labelled, loss, held_out, held_out_loss)
 
     def after(self, before: Before) -> dict[str, float]:
-        """The record of the step, once it is taken."""
+        """Measure the step after it was taken, and return the record."""
         live = params.named(self.problem.learner)
         change = {name: p.detach() - before.theta[name] for name, p in live.items()}
         aligned = aligned_names(self.problem, change)
@@ -129,6 +132,7 @@ class FirstOrderProbe:
             getattr(self.problem, name).load_state_dict(value)
 
     def state_dict(self) -> dict[str, Any]:
+        """Return what a resumed run needs."""
         return {
             "feedback": self.feedback.state_dict(),
             "held_out": self.held_out.state_dict(),
@@ -136,6 +140,7 @@ class FirstOrderProbe:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore what `state_dict` returned."""
         self.feedback.load_state_dict(state["feedback"])
         self.held_out.load_state_dict(state["held_out"])
         self._heads = state["heads"]

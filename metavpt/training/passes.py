@@ -1,4 +1,4 @@
-"""What a strategy spends on passes through the learner, in units of the learner's own step."""
+"""Passes that a strategy spends on the learner, in units of the learner's own step."""
 
 import math
 from collections.abc import Callable
@@ -18,14 +18,14 @@ from metavpt.training.strategy import Proposal
 
 
 class LearnerPasses:
-    """Charges a strategy's passes in units of the learner's own step.
+    """Counts a strategy's passes in units of the learner's own step.
 
-    One unit is a forward and a backward pass of the batch that the learner trains on, so a forward
-    pass of as many samples is a third. Heads fitted on the learner's features, g_down, products,
-    scores and lessons all count, whoever runs them.
+    One unit is a forward and a backward pass of the batch that the learner trains on. So a forward
+    pass of as many samples counts as a third. Everything counts: heads fitted on the learner's
+    features, g_down, products, scores and the replay buffer.
 
     Args:
-        problem: Whose learner is counted.
+        problem: The problem whose learner is counted.
         measuring: The context in which the learner's own step is measured.
     """
 
@@ -37,14 +37,14 @@ class LearnerPasses:
         self.problem, self.measuring = problem, measuring
         self.counter = PassCounter(problem.learner)
         self.unit: float | None = None  # work of the learner's own step
-        self.labelled = 0.0  # work of a labelled loss that a step trains on besides
+        self.labelled = 0.0  # work of a labelled loss in addition to the pretraining loss
 
     def spent(self, proposal: Proposal) -> float:
         """Return what the strategy spent since the last call, in units.
 
         Args:
-            proposal: What it made. The first one that cost something is passed through the learner
-                once, to learn what a unit is.
+            proposal: Its proposal. The first one with a cost is passed through the learner once, to
+                measure the unit.
         """
         work = collectives.first(self._taken())
         if proposal.task is not None and (loss := proposal.labelled_loss) is not None:
@@ -53,10 +53,10 @@ class LearnerPasses:
         return work / (self._measured(proposal) or math.inf) if work else 0.0
 
     def require_layers(self, proposal: Proposal) -> None:
-        """Check that passes can be counted: that the pretraining loss calls modules.
+        """Check that passes can be counted, so that the pretraining loss calls modules.
 
         Raises:
-            MetaVPTError: It reads the learner's parameters alone.
+            MetaVPTError: The loss reads the learner's parameters directly.
         """
         if not self._measured(proposal):
             raise MetaVPTError(
@@ -74,7 +74,7 @@ class LearnerPasses:
 
     @torch.no_grad()
     def _work_of_step(self, loss: Callable[[Params], Tensor]) -> float:
-        """The work of a forward and a backward pass, from a forward pass alone."""
+        """Return the work of a forward and a backward pass, measured on a forward pass."""
         spent = self._taken()
         with self.measuring(), self.counter.on():
             loss(params.detach(params.named(self.problem.learner)))
@@ -86,7 +86,7 @@ class LearnerPasses:
         return work
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what a resumed run needs to charge alike."""
+        """Return what a resumed run needs to count in the same units."""
         return {"unit": self.unit, "labelled": self.labelled}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""What a run leaves behind while it goes: metrics.jsonl, figures, and a progress bar for whoever watches."""
+"""The log of a run: metrics.jsonl, figures, texts, and a progress bar."""
 
 import json
 import math
@@ -43,7 +43,7 @@ class Reportable(Protocol):
 
 
 class ReportsClasses(Protocol):
-    """A problem with metrics by class, which the report shows in tables of their own."""
+    """A problem with metrics by class, which the report shows in their own tables."""
 
     def class_metrics(self) -> dict[str, list[tuple[str, float | None]]]:
         """Return metrics by class of the last `evaluate`: metric to (class, value) in order.
@@ -54,25 +54,30 @@ class ReportsClasses(Protocol):
 
 
 class KnowsTargets(Protocol):
-    """A problem that knows which metrics its feedback is about; the others are side effects."""
+    """A problem that knows its target metrics. The other metrics are side effects."""
 
     def is_target_metric(self, metric: str) -> bool:
-        """Return whether the feedback is about this metric of `evaluate`."""
+        """Return whether the feedback steers towards this metric of `evaluate`."""
         ...
 
 
 def target_metrics(problem: Problem, metrics: Iterable[str]) -> list[str]:
-    """Return the metrics that the feedback is about: by default all of them."""
+    """Return the target metrics. Default: all."""
     known = problem if supports(problem, KnowsTargets) else None
     return [name for name in metrics if known is None or known.is_target_metric(name)]
 
 
 class RunLog:
-    """Appends one JSON object a line to `folder`/metrics.jsonl, shows progress on `console`, passes numbers and figures on to `trackers`.
+    """Appends one JSON object per line to metrics.jsonl and shows the progress.
 
-    A checkpoint holds length and CRC of the file; a resumed run cuts off what came later, so that
-    every step is logged once. A tracker that fails is left out from then on, with a warning: the
-    run is worth more.
+    A checkpoint holds the length and the CRC of the file. A resumed run cuts off later lines, so
+    every step is logged once. If a tracker fails, it is dropped with a warning, and the run
+    continues.
+
+    Args:
+        folder: The folder of the run.
+        console: Where the progress is shown. None: nothing is shown.
+        trackers: Trackers by name, which also get numbers and figures.
     """
 
     def __init__(
@@ -90,7 +95,11 @@ class RunLog:
         self._shown: dict[str, float] = {}
 
     def start_trackers(self, config: dict[str, Any]) -> None:
-        """Raises MetaVPTError where one does not start: a server or an account is then better mended before the run than after it."""
+        """Start the trackers.
+
+        Raises:
+            MetaVPTError: A tracker does not start. It is better to fix this before the run.
+        """
         for name, tracker in self.trackers.items():
             try:
                 tracker.start(config, self.folder)
@@ -100,6 +109,13 @@ class RunLog:
                 ) from error
 
     def write(self, kind: str, step: int, **values: Any) -> None:
+        """Append a record.
+
+        Args:
+            kind: The kind of record, such as "train" or "probe".
+            step: The training step.
+            values: Numbers, arrays and mappings.
+        """
         plain = _jsonable(values)
         with writing(self.path):
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -112,15 +128,16 @@ class RunLog:
             self._track(lambda tracker: tracker.log(step, numbers))
 
     def warn(self, step: int, message: str) -> None:
+        """Log a warning and print it."""
         self.write("warning", step, message=message)
         self.console.print(f"step {step}: {message}", style="yellow")
 
     def records(self) -> list[dict[str, Any]]:
-        """Everything written so far."""
+        """Return all records."""
         return [json.loads(line) for line in self.path.read_text().splitlines()]
 
     def save_figures(self, step: int, figures: dict[str, np.ndarray]) -> None:
-        """One PNG each: figures/<name>-step<NNNNNN>.png."""
+        """Write figures/<name>-step<NNNNNN>.png for each figure."""
         for name, pixels in figures.items():
             path = self.folder / "figures" / f"{name}-step{step:06d}.png"
             with writing(path):
@@ -132,7 +149,7 @@ class RunLog:
             )
 
     def save_texts(self, step: int, texts: Texts) -> None:
-        """texts/step<NNNNNN>.json, where there are any."""
+        """Write texts/step<NNNNNN>.json if there are any texts."""
         if any(texts):
             path = self.folder / "texts" / f"step{step:06d}.json"
             with writing(path):
@@ -140,11 +157,11 @@ class RunLog:
             write_text(path, json.dumps(texts._asdict(), ensure_ascii=False))
 
     def discard(self) -> None:
-        """Forget what was written."""
+        """Delete the log."""
         self.path.unlink(missing_ok=True)
 
     def close(self) -> None:
-        """Let the trackers finish what they hold back; nothing is tracked after it."""
+        """Close the trackers. Nothing is tracked afterwards."""
         self._track(lambda tracker: tracker.close())
         self.trackers.clear()
 
@@ -156,13 +173,12 @@ class RunLog:
                 del self.trackers[name]
                 self.warn(
                     self._step,
-                    f"tracker {name} failed and is left out from here on "
-                    f"({brief(error, named=True)})",
+                    f"tracker {name} failed and is dropped ({brief(error, named=True)})",
                 )
 
     @contextmanager
     def progress(self, budget: Budget) -> Iterator[None]:
-        """A bar over the budget for as long as the block runs."""
+        """Show a progress bar over the budget inside the block."""
         columns = (
             BarColumn(),
             TextColumn("{task.percentage:3.0f}%"),
@@ -175,6 +191,7 @@ class RunLog:
         self._bar = None
 
     def advance(self, budget: Budget) -> None:
+        """Update the progress bar."""
         if self._bar is None:
             return
         loss, value = self._shown.get("loss"), self._shown.get("value")
@@ -189,7 +206,7 @@ class RunLog:
         )
 
     def state_dict(self) -> dict[str, int]:
-        """Length and CRC-32 of the file as it is."""
+        """Return length and CRC-32 of the file."""
         data = self._data()
         return {"bytes": len(data), "crc": zlib.crc32(data)}
 
@@ -201,8 +218,9 @@ class RunLog:
             step: The step of the checkpoint.
 
         Returns:
-            A line of warning if the file is no longer the one that the checkpoint knew. Of such a
-            file the whole lines up to `step` stay.
+            A warning if the file is not the one of the checkpoint. Then its whole lines up to
+            `step` are
+            kept.
         """
         data, expected = self._data(), state["bytes"]
         if len(data) >= expected and zlib.crc32(data[:expected]) == state["crc"]:
@@ -213,11 +231,9 @@ class RunLog:
         if data:
             with replacing(self.path) as file:
                 file.writelines(kept)
-        what = (
-            "is shorter than when the checkpoint was saved"
-            if len(data) < expected
-            else "was changed after the checkpoint was saved"
-        )
+        what = "was changed after the checkpoint was saved"
+        if len(data) < expected:
+            what = "is shorter than when the checkpoint was saved"
         return [f"{self.path.name} {what}; its {len(kept)} whole lines up to step {step} are kept"]
 
     def _data(self) -> bytes:
@@ -225,29 +241,35 @@ class RunLog:
 
 
 class UnwrittenLog(RunLog):
-    """Writes nothing: that of every process but the first."""
+    """A log that writes nothing, for every process but the first."""
 
     def write(self, kind: str, step: int, **values: Any) -> None:
+        """Write nothing."""
         pass
 
     def save_figures(self, step: int, figures: dict[str, np.ndarray]) -> None:
+        """Write nothing."""
         pass
 
     def save_texts(self, step: int, texts: Texts) -> None:
+        """Write nothing."""
         pass
 
     def discard(self) -> None:
+        """Delete nothing."""
         pass
 
     def state_dict(self) -> dict[str, int]:
+        """Return nothing."""
         return {}
 
     def rewind(self, state: Mapping[str, int], step: int) -> list[str]:
+        """Cut off nothing."""
         return []
 
 
 def _jsonable(value: Any) -> Any:
-    """Convert numbers of NumPy and torch to those of Python; null stands for NaN and infinity, which JSON lacks."""
+    """Convert numbers of NumPy and torch to those of Python. NaN and infinity become null."""
     if isinstance(value, Mapping):
         return {str(name): _jsonable(item) for name, item in value.items()}
     if isinstance(value, Tensor | np.ndarray | np.generic):
@@ -267,7 +289,7 @@ def _is_record(line: bytes, step: int) -> bool:
 
 
 def _numbers(kind: str, values: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
-    """<kind>/<name> of every finite number, also of those a level down: the metrics of a probe, the seconds of each purpose."""
+    """Yield `<kind>/<name>` of every finite number, also of those one level down."""
     for name, value in values.items():
         if isinstance(value, Mapping):
             yield from _numbers(kind, value)

@@ -1,7 +1,7 @@
-"""The options that the numbers of a run depend on, to recognise the checkpoint or the folder of another run.
+"""The options that a run's numbers depend on, to recognise a checkpoint of another run.
 
-They are kept as `Options`, dotted keys with plain values. Left out is what may change when a run is
-resumed: the length of its budget, where files lie, on what it runs, and what it logs.
+They are stored as `Options`, dotted keys with plain values. Options that may change when a run is
+resumed are left out: the length of its budget, paths, devices, and logging.
 """
 
 import math
@@ -21,16 +21,13 @@ LEFT_OUT_OF_TRAINER = {
     *("max_failures", "data_timeout", "dry_run", "recompute", "compile"),
 }
 LEFT_OUT_ANYWHERE = {"num_workers", "cache_bytes", "report"}
-PATHS = {
-    "path",
-    "folder",
-    "weights",
-}  # of these counts only whether there is one; of others the name
-WRITTEN_BY_STEPS = frozenset({"grad_norms", "max_grad_norm"})  # in parameter groups, by the clip
+# Only their presence counts. Of other paths, the last part counts.
+PATHS = {"path", "folder", "weights"}
+WRITTEN_BY_STEPS = frozenset({"grad_norms", "max_grad_norm"})  # in parameter groups, by clipping
 
 
 def significant(config: Mapping[str, Any]) -> Options:
-    """Select the options that the numbers of a run depend on from its resolved configuration."""
+    """Select the options that a run's numbers depend on from its resolved configuration."""
     return {
         ".".join(keys): value
         for keys, value in _leaves(config)
@@ -41,7 +38,7 @@ def significant(config: Mapping[str, Any]) -> Options:
 
 
 def of_optimizer(key: str, groups: Sequence[Mapping[str, Any]]) -> Options:
-    """Describe the parameter groups of an optimizer under `key`; equal values of all groups become one."""
+    """Describe the parameter groups of an optimizer under `key`. Equal values of all groups become one."""
     options = {}
     for name in groups[0] if groups else ():
         values = [_plain(group.get(name)) for group in groups]
@@ -51,9 +48,9 @@ def of_optimizer(key: str, groups: Sequence[Mapping[str, Any]]) -> Options:
 
 
 def difference(before: Options, now: Options) -> str | None:
-    """Name up to three options that differ, as in `seed=0, now 1`; None where all are equal.
+    """Describe up to three options that differ, as in `seed=0, now 1`. None: all are equal.
 
-    An option that is absent equals one that is null.
+    A missing option equals one that is null.
     """
     keys = [
         key for key in dict.fromkeys([*before, *now]) if not _equal(before.get(key), now.get(key))
@@ -77,7 +74,7 @@ def _leaves(node: Any, keys: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, 
 
 
 def _plain(value: Any) -> Any:
-    """Reduce a value to what a checkpoint can hold and compare; None for what has no such form."""
+    """Reduce a value to a form that a checkpoint can hold and compare. None: impossible."""
     if isinstance(value, bool | int | float | str):
         return value
     if isinstance(value, list | tuple):

@@ -1,4 +1,4 @@
-"""Checks of the state of a run: before it is saved, and before the state in a checkpoint is taken over."""
+"""Checks of a run's state, before it is saved and before a checkpoint is loaded."""
 
 import math
 from collections.abc import Container, Iterator, Mapping, Sequence
@@ -11,18 +11,18 @@ from torch.utils._pytree import tree_flatten_with_path, tree_leaves
 from metavpt.training import run_options
 from metavpt.training.run_options import WRITTEN_BY_STEPS
 
-MAX_DRAWS = 1000  # batches that a step may take from each stream
-OF_PARAMETER_SHAPE = {  # entries of torch's optimizers with one number for each of the parameter
+MAX_DRAWS = 1000  # the limit on batches that a step takes from each stream
+OF_PARAMETER_SHAPE = {  # entries of torch's optimizers of the parameter's shape
     *("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "exp_inf", "momentum_buffer", "square_avg"),
     *("grad_avg", "acc_delta", "sum", "prev", "step_size", "ax"),
 }
-OPEN = {"times", "limits", "first", "metrics"}  # mappings of any names to numbers
-ANY_NUMBER = {"first", "metrics"}  # of these also negative ones and NaN
+OPEN = {"times", "limits", "first", "metrics"}  # mappings of arbitrary names to numbers
+ANY_NUMBER = {"first", "metrics"}  # of these, numbers may be negative or NaN
 WHOLE = {"steps", "epoch", "position", "bytes", "crc", "measured_at"}
 
 
 class Parameters(NamedTuple):
-    """The parameters that the optimizers of a run hold, in their order."""
+    """The parameters of a run's optimizers, in order."""
 
     learner: Sequence[Tensor]
     designer: Sequence[Tensor]
@@ -31,14 +31,14 @@ class Parameters(NamedTuple):
 def faults(
     saved: Mapping[str, Any], own: Mapping[str, Any], parameters: Parameters
 ) -> Iterator[str]:
-    """Say what tells that `saved` is not the state of a run like the one whose state is `own`.
+    """Yield reasons why `saved` is not the state of a run like that of `own`.
 
-    The first fault counts: later ones rest on what was found sound before.
+    Use the first one: each check relies on the checks before it.
 
     Args:
         saved: The state in a checkpoint.
-        own: The state of the run that is to take it over, before its first step.
-        parameters: Those of this run.
+        own: The state of the run that is to load it, before its first step.
+        parameters: The parameters of this run.
     """
     for name in own.keys() ^ (saved.keys() - {"step"}):
         what = "lacks" if name in own else "holds"
@@ -66,10 +66,10 @@ def _wrong_counts(saved: Mapping[str, Any]) -> Iterator[str]:
 
 
 def not_finite(state: Any, parameters: Container[str] = ()) -> str | None:
-    """Name the first tensor in `state` that holds NaN, or None.
+    """Return the name of the first tensor in `state` that holds NaN, or None.
 
-    Infinity counts as well in those of the names `parameters`. A buffer may hold it: attention
-    masks do.
+    For the names in `parameters` infinity counts as well. Buffers may hold it, as attention masks
+    do.
     """
     for keys, leaf in tree_flatten_with_path(state)[0]:
         if isinstance(leaf, Tensor) and leaf.is_floating_point():
@@ -81,7 +81,7 @@ def not_finite(state: Any, parameters: Container[str] = ()) -> str | None:
 
 
 def optimizer_states(state: Any, name: str) -> Iterator[tuple[str, Any]]:
-    """Find the states of optimizers in `state`, each with its dotted name."""
+    """Yield the states of optimizers in `state`, each with its dotted name."""
     if _is_of_optimizer(state):
         yield name, state
     elif isinstance(state, Mapping):
@@ -94,10 +94,10 @@ def _is_of_optimizer(state: Any) -> bool:
 
 
 def _bad_entries(saved: Any, own: Any, name: str, shapes: bool) -> Iterator[str]:
-    """Name the entries of `saved` that are not of the kind that the tree `own` has in their place.
+    """Yield the entries of `saved` that differ in kind from those of `own`.
 
-    What is None or empty in `own`, because nothing was computed yet, may be any tensors and
-    numbers. States of optimizers are passed over, see `_bad_optimizers`.
+    Entries that are None or empty in `own`, because nothing was computed yet, may be any tensors
+    and numbers. States of optimizers are skipped, see `_bad_optimizers`.
     """
     if _is_of_optimizer(own):
         return
@@ -146,19 +146,19 @@ def _bad_optimizers(
     )
     found = dict(optimizer_states(saved["strategy"], "strategy"))
     for name, like in optimizer_states(own["strategy"], "strategy"):
-        free = like["param_groups"][0].keys()  # a strategy may change what it likes
+        free = like["param_groups"][0].keys()  # a strategy may change any of its options
         yield from _bad_optimizer(found.get(name), like, parameters.designer, name, free)
 
 
 def _bad_optimizer(
     saved: Any, own: Any, parameters: Sequence[Tensor], name: str, free: Container[str]
 ) -> Iterator[str]:
-    """Name what in the state of an optimizer does not fit the optimizer with the state `own`.
+    """Yield the entries of an optimizer's state that do not fit the optimizer with the state `own`.
 
     Args:
         saved: The state to check.
-        own: The state of the optimizer that is to take it over.
-        parameters: Its parameters, in their order.
+        own: The state of the optimizer that is to load it.
+        parameters: Its parameters, in order.
         name: Its name in the message.
         free: Options of the groups that may be another number than in `own`.
     """
@@ -194,7 +194,7 @@ def _bad_optimizer(
 
 
 def _same(value: Any, like: Any, free: bool) -> bool:
-    """Return whether an option is as in `like`, or a number in the place of one if it is `free`."""
+    """Return whether an option is as in `own`, or, if it is `free`, another number."""
     if free and isinstance(like, int | float | Tensor) and not isinstance(like, bool):
         return _is_count(value) or (isinstance(value, Tensor) and value.numel() == 1)
     return type(value) is type(like) and bool(value == like)

@@ -1,4 +1,4 @@
-"""The learning rate over a run, and what it is the learning rate of."""
+"""The learning rate over a run, and the parameter groups of the optimizer."""
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -14,10 +14,14 @@ from metavpt.problem import Problem, supports
 
 @dataclass(frozen=True)
 class WarmupCosine:
-    """A factor for the peak learning rate: linear over `warmup_steps`, then half a cosine down to `final` at the end of the budget.
+    """A factor for the peak learning rate: linear warm-up, then a half cosine over the budget.
 
-    It follows the share of the budget spent, whatever its unit, so it cannot overrun and serves
-    budgets in seconds as well.
+    It follows the share of the budget that is spent, in any unit. So it cannot overrun, and it
+    works for budgets in seconds.
+
+    Args:
+        warmup_steps: Steps of the warm-up.
+        final: The factor at the end of the budget, in [0, 1].
     """
 
     warmup_steps: int = 0
@@ -26,18 +30,30 @@ class WarmupCosine:
     def __post_init__(self) -> None:
         if self.warmup_steps < 0 or not 0 <= self.final <= 1:
             raise MetaVPTError(
-                f"schedule: warmup_steps={self.warmup_steps} must not be negative and "
-                f"final={self.final} lies in [0, 1]"
+                f"schedule: warmup_steps={self.warmup_steps} must not be negative, and "
+                f"final={self.final} must lie in [0, 1]"
             )
 
     def __call__(self, step: int, progress: float) -> float:
-        """`step` counts from 0, `progress` in [0, 1]."""
+        """Return the factor.
+
+        Args:
+            step: The step, from 0.
+            progress: The share of the budget that is spent, in [0, 1].
+        """
         warmup = min(1.0, (step + 1) / self.warmup_steps) if self.warmup_steps else 1.0
         return warmup * cosine(1.0, self.final, progress)
 
 
 def parameter_groups(problem: Problem, weight_decay: float) -> list[dict[str, Any]]:
-    """Of the learner: matrices decay, vectors (biases, norms) do not; what head warm-up freezes stands in groups of its own."""
+    """Group the learner's parameters.
+
+    Matrices decay, vectors (biases, norms) do not. Parameters that the head warm-up trains have
+    groups of their own.
+
+    Raises:
+        MetaVPTError: The learner has no trainable parameter.
+    """
     warm = set(warm_up_names(problem))
     groups: dict[tuple[bool, bool], list[Tensor]] = {}
     for name, p in problem.learner.named_parameters():
@@ -56,9 +72,14 @@ def make_optimizer(
 ) -> Optimizer:
     """Call `make` on parameters or groups of them.
 
+    Args:
+        make: Builds the optimizer.
+        parameters: Parameters or groups.
+        key: The configuration key of the optimizer, for errors.
+
     Raises:
-        MetaVPTError: An option of the optimizer is out of its range, or `make` makes something
-            else. The message names the option below `key`.
+        MetaVPTError: An option is out of range, or `make` returns something else. The message names
+            the option below `key`.
     """
     try:
         optimizer = make(parameters)
@@ -73,7 +94,7 @@ def make_optimizer(
 
 
 class WarmsUp(Protocol):
-    """A problem with fresh parameters on a released backbone: the head warm-up trains these alone."""
+    """A problem with new parameters on a released backbone. The head warm-up trains only these."""
 
     def warm_up_parameters(self) -> Sequence[str]:
         """Return the names of the learner's parameters that the head warm-up trains."""
@@ -81,7 +102,7 @@ class WarmsUp(Protocol):
 
 
 def warm_up_names(problem: Problem) -> Sequence[str]:
-    """Return the names of the parameters that the head warm-up trains: by default all."""
+    """Return the parameters that the head warm-up trains. Default: all."""
     if supports(problem, WarmsUp):
         return problem.warm_up_parameters()
     return [name for name, p in problem.learner.named_parameters() if p.requires_grad]

@@ -1,4 +1,4 @@
-"""SIGTERM, SIGHUP and Ctrl-C: a run that is asked to stop finishes its step, saves itself and says how to go on."""
+"""Signals: on SIGTERM, SIGHUP or Ctrl-C a run finishes its step and saves a checkpoint."""
 
 import os
 import signal
@@ -12,7 +12,10 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT, *([signal.SIGHUP] if hasattr(signal, "
 
 
 class Stopped(BaseException):
-    """A run has ended because `signal` asked it to. No Exception: what forgives errors on the way must not forgive this one."""
+    """A run ended because of a signal.
+
+    It is not an Exception, so that code which handles errors does not catch it.
+    """
 
     def __init__(self, signal: signal.Signals) -> None:
         super().__init__(signal.name)
@@ -20,12 +23,18 @@ class Stopped(BaseException):
 
     @property
     def status(self) -> int:
-        """Of the process: 130 for Ctrl-C; 0 for SIGTERM, which schedulers send to what they will start again, and SIGHUP."""
+        """Return the exit status: 130 for Ctrl-C, else 0.
+
+        Schedulers send SIGTERM to a job that they will start again.
+        """
         return 130 if self.signal is signal.SIGINT else 0
 
 
 class StopRequest:
-    """Which of `SIGNALS` has come, if any. Inside `deferred` it is only noted; elsewhere, and at a second Ctrl-C, `Stopped` is raised."""
+    """The signal of `SIGNALS` that has arrived, if any.
+
+    Inside `deferred` it is only stored. Elsewhere, and on a second Ctrl-C, `Stopped` is raised.
+    """
 
     def __init__(self) -> None:
         self.signal: signal.Signals | None = None
@@ -33,9 +42,10 @@ class StopRequest:
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Take the signals of the process inside the block. SIGHUP that nohup made ignored stays ignored.
+        """Handle the signals of the process inside the block.
 
-        Only a main thread can; in another one nothing changes.
+        SIGHUP stays ignored under nohup. Only the main thread can handle signals; in other threads
+        nothing changes.
         """
         if threading.current_thread() is not threading.main_thread():
             yield
@@ -53,7 +63,7 @@ class StopRequest:
 
     @contextmanager
     def deferred(self) -> Iterator[None]:
-        """What runs inside is not to be cut short; it looks at `signal` where it can end."""
+        """Store signals inside the block, which checks `signal` where it can end."""
         self._is_deferred = True
         try:
             yield
@@ -70,7 +80,7 @@ class StopRequest:
 
 
 def _leave_closed_terminal() -> None:
-    """Send the output of the process nowhere if its terminal is gone, where writing would fail."""
+    """Send output to the null device if the terminal is gone, since writing to it would fail."""
     for descriptor in (1, 2):
         if stat.S_ISCHR(os.fstat(descriptor).st_mode) and not os.isatty(descriptor):
             null = os.open(os.devnull, os.O_WRONLY)

@@ -1,4 +1,4 @@
-"""How many steps of a run feedback has shaped, and on how many labels trained the learner."""
+"""Counts of the steps that feedback shaped, and of the steps on labels."""
 
 from typing import Any
 
@@ -9,7 +9,7 @@ class SteeredSteps:
     """Counts over a run.
 
     Attributes:
-        steered: Steps on a task that feedback shaped; None while the strategy steers none.
+        steered: Steps on a task that feedback shaped. None: no step has been steered so far.
         labelled: Steps with a loss on labels.
     """
 
@@ -24,7 +24,7 @@ class SteeredSteps:
         self.labelled += proposal.labelled_loss is not None
 
     def warning(self, num_steps: int) -> str | None:
-        """Return what to say at the end of a run that should have been steered and was not."""
+        """Return a warning if no step of a steered run was steered."""
         if self.steered != 0:
             return None
         return (

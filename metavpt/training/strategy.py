@@ -18,13 +18,13 @@ from metavpt.training.streams import Streams
 
 @dataclass(frozen=True)
 class TrainState:
-    """What a strategy sees of a run.
+    """The parts of a run that a strategy sees.
 
     Attributes:
         problem: The problem that is trained.
         streams: The unlabelled and labelled batches.
         optimizer: The learner's optimizer. Strategies read it and never write it.
-        budget: What is spent. Passes through the learner are counted as they run.
+        budget: The budget. Passes through the learner are counted as they run.
     """
 
     problem: Problem
@@ -37,11 +37,11 @@ class Proposal(NamedTuple):
     """The next task of the learner.
 
     Attributes:
-        task: The task, without a graph. None: the learner trains on `labelled_loss` alone.
+        task: The task, without a graph. None: the learner trains on `labelled_loss` only.
         num_samples: Unlabelled samples in the task.
         record: Measurements for the log.
         labelled_loss: A loss of theta that is added to the pretraining loss. It trains the learner
-            on labels, so only a strategy that says so (`TrainsOnLabels`) may set it.
+            on labels, so only a strategy that declares it (`TrainsOnLabels`) may set it.
         steered: Whether feedback shaped the task. None: the strategy does not use feedback for
             tasks.
         warning: A line for the user, or None.
@@ -67,7 +67,7 @@ class Strategy(Protocol):
     """Chooses the next task. The trainer calls `start` once and `next_task` before every step."""
 
     def start(self, problem: Problem) -> None:
-        """Prepare for a run and check that `problem` has what the strategy needs."""
+        """Prepare for a run, and check that `problem` has what the strategy needs."""
         ...
 
     def next_task(self, state: TrainState) -> Proposal:
@@ -88,7 +88,7 @@ class TrainsOnLabels(Protocol):
 
     @property
     def trains_on_labels(self) -> bool:
-        """Whether a `labelled_loss` of its proposals is intended."""
+        """Return whether a `labelled_loss` of its proposals is intended."""
         ...
 
 
@@ -101,14 +101,18 @@ class CountsSamples(Protocol):
 
 
 def num_samples(problem: Problem, batch: Any) -> int:
-    """Count the samples of an unlabelled batch: by default the length of its first tensor."""
+    """Count the samples of an unlabelled batch. Default: the length of its first tensor.
+
+    Raises:
+        MetaVPTError: The batch holds no tensor.
+    """
     if supports(problem, CountsSamples):
         return problem.num_samples(batch)
     return _length(batch, f"batch of {type(problem).__name__}")
 
 
 def num_labelled(batch: Any) -> int:
-    """Count the samples of a labelled batch; of batches by name, the sum over them."""
+    """Count the samples of a labelled batch, or of all batches in a mapping by name."""
     parts: list[Any] = [batch]
     if isinstance(batch, Mapping) and not any(isinstance(v, Tensor) for v in batch.values()):
         parts = list(batch.values())

@@ -1,4 +1,4 @@
-"""Endless batches with a position that a checkpoint can hold."""
+"""Endless streams of batches, with a position for checkpoints."""
 
 import itertools
 import signal
@@ -16,15 +16,20 @@ TIMEOUT = 600.0  # seconds
 
 
 class Stream:
-    """The batches of `source(seed)`, then of `source(seed + 1)` and so on, for ever.
+    """The batches of `source(seed)`, then of `source(seed + 1)`, and so on.
 
-    `state_dict` is the position alone. Loading it begins the source again and skips: through the
-    iterable's own `skip(n)` where it has one (no decoding), by drawing and dropping batches
-    otherwise. A batch that is not there after `timeout` seconds is an error; 0: no limit.
+    `state_dict` holds only the position. To restore it, the source starts again and skips: by the
+    iterable's own `skip(n)` if it has one (without decoding), else by drawing and dropping batches.
 
-    Of several processes each gets its own rows of the same batches, see
-    `metavpt.distributed.collectives`: again through the iterable's own `share(rank, size)` where it
-    has one, by cutting whole batches otherwise. The position does not depend on how many there are.
+    With several processes, each gets its own rows of the same batches, see
+    `metavpt.distributed.collectives`: by the iterable's own `share(rank, size)` if it has one, else
+    by cutting whole batches. The position does not depend on the number of processes.
+
+    Args:
+        source: Returns batches in an order set by a seed.
+        seed: The first seed.
+        name: The name in errors.
+        timeout: The limit on waiting for a batch, in seconds. 0: no limit.
     """
 
     def __init__(
@@ -48,9 +53,7 @@ class Stream:
             batch = self._draw(self._batches)
         except StopIteration:
             if self.position == 0:
-                raise MetaVPTError(
-                    f"{self.name}: the source is empty, it gave no batch at all"
-                ) from None
+                raise MetaVPTError(f"{self.name}: the source is empty, it gave no batch") from None
             self.epoch, self.position = self.epoch + 1, 0
             self._batches = self._begin()
             return next(self)
@@ -58,10 +61,13 @@ class Stream:
         return batch if self._is_shared else collectives.own(batch)
 
     def check(self, draw: bool) -> None:
-        """Open the source of a stream that has not begun, so that what is wrong with it shows now.
+        """Open the source of a stream that has not begun, to find errors early.
 
         Args:
-            draw: Also draw the first batch, which the next call of `next` then returns.
+            draw: Whether to draw the first batch too. The next call of `next` then returns it.
+
+        Raises:
+            MetaVPTError: The source is empty, or no batch arrives in time.
         """
         if self.has_begun or self._batches is not None:
             return
@@ -75,6 +81,7 @@ class Stream:
 
     @property
     def has_begun(self) -> bool:
+        """Return whether a batch was drawn."""
         return self.epoch > 0 or self.position > 0
 
     def _begin(self) -> Iterator[Any]:
@@ -91,20 +98,32 @@ class Stream:
         return iterator
 
     def _draw(self, batches: Iterator[Any]) -> Any:
-        hung = f"{self.name}: no batch came within {self.timeout:g} s; look at the disk that the data is on, or raise trainer.data_timeout"
+        hung = (
+            f"{self.name}: no batch within {self.timeout:g} s; check the disk that the data is on, "
+            "or raise trainer.data_timeout"
+        )
         with time_limit(self.timeout, hung):
             return next(batches)
 
     def state_dict(self) -> dict[str, int]:
+        """Return the position."""
         return {"epoch": self.epoch, "position": self.position}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
+        """Restore a position."""
         self.epoch, self.position = state["epoch"], state["position"]
         self._batches = None
 
 
 class Streams(NamedTuple):
-    """What strategies draw from; `meta` is unlabelled data for the designer alone, so that the learner's own order stays as it is."""
+    """The streams that strategies draw from.
+
+    Attributes:
+        pretrain: Unlabelled batches of the learner.
+        meta: Unlabelled batches of the designer's updates, so that the learner's order is
+            unchanged.
+        feedback: Labelled batches.
+    """
 
     pretrain: Stream
     meta: Stream
@@ -126,17 +145,17 @@ class HasHeldOutBatches(Protocol):
     """A problem with labelled batches that no designer update reads."""
 
     def held_out_batches(self, seed: int) -> Iterable[Any]:
-        """Return labelled batches to measure on what a designer update predicts."""
+        """Return labelled batches, to measure the predictions of designer updates."""
         ...
 
 
 def meta_batches(problem: Problem) -> Source:
-    """Return the source of the designer's unlabelled batches: by default the learner's."""
+    """Return the source of the designer's unlabelled batches. Default: the learner's."""
     return problem.meta_batches if supports(problem, HasMetaBatches) else problem.pretrain_batches
 
 
 def held_out_batches(problem: Problem) -> Source:
-    """Return the source of held-out labelled batches: by default that of the feedback."""
+    """Return the source of held-out labelled batches. Default: that of the feedback."""
     if supports(problem, HasHeldOutBatches):
         return problem.held_out_batches
     return problem.feedback_batches
@@ -144,10 +163,16 @@ def held_out_batches(problem: Problem) -> Source:
 
 @contextmanager
 def time_limit(seconds: float, message: str) -> Iterator[None]:
-    """Raises MetaVPTError with `message` when the block takes longer than `seconds`; 0: no limit.
+    """Limit the time of the block.
 
-    It rests on SIGALRM, which reaches a main thread alone and not Windows: elsewhere there is no
-    limit.
+    It uses SIGALRM, so there is no limit on Windows and outside of the main thread.
+
+    Args:
+        seconds: The limit. 0: none.
+        message: The message of the error.
+
+    Raises:
+        MetaVPTError: The block takes longer.
     """
     if (
         not seconds

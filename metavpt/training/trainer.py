@@ -1,4 +1,4 @@
-"""The loop, readable top to bottom: ask the strategy for a task, take one ordinary pretraining step on it, count, measure, save."""
+"""The training loop: get a task from the strategy, take a pretraining step, count, measure."""
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -43,22 +43,47 @@ if TYPE_CHECKING:
 class Trainer:
     """Pretrains `problem.learner` on the tasks of `strategy` until the budget is spent.
 
-    The learner's parameters and their `.grad` are written in `step` alone, and there only by the pretraining loss of a detached task.
-    While `stop` listens, SIGTERM and Ctrl-C end `run` by `Stopped` after the step in progress and a checkpoint of it.
+    Only `step` writes the learner's parameters and their `.grad`, and only from the pretraining
+    loss of a detached task. While `stop` listens, SIGTERM and Ctrl-C end `run` by `Stopped`, after
+    the current step and a checkpoint of it.
 
-    head_warmup_steps   first steps that train the problem's `warm_up_parameters` only: fresh SSL heads on a released backbone
-    head_warmup_lr      peak learning rate of these steps; None: the optimizer's, which a released backbone wants low
-    first_order_every   steps between two measurements of how well first-order value predicts a step; 0: none
-    accumulate          parts that a batch is taken in, one after the other: activations of a part, the gradient of the whole. What a loss
-                        does across samples (Sinkhorn, KoLeo) it does within a part
-    recompute           activations of blocks on the way back, instead of keeping them
-    compile             the blocks, for the learner's step alone, by this backend of torch.compile (inductor); None: not
-    fabric              device, precision and processes, launched; None: one process, in float32
-    max_failures        learner's steps, or designer updates, in a row that were skipped as not finite, after which the run stops
-    data_timeout        seconds that a batch may take to come, after which the run stops; 0: no limit
-    dry_run             `python -m metavpt.run` describes this run instead, see `metavpt.run.dry_run`; nothing trains it
+    Args:
+        problem: The problem.
+        strategy: Chooses the tasks.
+        budget: Ends the run.
+        log: The log of the run.
+        checkpoints: Where checkpoints are saved. None: none are saved.
+        optimizer: Builds the learner's optimizer. Default: AdamW with a learning rate of 1e-4.
+        schedule: The factor of the learning rate. Default: a cosine without warm-up.
+        weight_decay: The decay of matrices.
+        clip_norm: The limit on the gradient norm.
+        head_warmup_steps: First steps that train only the problem's `warm_up_parameters`, for new
+            heads on a released backbone.
+        head_warmup_lr: The peak learning rate of these steps. None: the optimizer's, which is low
+            for a released backbone.
+        seed: The seed of the streams.
+        log_every: Steps between two train records.
+        probe_every: Steps between two measurements. 0: only before and after.
+        checkpoint_every: Steps between two checkpoints. 0: only after.
+        first_order_every: Steps between two measurements of the first-order prediction. 0: none.
+        max_failures: Learner steps, or designer updates, that may be skipped in a row because a
+            value is not finite. Then the run stops.
+        data_timeout: The limit on waiting for a batch, in seconds. 0: no limit.
+        dry_run: `python -m metavpt.run` only describes this run, see `metavpt.run.dry_run`.
+        accumulate: Gradient accumulation: the number of microbatches. Operations across samples
+            (Sinkhorn, KoLeo) act within a microbatch.
+        recompute: Activation checkpointing: recompute the activations of blocks in the backward
+            pass.
+        compile: The backend of torch.compile for the blocks in the learner's step. None: not
+            compiled.
+        fabric: Device, precision and processes. None: one process, in float32.
 
-    `options` names what the numbers of the run depend on, see `run_options`: a checkpoint of others is refused.
+    Attributes:
+        options: The options that the run's numbers depend on, see `run_options`. A checkpoint with
+            other options is refused.
+
+    Raises:
+        MetaVPTError: An option is out of range, or the strategy needs more than the problem has.
     """
 
     def __init__(
@@ -100,29 +125,20 @@ class Trainer:
         )
         if not clip_norm > 0:
             raise MetaVPTError(f"trainer.clip_norm={clip_norm} must be positive")
-        self.problem, self.strategy, self.budget, self.log, self.checkpoints = (
-            problem,
-            strategy,
-            budget,
-            log,
-            checkpoints,
-        )
+        self.problem, self.strategy, self.budget = problem, strategy, budget
+        self.log, self.checkpoints = log, checkpoints
         self.schedule = schedule or WarmupCosine()
         self.head_warmup_steps, self.head_warmup_lr = head_warmup_steps, head_warmup_lr
-        self.log_every, self.probe_every, self.checkpoint_every = (
-            log_every,
-            probe_every,
-            checkpoint_every,
-        )
+        self.log_every, self.probe_every = log_every, probe_every
+        self.checkpoint_every = checkpoint_every
         self.first_order_every, self.dry_run, self.clip_norm = first_order_every, dry_run, clip_norm
         check_directions(problem.metric_directions, "metric_directions")
         self.failures = Failures(max_failures, log.folder)
         self.watch, self.stop, self.steered = Watch(), StopRequest(), SteeredSteps()
-        self.metrics: dict[str, float] = {}  # of the last measurement
-        self.measured_at = 0  # the step of it
-        self.execution = Execution(
-            problem, fabric, accumulate, recompute, compile
-        )  # first: sharding makes other parameters of them
+        self.metrics: dict[str, float] = {}  # the last measurement
+        self.measured_at = 0  # its step
+        # Before the optimizer, since sharding replaces the parameters.
+        self.execution = Execution(problem, fabric, accumulate, recompute, compile)
         self.passes = LearnerPasses(problem, self._measuring_passes)
         strategy.start(problem)
         groups = parameter_groups(problem, weight_decay)
@@ -131,12 +147,14 @@ class Trainer:
         )
         self.peak_lr = [group["lr"] for group in self.optimizer.param_groups]
         self.options = self._own_options(seed)
-        self._draw_from(
-            1_000_000 * seed, data_timeout
-        )  # a stream takes one more seed for every pass: room for 300,000 passes
+        # A stream uses a new seed for every pass. This leaves room for 300,000 passes.
+        self._draw_from(1_000_000 * seed, data_timeout)
 
     def _own_options(self, seed: int) -> run_options.Options:
-        """What can be told without a configuration; before the first step, which changes learning rates."""
+        """Collect the options that are known without a configuration.
+
+        Call it before the first step, which changes learning rates.
+        """
         options: run_options.Options = {
             "seed": seed,
             "problem": _kind(self.problem),
@@ -158,7 +176,7 @@ class Trainer:
         return options
 
     def _draw_from(self, first: int, timeout: float) -> None:
-        """The streams and the first-order probe, with seeds from `first` on."""
+        """Create the streams and the first-order probe, with seeds from `first` on."""
         problem = self.problem
         self.streams = Streams(
             pretrain=Stream(problem.pretrain_batches, first, "pretrain_batches", timeout),
@@ -169,16 +187,21 @@ class Trainer:
 
     @property
     def state(self) -> TrainState:
-        """What the strategy sees."""
+        """Return what the strategy sees."""
         return TrainState(self.problem, self.streams, self.optimizer, self.budget)
 
     def run(self) -> None:
-        """From where the run stands to the end of the budget; step 0 is measured before anything is trained."""
+        """Train to the end of the budget. Step 0 is measured first.
+
+        Raises:
+            MetaVPTError: The data are wrong, or too many steps in a row are not finite.
+            Stopped: A signal arrived.
+        """
         if self.dry_run:
             raise MetaVPTError(
-                "trainer.dry_run=true: this run is only to be described, which python -m metavpt.run does"
+                "trainer.dry_run=true: use python -m metavpt.run, which describes this run"
             )
-        if self.budget.exhausted:  # resumed at its end
+        if self.budget.exhausted:  # resumed after its end
             if self.measured_at != self.budget.steps:
                 self.measure()
             return
@@ -200,7 +223,7 @@ class Trainer:
             self.save()
 
     def check(self) -> None:
-        """Find what is wrong with the data before step 0 is measured, which may take minutes.
+        """Find errors in the data before step 0 is measured, which may take minutes.
 
         The first unlabelled batch is drawn, and the first labelled one for strategies that use it.
         """
@@ -212,7 +235,7 @@ class Trainer:
             self.streams.feedback.check(draw=True)
 
     def _between_steps(self) -> None:
-        """Measure, save, and end where the run is asked to."""
+        """Measure and save when due, and end the run after a signal."""
         step, stopping = self.budget.steps, collectives.any_of(self.stop.signal)
         if self.probe_every and step % self.probe_every == 0:
             self.measure()
@@ -222,42 +245,55 @@ class Trainer:
             raise Stopped(stopping)
 
     def start_from(self, problem_state: dict[str, Any], metrics: dict[str, float]) -> None:
-        """Begin where another run ended: its learner and what belongs to it, and `metrics` as step 0."""
+        """Start from the end of another run.
+
+        Args:
+            problem_state: The state of its problem.
+            metrics: Its metrics, as step 0.
+
+        Raises:
+            MetaVPTError: The learner has another architecture.
+        """
         try:
             self.problem.load_state_dict(problem_state)
         except Exception as error:
-            what = "the learner that all rows begin with is built otherwise; compare options of the learner one comparison at a time"
+            what = "the warm start has another learner; compare learners in separate comparisons"
             raise MetaVPTError(f"{what} ({brief(error)})") from error
         self.metrics = as_metrics(metrics, "the warm start")
         self._log_metrics()
 
     def resume(self) -> None:
-        """Go on from the newest checkpoint that can be read."""
+        """Resume the newest checkpoint that can be read.
+
+        Raises:
+            MetaVPTError: There is none, or it belongs to another configuration.
+        """
         if self.checkpoints is None:
-            raise MetaVPTError("Trainer.resume: the trainer was made without checkpoints")
+            raise MetaVPTError("Trainer.resume: the trainer has no checkpoints")
         state, path, unreadable = self.checkpoints.load(self._layout())
         self.restore(state, path)
         for line in self.log.rewind(state["log"], self.budget.steps):
             self.log.warn(self.budget.steps, line)
         for line in unreadable:
-            self.log.warn(self.budget.steps, f"{line}; this run goes on from {path.name}")
+            self.log.warn(self.budget.steps, f"{line}; resumed from {path.name} instead")
         before = state["budget"]["limits"]
         if before != self.budget.limits:
             self.log.warn(
                 self.budget.steps,
-                f"the budget was {before} and is {self.budget.limits}; the learning rate follows the new one",
+                f"the budget was {before} and is {self.budget.limits}; "
+                "the learning rate follows the new one",
             )
 
     def restore(self, state: dict[str, Any], source: Path, finite: bool = True) -> None:
-        """Take over a state that `state_dict` gave.
+        """Load a state of `state_dict`.
 
         Args:
-            state: The state, as it was read.
-            source: The file that it was read from, for errors.
+            state: The state.
+            source: The file of the state, for errors.
             finite: Refuse a state that holds NaN, or was saved while steps failed.
 
         Raises:
-            MetaVPTError: The state is damaged, or that of another model or configuration.
+            MetaVPTError: The state is damaged, or belongs to another model or configuration.
         """
         learner = [p for group in self.optimizer.param_groups for p in group["params"]]
         designer = list(params.named(self.problem.designer).values())
@@ -270,7 +306,7 @@ class Trainer:
                 )
                 fault = bad and f"{bad} is not finite; delete it to resume from an earlier one"
         except Exception as error:
-            fault = f"is no state of a run ({brief(error)})"
+            fault = f"is not the state of a run ({brief(error)})"
         if fault := collectives.any_of(fault):
             raise MetaVPTError(f"{source}: {fault}")
         try:
@@ -281,7 +317,7 @@ class Trainer:
             ) from error
 
     def measure(self) -> None:
-        """Probe metrics, figures and texts of the learner as it is; a warning where it collapses."""
+        """Measure metrics and health, and save figures and texts. Warns if features collapse."""
         with self.budget.timed("probe"), self.execution.eager():
             self.metrics = as_metrics(self.problem.evaluate(), type(self.problem).__name__)
             self.measured_at = self.budget.steps
@@ -305,8 +341,14 @@ class Trainer:
             self.log.warn(self.budget.steps, line)
 
     def step(self) -> None:
-        """1. a task from the strategy  2. its pretraining loss  3. the learner's optimizer  4. the state that follows (EMA, centre)."""
-        self._schedule()  # first: strategies read the learning rate that the coming step will have
+        """Take one step.
+
+        1. Get a task from the strategy.
+        2. Compute its pretraining loss and gradient.
+        3. Take the step of the learner's optimizer.
+        4. Update the state that follows it (EMA, centre).
+        """
+        self._schedule()  # first, since strategies read the learning rate of this step
         self.failures.prepare(lambda: fsdp.gathered(self.state_dict()))
         self.optimizer.zero_grad(set_to_none=True)
         with (
@@ -347,7 +389,7 @@ class Trainer:
         self.log.advance(self.budget)
 
     def _passes_of(self, proposal: Proposal) -> float:
-        """What the strategy spent on this step, in passes of the learner's own batch."""
+        """Return what the strategy spent on this step, in passes of the learner's own batch."""
         if "grad_evals" in self.budget.limits:
             self.passes.require_layers(proposal)
         return self.passes.spent(proposal)
@@ -358,14 +400,17 @@ class Trainer:
             yield
 
     def save(self) -> None:
-        """Write a checkpoint; none while steps fail, or of a state that is not finite, which would push out good ones."""
+        """Write a checkpoint, unless steps fail or the state is not finite.
+
+        A bad checkpoint would replace good ones.
+        """
         if self.checkpoints is None:
             return
         state = self.state_dict()
         bad = self._not_finite(state)
         fault = self.failures.in_a_row or (f"{bad} is not finite" if bad else None)
         if fault := collectives.any_of(fault):
-            self.log.warn(self.budget.steps, f"no checkpoint of this step is saved: {fault}")
+            self.log.warn(self.budget.steps, f"no checkpoint of this step: {fault}")
         else:
             self.checkpoints.save(self.budget.steps, state)
 
@@ -410,7 +455,7 @@ class Trainer:
                 )
 
     def _log_metrics(self) -> None:
-        """Write the metrics, with the directions in which they are better, as a probe record."""
+        """Write the metrics and their better directions as a probe record."""
         self.log.write(
             "probe",
             self.budget.steps,
@@ -437,6 +482,7 @@ class Trainer:
         self.log.write("time", budget.steps, seconds=dict(budget.times))
 
     def state_dict(self) -> dict[str, Any]:
+        """Return the state of the run."""
         return {
             "problem": self.problem.state_dict(),
             "optimizer": self.optimizer.state_dict(),
@@ -458,6 +504,7 @@ class Trainer:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore what `state_dict` returned."""
         state = fsdp.scattered(state, self._layout())
         self.problem.load_state_dict(state["problem"])
         self.optimizer.load_state_dict(state["optimizer"])
@@ -474,7 +521,10 @@ class Trainer:
         self.steered.load_state_dict(state["steered"])
 
     def _layout(self) -> dict[str, Any]:
-        """Which parts of `state_dict` are sharded, and how: the optimizer, before its first step, by its parameters."""
+        """Return the sharded parts of `state_dict`.
+
+        The optimizer is described by its parameters, since it has no state before its first step.
+        """
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         return {
             "problem": self.problem.state_dict(),
@@ -483,10 +533,14 @@ class Trainer:
 
 
 def as_metrics(found: Mapping[str, Any], problem: str) -> dict[str, float]:
-    """Convert the metrics that `evaluate` returned to numbers of Python; they may be of NumPy or torch.
+    """Convert the metrics of `evaluate` to Python floats. They may be of NumPy or torch.
+
+    Args:
+        found: The metrics by name.
+        problem: The name of the problem, for errors.
 
     Raises:
-        MetaVPTError: A metric is no number.
+        MetaVPTError: A metric is not a number.
     """
     if not isinstance(found, Mapping):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise MetaVPTError(
@@ -506,7 +560,7 @@ def as_metrics(found: Mapping[str, Any], problem: str) -> dict[str, float]:
 
 
 def _kind(value: object) -> str:
-    """Name the class; of one that extends a class of the package, that class."""
+    """Return the class name, or that of the package's class that it extends."""
     classes = type(value).__mro__
     ours = (kind for kind in classes if kind.__module__.partition(".")[0] == "metavpt")
     return next(ours, classes[0]).__name__
