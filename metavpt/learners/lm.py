@@ -16,7 +16,7 @@ from metavpt.data.tokens import PADDING, TokenBatch
 from metavpt.errors import MetaVPTError
 from metavpt.hypergradients import params
 from metavpt.hypergradients.params import Params
-from metavpt.learners.recompute import recomputed
+from metavpt.learners.recompute import numbered, run_blocks
 
 SUPPORTED = (LlamaForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM)
 
@@ -31,26 +31,26 @@ class Hidden(NamedTuple):
     )  # (B, 1, T, T), True where the row's token sees the column's; None: all earlier ones
 
     def detach(self) -> "Hidden":
+        """Return the same without a graph."""
         return self._replace(states=self.states.detach())
 
 
 class Trunk(nn.Module):
-    """Tokens -> Hidden: the embedding and the first layers, with transformers' names and indices."""
+    """Tokens -> Hidden: the embedding and the first layers, with the names of transformers."""
 
-    recompute = False  # activations, on the way back
+    recompute = False  # whether activations are recomputed in the backward pass
 
     def __init__(self, model: nn.Module, num_layers: int) -> None:
         super().__init__()
         self.embed_tokens: Any = model.embed_tokens
         self.rotary_emb: Any = model.rotary_emb
-        self.layers = nn.ModuleDict(
-            {str(i): layer for i, layer in enumerate(_layers(model)) if i < num_layers}
-        )
+        self.layers = numbered(_layers(model), 0, num_layers)
 
     def forward(self, batch: TokenBatch) -> Hidden:
+        """Run the embedding and the first layers."""
         embedded = self.embed_tokens(batch.tokens)
         rope, mask = self.rotary_emb(embedded, batch.positions), document_mask(batch.documents)
-        return Hidden(_run(self.layers, embedded, rope, mask, self.recompute), rope, mask)
+        return Hidden(_run(self, embedded, rope, mask), rope, mask)
 
 
 class Tail(nn.Module):
@@ -64,12 +64,12 @@ class Tail(nn.Module):
     def __init__(self, model: nn.Module, num_layers: int) -> None:
         super().__init__()
         layers = _layers(model)
-        first = len(layers) - num_layers
-        self.layers = nn.ModuleDict({str(i): layer for i, layer in enumerate(layers) if i >= first})
+        self.layers = numbered(layers, len(layers) - num_layers, len(layers))
         self.norm: Any = model.norm
 
     def forward(self, hidden: Hidden) -> Tensor:
-        return self.norm(_run(self.layers, *hidden, self.recompute))
+        """Run the last layers."""
+        return self.norm(_run(self, *hidden))
 
 
 def _layers(model: Any) -> nn.ModuleList:
@@ -77,16 +77,10 @@ def _layers(model: Any) -> nn.ModuleList:
 
 
 def _run(
-    layers: nn.ModuleDict,
-    states: Tensor,
-    rope: tuple[Tensor, Tensor],
-    mask: Tensor | None,
-    recompute: bool,
+    part: Trunk | Tail, states: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor | None
 ) -> Tensor:
     context = {"attention_mask": mask, "position_embeddings": rope}
-    for layer in layers.values():
-        states = recomputed(layer, states, **context) if recompute else layer(states, **context)
-    return states
+    return run_blocks(part.layers, states, part.recompute, **context)
 
 
 def document_mask(documents: Tensor) -> Tensor | None:
@@ -139,6 +133,7 @@ class LanguageModel(nn.Module):
         return self._whole[0]
 
     def forward(self, batch: TokenBatch) -> Tensor:
+        """Compute states (B, T, D) of a batch."""
         return self.tail(self.trunk(batch))
 
     def logits(self, batch: TokenBatch) -> Tensor:
@@ -154,7 +149,7 @@ class LanguageModel(nn.Module):
         return functional_call(self.tail, params.subset(theta, "tail."), (hidden,))
 
     def unembedding(self, theta: Params) -> Tensor:
-        """Return the unembedding (V, D): theta's if it is trained, the embedding if the two are tied."""
+        """Return the unembedding (V, D): theta's if trained, the embedding if the two are tied."""
         name = "trunk.embed_tokens.weight" if self.tied else "lm_head.weight"
         return theta[name] if name in theta else self.get_parameter(name)
 
@@ -163,7 +158,7 @@ class LanguageModel(nn.Module):
         return [name for name in params.named(self) if name.startswith("tail.")]
 
     def save(self, folder: str | Path) -> None:
-        """Write a transformers model folder, adapters merged, for `AutoModelForCausalLM.from_pretrained`."""
+        """Write a model folder, adapters merged, for `AutoModelForCausalLM.from_pretrained`."""
         (model,) = self._saved
         merged: Any = (
             copy.deepcopy(model).merge_and_unload() if isinstance(model, PeftModel) else model

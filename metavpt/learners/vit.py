@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from metavpt.errors import MetaVPTError, brief
 from metavpt.hypergradients.params import Params, subset
 from metavpt.learners.positions import Interpolation, resample_positions
-from metavpt.learners.recompute import recomputed
+from metavpt.learners.recompute import numbered, run_blocks
 from metavpt.learners.subset import restrict
 from metavpt.learners.weights import load_weights
 
@@ -31,10 +31,10 @@ from metavpt.learners.weights import load_weights
 class Hidden(NamedTuple):
     """The output of the trunk and input of the tail."""
 
-    tokens: Tensor  # (B, P + N, D): P prefix tokens (cls, registers), then N patches row by row
-    rope: (
-        Tensor | None
-    )  # (N, 2 D / heads) sine and cosine of the rotary positions; (B, 1, N, 2 D / heads) in a subset; None: it has none
+    # (B, P + N, D): P prefix tokens (cls, registers), then N patches row by row
+    tokens: Tensor
+    # Sine and cosine of rotary positions: (N, 2 D / heads), or (B, 1, N, 2 D / heads) in a subset.
+    rope: Tensor | None
     grid: tuple[int, int]  # (h, w), N = h w; (1, N) in a subset
 
 
@@ -46,12 +46,12 @@ class Features(NamedTuple):
 
 
 class Trunk(nn.Module):
-    """Images (B, 3, H, W) -> Hidden: patch embedding, positions, prefix tokens and the first blocks.
+    """Images (B, 3, H, W) -> Hidden: patch embedding, positions, prefix tokens, first blocks.
 
     Parameters and blocks keep the names and indices of the timm model, whose modules are used.
     """
 
-    recompute = False  # activations, on the way back
+    recompute = False  # whether activations are recomputed in the backward pass
 
     def __init__(
         self,
@@ -68,9 +68,7 @@ class Trunk(nn.Module):
         self.pos_embed = model.pos_embed
         self.rope = getattr(model, "rope", None)
         self.norm_pre = model.norm_pre
-        self.blocks = nn.ModuleDict(
-            {str(i): block for i, block in enumerate(model.blocks) if i < num_blocks}
-        )
+        self.blocks = numbered(model.blocks, 0, num_blocks)
         self.prefix_has_position = not model.no_embed_class
 
     def forward(
@@ -103,7 +101,7 @@ class Trunk(nn.Module):
         rope = None if self.rope is None else self.rope.get_embed(shape=grid)
         if visible is not None:
             tokens, rope, grid = restrict(tokens, rope, grid, visible, weight)
-        return Hidden(_run(self.blocks, tokens, rope, self.recompute), rope, grid)
+        return Hidden(_run(self, tokens, rope), rope, grid)
 
     def _add_positions(self, patches: Tensor, grid: tuple[int, int]) -> Tensor:
         prefix = [
@@ -147,26 +145,22 @@ class Tail(nn.Module):
 
     def __init__(self, model: VisionTransformer | Eva, num_blocks: int) -> None:
         super().__init__()
-        first = len(model.blocks) - num_blocks
-        self.blocks = nn.ModuleDict(
-            {str(i): block for i, block in enumerate(model.blocks) if i >= first}
-        )
+        self.blocks = numbered(model.blocks, len(model.blocks) - num_blocks, len(model.blocks))
         self.norm = model.norm
         self.has_cls = model.cls_token is not None
 
     def forward(self, hidden: Hidden) -> Features:
-        tokens = self.norm(_run(self.blocks, hidden.tokens, hidden.rope, self.recompute))
+        """Run the last blocks and the final norm."""
+        tokens = self.norm(_run(self, hidden.tokens, hidden.rope))
         num_patches = math.prod(hidden.grid)
         patches = tokens[:, -num_patches:]
         cls = tokens[:, 0] if self.has_cls else patches.mean(dim=1)
         return Features(cls, patches.transpose(1, 2).unflatten(2, hidden.grid))
 
 
-def _run(blocks: nn.ModuleDict, tokens: Tensor, rope: Tensor | None, recompute: bool) -> Tensor:
+def _run(part: Trunk | Tail, tokens: Tensor, rope: Tensor | None) -> Tensor:
     options = {} if rope is None else {"rope": rope}
-    for block in blocks.values():
-        tokens = recomputed(block, tokens, **options) if recompute else block(tokens, **options)
-    return tokens
+    return run_blocks(part.blocks, tokens, part.recompute, **options)
 
 
 class Backbone(nn.Module):
@@ -204,6 +198,7 @@ class Backbone(nn.Module):
         self.mean, self.std = tuple(mean), tuple(std)
 
     def forward(self, images: Tensor) -> Features:
+        """Compute the features of normalised images (B, 3, H, W)."""
         return self.tail(self.trunk(images))
 
 
@@ -224,8 +219,10 @@ def vit_tiny_dinov3(**kwargs: Any) -> Eva:
     weights hardly uses its blocks.
     """
     arguments: dict[str, Any] = {
-        "img_size": 64, "patch_size": 8, "embed_dim": 96, "depth": 6, "num_heads": 3, "qkv_bias": False, "init_values": 0.1,
-        "rope_type": "dinov3", "rope_temperature": 100, "rope_rotate_half": True, "use_rot_pos_emb": True, "use_abs_pos_emb": False,
+        "img_size": 64, "patch_size": 8, "embed_dim": 96, "depth": 6, "num_heads": 3,
+        "qkv_bias": False, "init_values": 0.1,
+        "rope_type": "dinov3", "rope_temperature": 100, "rope_rotate_half": True,
+        "use_rot_pos_emb": True, "use_abs_pos_emb": False,
         "num_reg_tokens": 4, "use_fc_norm": False, "norm_layer": partial(LayerNorm, eps=1e-5),
     }  # fmt: skip
     return Eva(**(arguments | kwargs))
