@@ -14,7 +14,7 @@ class MetaVPTError(Exception):
 
 
 class UnreachedParameterError(MetaVPTError):
-    """A loss does not depend on a parameter that is to be differentiated: a silent zero otherwise."""
+    """A loss does not depend on a parameter, whose derivative would be a silent zero."""
 
 
 class ImpureLossError(MetaVPTError):
@@ -57,10 +57,17 @@ def brief(error: BaseException, named: bool = False) -> str:
 
 @contextmanager
 def reading(fault: str, remedy: str = "get the file again") -> Iterator[None]:
-    """Raises MetaVPTError `<fault> (<reason>); <remedy>` for whatever goes wrong inside the block, which is for decoders alone.
+    """Turn any error inside the block into a MetaVPTError `<fault> (<reason>); <remedy>`.
 
-    Of every error, not of a list of them: a damaged file fails in as many ways as its format has
-    fields.
+    Use it around decoders only. A damaged file fails in as many ways as its format has fields, so
+    every exception counts.
+
+    Args:
+        fault: The file and what is wrong with it.
+        remedy: What the user can do.
+
+    Raises:
+        MetaVPTError: The block failed.
     """
     try:
         yield
@@ -72,16 +79,16 @@ def reading(fault: str, remedy: str = "get the file again") -> Iterator[None]:
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Turn an OSError inside the block, in which `path` is written, into a MetaVPTError with its reason.
+    """Turn an OSError inside the block, which writes `path`, into a MetaVPTError with its reason.
 
     Raises:
-        MetaVPTError: A full disk, a quota, no permission, a name that is too long.
+        MetaVPTError: The disk is full, a quota is used up, or the path is not allowed or too long.
     """
     try:
         yield
     except OSError as error:
         remedy = (
-            "what was there before is intact: make room and go on with resume=true"
+            "the previous contents are intact: free some space and continue with resume=true"
             if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
             else "choose a folder that can be written"
         )

@@ -1,4 +1,4 @@
-"""The class that a user subclasses: a learner, a task designer, and the two losses that join them."""
+"""The class that a user subclasses: a learner, a task designer, and two losses."""
 
 import importlib
 from abc import ABC, abstractmethod

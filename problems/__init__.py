@@ -1,1 +1,1 @@
-"""The problems that metavpt ships: vision on labelled frames, language, and a toy with a known answer."""
+"""The shipped problems: vision on labelled frames, language, and a toy with a known answer."""

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any, Literal
 
 from torch import Tensor
+from typing_extensions import override
 
 from metavpt.designers.patches import MaskedImages
 from metavpt.learners.predictor import Predictor
@@ -16,10 +17,13 @@ from .masked_dense import MaskedDense
 
 
 class IJEPADense(MaskedDense):
-    """A predictor tells an EMA teacher's features of blocks from a context (I-JEPA); the designer decides which blocks.
+    """I-JEPA: a predictor regresses on an EMA teacher's features of blocks, given a context.
 
-    distance           "smooth_l1", as its released code, or "l2", as the paper
-    teacher_momentum   at the start; it rises linearly to 1
+    The designer chooses the blocks.
+
+    Args:
+        distance: "smooth_l1" as in the released code, or "l2" as in the paper.
+        teacher_momentum: The momentum at the start. It rises linearly to 1.
     """
 
     def __init__(
@@ -35,13 +39,16 @@ class IJEPADense(MaskedDense):
         self.distance: Literal["l2", "smooth_l1"] = distance
         self.teacher_momentum = teacher_momentum
 
+    @override
     @phase("teacher")
     def patch_targets(self, images: Tensor) -> Tensor:
         return normalized_features(self.teacher(images).patches)
 
+    @override
     def loss(self, predictions: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
         return ijepa_loss(predictions, targets, weights, self.distance, "none")
 
+    @override
     def after_step(self, task: MaskedImages, progress: float) -> None:
         self.teacher.update(
             self.backbone, self.teacher_momentum + (1.0 - self.teacher_momentum) * progress

@@ -1,4 +1,4 @@
-"""What every language problem shares: the packed stream, feedback from examples, probes, text for the report."""
+"""The base of language problems: the packed stream, feedback from examples, probes and texts."""
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import override
 
 from metavpt.data.language import LanguageData, join, rows_of
 from metavpt.data.tokens import PADDING, Corpus, ExampleLoader, TokenBatch
@@ -29,14 +30,19 @@ from metavpt.training.run_log import Reportable
 
 
 class LanguageProblem(MultipleFeedbacks, SplitsDomains, Shardable, Reportable, Problem):
-    """A causal language model reads a stream of text for the sake of held-out answers; a subclass adds the designer and the loss.
+    """A causal language model reads a stream of text, and answers held-out questions.
 
-    length                tokens of a row of the stream, and at most of an example
-    batch_size            rows of a step; `meta_batch_size` those of a designer update
-    feedback_batch_size   examples of each domain that g_down is taken on
-    feedback_weights      by domain of `data.feedback`; None: 1 for each
-    generator, answers    how the test problems are answered and scored
-    probe_batch_size      examples at a time where nothing is trained
+    A subclass adds the designer and the loss.
+
+    Args:
+        length: Tokens of a row of the stream, and the limit for an example.
+        batch_size: Rows of a step.
+        meta_batch_size: Rows of a designer update.
+        feedback_batch_size: Examples of each domain for g_down.
+        feedback_weights: By domain of `data.feedback`. None: 1 for each.
+        generator: Generates the answers to the test problems.
+        answers: Scores the answers.
+        probe_batch_size: Examples per forward pass of a probe.
     """
 
     learner: LanguageModel
@@ -57,7 +63,8 @@ class LanguageProblem(MultipleFeedbacks, SplitsDomains, Shardable, Reportable, P
         self.learner, tokenizer = learner(data.texts())
         if length > self.learner.max_length:
             raise MetaVPTError(
-                f"problem.length={length} is longer than the model's context of {self.learner.max_length} tokens"
+                f"problem.length={length} is longer than the model's context of "
+                f"{self.learner.max_length} tokens"
             )
         self.data = data.encode(tokenizer, length)
         self.batch_size, self.meta_batch_size, self.feedback_batch_size = (
@@ -86,20 +93,26 @@ class LanguageProblem(MultipleFeedbacks, SplitsDomains, Shardable, Reportable, P
 
     @property
     def device(self) -> torch.device:
+        """Return the learner's device."""
         return next(self.learner.parameters()).device
 
+    @override
     def pretrain_batches(self, seed: int) -> Iterable[Any]:
         return self.data.packed(self.batch_size, seed, self.device)
 
     def meta_batches(self, seed: int) -> Iterable[Any]:
+        """Return unlabelled batches for the designer's updates."""
         return self.data.packed_by_domain(self.meta_batch_size, seed, self.device)
 
+    @override
     def feedback_batches(self, seed: int) -> Iterable[Any]:
         return self.data.examples(self.data.feedback, self.feedback_batch_size, seed, self.device)
 
     def held_out_batches(self, seed: int) -> Iterable[Any]:
+        """Return labelled batches that no designer update reads."""
         return self.data.examples(self.data.held_out, self.feedback_batch_size, seed, self.device)
 
+    @override
     def by_domain(self, batch: TokenBatch) -> dict[str, TokenBatch]:
         rows = {
             name: batch.domain == self.data.domains.index(name)
@@ -108,9 +121,11 @@ class LanguageProblem(MultipleFeedbacks, SplitsDomains, Shardable, Reportable, P
         }
         return {name: rows_of(batch, which) for name, which in rows.items() if which.any()}
 
+    @override
     def aligned_parameters(self) -> list[str]:
         return self.learner.aligned_parameters()
 
+    @override
     def trunks(self) -> list[nn.Module]:
         return [self.learner.trunk]
 
@@ -133,6 +148,7 @@ class LanguageProblem(MultipleFeedbacks, SplitsDomains, Shardable, Reportable, P
         return TargetTask(join(picked), tasks[0].targets)
 
     def microbatches(self, task: TargetTask, num_parts: int) -> list[TargetTask]:
+        """Split a task by rows."""
         rows = torch.arange(len(task.batch.tokens), device=task.batch.tokens.device).chunk(
             num_parts
         )
@@ -148,9 +164,11 @@ class LanguageProblem(MultipleFeedbacks, SplitsDomains, Shardable, Reportable, P
         """Answers to word problems are; the perplexity of general text is a side effect."""
         return metric.partition("/")[0] in self.answers
 
+    @override
     def after_step(self, task: TargetTask, progress: float) -> None:
         self.last_task = task
 
+    @override
     def evaluate(self) -> dict[str, float]:
         probes = {**self.answers, **self.perplexities}
         return {
@@ -160,7 +178,7 @@ class LanguageProblem(MultipleFeedbacks, SplitsDomains, Shardable, Reportable, P
         }
 
     def texts(self) -> Texts:
-        """The last task's targets, where there was a choice, and the answers of the last `evaluate`."""
+        """Return the last task's designed targets, and the answers of the last `evaluate`."""
         task, tokenizer = self.last_task, self.data.encoder.tokenizer
         shown = (
             passages(self.learner, tokenizer, task)

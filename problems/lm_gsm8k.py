@@ -1,10 +1,11 @@
-"""Next-token pretraining on designed soft targets, with feedback from answered word problems: `problem=lm_gsm8k`."""
+"""Next-token pretraining on soft targets with feedback from word problems: `problem=lm_gsm8k`."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from metavpt.data.tokens import TokenBatch
 from metavpt.designers.states import StateDesigner
@@ -37,7 +38,7 @@ LMDesigner = StateDesigner | TargetDesigner | TokenWeights
 
 
 class LMGSM8K(LanguageProblem, SharedTrunk, SupportsSelection, SupportsTilting):
-    """Cross-entropy to soft targets on the true token and the learner's own best guesses; the designer says how soft and which.
+    """Cross-entropy to designed soft targets on the true token and the learner's own best guesses.
 
     With `TokenWeights` for a designer: to the true token, some tokens counting more than others.
 
@@ -84,6 +85,7 @@ class LMGSM8K(LanguageProblem, SharedTrunk, SupportsSelection, SupportsTilting):
             None if self._steered is None else self._steered.to(batch.domain.device)[batch.domain]
         )
 
+    @override
     def recipe(self, batch: TokenBatch) -> TargetTask:
         return self.designer.recipe_task(batch)
 
@@ -94,15 +96,19 @@ class LMGSM8K(LanguageProblem, SharedTrunk, SupportsSelection, SupportsTilting):
             return self.designer.random_tasks
         raise AttributeError(f"{type(self.designer).__name__} draws no random tasks")
 
+    @override
     def regularizer(self, task: TargetTask) -> Tensor | None:
         return self.designer.regularizer(task)
 
+    @override
     def pretrain_loss(self, theta: Params, task: TargetTask) -> Tensor:
         return target_loss(self.learner, theta, self.limited(task))
 
+    @override
     def pretrain_tail(self, theta: Params, task: TargetTask) -> Callable[[Params], Tensor]:
         return target_tail(self.learner, theta, self.limited(task))
 
+    @override
     def after_step(self, task: TargetTask, progress: float) -> None:
         self.last_task = self.limited(task)
 
@@ -114,6 +120,7 @@ class LMGSM8K(LanguageProblem, SharedTrunk, SupportsSelection, SupportsTilting):
             return {}
         return gate_signs(torch.as_tensor(targets.gate), self.designer.max_gate)
 
+    @override
     def tilt(
         self,
         theta: Params,
@@ -149,6 +156,7 @@ class LMGSM8K(LanguageProblem, SharedTrunk, SupportsSelection, SupportsTilting):
             raise AttributeError(f"{type(designer).__name__} learns from no replay buffer")
         return lambda replay: designer.loss(replay, self.learner.unembedding({}).detach())
 
+    @override
     def per_sample_tail(self, theta: Params, task: TargetTask) -> Callable[[Params], Tensor]:
         return target_loss_per_sample(self.learner, theta, self.limited(task))
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.func import functional_call
 from torch.utils._pytree import tree_map
+from typing_extensions import override
 
 from metavpt.designers import figures
 from metavpt.designers.choice import expected_mean
@@ -28,9 +29,12 @@ from .dense import NUM_PICTURES, DenseProblem
 
 
 class MaskedDense(DenseProblem, SharedTrunk, SupportsCandidates, SupportsSelection):
-    """An encoder sees a part of an image's patches and a predictor tells others; the designer chooses which. A subclass says what is told.
+    """An encoder sees some patches of an image, and a predictor predicts others.
 
-    target_width   numbers told of a patch
+    The designer chooses the patches. A subclass defines the prediction targets.
+
+    Args:
+        target_width: The width of a patch's prediction target.
     """
 
     learner: MaskedLearner
@@ -51,27 +55,39 @@ class MaskedDense(DenseProblem, SharedTrunk, SupportsCandidates, SupportsSelecti
 
     @abstractmethod
     def patch_targets(self, images: Tensor) -> Tensor:
-        """What is to be told of each patch of normalised images, (B,N,target_width), without a graph."""
+        """Return the targets (B, N, target_width) of normalised images, without a graph."""
 
     @abstractmethod
     def loss(self, predictions: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
-        """Of each image, (B,); predictions and targets (B,M,T,target_width), weights (B,M,T)."""
+        """Compute the loss of each image, (B,).
 
+        Args:
+            predictions: (B, M, T, target_width).
+            targets: (B, M, T, target_width).
+            weights: (B, M, T).
+        """
+
+    @override
     def recipe(self, batch: Any) -> MaskedImages:
         return self.designer.recipe_task(batch)
 
+    @override
     def regularizer(self, task: MaskedImages) -> Tensor:
         return self.designer.regularizer(task)
 
+    @override
     def pretrain_loss(self, theta: Params, task: MaskedImages) -> Tensor:
         return self.pretrain_tail(theta, task)({})
 
+    @override
     def pretrain_tail(self, theta: Params, task: MaskedImages) -> Callable[[Params], Tensor]:
         return self._tail(theta, task, "mean")
 
+    @override
     def per_sample_tail(self, theta: Params, task: MaskedImages) -> Callable[[Params], Tensor]:
         return self._tail(theta, task, "none")
 
+    @override
     def candidates(self, batch: Any, num_candidates: int) -> list[MaskedImages]:
         return self.designer.random_tasks(batch, num_candidates)
 
@@ -100,7 +116,7 @@ class MaskedDense(DenseProblem, SharedTrunk, SupportsCandidates, SupportsSelecti
     def _tail(
         self, theta: Params, task: MaskedImages, reduction: Literal["mean", "none"]
     ) -> Callable[[Params], Tensor]:
-        """The trunk runs once on the visible patches; the function returned runs the tail and the predictor."""
+        """Run the trunk once on visible patches and return a function for tail and predictor."""
         backbone, grid = self.backbone, self.learner.grid(task.images)
         with torch.no_grad():
             targets = gather_patches(self.patch_targets(task.images), task.targets)
@@ -121,12 +137,13 @@ class MaskedDense(DenseProblem, SharedTrunk, SupportsCandidates, SupportsSelecti
 
         return ComposedLoss(predictions, criterion)
 
+    @override
     def figures(self) -> dict[str, np.ndarray]:
         return {"masks": self._mask_figure(), **super().figures()}
 
     @torch.no_grad()
     def _mask_figure(self) -> np.ndarray:
-        """An image, the designer's logits of its patches about their mean (blue to red, -1 to 1), and what the encoder sees of it."""
+        """Draw an image, the designer's centred logits (-1 blue to 1 red), and visible patches."""
         task = self.designer(next(iter(self.meta_batches(seed=0))))
         size, patch = task.images.shape[-2:], self.backbone.patch_size
         logits = self.designer.logits(task.images)

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from typing_extensions import override
 
 from metavpt.hypergradients.params import Params
 from metavpt.metrics import Directions
@@ -32,18 +33,19 @@ class Task(NamedTuple):
 
 
 class SourceWeights(nn.Module):
-    """The designer: a weight for each source, on the simplex times the number of sources; starts with all at 1."""
+    """The designer: a weight for each source, 1 on average and at the start."""
 
     def __init__(self, num_sources: int) -> None:
         super().__init__()
         self.logits = nn.Parameter(torch.zeros(num_sources))
 
     def forward(self, batch: Batch) -> Task:
+        """Make the task of a batch."""
         return weighted(batch, self.logits.softmax(0))
 
 
 class Sources(Problem, SupportsCandidates, SupportsSelection):
-    """Regression on a stream of sources y = A_s x + noise, of which the feedback wants the first, A_0, alone.
+    """Regression on a stream of sources y = A_s x + noise. The feedback is about source 0 alone.
 
     The best weights are known: all on source 0. Uniform weights lead the learner to the mean of all
     A_s.
@@ -66,22 +68,27 @@ class Sources(Problem, SupportsCandidates, SupportsSelection):
         )  # A_s, drawn anew for each seed of the run
         self.noise, self.batch_size = noise, batch_size
 
+    @override
     def pretrain_batches(self, seed: int) -> Iterator[Batch]:
         rng = torch.Generator().manual_seed(seed)
         while True:
             yield self._draw(self.batch_size, len(self.maps), rng)
 
+    @override
     def feedback_batches(self, seed: int) -> Iterator[Batch]:
         rng = torch.Generator().manual_seed(seed)
         while True:
             yield self._draw(self.batch_size // 4, 1, rng)
 
+    @override
     def pretrain_loss(self, theta: Params, task: Task) -> Tensor:
         return (task.weight * self._errors(theta, task.x, task.y)).mean()
 
+    @override
     def per_sample_tail(self, theta: Params, task: Task) -> Callable[[Params], Tensor]:
         return lambda theta_s: task.weight * self._errors({**theta, **theta_s}, task.x, task.y)
 
+    @override
     def feedback_loss(self, theta: Params, batch: Batch) -> Tensor:
         return self._errors(theta, batch.x, batch.y).mean()
 

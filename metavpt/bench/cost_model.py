@@ -141,6 +141,7 @@ class Stopwatch:
         self._known: dict[str, float] = {}
 
     def __call__(self, name: str) -> float:
+        """Return the median seconds of the pass `name`, measured at the first call."""
         if name not in self._known:
             prepare, run = getattr(self, f"_{name}")()
             run(prepare())

@@ -50,11 +50,12 @@ class Spent(NamedTuple):
 
     @property
     def per_step(self) -> float:
+        """Return the mean seconds per step."""
         return self.seconds * self.frequency
 
 
 def spent(steps: Sequence[dict[str, float]]) -> list[Spent]:
-    """Summarise the seconds by path of each step: medians over the steps in which a phase occurs."""
+    """Summarise the seconds by path: medians over the steps in which a phase occurs."""
     found: dict[tuple[str, str], list[float]] = {}
     for step in steps:
         own: dict[tuple[str, str], float] = {}
@@ -95,6 +96,7 @@ class Measured:
 
     @property
     def phases(self) -> list[Spent]:
+        """Summarise the seconds by phase."""
         return spent(self.seconds)
 
     @property
@@ -103,6 +105,7 @@ class Measured:
         return sum(phase.per_step for phase in self.phases)
 
     def per_step_without(self, names: frozenset[str]) -> float:
+        """Return the mean seconds per step, without the phases in `names`."""
         return sum(phase.per_step for phase in self.phases if phase.phase not in names)
 
 
@@ -153,7 +156,8 @@ def _skip_burn_in(strategy: Any) -> None:
     """Start updates at once, in the strategy and in the feedback direction that it keeps."""
     for owner in (strategy, getattr(strategy, "feedback", None)):
         if isinstance(period := getattr(owner, "period", None), Period):
-            owner.period = replace(period, burn_in=0, start=None)  # pyright: ignore[reportOptionalMemberAccess]
+            start: Any = replace(period, burn_in=0, start=None)
+            owner.period = start  # pyright: ignore[reportOptionalMemberAccess]
 
 
 def _kind(clock: Clock) -> str:
@@ -162,7 +166,10 @@ def _kind(clock: Clock) -> str:
 
 
 class Floor(NamedTuple):
-    """Seconds that the passes of a step take alone; `each` and `passes` by name, see `cost_model`."""
+    """The lower bound of a step: the seconds of its passes alone, see `cost_model`.
+
+    `each` and `passes` are by name.
+    """
 
     seconds: float
     passes: dict[str, float]

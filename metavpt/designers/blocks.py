@@ -1,10 +1,11 @@
-"""I-JEPA's multi-block masks (arXiv 2301.08243, section 3 and appendix A.1) with designed targets."""
+"""I-JEPA's multi-block masks with designed targets (arXiv 2301.08243, section 3, appendix A.1)."""
 
 import math
 from typing import Any
 
 import torch
 from torch import Generator, Tensor, nn
+from typing_extensions import override
 
 from metavpt.designers.choice import choose, gumbel
 from metavpt.designers.crop import RandomCrop, Range
@@ -74,6 +75,7 @@ class BlockMasks(PatchDesigner):
             context_scale,
         )
 
+    @override
     def task(self, images: Tensor, logits: Tensor, seed: int, draw: int) -> MaskedImages:
         sizes, rng = (
             generator(seed, -1),
@@ -121,7 +123,7 @@ def block_size(
 def random_blocks(
     grid: tuple[int, int], size: tuple[int, int], shape: tuple[int, ...], rng: Generator
 ) -> Tensor:
-    """Draw blocks of `size` = (h, w) at uniform places; return their patch indices, (*shape, h w)."""
+    """Draw blocks of `size` = (h, w) uniformly and return their patch indices, (*shape, h w)."""
     top, left = (
         collectives.drawn(
             lambda shape, ends=side - block + 1: torch.randint(ends, shape, generator=rng), shape

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Generator, Tensor, nn
+from typing_extensions import override
 
 from metavpt.designers.designer import Designer
 from metavpt.designers.views import MultiCrop, Views
@@ -29,21 +30,26 @@ class Chain(Designer):
             raise MetaVPTError("Chain: designer.stages is empty; name at least one designer")
         self.stages = nn.ModuleDict({name: make(recipe) for name, make in stages.items()})
 
+    @override
     def forward(self, batch: Any) -> Views:
         first, *rest = self._stages
         return self._refine(first(batch), batch, rest)
 
+    @override
     def refine(self, views: Views, batch: Any) -> Views:
         return self._refine(views, batch, self._stages)
 
+    @override
     def randomize(self, views: Views, batch: Any, rng: Generator) -> Views:
         for stage in self._stages:
             views = stage.randomize(views, batch, rng)
         return views
 
+    @override
     def regularizer(self, task: Views) -> Tensor:
         return torch.stack([stage.regularizer(task) for stage in self._stages]).sum()
 
+    @override
     def figures(self, batch: Any, task: Views) -> dict[str, np.ndarray]:
         return {
             name: picture

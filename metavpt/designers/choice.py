@@ -80,6 +80,6 @@ def _relative(logits: Tensor) -> Tensor:
 
 
 def _log_prob(in_order: Tensor, num_chosen: int) -> Tensor:
-    """Return the log-probability (B,) of drawing the first `num_chosen` in this order (Plackett-Luce)."""
+    """Return the log-probability (B,) of drawing the first `num_chosen` in order."""
     remaining = in_order.flip(1).logcumsumexp(dim=1).flip(1)
     return (in_order - remaining)[:, :num_chosen].sum(dim=1)

@@ -1,4 +1,4 @@
-"""Random crops, and the augmentation that is nothing else: the recipe of MAE (arXiv 2111.06377) and I-JEPA (arXiv 2301.08243)."""
+"""Random crops, the only augmentation of MAE (arXiv 2111.06377) and I-JEPA (arXiv 2301.08243)."""
 
 import math
 from collections.abc import Sequence
@@ -20,10 +20,16 @@ ASPECT_RATIO = (
 
 
 class RandomCrop(nn.Module):
-    """Images and a seed -> (B, 3, size, size): random resized crop, flip, normalisation. A deterministic function of its arguments.
+    """A random resized crop, a flip and the normalisation: images and a seed to (B, 3, size, size).
 
-    mean, std: the backbone's normalisation. size in pixels. scale: shares of the image's area, 0.2
-    to 1 in MAE, 0.3 to 1 in I-JEPA. flip: its probability.
+    The result is a deterministic function of the arguments.
+
+    Args:
+        mean: The backbone's normalisation.
+        std: The backbone's normalisation.
+        size: Pixels.
+        scale: The range of the crop's share of the area: 0.2 to 1 in MAE, 0.3 to 1 in I-JEPA.
+        flip: The probability of a flip.
     """
 
     def __init__(
@@ -54,7 +60,11 @@ class RandomCrop(nn.Module):
 
     @phase("augment")
     def forward(self, images: Tensor, seed: int) -> Tensor:
-        """images (B, 3, H, W): uint8, or float in [0, 1]. Raises MetaVPTError for anything else."""
+        """Crop images (B, 3, H, W), uint8 or float in [0, 1].
+
+        Raises:
+            MetaVPTError: The images have another form.
+        """
         images = _as_float(images, type(self).__name__)
         crops = random_crop(images, self.size, self.scale, self.flip, Generator().manual_seed(seed))
         return _normalized(crops, self.mean, self.std)
@@ -134,7 +144,18 @@ def _normalized(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> 
 
 
 def random_crop(images: Tensor, size: int, scale: Range, flip: float, rng: Generator) -> Tensor:
-    """One random resized crop of each image, flipped with probability `flip`: (B, 3, H, W) -> (B, 3, size, size), bilinear."""
+    """Crop each image at random and flip it with probability `flip`.
+
+    Args:
+        images: (B, 3, H, W).
+        size: Pixels.
+        scale: The range of the crop's share of the area.
+        flip: The probability of a flip.
+        rng: The source of randomness.
+
+    Returns:
+        (B, 3, size, size), by bilinear interpolation.
+    """
     drawn = draw_crop(len(images) * collectives.size(), images.shape[-2:], scale, flip, rng)
     return crop(images, size, *(collectives.own(knob).to(images) for knob in drawn))
 
@@ -166,7 +187,18 @@ def draw_crop(
 
 
 def crop(images: Tensor, size: int, sides: Tensor, position: Tensor, mirror: Tensor) -> Tensor:
-    """The crops that `draw_crop` describes: (B, 3, H, W) -> (B, 3, size, size), bilinear, differentiable in sides and position."""
+    """Make the crops that `draw_crop` describes, differentiable in sides and position.
+
+    Args:
+        images: (B, 3, H, W).
+        size: Pixels.
+        sides: See `draw_crop`.
+        position: See `draw_crop`.
+        mirror: See `draw_crop`.
+
+    Returns:
+        (B, 3, size, size), by bilinear interpolation.
+    """
     centers = (1 - sides) * position  # in grid_sample's coordinates the image is [-1, 1]
     zeros = torch.zeros_like(mirror)
     rows = [

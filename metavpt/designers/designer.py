@@ -20,6 +20,7 @@ class Designer(nn.Module, ABC):
         self.recipe = recipe
 
     def forward(self, batch: Any) -> Views:
+        """Make the views of a batch with `.images` and `.seed`."""
         return self.refine(self.recipe_task(batch), batch)
 
     def recipe_task(self, batch: Any) -> Views:

@@ -39,6 +39,7 @@ class ImageEncoder(nn.Module):
         self.layers = nn.Sequential(*layers)
 
     def forward(self, images: Tensor) -> Tensor:
+        """Compute features (B, width) of images (B, 3, H, W)."""
         return self.places(images).mean(dim=(2, 3))
 
     def places(self, images: Tensor) -> Tensor:

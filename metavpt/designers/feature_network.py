@@ -1,6 +1,7 @@
-"""A target designer for regression on features that reads more than the features: what a linear head cannot tell from them.
+"""A target designer for regression on features that also reads the teacher's middle layers.
 
-Letters: B batch, N patches, D width of the features.
+It can express moves that a linear map of the features cannot. Letters: B batch, N patches, D width
+of the features.
 """
 
 from typing import Any
@@ -9,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
+from typing_extensions import override
 
 from metavpt.designers.crop import RandomCrop, WholeFrames
 from metavpt.designers.feature_targets import FeatureDesigner, FeatureTask
@@ -16,12 +18,18 @@ from metavpt.hypergradients.params import Params
 
 
 class FeatureNetwork(FeatureDesigner):
-    """Features are moved by gate * network(states, features): a patch, what the middle of the teacher says of it, and its neighbours.
+    """Moves features by gate * network(states, features), which reads a patch and its neighbours.
 
-    Value, where heads are fitted in closed form, is what they leave over, and a linear map of the features holds nothing of that. Moves
-    start at 0: the teacher's features, bit for bit.
+    The states are those of the teacher's middle layer. If heads are fitted in closed form, the
+    value is their residual, and a linear map of the features cannot predict a residual. Moves start
+    at 0, so the targets are the teacher's features bit for bit.
 
-    hidden_width  channels between
+    Args:
+        recipe: Makes the images.
+        patch_size: The patch size of the backbone, in pixels.
+        width: D.
+        hidden_width: The channels of the network.
+        options: See `FeatureDesigner`.
     """
 
     def __init__(
@@ -46,15 +54,17 @@ class FeatureNetwork(FeatureDesigner):
             }  # and the task would follow later steps of phi
         return self.recipe_task(batch)._replace(phi=phi)
 
+    @override
     def moves(self, task: FeatureTask, states: Tensor, features: Tensor) -> Tensor:
         return task.gate[:, None, None] * functional_call(
             self.network, task.phi, (states, features, self.grid)
         )
 
     def loss(self, lesson: dict[str, Tensor]) -> Tensor:
-        """-mean (<y, A> - |y|^2 / 2), y the network's moves and A the values (B, N, D): least where y is what A is expected to be.
+        """Compute -mean (<y, A> - |y|^2 / 2) of moves y and values A (B, N, D).
 
-        The values are scaled to a mean square of 1, so a gate of 1 is the tilt of tau 1 (`feature_targets.tilted`).
+        It is least where y is the expected A. The values have mean square 1, so a gate of 1 is the
+        tilt with tau 1 (`feature_targets.tilted`).
         """
         height, width = (int(side) for side in lesson["grid"][0])
         y = self.network(lesson["states"], lesson["features"], (height, width))
@@ -62,7 +72,10 @@ class FeatureNetwork(FeatureDesigner):
 
 
 class PatchNetwork(nn.Module):
-    """states and features (B, N, D) of patches on a grid (h, w) -> (B, N, D): a 1x1 convolution, a residual 3x3 one, a 1x1 one."""
+    """A 1x1 convolution, a residual 3x3 one and a 1x1 one on a grid (h, w) of patches.
+
+    It maps states and features (B, N, D) to (B, N, D).
+    """
 
     def __init__(self, width: int, hidden_width: int) -> None:
         super().__init__()
@@ -73,25 +86,26 @@ class PatchNetwork(nn.Module):
         nn.init.zeros_(self.write.bias)  # pyright: ignore[reportArgumentType]
 
     def forward(self, states: Tensor, features: Tensor, grid: tuple[int, int]) -> Tensor:
+        """Compute moves (B, N, D) of states and features (B, N, D)."""
         seen = torch.cat([F.layer_norm(states, states.shape[-1:]), features], dim=-1)
         x = F.gelu(self.read(seen.transpose(1, 2).unflatten(2, grid)))
         return self.write(x + F.gelu(self.mix(x))).flatten(2).transpose(1, 2)
 
 
 class ResidualNetwork(FeatureNetwork):
-    """Predicts what the feedback's heads leave over, one number per output, and moves features by it.
+    """Predicts the residual of the feedback's heads, one number per output, to move features by it.
 
-    A_n = sum_c e_nc w_c: the value of a feature has the rank of the tasks. For heads that are fitted
-    in closed form, the direction w_c of an output is known. How far a feature should move along it
-    is the head's residual e_nc, which the network predicts for images without labels. The network is
-    0 at first, which is the recipe.
+    A_n = sum_c e_nc w_c: the value of a feature has the rank of the tasks. For heads that are
+    fitted in closed form, the direction w_c of an output is known. How far a feature should move
+    along it is the head's residual e_nc, which the network predicts for images without labels. The
+    network starts at 0, which is the recipe.
 
     Args:
         recipe: Makes the images.
-        patch_size: Of the backbone.
+        patch_size: The patch size of the backbone, in pixels.
         width: D.
         num_outputs: C.
-        hidden_width: Of the network.
+        hidden_width: The channels of the network.
         options: See `FeatureDesigner`.
     """
 
@@ -150,6 +164,7 @@ class OutputNetwork(nn.Module):
         nn.init.zeros_(self.write.bias)
 
     def forward(self, states: Tensor, features: Tensor, grid: tuple[int, int]) -> Tensor:
+        """Compute outputs (B, N, C) of states and features (B, N, D)."""
         seen = torch.cat([F.layer_norm(states, states.shape[-1:]), features], dim=-1)
         x = F.gelu(self.read(self.norm(seen)))
         near = self.near(x.transpose(1, 2).unflatten(2, grid)).flatten(2).transpose(1, 2)

@@ -8,6 +8,7 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Generator, Tensor, nn
+from typing_extensions import override
 
 from metavpt.data.loader import mix
 from metavpt.designers.crop import RandomCrop, WholeFrames
@@ -44,7 +45,7 @@ class FeatureTask(NamedTuple):
 
 
 class FeatureDesigner(nn.Module):
-    """Says how features should move, and what of the task does it: the targets, or a masking policy.
+    """Predicts how features should move, and applies it to targets or to a masking policy.
 
     A subclass predicts A (B, N, D), the moves. Of the recipe they are 0, and then the loss is the
     recipe's bit for bit.
@@ -85,7 +86,7 @@ class FeatureDesigner(nn.Module):
             raise MetaVPTError(f"designer.gate={gate} must not be negative")
         if not 0 <= hidden[0] <= hidden[1] < 1:
             raise MetaVPTError(
-                f"designer.hidden={list(hidden)} must be two shares of the patches in order, below 1"
+                f"designer.hidden={list(hidden)} must be two ascending shares below 1"
             )
         if strength < 0:
             raise MetaVPTError(f"designer.strength={strength} must not be negative")
@@ -172,7 +173,7 @@ class FeatureDesigner(nn.Module):
         raise NotImplementedError
 
     def loss(self, lesson: dict[str, Tensor]) -> Tensor:
-        """Compute the loss of the predicted moves on stored values, see `ReplayBuffer`; a scalar."""
+        """Compute the loss of the predicted moves on stored values, see `ReplayBuffer`."""
         raise NotImplementedError
 
     def regularizer(self, task: FeatureTask) -> Tensor | None:
@@ -181,12 +182,18 @@ class FeatureDesigner(nn.Module):
 
 
 class FeatureTargets(FeatureDesigner):
-    """A linear map says how the features of a patch are to be moved: x + gate * saturated(x map), see `moved`.
+    """Moves the features of a patch by a linear map: x + gate * saturated(x map), see `moved`.
 
-    The map is all of the designer, whatever the image: a direction of value belongs to what a patch shows, which is what the teacher's
-    features say. It is 0 at first, so that targets start as the teacher's, bit for bit.
+    The map is the whole designer and does not depend on the image: a direction of value belongs to
+    the content of a patch, which the teacher's features describe. It starts at 0, so targets start
+    as the teacher's features bit for bit.
 
-    weight     of the mean squared shift before saturation, see `regularizer`
+    Args:
+        recipe: Makes the images.
+        patch_size: The patch size of the backbone, in pixels.
+        width: D.
+        weight: The weight of the mean squared shift before saturation, see `regularizer`.
+        options: See `FeatureDesigner`.
     """
 
     def __init__(
@@ -201,16 +208,17 @@ class FeatureTargets(FeatureDesigner):
         self.weight = weight
         self.map = nn.Parameter(torch.zeros(width, width))
 
+    @override
     def forward(self, batch: Any) -> FeatureTask:
         return with_map(self.recipe_task(batch), self.map)
 
     def loss(self, lesson: dict[str, Tensor]) -> Tensor:
-        """-mean <shift, value> + `regularizer`, of features and values (B, N, D): what `Amortized` descends; a scalar."""
+        """Compute -mean <shift, value> + `regularizer`, the loss that `Amortized` descends."""
         shift = self.gate * saturated(centred(lesson["features"]) @ self.map)
         return -(shift * lesson["values"]).mean() + self._size(self.map)
 
     def regularizer(self, task: FeatureTask) -> Tensor:
-        """weight * |map|^2 / D: the mean squared shift, before saturation, of white features of unit variance; a scalar."""
+        """Compute weight * |map|^2 / D, the mean squared shift of white features, unsaturated."""
         return self._size(task.map[0])
 
     def _size(self, map: Tensor) -> Tensor:
@@ -238,28 +246,42 @@ def with_map(task: FeatureTask, map: Tensor) -> FeatureTask:
 
 
 def moved(features: Tensor, task: FeatureTask) -> Tensor:
-    """features + shift + gate * saturated(centred(features) map), all (B, N, D); unchanged bit for bit where `shift` and `map` are 0."""
+    """Compute features + shift + gate * saturated(centred(features) map), all (B, N, D).
+
+    It returns the features bit for bit if `shift` and `map` are 0.
+    """
     return (
         features + task.shift + task.gate[:, None, None] * saturated(centred(features) @ task.map)
     )
 
 
 def centred(features: Tensor) -> Tensor:
-    """What patches differ in: (B, N, D) minus its mean over the batch. To move all of them alike is worth nothing to any head."""
+    """Subtract the mean over the batch and the patches from (B, N, D).
+
+    A common move of all features has no value for a head with a bias.
+    """
     return features - collectives.leave(features.mean(dim=(0, 1)))
 
 
 def saturated(y: Tensor) -> Tensor:
-    """y / sqrt(1 + mean y^2), the mean over the batch: the root mean square stays below 1."""
+    """Compute y / sqrt(1 + mean y^2), whose root mean square over the batch is below 1."""
     return y / (1 + collectives.mean(y.square().mean())).sqrt()
 
 
 def tilted(task: FeatureTask, values: Tensor, gate: float, tau: float) -> FeatureTask:
-    """`task` with its targets shifted to those of highest value in closed form, for values A (B, N, D) by target.
+    """Shift the targets of `task` to those of the highest value, in closed form.
 
-    What tells a target t by squares says that features are Gaussian about it. Of all Gaussians of that width, N(t + A / tau, 1) maximises
-    <t', A> - tau KL(t' || t) (method.md, section 6), and the share `gate` of it is a shift by gate A / tau, A scaled once per batch to a
-    mean square of 1: a KL of 1 / (2 tau^2) for each channel in the mean. tau 0 is the greedy limit: every patch goes as far, by `gate`.
+    Regression on a target t by squares models features as Gaussian about t. Of all Gaussians of
+    that width, N(t + A / tau, 1) maximises <t', A> - tau KL(t' || t) (method.md, section 6). The
+    share `gate` of it is a shift by gate A / tau, with A scaled once per batch to mean square 1.
+    This is a mean KL of 1 / (2 tau^2) per channel. tau 0 is the greedy limit: every patch moves
+    equally far, by `gate`.
+
+    Args:
+        task: The task.
+        values: A (B, N, D), by target.
+        gate: The share.
+        tau: The temperature of the tilt.
     """
     tiny = torch.finfo(values.dtype).tiny
     squares = values.square()

@@ -1,4 +1,4 @@
-"""Blocks of patches that a student does not see: the masks of iBOT (arXiv 2111.07832), drawn as in BEiT (arXiv 2106.08254)."""
+"""Masked blocks of patches: masks of iBOT (arXiv 2111.07832), drawn as in BEiT (2106.08254)."""
 
 import math
 
@@ -15,9 +15,19 @@ NUM_ATTEMPTS = 10  # in a row without a block that fits, then the mask stays as 
 def hidden_patches(
     num_images: int, grid: tuple[int, int], share: tuple[float, float], prob: float, seed: int
 ) -> Tensor:
-    """(B, N) bool, patches row by row: an image hides nothing, or with probability `prob` a share uniform in `share`, rounded down.
+    """Draw the masked patches of each image.
 
-    Each image has a seed of its own, so what it hides does not hang on the rest of the batch.
+    Each image has its own seed, so its mask does not depend on the rest of the batch.
+
+    Args:
+        num_images: B.
+        grid: (h, w).
+        share: The range of the masked share, which is uniform and rounded down.
+        prob: The probability that an image is masked at all.
+        seed: The seed of the batch.
+
+    Returns:
+        bool (B, N), patches row by row.
     """
     masks = np.zeros((num_images, *grid), dtype=bool)
     for k, mask in enumerate(masks):
@@ -49,10 +59,18 @@ def scattered_patches(
 
 
 def blockwise_mask(grid: tuple[int, int], num_hidden: int, rng: np.random.Generator) -> np.ndarray:
-    """Bool (h, w), True in at most `num_hidden` patches, and in fewer only where no further block was found to fit (BEiT, algorithm 1).
+    """Mask at most `num_hidden` patches by random blocks (BEiT, algorithm 1).
 
-    Random blocks, one over another, of at least (min(h, w) // 3)^2 patches (BEiT's 16 of 14 x 14),
-    or of what is still to be hidden.
+    Blocks may overlap. They have at least (min(h, w) // 3)^2 patches (BEiT's 16 of 14 x 14), or as
+    many as are still to be masked. Fewer patches are masked only if no further block fits.
+
+    Args:
+        grid: (h, w).
+        num_hidden: The limit.
+        rng: The source of randomness.
+
+    Returns:
+        bool (h, w), True where masked.
     """
     mask, failures = np.zeros(grid, dtype=bool), 0
     while (missing := num_hidden - int(mask.sum())) > 0 and failures < NUM_ATTEMPTS:

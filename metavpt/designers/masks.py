@@ -10,6 +10,7 @@ from kornia.filters import gaussian_blur2d
 from timm.layers.pos_embed_sincos import build_sincos2d_pos_embed
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
+from typing_extensions import override
 
 from metavpt.designers import figures
 from metavpt.designers.clamp import clamp_to_unit
@@ -73,6 +74,7 @@ class MaskDesigner(Designer):
             excess_weight,
         )
 
+    @override
     def refine(self, views: Views, batch: Any) -> Views:
         global_crops, masks, excess = self._mask(views.global_crops)
         if self.crops == "global" or not len(views.local_crops):
@@ -99,7 +101,7 @@ class MaskDesigner(Designer):
         )
 
     def regularizer(self, task: Views) -> Tensor:
-        """Compute sparsity_weight (mean mu - keep)^2 + tv_weight TV(mu) + excess_weight mean excess.
+        """Compute the weighted sum of sparsity (mean mu - keep)^2, TV(mu) and mean excess.
 
         Means are over masked views and images; see `total_variation`. The excess of logits z is
         relu(z - 1) + relu(-z) per pixel.
@@ -149,7 +151,7 @@ class MaskDesigner(Designer):
         return self._blend(crops, mu), mu, excess.unflatten(0, shape)
 
     def _blend(self, crops: Tensor, mu: Tensor) -> Tensor:
-        """Compute mu * v + (1 - mu) * Blur(v) for crops v (V, B, 3, H, W) and mu (V, B, 1, H, W)."""
+        """Blend crops v (V, B, 3, H, W) with their blur: mu * v + (1 - mu) * Blur(v)."""
         blurred = gaussian_blur(crops.flatten(0, 1), self.blur_sigma).unflatten(0, crops.shape[:2])
         return mu * crops + (1.0 - mu) * blurred
 
@@ -221,6 +223,7 @@ class UNet(nn.Module):
         self.out = _zero(nn.Conv2d(base, 1, kernel_size=1))
 
     def forward(self, views: Tensor) -> Tensor:
+        """Compute logits (B, 1, H, W) of views (B, 3, H, W)."""
         x, skips = views, []
         for level, block in enumerate(self.down):
             x = block(F.avg_pool2d(x, 2, ceil_mode=True) if level else x)
@@ -255,6 +258,7 @@ class PatchTransformer(nn.Module):
         self.out = _zero(nn.Linear(width, 1))
 
     def forward(self, views: Tensor) -> Tensor:
+        """Compute logits (B, 1, H, W) of views (B, 3, H, W)."""
         height, width = views.shape[-2:]
         padded = F.pad(
             views, (0, -width % self.patch_size, 0, -height % self.patch_size), mode="replicate"

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Generator, Tensor, nn
+from typing_extensions import override
 
 from metavpt.designers.designer import Designer
 from metavpt.designers.encoder import ImageEncoder, zero_linear
@@ -46,6 +47,7 @@ class MixDesigner(Designer):
         self.logits = nn.Parameter(torch.zeros(len(self.terms)))
         self.head = zero_linear(encoder.width, len(self.terms), bias=False) if encoder else None
 
+    @override
     def refine(self, views: Views, batch: Any) -> Views:
         images = to_float(batch.images)
         logits = self.logits.expand(len(images), -1)

@@ -1,4 +1,4 @@
-"""Patch-mask designers: which patches of an image a masked encoder sees, and which it has to predict."""
+"""Designers of patch masks: which patches a masked encoder sees and which it has to predict."""
 
 import math
 from abc import ABC, abstractmethod
@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor, nn
+from typing_extensions import override
 
 from metavpt.data.loader import mix
 from metavpt.designers.choice import ESTIMATORS, Estimator, choose, gumbel
@@ -30,14 +31,17 @@ class MaskedImages(NamedTuple):
 
 
 class PatchDesigner(nn.Module, ABC):
-    """Draws a masked task by logits = network(image), one for each patch. A subclass says what is drawn.
+    """Draws a masked task from logits = network(image), one for each patch.
 
-    It is Gumbel-top-k with the batch's own noise: with a network whose last layer is zero, the draw
-    of the recipe, bit for bit.
+    A subclass defines the task. The draw is Gumbel-top-k with the batch's own noise. If the last
+    layer of the network is zero, it is the recipe's draw bit for bit.
 
-    recipe: makes the images. network: (B, 3, H, W) -> (B, 1, h, w), averaged onto the patches.
-    estimator: what of the draw reaches the network's gradient, see `choose`. kl_weight: of
-    KL(softmax(logits) || uniform), which keeps the draw from becoming certain.
+    Args:
+        recipe: Makes the images.
+        patch_size: The patch size of the backbone, in pixels.
+        network: Maps (B, 3, H, W) to (B, 1, h, w), which is averaged over patches.
+        estimator: How the gradient passes the draw, see `choose`.
+        kl_weight: The weight of KL(softmax(logits) || uniform), which keeps the draw random.
     """
 
     def __init__(
@@ -57,19 +61,26 @@ class PatchDesigner(nn.Module, ABC):
 
     @abstractmethod
     def task(self, images: Tensor, logits: Tensor, seed: int, draw: int) -> MaskedImages:
-        """What is made of `images` by the logits (B, N) of their patches, in the draw of that number under the batch's seed."""
+        """Make the task of `images` from the logits (B, N) of their patches.
+
+        Args:
+            images: (B, 3, H, W).
+            logits: (B, N).
+            seed: The seed of the batch.
+            draw: The number of the draw under this seed.
+        """
 
     def forward(self, batch: Any) -> MaskedImages:
-        """batch: `.images` (B, 3, H, W), see RandomCrop, and `.seed`."""
+        """Make the task of a batch with `.images` (B, 3, H, W) and `.seed`, see `RandomCrop`."""
         images = self.recipe(batch.images, batch.seed)
         return self.task(images, self.logits(images), batch.seed, draw=0)
 
     def recipe_task(self, batch: Any) -> MaskedImages:
-        """The same with equal logits; the network does not run."""
+        """Make the task with equal logits. The network does not run."""
         return self.random_tasks(batch, 1)[0]
 
     def random_tasks(self, batch: Any, num_tasks: int) -> list[MaskedImages]:
-        """The same images in further draws with equal logits: the recipe's own masks are random, and the first are they."""
+        """Make several tasks of the same images with equal logits. The first is the recipe's."""
         images = self.recipe(batch.images, batch.seed)
         uniform = images.new_zeros(len(images), self.num_patches)
         return [self.task(images, uniform, batch.seed, draw) for draw in range(num_tasks)]
@@ -87,7 +98,7 @@ class PatchDesigner(nn.Module, ABC):
 
 
 class PatchMasks(PatchDesigner):
-    """MAE's masks (arXiv 2111.06377): the share `hidden` of the patches is hidden, the visible ones are drawn by the logits."""
+    """MAE's masks (arXiv 2111.06377): the share `hidden` is masked, the logits choose the rest."""
 
     def __init__(
         self,
@@ -105,6 +116,7 @@ class PatchMasks(PatchDesigner):
                 "or nothing to predict"
             )
 
+    @override
     def task(self, images: Tensor, logits: Tensor, seed: int, draw: int) -> MaskedImages:
         noise = gumbel(tuple(logits.shape), generator(seed, draw)).to(logits)
         choice = choose(logits, noise, self.num_visible, self.estimator)
@@ -115,7 +127,10 @@ class PatchMasks(PatchDesigner):
 
 
 class PatchScores(nn.Module):
-    """(B, 3, H, W) -> (B, 1, H / patch_size, W / patch_size), zero at first: patches embedded, then seen with their neighbours."""
+    """Embeds patches and mixes them with their neighbours. The output is zero at first.
+
+    It maps (B, 3, H, W) to (B, 1, H / patch_size, W / patch_size).
+    """
 
     def __init__(self, patch_size: int = 16, width: int = 64) -> None:
         super().__init__()
@@ -127,6 +142,7 @@ class PatchScores(nn.Module):
         nn.init.zeros_(self.out.weight)
 
     def forward(self, images: Tensor) -> Tensor:
+        """Compute scores (B, 1, h, w) of images (B, 3, H, W)."""
         return self.out(F.silu(self.mix(F.silu(self.embed(images)))))
 
 

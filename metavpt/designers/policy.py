@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Generator, Tensor, nn
+from typing_extensions import override
 
 from metavpt.designers.clamp import clamp_to_unit
 from metavpt.designers.crop import ASPECT_RATIO, Range
@@ -25,7 +26,7 @@ FIGURE_DRAWS = 16  # of each view, for smooth histograms
 
 
 class PolicyDesigner(Designer):
-    """The recipe's random draws, moved by `warp` with a shift and a scale per parameter, view and image.
+    """Moves the recipe's random draws by `warp`, with a shift and a scale per parameter and view.
 
     The samples are reparameterised: the batch's seed draws what the recipe draws, and every
     augmentation parameter is a smooth monotone function of its draw, within bounds. With all
@@ -64,11 +65,13 @@ class PolicyDesigner(Designer):
             for i, (name, strength) in enumerate(zip(COLOURS, jitter, strict=True))
         }
         self.bounds: dict[str, Range] = {
-            "scale": scale, "log_aspect": (math.log(aspect[0]), math.log(aspect[1])), "x": (-1.0, 1.0), "y": (-1.0, 1.0),
+            "scale": scale, "log_aspect": (math.log(aspect[0]), math.log(aspect[1])),
+            "x": (-1.0, 1.0), "y": (-1.0, 1.0),
             **colours, "blur_sigma": recipe.blur_sigma,
         }  # fmt: skip
         _check_bounds(self.bounds, recipe)
 
+    @override
     def forward(self, batch: Any) -> Views:
         images = to_float(batch.images)
         raw = self.settings.expand(len(images), -1)
@@ -80,6 +83,7 @@ class PolicyDesigner(Designer):
         return self._act(images, batch.seed, policy)
 
     def refine(self, views: Views, batch: Any) -> Views:
+        """Raise MetaVPTError: a policy makes views and cannot refine those of another stage."""
         raise MetaVPTError(
             "PolicyDesigner makes views from images and cannot refine others: it must be the "
             "first of designer.stages"
@@ -95,11 +99,12 @@ class PolicyDesigner(Designer):
         return self._act(images, batch.seed, self.reach * (2 * uniform - 1))
 
     def regularizer(self, task: Views) -> Tensor:
-        """kl_weight times the mean over views and images of sum over knobs KL(N(a, e^2b) || N(0, 1)) for shift a and log scale b.
+        """Compute kl_weight times the mean over views and images of the parameters' summed KL.
 
-        For a knob that the recipe draws uniformly over its whole bounds this is the divergence of
-        the policy from the recipe, since warping is one to one. Where bounds are wider the supports
-        differ and it would be infinite: the same expression serves as a trust region.
+        The divergence of a parameter is KL(N(a, e^2b) || N(0, 1)) for shift a and log scale b. If
+        the recipe draws the parameter uniformly over its whole bounds, it is the divergence of the
+        policy from the recipe, since warping is one to one. If the bounds are wider, the supports
+        differ and the true divergence is infinite; then the same expression is a trust region.
         """
         if task.policy is None:
             raise MetaVPTError(
@@ -113,7 +118,7 @@ class PolicyDesigner(Designer):
         return self.kl_weight * divergence.mean()
 
     def figures(self, batch: Any, task: Views) -> dict[str, np.ndarray]:
-        """The distribution of each knob, the recipe's in grey and the policy's now, over many draws for the images of this batch."""
+        """Plot the distribution of each parameter over many draws, the recipe's in grey."""
         if task.policy is None:
             raise MetaVPTError(
                 "PolicyDesigner.figures: the task has no policy; it must come from the designer, "
@@ -169,10 +174,10 @@ class PolicyDesigner(Designer):
 
 
 def warp(x: Tensor, shift: Tensor, log_scale: Tensor, bounds: Range) -> Tensor:
-    """x moved within bounds: the standard normal quantile z of (x - low) / (high - low) becomes e^log_scale * z + shift. Monotone in x.
+    """Move x within its bounds. The result is monotone in x.
 
-    Written as x plus a difference, so that a shift and log scale of 0 leave x as it is to the last
-    bit.
+    The standard normal quantile z of (x - low) / (high - low) becomes e^log_scale * z + shift.
+    Written as x plus a difference, so that a shift and log scale of 0 keep x bit for bit.
     """
     low, high = bounds
     if high <= low:
@@ -184,7 +189,10 @@ def warp(x: Tensor, shift: Tensor, log_scale: Tensor, bounds: Range) -> Tensor:
 
 
 def knob_values(knobs: Knobs, images: Tensor) -> dict[str, Tensor]:
-    """The knobs of one kind of view in the units of the bounds, by name; (N,), or one for each row that is jittered or blurred."""
+    """Return the parameters of one kind of view by name, in the units of the bounds.
+
+    Each is (N,), or has one value for each row that is jittered or blurred.
+    """
     height, width = images.shape[-2:]
     x, y = knobs.sides.unbind(dim=1)
 

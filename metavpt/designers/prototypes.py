@@ -1,4 +1,4 @@
-"""A target designer for self-distillation: what the student should answer, beside what the teacher answers."""
+"""A target designer for self-distillation, which changes the teacher's probabilities."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -8,6 +8,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor, nn
+from typing_extensions import override
 
 from metavpt.designers.designer import Designer
 from metavpt.designers.encoder import ImageEncoder, zero_linear
@@ -23,16 +24,16 @@ GREEDY_TAU = (
 
 
 class PrototypeDesigner(Designer):
-    """Scores of the prototypes and a gate for each global crop, with which `reshape` changes the teacher's probabilities inside the loss.
+    """Scores of prototypes and a gate for each global crop, for `reshape` inside the loss.
 
-    scores = max_score * tanh(<query(crop), key_k> / sqrt(rank)), gate = max_gate *
-    tanh(network(crop)), which is exactly 0 at first. Scores start at random: were they 0 as well,
-    neither would have a gradient. support: how many of the teacher's most probable prototypes may
-    change. gate_weight: weight of the mean squared gate, the trust region.
+    scores = max_score * tanh(<query(crop), key_k> / sqrt(rank)) and gate = max_gate *
+    tanh(network(crop)), which is exactly 0 at first. Scores start at random: if they were 0 too,
+    neither would have a gradient. `support` is the number of the teacher's most probable prototypes
+    that may change. `gate_weight` is the weight of the mean squared gate, the trust region.
 
-    patches: the same once more for each patch, with queries, keys and a gate of their own on the
-    encoder's features of its place; for an objective with a patch term (iBOT). The task then holds
-    as many scores as the teacher has patch logits.
+    With `patches`, each patch has scores and a gate too, by its own queries and keys on the
+    encoder's features at its place. This is for an objective with a patch term (iBOT). The task
+    then holds as many scores as the teacher has patch logits.
     """
 
     def __init__(
@@ -62,6 +63,7 @@ class PrototypeDesigner(Designer):
         self.gate = zero_linear(encoder.width, 1)
         self.patches = PatchScorer(encoder.width, num_prototypes, rank) if patches else None
 
+    @override
     def refine(self, views: Views, batch: Any) -> Views:
         crops = views.global_crops.flatten(0, 1)
         places = self.encoder.places(crops)
@@ -170,6 +172,7 @@ class PatchScorer(nn.Module):
         self.gate = zero_linear(width, 1)
 
     def forward(self, features: Tensor) -> tuple[Tensor, Tensor]:
+        """Compute scores (..., K) and gates (...) of features (..., width)."""
         return _scores(self.query(features), self.keys), self.gate(features)[..., 0].tanh()
 
 

@@ -5,6 +5,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Generator, Tensor
+from typing_extensions import override
 
 from metavpt.designers import figures
 from metavpt.designers.designer import Designer
@@ -43,6 +44,7 @@ class SelectionDesigner(Designer):
         self.encoder, self.temperature, self.kl_weight = encoder, temperature, kl_weight
         self.head = zero_linear(encoder.width, 1, bias=False)  # a bias would cancel in the softmax
 
+    @override
     def refine(self, views: Views, batch: Any) -> Views:
         logits = self.head(self.encoder(self.recipe.normalize(to_float(batch.images))))[:, 0]
         return views._replace(weights=balanced(logits / self.temperature))
@@ -66,7 +68,7 @@ class SelectionDesigner(Designer):
         )
 
     def figures(self, batch: Any, task: Views) -> dict[str, np.ndarray]:
-        """Show the images that count most above those that count least, with their weights as bars."""
+        """Show the images with the largest weight above those with the smallest, as bars."""
         weights = _weights(task)
         order = weights.argsort(descending=True, stable=True).tolist()
         num_shown = min(NUM_PICTURES, len(order))

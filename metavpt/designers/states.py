@@ -34,9 +34,11 @@ class MovedStates:
 
     @property
     def requires_grad(self) -> bool:
+        """Return whether the targets depend on phi with a graph."""
         return any(p.requires_grad for p in self.phi.values())
 
     def rule(self, prediction: Prediction) -> Rule:
+        """Return the rule of the targets for a prediction."""
         table, moves = (
             prediction.unembedding.detach(),
             moves_of(self.phi, prediction.states.detach()),
@@ -86,6 +88,7 @@ class StateDesigner(nn.Module):
             nn.init.zeros_(parameter)
 
     def forward(self, batch: TokenBatch) -> TargetTask:
+        """Make the task of a batch."""
         phi: Params = dict(self.named_parameters())
         if (
             not torch.is_grad_enabled()
@@ -110,7 +113,7 @@ class StateDesigner(nn.Module):
         derivative: DirectionalDerivative,
         rows: Tensor | None,
     ) -> dict[str, Tensor]:
-        """Return states (N, D), candidates, log_probs and values (N, K) of the tokens on `rows` (B,).
+        """Return states (N, D), candidates, log_probs and values (N, K) of tokens on `rows` (B,).
 
         Values are as in `Tilted`.
         """

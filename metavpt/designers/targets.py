@@ -59,6 +59,7 @@ class TargetDesigner(nn.Module):
             nn.init.zeros_(parameter)
 
     def forward(self, batch: TokenBatch) -> TargetTask:
+        """Make the task of a batch."""
         states = self.body(batch)  # (B, T, d): those at t have read token t
         logits = self.gate(states).squeeze(2)
         # Not clamp alone: at the edge, where a new designer stands, it may pass no gradient (see

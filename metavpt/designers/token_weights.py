@@ -36,6 +36,7 @@ class TokenWeights(nn.Module):
         nn.init.zeros_(self.head.weight)
 
     def forward(self, batch: TokenBatch) -> TargetTask:
+        """Make the task of a batch."""
         return self._weighted(batch, self.head(self.body(batch)).squeeze(2))
 
     def recipe_task(self, batch: TokenBatch) -> TargetTask:

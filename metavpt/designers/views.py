@@ -111,14 +111,16 @@ class Knobs(NamedTuple):
             place[rows] for rows in (self.jittered, self.gray, self.blurred, self.solarized)
         )
         return Knobs(
-            self.sides[own], self.position[own], self.mirror[own], jittered[jittered >= 0], self.order, self.factors[:, jittered >= 0],
-            gray[gray >= 0], blurred[blurred >= 0], self.sigma[blurred >= 0], solarized[solarized >= 0], views.shape[1],
+            self.sides[own], self.position[own], self.mirror[own], jittered[jittered >= 0],
+            self.order, self.factors[:, jittered >= 0],
+            gray[gray >= 0], blurred[blurred >= 0], self.sigma[blurred >= 0],
+            solarized[solarized >= 0], views.shape[1],
             hidden=None if self.hidden is None else self.hidden[own],
         )  # fmt: skip
 
 
 def pick_views(tasks: Sequence[Views], which: Tensor, sample: Tensor) -> Views:
-    """Return the views whose k-th image is sample[k] of tasks[which[k]]; both int64 of shape (n,)."""
+    """Return the views whose k-th image is sample[k] of tasks[which[k]]; both int64 (n,)."""
 
     def pick(parts: Sequence[Any]) -> Any:
         if not isinstance(parts[0], Tensor):
@@ -235,7 +237,7 @@ class MultiCrop(nn.Module):
         return [of_kind.of_rank().to(images) for of_kind in (first, second, *knobs[2:])]
 
     def render(self, images: Tensor, knobs: Sequence[Knobs]) -> Views:
-        """Make the views that `knobs` describe, differentiable in the images and in every float parameter."""
+        """Make the views that `knobs` describe, differentiable in images and float parameters."""
         first, second, *local = (
             self._render(images, of_kind, kind) for kind, of_kind in enumerate(knobs)
         )
@@ -248,10 +250,12 @@ class MultiCrop(nn.Module):
         )
 
     def normalize(self, images: Tensor) -> Tensor:
+        """Normalise images in [0, 1], (..., 3, H, W), as the backbone does."""
         mean, std = (images.new_tensor(value).view(3, 1, 1) for value in (self.mean, self.std))
         return (images - mean) / std
 
     def denormalize(self, views: Tensor) -> Tensor:
+        """Invert `normalize`."""
         mean, std = (views.new_tensor(value).view(3, 1, 1) for value in (self.mean, self.std))
         return views * std + mean
 
@@ -305,7 +309,7 @@ class MultiCrop(nn.Module):
         return self.normalize(views).unflatten(0, (-1, batch_size))
 
     def _draw_jitter(self, num_rows: int, rng: Generator) -> tuple[list[int], Tensor]:
-        """Draw the order of the four adjustments, one for all rows, and their factors (4, num_rows)."""
+        """Draw the order of the four adjustments, shared by all rows, and factors (4, num_rows)."""
         order = torch.randperm(4, generator=rng).tolist() if num_rows else [0, 1, 2, 3]
         factors = torch.empty(4, num_rows)
         for i in order:
@@ -330,7 +334,7 @@ class MultiCrop(nn.Module):
 
 
 def jitter_range(adjustment: int, strength: float) -> Range:
-    """Return the range of an adjustment's factor at `strength`; for hue (3) of its angle in radians."""
+    """Return the range of an adjustment's factor at `strength`, or of the hue angle in radians."""
     if adjustment == 3:
         return -2 * math.pi * strength, 2 * math.pi * strength
     return max(0.0, 1.0 - strength), 1.0 + strength

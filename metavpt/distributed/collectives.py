@@ -107,7 +107,7 @@ def mean_count(count: Tensor) -> Tensor:
 
 
 def weighed(loss: Tensor, count: int) -> Tensor:
-    """Weight a rank's mean over `count` items so that the mean over ranks is that over all items."""
+    """Weight a rank's mean over `count` items, so that the mean over ranks is that over items."""
     return loss if size() == 1 else loss * count / leave(loss.new_tensor(float(count)))
 
 
@@ -119,7 +119,7 @@ def gather(x: Any) -> Any:
 
 
 def joined(x: Tensor) -> Tensor:
-    """Concatenate one tensor over ranks with a graph, for a loss that is no mean of ranks' losses."""
+    """Concatenate one tensor over ranks with a graph, for a loss that is no mean over ranks."""
     return (
         x
         if size() == 1

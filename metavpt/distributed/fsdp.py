@@ -37,7 +37,7 @@ class Shardable(Protocol):
 
 
 def shard(loss: Any, mesh: DeviceMesh) -> nn.Module:
-    """Shard the trunks of the problem of `loss`, a `PretrainLoss`: block by block, then the rest."""
+    """Shard the trunks of the problem of `loss`, a `PretrainLoss`: each block, then the rest."""
     trunks = list(loss.problem.trunks()) if hasattr(loss.problem, "trunks") else []
     aligned = set(loss.problem.aligned_parameters())
     if not trunks:
@@ -79,7 +79,7 @@ def _shared(problem: Any, trunks: Iterable[nn.Module]) -> set[nn.Parameter]:
 
 
 def clip_grad_norm(parameters: Iterable[Tensor], max_norm: float) -> dict[Tensor, Tensor]:
-    """Clip the gradients of parameters of which some are sharded, as `torch.nn.utils.clip_grad_norm_`.
+    """Clip gradients, some of them sharded, as `torch.nn.utils.clip_grad_norm_` does.
 
     Args:
         parameters: All that the norm is taken over. Those without a gradient do not count.

@@ -182,17 +182,24 @@ def _data(config: DictConfig) -> list[str]:
 
 def _source(data: Any) -> str:
     unlabelled = ", ".join(str(name) for name in data.get("unlabelled") or [])
-    return f"{data.get('path') or 'generated rooms'}, unlabelled images from {unlabelled or 'the same'}"
+    place, images = data.get("path") or "generated rooms", unlabelled or "the same"
+    return f"{place}, unlabelled images from {images}"
 
 
 def _licence(config: DictConfig) -> str:
     backbone = config.backbone
     if backbone.get("weights"):
-        start = f"These weights derive from `{backbone.weights}`; the licence of that file holds for them too."
+        start = (
+            f"These weights derive from `{backbone.weights}`; the licence of that file also "
+            "applies to them."
+        )
     elif backbone.get("pretrained"):
         known = timm.get_pretrained_cfg(backbone.name)
         licence = (known and known.license) or "see its page"
-        start = f"These weights derive from `{backbone.name}`, whose licence holds for them too: {licence}."
+        start = (
+            f"These weights derive from `{backbone.name}`, whose licence also applies to them: "
+            f"{licence}."
+        )
     else:
         start = "These weights were trained from random ones, so no released weights restrict them."
     return start

@@ -67,7 +67,7 @@ def export_language_model(
 
 @torch.no_grad()
 def _compare(learner: LanguageModel, place: Path) -> None:
-    """Raise MetaVPTError if the model in `place` has other logits than the learner, or no tokenizer."""
+    """Raise MetaVPTError if the model in `place` has other logits than the learner."""
     AutoTokenizer.from_pretrained(place)
     tokens = torch.randint(
         learner.vocab_size, (1, LENGTH), generator=torch.Generator().manual_seed(0)
@@ -108,8 +108,11 @@ def _origin(documents: Any) -> str:
 
 def _licence(config: DictConfig) -> str:
     known: dict[str, Any] = {
-        "from_scratch": "These weights were trained from random ones, so no released weights restrict them.",
-        "smollm2_135m": "These weights derive from SmolLM2-135M-Instruct, whose licence (Apache 2.0) holds for them too.",
+        "from_scratch": "These weights were trained from random ones, so no released weights "
+        "restrict them.",
+        "smollm2_135m": "These weights derive from SmolLM2-135M-Instruct, whose licence "
+        "(Apache 2.0) also applies to them.",
     }
-    derived = f"These weights derive from `{config.learner.get('source')}`, whose licence holds for them too."
+    source = config.learner.get("source")
+    derived = f"These weights derive from `{source}`, whose licence also applies to them."
     return known.get(class_name(config.learner), derived)

@@ -54,14 +54,14 @@ NOT_VERSIONS = ("command", "seed")
 
 
 class Usage(NamedTuple):
-    """How the weights are read: a library, and an expression that gives the model in the card's folder."""
+    """A library and an expression that load the model from the folder of the card."""
 
     library: str
     expression: str
 
 
 class Description(NamedTuple):
-    """The parts of a card that depend on the kind of model: title, hub tag, sentences, training data."""
+    """The parts of a card that depend on the kind of model: title, hub tag, text, training data."""
 
     name: str
     tag: str
@@ -102,7 +102,8 @@ def model_card(run: Path, config: DictConfig, of: Description) -> str:
         versions="\n".join(
             f"- {name}: {value}" for name, value in environment.items() if name not in NOT_VERSIONS
         ),
-        licence=f"{of.licence} The data named above have licences of their own. metavpt itself is under the MIT licence.",
+        licence=f"{of.licence} The data named above have their own licences. "
+        "metavpt itself is under the MIT licence.",
     )
     return str(card)
 

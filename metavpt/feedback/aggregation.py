@@ -59,7 +59,14 @@ class SplitsDomains(Protocol):
 
 @dataclass(frozen=True)
 class Feedback:
-    """A labelled batch at `theta`, which is detached; losses are functions of theta_S, which is `aligned` now."""
+    """A labelled batch at a point. Losses are functions of theta_S.
+
+    Attributes:
+        problem: The problem.
+        theta: The learner's parameters, detached.
+        aligned: theta_S at this point.
+        labelled: The batch.
+    """
 
     problem: Problem
     theta: Params
@@ -91,7 +98,7 @@ class Feedback:
         )(theta_s)
 
     def terms(self, weights: Mapping[str, float], theta_s: Params) -> dict[str, Tensor]:
-        """weight * L_j for each name in `weights`."""
+        """Compute weight * L_j for each name in `weights`."""
         theta = {**self.theta, **collectives.enter(theta_s)}
         if supports(self.problem, MultipleFeedbacks):
             losses = self.problem.feedback_losses(theta, self.labelled)
@@ -109,7 +116,13 @@ class Feedback:
 
 
 class Pair(NamedTuple):
-    """An outer loss, the unlabelled batches to take its hypergradient through, and its share in the mean over pairs."""
+    """An outer loss and the unlabelled batches for its hypergradient.
+
+    Attributes:
+        outer_loss: The loss.
+        unlabelled: The batches.
+        share: Its share in the mean over pairs.
+    """
 
     outer_loss: OuterLoss
     unlabelled: Sequence[Any]
@@ -118,7 +131,13 @@ class Pair(NamedTuple):
 
 @dataclass(frozen=True)
 class Combined:
-    """What a rule answers: pairs by name, the gradient evaluations that it took to find them, and what it measured for the log."""
+    """The result of a rule.
+
+    Attributes:
+        pairs: Pairs by name.
+        grad_evals: Gradient evaluations of the rule.
+        record: Measurements for the log.
+    """
 
     pairs: dict[str, Pair]
     grad_evals: int = 0
@@ -126,12 +145,12 @@ class Combined:
 
     @property
     def outer_loss(self) -> OuterLoss:
-        """Of the only pair."""
+        """Return the outer loss of the only pair."""
         (pair,) = self.pairs.values()
         return pair.outer_loss
 
     def mean(self, estimates: Mapping[str, Hypergradient]) -> Hypergradient:
-        """The estimates of the pairs by name as one; several keep their diagnostics as `<diagnostic>/<pair>`."""
+        """Average the estimates of the pairs. Several keep diagnostics as `<diagnostic>/<pair>`."""
         if len(estimates) == 1:
             (one,) = estimates.values()
             return replace(
@@ -163,12 +182,24 @@ class Combined:
 
 
 class Combination(Protocol):
-    """`pairs_batches` says whether it needs `unlabelled`, which only strategies with a learned designer have."""
+    """A rule that combines several feedbacks."""
 
     @property
-    def pairs_batches(self) -> bool: ...
+    def pairs_batches(self) -> bool:
+        """Return whether the rule needs `unlabelled`.
 
-    def __call__(self, feedback: Feedback, unlabelled: Sequence[Any] = ()) -> Combined: ...
+        Only strategies with a learned designer have it.
+        """
+        ...
+
+    def __call__(self, feedback: Feedback, unlabelled: Sequence[Any] = ()) -> Combined:
+        """Combine the feedbacks of a batch.
+
+        Args:
+            feedback: The labelled batch.
+            unlabelled: The batches for the hypergradient.
+        """
+        ...
 
 
 @dataclass(frozen=True)
@@ -178,23 +209,25 @@ class WeightedSum:
     pairs_batches = False
 
     def __call__(self, feedback: Feedback, unlabelled: Sequence[Any] = ()) -> Combined:
+        """Return the problem's `feedback_loss` as the only pair."""
         return Combined({"feedback": Pair(feedback.loss, unlabelled)})
 
 
 class TorchJD:
-    """sum_j lambda_j w_j L_j, lambda from the inner products of the gradients of w_j L_j by theta_S: feedbacks in conflict are reconciled.
+    """sum_j lambda_j w_j L_j, with lambda from the gradients of w_j L_j by theta_S.
 
-    weighting   MGDA (the point of least norm in the convex hull of the gradients, see
-    `min_norm_weights`), UPGrad (Quinton and Rey 2024)
-                or another of `WEIGHTINGS`. All but MGDA come from the package torchjd; Sum changes
-                nothing and only logs
-    options     the weighting's own, as torchjd names them; MGDA has none
-    normalize   scale the gradients to one length, their root mean square, first: where they point
-    decides, not how long they are
+    It reconciles feedbacks in conflict. It costs one gradient for each feedback in addition to
+    those of the estimator. The log holds `weight/<name>`, which is lambda_j w_j, and
+    `conflict/<a>-<b>`, the cosine between two gradients, negative in conflict. A single feedback is
+    unchanged.
 
-    One gradient for each feedback beside those of the estimator. `weight/<name>` in the log is
-    lambda_j w_j, `conflict/<a>-<b>` the cosine between two gradients, negative where they conflict.
-    A single feedback is left as it is.
+    Args:
+        weighting: MGDA (the point of least norm in the convex hull of the gradients, see
+            `min_norm_weights`), UPGrad (Quinton and Rey 2024) or another of `WEIGHTINGS`. All but
+            MGDA come from the package torchjd. Sum changes nothing and only logs.
+        normalize: Whether to scale the gradients to equal length first, their root mean square.
+            Then only their directions count.
+        options: The options of the weighting, as torchjd names them. MGDA has none.
     """
 
     pairs_batches = False
@@ -233,6 +266,7 @@ class TorchJD:
             raise MetaVPTError(f"strategy.combination.options of {name}: {error}") from error
 
     def __call__(self, feedback: Feedback, unlabelled: Sequence[Any] = ()) -> Combined:
+        """Return one pair whose loss has the rule's weights."""
         weights = feedback.weights
         if len(weights) == 1:
             return WeightedSum()(feedback, unlabelled)
@@ -251,7 +285,11 @@ class TorchJD:
         return Combined({"feedback": Pair(outer_loss, unlabelled)}, len(gradients), record)
 
     def lambdas(self, gramian: Tensor) -> Tensor:
-        """lambda (J,) from <g_i, g_j> (J,J); NaN where a gradient is not finite, as the sum then is, which is skipped and counted."""
+        """Return lambda (J,) from the inner products (J, J) of the gradients.
+
+        NaN if a gradient is not finite. Then the sum is not finite either, and the update is
+        skipped.
+        """
         if not torch.isfinite(gramian).all():
             return torch.full_like(gramian[0], torch.nan)
         norms = gramian.diagonal().sqrt()
@@ -267,15 +305,17 @@ class TorchJD:
 
 @dataclass(frozen=True)
 class DomainMatched:
-    """Hypergradients of each domain's feedback through the same domain's unlabelled batches; their mean by the problem's weights.
+    """Hypergradients of each domain's feedback through unlabelled batches of the same domain.
 
-    Language multitask in V-Pretraining, section 4. Domains are the names of the feedbacks;
-    `problem.by_domain` finds them in an unlabelled batch. Costs an estimate for each.
+    Their mean has the problem's weights. Source: language multitask in V-Pretraining, section 4.
+    Domains are the names of the feedbacks; `problem.by_domain` finds them in an unlabelled batch.
+    Each domain costs an estimate.
     """
 
     pairs_batches = True
 
     def __call__(self, feedback: Feedback, unlabelled: Sequence[Any] = ()) -> Combined:
+        """Return a pair for each domain."""
         weights = feedback.weights
         problem = require(feedback.problem, SplitsDomains, "strategy.combination=DomainMatched")
         domains = [problem.by_domain(batch) for batch in unlabelled]
@@ -289,7 +329,8 @@ class DomainMatched:
                 )
         total = sum(weights.values())
         return Combined({
-            name: Pair(partial(_term, feedback, name), [parts[name] for parts in domains], weight / total)
+            name: Pair(partial(_term, feedback, name), [parts[name] for parts in domains],
+                weight / total)
             for name, weight in weights.items()
         })  # fmt: skip
 
@@ -319,7 +360,11 @@ def min_norm_weights(gramian: Tensor) -> Tensor:
 
 
 def unpaired(combination: Combination | None) -> Combination:
-    """The same, or `WeightedSum` for None; refuses one that pairs batches, for strategies that take no hypergradient."""
+    """Check a rule for a strategy without hypergradients. None becomes `WeightedSum`.
+
+    Raises:
+        MetaVPTError: The rule pairs batches.
+    """
     combination = combination or WeightedSum()
     if combination.pairs_batches:
         raise MetaVPTError(
@@ -362,7 +407,7 @@ def _conflicts(names: Sequence[str], gramian: Tensor) -> dict[str, float]:
 
 
 def weighted(losses: Mapping[str, Tensor], weights: Mapping[str, float]) -> dict[str, Tensor]:
-    """weight * loss by name, in the order of `weights`, without what weighs nothing."""
+    """Compute weight * loss by name, in the order of `weights`, without those of weight 0."""
     active = [name for name, weight in weights.items() if weight]
     if not active or set(active) - set(losses) or set(losses) - set(weights):
         raise MetaVPTError(

@@ -26,10 +26,14 @@ class LabelMaps(Protocol):
     """depth (B, H, W) in metres, label (B, H, W) int64."""
 
     @property
-    def depth(self) -> Tensor: ...
+    def depth(self) -> Tensor:
+        """Return the depth maps."""
+        ...
 
     @property
-    def label(self) -> Tensor: ...
+    def label(self) -> Tensor:
+        """Return the label maps."""
+        ...
 
 
 class PatchLabels(NamedTuple):
@@ -167,7 +171,7 @@ class CrossFitted(nn.Module):
         )
 
     def _errors(self, features: Tensor, target: Tensor, moments: dict[str, list[Tensor]]) -> Tensor:
-        """y - W x - b, (L, C, h, w), with W and b of the folds that a frame is not in."""
+        """Compute y - W x - b, (L, C, h, w), with W and b of the folds that a frame is not in."""
         width, errors = features.shape[1], []
         for k, rows in enumerate(self._folds(len(features))):
             rest = [
@@ -225,7 +229,9 @@ def in_parts(
         record: Takes the measurements of the backward pass: `g_down_agreement`, the cosine between
             the gradients of the first and of the second half of the parts. Noise makes it 0.
     """
-    return _InParts.apply(function, list(theta), parts, record, *theta.values())  # type: ignore[no-any-return]
+    return _InParts.apply(  # type: ignore[no-any-return]
+        function, list(theta), parts, record, *theta.values()
+    )
 
 
 class _InParts(torch.autograd.Function):

@@ -1,4 +1,4 @@
-"""Downstream feedback on dense labels: light heads on frozen patch features, and the losses that they give the learner."""
+"""Feedback on dense labels: light heads on frozen patch features, and their losses."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -22,22 +22,27 @@ class LabelledFrames(Protocol):
     """depth (B,H,W) in metres, 0 where unknown; label (B,H,W) int64, 255 where ignored."""
 
     @property
-    def depth(self) -> Tensor: ...
+    def depth(self) -> Tensor:
+        """Return the depth maps."""
+        ...
 
     @property
-    def label(self) -> Tensor: ...
+    def label(self) -> Tensor:
+        """Return the label maps."""
+        ...
 
 
 class DenseFeedback(nn.Module):
-    """L_down = depth_weight * L1(depth in metres, valid pixels) + segmentation_weight * CE(classes), through linear-BN heads.
+    """Depth and segmentation losses through linear-BN heads.
 
-    A weight of None is 1 where the set has such labels, and 0 where it has none: `num_classes`
-    or `max_depth` is None.
+    L_down = depth_weight * L1(depth in metres, valid pixels) + segmentation_weight * CE(classes).
+    `fit` trains the heads on detached features of labelled train batches. `forward` returns the
+    losses of features (B, D, h, w) by name, without those of weight 0. It is pure: it reads the
+    batch statistics of `fit` and changes nothing (V-Pretraining, section 3: heads first, then
+    g_down on separate batches).
 
-    `fit` trains the heads on detached features of labelled train batches; `forward` gives both
-    losses of features (B,D,h,w) by name, without one of weight 0, and is pure: it reads the batch
-    statistics that `fit` has gathered and moves nothing (V-Pretraining, section 3: heads first,
-    then g_down on separate batches).
+    A weight of None is 1 if the set has such labels, and 0 if it has none, which is the case if
+    `num_classes` or `max_depth` is None.
     """
 
     fitted_by_steps = True
@@ -62,6 +67,7 @@ class DenseFeedback(nn.Module):
         self.optimizer = torch.optim.AdamW(self.parameters(), lr=lr)
 
     def forward(self, features: Tensor, frames: LabelledFrames) -> dict[str, Tensor]:
+        """Compute the losses of features (B, D, h, w) by name."""
         statistics = self.norm.running_mean, self.norm.running_var
         return self._losses(F.batch_norm(features, *statistics, eps=self.norm.eps), frames)
 
@@ -95,30 +101,30 @@ class DenseFeedback(nn.Module):
         return losses
 
     def get_extra_state(self) -> dict[str, Any]:
+        """Return the state of the heads' optimizer."""
         return self.optimizer.state_dict()
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
+        """Restore the state of the heads' optimizer."""
         self.optimizer.load_state_dict(state)
 
 
 class RidgeFeedback(nn.Module):
-    """The loss of ridge heads fitted to other frames: the worth of features **after** a head is refitted.
+    """The loss of ridge heads fitted to other frames: the value of a feature after a refit.
 
     L_down = depth_weight * squared error (m^2, valid pixels)
            + segmentation_weight * squared error to one-hot classes (Brier score).
 
-    Weights as in `DenseFeedback`.
+    The frames of a labelled batch are split into `num_folds` parts. Each is scored with the heads
+    that `Ridge`, the head of the probes, fits to the others in closed form. Scored features and,
+    through the solve of the normal equations, fitted ones carry the gradient: g_down is the total
+    derivative. It does not ask for changes that a refit absorbs: if `penalty` is small, an
+    invertible linear map of the features changes neither the predictions nor the loss. A fixed head
+    would ask for it. Weights are as in `DenseFeedback`.
 
-    The frames of a labelled batch are cut into `num_folds` parts; each is scored with the heads
-    that `Ridge`, as the probes have it, fits to the others in closed form. Both the scored features
-    and, through the solve of the normal equations, the fitted ones carry the gradient: g_down is
-    the total derivative. It asks for nothing that a refit absorbs: where `penalty` is small, an
-    invertible linear map of the features changes neither the predictions nor the loss. A head held
-    fixed would ask for it.
-
-    There is no state: `forward` of features (B,D,h,w) with their labels is all, and a pure function
-    of them. It solves in float64. The folds are those of the whole batch: each of several processes
-    solves all of them, on the features of all.
+    There is no state: `forward` is a pure function of features (B, D, h, w) and labels. It solves
+    in float64. The folds are those of the whole batch: each of several processes solves all of
+    them, on the features of all.
     """
 
     fitted_by_steps = False
@@ -144,6 +150,7 @@ class RidgeFeedback(nn.Module):
         self.tasks = dense_tasks(self.weights, max_depth, num_classes)
 
     def forward(self, features: Tensor, frames: LabelledFrames) -> dict[str, Tensor]:
+        """Compute the losses of features (B, D, h, w) by name."""
         features, depth, label = (
             collectives.joined(features),
             collectives.gather(frames.depth),
@@ -176,7 +183,10 @@ class RidgeFeedback(nn.Module):
 def _squares_again(
     task: DepthTask | SegmentationTask, head: LinearHead, frames: FeatureSet
 ) -> tuple[Tensor, Tensor]:
-    """`_squares`, made again on the way back: outputs at full size of all frames of a large batch would not fit into memory."""
+    """Compute `_squares` with recomputation in the backward pass.
+
+    Outputs at full size of all frames of a large batch would not fit into memory.
+    """
 
     def squares(weight: Tensor, bias: Tensor, features: Tensor) -> tuple[Tensor, Tensor]:
         return _squares(

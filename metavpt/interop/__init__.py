@@ -1,4 +1,4 @@
-"""Bridges to other packages: hypergradients of Betty, TorchOpt and learn2learn, Lightning, transformers.
+"""Bridges to other packages: Betty, TorchOpt, learn2learn, Lightning and transformers.
 
 The packages are optional and imported when first used.
 """
@@ -14,7 +14,11 @@ from metavpt.hypergradients.params import Params
 
 
 def peer(module: str) -> ModuleType:
-    """Import a module of another package, or raise MetaVPTError with the command that installs it."""
+    """Import a module of another package.
+
+    Raises:
+        MetaVPTError: It is not installed. The message holds the command that installs it.
+    """
     try:
         return importlib.import_module(module)
     except ImportError as error:

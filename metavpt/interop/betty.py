@@ -27,7 +27,7 @@ from metavpt.interop import peer
 
 @dataclass(frozen=True)
 class Betty(ABC):
-    """-d<w, g_pre>/dphi with the w that `method` of betty.hypergradient makes of g_down, on one batch.
+    """-d<w, g_pre>/dphi on one batch, with the w that betty.hypergradient makes of g_down.
 
     Betty sees one loss, so trunk and tail run at every use. A designer parameter that the loss does
     not reach can be a silent zero.
@@ -40,7 +40,7 @@ class Betty(ABC):
     @property
     @abstractmethod
     def grad_evals(self) -> int:
-        """Its cost besides that of g_down."""
+        """Return its cost in addition to that of g_down."""
 
     def __call__(
         self,
@@ -52,6 +52,7 @@ class Betty(ABC):
         update: Update | None = None,
         start: Params | None = None,
     ) -> Hypergradient:
+        """Estimate the hypergradient on one batch."""
         jvp, config = (
             peer("betty.hypergradient").jvp_fn_mapping[self.method],
             peer("betty.configs").Config(type=self.method, **asdict(self)),
@@ -93,6 +94,7 @@ class Betty(ABC):
         return None
 
     def attention(self) -> Any:
+        """Return the context in which attention can be differentiated as the method needs."""
         return nullcontext()
 
 
@@ -108,6 +110,7 @@ class Darts(Betty):
 
     @property
     def grad_evals(self) -> int:
+        """Return 2, for both ends of the difference."""
         return 2
 
 
@@ -125,11 +128,13 @@ class Sama(Betty):
 
     @property
     def grad_evals(self) -> int:
+        """Return 3: `Darts` and the gradient for Adam's derivative."""
         return 3
 
     def adam_state(
         self, inner: InnerLoss, theta: Params, phi: Params, update: Update | None
     ) -> list[dict[str, Any]] | None:
+        """Return the state of Adam for Betty, with the gradient of the batch."""
         if update is None:
             raise MetaVPTError("Sama: needs the learner's optimizer; pass it as `update`")
         with torch.no_grad():
@@ -178,6 +183,7 @@ class Neumann(_SecondOrder):
 
     @property
     def grad_evals(self) -> int:
+        """Return 2 and one for each term."""
         return 2 + self.neumann_iterations
 
 
@@ -196,6 +202,7 @@ class ConjugateGradient(_SecondOrder):
 
     @property
     def grad_evals(self) -> int:
+        """Return 2 and one for each step."""
         return 2 + self.cg_iterations
 
 
@@ -221,16 +228,19 @@ class Level:
         self._parameters, self.config, self._loss, self._adam = parameters, config, loss, adam
 
     def parameters(self) -> list[Tensor]:
+        """Return the parameters."""
         return self._parameters
 
     trainable_parameters = meta_trainable_parameters = parameters
 
     def training_step_exec(self, batch: None) -> Tensor:
+        """Return the loss."""
         if self._loss is None:
             raise MetaVPTError("Betty asked the designer for a loss: only the learner has one")
         return self._loss()
 
     def get_opt_state_for_param(self, p: Tensor) -> dict[str, Any]:
+        """Return the optimizer's state of a parameter."""
         index = next(i for i, q in enumerate(self._parameters) if q is p)
         return (self._adam or [])[index]
 

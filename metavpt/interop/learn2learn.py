@@ -18,7 +18,7 @@ from metavpt.interop import backpropagated, peer
 
 @dataclass(frozen=True)
 class MAMLUnroll:
-    """dL_down(theta_K(phi))/dphi through K = `num_steps` plain gradient steps, as `Unrolled(K, SGD(lr))`.
+    """dL_down(theta_K(phi))/dphi through K = `num_steps` plain steps, as `Unrolled(K, SGD(lr))`.
 
     learn2learn has no other inner optimizer. The graph of all steps is kept: memory grows with K.
     """
@@ -36,6 +36,7 @@ class MAMLUnroll:
 
     @property
     def num_batches(self) -> int:
+        """Return K."""
         return self.num_steps
 
     def __call__(
@@ -48,6 +49,7 @@ class MAMLUnroll:
         update: Update | None = None,
         start: Params | None = None,
     ) -> Hypergradient:
+        """Estimate the hypergradient through K batches."""
         phi = params.leaves(phi)
         with sdpa_kernel(SDPBackend.MATH), torch.enable_grad():
             # allow_unused is for theta: what the loss does not reach stays as it is. That phi is
@@ -73,7 +75,9 @@ class Holder(nn.Module):
 
     @property
     def theta(self) -> Params:
+        """Return the parameters by name."""
         return dict(zip(self.names, self.parameters(), strict=True))
 
     def forward(self, loss: Loss) -> Tensor:
+        """Compute a loss of the parameters."""
         return loss(self.theta)

@@ -35,6 +35,7 @@ class TorchOptUnroll(Unroll):
         update: Update | None = None,
         start: Params | None = None,
     ) -> Hypergradient:
+        """Estimate the hypergradient through K batches."""
         update = self.begin(theta, update)
         phi = params.leaves(phi)
         steppers = {name: _Stepper(update, name) for name in theta}

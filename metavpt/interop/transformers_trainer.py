@@ -35,4 +35,5 @@ class SteeringMixin:
         task = self.steering(trainer._prepare_inputs(inputs))
         if record := self.steering.record:
             trainer.log({f"steering/{name}": value for name, value in record.items()})
-        return super().training_step(model, task, *args, **options)  # pyright: ignore[reportAttributeAccessIssue, reportUnknownVariableType]
+        own_step: Any = super().training_step  # pyright: ignore[reportAttributeAccessIssue]
+        return own_step(model, task, *args, **options)

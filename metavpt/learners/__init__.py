@@ -1,1 +1,1 @@
-"""Learners: vision transformers and language models, cut into trunk and tail; EMA teachers; weights."""
+"""Learners: vision transformers and language models as trunk and tail, EMA teachers, weights."""

@@ -82,6 +82,14 @@ class MaskedLearner(nn.Module):
     def forward(
         self, images: Tensor, visible: Tensor, targets: Tensor, weight: Tensor | None = None
     ) -> Tensor:
+        """Predict the masked patches of images.
+
+        Args:
+            images: (B, 3, H, W), normalised.
+            visible: Indices of the visible patches.
+            targets: Indices of the patches to predict.
+            weight: The weight of visible patches in attention. None: all equal.
+        """
         features = self.backbone.tail(self.backbone.trunk(images, visible, weight))
         return self.predictor(
             features.patches.flatten(2).transpose(1, 2), visible, targets, self.grid(images)

@@ -1,4 +1,4 @@
-"""Sources of language models: the hub, a folder, a GGUF file or random weights; with or without LoRA."""
+"""Sources of language models: the hub, a folder, a GGUF file or random weights; LoRA."""
 
 import copy
 from collections.abc import Sequence
@@ -16,7 +16,8 @@ from metavpt.learners.lm import LanguageModel
 
 LAYER_BYTES = 270  # of a file, which the names and shapes of a layer's nine tensors take at least
 SIZES = (
-    "num_hidden_layers", "hidden_size", "num_attention_heads", "num_key_value_heads", "intermediate_size", "head_dim", "vocab_size",
+    "num_hidden_layers", "hidden_size", "num_attention_heads", "num_key_value_heads",
+    "intermediate_size", "head_dim", "vocab_size",
 )  # fmt: skip
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
@@ -38,6 +39,7 @@ class LoRA:
             raise MetaVPTError(f"LoRA: rank={self.rank} must be at least 1")
 
     def __call__(self, model: Any) -> Any:
+        """Add the adapters to a model."""
         config = LoraConfig(
             r=self.rank,
             lora_alpha=self.alpha,  # type: ignore[arg-type]
@@ -111,7 +113,7 @@ def pretrained_language_model(
 
 
 def _check_size(config: Any, file: Path) -> None:
-    """Raise MetaVPTError if a file or folder is too small for the model that its configuration names.
+    """Raise MetaVPTError if a file or folder is too small for the model of its configuration.
 
     Otherwise the model would be built layer by layer first.
     """

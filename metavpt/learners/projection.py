@@ -11,7 +11,7 @@ from metavpt.learners.vit import Backbone, Features
 
 
 class ProjectionHead(nn.Module):
-    """The head of DINO (arXiv 2104.14294, appendix C): (..., D) -> cosine(MLP(x), prototype_k), (..., K).
+    """The head of DINO (arXiv 2104.14294, appendix C): (..., D) -> cosines to K prototypes.
 
     A 3-layer MLP with GELU ends in a bottleneck. Bottleneck and prototypes are l2-normalised, so
     logits lie in [-1, 1].
@@ -22,7 +22,8 @@ class ProjectionHead(nn.Module):
     ) -> None:
         super().__init__()
         self.mlp = nn.Sequential(
-            nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, hidden), nn.GELU(), nn.Linear(hidden, bottleneck)
+            nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, hidden), nn.GELU(),
+            nn.Linear(hidden, bottleneck)
         )  # fmt: skip
         self.prototypes = nn.Parameter(torch.empty(num_prototypes, bottleneck))
         nn.init.trunc_normal_(self.prototypes, std=0.02)
@@ -32,6 +33,7 @@ class ProjectionHead(nn.Module):
                 nn.init.zeros_(layer.bias)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Compute logits (..., K) of features (..., D)."""
         return F.linear(F.normalize(self.mlp(x), dim=-1), F.normalize(self.prototypes, dim=-1))
 
 
@@ -63,6 +65,7 @@ class Learner(nn.Module):
         self.patch_head = patch_head
 
     def forward(self, images: Tensor) -> Tensor:
+        """Compute prototype logits (B, K) of normalised images."""
         return self.head(self.summary(self.backbone(images)))
 
     def summary(self, features: Features) -> Tensor:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def gather_patches(patches: Tensor, indices: Tensor) -> Tensor:
-    """Return patches[b, indices[b]] for each image b: (B, N, ...) and (B, *) int64 -> (B, *, ...)."""
+    """Return patches[b, indices[b]]: (B, N, ...) and (B, *) int64 -> (B, *, ...)."""
     image = torch.arange(len(indices), device=indices.device).view(-1, *[1] * (indices.ndim - 1))
     return patches[image, indices]
 

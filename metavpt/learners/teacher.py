@@ -21,6 +21,7 @@ class Teacher(nn.Module):
         self.learner = copy.deepcopy(learner).requires_grad_(False).eval()
 
     def forward(self, *args: Any) -> Any:
+        """Run the copy."""
         return self.learner(*args)
 
     def train(self, mode: bool = True) -> "Teacher":
@@ -41,7 +42,9 @@ class Teacher(nn.Module):
                 "only one of the two"
             )
         mine, theirs = [held(p) for p in own.values()], [held(other[name]) for name in own]
-        torch._foreach_lerp_(mine, theirs, 1.0 - momentum)  # pyright: ignore[reportPrivateImportUsage]
+        torch._foreach_lerp_(  # pyright: ignore[reportPrivateImportUsage]
+            mine, theirs, 1.0 - momentum
+        )
         for mine, theirs in zip(self.learner.buffers(), student.buffers(), strict=True):
             mine.copy_(theirs)
 

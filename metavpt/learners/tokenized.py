@@ -1,4 +1,4 @@
-"""Language models with their tokenizers: random weights, released ones, and one in a Python package."""
+"""Language models with their tokenizers: random, released, or from a Python package."""
 
 from collections.abc import Iterable
 from importlib.util import find_spec

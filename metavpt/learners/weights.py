@@ -157,10 +157,12 @@ def _to_timm(state: Params, model: Any) -> Params:
         state = _without_zero_bias(state, model)
         state.pop("mask_token", None)  # timm takes it for a sign of EVA's masked pretraining
         return eva.checkpoint_filter_fn(state, model)
-    state.setdefault(
-        "mask_token", torch.empty(0)
-    )  # timm takes it for a sign of DINOv2, whose conversion does the others no harm
-    return vision_transformer.checkpoint_filter_fn(state, model)  # pyright: ignore[reportArgumentType]
+    # timm takes the key as a sign of DINOv2, whose conversion also suits the others.
+    state.setdefault("mask_token", torch.empty(0))
+    return vision_transformer.checkpoint_filter_fn(
+        state,
+        model,  # pyright: ignore[reportArgumentType]
+    )
 
 
 def _without_zero_bias(state: Params, model: Eva) -> Params:
@@ -235,7 +237,7 @@ def _is_zip(file: Path) -> bool:
 
 
 def _is_held(tensor: Tensor) -> bool:
-    """Whether the file held every value: a tensor of stride 0 or a sparse one can have any shape."""
+    """Return whether the file held every value. Tensors of stride 0 or sparse ones may not."""
     is_dense = tensor.layout == torch.strided and not tensor.is_meta
     return is_dense and tensor.nbytes <= tensor.untyped_storage().nbytes()
 

@@ -1,4 +1,4 @@
-"""The loss of data2vec (arXiv 2202.03555): a student predicts its teacher's features of all patches.
+"""The loss of data2vec (arXiv 2202.03555): a student predicts its teacher's patch features.
 
 The student does not see all patches. Letters: B batch, N patches, D width.
 """

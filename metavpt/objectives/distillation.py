@@ -89,7 +89,7 @@ def _term(
 
 
 def hidden_patch_loss(logits: Tensor, probs: Tensor, hidden: Tensor, temperature: float) -> Tensor:
-    """Compute `ibot_loss` of each image, (B,), the mean over its 2 views, from masked patches alone.
+    """Compute `ibot_loss` of each image, (B,), the mean over 2 views, from masked patches.
 
     Args:
         logits: (M, K), of the masked patches in order.

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from metavpt.hypergradients.curvature import ComposedLoss
 from metavpt.hypergradients.linear_targets import DirectionalDerivative
@@ -21,6 +22,7 @@ class GoalLoss(ComposedLoss):
     targets: Tensor  # (G + 1,)
     cost: Callable[[Tensor], Tensor]
 
+    @override
     def slopes(
         self, theta: Params, w: Params, derivative: DirectionalDerivative, absolute: bool = True
     ) -> Tensor:

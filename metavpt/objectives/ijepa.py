@@ -20,7 +20,7 @@ def ijepa_loss(
     distance: Literal["l2", "smooth_l1"] = "smooth_l1",
     reduction: Literal["mean", "none"] = "mean",
 ) -> Tensor:
-    """Compute the distance of predictions to features, averaged over target blocks (I-JEPA, section 3).
+    """Compute the distance of predictions to features over target blocks (I-JEPA, section 3).
 
     1/M sum_m 1/T sum_{j in block m} d(prediction_mj, feature_mj), weighted within each image.
 

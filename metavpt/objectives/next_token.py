@@ -1,4 +1,4 @@
-"""Next-token cross-entropy to soft targets on a few candidate tokens, one chunk of tokens at a time.
+"""Next-token cross-entropy to soft targets on a few candidates, in chunks of tokens.
 
 Log-probabilities of the whole vocabulary exist for one chunk only. Letters: N tokens to predict,
 V vocabulary, K candidates, D width.
@@ -98,7 +98,9 @@ def next_token_loss(
         candidates = select_candidates(log_probs, tokens[rows], num_candidates)
         return candidates, rule(log_probs.gather(1, candidates), candidates, rows)
 
-    return _SoftCrossEntropy.apply(states, unembedding, None, choose, torch.is_grad_enabled())  # type: ignore[return-value]
+    return _SoftCrossEntropy.apply(  # type: ignore[return-value]
+        states, unembedding, None, choose, torch.is_grad_enabled()
+    )
 
 
 def soft_cross_entropy(
@@ -113,7 +115,9 @@ def soft_cross_entropy(
     def choose(log_probs: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
         return candidates[rows], targets[rows]
 
-    return _SoftCrossEntropy.apply(states, unembedding, targets, choose, torch.is_grad_enabled())  # type: ignore[return-value]
+    return _SoftCrossEntropy.apply(  # type: ignore[return-value]
+        states, unembedding, targets, choose, torch.is_grad_enabled()
+    )
 
 
 @torch.no_grad()
@@ -150,6 +154,7 @@ class NextTokenLoss:
     sums_to_one: bool = True
 
     def __call__(self, theta: Params) -> Tensor:
+        """Compute the loss at theta, a scalar."""
         return collectives.weighed(
             soft_cross_entropy(self.states(theta), self.unembedding, self.candidates, self.targets),
             len(self.targets),
@@ -305,7 +310,7 @@ def _again(
     q: Tensor,
     needed: tuple[bool, ...],
 ) -> tuple[Tensor | None, ...]:
-    """Compute the gradient with a graph, by torch's own operations; chunks are recomputed when needed."""
+    """Compute the gradient with a graph, by torch's own operations, in recomputed chunks."""
     states, unembedding, targets = inputs
     q = q if targets is None else targets
     parts = [

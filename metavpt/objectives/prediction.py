@@ -35,6 +35,7 @@ class Prediction:
 
     @classmethod
     def of(cls, learner: LanguageModel, theta: Params, batch: TokenBatch) -> "Prediction":
+        """Run the trunk of a learner at theta on a batch."""
         hidden, predicted = learner.hidden(theta, batch), predicted_tokens(batch)
         states = before(learner.states(theta, hidden), predicted)
         return cls(

@@ -36,15 +36,23 @@ class Targets(Protocol):
     """How targets are made from a learner's prediction."""
 
     @property
-    def num_candidates(self) -> int: ...
+    def num_candidates(self) -> int:
+        """Return K."""
+        ...
 
     @property
-    def requires_grad(self) -> bool: ...
+    def requires_grad(self) -> bool:
+        """Return whether the targets have a graph."""
+        ...
 
     @property
-    def sums_to_one(self) -> bool: ...
+    def sums_to_one(self) -> bool:
+        """Return whether the targets of a token are a distribution."""
+        ...
 
-    def rule(self, prediction: Prediction) -> Rule: ...
+    def rule(self, prediction: Prediction) -> Rule:
+        """Return the function that makes the targets from a prediction."""
+        ...
 
 
 class TargetTask(NamedTuple):
@@ -63,6 +71,7 @@ class OneHot:
     sums_to_one = True
 
     def rule(self, prediction: Prediction) -> Rule:
+        """Return probability 1 for the true token."""
         return lambda log_probs, candidates, rows: torch.ones_like(log_probs)
 
 
@@ -76,9 +85,11 @@ class Weighted:
 
     @property
     def requires_grad(self) -> bool:
+        """Return whether the weights have a graph."""
         return self.weights.requires_grad
 
     def rule(self, prediction: Prediction) -> Rule:
+        """Return the weights for the true tokens."""
         weights = self.weights[prediction.predicted][:, None]
         return lambda log_probs, candidates, rows: weights[rows].to(log_probs.dtype)
 
@@ -106,12 +117,14 @@ class SoftTargets:
 
     @property
     def requires_grad(self) -> bool:
+        """Return whether a part has a graph."""
         return any(
             isinstance(part, Tensor) and part.requires_grad
             for part in (self.gate, self.residual, self.vectors, self.table)
         )
 
     def rule(self, prediction: Prediction) -> Rule:
+        """Return the softmax over the candidates, blended by the gate."""
         gate = self.gate[prediction.predicted][:, None] if isinstance(self.gate, Tensor) else None
         vectors = None if self.vectors is None else self.vectors[prediction.predicted]
 
@@ -152,6 +165,7 @@ class Tilted:
 
     @torch.no_grad()
     def rule(self, prediction: Prediction) -> Rule:
+        """Return the tilted distribution over the candidates."""
         # Only the part of d log p that differs between candidates: the rest is taken away by the
         # centring.
         vectors, table = -prediction.slope(self.w, self.derivative), prediction.unembedding.detach()
@@ -179,24 +193,28 @@ class Tilted:
 
 @dataclass(frozen=True)
 class OnRows:
-    """`targets` on the rows of the batch that `rows` (B,) marks, and the true token on all others."""
+    """`targets` on the rows of the batch marked by `rows` (B,), the true token on others."""
 
     targets: Targets
     rows: Tensor
 
     @property
     def num_candidates(self) -> int:
+        """Return K of the inner targets."""
         return self.targets.num_candidates
 
     @property
     def requires_grad(self) -> bool:
+        """Return whether the inner targets have a graph."""
         return self.targets.requires_grad
 
     @property
     def sums_to_one(self) -> bool:
+        """Return whether the inner targets are distributions."""
         return self.targets.sums_to_one
 
     def rule(self, prediction: Prediction) -> Rule:
+        """Return the inner rule on the marked rows, and one-hot targets elsewhere."""
         marked, rule = (
             self.rows[prediction.predicted.nonzero()[:, 0]][:, None],
             self.targets.rule(prediction),

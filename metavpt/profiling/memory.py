@@ -24,6 +24,7 @@ class PeakMemory:
 
     @property
     def peak(self) -> int:
+        """Return the peak in bytes."""
         return max(self.earlier, _high_water())
 
     def restart(self) -> None:
@@ -32,6 +33,7 @@ class PeakMemory:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
+        """Exclude the memory inside the block."""
         self.earlier = self.peak
         try:
             yield

@@ -71,7 +71,7 @@ class PassCounter:
 
 
 def _num_weights(layer: nn.Module) -> int:
-    """Count the weights that a layer itself multiplies each position of its output's channels by."""
+    """Count the weights that multiply each position of an output channel of a layer."""
     own = [p for p in layer._parameters.values() if p is not None]
     if isinstance(layer, nn.Embedding):
         return 0

@@ -23,6 +23,7 @@ class Clock:
 
     @contextmanager
     def timed(self, name: str) -> Iterator[None]:
+        """Count the seconds inside the block for a phase."""
         self.start(name)
         try:
             yield
@@ -30,6 +31,7 @@ class Clock:
             self.stop()
 
     def start(self, name: str) -> None:
+        """Begin a phase."""
         now = self.now()
         self._count(now)
         self._open.append(f"{self._open[-1]}/{name}" if self.by_path and self._open else name)
@@ -58,7 +60,7 @@ class Clock:
 
 
 class phase(ContextDecorator):
-    """`with phase("teacher"):` or `@phase("teacher")`: count the seconds inside, if a clock is active."""
+    """Count the seconds inside `with phase("teacher"):` or `@phase("teacher")`, for a clock."""
 
     def __init__(self, name: str) -> None:
         self.name = name

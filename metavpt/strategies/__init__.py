@@ -1,1 +1,1 @@
-"""Strategies: who chooses the next task (fixed, learned, selection, tilted targets, function space, controls)."""
+"""Strategies: fixed, learned, selection, tilted targets, function space, and controls."""

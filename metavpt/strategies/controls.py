@@ -4,7 +4,6 @@
 permuted values (`permute`) are options of these strategies.
 """
 
-from collections.abc import Callable
 from typing import Any, Literal, Protocol
 
 import torch
@@ -237,7 +236,10 @@ class Direct(Stateless):
             with state.budget.timed("data"):
                 labelled = next(state.streams.feedback)
             combined = self.combination(feedback_on(state.problem, labelled))
-        loss: Callable[[Params], Tensor] = lambda theta: self.weight * combined.outer_loss(theta)  # noqa: E731
+
+        def loss(theta: Params) -> Tensor:
+            return self.weight * combined.outer_loss(theta)
+
         return proposal._replace(labelled_loss=loss, record=combined.record)
 
 

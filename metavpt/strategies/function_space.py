@@ -43,7 +43,8 @@ class Functional:
     """The designer's tasks. Every `every` steps it is fitted to values in function space.
 
     One batch of values takes a forward pass on labelled samples and no backward pass. The signal is
-    not filtered through a parameter step, so one batch is informative: use few, large batches (`Amortized` needs many small ones).
+    not filtered through a parameter step, so one batch is informative: use few, large batches
+    (`Amortized` needs many small ones).
 
     Args:
         optimizer: Makes the designer's optimizer. Default: AdamW with a learning rate of 1e-3 and

@@ -89,7 +89,7 @@ class Steering:
         period = getattr(self.strategy, "period", None)
         if isinstance(period, Period) and period.start is None:
             raise MetaVPTError(
-                f"Steering: burn_in={period.burn_in} is a share of a budget, which a loop of your own "
+                f"Steering: burn_in={period.burn_in} is a share of a budget, which your own loop "
                 "does not state; give a number of steps"
             )
 
