@@ -1,4 +1,4 @@
-"""Images a second that the loader reads, decodes and fits, and with the augmentation of a step behind it, by number of workers.
+"""Images per second that the loader reads, decodes, fits and augments, by number of workers.
 
     python benchmarks/decode.py [--rounds 2] [--threads 2] [--rows shards/0 shards/2 ...]
 
@@ -106,9 +106,8 @@ def section(report: dict[str, Any]) -> list[str]:
             lines.append(f"| {ROWS[name].title} | did not run: {found['error']} | | | | |")
             continue
         alone = measured.get(f"{name.split('/')[0]}/0", {})
-        lines.append(
-            f"| {ROWS[name].title} | {BATCH / found['seconds']:,.0f} | {' | '.join(cells(found, alone))} |"
-        )
+        speed, rest = f"{BATCH / found['seconds']:,.0f}", " | ".join(cells(found, alone))
+        lines.append(f"| {ROWS[name].title} | {speed} | {rest} |")
     return lines
 
 
@@ -127,8 +126,10 @@ PART = Part(
     rounds=2,
     packages=("torch", "torchvision", "pillow", "kornia"),
     setting={
-        "images": f"JPEGs of {PHOTO[0]}x{PHOTO[1]} read, decoded and fitted to {SIZE[0]}x{SIZE[1]}, batch {BATCH}, in the page cache",
-        "crops": "Crops by the recipe of DINO in the main process: 2 of 224 and 6 of 96 pixels, jitter, blur, solarisation",
+        "images": f"JPEGs of {PHOTO[0]}x{PHOTO[1]} read, decoded and fitted to "
+        f"{SIZE[0]}x{SIZE[1]}, batch {BATCH}, in the page cache",
+        "crops": "Crops by the recipe of DINO in the main process: 2 of 224 and 6 of 96 pixels, "
+        "jitter, blur, solarisation",
         "ratios": "Ratios are to the same without workers",
     },
     section=section,

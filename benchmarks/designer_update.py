@@ -1,6 +1,6 @@
-"""Time and peak memory of one designer update, ours beside a plain step and beside other packages: `make bench`, part 1.
+"""Time and memory of a designer update, beside a plain step and other packages: part 1.
 
-    python benchmarks/designer_update.py [--rounds 5] [--threads 2] [--rows plain one_step_difference ...]
+    python benchmarks/designer_update.py [--rounds 5] [--threads 2] [--rows plain ...]
 
 Writes benchmarks/results/designer_update.json and the table in docs/benchmarks.md.
 """
@@ -34,10 +34,13 @@ from metavpt.interop.torchopt import TorchOptUnroll
 
 SHAPE = tiny(16)
 SETTING = {
-    "vit": "12 blocks, width 192, 3 heads, patch 8 (DINOv3's architecture); S = last 2 blocks and final norm",
-    "task": f"DINO, 2 global crops of {SHAPE.size}x{SHAPE.size}, no local crops, batch {SHAPE.batch_size}; head 512-512-128, "
+    "vit": "12 blocks, width 192, 3 heads, patch 8 (DINOv3's architecture); "
+    "S = last 2 blocks and final norm",
+    "task": f"DINO, 2 global crops of {SHAPE.size}x{SHAPE.size}, no local crops, "
+    f"batch {SHAPE.batch_size}; head 512-512-128, "
     "1024 prototypes; U-Net mask designer (base 8, depth 2: designer=unet)",
-    "feedback": f"depth and {NUM_CLASSES} classes on {SHAPE.batch_size} frames of {SHAPE.size}x{SHAPE.size}",
+    "feedback": f"depth and {NUM_CLASSES} classes on {SHAPE.batch_size} frames of "
+    f"{SHAPE.size}x{SHAPE.size}",
 }
 
 
@@ -133,8 +136,10 @@ def section(report: dict[str, Any]) -> list[str]:
         "",
         machine(environment),
         "",
-        "Memory is the peak resident size of the whole process, Python and PyTorch included. All estimators take the same closures over S. "
-        "Betty sees one loss and runs the trunk with every evaluation; all others run it once a batch.",
+        "Memory is the peak resident size of the whole process, Python and PyTorch included. "
+        "All estimators take the same closures over S. "
+        "Betty sees one loss and runs the trunk with every evaluation; all others run it once a "
+        "batch.",
         "",
         "| | seconds | x plain | peak MiB | x plain |",
         "| --- | --- | --- | --- | --- |",

@@ -1,6 +1,6 @@
 """How well the solves of strategy=implicit end on the shipped vision problems.
 
-    python benchmarks/implicit_residuals.py [--problems dino_nyuv2] [--seeds 0 1 2] [--steps 136] [key=value ...]
+    python benchmarks/implicit_residuals.py [--problems dino_nyuv2] [--seeds 0 1] [key=value ...]
 
 Trains each problem with strategy=implicit and prints, per problem, the residuals of all solves:
 the share below 0.5, the largest, and the damping that they took. The solver measures its residual

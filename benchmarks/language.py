@@ -1,9 +1,10 @@
-"""Throughput and peak memory of next-token pretraining, plain and steered, and what the linear value update costs: `make bench`, part 2.
+"""Throughput and memory of next-token pretraining, plain and steered: `make bench`, part 2.
 
     python benchmarks/language.py [--rounds 2] [--threads 2] [--rows 5m/plain 5m/v ...]
-    python benchmarks/language.py --print --rounds 1 --rows tiny/plain tiny/v     a quick look, which writes nothing
+    python benchmarks/language.py --print --rounds 1 --rows tiny/plain    a quick look
 
-Writes benchmarks/results/language.json and its section of docs/benchmarks.md. The GPU's rows are measured where there is one.
+Writes benchmarks/results/language.json and its section of docs/benchmarks.md. Rows of a GPU are
+measured where there is one. Part of it is the cost of the linear value update.
 """
 
 import itertools
@@ -38,7 +39,7 @@ META_EVERY, DOCUMENTS = 8, 2
 
 
 class Size(NamedTuple):
-    """A learner, its batches and its designer. The meta batch and the feedback are a quarter of a batch each."""
+    """A learner, its batches and its designer. Meta and feedback batches are a quarter as large."""
 
     title: str
     vocab_size: int
@@ -85,19 +86,22 @@ SIZES = {
     ),
 }
 SHAPES = [
-    f"{s.title}: {s.num_layers} layers, width {s.width}, vocabulary {s.vocab_size}, batch {s.batch_size} x {s.length}"
+    f"{s.title}: {s.num_layers} layers, width {s.width}, vocabulary {s.vocab_size}, "
+    f"batch {s.batch_size} x {s.length}"
     for s in SIZES.values()
 ]
 SETTING = {
-    "learner": f"Llama with random weights and tied embeddings, deep and thin as SmolLM2: {'; '.join(SHAPES[1:])}",
-    "v": f"V: every {META_EVERY}, S = last 2 layers and final norm, K = {SIZES['20m'].num_candidates}, meta batch and feedback "
+    "learner": "Llama with random weights and tied embeddings, deep and thin as SmolLM2: "
+    + "; ".join(SHAPES[1:]),
+    "v": f"V: every {META_EVERY}, S = last 2 layers and final norm, "
+    f"K = {SIZES['20m'].num_candidates}, meta batch and feedback "
     "a quarter of a batch each; designer 2 layers of width 128 (GPU: 6 of 256)",
     "tokens": f"Random tokens, {DOCUMENTS} documents a row, all predicted but their first",
 }
 
 
 class Language(LMGSM8K):
-    """The shipped problem on random tokens: nothing of what is measured reads or tokenises a text."""
+    """The shipped problem on random tokens, without reading and tokenising text."""
 
     def __init__(self, size: Size) -> None:
         if size.device == "cuda" and not torch.cuda.is_available():
@@ -118,7 +122,7 @@ class Language(LMGSM8K):
 
 
 def _designer(learner: LanguageModel, size: Size) -> StateDesigner | TargetDesigner:
-    """With open gates and scores that differ, as after some training; at its start `TargetDesigner` is the recipe."""
+    """Return a designer as after some training, with open gates and different scores."""
     if size.designer is None:
         designer = state_designer(learner, num_candidates=size.num_candidates)
         torch.nn.init.normal_(designer.moves.weight, std=0.02)
@@ -208,7 +212,7 @@ def feedback_gradient(size: Size) -> Callable[[], Any]:
 
 
 def value_update(size: Size) -> Callable[[], Any]:
-    """The designer's gradient for a given direction w on the tokens of a whole plain step, with the learner's forward pass."""
+    """The designer's gradient for a given w on a whole plain batch, with the forward pass."""
     bench = Bench(size, Fixed())
     feedback = feedback_on(bench.problem, next(bench.streams.feedback))
     w, phi = downstream(feedback.loss, feedback.aligned)[1], params.named(bench.problem.designer)
@@ -217,7 +221,7 @@ def value_update(size: Size) -> Callable[[], Any]:
 
 
 def linear_update(size: Size) -> Callable[[], None]:
-    """The same where the trunk has run and candidates are known: designer forward, slopes through the tail, designer backward."""
+    """The same after the trunk has run: designer forward, slopes through the tail, backward."""
     bench = Bench(size, Fixed())
     designer, feedback = (
         bench.problem.designer,
@@ -283,9 +287,12 @@ def section(report: dict[str, Any]) -> list[str]:
     lines += [
         machine(environment),
         "",
-        f"Steps are means over {META_EVERY}, one of them with a designer update. Memory on a CPU is the peak resident size of the whole "
-        "process, Python and PyTorch included; on a GPU that of its allocations. The linear value update alone is, given the feedback "
-        "gradient and the learner's candidates, all that makes the designer's gradient: the derivative of the candidates' "
+        f"Steps are means over {META_EVERY}, one of them with a designer update. Memory on a CPU "
+        "is the peak resident size of the whole "
+        "process, Python and PyTorch included; on a GPU that of its allocations. The linear value "
+        "update alone is, given the feedback "
+        "gradient and the learner's candidates, all that makes the designer's gradient: "
+        "the derivative of the candidates' "
         "log-probabilities along it, through the tail, and the designer forward and backward.",
         "",
         "| | tokens/s | seconds | x plain | peak MiB | x plain |",
@@ -303,9 +310,8 @@ def section(report: dict[str, Any]) -> list[str]:
             if "seconds" in row and kind in ("plain", "v", "v_exact")
             else None
         )
-        lines.append(
-            f"| {ROWS[name].title} | {'' if speed is None else f'{speed:,.0f}'} | {' | '.join(found)} |"
-        )
+        shown = "" if speed is None else f"{speed:,.0f}"
+        lines.append(f"| {ROWS[name].title} | {shown} | {' | '.join(found)} |")
     if not any(name.startswith("135m/") for name in measured):
         lines.append(f"| {SIZES['135m'].title} | not measured: there was no GPU | | | | |")
     return [*lines, "", *verdicts(TARGETS, measured, ROWS)]

@@ -1,4 +1,4 @@
-"""What the parts of `make bench` share: rows, each a process of its own, measured in rounds that go through all of them in turn.
+"""Shared parts of `make bench`: rows in processes of their own, measured in interleaved rounds.
 
 A slow minute of the machine so hits all rows alike, and ratios are taken within one run.
 """
@@ -28,9 +28,10 @@ MIB = 2**20
 
 
 class Row(NamedTuple):
-    """What to time: `prepare` builds it. Every `cycle` calls make one round of what repeats, and seconds are those of a call on average.
+    """What to time: `prepare` builds a call.
 
-    If what it builds has `figures()`, these numbers join those measured, once time and memory are taken.
+    `cycle` calls make one round, and the seconds are the mean per call. If the call has
+    `figures()`, its numbers are added after time and memory are taken.
     """
 
     title: str
@@ -42,11 +43,14 @@ class Row(NamedTuple):
 
 @dataclass(frozen=True)
 class Part:
-    """One part of the benchmark: benchmarks/<name>.py, its results in benchmarks/results/<name>.json and its section in docs/benchmarks.md.
+    """One part of the benchmark: benchmarks/<name>.py with its results and its section of the docs.
 
-    default   the rows to measure unless told
-    packages  whose versions are recorded
-    section   the report -> lines of Markdown
+    The results are in benchmarks/results/<name>.json, the section in docs/benchmarks.md.
+
+    Attributes:
+        default: The rows that are measured by default.
+        packages: Packages whose versions are recorded.
+        section: Turns the report into lines of Markdown.
     """
 
     name: str
@@ -139,7 +143,7 @@ class Part:
 
 
 def publish(name: str, report: dict[str, Any], section: Sequence[str]) -> None:
-    """The report in benchmarks/results/<name>.json, and its section in the place of the one before in docs/benchmarks.md."""
+    """Write the report to benchmarks/results/<name>.json and replace its section of the docs."""
     results = ROOT / "benchmarks" / "results" / f"{name}.json"
     results.parent.mkdir(parents=True, exist_ok=True)
     results.write_text(json.dumps(report, indent=1) + "\n")
@@ -163,7 +167,7 @@ def cpu_name() -> str:
 
 
 def measure(row: Row, threads: int) -> dict[str, Any]:
-    """In a process of its own: one call to warm up, then the median of the cycles that 10 seconds hold, within `least` and `most`."""
+    """Measure a row in its own process: one call to warm up, then the median over 10 seconds."""
     torch.set_num_threads(threads)
     torch.manual_seed(0)
     call = row.prepare()
@@ -210,11 +214,13 @@ def summary(runs: list[dict[str, Any]]) -> dict[str, Any]:
 def machine(environment: dict[str, Any]) -> str:
     """Where and with what a report was measured, in one line."""
     return (
-        f"{environment['cpus']} CPU cores ({environment['cpu']}), {environment['threads']} threads, "
+        f"{environment['cpus']} CPU cores ({environment['cpu']}), "
+        f"{environment['threads']} threads, "
         + ", ".join(
             f"{name} {number or 'absent'}" for name, number in environment["versions"].items()
         )
-        + f"; medians of {environment['rounds']} interleaved rounds, one process each, with the least and the greatest; "
+        + f"; medians of {environment['rounds']} interleaved rounds, one process each, "
+        "with the least and the greatest; "
         f"{environment['date']}: `{environment['command']}`."
     )
 
@@ -249,9 +255,8 @@ def verdicts(
                 "time" if key == "seconds" else "memory",
                 "met" if ratio <= limit else "**not met**",
             )
-            lines.append(
-                f"| {what} of {rows[name].title} <= {limit:g} x {rows[over].title} | {ratio:.2f} | {verdict} |"
-            )
+            bound = f"{what} of {rows[name].title} <= {limit:g} x {rows[over].title}"
+            lines.append(f"| {bound} | {ratio:.2f} | {verdict} |")
     return lines
 
 

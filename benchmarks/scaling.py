@@ -1,7 +1,7 @@
-"""Time and memory of a designer update against its size, with fitted exponents: `make bench`, part 4.
+"""Time and memory of a designer update by size, with fitted exponents: `make bench`, part 4.
 
     python benchmarks/scaling.py [--rounds 2] [--threads 2] [--rows batch/4 batch/8 ...]
-    python benchmarks/scaling.py --print --rounds 1 --rows num_steps/1 num_steps/2    a quick look, which writes nothing
+    python benchmarks/scaling.py --print --rounds 1 --rows num_steps/1    a quick look
 
 Writes benchmarks/results/scaling.json and its section of docs/benchmarks.md.
 """
@@ -91,8 +91,10 @@ def section(report: dict[str, Any]) -> list[str]:
         "",
     ]
     lines += [
-        "One size is doubled at a time. Exponents are least-squares slopes on logarithms: 1 is linear, 0 no growth. Memory is the growth "
-        f"of the peak resident size above what the process held before its first update. At most {LIMIT:g} counts as no more than linear.",
+        "One size is doubled at a time. Exponents are least-squares slopes on logarithms: "
+        "1 is linear, 0 no growth. Memory is the growth "
+        "of the peak resident size above what the process held before its first update. "
+        f"At most {LIMIT:g} counts as no more than linear.",
         "",
         "| size | values | seconds | exponent | MiB | exponent | |",
         "| --- | --- | --- | --- | --- | --- | --- |",
@@ -114,9 +116,9 @@ def section(report: dict[str, Any]) -> list[str]:
         seconds = ", ".join(f"{row['seconds']:.3g}" for row in rows)
         grown = ", ".join(f"{row['peak_mib'] - row['mib_before']:.0f}" for row in rows)
         verdict = "met" if max(time, memory) <= LIMIT else "**superlinear**"
-        lines.append(
-            f"| {axis.title} | {', '.join(map(str, known))} | {seconds} | {time:.2f} | {grown} | {memory:.2f} | {verdict} |"
-        )
+        values = ", ".join(map(str, known))
+        costs = f"{seconds} | {time:.2f} | {grown} | {memory:.2f}"
+        lines.append(f"| {axis.title} | {values} | {costs} | {verdict} |")
     return lines
 
 
@@ -127,7 +129,9 @@ PART = Part(
     rounds=2,
     packages=("torch", "timm", "numpy"),
     setting={
-        "base": f"ViT-Ti as in part 3, batch {BATCH} (unlabelled and labelled alike), {DEPTH} blocks, S = last {TAIL} and final norm, "
+        "base": f"ViT-Ti as in part 3, batch {BATCH} (unlabelled and labelled alike), "
+        f"{DEPTH} blocks, "
+        f"S = last {TAIL} and final norm, "
         "two feedbacks",
         "update": "A designer update alone: task, g_down and product; heads are fitted beforehand",
     },

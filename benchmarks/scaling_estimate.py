@@ -1,22 +1,21 @@
-"""python benchmarks/scaling_estimate.py: what docs/scaling.md estimates, by its formulas. Nothing is measured."""
+"""The estimates of docs/scaling.md from their formulas. Nothing is measured."""
 
 from dataclasses import dataclass
 
 FLOAT = 4  # bytes: gradients and parameters travel in float32
-NVLINK, NETWORK = (
-    300e9,
-    50e9,
-)  # assumed bytes/s that a device sends: within a machine of 8, between machines (400 Gb/s each)
-BF16, TF32 = (
-    400e12,
-    200e12,
-)  # assumed FLOP/s that a device sustains: in the learner's step, in a designer update
+# Assumed bytes/s that a device sends: inside a machine of 8, and between machines (400 Gb/s each).
+NVLINK, NETWORK = 300e9, 50e9
+# Assumed FLOP/s that a device sustains: in the learner's step, and in a designer update.
+BF16, TF32 = 400e12, 200e12
 HEAD_STEPS, META_EVERY = 4, 8
 
 
 @dataclass(frozen=True)
 class Model:
-    """Parameters: learner N, of which aligned S and, whole under fsdp as well, others H; designer P; one block. Tokens of a sample."""
+    """Numbers of parameters and of tokens per sample.
+
+    The learner has N, of which S are aligned and H stay whole under fsdp. The designer has P.
+    """
 
     name: str
     learner: float
@@ -38,7 +37,7 @@ LM_7B = Model("7B LM", 6.74e9, 405e6, 131e6, 14.5e6, 202e6, 1024, 0, 256, 0, 16,
 
 
 def sent(model: Model, devices: int) -> tuple[float, float, float]:
-    """Bytes that a device sends: in a plain step, in the reductions of a designer update, in its further gathers of the trunk."""
+    """Bytes that a device sends in a step, in an update's reductions and in its gathers."""
     ring = (devices - 1) / devices
     trunk, teacher = model.learner - model.aligned - model.others, float(model.teacher_tokens > 0)
     reductions = (
@@ -84,12 +83,14 @@ def row(model: Model, devices: int) -> str:
     step_flops, update_flops = flops(model)
     step_s, update_s = step_flops / BF16, update_flops / TF32
     exposed = max(0.0, step / speed - step_s)  # what the plain step cannot hide behind computation
-    # of an update nothing hides behind anything: reductions come after it, and its gathers are counted as if they did
+    # No communication of an update overlaps: reductions follow it, and gathers count likewise.
     overhead = (update_s + (reductions + gathers) / speed) / META_EVERY / (step_s + exposed)
     plain, added = memory(model, devices)
     cells = [
-        model.name, model.parallel, f"{devices:,}", f"{step / 1e9:.2f}", f"{reductions / 1e9:.2f}", f"{gathers / 1e9:.1f}",
-        f"{plain / 2**30:.1f}", f"{added / 2**30:.2f}", f"{1e3 * step_s:.0f}", f"{1e3 * exposed:.0f}", f"{1e3 * update_s:.0f}",
+        model.name, model.parallel, f"{devices:,}", f"{step / 1e9:.2f}", f"{reductions / 1e9:.2f}",
+        f"{gathers / 1e9:.1f}",
+        f"{plain / 2**30:.1f}", f"{added / 2**30:.2f}", f"{1e3 * step_s:.0f}",
+        f"{1e3 * exposed:.0f}", f"{1e3 * update_s:.0f}",
         f"{1e3 * (reductions + gathers) / speed:.0f}", f"{overhead:.0%}",
     ]  # fmt: skip
     return f"| {' | '.join(cells)} |"

@@ -1,10 +1,12 @@
-"""Whether a long run stays as small as it began: memory, open files, threads and child processes of steered training.
+"""Growth of a long steered run in memory, open files, threads and child processes.
 
     python benchmarks/soak.py --seconds 7200 [--workers 2]
 
-Trains DINO on generated rooms with designer updates, probes, first-order measurements and checkpoints, samples the process every --every
-seconds, and fits a line to each figure over the steps after the first fifth, in which caches fill and loaders start.
-Writes benchmarks/results/soak.json and its section of docs/benchmarks.md, anew at every tenth sample: a run cut short keeps what it saw.
+Trains DINO on generated rooms with designer updates, probes, first-order measurements and
+checkpoints. It samples the process every --every seconds and fits a line to each figure after the
+first fifth of the steps, in which caches fill and loaders start. Writes
+benchmarks/results/soak.json and its section of docs/benchmarks.md at every tenth sample, so that a
+run cut short keeps its results.
 """
 
 import argparse
@@ -26,10 +28,14 @@ from metavpt.training.build import build
 from metavpt.training.trainer import Trainer
 
 OPTIONS = [
-    "problem=dino_nyuv2", "strategy=one_step", "strategy.burn_in=0", "strategy.every=4", "trainer.probe_every=200",
-    "trainer.checkpoint_every=50", "trainer.first_order_every=40", "backbone.tail_blocks=1", "backbone.embed_dim=24", "backbone.depth=2",
-    "backbone.num_heads=2", "recipe.global_size=32", "recipe.local_size=16", "problem.batch_size=16", "problem.meta_batch_size=8",
-    "problem.feedback_batch_size=8", "problem.first_head_steps=10", "problem.feature_size=[32,32]", "data.rooms.num_frames=200",
+    "problem=dino_nyuv2", "strategy=one_step", "strategy.burn_in=0", "strategy.every=4",
+    "trainer.probe_every=200",
+    "trainer.checkpoint_every=50", "trainer.first_order_every=40", "backbone.tail_blocks=1",
+    "backbone.embed_dim=24", "backbone.depth=2",
+    "backbone.num_heads=2", "recipe.global_size=32", "recipe.local_size=16",
+    "problem.batch_size=16", "problem.meta_batch_size=8",
+    "problem.feedback_batch_size=8", "problem.first_head_steps=10", "problem.feature_size=[32,32]",
+    "data.rooms.num_frames=200",
     "data.num_train=100", "data.num_meta=40", "budget.steps=null",
 ]  # fmt: skip
 WARM_UP = 0.2  # the share of the samples that caches, allocators and lazy imports may grow in
@@ -48,7 +54,7 @@ TITLES = {
 
 
 class Sample(NamedTuple):
-    """The process after `step` steps: memory in MB with that of its children, and how many of each else."""
+    """The process after `step` steps: memory in MB with that of its children, and counts."""
 
     step: int
     memory: float
@@ -75,7 +81,7 @@ def sample(step: int) -> Sample:
 
 
 def slopes(samples: list[Sample]) -> dict[str, float]:
-    """Growth of each figure in 1,000 steps: the least-squares line through the samples after the warm-up."""
+    """Fit the growth of each figure per 1,000 steps by least squares, after the warm-up."""
     settled = samples[int(WARM_UP * len(samples)) :]
     if len({one.step for one in settled}) < 2:
         raise ValueError("too few samples for a slope; raise --seconds or lower --every")
@@ -88,7 +94,7 @@ def slopes(samples: list[Sample]) -> dict[str, float]:
 
 
 def soak(trainer: Trainer, every: float, seen: Callable[[list[Sample]], None]) -> None:
-    """Run the trainer to the end of its budget, with a sample every `every` seconds, taken between two steps and shown to `seen`."""
+    """Run the trainer, and sample every `every` seconds between two steps for `seen`."""
     samples: list[Sample] = []
     step, due = trainer.step, [time.monotonic()]
 
@@ -104,17 +110,21 @@ def soak(trainer: Trainer, every: float, seen: Callable[[list[Sample]], None]) -
 
 
 def section(report: dict[str, Any]) -> list[str]:
-    """The figures at the beginning and at the end of what the line is fitted to, and what they grow by."""
+    """Return the figures at both ends of the fitted line, and their growth."""
     samples = [Sample(*one) for one in report["samples"]]
     first, last = samples[int(WARM_UP * len(samples))], samples[-1]
     lines = [
         "## Soak: does a long run stay as small as it began?",
         "",
-        f"DINO on generated rooms with a designer update every 4 steps, probes, first-order measurements, a checkpoint every 50 steps and "
-        f"{report['workers']} loading processes a stream: {last.step:,} steps in {report['seconds']:,.0f} seconds, {len(samples)} samples. "
-        f"The slope is that of the least-squares line after the first fifth of the samples, at step {first.step:,}.",
+        "DINO on generated rooms with a designer update every 4 steps, probes, first-order "
+        "measurements, a checkpoint every 50 steps and "
+        f"{report['workers']} loading processes a stream: {last.step:,} steps in "
+        f"{report['seconds']:,.0f} seconds, {len(samples)} samples. "
+        "The slope is that of the least-squares line after the first fifth of the samples, "
+        f"at step {first.step:,}.",
         "",
-        f"{report['cpu']}, {report['threads']} thread, torch {report['torch']}; {report['date']}: `{report['command']}`.",
+        f"{report['cpu']}, {report['threads']} thread, torch {report['torch']}; "
+        f"{report['date']}: `{report['command']}`.",
         "",
         "| | after the first fifth | at the end | in 1,000 steps | limit | |",
         "| --- | --- | --- | --- | --- | --- |",
@@ -122,16 +132,15 @@ def section(report: dict[str, Any]) -> list[str]:
     for name, slope in report["per_1000_steps"].items():
         begun, ended = getattr(first, name), getattr(last, name)
         verdict = "met" if slope < LIMITS[name] else "**not met**"
-        lines.append(
-            f"| {TITLES[name]} | {begun:,.0f} | {ended:,.0f} | {round(slope, 3) + 0.0:+.3f} | {LIMITS[name]:g} | {verdict} |"
-        )
+        growth = f"{round(slope, 3) + 0.0:+.3f} | {LIMITS[name]:g}"
+        lines.append(f"| {TITLES[name]} | {begun:,.0f} | {ended:,.0f} | {growth} | {verdict} |")
     return lines
 
 
 def _memory(pid: int) -> float:
     """MB, a page that forked processes share counted once among them; 0 where it has ended.
 
-    Without the files that it maps: what they count for falls and rises with the other programs that map them.
+    Mapped files are left out: their share changes with the other programs that map them.
     """
     try:
         lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
@@ -157,8 +166,10 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     console, began = Console(), time.monotonic()
     report: dict[str, Any] = {
-        "command": " ".join(["python", "benchmarks/soak.py", *sys.argv[1:]]), "date": time.strftime("%Y-%m-%d"), "cpu": cpu_name(),
-        "torch": torch.__version__, "threads": options.threads, "workers": options.workers, "options": OPTIONS,
+        "command": " ".join(["python", "benchmarks/soak.py", *sys.argv[1:]]),
+        "date": time.strftime("%Y-%m-%d"), "cpu": cpu_name(),
+        "torch": torch.__version__, "threads": options.threads, "workers": options.workers,
+        "options": OPTIONS,
     }  # fmt: skip
 
     def seen(samples: list[Sample]) -> None:

@@ -1,9 +1,10 @@
-"""Throughput and peak memory of whole training, plain and steered, beside a hand-written loop and the floor: `make bench`, part 3.
+"""Throughput and memory of whole training beside a hand-written loop: `make bench`, part 3.
 
     python benchmarks/steady.py [--rounds 2] [--threads 2] [--rows vit/plain vit/one_step_8 ...]
-    python benchmarks/steady.py --print --rounds 1 --rows tiny_vit/plain tiny_vit/hand    a quick look, which writes nothing
+    python benchmarks/steady.py --print --rounds 1 --rows tiny_vit/plain    a quick look
 
-Writes benchmarks/results/steady.json and its section of docs/benchmarks.md. The GPU's rows are measured where there is one.
+Writes benchmarks/results/steady.json and its section of docs/benchmarks.md. Rows of a GPU are
+measured where there is one.
 """
 
 import copy
@@ -160,7 +161,7 @@ class Training:
 
 
 class HandWrittenDINO:
-    """What one would write for this model and data alone: forward, backward, clip, AdamW, EMA, centre."""
+    """A minimal loop for this model and data: forward, backward, clip, AdamW, EMA, centre."""
 
     def __init__(self, setting: Setting) -> None:
         problem: Any = setting.problem()
@@ -273,7 +274,7 @@ TARGETS = [
 
 
 def line(name: str, measured: dict[str, Any], gpu: str | None) -> str:
-    """A row: throughput, seconds, memory, floor and, on a GPU, the share of its peak that a plain step's FLOPs come to."""
+    """Format a row: throughput, seconds, memory, lower bound and, on a GPU, FLOPs utilisation."""
     size, kind = name.split("/")
     row, setting = measured[name], SETTINGS[size]
     if "error" in row:
@@ -286,7 +287,8 @@ def line(name: str, measured: dict[str, Any], gpu: str | None) -> str:
         else None
     )
     busy = "" if share is None else f"{share:.1%}"
-    return f"| {ROWS[name].title} | {speed} | {' | '.join(cells(row, measured.get(f'{size}/plain', {})))} | {over} | {busy} |"
+    ratios = " | ".join(cells(row, measured.get(f"{size}/plain", {})))
+    return f"| {ROWS[name].title} | {speed} | {ratios} | {over} | {busy} |"
 
 
 def over_floor(measured: dict[str, Any], gpu: str | None) -> list[str]:
@@ -296,15 +298,13 @@ def over_floor(measured: dict[str, Any], gpu: str | None) -> list[str]:
         if "floor" in row and name.split("/")[1] in ("plain", *STEERED):
             ratio = row["seconds"] / row["floor"]
             verdict = "met" if ratio <= MAX_OVER_FLOOR else "**not met**"
-            found.append(
-                f"| measured / floor of {ROWS[name].title} <= {MAX_OVER_FLOOR} | {ratio:.2f} | {verdict} |"
-            )
+            bound = f"measured / floor of {ROWS[name].title} <= {MAX_OVER_FLOOR}"
+            found.append(f"| {bound} | {ratio:.2f} | {verdict} |")
         share = flops.utilisation(row["flops"], row["seconds"], gpu) if "flops" in row else None
         if share is not None and name.startswith("vit_b_") and name.endswith("/plain"):
             verdict = "met" if share >= MIN_UTILISATION else "**not met**"
-            found.append(
-                f"| model FLOPs utilisation of {ROWS[name].title} >= {MIN_UTILISATION:.0%} | {share:.1%} | {verdict} |"
-            )
+            title = f"model FLOPs utilisation of {ROWS[name].title}"
+            found.append(f"| {title} >= {MIN_UTILISATION:.0%} | {share:.1%} | {verdict} |")
     return found
 
 
@@ -319,12 +319,16 @@ def section(report: dict[str, Any]) -> list[str]:
     lines += [
         machine(environment) + (f" GPU: {environment['gpu']}." if environment["gpu"] else ""),
         "",
-        f"Every row but the hand-written loop is the shipped trainer. Steps are means over {CYCLE}. Memory on a CPU is the peak resident "
-        "size of the whole process, Python and PyTorch included; on a GPU that of its allocations. The floor is what the forward and "
-        "backward passes that the method cannot avoid take alone, each timed by itself in the process (`metavpt/bench/cost_model.py` counts them); "
+        "Every row but the hand-written loop is the shipped trainer. "
+        f"Steps are means over {CYCLE}. Memory on a CPU is the peak resident "
+        "size of the whole process, Python and PyTorch included; on a GPU that of its allocations. "
+        "The floor is what the forward and "
+        "backward passes that the method cannot avoid take alone, each timed by itself in the "
+        "process (`metavpt/bench/cost_model.py` counts them); "
         "optimizer, EMA, clipping and arithmetic on parameters are above it.",
         "",
-        "| | throughput | seconds | x plain | peak MiB | x plain | floor, s | measured / floor | FLOPs utilisation |",
+        "| | throughput | seconds | x plain | peak MiB | x plain | floor, s | measured / floor "
+        "| FLOPs utilisation |",
         "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     lines += [line(name, measured, environment["gpu"]) for name in measured]
@@ -352,10 +356,13 @@ PART = Part(
     rounds=2,
     packages=("torch", "timm", "transformers"),
     setting={
-        "vision": "DINO with centring, 2 global crops, no local crops; ViT-Ti: 12 blocks of width 192, patch 8, 64x64, head 512-512-128, "
+        "vision": "DINO with centring, 2 global crops, no local crops; ViT-Ti: 12 blocks of "
+        "width 192, patch 8, 64x64, head 512-512-128, "
         "1024 prototypes; S = last 2 blocks and final norm; U-Net mask designer (base 8, depth 2)",
-        "language": "Llama with random weights, S = last 2 layers and final norm; one_step takes the linear product",
-        "batches": "Random pixels and tokens, made beforehand; meta batch and feedback a quarter of a batch each",
+        "language": "Llama with random weights, S = last 2 layers and final norm; "
+        "one_step takes the linear product",
+        "batches": "Random pixels and tokens, made beforehand; "
+        "meta batch and feedback a quarter of a batch each",
     },
     section=section,
 )

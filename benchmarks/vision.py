@@ -1,4 +1,4 @@
-"""The shipped vision problem on random pixels: crops are made beforehand, so nothing of what is measured reads or augments an image."""
+"""The shipped vision problem on random pixels, with crops made beforehand."""
 
 import itertools
 from collections.abc import Iterator
@@ -136,7 +136,7 @@ class WholeNetwork(Vision):
 
 
 class Bench:
-    """What a training loop holds at a designer update: learner, teacher, designer, the optimizer with its moments, batches."""
+    """The state of a training loop at a designer update: models, optimizer moments, batches."""
 
     def __init__(self, problem: Vision) -> None:
         self.problem, shape = problem, problem.shape

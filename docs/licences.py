@@ -1,4 +1,4 @@
-"""Writes the table of dependencies in docs/licences.md from the metadata of what is installed: `python docs/licences.py`."""
+"""Write the table of dependencies in docs/licences.md: `python docs/licences.py`."""
 
 import re
 import tomllib
@@ -25,7 +25,7 @@ def declared() -> dict[str, list[str]]:
 
 
 def licence(name: str) -> tuple[str, str]:
-    """Version and licence as the package states them: its expression, else its classifiers, else the first words of its licence field."""
+    """Return version and licence as the package states them: expression, classifiers or field."""
     about = metadata.metadata(name)
     classifiers = [
         line.split("::")[-1].strip()

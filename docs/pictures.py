@@ -1,7 +1,7 @@
-"""Draws the pictures of the documentation from docs/results: `python docs/pictures.py`; with the name of a browser, the report too.
+"""Draw the pictures of the documentation from docs/results.
 
 python docs/pictures.py             docs/results.svg, the README's picture
-python docs/pictures.py chromium    docs/report.png besides, the top of a report as the browser shows it
+python docs/pictures.py chromium    also docs/report.png, the top of a report in this browser
 """
 
 import sys
@@ -148,7 +148,7 @@ def draw(axes: Axes, panel: Panel) -> None:
 
 
 def results_picture(path: Path) -> None:
-    """Where the answer is known, where the stream is about other things, where the recipe gains nothing, and on real frames."""
+    """Draw the toy, the off-topic stream, the saturated recipe and real frames side by side."""
     with plt.rc_context(STYLE):
         figure, axes = plt.subplots(
             2,

@@ -6,7 +6,7 @@ from metavpt import Problem
 
 
 class ChannelWeights(nn.Module):
-    """The designer: which channels the reconstruction should care about. Starts at the ordinary recipe, all alike."""
+    """The designer: a weight for each channel of the reconstruction, all equal at first."""
 
     def __init__(self, num_channels):
         super().__init__()

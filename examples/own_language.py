@@ -1,9 +1,9 @@
 # %% [markdown]
 # # A language problem of one's own: which tokens are worth predicting
 #
-# A character model reads a stream of which one word in ten is a sum, `3+4=2;`, and the rest is babble. The downstream task is the last
-# digit of sums. The
-# designer weighs the tokens of the pretraining loss by what they are. (For soft targets on real text see `problem=lm_gsm8k`.)
+# A character model reads a stream in which one word in ten is a sum, `3+4=2;`, and the rest is
+# babble. The downstream task is the last digit of sums. The designer weighs the tokens of the
+# pretraining loss. (For soft targets on real text see `problem=lm_gsm8k`.)
 
 # %%
 import random
@@ -22,8 +22,8 @@ CONTEXT = 4
 
 # %% [markdown]
 # ## Data
-# A batch is a context of four characters and the one that follows. Sums are taken modulo five; feedback and test have sums that the
-# other does not.
+# A batch holds contexts of four characters and the next character. Sums are modulo five. Feedback
+# and test contain different sums.
 
 
 # %%
@@ -70,7 +70,7 @@ class Reader(nn.Module):
 
 
 class TokenWeights(nn.Module):
-    """The designer: a weight for each character to be predicted, one on average over a batch. Starts with all alike."""
+    """The designer: a weight for each character to predict, 1 on average and at first."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -126,7 +126,7 @@ class Sums(Problem):
 
 # %% [markdown]
 # ## With and without steering
-# The same weights, data and number of steps. The answers that are measured are not those of the feedback.
+# The same weights, data and number of steps. The measured answers are not those of the feedback.
 
 
 # %%

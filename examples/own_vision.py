@@ -1,9 +1,10 @@
 # %% [markdown]
 # # A vision problem of one's own: which patches are worth reconstructing
 #
-# Images of 16 x 16 pixels hold a faint bar of one of four directions in the top left quarter, and loud clutter everywhere else. An
-# autoencoder with a narrow code
-# spends it on the clutter. The downstream task is the direction of the bar; the designer weighs the 16 patches of the reconstruction loss.
+# Images of 16 x 16 pixels hold a faint bar of one of four directions in the top left quarter, and
+# loud clutter everywhere else. An autoencoder with a narrow code spends the code on the clutter.
+# The downstream task is the direction of the bar. The designer weighs the 16 patches of the
+# reconstruction loss.
 
 # %%
 import tempfile
@@ -19,7 +20,8 @@ SIZE, PATCH, CODE, CLASSES = 16, 4, 6, 4
 
 # %% [markdown]
 # ## Data
-# A batch carries all its randomness: losses are evaluated several times a step and must say the same each time.
+# A batch carries all its randomness: a step evaluates losses several times, always with the same
+# result.
 
 
 # %%
@@ -41,14 +43,13 @@ def draw(batch_size: int, rng: torch.Generator) -> tuple[Tensor, Tensor]:
 
 # %% [markdown]
 # ## The problem
-# Feedback reads the learner through a linear head. `fit_heads` fits it in closed form on one labelled batch, with the learner frozen;
-# the feedback loss is its
-# error on another.
+# Feedback reads the learner through a linear head. `fit_heads` fits it in closed form on one
+# labelled batch, with the learner frozen. The feedback loss is its error on another batch.
 
 
 # %%
 class PatchWeights(nn.Module):
-    """The designer: a weight for each of the 4 x 4 patches, one on average. Starts at the ordinary recipe, all at one."""
+    """The designer: a weight for each of the 4 x 4 patches, 1 on average and at first."""
 
     def __init__(self) -> None:
         super().__init__()

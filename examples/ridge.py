@@ -1,9 +1,9 @@
 # %% [markdown]
 # # Hypergradients alone: the penalties of a ridge regression
 #
-# Learner theta: weights. Designer phi: a log penalty for each of them. Inner loss: training error and penalty; outer: validation error.
-# Everything has a closed
-# form, so each estimator can be held against the truth.
+# Learner theta: weights. Designer phi: a log penalty for each weight. Inner loss: training error
+# and penalty; outer: validation error. Everything has a closed form, so each estimator can be
+# compared with the truth.
 
 # %%
 import torch
@@ -48,7 +48,8 @@ def outer(theta: Params) -> Tensor:
 
 # %% [markdown]
 # ## The closed form
-# theta* = H^-1 X^T y / n with H = X^T X / n + diag(exp(phi)), and dF(theta*)/dphi = -exp(phi) * theta* * (H^-1 g_down).
+# theta* = H^-1 X^T y / n with H = X^T X / n + diag(exp(phi)), and
+# dF(theta*)/dphi = -exp(phi) * theta* * (H^-1 g_down).
 
 
 # %%
@@ -68,8 +69,8 @@ def closed_form(phi: Params) -> Tensor:
 
 # %% [markdown]
 # ## The estimators
-# At the solution `Implicit` is exact, a long unroll tends to it, and a short one is as many terms of Neumann's series. `OneStep` is the
-# first term.
+# At the solution `Implicit` is exact, a long unroll converges to it, and a short one equals as many
+# terms of Neumann's series. `OneStep` is the first term.
 
 # %%
 lr, exact = 0.2, ExactProduct()
@@ -90,7 +91,7 @@ for name, estimate in estimators.items():
 
 # %% [markdown]
 # ## Use it
-# Descend the validation loss in the penalties. Penalties on inputs that say nothing should end higher than those on the others.
+# Descend the validation loss in the penalties. Penalties on irrelevant inputs should end higher.
 
 # %%
 optimizer = torch.optim.Adam([phi["log_penalty"].requires_grad_()], lr=0.1)
@@ -103,6 +104,5 @@ for _ in range(100):
 after = float(outer(solution(phi)).detach())
 penalties = phi["log_penalty"].detach().exp()
 print(f"validation loss {before:.3f} -> {after:.3f}")
-print(
-    f"mean log penalty: useful inputs {penalties[: D // 2].log().mean():.2f}, others {penalties[D // 2 :].log().mean():.2f}"
-)
+useful, others = (part.log().mean() for part in (penalties[: D // 2], penalties[D // 2 :]))
+print(f"mean log penalty: useful inputs {useful:.2f}, others {others:.2f}")
