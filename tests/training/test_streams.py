@@ -90,7 +90,5 @@ def test_a_stream_whose_source_hangs_says_which():
 
     stream = Stream(source, 0, "meta_batches", timeout=0.05)
     assert next(stream) == 1
-    with pytest.raises(
-        MetaVPTError, match=r"meta_batches: no batch came within 0\.05 s.*trainer\.data_timeout"
-    ):
+    with pytest.raises(MetaVPTError, match=r"meta_batches: .*0\.05 s.*trainer\.data_timeout"):
         next(stream)
