@@ -25,7 +25,7 @@ def short(value: float, digits: int = 3) -> str:
 
 
 def with_error(value: float, error: float | None) -> str:
-    """Format as 1.2955 ± 0.0012: the error with two digits, and the value with as many decimals."""
+    """Format as 1.2955 ± 0.0012: two digits of the error, and the value with as many decimals."""
     if not error or not 1e-6 <= error < 1e4:
         return number(value) if error is None else f"{number(value)} ± {number(error)}"
     decimals = max(0, 1 - math.floor(math.log10(error)))

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from typing_extensions import override
 
 from metavpt.hypergradients.curvature import ComposedLoss
 from metavpt.hypergradients.linear_targets import DirectionalDerivative
@@ -22,10 +21,10 @@ class GoalLoss(ComposedLoss):
     targets: Tensor  # (G + 1,)
     cost: Callable[[Tensor], Tensor]
 
-    @override
     def slopes(
         self, theta: Params, w: Params, derivative: DirectionalDerivative, absolute: bool = True
     ) -> Tensor:
+        """Compute the derivative of the costs along w, (G + 1,)."""
         return derivative(lambda theta_s: self.cost(self.outputs(theta_s)), theta, w)
 
 

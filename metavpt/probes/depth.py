@@ -40,8 +40,9 @@ def eigen_crop(height: int, width: int) -> tuple[slice, slice]:
 class DepthMetrics:
     """Depth errors by Eigen's protocol, accumulated over the set in float64.
 
-    Predictions are clipped to [1e-3, max_depth] m. Pixels without a valid truth (see `valid_pixels`) and
-    pixels outside Eigen's crop are dropped. One non-finite prediction makes every metric NaN.
+    Predictions are clipped to [1e-3, max_depth] m. Pixels without a valid truth (see
+    `valid_pixels`) and pixels outside Eigen's crop are dropped. One non-finite prediction makes
+    every metric NaN.
 
     - `rmse`: sqrt(mean (p - t)^2) over all pixels of the set, in metres.
     - `abs_rel`: mean |p - t| / t over all pixels.
@@ -51,7 +52,7 @@ class DepthMetrics:
 
     Args:
         crop: Whether to use Eigen's crop.
-        max_depth: Metres from which on a true depth is not valid.
+        max_depth: The limit of valid depth, in metres.
     """
 
     directions: ClassVar[Directions] = {
@@ -130,7 +131,7 @@ class DepthTask:
 
     Args:
         lr: The peak learning rate of a head trained by gradient steps.
-        max_depth: Metres from which on a true depth is not valid. Predictions end there.
+        max_depth: The limit of valid depth, in metres. Predictions end there.
         crop: Whether metrics use Eigen's crop.
     """
 

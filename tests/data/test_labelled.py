@@ -79,8 +79,10 @@ BIG = np.zeros((SIZE[0] + 1, SIZE[1]), np.uint8)
 @pytest.mark.parametrize(
     ("name", "array", "message"),
     [
-        ("masks/val/004.png", np.full(SIZE, 12, np.uint8), r"004\.png: has the value 12, .*0 to 10.*11"),
-        ("masks/train/001.png", BIG, r"masks/train/001\.png: is 25x32 pixels, but .*001\.png is 24x32"),
+        ("masks/val/004.png", np.full(SIZE, 12, np.uint8),
+            r"004\.png: has the value 12, .*0 to 10.*11"),
+        ("masks/train/001.png", BIG,
+            r"masks/train/001\.png: is 25x32 pixels, but .*001\.png is 24x32"),
         ("masks/train/001.png", np.zeros((*SIZE, 3), np.uint8), r"001\.png: holds colours"),
         ("images/train/000.png", np.zeros((4, 4, 3), np.uint8), r"000\.png: is 4x4 pixels"),
     ],

@@ -1,4 +1,4 @@
-"""A generated data set of the kind of CamVid: 11 classes, 11 for what is ignored, PNG masks of numbers."""
+"""A generated data set like CamVid: 11 classes, 11 for ignored pixels, PNG masks of numbers."""
 
 from pathlib import Path
 
@@ -18,7 +18,7 @@ def save(path: Path, array: np.ndarray) -> None:
 
 
 def generate(index: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Image uint8 (H, W, 3), classes uint8 (H, W), depth float32 (H, W) in metres: blocks that differ in brightness."""
+    """Image uint8 (H, W, 3), classes uint8 (H, W), depth float32 (H, W): blocks of brightness."""
     rng = np.random.default_rng(index)
     blocks = rng.integers(0, NUM_CLASSES + 1, (3, 4))
     mask = blocks.repeat(SIZE[0] // 3, 0).repeat(SIZE[1] // 4, 1).astype(np.uint8)

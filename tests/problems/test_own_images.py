@@ -1,4 +1,4 @@
-"""A user's own labelled images by one command: trained on, probed by class, and refused in one line where they do not fit."""
+"""A user's labelled images by one command: trained on, probed by class, refused in one line."""
 
 import json
 from pathlib import Path
@@ -9,11 +9,16 @@ from helpers.command_process import finish
 from helpers.own_images import camvid, generate, save
 
 SMALL = [
-    "backbone=vit_tiny_dinov3", "backbone.tail_blocks=1", "backbone.embed_dim=24", "backbone.depth=2", "backbone.num_heads=2",
-    "problem.feature_size=[32,48]", "problem.batch_size=4", "problem.meta_batch_size=4", "strategy.every=1", "strategy.burn_in=0",
+    "backbone=vit_tiny_dinov3", "backbone.tail_blocks=1", "backbone.embed_dim=24",
+    "backbone.depth=2", "backbone.num_heads=2",
+    "problem.feature_size=[32,48]", "problem.batch_size=4", "problem.meta_batch_size=4",
+    "strategy.every=1", "strategy.burn_in=0",
     "trainer.first_order_every=0", "budget.steps=2", "device=cpu", "threads=1", "output=run",
 ]  # fmt: skip
-NAMES = ["sky", "building", "pole", "road", "pavement", "tree", "sign", "fence", "car", "walker", "rider"]  # fmt: skip
+NAMES = [
+    "sky", "building", "pole", "road", "pavement", "tree", "sign", "fence", "car", "walker",
+    "rider",
+]  # fmt: skip
 SEGMENTATION = [
     "data=segmentation",
     "data.path=camvid",
