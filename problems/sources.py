@@ -63,9 +63,8 @@ class Sources(Problem, SupportsCandidates, SupportsSelection):
     ) -> None:
         self.learner = nn.Linear(num_inputs, num_outputs, bias=False)
         self.designer = SourceWeights(num_sources)
-        self.maps = torch.randn(
-            num_sources, num_outputs, num_inputs
-        )  # A_s, drawn anew for each seed of the run
+        # A_s, drawn from the seed of the run.
+        self.maps = torch.randn(num_sources, num_outputs, num_inputs)
         self.noise, self.batch_size = noise, batch_size
 
     @override

@@ -77,10 +77,8 @@ class BlockMasks(PatchDesigner):
 
     @override
     def task(self, images: Tensor, logits: Tensor, seed: int, draw: int) -> MaskedImages:
-        sizes, rng = (
-            generator(seed, -1),
-            generator(seed, draw),
-        )  # all draws of a batch have blocks of one size
+        # All draws of a batch have blocks of one size.
+        sizes, rng = generator(seed, -1), generator(seed, draw)
         target_size = block_size(self.grid, self.target_scale, self.target_aspect, sizes)
         context_size = block_size(self.grid, self.context_scale, (1.0, 1.0), sizes)
         candidates = random_blocks(

@@ -13,10 +13,8 @@ from metavpt.profiling.timers import phase
 
 Range = tuple[float, float]
 
-ASPECT_RATIO = (
-    3 / 4,
-    4 / 3,
-)  # width / height of a crop, log-uniform, as everywhere since Inception
+# Width / height of a crop, log-uniform, as usual since Inception.
+ASPECT_RATIO = (3 / 4, 4 / 3)
 
 
 class RandomCrop(nn.Module):
@@ -173,10 +171,8 @@ def draw_crop(
     ratio = uniform(
         (batch_size, 10), (math.log(ASPECT_RATIO[0]), math.log(ASPECT_RATIO[1])), rng
     ).exp()
-    crop_w, crop_h = (
-        (area * ratio).sqrt() / width,
-        (area / ratio).sqrt() / height,
-    )  # shares of the image's sides
+    # Shares of the image's sides.
+    crop_w, crop_h = (area * ratio).sqrt() / width, (area / ratio).sqrt() / height
     fits = (crop_w <= 1) & (crop_h <= 1)
     fits[:, -1] = True
     chosen = fits.byte().argmax(dim=1, keepdim=True)  # argmax gives the first

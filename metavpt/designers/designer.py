@@ -30,9 +30,8 @@ class Designer(nn.Module, ABC):
     def random_tasks(self, batch: Any, num_tasks: int) -> list[Views]:
         """Draw random tasks from this designer's space, by the batch's seed."""
         views = self.recipe_task(batch)
-        rng = Generator().manual_seed(
-            batch.seed ^ 0x6D61736B
-        )  # not the numbers that placed the crops
+        # Not the random numbers that placed the crops.
+        rng = Generator().manual_seed(batch.seed ^ 0x6D61736B)
         return [self.randomize(views, batch, rng) for _ in range(num_tasks)]
 
     @abstractmethod

@@ -46,12 +46,10 @@ class FeatureNetwork(FeatureDesigner):
     def forward(self, batch: Any) -> FeatureTask:
         """Make the task, with the network's parameters in it."""
         phi: Params = dict(self.network.named_parameters())
-        if (
-            not torch.is_grad_enabled()
-        ):  # handed on as they are, parameters would ask the learner's loss for gradients
-            phi = {
-                name: p.detach().clone() for name, p in phi.items()
-            }  # and the task would follow later steps of phi
+        if not torch.is_grad_enabled():
+            # The parameters themselves would require a gradient in the learner's loss, and the task
+            # would follow later steps of phi.
+            phi = {name: p.detach().clone() for name, p in phi.items()}
         return self.recipe_task(batch)._replace(phi=phi)
 
     @override

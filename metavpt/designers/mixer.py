@@ -87,9 +87,8 @@ class MixDesigner(Designer):
         """Return the weights, (T, B)."""
         recipe = self._recipe(logits)
         mix = recipe * (logits - logits.detach().amax(dim=0)).exp()
-        return mix * (
-            recipe.sum(dim=0) / mix.sum(dim=0)
-        )  # both sums by one kernel: for l = 0 their ratio is exactly 1
+        # Both sums use one kernel, so that their ratio is exactly 1 for l = 0.
+        return mix * (recipe.sum(dim=0) / mix.sum(dim=0))
 
     def _recipe(self, like: Tensor) -> Tensor:
         """Return the recipe's weights for each image, (T, B)."""

@@ -136,9 +136,8 @@ class PatchScores(nn.Module):
         super().__init__()
         self.embed = nn.Conv2d(3, width, patch_size, stride=patch_size)
         self.mix = nn.Conv2d(width, width, kernel_size=3, padding=1)
-        self.out = nn.Conv2d(
-            width, 1, kernel_size=1, bias=False
-        )  # the same for all patches, a bias would change nothing
+        # A bias, equal for all patches, would change nothing.
+        self.out = nn.Conv2d(width, 1, kernel_size=1, bias=False)
         nn.init.zeros_(self.out.weight)
 
     def forward(self, images: Tensor) -> Tensor:

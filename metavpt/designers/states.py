@@ -90,12 +90,10 @@ class StateDesigner(nn.Module):
     def forward(self, batch: TokenBatch) -> TargetTask:
         """Make the task of a batch."""
         phi: Params = dict(self.named_parameters())
-        if (
-            not torch.is_grad_enabled()
-        ):  # handed on as they are, parameters would still ask the learner's loss for gradients
-            phi = {
-                name: p.detach().clone() for name, p in phi.items()
-            }  # and the task would follow later steps of phi
+        if not torch.is_grad_enabled():
+            # The parameters themselves would require a gradient in the learner's loss, and the task
+            # would follow later steps of phi.
+            phi = {name: p.detach().clone() for name, p in phi.items()}
         return TargetTask(batch, MovedStates(phi, self.num_candidates, self.gate))
 
     def recipe_task(self, batch: TokenBatch) -> TargetTask:

@@ -69,9 +69,8 @@ class TargetDesigner(nn.Module):
         )
         excess = (logits - 1.0).relu() + (-logits).relu()
         table, residual = self.body.trunk.embed_tokens.weight, self.residual
-        if (
-            not torch.is_grad_enabled()
-        ):  # handed on as they are, parameters would still ask the learner's loss for gradients
+        if not torch.is_grad_enabled():
+            # The parameters themselves would require a gradient in the learner's loss.
             table, residual = table.detach(), residual.detach()
         return TargetTask(
             batch,

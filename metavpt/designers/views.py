@@ -323,9 +323,8 @@ class MultiCrop(nn.Module):
         return views
 
     def _gaussian_blur(self, views: Tensor, sigma: Tensor) -> Tensor:
-        radius = min(
-            math.ceil(3 * self.blur_sigma[1]), views.shape[-1] - 1
-        )  # reflection reaches no further than the view
+        # Reflection reaches no further than the view.
+        radius = min(math.ceil(3 * self.blur_sigma[1]), views.shape[-1] - 1)
         return (
             gaussian_blur2d(views, (2 * radius + 1, 2 * radius + 1), sigma[:, None].expand(-1, 2))
             if radius
@@ -400,6 +399,5 @@ def to_float(images: Tensor) -> Tensor:
         raise MetaVPTError(
             f"MultiCrop: images must be uint8, or float in [0, 1], got {images.dtype}"
         )
-    return (
-        images if images.dtype == torch.float64 else images.float()
-    )  # half cannot hold the coordinates of a crop
+    # Half precision cannot hold the coordinates of a crop.
+    return images if images.dtype == torch.float64 else images.float()

@@ -24,9 +24,8 @@ PARTS = {
     "teacher": ("teacher", ("learner.backbone.", "learner.")),
 }
 FORMATS = {"timm": ("timm",), "transformers": ("transformers",), "both": ("timm", "transformers")}
-TIMM_NAMES = {
-    "vit_tiny_dinov3": "vit_small_patch16_dinov3"
-}  # the architecture in timm of which a model of our own is another size
+# Our own model -> the timm architecture that it is another size of.
+TIMM_NAMES = {"vit_tiny_dinov3": "vit_small_patch16_dinov3"}
 NOT_TIMM = ("_target_", "name", "tail_blocks", "pretrained", "weights", "frozen_blocks")
 TOLERANCE = (
     1e-4  # of the largest feature: other kernels round differently, another model is far off
@@ -121,9 +120,8 @@ def _save_timm(backbone: Backbone, config: DictConfig, folder: Path) -> Usage:
     }
     model = timm.create_model(TIMM_NAMES.get(name, name), num_classes=0, **arguments)
     model.load_state_dict(timm_state_dict(backbone))
-    ours = {
-        "pretrained_cfg": {"tag": "metavpt"}
-    }  # not the release that timm knows the architecture by
+    # Not the release that timm associates with the architecture.
+    ours = {"pretrained_cfg": {"tag": "metavpt"}}
     save_for_hf(
         model, str(folder), model_config=ours, model_args=arguments, safe_serialization=True
     )

@@ -47,9 +47,8 @@ def export(
 
 def _write(run: Path, config: DictConfig, folder: Path, part: Part, format: str) -> Description:
     if config.get("learner"):
-        from metavpt.export.language_model import (
-            export_language_model,
-        )  # needs the extra `language`, as the run did
+        # Needs the extra `language`, as the run did.
+        from metavpt.export.language_model import export_language_model
 
         return export_language_model(run, config, folder, part, format)
     return export_backbone(run, config, folder, part, format)

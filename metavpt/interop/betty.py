@@ -59,10 +59,8 @@ class Betty(ABC):
         )
         (inner,) = inner_losses
         feedback_loss, g_down = downstream(outer_loss, theta)
-        theta, phi = (
-            params.leaves(params.clone(theta)),
-            params.leaves(phi),
-        )  # a clone, for Betty moves theta in place
+        # A clone, since Betty changes theta in place.
+        theta, phi = params.leaves(params.clone(theta)), params.leaves(phi)
         # Betty keeps <w, g_pre> to itself. It is the derivative by a factor on the loss, which
         # rides along with phi.
         factor = torch.ones_like(

@@ -126,9 +126,8 @@ def _original(backbone: Backbone) -> Params:
     names, state = {}, timm_state_dict(backbone)
     block, width = _first_block(backbone), backbone.width
     if backbone.trunk.rope is not None:
-        state["mask_token"] = torch.zeros(
-            1, 1, width
-        )  # a part of the model that features do not depend on
+        # Features do not depend on it.
+        state["mask_token"] = torch.zeros(1, 1, width)
         names |= {"reg_token": "storage_tokens", "gamma_1": "ls1.gamma", "gamma_2": "ls2.gamma"}
         for key in [key for key in state if key.endswith("q_bias")]:
             query, value = state.pop(key), state.pop(key.replace("q_bias", "v_bias"))
@@ -136,9 +135,8 @@ def _original(backbone: Backbone) -> Params:
             state |= {f"{attention}q.bias": query, f"{attention}v.bias": value}
     elif "reg_token" in state:
         names["reg_token"] = "register_tokens"
-        state["pos_embed"] = F.pad(
-            state["pos_embed"], (0, 0, 1, 0)
-        )  # in timm's model the cls token has no position
+        # In timm's model the cls token has no position.
+        state["pos_embed"] = F.pad(state["pos_embed"], (0, 0, 1, 0))
     if isinstance(block.mlp, SwiGLU | GluMlp):
         names |= {
             "mlp.fc1_g": "mlp.w1",

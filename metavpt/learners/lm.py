@@ -26,9 +26,8 @@ class Hidden(NamedTuple):
 
     states: Tensor  # (B, T, D)
     rope: tuple[Tensor, Tensor]  # cosine and sine of the rotary positions, (B, T, D / heads) each
-    mask: (
-        Tensor | None
-    )  # (B, 1, T, T), True where the row's token sees the column's; None: all earlier ones
+    # (B, 1, T, T), True where the row's token sees the column's. None: all earlier tokens.
+    mask: Tensor | None
 
     def detach(self) -> "Hidden":
         """Return the same without a graph."""

@@ -63,9 +63,8 @@ class Predictor(nn.Module):
         )
         seen = self.embed(tokens) + positions[visible]  # (B, K, W)
         asked = self.mask_token + positions[targets]  # (B, M, T, W)
-        x = torch.cat([seen[:, None].expand(-1, num_groups, -1, -1), asked], dim=2).flatten(
-            0, 1
-        )  # (B M, K + T, W)
+        x = torch.cat([seen[:, None].expand(-1, num_groups, -1, -1), asked], dim=2)
+        x = x.flatten(0, 1)  # (B M, K + T, W)
         return self.out(self.norm(self.blocks(x)[:, -num_asked:])).unflatten(0, (-1, num_groups))
 
 

@@ -81,10 +81,8 @@ def pretrained_language_model(
         source, gguf_file = path.parent, path.name
     disable_progress_bar()
     file = Path(source) / gguf_file if gguf_file else Path(source)
-    options: dict[str, Any] = {
-        "gguf_file": gguf_file,
-        "trust_remote_code": False,
-    }  # None would ask on the terminal, and wait
+    # trust_remote_code=None would ask on the terminal and wait.
+    options: dict[str, Any] = {"gguf_file": gguf_file, "trust_remote_code": False}
     try:
         config = AutoConfig.from_pretrained(str(source), **options)
         _check_size(config, file)
@@ -96,9 +94,8 @@ def pretrained_language_model(
         }
         loaded: Any = AutoModelForCausalLM.from_pretrained(str(source), **options)
         model, info = loaded
-        if missing := sorted(
-            info["missing_keys"]
-        ):  # transformers says so on the terminal, and draws them at random
+        # transformers prints them and draws them at random.
+        if missing := sorted(info["missing_keys"]):
             raise MetaVPTError(
                 f"{file}: has no weights for {', '.join(missing[:3])}, {len(missing)} in all, "
                 "which its configuration asks for"

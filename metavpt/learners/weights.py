@@ -254,9 +254,8 @@ def _read_file(file: Path) -> Any:
             return load_file(file)
         if _is_zip(file):
             check_stored(file)
-        with torch.serialization.safe_globals(
-            [argparse.Namespace]
-        ):  # MAE's releases hold their options beside the weights
+        # MAE's releases hold their options beside the weights.
+        with torch.serialization.safe_globals([argparse.Namespace]):
             return torch.load(file, map_location="cpu", weights_only=True)
     except (
         SafetensorError,

@@ -36,9 +36,8 @@ def dino_loss(
         MetaVPTError: Shapes do not fit, or no pair is left.
     """
     _check_views(student_logits, teacher_probs, reduction)
-    log_probs = F.log_softmax(
-        _at_least_float32(torch.stack(list(student_logits))) / temperature, dim=-1
-    )  # (V, B, K)
+    logits = _at_least_float32(torch.stack(list(student_logits)))  # (V, B, K)
+    log_probs = F.log_softmax(logits / temperature, dim=-1)
     cross_entropy = -torch.einsum("gbk,vbk->gvb", teacher_probs.to(log_probs.dtype), log_probs)
     num_globals, num_views = cross_entropy.shape[:2]
     same_view = torch.eye(num_globals, num_views, dtype=torch.bool, device=log_probs.device)
@@ -70,9 +69,8 @@ def sinkhorn_probs(logits: Tensor, temperature: float, num_iters: int = 3) -> Te
         temperature: Of the teacher.
         num_iters: Normalisations of prototypes and samples.
     """
-    log_q = (
-        _at_least_float32(logits).flatten(0, -2) / temperature
-    )  # in logs: exp of sharp logits overflows
+    # In logs, since exp of sharp logits overflows.
+    log_q = _at_least_float32(logits).flatten(0, -2) / temperature
     for _ in range(num_iters):
         log_q = log_q - collectives.logsumexp(log_q)
         log_q = log_q - log_q.logsumexp(dim=1, keepdim=True)

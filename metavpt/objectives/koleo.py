@@ -30,9 +30,8 @@ def koleo_loss(
             f"koleo_loss: features must be (B, D) with at least 2 rows, got {tuple(features.shape)}"
         )
     x = F.normalize(features if features.dtype.itemsize >= 4 else features.float(), dim=-1)
-    similarity = (
-        (x @ x.T).detach().fill_diagonal_(-2.0)
-    )  # below any cosine: nobody is its own neighbour
+    # -2 is below any cosine, so that no sample is its own neighbour.
+    similarity = (x @ x.T).detach().fill_diagonal_(-2.0)
     nearest = x[similarity.argmax(dim=1)]
     per_image = -0.5 * ((x - nearest).square().sum(dim=-1) + eps**2).log()
     return per_image.mean() if reduction == "mean" else per_image

@@ -40,9 +40,8 @@ def select_candidates(log_probs: Tensor, tokens: Tensor, num_candidates: int) ->
     if num_candidates == 1:  # plain next-token prediction searches for none
         return tokens[:, None]
     true, top = tokens[:, None], log_probs.topk(num_candidates, dim=1).indices
-    others = torch.where(
-        top == true, top[:, -1:], top
-    )  # without a copy of log_probs to strike the true token out of
+    # Removes the true token without a copy of log_probs.
+    others = torch.where(top == true, top[:, -1:], top)
     return torch.cat([true, others[:, :-1]], dim=1)
 
 
@@ -212,9 +211,8 @@ def candidate_scores(vectors: Tensor, table: Tensor, candidates: Tensor) -> Tens
 
 
 def _gathered_dot(vectors: Tensor, table: Tensor, candidates: Tensor) -> Tensor:
-    if 8 * candidates.shape[1] > len(
-        table
-    ):  # a matrix product with the whole table is cheaper than so many gathered rows
+    # A matrix product with the whole table is cheaper than many gathered rows.
+    if 8 * candidates.shape[1] > len(table):
         return (vectors @ table.T).gather(1, candidates)
     return (F.embedding(candidates, table) @ vectors[:, :, None]).squeeze(2)
 
@@ -263,9 +261,8 @@ class _SoftCrossEntropy(torch.autograd.Function):
         for rows, log_probs in _chunks(states, unembedding):
             candidates, q = choose(log_probs, rows)
             picked = log_probs.gather(1, candidates)
-            losses.append(
-                -(q * picked).sum(dim=1).sum()
-            )  # tokens are added in one order, however many candidates they have
+            # Adds tokens in one order, for any number of candidates.
+            losses.append(-(q * picked).sum(dim=1).sum())
             kept.append((candidates, q, picked))
             if by_states is None and by_unembedding is None:
                 continue

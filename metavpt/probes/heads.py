@@ -221,16 +221,9 @@ class LinearBN:
         kernel = 0.01 * torch.randn(task.num_outputs, width, generator=generator).to(device)
         bias = torch.zeros(task.num_outputs, device=device)
         gain, shift = torch.ones(width, device=device), torch.zeros(width, device=device)
-        mean, variance = (
-            torch.zeros(width, device=device),
-            torch.ones(width, device=device),
-        )  # running moments of the batch norm
-        weights = [
-            kernel.requires_grad_(),
-            bias.requires_grad_(),
-            gain.requires_grad_(),
-            shift.requires_grad_(),
-        ]
+        # Running moments of the batch norm.
+        mean, variance = torch.zeros(width, device=device), torch.ones(width, device=device)
+        weights = [part.requires_grad_() for part in (kernel, bias, gain, shift)]
         optimizer = torch.optim.AdamW(weights, lr=task.lr, weight_decay=self.weight_decay)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, self._lr_factor)
         size = (train.depth.shape[1], train.depth.shape[2])

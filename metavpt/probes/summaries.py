@@ -12,9 +12,8 @@ from metavpt.distributed import collectives
 from metavpt.errors import MetaVPTError, NonFiniteError
 from metavpt.learners.vit import Features
 
-Describe = Callable[
-    [Tensor], Features
-]  # images uint8 (B, 3, H, W) of any size -> cls (B, D), patches (B, D, h, w)
+# Images uint8 (B, 3, H, W) of any size -> cls (B, D), patches (B, D, h, w).
+Describe = Callable[[Tensor], Features]
 Pool = Literal["mean", "cls"]
 
 
