@@ -13,15 +13,23 @@ from torch import Tensor
 
 from metavpt.errors import MetaVPTError
 from metavpt.hypergradients import params
-from metavpt.hypergradients.optimizer_updates import Update, first_order_value
+from metavpt.hypergradients.optimizer_updates import Update, first_order_value, step_length
 from metavpt.hypergradients.params import Params
 
 
 class Aim(NamedTuple):
-    """`w` to take the product along, and the value V where it is not simply <w, g_pre>."""
+    """Where to take the product, and what the value is relative to.
+
+    Attributes:
+        w: The direction of the product.
+        value: V. None: V = <w, g_pre>.
+        unit: |g_down| times the length of the step that V is the drop in, see `Hypergradient`.
+            None: the step is g_pre, so |w| |g_pre|.
+    """
 
     w: Params
     value: Tensor | None = None
+    unit: float | None = None
 
 
 class Direction(Protocol):
@@ -61,15 +69,16 @@ class Cosine:
         down = params.scale(g_down, 1 / params.norm(g_down).clamp_min(tiny))
         size = params.norm(g_pre).clamp_min(tiny)
         cosine = params.dot(down, g_pre) / size
-        return Aim(params.scale(params.add(down, g_pre, alpha=-cosine / size), 1 / size), cosine)
+        w = params.scale(params.add(down, g_pre, alpha=-cosine / size), 1 / size)
+        return Aim(w, cosine, unit=1.0)
 
 
 @dataclass(frozen=True)
 class AdamAware:
     """V = <g_down, theta - theta'> for the step theta -> theta' that the learner's own optimizer takes on g_pre; w = dV/dg_pre.
 
-    The first-order value under Adam's moments and weight decay, which V-Pretraining leaves to the plain inner product. Gradient clipping is
-    not part of it.
+    The first-order value under Adam's moments, weight decay and gradient clipping, which
+    V-Pretraining leaves to the plain inner product.
     """
 
     needs_g_pre = True
@@ -80,7 +89,11 @@ class AdamAware:
             raise MetaVPTError(
                 "AdamAware: needs the pretraining gradient and the learner's optimizer; pass it to the estimator as update="
             )
-        return Aim(*first_order_value(update, g_pre, g_down))
+        w, value = first_order_value(update, g_pre, g_down)
+        with torch.no_grad():
+            after, _ = update.rule.step(update.theta, update.state, g_pre)
+        length = step_length(after, *update, num_steps=1, g_down=g_down)
+        return Aim(w, value, unit=float(params.norm(g_down)) * length)
 
 
 class Rescaled(ABC):

@@ -11,7 +11,7 @@ Every estimator is a sum of one product, d<w, dL_pre/dtheta>/dphi, with a detach
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import reduce
 from typing import Protocol
 
@@ -30,7 +30,7 @@ from metavpt.hypergradients.mixed_products import (
     Product,
     value_and_gradient,
 )
-from metavpt.hypergradients.optimizer_updates import Update, vjp
+from metavpt.hypergradients.optimizer_updates import Update, step_length, vjp
 from metavpt.hypergradients.params import Params
 from metavpt.hypergradients.trajectory import Trajectory, Unroll
 from metavpt.profiling.timers import phase
@@ -41,12 +41,23 @@ OuterLoss = Callable[[Params], Tensor]
 
 @dataclass(frozen=True)
 class Hypergradient:
-    """`by_phi`, shaped like phi, is the gradient for the designer's optimizer to descend.
+    """The gradient for the designer's optimizer to descend, and what was measured on the way.
 
-    value         V, the drop of the feedback loss that the estimator expects, per unit of `step_size`
-    grad_evals    how many gradients of a loss by theta it took; a run's budget counts passes as they run
-    diagnostics   scalars worth logging: feedback loss, norms, residuals
-    solution      the solution of an implicit solve, to start the next one from; None where it is no better than none
+    Estimators differ in the step that they value, and some carry its learning rate. `relative`
+    brings all of them to one unit: V / (|g_down| |step|), the drop of the feedback loss as a share
+    of the drop that a step of this length could bring to first order. See docs/estimators.md.
+
+    Attributes:
+        by_phi: The gradient, shaped like phi: minus the derivative of V.
+        value: V, the drop of the feedback loss that the estimator expects, per unit of `step_size`.
+        grad_evals: How many gradients of a loss by theta it took; a run's budget counts passes as
+            they run.
+        diagnostics: Scalars worth logging: feedback loss, norms, residuals.
+        solution: The solution of an implicit solve, to start the next one from. None where it is no
+            better than none.
+        unit: |g_down| |step|.
+        per_gradient: Whether `unit` lacks the factor |g_pre|: the step is the pretraining gradient,
+            whose norm the estimator does not know.
     """
 
     by_phi: Params
@@ -54,6 +65,24 @@ class Hypergradient:
     grad_evals: int
     diagnostics: dict[str, float] = field(default_factory=dict)
     solution: Params | None = None
+    unit: float = 1.0
+    per_gradient: bool = False
+
+    def relative(self, gradient_norm: Callable[[], float]) -> "Hypergradient":
+        """Return the same in the common unit; zero where the step has no length.
+
+        Args:
+            gradient_norm: Returns |g_pre|, where `per_gradient`.
+        """
+        unit = self.unit * (gradient_norm() if self.per_gradient else 1.0)
+        factor = 1 / unit if unit > 0 else 0.0
+        return replace(
+            self,
+            by_phi=params.scale(self.by_phi, factor),
+            value=self.value * factor,
+            unit=1.0,
+            per_gradient=False,
+        )
 
 
 class Estimator(Protocol):
@@ -113,15 +142,18 @@ class OneStep(ChecksLosses):
         self.check_once(inner_losses, outer_loss, theta, phi)
         theta, phi = params.leaves(theta), params.leaves(phi)
         feedback_loss, g_down = downstream(outer_loss, theta)
-        total, total_value, grad_evals = params.zeros_like(phi), 0.0, 1
+        total, total_value, total_unit, grad_evals = params.zeros_like(phi), 0.0, 0.0, 1
+        per_gradient = False
         for inner in inner_losses:
             with torch.enable_grad():
                 loss = inner(phi)
             g_pre = value_and_gradient(loss, theta)[1] if self.direction.needs_g_pre else None
-            w, value = self.direction(g_down, g_pre, update)
+            w, value, unit = self.direction(g_down, g_pre, update)
             (by_phi,), inner_product = self.product(loss, theta, w, (phi,))
             total = params.add(total, by_phi)
             total_value += float(inner_product if value is None else value)
+            per_gradient = unit is None
+            total_unit += float(params.norm(w)) if unit is None else unit
             grad_evals += self.product.num_gradients + self.direction.needs_g_pre
         count = len(inner_losses)
         diagnostics = {"feedback_loss": feedback_loss, "g_down_norm": float(params.norm(g_down))}
@@ -131,6 +163,8 @@ class OneStep(ChecksLosses):
                 total_value / count,
                 grad_evals,
                 diagnostics,
+                unit=total_unit / count,
+                per_gradient=per_gradient,
             )
         )
 
@@ -197,7 +231,13 @@ class Implicit(ChecksLosses):
         useful = solution.x if solution.residual < 1 else None
         return finite(
             Hypergradient(
-                params.scale(total, -1 / count), value / count, grad_evals, diagnostics, useful
+                params.scale(total, -1 / count),
+                value / count,
+                grad_evals,
+                diagnostics,
+                useful,
+                unit=float(params.norm(solution.x)),
+                per_gradient=True,
             )
         )
 
@@ -231,7 +271,8 @@ class Unrolled(ChecksLosses, Unroll):
     """dL_down(theta_K(phi))/dphi through K = `num_steps` steps of the learner's optimizer, one unlabelled batch each.
 
     The discrete adjoint, replayed backwards one step at a time: with (theta', moments') = U(theta, moments, g) and cotangents of the
-    left side, w is U's pullback to g, and d<w, g_k>/d(theta, phi) carries it through the gradient. Exact for SGD, Adam and AdamW.
+    left side, w is U's pullback to g, and d<w, g_k>/d(theta, phi) carries it through the gradient. Exact for SGD, Adam and AdamW, and through
+    the clipping of the gradient.
 
     offload       whether what is kept of the steps waits in the CPU's memory
     kept_graphs   of how many last steps the graph to phi is kept rather than made again on the way back: time for memory
@@ -279,6 +320,10 @@ class Unrolled(ChecksLosses, Unroll):
             kept += [loss] * keep
         feedback_loss, ct_theta = downstream(outer_loss, trajectory.theta)
         diagnostics = {"feedback_loss": before, "g_down_norm": float(params.norm(ct_theta))}
+        length = step_length(
+            trajectory.theta, rule, params.detach(theta), state, self.num_steps, ct_theta
+        )
+        unit = diagnostics["g_down_norm"] * length
 
         total, ct_moments = params.zeros_like(phi), None
         for k, (theta_k, state_k, gradient) in zip(
@@ -296,7 +341,9 @@ class Unrolled(ChecksLosses, Unroll):
             if by_theta:
                 ct_theta, ct_moments = params.add(pulled.theta, by_theta[0]), pulled.moments
         grad_evals = 1 + self.num_steps * (1 + self.product.num_gradients)
-        return finite(Hypergradient(total, before - feedback_loss, grad_evals, diagnostics))
+        return finite(
+            Hypergradient(total, before - feedback_loss, grad_evals, diagnostics, unit=unit)
+        )
 
 
 @phase("g_down")

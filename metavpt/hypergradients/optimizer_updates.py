@@ -285,6 +285,30 @@ def first_order_value(update: Update, grad: Params, g_down: Params) -> tuple[Par
     return rule.clip_vjp(grad, w), torch.stack(values).sum()
 
 
+def step_length(
+    after: Params, rule: Rule, theta: Params, state: State, num_steps: int, g_down: Params
+) -> float:
+    """Measure how far gradients have moved theta, on the parameters that the feedback reaches.
+
+    What momentum and weight decay would have done without a gradient is no part of it. For one
+    step of SGD it is lr |grad|, with momentum too.
+
+    Args:
+        after: theta after `num_steps` steps of `rule` from (`theta`, `state`).
+        rule: The learner's.
+        theta: Where the steps began.
+        state: The optimizer's state there.
+        num_steps: How many steps were taken.
+        g_down: The feedback gradient. Parameters on which it is zero do not count.
+    """
+    zeros = params.zeros_like(theta)
+    with torch.no_grad():
+        for _ in range(num_steps):
+            theta, state = rule.step(theta, state, zeros)
+        moved = {name: after[name] - theta[name] for name, g in g_down.items() if g.any()}
+    return float(params.norm(moved)) if moved else 0.0
+
+
 def from_torch(
     optimizer: torch.optim.Optimizer, theta: Params, max_norm: float | None = None
 ) -> Update:

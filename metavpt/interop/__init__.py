@@ -9,7 +9,7 @@ from types import ModuleType
 from metavpt.errors import MetaVPTError
 from metavpt.hypergradients import params
 from metavpt.hypergradients.estimators import Hypergradient, OuterLoss, finite
-from metavpt.hypergradients.mixed_products import differentiate
+from metavpt.hypergradients.mixed_products import differentiate, value_and_gradient
 from metavpt.hypergradients.params import Params
 
 
@@ -34,13 +34,15 @@ def backpropagated(
 ) -> Hypergradient:
     """Return d L_down(after)/dphi; `after` holds the graph of `num_steps` steps from `before`."""
     start = float(outer_loss(params.detach(before)).detach())
-    feedback_loss = outer_loss(after)
-    (by_phi,) = differentiate(feedback_loss, (phi,))
+    feedback_loss, g_down = value_and_gradient(outer_loss, after)
+    (by_phi,) = differentiate(params.dot(g_down, after), (phi,))
+    moved = params.add(params.detach(after), params.detach(before), alpha=-1.0)
     return finite(
         Hypergradient(
             by_phi,
-            start - float(feedback_loss.detach()),
+            start - float(feedback_loss),
             1 + 2 * num_steps,
             {"feedback_loss": start},
+            unit=float(params.norm(g_down) * params.norm(moved)),
         )
     )

@@ -82,6 +82,8 @@ class Betty(ABC):
                 -float(minus_value),
                 1 + self.grad_evals,
                 diagnostics,
+                unit=diagnostics["g_down_norm"],  # that of Darts; Betty keeps other w to itself
+                per_gradient=True,
             )
         )
 

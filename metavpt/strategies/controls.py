@@ -153,11 +153,11 @@ class Adversarial:
         try:
             if not params.is_finite(by_phi):
                 raise NonFiniteError("the gradient of the pretraining loss is not finite")
-            regularizer = self.designer.step(problem, by_phi, batch)
+            taken = self.designer.step(problem, by_phi, batch)
         except NonFiniteError:
             self.num_skipped += 1
             return {"skipped_updates": float(self.num_skipped)}
-        return {"value": float(loss.detach()), "regularizer": regularizer}
+        return {"value": float(loss.detach()), **taken}
 
     def state_dict(self) -> dict[str, Any]:
         """Return the designer's optimizer and the count of skipped updates."""

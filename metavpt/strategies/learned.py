@@ -21,8 +21,8 @@ from metavpt.hypergradients.estimators import (
     OuterLoss,
     downstream,
 )
-from metavpt.hypergradients.mixed_products import Loss, reached
-from metavpt.hypergradients.optimizer_updates import Update, from_torch
+from metavpt.hypergradients.mixed_products import Loss, reached, value_and_gradient
+from metavpt.hypergradients.optimizer_updates import Update, from_torch, last_grad_norm
 from metavpt.hypergradients.params import Params
 from metavpt.problem import Problem, aligned_names, supports
 from metavpt.profiling.passes import uncounted
@@ -130,7 +130,11 @@ class Learned:
             return {"unsolved_updates": float(self.num_unsolved)}
 
     def estimate(self, state: TrainState) -> tuple[Hypergradient, Any]:
-        """Estimate the hypergradient on fresh batches; return it and an unlabelled one of them."""
+        """Estimate the hypergradient on fresh batches, in the common unit of all estimators.
+
+        Returns:
+            The hypergradient, see `Hypergradient.relative`, and one of the unlabelled batches.
+        """
         with state.budget.timed("data"):
             unlabelled = [next(state.streams.meta) for _ in range(self.estimator.num_batches)]
             labelled = next(state.streams.feedback)
@@ -147,13 +151,9 @@ class Learned:
         self, state: TrainState, hypergradient: Hypergradient, batch: Any
     ) -> dict[str, float]:
         """Take one step of the designer's optimizer, and return the record of the update."""
-        regularizer = self.designer.step(state.problem, hypergradient.by_phi, batch)
+        taken = self.designer.step(state.problem, hypergradient.by_phi, batch)
         self.period.num_updates += 1
-        return {
-            "value": hypergradient.value,
-            "regularizer": regularizer,
-            **hypergradient.diagnostics,
-        }
+        return {"value": hypergradient.value, **taken, **hypergradient.diagnostics}
 
     @phase("product")
     def _estimate(
@@ -171,8 +171,16 @@ class Learned:
                 problem, feedback.theta, aligned, lambda: inner[0](phi), optimizer
             )
             outer_loss = _through_aligned(outer_loss, aligned)
-        return self.estimator(
+        found = self.estimator(
             inner, outer_loss, theta, phi, update=update, start=self._solutions.get(name)
+        )
+        live = params.named(problem.learner)
+        own = {id(live[name]) for name in aligned}
+        return found.relative(
+            lambda: (
+                last_grad_norm(optimizer, lambda p: id(p) in own)
+                or _gradient_norm(inner[0](phi), aligned)  # before the learner's first step
+            )
         )
 
     def state_dict(self) -> dict[str, Any]:
@@ -218,8 +226,11 @@ class DesignerOptimizer:
         self.optimizer = make_optimizer(self.make, parameters, "strategy.optimizer")
 
     @phase("phi")
-    def step(self, problem: Problem, by_phi: Params, batch: Any) -> float:
-        """Descend `by_phi` and the regularizer of the task of `batch`; return the regularizer.
+    def step(self, problem: Problem, by_phi: Params, batch: Any) -> dict[str, float]:
+        """Descend `by_phi` and the regularizer of the task of `batch`.
+
+        Returns:
+            The record: the regularizer, and its share of the gradient by norms, in [0, 1].
 
         Raises:
             NonFiniteError: The regularizer's gradient is not finite. Phi is as it was.
@@ -231,6 +242,7 @@ class DesignerOptimizer:
         )
         if regularizer is not None:
             regularizer.backward()
+        share = _share([p.grad for p in phi.values() if p.grad is not None], by_phi)
         for name, p in phi.items():
             p.grad = by_phi[name] if p.grad is None else p.grad + by_phi[name]
         norm = torch.nn.utils.clip_grad_norm_(phi.values(), self.max_norm)
@@ -239,7 +251,8 @@ class DesignerOptimizer:
                 f"the gradient of the designer's regularizer is not finite (norm {float(norm):.3g})"
             )
         self.optimizer.step()
-        return 0.0 if regularizer is None else float(collectives.leave(regularizer.detach()))
+        value = 0.0 if regularizer is None else float(collectives.leave(regularizer.detach()))
+        return {"regularizer": value, "regularizer_share": share}
 
     def state_dict(self) -> dict[str, Any]:
         """Return the optimizer's state."""
@@ -328,6 +341,18 @@ def _tail_names(problem: Problem, theta: Params, aligned: Params) -> Iterable[st
     if supports(problem, TailParameters):
         return (name for name in problem.tail_parameters() if name in theta)
     return aligned if supports(problem, SharedTrunk) else theta
+
+
+def _share(regularizer: list[Tensor], by_phi: Params) -> float:
+    """Return |dR| / (|dR| + |by_phi|); 0 where there is no regularizer."""
+    if not regularizer:
+        return 0.0
+    norm = float(torch.nn.utils.get_total_norm(regularizer))
+    return norm / (norm + float(params.norm(by_phi))) if norm else 0.0
+
+
+def _gradient_norm(loss: Loss, theta: Params) -> float:
+    return float(params.norm(value_and_gradient(loss, theta)[1]))
 
 
 def _through_aligned(outer_loss: OuterLoss, aligned: Params) -> OuterLoss:

@@ -16,6 +16,7 @@ from metavpt.hypergradients import params, trees
 from metavpt.training import checkpoint
 from metavpt.training.strategy import Proposal, Strategy
 
+DOMINANT_SHARE, DOMINANT_UPDATES = 0.95, 20  # of the regularizer in the designer's gradient
 FAILURE_FILE = "failure.pt"  # in the folder of the run
 
 
@@ -42,6 +43,25 @@ class Watch:
 
     def __init__(self) -> None:
         self.first: dict[str, float] = {}
+        self.num_dominated = 0  # updates in a row; stays at the limit once the warning is given
+
+    def check_regularizer(self, record: Mapping[str, float]) -> str | None:
+        """Return a warning, once, where the designer has long followed its regularizer alone.
+
+        Args:
+            record: What the strategy measured in this step; not every one is a designer update.
+        """
+        share = record.get("regularizer_share")
+        if share is None or self.num_dominated >= DOMINANT_UPDATES:
+            return None
+        self.num_dominated = self.num_dominated + 1 if share > DOMINANT_SHARE else 0
+        if self.num_dominated < DOMINANT_UPDATES:
+            return None
+        return (
+            f"the regularizer made more than {DOMINANT_SHARE:.0%} of the designer's gradient in "
+            f"{DOMINANT_UPDATES} updates in a row (regularizer_share {share:.3f}): the feedback "
+            "hardly steers; lower the designer's regularizer weights (designer.*_weight)"
+        )
 
     def bounds(self, metrics: Mapping[str, HealthMetric]) -> dict[str, list[float | None]]:
         """Return the healthy range [low, high] of each metric, None where it has no such end."""
@@ -65,10 +85,11 @@ class Watch:
         return found
 
     def state_dict(self) -> dict[str, Any]:
-        return {"first": dict(self.first)}
+        return {"first": dict(self.first), "num_dominated": self.num_dominated}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.first = dict(state["first"])
+        self.num_dominated = state.get("num_dominated", 0)
 
 
 class Spread(NamedTuple):

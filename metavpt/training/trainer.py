@@ -384,6 +384,8 @@ class Trainer:
         self.budget.agree()
         if proposal.record:
             self.log.write("designer", self.budget.steps, **proposal.record)
+            if warning := self.watch.check_regularizer(proposal.record):
+                self.log.warn(self.budget.steps, warning)
         if self.budget.steps % self.log_every == 0 or self.budget.exhausted:
             self._log_train(float(loss), float(grad_norm))
         self.log.advance(self.budget)

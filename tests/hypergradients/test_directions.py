@@ -37,7 +37,7 @@ def update() -> Update:
 
 
 def test_dot_is_the_feedback_gradient_itself() -> None:
-    w, value = Dot()(DOWN, None)
+    w, value, _ = Dot()(DOWN, None)
     assert w is DOWN
     assert value is None
     assert (Dot().needs_g_pre, Dot().needs_update) == (False, False)
@@ -45,7 +45,7 @@ def test_dot_is_the_feedback_gradient_itself() -> None:
 
 def test_cosine_of_known_gradients() -> None:
     """|g_down| = 5, |g_pre| = 3, <g_down, g_pre> = 11."""
-    w, value = Cosine()(DOWN, PRE)
+    w, value, _ = Cosine()(DOWN, PRE)
     assert value is not None
     assert float(value) == pytest.approx(11 / 15, abs=1e-14)
     by_hand = params.scale(params.add(params.scale(DOWN, 1 / 5), PRE, alpha=-11 / 15 / 3), 1 / 3)
@@ -79,21 +79,21 @@ def test_w_is_the_derivative_of_the_value_by_the_pretraining_gradient(direction:
 
 
 def test_cosine_is_indifferent_to_the_size_of_either_gradient() -> None:
-    _, value = Cosine()(params.scale(DOWN, 1e6), params.scale(PRE, 1e-6))
+    _, value, _ = Cosine()(params.scale(DOWN, 1e6), params.scale(PRE, 1e-6))
     assert float(value) == pytest.approx(11 / 15, rel=1e-12)  # type: ignore[arg-type]
 
 
 def test_gradients_of_zero_have_no_direction_and_no_nan() -> None:
     for direction in (Dot(), Cosine(), Normalized(), Clipped(1.0)):
-        w, _ = direction(zeros(), PRE, None)
+        w, _, _ = direction(zeros(), PRE, None)
         assert params.is_finite(w)
         assert float(params.norm(w)) == 0
-    w, value = Cosine()(DOWN, zeros())
+    w, value, _ = Cosine()(DOWN, zeros())
     assert float(value) == 0  # type: ignore[arg-type]
 
 
 def test_adam_aware_is_the_derivative_of_what_the_optimizer_does() -> None:
-    w, value = AdamAware()(DOWN, PRE, update())
+    w, value, _ = AdamAware()(DOWN, PRE, update())
     eps, (rule, theta, state) = 1e-6, update()
 
     def drop(g: Params) -> float:
@@ -113,19 +113,19 @@ def test_adam_aware_is_the_derivative_of_what_the_optimizer_does() -> None:
 
 
 def test_normalized_takes_the_feedback_gradient_at_unit_length() -> None:
-    w, value = Normalized()(DOWN, None, None)
+    w, value, _ = Normalized()(DOWN, None, None)
     assert float(params.norm(w)) == pytest.approx(1, abs=1e-14)
     assert torch.allclose(w["a"], DOWN["a"] / 5, rtol=0, atol=1e-14)
     assert value is None
-    w, value = Normalized(AdamAware())(DOWN, PRE, update())
-    plain_w, plain_value = AdamAware()(DOWN, PRE, update())
+    w, value, _ = Normalized(AdamAware())(DOWN, PRE, update())
+    plain_w, plain_value, _ = AdamAware()(DOWN, PRE, update())
     assert float(value / plain_value) == pytest.approx(1 / 5, rel=1e-12)  # type: ignore[operator]
     torch.testing.assert_close(w, params.scale(plain_w, 1 / 5), rtol=1e-12, atol=0)
 
 
 @pytest.mark.parametrize(("max_norm", "length"), [(1.0, 1.0), (5.0, 5.0), (6.0, 5.0)])
 def test_clipped_shortens_what_is_longer_and_nothing_else(max_norm: float, length: float) -> None:
-    w, value = Clipped(max_norm)(DOWN, None, None)
+    w, value, _ = Clipped(max_norm)(DOWN, None, None)
     assert float(params.norm(w)) == pytest.approx(length, abs=1e-14)
     assert value is None
     if max_norm > 5:
@@ -157,3 +157,15 @@ def test_what_is_missing_or_wrong_is_named() -> None:
         with pytest.raises(MetaVPTError, match=rf"^max_norm={bad}: must be positive$"):
             Clipped(bad)
     assert Clipped(0.5).max_norm == 0.5
+
+
+@pytest.mark.parametrize("of", [Dot(), Cosine(), AdamAware()], ids=str)
+def test_scaling_the_feedback_gradient_does_not_change_the_relative_value(of: Direction) -> None:
+    """The unit carries the length of g_down, so value / unit and w / unit are free of it."""
+    units = []
+    for wrap in (of, Normalized(of), Clipped(0.1, of)):
+        w, value, unit = wrap(DOWN, PRE, update())
+        unit = float(params.norm(w)) if unit is None else unit
+        units.append((params.scale(w, 1 / unit), None if value is None else float(value) / unit))
+    for scaled in units[1:]:
+        torch.testing.assert_close(scaled, units[0], rtol=1e-12, atol=1e-15)

@@ -13,7 +13,7 @@ from metavpt.hypergradients.directions import AdamAware, Cosine, Dot
 from metavpt.hypergradients.estimators import Implicit, OneStep, Unrolled
 from metavpt.hypergradients.linear_solvers import ConjugateGradient, DampedLanczos, Neumann
 from metavpt.hypergradients.mixed_products import DifferenceProduct, ExactProduct
-from metavpt.hypergradients.optimizer_updates import SGD
+from metavpt.hypergradients.optimizer_updates import SGD, AdamW, ClipGradNorm, Rule, Update
 from metavpt.hypergradients.params import Params
 from metavpt.profiling.timers import Clock
 
@@ -275,3 +275,83 @@ def test_what_needs_the_learners_optimizer_says_so() -> None:
         False,
     ]
     assert Unrolled(7).num_batches == 7
+
+
+def after_steps(rule: Rule, theta: Params, num_steps: int = 3) -> Update:
+    """The learner's update with moments of earlier gradients."""
+    state, g = rule.init(theta), torch.Generator().manual_seed(3)
+    for _ in range(num_steps):
+        noise = {"theta": torch.randn(6, generator=g, dtype=torch.float64)}
+        _, state = rule.step(theta, state, noise)
+    return Update(rule, theta, state)
+
+
+def relative_of(estimator, ridge: Ridge, theta: Params, rule: Rule | None = None):
+    """The estimate in the common unit."""
+    update = None if rule is None else after_steps(rule, theta)
+    inner = [ridge.inner] * estimator.num_batches
+    found = estimator(inner, ridge.outer, theta, ridge.phi, update=update)
+    return found.relative(lambda: float(g_pre(ridge, theta).norm()))
+
+
+def test_the_common_unit_of_dot_and_cosine_is_the_cosine(ridge: Ridge, theta: Params) -> None:
+    down, pre = ridge.g_down(theta), g_pre(ridge, theta)
+    cosine = float(down @ pre / (down.norm() * pre.norm()))
+    raw = OneStep(product=ExactProduct())([ridge.inner], ridge.outer, theta, ridge.phi)
+    dot = relative_of(OneStep(product=ExactProduct()), ridge, theta)
+    assert dot.value == pytest.approx(cosine, rel=1e-12)
+    assert relative_of(OneStep(Cosine(), ExactProduct()), ridge, theta).value == pytest.approx(
+        cosine, rel=1e-12
+    )
+    size = float(down.norm() * pre.norm())
+    torch.testing.assert_close(dot.by_phi, params.scale(raw.by_phi, 1 / size), rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("lr", [1e-1, 4e-6])
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_a_step_of_sgd_is_dot_in_the_common_unit_whatever_its_learning_rate(
+    ridge: Ridge, theta: Params, lr: float, momentum: float
+) -> None:
+    dot = relative_of(OneStep(product=ExactProduct()), ridge, theta)
+    rule = SGD(lr, momentum=momentum, weight_decay=0.1)
+    aware = relative_of(OneStep(AdamAware(), ExactProduct()), ridge, theta, rule)
+    torch.testing.assert_close(aware.by_phi, dot.by_phi, rtol=1e-8, atol=0)
+    tiny = SGD(4e-6, momentum=momentum)
+    unrolled = relative_of(Unrolled(1, product=ExactProduct()), ridge, theta, tiny)
+    torch.testing.assert_close(unrolled.by_phi, dot.by_phi, rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize(
+    "estimator",
+    [OneStep(AdamAware(), ExactProduct()), Unrolled(4, product=ExactProduct())],
+    ids=str,
+)
+@pytest.mark.parametrize("clip", [False, True], ids=["plain", "clipped"])
+def test_the_common_unit_is_free_of_the_learning_rate(
+    ridge: Ridge, theta: Params, estimator, clip: bool
+) -> None:
+    """At lr 5e-6 and 5e-8 the raw gradient differs by 100, the relative one by the step's curvature alone."""
+
+    def found(lr: float):
+        rule: Rule = AdamW(lr, weight_decay=0.1)
+        return relative_of(
+            estimator, ridge, theta, ClipGradNorm(rule, 0.1, rest_norm=0.2) if clip else rule
+        )
+
+    torch.testing.assert_close(found(5e-6).by_phi, found(5e-8).by_phi, rtol=1e-3, atol=1e-6)
+
+
+def test_the_common_unit_of_an_implicit_step_is_the_cosine_with_its_solution(
+    ridge: Ridge, theta: Params
+) -> None:
+    found = relative_of(Implicit(ConjugateGradient(100, 1e-13), 0.2, ExactProduct()), ridge, theta)
+    matrix = ridge.hessian() + 0.2 * torch.eye(6, dtype=torch.float64)
+    w, pre = torch.linalg.solve(matrix, ridge.g_down(theta)), g_pre(ridge, theta)
+    assert found.value == pytest.approx(float(w @ pre / (w.norm() * pre.norm())), rel=1e-9)
+
+
+def test_a_step_that_moves_nothing_has_no_relative_value(ridge: Ridge, theta: Params) -> None:
+    """A learning rate of 0, as of a backbone whose head is warmed up."""
+    found = relative_of(OneStep(AdamAware()), ridge, theta, AdamW(0.0))
+    assert found.value == 0.0
+    assert found.by_phi["log_penalty"].tolist() == [0.0] * 6
