@@ -45,7 +45,7 @@ class Hypergradient:
 
     Estimators differ in the step that they value, and some carry its learning rate. `relative`
     brings all of them to one unit: V / (|g_down| |step|), the drop of the feedback loss as a share
-    of the drop that a step of this length could bring to first order. See docs/estimators.md.
+    of the drop that a step of this length could bring to first order. See docs/method.md.
 
     Attributes:
         by_phi: The gradient, shaped like phi: minus the derivative of V.

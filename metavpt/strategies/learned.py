@@ -179,7 +179,7 @@ class Learned:
         return found.relative(
             lambda: (
                 last_grad_norm(optimizer, lambda p: id(p) in own)
-                or _gradient_norm(inner[0](phi), aligned)  # before the learner's first step
+                or _gradient_norm(inner[0], phi, aligned)  # before the learner's first step
             )
         )
 
@@ -351,7 +351,9 @@ def _share(regularizer: list[Tensor], by_phi: Params) -> float:
     return norm / (norm + float(params.norm(by_phi))) if norm else 0.0
 
 
-def _gradient_norm(loss: Loss, theta: Params) -> float:
+def _gradient_norm(inner: InnerLoss, phi: Params, theta: Params) -> float:
+    with torch.no_grad():
+        loss = inner(phi)
     return float(params.norm(value_and_gradient(loss, theta)[1]))
 
 

@@ -14,8 +14,12 @@ from torch.func import functional_call
 from metavpt import (
     AdamAware,
     Budget,
+    ConjugateGradient,
+    Cosine,
+    Dot,
     ExactProduct,
     Fixed,
+    Implicit,
     Learned,
     OneStep,
     Problem,
@@ -30,6 +34,15 @@ from metavpt.hypergradients.params import Params
 from metavpt.strategies.selection import Greedy, sample_values
 from metavpt.training.strategy import TrainState
 from metavpt.training.streams import Streams
+
+
+ESTIMATORS = {
+    "dot": OneStep(Dot(), ExactProduct()),
+    "cosine": OneStep(Cosine(), ExactProduct()),
+    "adam_aware": OneStep(AdamAware(), ExactProduct()),
+    "unrolled": Unrolled(2, product=ExactProduct()),
+    "implicit": Implicit(ConjugateGradient(200, 1e-10), damping=1.0, product=ExactProduct()),
+}
 
 
 class Scale(nn.Module):
@@ -165,8 +178,11 @@ def test_unrolled_follows_the_trainers_step_through_theta_s_and_the_head(
         return float(problem.feedback_loss({**params.detach(live), **moved}, labelled))
 
     found, _ = strategy.estimate(state)
-    expected = slopes(after, params.detach(params.named(problem.designer)))
-    assert relative(found.by_phi, expected) < 1e-6
+    phi = params.detach(params.named(problem.designer))
+    drop = float(problem.feedback_loss(params.detach(live), labelled)) - after(phi)
+    unit = drop / found.value  # the common unit, which scales value and gradient alike
+    assert unit > 0
+    assert relative(params.scale(found.by_phi, unit), slopes(after, phi)) < 1e-6
 
 
 def test_the_trunks_gradient_counts_by_its_norm_in_the_last_step(tmp_path: Path) -> None:
@@ -235,3 +251,62 @@ def test_greedy_values_samples_along_the_clipped_step(tmp_path: Path) -> None:
     found = sample_values(state, w)(task)
     expected = slopes(drop, {"weight": torch.zeros(10, dtype=torch.float64)})["weight"]
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-8)
+
+
+class Regularized(Deep):
+    """A regularizer of a given weight: the mean square of the scales."""
+
+    weight = 1.0
+
+    def regularizer(self, task: Any) -> Tensor:
+        return self.weight * (self.designer.log_scale**2).mean()
+
+
+def share_under(estimator: Any, folder: Path, lr: float = 1e-3, weight: float = 1.0) -> float:
+    """The share of the regularizer that one update records."""
+    problem = Regularized(trunk_trains=False)
+    problem.weight = weight
+    trainer = Trainer(
+        problem,
+        Learned(estimator, lambda p: torch.optim.SGD(p, lr=0.0), every=1, burn_in=5),
+        Budget(steps=50),
+        RunLog(folder),
+        optimizer=lambda p: torch.optim.AdamW(p, lr=lr),
+    )
+    for _ in range(6):
+        trainer.step()
+    (record,) = (r for r in trainer.log.records() if r["kind"] == "designer")
+    return record["regularizer_share"]
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS.values(), ids=ESTIMATORS)
+def test_the_share_of_the_regularizer_is_that_of_the_gradients_norms(
+    tmp_path: Path, estimator: Any
+) -> None:
+    """With ten times the weight, share / (1 - share) is ten times as large."""
+    share, more = (share_under(estimator, tmp_path / str(w), weight=w) for w in (0.01, 0.1))
+    assert 0 < share < more < 1
+    assert more / (1 - more) == pytest.approx(10 * share / (1 - share), rel=1e-6)
+    assert share_under(estimator, tmp_path / "none", weight=0.0) == 0.0
+
+
+@pytest.mark.parametrize("estimator", ["adam_aware", "unrolled"])
+def test_the_share_of_the_regularizer_is_free_of_the_learning_rate(
+    tmp_path: Path, estimator: str
+) -> None:
+    """The learner barely moves in 5 steps, so the share at lr 1e-5 is that at 1e-8; raw it is 1.00."""
+    shares = [share_under(ESTIMATORS[estimator], tmp_path / str(lr), lr) for lr in (1e-5, 1e-8)]
+    assert shares[0] == pytest.approx(shares[1], rel=1e-2)
+    assert shares[1] < 0.95
+
+
+def test_the_first_update_before_any_step_has_the_gradients_own_norm(tmp_path: Path) -> None:
+    """At step 0 the learner has left no norm, so it is measured: the value of Dot is a cosine."""
+    values = []
+    for name in ("dot", "cosine"):
+        trainer = Trainer(
+            Deep(False), Learned(ESTIMATORS[name]), Budget(steps=9), RunLog(tmp_path / name)
+        )
+        trainer.step()
+        values += [r["value"] for r in trainer.log.records() if r["kind"] == "designer"]
+    assert values[0] == pytest.approx(values[1], rel=1e-9)

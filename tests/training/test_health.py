@@ -229,3 +229,20 @@ def test_bounds_state_the_range_that_the_verdict_goes_by() -> None:
         "rank": [pytest.approx(3.0), None], "hidden": [None, 0.95], "entropy": [None, None]
     }  # fmt: skip
     assert len(watch(now)) == 1
+
+
+def test_a_regularizer_that_makes_up_the_gradient_for_long_is_a_warning_once():
+    """After 20 updates in a row above 0.95; steps without an update do not count."""
+    watch = Watch()
+    high, low = {"regularizer_share": 0.97}, {"regularizer_share": 0.95}
+    assert [watch.check_regularizer(high) for _ in range(19)] == [None] * 19
+    assert watch.check_regularizer(low) is None  # begins again
+    assert [watch.check_regularizer(high) for _ in range(19)] == [None] * 19
+    assert watch.check_regularizer({}) is None
+    resumed = Watch()
+    resumed.load_state_dict(watch.state_dict())
+    for each in (watch, resumed):
+        warning = each.check_regularizer(high)
+        assert warning is not None
+        assert "regularizer_share 0.970" in warning
+        assert [each.check_regularizer(record) for record in (high, low, *[high] * 25)] == [None] * 27
