@@ -13,8 +13,9 @@ from torch.profiler import ProfilerActivity, profile
 from metavpt.check.finding import Finding
 from metavpt.check.scene import Scene
 from metavpt.errors import brief
+from metavpt.hypergradients.curvature import GaussNewton, Hessian
 from metavpt.hypergradients.estimators import Estimator, Implicit, OneStep, Unrolled
-from metavpt.hypergradients.linear_solvers import ConjugateGradient
+from metavpt.hypergradients.linear_solvers import DampedLanczos
 from metavpt.hypergradients.mixed_products import ExactProduct, value_and_gradient
 from metavpt.hypergradients.optimizer_updates import AdamW
 
@@ -23,7 +24,9 @@ ESTIMATORS: dict[str, Estimator] = {
     "OneStep exact": OneStep(product=ExactProduct()),
     "OneStep difference": OneStep(),
     "Unrolled(4)": Unrolled(4, AdamW(lr=1e-4)),
-    "Implicit(CG 5)": Implicit(ConjugateGradient(max_iterations=5, tolerance=1e-3), damping=1e-2),
+    "Implicit": Implicit(  # as strategy=implicit
+        DampedLanczos(max_iterations=5, tolerance=0.3), curvature=GaussNewton(otherwise=Hessian())
+    ),
 }
 
 

@@ -26,6 +26,9 @@ from metavpt.problem import Problem
 
 NUM_DIRECTIONS = 2
 JUMPS = "the task jumps with phi (rounding, top-k, a straight-through estimator): finite differences cannot judge this designer"
+# by whether they are in float64: steps in phi, from long to short, and the relative error that an
+# exact derivative is allowed
+STEPS = {True: ((1e-3, 1e-4, 1e-5, 1e-6), 1e-4), False: ((1.0, 0.3, 0.1), 5e-2)}
 UNSMOOTH = 0.1  # relative: a difference whose steps agree no better than this judges nothing
 
 
@@ -37,19 +40,110 @@ class Slope(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Reference:
+class Differences:
+    """The slopes of a function of phi along some directions, by finite differences.
+
+    Attributes:
+        directions: In phi.
+        slopes: One for each direction.
+        tolerance: The relative error that an exact derivative is allowed.
+    """
+
+    directions: list[Params]
+    slopes: list[Slope]
+    tolerance: float
+
+    def error(self, by_phi: Params) -> float:
+        """The largest relative disagreement of `by_phi` with the differences."""
+        return max(error for error, _ in self._errors(by_phi))
+
+    def agrees(self, by_phi: Params, tolerance: float | None = None) -> bool:
+        """Whether they differ by no more than `tolerance` and what the differences are uncertain of."""
+        allowed = self.tolerance if tolerance is None else tolerance
+        return all(
+            error <= allowed + 3 * uncertainty for error, uncertainty in self._errors(by_phi)
+        )
+
+    def _errors(self, by_phi: Params) -> list[tuple[float, float]]:
+        """For each direction the disagreement and the uncertainty of the difference, both relative."""
+        norm = params.norm(by_phi)
+        count = sum(p.numel() for p in by_phi.values())
+        errors = []
+        for direction, slope in zip(self.directions, self.slopes, strict=True):
+            along = float(params.dot(by_phi, direction))
+            # along a random direction a slope can vanish by chance: never divide by less than a
+            # tenth of its usual size
+            usual = 0.1 * float(norm * params.norm(direction)) / count**0.5
+            scale = max(abs(along), abs(slope.value), usual, 1e-300)
+            errors.append((abs(along - slope.value) / scale, slope.uncertainty / scale))
+        return errors
+
+    @property
+    def is_smooth(self) -> bool:
+        return all(
+            slope.uncertainty <= UNSMOOTH * abs(slope.value) or slope.value == 0
+            for slope in self.slopes
+        )
+
+    def is_flat(self, by_phi: Params) -> bool:
+        """Whether the loss does not change at all where `by_phi` says that it does: a surrogate gradient."""
+        along = [abs(float(params.dot(by_phi, direction))) for direction in self.directions]
+        return max(abs(slope.value) for slope in self.slopes) <= 1e-6 * max(along)
+
+
+def differences(
+    value: Callable[[Params], float], phi: Params, dtype: torch.dtype, seed: int = 0
+) -> Differences:
+    """Measure the slopes of `value` at `phi` along random directions.
+
+    Steps shrink until two of them agree, so that kinks (of a clamp, a ReLU) are passed by.
+
+    Args:
+        value: A function of phi.
+        phi: Where.
+        dtype: What `value` computes in.
+        seed: Of the directions.
+    """
+    steps, tolerance = STEPS[dtype == torch.float64]
+
+    def slope(direction: Params) -> Slope:
+        def at(step: float) -> float:
+            return value(params.add(phi, direction, alpha=step))
+
+        values = ((at(step) - at(-step)) / (2 * step) for step in steps)
+        found = []
+        for longer, shorter in pairwise(values):
+            found.append(Slope(shorter, abs(longer - shorter)))
+            if found[-1].uncertainty <= tolerance / 10 * abs(shorter):
+                break
+        return min(found, key=lambda slope: slope.uncertainty)
+
+    directions = [random_direction(phi, seed + 10 + k) for k in range(NUM_DIRECTIONS)]
+    return Differences(directions, [slope(direction) for direction in directions], tolerance)
+
+
+@dataclass(frozen=True)
+class Reference(Differences):
     """The finite differences of <w, g_pre>(phi) that products are held against."""
 
     scene: Scene
     w: Params
-    directions: list[Params]
-    slopes: list[Slope]
 
     @classmethod
-    def of(cls, scene: Scene, seed: int = 0) -> "Reference":
-        _, w = downstream(scene.feedback, scene.aligned)
-        directions = [random_direction(scene.phi, seed + 10 + k) for k in range(NUM_DIRECTIONS)]
-        return cls(scene, w, directions, [_slope(scene, w, direction) for direction in directions])
+    def of(cls, scene: Scene, w: Params | None = None, seed: int = 0) -> "Reference":
+        """Measure them along `w`, by default g_down, from the whole loss."""
+        direction = downstream(scene.feedback, scene.aligned)[1] if w is None else w
+
+        def value(phi: Params) -> float:
+            with torch.no_grad():
+                task = scene.task(phi)
+            _, gradient = value_and_gradient(
+                lambda theta: scene.pretrain(theta, task), scene.aligned
+            )
+            return float(params.dot(direction, gradient))
+
+        found = differences(value, scene.phi, scene.dtype, seed)
+        return cls(found.directions, found.slopes, found.tolerance, scene, direction)
 
     @cached_property
     def exact(self) -> Params:
@@ -83,47 +177,6 @@ class Reference:
             float(params.dot(self.w, params.add(sides[0], sides[1], alpha=-1.0))) / 2,
         )
         return abs(along - slope) / max(abs(along), abs(slope), 1e-300)
-
-    def error(self, by_phi: Params) -> float:
-        """The largest relative disagreement of `by_phi` with the differences."""
-        return max(error for error, _ in self._errors(by_phi))
-
-    def agrees(self, by_phi: Params, tolerance: float | None = None) -> bool:
-        """Whether they differ by no more than `tolerance` and what the differences are uncertain of."""
-        allowed = self.tolerance if tolerance is None else tolerance
-        return all(
-            error <= allowed + 3 * uncertainty for error, uncertainty in self._errors(by_phi)
-        )
-
-    def _errors(self, by_phi: Params) -> list[tuple[float, float]]:
-        """For each direction the disagreement and the uncertainty of the difference, both relative."""
-        norm = params.norm(by_phi)
-        count = sum(p.numel() for p in by_phi.values())
-        errors = []
-        for direction, slope in zip(self.directions, self.slopes, strict=True):
-            along = float(params.dot(by_phi, direction))
-            # along a random direction a slope can vanish by chance: never divide by less than a
-            # tenth of its usual size
-            usual = 0.1 * float(norm * params.norm(direction)) / count**0.5
-            scale = max(abs(along), abs(slope.value), usual, 1e-300)
-            errors.append((abs(along - slope.value) / scale, slope.uncertainty / scale))
-        return errors
-
-    @property
-    def tolerance(self) -> float:
-        return 1e-4 if self.scene.dtype == torch.float64 else 5e-2
-
-    @property
-    def is_smooth(self) -> bool:
-        return all(
-            slope.uncertainty <= UNSMOOTH * abs(slope.value) or slope.value == 0
-            for slope in self.slopes
-        )
-
-    def is_flat(self, by_phi: Params) -> bool:
-        """Whether the loss does not change at all where `by_phi` says that it does: a surrogate gradient."""
-        along = [abs(float(params.dot(by_phi, direction))) for direction in self.directions]
-        return max(abs(slope.value) for slope in self.slopes) <= 1e-6 * max(along)
 
 
 def check_product(
@@ -237,19 +290,3 @@ def _credited(reference: Reference) -> Reference:
 
 def _under(reference: Reference, around: Callable[[], AbstractContextManager[Any]]) -> Reference:
     return replace(reference, scene=reference.scene.under(around))
-
-
-def _slope(scene: Scene, w: Params, direction: Params) -> Slope:
-    """d<w, g_pre>/dphi along `direction` from the whole loss, at the two neighbouring steps that agree best."""
-
-    def value(step: float) -> float:
-        with torch.no_grad():
-            task = scene.task(params.add(scene.phi, direction, alpha=step))
-        _, gradient = value_and_gradient(lambda theta: scene.pretrain(theta, task), scene.aligned)
-        return float(params.dot(w, gradient))
-
-    steps = (1e-3, 1e-4) if scene.dtype == torch.float64 else (1.0, 0.3, 0.1)
-    values = [(value(step) - value(-step)) / (2 * step) for step in steps]
-    return min(
-        (Slope(b, abs(a - b)) for a, b in pairwise(values)), key=lambda slope: slope.uncertainty
-    )

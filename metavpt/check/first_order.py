@@ -27,6 +27,11 @@ WARM_UP = 4
 FORESEEN = 0.5
 
 
+def default_optimizer(parameters: list[Tensor]) -> Optimizer:
+    """The learner's optimizer where none is given."""
+    return torch.optim.AdamW(parameters, lr=1e-4)
+
+
 class Pair(NamedTuple):
     """The drop of the feedback loss in one step: predicted to first order, and real."""
 
@@ -38,7 +43,7 @@ class Pair(NamedTuple):
 
 def first_order(
     scene: Scene,
-    optimizer: MakeOptimizer | None = None,
+    optimizer: MakeOptimizer,
     clip_norm: float = math.inf,
     seed: int = 0,
     deadline: float = math.inf,
@@ -46,7 +51,7 @@ def first_order(
     """Pearson's r of prediction and reality over pairs of batches, each from the same learner after a short warm-up of its optimizer."""
     pairs = _pairs(
         scene.problem,
-        optimizer or (lambda parameters: torch.optim.AdamW(parameters, lr=1e-4)),
+        optimizer,
         clip_norm,
         seed,
         deadline,
@@ -84,12 +89,12 @@ def _pairs(
     optimizer = make_optimizer(list(theta.values()))
     for _ in range(WARM_UP):
         step(optimizer, theta, _gradient(problem, theta, next(unlabelled)), clip_norm)
-    start, state = params.clone(theta), _copy_state(optimizer)
+    start, state = params.clone(theta), copy_state(optimizer)
     labelled, pairs = next(feedback), []
     while len(pairs) < NUM_PAIRS and not (
         len(pairs) >= FEWEST_PAIRS and time.monotonic() > deadline
     ):
-        _restore(optimizer, theta, start, state)
+        restore(optimizer, theta, start, state)
         g_pre = _gradient(problem, theta, next(unlabelled))
         another = next(feedback)
         pairs.append(_pair(problem, optimizer, clip_norm, theta, g_pre, labelled, another))
@@ -129,15 +134,21 @@ def _gradient(problem: Problem, theta: Params, batch: Any) -> Params:
     return value_and_gradient(lambda theta: problem.pretrain_loss(theta, task), theta)[1]
 
 
-def step(optimizer: Optimizer, theta: Params, gradient: Params, clip_norm: float) -> None:
-    """Take the learner's step on `gradient`: clip it by its norm, then let the optimizer step."""
+def step(optimizer: Optimizer, theta: Params, gradient: Params, clip_norm: float) -> float:
+    """Take the learner's step on `gradient`: clip it by its norm, then let the optimizer step.
+
+    Returns:
+        The norm before it was clipped.
+    """
     for name, p in theta.items():
         p.grad = gradient[name].clone()
-    torch.nn.utils.clip_grad_norm_(theta.values(), clip_norm)
+    norm = torch.nn.utils.clip_grad_norm_(theta.values(), clip_norm)
     optimizer.step()
+    return float(norm)
 
 
-def _copy_state(optimizer: Optimizer) -> dict[Tensor, dict[str, Any]]:
+def copy_state(optimizer: Optimizer) -> dict[Tensor, dict[str, Any]]:
+    """Copy what the optimizer remembers of its parameters, for `restore`."""
     return {
         p: {k: v.clone() if isinstance(v, Tensor) else v for k, v in held.items()}
         for p, held in optimizer.state.items()
@@ -145,9 +156,10 @@ def _copy_state(optimizer: Optimizer) -> dict[Tensor, dict[str, Any]]:
 
 
 @torch.no_grad()
-def _restore(
+def restore(
     optimizer: Optimizer, theta: Params, start: Params, state: dict[Tensor, dict[str, Any]]
 ) -> None:
+    """Bring parameters and optimizer back to where they were."""
     for name, p in theta.items():
         p.copy_(start[name])
     for p, held in state.items():

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from torch.func import functional_call
 
 from metavpt.check import copies, modes
 from metavpt.hypergradients import params, trees
+from metavpt.hypergradients.curvature import ComposedLoss
 from metavpt.hypergradients.estimators import Estimator, Hypergradient, InnerLoss, OneStep
 from metavpt.hypergradients.linear_targets import DirectionalDerivative, LinearLoss
 from metavpt.hypergradients.mixed_products import Product
@@ -102,18 +103,26 @@ class Scene:
         def at_phi(phi: Params) -> Callable[[Params], Tensor]:
             with self.around():
                 tail = inner(phi)
+            # what it is must show: products and curvatures need to know
+            if isinstance(tail, ComposedLoss):
+                parts = {part.name: getattr(tail, part.name) for part in fields(tail)}
+                return replace(
+                    tail, **{name: self._within(f) for name, f in parts.items() if callable(f)}
+                )
             if isinstance(tail, LinearLoss):
-                return _LinearUnder(
-                    tail, self.around
-                )  # shows what it is to products that need to know
-
-            def at_theta(theta_s: Params) -> Tensor:
-                with self.around():
-                    return tail(theta_s)
-
-            return at_theta
+                return _LinearUnder(tail, self.around)
+            return self._within(tail)
 
         return at_phi
+
+    def _within(self, function: Callable[[Any], Tensor]) -> Callable[[Any], Tensor]:
+        """The same function, with `around` entered around it."""
+
+        def within(at: Any) -> Tensor:
+            with self.around():
+                return function(at)
+
+        return within
 
     def estimate(self, estimator: Estimator, update: Update | None = None) -> Hypergradient:
         inner = [self.inner(k % NUM_BATCHES) for k in range(estimator.num_batches)]

@@ -13,7 +13,8 @@ from metavpt.check import backends, precision, reach
 from metavpt.check.cost import costs
 from metavpt.check.derivatives import Reference, compare, settle
 from metavpt.check.finding import Finding, attempt
-from metavpt.check.first_order import MakeOptimizer, first_order
+from metavpt.check.first_order import MakeOptimizer, default_optimizer, first_order
+from metavpt.check.learner_step import learner_step
 from metavpt.check.purity import purity
 from metavpt.check.scene import Scene
 from metavpt.hypergradients import params
@@ -43,6 +44,7 @@ def check(
     not measured.
     """
     deadline = time.monotonic() + seconds
+    optimizer = optimizer or default_optimizer
     # Compiled code has no second derivative to compare with; that it is compiled is a finding of
     # its own.
     with _random_state_kept(), torch.compiler.set_stance("force_eager"):
@@ -67,7 +69,7 @@ def check(
             foundations += attempt("tail", "mend pretrain_tail", lambda: reach.tail(wide or scene))
         findings += foundations
         if not _failed(foundations):
-            findings += _derivatives(scene, wide or scene, estimator)
+            findings += _derivatives(scene, wide or scene, estimator, optimizer, clip_norm)
             findings += attempt("attention", "", lambda: backends.attention(scene))
             # costs first: each is measured at least once, while the pairs of first_order shrink to
             # what time is left
@@ -80,7 +82,13 @@ def check(
     return findings
 
 
-def _derivatives(scene: Scene, wide: Scene, estimator: Estimator | None) -> list[Finding]:
+def _derivatives(
+    scene: Scene,
+    wide: Scene,
+    estimator: Estimator | None,
+    optimizer: MakeOptimizer,
+    clip_norm: float,
+) -> list[Finding]:
     advice = "mend the error first"
     findings: list[Finding] = []
     references: list[Reference] = []
@@ -103,6 +111,12 @@ def _derivatives(scene: Scene, wide: Scene, estimator: Estimator | None) -> list
             findings += attempt(
                 name, advice, lambda n=name, p=product, r=reference: compare(n, p, r)
             )
+    for reference in [] if _failed(findings) else references:
+        findings += attempt(
+            "learner_step",
+            "use SGD, Adam or AdamW",
+            lambda r=reference: learner_step(r.scene, estimator, optimizer, clip_norm),
+        )
     for by_phi in truth:
         findings += attempt("dtype", advice, lambda h=by_phi: precision.dtypes(scene, h))
         findings += attempt(
