@@ -79,7 +79,7 @@ class Learning:
         return params.named(self.scene.problem.learner)
 
     def after(self, phi: Params, num_steps: int) -> Params:
-        """Step on the tasks of `phi` by torch.optim, undo the steps, and return theta after them."""
+        """Step on the tasks of `phi` by torch.optim, undo it, and return theta after the steps."""
         live, state = self.live, copy_state(self.optimizer)
         start = params.clone(live)
         for k in range(num_steps):

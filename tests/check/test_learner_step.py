@@ -1,4 +1,4 @@
-"""The derivative through the learner's real step, and implicit solves, on a small problem in float64."""
+"""The derivative through the learner's real step, and implicit solves, in float64."""
 
 import dataclasses
 import math

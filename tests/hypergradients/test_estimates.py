@@ -330,7 +330,7 @@ def test_a_step_of_sgd_is_dot_in_the_common_unit_whatever_its_learning_rate(
 def test_the_common_unit_is_free_of_the_learning_rate(
     ridge: Ridge, theta: Params, estimator, clip: bool
 ) -> None:
-    """At lr 5e-6 and 5e-8 the raw gradient differs by 100, the relative one by the step's curvature alone."""
+    """At lr 5e-6 and 5e-8 the raw gradients differ by a factor of 100."""
 
     def found(lr: float):
         rule: Rule = AdamW(lr, weight_decay=0.1)

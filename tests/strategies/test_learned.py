@@ -35,7 +35,6 @@ from metavpt.strategies.selection import Greedy, sample_values
 from metavpt.training.strategy import TrainState
 from metavpt.training.streams import Streams
 
-
 ESTIMATORS = {
     "dot": OneStep(Dot(), ExactProduct()),
     "cosine": OneStep(Cosine(), ExactProduct()),
@@ -294,7 +293,7 @@ def test_the_share_of_the_regularizer_is_that_of_the_gradients_norms(
 def test_the_share_of_the_regularizer_is_free_of_the_learning_rate(
     tmp_path: Path, estimator: str
 ) -> None:
-    """The learner barely moves in 5 steps, so the share at lr 1e-5 is that at 1e-8; raw it is 1.00."""
+    """The learner barely moves in 5 steps; in the raw unit the shares are 1.00."""
     shares = [share_under(ESTIMATORS[estimator], tmp_path / str(lr), lr) for lr in (1e-5, 1e-8)]
     assert shares[0] == pytest.approx(shares[1], rel=1e-2)
     assert shares[1] < 0.95

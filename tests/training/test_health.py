@@ -245,4 +245,6 @@ def test_a_regularizer_that_makes_up_the_gradient_for_long_is_a_warning_once():
         warning = each.check_regularizer(high)
         assert warning is not None
         assert "regularizer_share 0.970" in warning
-        assert [each.check_regularizer(record) for record in (high, low, *[high] * 25)] == [None] * 27
+        assert [each.check_regularizer(record) for record in (high, low, *[high] * 25)] == [
+            None
+        ] * 27
