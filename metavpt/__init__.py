@@ -3,6 +3,7 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from metavpt.cli.extras import missing_extra
 from metavpt.errors import (
     ImpureLossError,
     MetaVPTError,
@@ -111,4 +112,9 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name not in LATER:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(LATER[name]), name)
+    try:
+        return getattr(import_module(LATER[name]), name)
+    except ModuleNotFoundError as error:
+        if missing := missing_extra(error):
+            raise ImportError(f"metavpt.{name}: {missing}") from error
+        raise

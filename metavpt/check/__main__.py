@@ -1,7 +1,6 @@
 """`python -m metavpt.check`."""
 
-from metavpt.check.command import main
-from metavpt.cli.one_line_errors import run_command
+from metavpt.cli.main import start
 
 if __name__ == "__main__":
-    run_command(main)
+    start("check")

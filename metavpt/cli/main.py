@@ -2,6 +2,10 @@
 
 import runpy
 import sys
+from importlib import import_module
+
+from metavpt.cli.console import say
+from metavpt.cli.extras import missing_extra
 
 COMMANDS = ("run", "compare", "check", "bench", "export", "report", "debug")
 
@@ -14,3 +18,16 @@ def main() -> None:
         sys.exit(0 if name in {"-h", "--help"} else 2)
     del sys.argv[1]
     runpy.run_module(f"metavpt.{name}", run_name="__main__", alter_sys=True)
+
+
+def start(name: str) -> None:
+    """Run a command by `run_command`; where its extra is not installed, exit with one line."""
+    try:
+        errors = import_module("metavpt.cli.one_line_errors")
+        command = import_module(f"metavpt.{name}.command")
+    except ModuleNotFoundError as error:
+        if missing := missing_extra(error):
+            say("error", str(missing), "bold red")
+            sys.exit(2)
+        raise
+    errors.run_command(command.main)

@@ -19,6 +19,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from metavpt.cli.console import printable, say
+from metavpt.cli.extras import missing_extra
 from metavpt.errors import MetaVPTError
 
 PLUGINS = {  # choices that need a plugin -> the extra that installs it
@@ -84,6 +85,8 @@ def _user_error(error: BaseException) -> str | None:
     if isinstance(error, ConfigCompositionException):
         return _unknown_key([str(link) for link in chain])
     if isinstance(error, InstantiationException):
+        if missing := next(filter(None, map(missing_extra, chain)), None):
+            return str(missing)
         blamed = ("unexpected keyword argument", "locating target")
         # The innermost error names the cause.
         lines = [line for link in reversed(chain) for line in str(link).splitlines()]

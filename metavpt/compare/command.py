@@ -6,6 +6,7 @@ For example `strategies=[fixed,greedy,one_step] seeds=[0,1,2] match=steps`.
 import itertools
 import os
 import shlex
+import sys
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -239,6 +240,12 @@ def _prepare(
 
 
 @command("compare")
-def main(cfg: DictConfig) -> None:
-    """Run the command."""
+def _main(cfg: DictConfig) -> None:
     compare(cfg)
+
+
+def main() -> None:
+    """Entry point of `python -m metavpt.compare`: takes `shared` out before Hydra sees it."""
+    shared.extend(option for option in sys.argv[1:] if option.startswith("strategy."))
+    sys.argv = [sys.argv[0], *(option for option in sys.argv[1:] if option not in shared)]
+    _main()

@@ -1,7 +1,6 @@
 """`python -m metavpt.debug`."""
 
-from metavpt.cli.one_line_errors import run_command
-from metavpt.debug.command import main
+from metavpt.cli.main import start
 
 if __name__ == "__main__":
-    run_command(main)
+    start("debug")

@@ -83,3 +83,9 @@ def _log_prob(in_order: Tensor, num_chosen: int) -> Tensor:
     """Return the log-probability (B,) of drawing the first `num_chosen` in order."""
     remaining = in_order.flip(1).logcumsumexp(dim=1).flip(1)
     return (in_order - remaining)[:, :num_chosen].sum(dim=1)
+
+
+def balanced(logits: Tensor) -> Tensor:
+    """Compute B * softmax(logits), (B,), over the global batch; exactly 1 for equal logits."""
+    odds = (logits - collectives.leave(logits.detach().max())).exp()
+    return odds / collectives.mean(collectives.weighed(odds.mean(), len(odds)))

@@ -8,6 +8,7 @@ from torch import Generator, Tensor
 from typing_extensions import override
 
 from metavpt.designers import figures
+from metavpt.designers.choice import balanced
 from metavpt.designers.designer import Designer
 from metavpt.designers.encoder import ImageEncoder, zero_linear
 from metavpt.designers.views import MultiCrop, Views, to_float
@@ -76,12 +77,6 @@ class SelectionDesigner(Designer):
         for chosen in (order[:num_shown], order[-num_shown:]):
             rows.append([_labelled(batch.images[i], weights[i]) for i in chosen])
         return {"selection": figures.grid(rows)}
-
-
-def balanced(logits: Tensor) -> Tensor:
-    """Compute B * softmax(logits), (B,), over the global batch; exactly 1 for equal logits."""
-    odds = (logits - collectives.leave(logits.detach().max())).exp()
-    return odds / collectives.mean(collectives.weighed(odds.mean(), len(odds)))
 
 
 def weigh(losses: Tensor, weights: Tensor | None) -> Tensor:

@@ -6,7 +6,7 @@ import torch
 from torch import Generator, Tensor, nn
 
 from metavpt.data.tokens import TokenBatch
-from metavpt.designers.selection import balanced
+from metavpt.designers.choice import balanced
 from metavpt.distributed import collectives
 from metavpt.errors import MetaVPTError, check_known
 from metavpt.learners.lm import LanguageModel

@@ -15,7 +15,6 @@ from metavpt.feedback.aggregation import Combination, unpaired
 from metavpt.hypergradients import params
 from metavpt.hypergradients.mixed_products import differentiate
 from metavpt.hypergradients.params import Params
-from metavpt.objectives.target_task import SoftTargets
 from metavpt.problem import Problem, require, supports
 from metavpt.strategies.learned import DesignerOptimizer, MakeOptimizer, feedback_on, inner_loss
 from metavpt.strategies.period import Period
@@ -261,6 +260,8 @@ class Softened(Stateless):
     ) -> None:
         check_known(kind, "strategy.kind", "self_distillation", "smoothing")
         check_gate(gate)
+        from metavpt.objectives.target_task import SoftTargets  # imports transformers
+
         residual = 1.0 if kind == "self_distillation" else 0.0
         self.targets = SoftTargets(gate, num_candidates, residual=residual)
 

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
-from PIL import Image
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
@@ -138,6 +137,8 @@ class RunLog:
 
     def save_figures(self, step: int, figures: dict[str, np.ndarray]) -> None:
         """Write figures/<name>-step<NNNNNN>.png for each figure."""
+        from PIL import Image  # of the extra `run`, which those do not need who log no pictures
+
         for name, pixels in figures.items():
             path = self.folder / "figures" / f"{name}-step{step:06d}.png"
             with writing(path):

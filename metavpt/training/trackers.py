@@ -12,7 +12,6 @@ from types import ModuleType
 from typing import Any, Protocol
 
 import numpy as np
-import yaml
 
 from metavpt.errors import MetaVPTError
 
@@ -68,6 +67,8 @@ class TensorBoard:
         step on.
         """
         if self._writer is None:
+            import yaml  # of the extra `run`
+
             self._writer = self._module.SummaryWriter(str(self._folder), purge_step=step)
             self._writer.add_text(
                 "config", f"```yaml\n{yaml.safe_dump(self._config, sort_keys=False)}```", step

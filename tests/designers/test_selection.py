@@ -8,8 +8,9 @@ from helpers.differences import assert_gradient_is_that_of_differences
 from torch import Generator, Tensor, nn
 from torch.func import functional_call
 
+from metavpt.designers.choice import balanced
 from metavpt.designers.encoder import ImageEncoder
-from metavpt.designers.selection import SelectionDesigner, balanced, weigh
+from metavpt.designers.selection import SelectionDesigner, weigh
 from metavpt.designers.views import MultiCrop, Views
 from metavpt.errors import MetaVPTError
 from metavpt.hypergradients import params

@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerFast
 from metavpt.data.lazy import Lazy
 from metavpt.data.loader import FrameBatch
 from metavpt.data.tokens import Encoder
-from metavpt.designers.selection import balanced
+from metavpt.designers.choice import balanced
 from metavpt.distributed import collectives
 from metavpt.feedback.dense import RidgeFeedback
 from metavpt.hypergradients.distributed_losses import averaged

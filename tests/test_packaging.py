@@ -1,0 +1,68 @@
+"""What runs without the extras: each package that an extra brings is blocked in a process of its own."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+from metavpt.cli.extras import EXTRAS
+
+README = (Path(__file__).parents[1] / "README.md").read_text()
+
+
+COMMAND = """
+import runpy
+try:
+    runpy.run_module("metavpt.run", run_name="__main__")
+except SystemExit as stopped:
+    print("status", stopped.code)
+"""
+
+
+def run(text: str, *extras: str, argv: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:
+    """Run Python without the packages of `extras`."""
+    brought = {"huggingface_hub", "safetensors"} if "language" not in extras else set()
+    blocked = sorted({package for extra in extras for package in EXTRAS[extra]} - brought)
+    start = f"import sys; sys.modules.update(dict.fromkeys({blocked})); sys.argv[1:] = {argv}\n"
+    return subprocess.run([sys.executable, "-c", start + text], text=True, capture_output=True)
+
+
+def test_the_core_needs_no_extra() -> None:
+    """The example of the README and the public names; a command is refused in one line."""
+    example = next(
+        block
+        for block in re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+        if "hypergradient(" in block
+    )
+    names = """
+import metavpt
+for name in metavpt.__all__:
+    if name not in ("Trainer", "write_report"):
+        getattr(metavpt, name)
+try:
+    metavpt.Trainer
+except ImportError as error:
+    print(error)
+"""
+    done = run(example + names + COMMAND, "run", "vision", "language")
+    assert not done.returncode, done.stderr
+    assert "tensor([2.])" in done.stdout
+    assert "pip install 'metavpt[run]'" in done.stdout
+    assert "status 2" in done.stdout
+    (line,) = done.stderr.splitlines()
+    assert "pip install 'metavpt[run]'" in line
+
+
+def test_vision_needs_no_language() -> None:
+    problems = "from metavpt.problems import data2vec_dense, dino_dense, ijepa_dense, mae_dense"
+    done = run(problems, "language")
+    assert not done.returncode, done.stderr
+
+
+def test_language_needs_no_vision_and_a_problem_without_its_extra_is_one_line() -> None:
+    problems = "from metavpt.problems import lm_gsm8k, sources"
+    done = run(problems + COMMAND, "vision", argv=("problem=dino", "device=cpu"))
+    assert not done.returncode, done.stderr
+    assert "status 2" in done.stdout
+    (line,) = done.stderr.splitlines()
+    assert "pip install 'metavpt[vision]'" in line
