@@ -188,7 +188,7 @@ def test_the_model_card_says_what_the_run_was(finished: Any, tmp_path: Path) -> 
     [
         (
             {"pretrained": True, "name": "vit_small_patch14_dinov2.lvd142m"},
-            "whose licence holds for them too: apache-2.0",
+            "apache-2.0",
         ),
         (
             {"weights": "facebook/dinov2-small"},
