@@ -1,6 +1,6 @@
 """How well the solves of strategy=implicit end on the shipped vision problems.
 
-    python benchmarks/implicit_residuals.py [--problems dino_nyuv2] [--seeds 0 1] [key=value ...]
+    python benchmarks/implicit_residuals.py [--problems dino_masks] [--seeds 0 1] [key=value ...]
 
 Trains each problem with strategy=implicit and prints, per problem, the residuals of all solves:
 the share below 0.5, the largest, and the damping that they took. The solver measures its residual
@@ -17,7 +17,7 @@ from hydra import compose, initialize_config_module
 from metavpt.cli.console import Console
 from metavpt.training.build import build
 
-PROBLEMS = ("dino_nyuv2", "data2vec_nyuv2")
+PROBLEMS = ("dino_masks", "data2vec_nyuv2")
 GOOD = 0.5
 
 

@@ -28,7 +28,7 @@ from metavpt.training.build import build
 from metavpt.training.trainer import Trainer
 
 OPTIONS = [
-    "problem=dino_nyuv2", "strategy=one_step", "strategy.burn_in=0", "strategy.every=4",
+    "problem=dino_masks", "strategy=one_step", "strategy.burn_in=0", "strategy.every=4",
     "trainer.probe_every=200",
     "trainer.checkpoint_every=50", "trainer.first_order_every=40", "backbone.tail_blocks=1",
     "backbone.embed_dim=24", "backbone.depth=2",

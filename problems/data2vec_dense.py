@@ -5,17 +5,14 @@ from typing import Any, Literal, NamedTuple, cast
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
 from metavpt.designers import figures
 from metavpt.designers.crop import RandomCrop, WholeFrames
-from metavpt.designers.feature_network import ResidualNetwork
 from metavpt.designers.feature_targets import FeatureDesigner, FeatureTask, moved, tilted
 from metavpt.distributed import collectives
-from metavpt.errors import MetaVPTError, check_known
-from metavpt.feedback.cross_fitted import CrossFitted, PatchLabels
+from metavpt.errors import check_known
 from metavpt.hypergradients import params
 from metavpt.hypergradients.curvature import ComposedLoss
 from metavpt.hypergradients.linear_targets import DirectionalDerivative
@@ -27,7 +24,6 @@ from metavpt.objectives.goal_loss import goal_loss
 from metavpt.objectives.ijepa import normalized_features
 from metavpt.profiling.timers import phase
 from metavpt.strategies.amortized import SupportsReplay
-from metavpt.strategies.function_space import SupportsFunctionSpace
 from metavpt.strategies.learned import SharedTrunk
 from metavpt.strategies.selection import SupportsCandidates, SupportsSelection
 from metavpt.strategies.tilted_targets import SupportsTilting
@@ -61,7 +57,6 @@ class Data2VecDense(
     SupportsSelection,
     SupportsTilting,
     SupportsReplay,
-    SupportsFunctionSpace,
     Splittable,
 ):
     """data2vec: the student predicts its EMA teacher's features of masked patches.
@@ -101,7 +96,6 @@ class Data2VecDense(
             backbone.width,
             num_outputs=self.num_outputs,
         )
-        self._frozen_trunk = not any(p.requires_grad for p in backbone.trunk.parameters())
 
     def recipe(self, batch: Any) -> FeatureTask:
         return self.designer.recipe_task(batch)
@@ -172,51 +166,6 @@ class Data2VecDense(
             self.designer.grid,
         )
 
-    @torch.no_grad()
-    def output_values(self, theta: Params, batch: Any) -> dict[str, Tensor]:
-        """Compute the residuals of cross-fitted heads on the teacher's features of labelled frames.
-
-        The directions of the heads go to the designer, see `ResidualNetwork`.
-        """
-        if not isinstance(self.designer, ResidualNetwork):
-            raise MetaVPTError(
-                f"strategy=functional: designer {type(self.designer).__name__} predicts no "
-                "residuals; set designer=residuals"
-            )
-        found: list[dict[str, Tensor]] = []
-        directions: list[Tensor] = []
-        for name, labels in batch.items():
-            heads = self._feedback[name]
-            if not (isinstance(heads, CrossFitted) and isinstance(labels, PatchLabels)):
-                raise MetaVPTError("strategy=functional needs feedback=cross_fitted")
-            parts = self.states_of(theta, name, labels.image)
-            tail = cast(Backbone, self.teacher.learner).tail
-            features = torch.cat([normalized_features(tail(part).patches) for part in parts])
-            grid = parts[0].grid
-            residuals = heads.residuals(features.transpose(1, 2).unflatten(2, grid), labels)
-            num, before = len(features), sum(len(rows) for rows in directions)
-            after = self.num_outputs - before - heads.num_outputs
-            found.append(
-                {
-                    "states": torch.cat([part.tokens[:, -features.shape[1] :] for part in parts]),
-                    "features": features,
-                    "values": F.pad(residuals.values, (before, after)),
-                    "share": F.pad(residuals.share, (before, after)),
-                    "grid": torch.tensor(grid, device=features.device).expand(num, 2),
-                }
-            )
-            directions.append(residuals.directions)
-        if len({tuple(part["grid"][0].tolist()) for part in found}) > 1:
-            raise MetaVPTError(
-                "labelled sets whose frames differ in size make no values together; "
-                "set problem.feature_size"
-            )
-        self.designer.directions.copy_(torch.cat(directions) / len(directions) ** 0.5)
-        return {key: torch.cat([part[key] for part in found]) for key in found[0]}
-
-    def designer_loss(self, replay: dict[str, Tensor]) -> Tensor:
-        return self.designer.loss(replay)
-
     def after_step(self, task: FeatureTask, progress: float) -> None:
         self.teacher.update(
             self.backbone, self.teacher_momentum + (1.0 - self.teacher_momentum) * progress
@@ -263,11 +212,7 @@ class Data2VecDense(
         seen: Hidden | None = None
         if self.learner.hidden_at == "tail":
             seen = cast(Hidden, functional_call(self.backbone.trunk, trunk, (task.images,)))
-            empty = torch.zeros_like(task.images[:1])
-            blank = cast(Hidden, functional_call(self.backbone.trunk, trunk, (empty,))).tokens
-            prefix = seen.tokens.shape[1] - task.hidden.shape[1]
-            hidden = F.pad(task.hidden, (prefix, 0))[..., None]
-            state = seen._replace(tokens=torch.where(hidden, blank, seen.tokens))
+            state = self.hidden_states(theta, task.images, seen, task.hidden)
         else:
             hiding = {"hidden": task.hidden, "mask_token": theta["mask_token"]}
             state = functional_call(self.backbone.trunk, trunk, (task.images,), hiding)
@@ -276,7 +221,7 @@ class Data2VecDense(
             tail = params.subset({**theta, **theta_s}, "backbone.tail.")
             return normalized_features(functional_call(self.backbone.tail, tail, (state,)).patches)
 
-        shared = seen if self._frozen_trunk else None
+        shared = seen if self.frozen_trunk else None
         states, features = self._described(task.images, shared)
         moves = moved(features, task) - features
         if task.phi:

@@ -26,6 +26,7 @@ from metavpt.hypergradients import params
 from metavpt.hypergradients.params import Params
 from metavpt.learners.trunk_states import TrunkStates
 from metavpt.learners.vit import Backbone, Features, Hidden
+from metavpt.objectives.ijepa import normalized_features
 from metavpt.probes.dense import DenseProbe
 from metavpt.probes.depth import DepthTask
 from metavpt.probes.heads import Fit
@@ -34,6 +35,7 @@ from metavpt.probes.spectrum import rankme
 from metavpt.probes.summaries import Probe, summarise
 from metavpt.probes.window import SlidingWindow
 from metavpt.problem import Problem
+from metavpt.strategies.function_space import SupportsFunctionSpace
 from metavpt.training.health import HealthMetric, rank_sign
 from metavpt.training.run_log import Reportable
 from metavpt.training.streams import Stream
@@ -49,7 +51,7 @@ TASKS = {
 DenseHeads = DenseFeedback | RidgeFeedback | CrossFitted
 
 
-class DenseProblem(MultipleFeedbacks, Shardable, Reportable, Problem):
+class DenseProblem(MultipleFeedbacks, SupportsFunctionSpace, Shardable, Reportable, Problem):
     """A ViT (`learner.backbone`) pretrained for depth and segmentation; a subclass adds the learner's head, the designer and the loss.
 
     data, feedback    one labelled set and the maker of its feedback heads, or several of both by name. Of several, a labelled batch holds
@@ -237,6 +239,27 @@ class DenseProblem(MultipleFeedbacks, Shardable, Reportable, Problem):
             self.feedback_record,
         )
 
+    def hidden_states(self, theta: Params, images: Tensor, seen: Hidden, hidden: Tensor) -> Hidden:
+        """Hide patches from the tail: the states of a blank image stand for them.
+
+        Nothing is new to pretrained blocks, and student and teacher share the states of a trunk.
+
+        Args:
+            theta: Of the learner.
+            images: Normalised, (B, 3, H, W).
+            seen: Their trunk states.
+            hidden: Patches to hide, bool (B, N).
+        """
+        trunk, empty = params.subset(theta, "backbone.trunk."), torch.zeros_like(images[:1])
+        blank = cast(Hidden, functional_call(self.backbone.trunk, trunk, (empty,))).tokens
+        where = F.pad(hidden, (seen.tokens.shape[1] - hidden.shape[1], 0))[..., None]
+        return seen._replace(tokens=torch.where(where, blank, seen.tokens))
+
+    @property
+    def frozen_trunk(self) -> bool:
+        """Whether no parameter of the trunk is trained, so that the teacher's is the student's."""
+        return not any(p.requires_grad for p in self.backbone.trunk.parameters())
+
     def states_of(self, theta: Params, name: str, images: Tensor) -> list[Hidden]:
         """Return the trunk's states of labelled images of the set `name`, by microbatches.
 
@@ -277,6 +300,63 @@ class DenseProblem(MultipleFeedbacks, Shardable, Reportable, Problem):
                 heads.fit(
                     collectives.gather(features), collectives.gather(batch[name])
                 )  # alike on every process
+
+    @torch.no_grad()
+    def output_values(self, theta: Params, batch: Any) -> dict[str, Tensor]:
+        """Compute the residuals of cross-fitted heads on features of labelled frames.
+
+        The features are the teacher's, normalised, where there is a teacher: those that the student
+        is to predict. The directions of the heads go to the designer.
+        """
+        if not isinstance(getattr(self.designer, "directions", None), Tensor):
+            raise MetaVPTError(
+                f"strategy=functional: designer {type(self.designer).__name__} predicts no "
+                "residuals; set designer=residuals, patch_policy or feature_policy with data2vec, "
+                "designer=view_policy with dino"
+            )
+        found: list[dict[str, Tensor]] = []
+        directions: list[Tensor] = []
+        for name, labels in batch.items():
+            heads = self._feedback[name]
+            if not (isinstance(heads, CrossFitted) and isinstance(labels, PatchLabels)):
+                raise MetaVPTError("strategy=functional needs feedback=cross_fitted")
+            parts = self.states_of(theta, name, labels.image)
+            tail = self.reference.tail
+            features = torch.cat([normalized_features(tail(part).patches) for part in parts])
+            grid = parts[0].grid
+            residuals = heads.residuals(features.transpose(1, 2).unflatten(2, grid), labels)
+            num, before = len(features), sum(len(rows) for rows in directions)
+            after = self.num_outputs - before - heads.num_outputs
+            found.append(
+                {
+                    "states": torch.cat([part.tokens[:, -features.shape[1] :] for part in parts]),
+                    "features": features,
+                    "values": F.pad(residuals.values, (before, after)),
+                    "share": F.pad(residuals.share, (before, after)),
+                    "grid": torch.tensor(grid, device=features.device).expand(num, 2),
+                }
+            )
+            directions.append(residuals.directions)
+        if len({tuple(part["grid"][0].tolist()) for part in found}) > 1:
+            raise MetaVPTError(
+                "labelled sets whose frames differ in size make no values together; "
+                "set problem.feature_size"
+            )
+        self.designer.directions.copy_(torch.cat(directions) / len(directions) ** 0.5)  # type: ignore[union-attr]
+        return {key: torch.cat([part[key] for part in found]) for key in found[0]}
+
+    def designer_loss(self, replay: dict[str, Tensor]) -> Tensor:
+        """Compute the designer's loss on stored values."""
+        return cast(Any, self.designer).loss(replay)
+
+    @property
+    def reference(self) -> Backbone:
+        """The backbone whose features are predicted: the teacher's, or the learner's own."""
+        teacher = getattr(self, "teacher", None)
+        if teacher is None:
+            return self.backbone
+        learner = teacher.learner
+        return learner if isinstance(learner, Backbone) else cast(Backbone, learner.backbone)
 
     def evaluate(self) -> dict[str, float]:
         metrics = self.side_effects(self._describe, self.unlabelled)

@@ -1,9 +1,11 @@
-"""DINO pretraining with feedback from dense labels: `problem=dino_nyuv2`."""
+"""DINO pretraining with feedback from dense labels: `problem=dino_nyuv2`, `problem=dino_masks`."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from types import MappingProxyType
-from typing import Any, Literal, cast
+from typing import Any, Literal, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -15,6 +17,7 @@ from metavpt.designers.designer import Designer
 from metavpt.designers.mixer import mix_terms
 from metavpt.designers.prototypes import reshape, reshape_patches, tilted
 from metavpt.designers.selection import weigh
+from metavpt.designers.view_policy import ViewPolicy
 from metavpt.designers.views import MultiCrop, Views, pick_views
 from metavpt.errors import MetaVPTError, check_known
 from metavpt.hypergradients import params
@@ -24,10 +27,11 @@ from metavpt.hypergradients.params import Params
 from metavpt.learners.annealing import cosine
 from metavpt.learners.projection import Learner, ProjectionHead
 from metavpt.learners.teacher import Teacher
-from metavpt.learners.vit import Backbone, Features
+from metavpt.learners.vit import Backbone, Features, Hidden
 from metavpt.objectives.dino import center_update, centered_probs, sinkhorn_probs
 from metavpt.objectives.distillation import active_terms, hidden_of, pack, term_losses, unpack
 from metavpt.objectives.goal_loss import GoalLoss, goal_loss
+from metavpt.objectives.ijepa import normalized_features
 from metavpt.profiling.timers import phase
 from metavpt.strategies.learned import SharedTrunk
 from metavpt.strategies.selection import SupportsCandidates, SupportsSelection
@@ -73,6 +77,7 @@ class DinoDense(
     patch_head       head of ibot's patches: "shared" with the image's (iBOT), or "own" (DINOv2, DINOv3)
     gram_anchor      whose patches gram holds on to: the "teacher"'s, or those of the backbone as it was at first, "frozen"
     targets          "sinkhorn" (DINOv2, DINOv3; stateless) or "centering" (DINO)
+    hidden_at        where patches are hidden from the student: "input", a learned mask token; "tail", the states of a blank image
     teacher_credit   whether the designer is credited for what the teacher sees of its views as well; the learner never is
     """
 
@@ -96,23 +101,30 @@ class DinoDense(
         teacher_temperature: float = 0.04,
         teacher_momentum: float = 0.996,
         teacher_credit: bool = False,
+        hidden_at: Literal["input", "tail"] = "input",
         **dense: Any,
     ) -> None:
+        check_known(hidden_at, "problem.hidden_at", "input", "tail")
         check_known(targets, "problem.targets", "sinkhorn", "centering")
         check_known(patch_head, "problem.patch_head", "shared", "own")
         check_known(gram_anchor, "problem.gram_anchor", "teacher", "frozen")
         self.terms, self.num_prototypes = active_terms(terms), num_prototypes
-        hides, own = "ibot" in self.terms, "ibot" in self.terms and patch_head == "own"
+        own = "ibot" in self.terms and patch_head == "own"
+        self.hides, self.hidden_at = bool({"ibot", "features"} & set(self.terms)), hidden_at
         sizes = (backbone.width, num_prototypes, head_hidden, head_bottleneck)
         self.learner = Learner(
-            backbone, ProjectionHead(*sizes), pool, hides, ProjectionHead(*sizes) if own else None
+            backbone,
+            ProjectionHead(*sizes),
+            pool,
+            self.hides and hidden_at == "input",
+            ProjectionHead(*sizes) if own else None,
         )
         self.patch_head = "patch_head" if own else "head"
         self.teacher = Teacher(self.learner)
         self.anchor = (
             Teacher(backbone) if "gram" in self.terms and gram_anchor == "frozen" else None
         )
-        hiding = {"patch_size": backbone.patch_size} if hides else {}
+        hiding = {"patch_size": backbone.patch_size} if self.hides else {}
         self.designer = designer(recipe(mean=backbone.mean, std=backbone.std, **hiding))
         self.targets, self.teacher_credit, self.teacher_momentum = (
             targets,
@@ -123,7 +135,7 @@ class DinoDense(
             student_temperature,
             teacher_temperature,
         )
-        names = ["center"] + ["patch_center"] * hides
+        names = ["center"] + ["patch_center"] * ("ibot" in self.terms)
         zeros = {
             name: torch.nn.Parameter(torch.zeros(num_prototypes), requires_grad=False)
             for name in names
@@ -131,29 +143,56 @@ class DinoDense(
         self.center = torch.nn.ParameterDict(zeros)
         self._answered = Answers(None, {})
         super().__init__(backbone, **dense)
+        if isinstance(self.designer, ViewPolicy):
+            if "features" not in self.terms:
+                raise MetaVPTError("designer=view_policy needs problem.terms.features above 0")
+            self.designer.build(backbone.width, backbone.patch_size, self.num_outputs)
 
     def recipe(self, batch: Any) -> Views:
         return self.designer.recipe_task(batch)
 
-    def regularizer(self, task: Views) -> Tensor:
+    def regularizer(self, task: Views) -> Tensor | None:
         return self.designer.regularizer(task)
 
+    @property
+    def hardest_task(self) -> Callable[[Any], Views]:
+        """The designer's, see `SupportsHardest`. An AttributeError where it makes none."""
+        return cast(Any, self.designer).hardest_task
+
     def pretrain_loss(self, theta: Params, task: Views) -> Tensor:
-        return self.pretrain_tail(theta, task)({})
+        step = self._distillation(theta, task)
+        packed = step.outputs({})
+        weights = step.weights(packed.detach()) if step.weights else None
+        return step.per_image(packed, step.goals, weights).mean()
 
     def pretrain_tail(self, theta: Params, task: Views) -> ComposedLoss:
-        """A `GoalLoss` where a designer may change what the teacher answers, and nothing else."""
-        outputs, criterion, goals = self._distillation(theta, task)
+        """A `GoalLoss` where a designer may change what the teacher answers, and nothing else.
+
+        The weights of a policy are those of the student at theta. They are held, as in the step.
+        """
+        step = self._distillation(theta, task)
+        weights = step.weights_now()
         others = (part for name, part in task._asdict().items() if name not in ANSWERS)
-        if not len(goals) or any(
-            isinstance(part, Tensor) and part.requires_grad for part in others
+        if (
+            weights is not None
+            or not len(step.goals)
+            or any(isinstance(part, Tensor) and part.requires_grad for part in others)
         ):
-            return ComposedLoss(outputs, lambda packed: criterion(packed, goals).mean())
-        return goal_loss(outputs, lambda packed, goals: criterion(packed, goals).mean(), goals)
+            return ComposedLoss(
+                step.outputs, lambda packed: step.per_image(packed, step.goals, weights).mean()
+            )
+        return goal_loss(
+            step.outputs,
+            lambda packed, goals: step.per_image(packed, goals, None).mean(),
+            step.goals,
+        )
 
     def per_sample_tail(self, theta: Params, task: Views) -> ComposedLoss:
-        outputs, criterion, goals = self._distillation(theta, task)
-        return ComposedLoss(outputs, lambda packed: criterion(packed, goals))
+        step = self._distillation(theta, task)
+        weights = step.weights_now()
+        return ComposedLoss(
+            step.outputs, lambda packed: step.per_image(packed, step.goals, weights)
+        )
 
     def tilt(
         self,
@@ -223,46 +262,74 @@ class DinoDense(
     @torch.no_grad()
     def figures(self) -> dict[str, np.ndarray]:
         batch = next(iter(self.meta_batches(seed=0)))
-        return {**self.designer.figures(batch, self.designer(batch)), **super().figures()}
+        task = self.designer(batch)
+        if isinstance(self.designer, ViewPolicy):
+            theta = params.detach(params.named(self.learner))
+            weights = self._distillation(theta, task).weights_now()
+            made = self.designer.figures(batch, task, weights)
+        else:
+            made = self.designer.figures(batch, task)
+        return {**made, **super().figures()}
 
-    def _distillation(
-        self, theta: Params, task: Views
-    ) -> tuple[Callable[[Params], Tensor], Callable[[Tensor, Tensor], Tensor], Tensor]:
-        """theta_S -> the student's outputs; these and the goals -> the loss of each image, (B,); the goals. Trunk and teacher run once."""
-        student, goals, anchor = self._student(theta, task), *self._goals(task)
+    def _distillation(self, theta: Params, task: Views) -> "_Step":
+        """What a step on `task` needs. Trunk and teacher run once."""
+        seen: Hidden | None = None
+        if self.hides and self.hidden_at == "tail":
+            trunk = params.subset(theta, "backbone.trunk.")
+            crops = task.global_crops.flatten(0, 1)
+            seen = cast(Hidden, functional_call(self.backbone.trunk, trunk, (crops,)))
+        student = self._student(theta, task, seen)
+        goals, fixed, states = self._goals(task, seen if self.frozen_trunk else None)
         shapes, goal_shapes = self._shapes(task), self._goal_shapes(task)
 
-        def per_image(outputs: Tensor, goals: Tensor) -> Tensor:
+        def per_image(outputs: Tensor, goals: Tensor, weights: Tensor | None) -> Tensor:
             losses = term_losses(
                 unpack(outputs, shapes),
-                {**unpack(goals, goal_shapes), **anchor},
+                {**unpack(goals, goal_shapes), **fixed},
                 task.hidden,
                 self.student_temperature,
+                weights,
             )
             return weigh(mix_terms(losses, self.terms.values(), task.mix), task.weights)
 
-        return (
+        def weights(policy: ViewPolicy, outputs: Tensor) -> Tensor | None:
+            told, targets = unpack(outputs, shapes)["features"], fixed["features"]
+            return policy.weights(task, targets - told, states, targets)
+
+        return _Step(
             lambda theta_s: pack(student(theta_s)),
             per_image,
             pack(goals) if goals else task.global_crops.new_empty(0),
+            partial(weights, self.designer) if isinstance(self.designer, ViewPolicy) else None,
         )
 
-    def _student(self, theta: Params, task: Views) -> Callable[[Params], dict[str, Tensor]]:
-        """theta_S -> for each term what the student makes of the views."""
+    def _student(
+        self, theta: Params, task: Views, seen: Hidden | None = None
+    ) -> Callable[[Params], dict[str, Tensor]]:
+        """theta_S -> for each term what the student makes of the views.
+
+        Args:
+            theta: Of the learner.
+            task: The views.
+            seen: Trunk states of the global crops, where patches are hidden from the tail.
+        """
         backbone, summary, batch_size = (
             self.backbone,
             self.learner.summary,
             task.global_crops.shape[1],
         )
         trunk = params.subset(theta, "backbone.trunk.")
-        hiding = (
-            {"hidden": hidden_of(task.hidden).flatten(0, 1), "mask_token": theta["mask_token"]}
-            if "ibot" in self.terms
-            else {}
-        )
-        states = [
-            functional_call(backbone.trunk, trunk, (task.global_crops.flatten(0, 1),), hiding)
-        ]
+        crops = task.global_crops.flatten(0, 1)
+        if seen is not None:
+            hidden = hidden_of(task.hidden).flatten(0, 1)
+            states = [self.hidden_states(theta, crops, seen, hidden)]
+        else:
+            hiding = (
+                {"hidden": hidden_of(task.hidden).flatten(0, 1), "mask_token": theta["mask_token"]}
+                if self.hides
+                else {}
+            )
+            states = [functional_call(backbone.trunk, trunk, (crops,), hiding)]
         if "dino" in self.terms and len(task.local_crops):
             states.append(functional_call(backbone.trunk, trunk, (task.local_crops.flatten(0, 1),)))
 
@@ -285,6 +352,7 @@ class DinoDense(
                 ),
                 "koleo": lambda: summary(features[0]).unflatten(0, (2, batch_size)),
                 "gram": lambda: _patches(features[0]),
+                "features": lambda: normalized_features(features[0].patches).unflatten(0, (2, -1)),
             }
             return {term: made[term]() for term in self.terms}
 
@@ -300,6 +368,7 @@ class DinoDense(
             "ibot": (num_hidden, self.num_prototypes),
             "koleo": (num_globals, batch_size, width),
             "gram": (num_globals, batch_size, num_patches, width),
+            "features": (num_globals, batch_size, num_patches, width),
         }
         return {term: shapes[term] for term in self.terms}
 
@@ -312,13 +381,25 @@ class DinoDense(
             if term in CENTERS
         }
 
-    def _goals(self, task: Views) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """What the student is to answer, by term, as the designer wants it; and what gram anchors it to."""
+    def _goals(
+        self, task: Views, seen: Hidden | None = None
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor], Tensor]:
+        """The teacher's part of a step.
+
+        Args:
+            task: The views.
+            seen: Trunk states of the global crops, where the student's trunk is the teacher's.
+
+        Returns:
+            What the student is to answer, by term, as the designer wants it; what no designer
+            changes, by term; the trunk states of patches, (2, B, N, D).
+        """
         with (
             phase("teacher"),
             torch.set_grad_enabled(self.teacher_credit and torch.is_grad_enabled()),
         ):
-            features = self._teacher_features(task)
+            hidden = self.reference.trunk(task.global_crops.flatten(0, 1)) if seen is None else seen
+            features = self.reference.tail(hidden)
             logits = self._teacher_logits(features, task)
             # What the centre will be moved by, once the step on this task is taken: the teacher is not to be asked twice.
             if not any(isinstance(part, Tensor) and part.requires_grad for part in task):
@@ -334,8 +415,12 @@ class DinoDense(
                         self.anchor(task.global_crops.flatten(0, 1)) if self.anchor else features
                     )
                 }
+            if "features" in self.terms:
+                anchor["features"] = normalized_features(features.patches).unflatten(0, (2, -1))
+            states = hidden.tokens[:, -math.prod(hidden.grid) :].unflatten(0, (2, -1))
         reshaped = {"dino": reshape, "ibot": reshape_patches}
-        return {term: reshaped[term](goal, task) for term, goal in probs.items()}, anchor
+        goals = {term: reshaped[term](goal, task) for term, goal in probs.items()}
+        return goals, anchor, states
 
     def _teacher_features(self, task: Views) -> Features:
         return cast(Learner, self.teacher.learner).backbone(task.global_crops.flatten(0, 1))
@@ -357,6 +442,31 @@ class DinoDense(
         if self.targets == "sinkhorn":
             return sinkhorn_probs(logits, self.teacher_temperature)
         return centered_probs(logits, center, self.teacher_temperature)
+
+
+class _Step(NamedTuple):
+    """A step of the student.
+
+    Attributes:
+        outputs: theta_S -> the student's outputs, packed.
+        per_image: (outputs, goals, weights) -> the loss of each image, (B,).
+        goals: What the student is to answer, packed.
+        weights: Outputs -> weights of the term `features`, None where all are 1; None where there
+            is no policy.
+    """
+
+    outputs: Callable[[Params], Tensor]
+    per_image: Callable[[Tensor, Tensor, Tensor | None], Tensor]
+    goals: Tensor
+    weights: Callable[[Tensor], Tensor | None] | None
+
+    def weights_now(self) -> Tensor | None:
+        """The weights at theta; the student runs where there is a policy."""
+        if self.weights is None:
+            return None
+        with torch.no_grad():
+            outputs = self.outputs({})
+        return self.weights(outputs)
 
 
 def _patches(features: Features) -> Tensor:

@@ -48,7 +48,7 @@ def test_every_strategy_can_be_built(name):
 
 def test_the_paper_row_of_nyuv2_with_vit_b_holds_the_papers_figures():
     """V-Pretraining, table of hyper-parameters."""
-    cfg = composed("problem=dino_nyuv2", "experiment=paper_nyuv2_vitb")
+    cfg = composed("problem=dino_masks", "experiment=paper_nyuv2_vitb")
     assert (
         cfg.trainer.optimizer.lr,
         cfg.problem.batch_size,

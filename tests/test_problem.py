@@ -82,7 +82,7 @@ def test_strategy_start_names_what_the_problem_lacks(tmp_path, strategy):
 
 
 def test_require_names_the_shipped_problems_that_have_a_capability():
-    with pytest.raises(MetaVPTError, match=r"per_sample_tail .*dino_nyuv2.*toy_sources"):
+    with pytest.raises(MetaVPTError, match=r"per_sample_tail .*dino_masks.*toy_sources"):
         require(Channels(), SupportsSelection, "a test")
 
 

@@ -47,7 +47,8 @@ class Chain(Designer):
 
     @override
     def regularizer(self, task: Views) -> Tensor:
-        return torch.stack([stage.regularizer(task) for stage in self._stages]).sum()
+        found = [stage.regularizer(task) for stage in self._stages]
+        return torch.stack([part for part in found if part is not None]).sum()
 
     @override
     def figures(self, batch: Any, task: Views) -> dict[str, np.ndarray]:

@@ -43,8 +43,8 @@ class Designer(nn.Module, ABC):
         """Return `views` with a random choice in place of the network's."""
 
     @abstractmethod
-    def regularizer(self, task: Views) -> Tensor:
-        """Compute R(phi), a scalar."""
+    def regularizer(self, task: Views) -> Tensor | None:
+        """Compute R(phi), a scalar. None: there is none."""
 
     @abstractmethod
     def figures(self, batch: Any, task: Views) -> dict[str, np.ndarray]:

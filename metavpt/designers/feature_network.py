@@ -136,10 +136,15 @@ class ResidualNetwork(FeatureNetwork):
 
     def loss(self, lesson: dict[str, Tensor]) -> Tensor:
         """Compute the mean squared error of the predicted residuals over labelled pixels."""
-        height, width = (int(side) for side in lesson["grid"][0])
-        residuals = self.network(lesson["states"], lesson["features"], (height, width))
-        squares = lesson["share"] * (residuals - lesson["values"]).square()
-        return squares.sum() / lesson["share"].sum().clamp_min(1)
+        return residual_loss(self.network, lesson)
+
+
+def residual_loss(network: nn.Module, lesson: dict[str, Tensor]) -> Tensor:
+    """Compute the mean squared error of predicted residuals over labelled pixels, a scalar."""
+    height, width = (int(side) for side in lesson["grid"][0])
+    residuals = network(lesson["states"], lesson["features"], (height, width))
+    squares = lesson["share"] * (residuals - lesson["values"]).square()
+    return squares.sum() / lesson["share"].sum().clamp_min(1)
 
 
 class OutputNetwork(nn.Module):

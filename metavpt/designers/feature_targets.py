@@ -158,9 +158,7 @@ class FeatureDesigner(nn.Module):
         if self.surface == "targets":
             return None
         scores = residual * moves + task.hardness[:, None, None] * residual.square()
-        if self.surface == "patches":
-            scores = scores.mean(dim=-1, keepdim=True)
-        return allocation(scores + task.scores, self.strength)
+        return allocation(per_part(scores, self.surface) + task.scores, self.strength)
 
     def moves(self, task: FeatureTask, states: Tensor, features: Tensor) -> Tensor:
         """Predict the moves A (B, N, D) by a network.
@@ -223,6 +221,11 @@ class FeatureTargets(FeatureDesigner):
 
     def _size(self, map: Tensor) -> Tensor:
         return self.weight * map.square().sum() / len(map)
+
+
+def per_part(scores: Tensor, surface: str) -> Tensor:
+    """The scores (..., N, D) of features, or their mean (..., N, 1) where `surface` is "patches"."""
+    return scores.mean(dim=-1, keepdim=True) if surface == "patches" else scores
 
 
 def allocation(scores: Tensor, strength: float) -> Tensor:

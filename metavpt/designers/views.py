@@ -25,6 +25,7 @@ from metavpt.designers.crop import Range, crop, draw_crop, uniform
 from metavpt.designers.hiding import hidden_patches
 from metavpt.distributed import collectives
 from metavpt.errors import MetaVPTError
+from metavpt.hypergradients.params import Params
 from metavpt.profiling.timers import phase
 
 _ADJUSTMENTS: tuple[Callable[[Tensor, Tensor], Tensor], ...] = (
@@ -65,6 +66,10 @@ class Views(NamedTuple):
         None  # (2, B, N) bool, the patches of the global crops that the student does not see
     )
     mix: Tensor | None = None  # (T, B), weights of the terms of the objective, see `mixer`
+    phi: Params | None = None  # of the network that moves features, see `feature_policy`
+    # (2, B, N, D) or (2, B, N, 1), added to the scores of a policy of features or patches
+    feature_scores: Tensor | None = None
+    hardness: Tensor | None = None  # (2, B), weight of the squared residual in these scores
 
 
 class Knobs(NamedTuple):

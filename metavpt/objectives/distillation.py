@@ -4,6 +4,7 @@
     ibot   the prototypes of masked patches are predicted
     koleo  the images of a batch lie apart; summed over the 2 global views, as released
     gram   patches are as similar to each other as in an anchor
+    features  the teacher's normalised features of all patches are predicted (data2vec)
 
 Each term has one output of the student and, except koleo, one goal. Dicts hold them by the term's
 name. The derivative of koleo jumps where another image becomes the nearest one. A
@@ -25,7 +26,7 @@ from metavpt.objectives.gram import gram_loss
 from metavpt.objectives.ibot import ibot_loss
 from metavpt.objectives.koleo import koleo_loss
 
-TERMS = ("dino", "ibot", "koleo", "gram")
+TERMS = ("dino", "ibot", "koleo", "gram", "features")
 
 
 def active_terms(terms: Mapping[str, float]) -> dict[str, float]:
@@ -49,6 +50,7 @@ def term_losses(
     goals: Mapping[str, Tensor],
     hidden: Tensor | None,
     temperature: float = 0.1,
+    feature_weights: Tensor | None = None,
 ) -> Tensor:
     """Compute each term of each image, (T, B), in the order of `outputs`.
 
@@ -57,14 +59,23 @@ def term_losses(
 
     Args:
         outputs: dino logits (V, B, K), ibot logits (M, K), koleo features (2, B, D), gram features
-            (2, B, N, D).
-        goals: dino probabilities (2, B, K), ibot probabilities (M, K), gram features (2, B, N, D').
+            (2, B, N, D), features (2, B, N, D).
+        goals: dino probabilities (2, B, K), ibot probabilities (M, K), gram features (2, B, N, D'),
+            features (2, B, N, D).
         hidden: The masked patches, bool of shape (2, B, N).
         temperature: Of the student.
+        feature_weights: Of the squares of `features`, (2, B, N, D) or (2, B, N, 1), mean 1. None:
+            all are 1.
     """
-    return torch.stack(
-        [_term(name, output, goals, hidden, temperature) for name, output in outputs.items()]
-    )
+
+    def term(name: str, output: Tensor) -> Tensor:
+        if name == "features":
+            squares = (output - goals[name]).square()
+            squares = squares if feature_weights is None else feature_weights * squares
+            return squares.mean(dim=(0, 2, 3))
+        return _term(name, output, goals, hidden, temperature)
+
+    return torch.stack([term(name, output) for name, output in outputs.items()])
 
 
 def _term(

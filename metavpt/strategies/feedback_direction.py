@@ -15,7 +15,7 @@ from metavpt.hypergradients.distributed_losses import averaged
 from metavpt.hypergradients.estimators import downstream
 from metavpt.hypergradients.mixed_products import value_and_gradient
 from metavpt.hypergradients.params import Params
-from metavpt.strategies.learned import LearnerStep, feedback_on, tail_loss
+from metavpt.strategies.learned import LearnerStep, feedback_on, feedback_record, tail_loss
 from metavpt.strategies.period import Period
 from metavpt.strategies.random_direction import RandomDirection
 from metavpt.training.strategy import TrainState
@@ -79,7 +79,8 @@ class FeedbackDirection:
             kept = params.scale(self.g_down, self.ema)
             self.g_down = params.add(kept, fresh, alpha=1 - self.ema)
         self.period.num_updates += 1
-        return {**combined.record, "g_down_norm": float(params.norm(self.g_down))}
+        norm = {"g_down_norm": float(params.norm(self.g_down))}
+        return {**combined.record, **norm, **feedback_record(state.problem)}
 
     def along(self, state: TrainState, batch: Any) -> Params | None:
         """Return w at the learner's theta for an unlabelled batch; None before the first g_down."""

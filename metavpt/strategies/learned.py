@@ -1,6 +1,6 @@
 """The learned designer: hypergradients of the feedback loss train it, one update at a time."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -52,6 +52,16 @@ class TailParameters(Protocol):
     def tail_parameters(self) -> Sequence[str]:
         """Return names that the function may be given, theta_S among them: all but the trunk's."""
         ...
+
+
+class MeasuresFeedback(Protocol):
+    """A problem that measures its feedback as gradients are taken of it.
+
+    Attributes:
+        feedback_record: The newest measurements, for the log.
+    """
+
+    feedback_record: Mapping[str, float]
 
 
 class Learned:
@@ -153,7 +163,8 @@ class Learned:
         """Take one step of the designer's optimizer, and return the record of the update."""
         taken = self.designer.step(state.problem, hypergradient.by_phi, batch)
         self.period.num_updates += 1
-        return {"value": hypergradient.value, **taken, **hypergradient.diagnostics}
+        measured = feedback_record(state.problem)
+        return {"value": hypergradient.value, **taken, **hypergradient.diagnostics, **measured}
 
     @phase("product")
     def _estimate(
@@ -369,6 +380,11 @@ def feedback_on(problem: Problem, labelled: Any) -> Feedback:
     theta = params.detach(params.named(problem.learner))
     aligned = {name: theta[name] for name in aligned_names(problem, theta)}
     return Feedback(problem, theta, aligned, labelled)
+
+
+def feedback_record(problem: Problem) -> dict[str, float]:
+    """Return what the problem measured of its feedback, for the log."""
+    return dict(problem.feedback_record) if supports(problem, MeasuresFeedback) else {}
 
 
 def _linear(direction: Params) -> OuterLoss:

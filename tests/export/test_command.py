@@ -65,7 +65,7 @@ def finished(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Path, dict
         cfg = compose(
             "run",
             [
-                "problem=dino_nyuv2",
+                "problem=dino_masks",
                 "strategy=one_step",
                 "backbone=timm",
                 f"backbone.name={options['name']}",
@@ -139,7 +139,7 @@ def test_a_run_from_its_own_trainer(tmp_path: Path) -> None:
         "problem.feature_size=[16,16]",
     ]
     options = [
-        "problem=dino_nyuv2",
+        "problem=dino_masks",
         "strategy=fixed",
         "device=cpu",
         f"data.rooms.folder={tmp_path}",

@@ -1,7 +1,7 @@
 """The main problem at its smallest, as options."""
 
 SMALL = [
-    "problem=dino_nyuv2", "backbone.tail_blocks=1", "backbone.embed_dim=24", "backbone.depth=2",
+    "problem=dino_masks", "backbone.tail_blocks=1", "backbone.embed_dim=24", "backbone.depth=2",
     "backbone.num_heads=2",
     "recipe.global_size=16", "recipe.local_size=8", "recipe.num_local=2",
     "data.rooms={num_frames: 40, size: [32, 48], seed: 0, folder: null}",

@@ -40,7 +40,7 @@ ESTIMATORS = {
 PRODUCTS = {"small": ExactProduct(), "dino": DifferenceProduct()}
 STEPS = {"small": 4, "dino": 3}  # the designer is updated in every other one
 DINO = [
-    "problem=dino_nyuv2", "backbone.tail_blocks=1", "backbone.embed_dim=24", "backbone.depth=3",
+    "problem=dino_masks", "backbone.tail_blocks=1", "backbone.embed_dim=24", "backbone.depth=3",
     "backbone.num_heads=2",
     "recipe.global_size=16", "recipe.local_size=8", "recipe.num_local=1", "designer=unet",
     "designer.network.base=4",

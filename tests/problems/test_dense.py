@@ -11,7 +11,7 @@ from metavpt.hypergradients import params
 from metavpt.strategies.learned import feedback_on
 
 SMALL = [
-    "problem=dino_nyuv2", "backbone.tail_blocks=1", "backbone.embed_dim=24", "backbone.depth=2",
+    "problem=dino_masks", "backbone.tail_blocks=1", "backbone.embed_dim=24", "backbone.depth=2",
     "backbone.num_heads=2",
     "recipe.global_size=16", "recipe.local_size=8", "recipe.num_local=2", "designer.network.base=4",
     "designer.network.depth=1",

@@ -27,7 +27,7 @@ SMALL = [
 ]  # fmt: skip
 ROOMS = {"num_frames": 24, "size": [32, 48], "seed": 0}
 NAMES = {
-    "dino_nyuv2": ["data"],
+    "dino_masks": ["data"],
     "dino_ade20k": ["data"],
     "dino_dense": ["data.nyuv2", "data.ade20k"],
 }
@@ -197,7 +197,7 @@ def test_side_effects_are_measured_by_configuration(make, tmp_path):
         "classification": shipped("classification", path=str(tmp_path), size=[20, 20], heads=heads),
         "spectrum": shipped("spectrum", num_images=8),
     }
-    problem = make("dino_nyuv2", probes=probes)
+    problem = make("dino_masks", probes=probes)
     before = copy.deepcopy(params.named(problem.learner))
     metrics = problem.evaluate()
     added = {
@@ -208,7 +208,7 @@ def test_side_effects_are_measured_by_configuration(make, tmp_path):
         "rank/rankme",
         "cka/step0",
     }
-    assert metrics.keys() - make("dino_nyuv2").evaluate().keys() == added
+    assert metrics.keys() - make("dino_masks").evaluate().keys() == added
     assert not any(problem.is_target_metric(name) for name in added)
     directions = problem.metric_directions
     assert directions.keys() == metrics.keys() - {"cka/step0"}  # neither way is better for it
@@ -220,7 +220,7 @@ def test_side_effects_are_measured_by_configuration(make, tmp_path):
 
 def test_probes_may_see_frames_at_another_size_and_by_windows(make):
     plain, larger, windowed, whole = (
-        make("dino_nyuv2", *options).evaluate()
+        make("dino_masks", *options).evaluate()
         for options in (
             [],
             ["+problem.probe_size=[32, 48]"],
@@ -231,6 +231,6 @@ def test_probes_may_see_frames_at_another_size_and_by_windows(make):
     assert larger == whole
     assert len({metrics["ridge/depth_rmse"] for metrics in (plain, larger, windowed)}) == 3
     with pytest.raises(InstantiationException, match="20x24"):
-        make("dino_nyuv2", "+problem.probe_size=[20, 24]")
+        make("dino_masks", "+problem.probe_size=[20, 24]")
     with pytest.raises(InstantiationException, match="probe_window=12x16"):
-        make("dino_nyuv2", "+problem.probe_window=[12, 16]")
+        make("dino_masks", "+problem.probe_window=[12, 16]")

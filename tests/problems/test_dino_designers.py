@@ -259,8 +259,8 @@ def test_tilted_targets_are_the_best_ones_within_their_trust_region(make, name):
     given = problem.tilt(
         theta, task, w, gate=1.0, tau=tau, num_candidates=32, derivative=ForwardMode()
     )
-    base, _ = problem._goals(task)
-    reached, _ = problem._goals(given)
+    base, *_ = problem._goals(task)
+    reached, *_ = problem._goals(given)
     for term, p in base.items():
         q = reached[term]
         assert torch.allclose(q.sum(-1), torch.ones_like(q.sum(-1)), atol=1e-12)

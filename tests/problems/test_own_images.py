@@ -15,6 +15,7 @@ SMALL = [
     "strategy.every=1", "strategy.burn_in=0",
     "trainer.first_order_every=0", "budget.steps=2", "device=cpu", "threads=1", "output=run",
 ]  # fmt: skip
+CROPS = ["recipe.global_size=32", "recipe.local_size=16"]
 NAMES = [
     "sky", "building", "pole", "road", "pavement", "tree", "sign", "fence", "car", "walker",
     "rider",
@@ -35,7 +36,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("problem", "options"),
     [
-        ("dino", ["problem.feedback_batch_size=4"]),
+        ("dino", ["designer.hidden_width=8", *CROPS]),
         ("data2vec", ["designer.hidden_width=8"]),
     ],
 )
@@ -78,7 +79,7 @@ def test_depth_maps_steer(tmp_path: Path) -> None:
 def test_a_wrong_mask_is_one_line_before_anything_runs(tmp_path: Path) -> None:
     camvid(tmp_path / "camvid")
     save(tmp_path / "camvid/masks/val/022.png", np.full((24, 32), 99, np.uint8))
-    status, told = finish(tmp_path, "problem=dino", *SEGMENTATION, *SMALL)
+    status, told = finish(tmp_path, "problem=dino", *SEGMENTATION, *SMALL, *CROPS)
     (line,) = told.splitlines()
     assert status == 2
     assert "camvid/masks/val/022.png: has the value 99" in line
@@ -88,13 +89,13 @@ def test_a_wrong_mask_is_one_line_before_anything_runs(tmp_path: Path) -> None:
 def test_a_weight_of_labels_that_are_not_there_is_named(tmp_path: Path) -> None:
     camvid(tmp_path / "camvid")
     options = [*SEGMENTATION, *SMALL, "feedback.depth_weight=1"]
-    status, told = finish(tmp_path, "problem=dino", *options)
+    status, told = finish(tmp_path, "problem=dino", *options, *CROPS)
     assert status == 2
     assert "feedback.depth_weight=1.0: camvid is read without depth; set it to 0" in told
 
 
 def test_a_run_on_own_images_can_be_planned(tmp_path: Path) -> None:
     options = ["data.size=[24,32]", "trainer.dry_run=true", *SEGMENTATION, *SMALL]
-    status, told = finish(tmp_path, "problem=dino", *options)
+    status, told = finish(tmp_path, "problem=dino", *options, *CROPS)
     assert status == 0, told
     assert "activations" in told

@@ -24,7 +24,7 @@ OPTIONS = [
     "trainer.log_every=5",
 ]
 SMALL_DINO = [
-    "problem=dino_nyuv2", "budget.steps=1", "backbone.tail_blocks=1", "backbone.embed_dim=24",
+    "problem=dino_masks", "budget.steps=1", "backbone.tail_blocks=1", "backbone.embed_dim=24",
     "backbone.depth=2", "backbone.num_heads=2",
     "recipe.global_size=16", "recipe.local_size=8", "data.num_train=2", "data.num_meta=1",
     "problem.feature_size=[16,16]",

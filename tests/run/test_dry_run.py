@@ -120,7 +120,7 @@ def test_full_size_without_data_weights_or_network(
 def test_activations_are_those_of_the_real_loss(tmp_path: Path) -> None:
     """Of four images on the CPU, against what two make it expect on the meta device."""
     cfg = composed(
-        "problem=dino_nyuv2",
+        "problem=dino_masks",
         f"data.rooms.folder={tmp_path}",
         "data.rooms.num_frames=8",
         "data.num_train=2",
@@ -164,7 +164,7 @@ def test_a_problem_without_the_groups_is_refused() -> None:
 def test_a_planned_run_is_not_trained() -> None:
     with torch.device("meta"):
         trainer = build(
-            dry_run.without_files(composed("problem=dino_nyuv2")), Path("runs"), Console(quiet=True)
+            dry_run.without_files(composed("problem=dino_masks")), Path("runs"), Console(quiet=True)
         )
     with pytest.raises(MetaVPTError, match="dry_run"):
         trainer.run()

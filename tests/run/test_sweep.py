@@ -165,7 +165,7 @@ def test_a_minus_makes_the_largest_metric_the_smallest_objective():
 
 def test_the_best_configuration_says_what_a_file_can_say():
     overrides = [
-        "problem=dino_nyuv2", "experiment=paper_nyuv2_vitb", "+extra/group=one",
+        "problem=dino_masks", "experiment=paper_nyuv2_vitb", "+extra/group=one",
         "data.unlabelled=[frames,/a b]", "++new.key=null",
         "backbone.name='a: b'", "~designer.blur_sigma", "runs=elsewhere", "minimise=x",
     ]  # fmt: skip
@@ -177,7 +177,7 @@ def test_the_best_configuration_says_what_a_file_can_say():
             "paper_nyuv2_vitb",
             {"/extra/group": "one"},
             "_self_",
-            {"override /problem": "dino_nyuv2"},
+            {"override /problem": "dino_masks"},
         ],
         "data": {"unlabelled": ["frames", "/a b"]},
         "new": {"key": None},
