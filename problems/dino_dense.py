@@ -362,7 +362,7 @@ class DinoDense(
         """Of what the student makes, by term."""
         (num_globals, batch_size), size = task.global_crops.shape[:2], task.global_crops.shape[-2:]
         num_patches, width = size.numel() // self.backbone.patch_size**2, self.backbone.width
-        num_hidden = 0 if task.hidden is None else int(task.hidden.sum())
+        num_hidden = int(hidden_of(task.hidden).sum()) if "ibot" in self.terms else 0
         shapes = {
             "dino": (num_globals + len(task.local_crops), batch_size, self.num_prototypes),
             "ibot": (num_hidden, self.num_prototypes),

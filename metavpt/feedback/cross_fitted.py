@@ -7,6 +7,7 @@ Letters: L labelled frames, N = h w patches, D width of a feature, C outputs of 
 """
 
 from collections.abc import Callable, Sequence
+from itertools import accumulate
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -108,7 +109,7 @@ class CrossFitted(nn.Module):
         self.ridge, self.num_folds = Ridge(penalty), num_folds
         self.tasks = dense_tasks(self.weights, max_depth, num_classes)
         sizes = [task.num_outputs for task in self.tasks.values()]
-        ends = torch.tensor(sizes).cumsum(0).tolist()
+        ends = accumulate(sizes)
         self.outputs = {
             name: slice(end - size, end)
             for name, size, end in zip(self.tasks, sizes, ends, strict=True)
