@@ -35,7 +35,7 @@ phi: Params = {"log_penalty": torch.zeros(D)}
 
 # %%
 def inner(phi: Params):
-    """phi -> (theta -> training loss)."""
+    """Return theta -> training loss."""
     return lambda theta: (
         ((x @ theta["w"] - y) ** 2).mean() / 2
         + (phi["log_penalty"].exp() * theta["w"] ** 2).sum() / 2

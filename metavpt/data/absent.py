@@ -1,10 +1,11 @@
-"""Labelled sets that are not there, of the size that the real ones have: for a run that is only planned."""
+"""Stand-ins for labelled sets, of the size of the real ones, to plan a run without data."""
 
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from metavpt.data.ade20k import CLASS_NAMES
 from metavpt.data.dense import FRAMES, DenseData
@@ -31,6 +32,7 @@ class AbsentFrames(RGBDFrames):
     def __getitem__(self, index: int) -> Frame:
         raise MetaVPTError(f"{self.name} is absent: its frames cannot be read")
 
+    @override
     def image(self, index: int) -> Tensor:
         return self[index].image
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from metavpt.cli.console import say
 from metavpt.data.frames import IGNORE, Frame, RGBDFrames
@@ -20,12 +21,18 @@ MIN_SIDE = 16  # pixels; less is no photograph
 
 
 class ADE20K(RGBDFrames):
-    """ADEChallengeData2016: images/{training,validation}/*.jpg and annotations/{training,validation}/*.png of the same names.
+    """ADEChallengeData2016: images and annotations of the same names, for training and validation.
 
-    An annotation holds 0 for what is ignored and 1..150 for the classes, which become 255 and 0..149; there is no depth. Images differ in
-    size; `resize` brings them and their labels to `size` (H,W): "cover" scales one to cover it and cuts it around the centre, "stretch"
-    keeps all of the image and not its aspect. Frames are decoded when they are read. An image without annotation, or an annotation
-    without image, is left out, with a visible line that counts them.
+    The files are images/{training,validation}/*.jpg and annotations/{training,validation}/*.png. An
+    annotation holds 0 for ignored pixels and 1..150 for the classes, which become 255 and 0..149.
+    There is no depth. An image without annotation, or an annotation without image, is left out; a
+    visible line counts them. Frames are decoded when they are read.
+
+    Args:
+        path: The folder.
+        size: (H, W) of the frames.
+        resize: "cover" scales an image to cover `size` and crops its centre. "stretch" keeps the
+            whole image and changes its aspect ratio.
     """
 
     def __init__(self, path: str | Path, size: tuple[int, int], resize: Resize = "cover") -> None:
@@ -51,7 +58,8 @@ class ADE20K(RGBDFrames):
         if image.shape[1:] != label.shape:
             (height, width), (rows, columns) = image.shape[1:], label.shape
             raise MetaVPTError(
-                f"{annotation}: is {rows}x{columns}, but {file.name} is {height}x{width}; get both again"
+                f"{annotation}: is {rows}x{columns}, but {file.name} is {height}x{width}; download "
+                "both again"
             )
         unknown = torch.zeros(()).expand(self.size)
         return Frame(
@@ -60,10 +68,12 @@ class ADE20K(RGBDFrames):
             fit_maps(label[None], self.size, self.resize, "nearest-exact")[0].long(),
         )
 
+    @override
     def image(self, index: int) -> Tensor:
         return fit_maps(self._decode(index), self.size, self.resize, "bilinear")
 
     def encoded(self, index: int) -> Encoded:
+        """Return the encoded file of an image, see `overlap`."""
         return encoded_file(self.pairs[index][0])
 
     def _find_pairs(self, folder: str) -> list[tuple[Path, Path]]:
@@ -71,7 +81,8 @@ class ADE20K(RGBDFrames):
         for place in (images, annotations):
             if not place.is_dir():
                 raise MetaVPTError(
-                    f"{self.path}: lacks the folder {place.relative_to(self.path)}; data.path must be ADEChallengeData2016"
+                    f"{self.path}: lacks the folder {place.relative_to(self.path)}; data.path must "
+                    "be ADEChallengeData2016"
                 )
         named = {
             file.stem: file
@@ -90,7 +101,8 @@ class ADE20K(RGBDFrames):
             if single := sorted(have.keys() - lack.keys()):
                 say(
                     "data:",
-                    f"{len(single)} {what} in {self.path}/*/{folder} are left out, the first is {single[0]}",
+                    f"{len(single)} {what} in {self.path}/*/{folder} are left out, the first is "
+                    f"{single[0]}",
                 )
         if not named.keys() & labels.keys():
             raise MetaVPTError(
@@ -104,18 +116,23 @@ class ADE20K(RGBDFrames):
         height, width = image.shape[1:]
         if min(height, width) < MIN_SIDE:
             raise MetaVPTError(
-                f"{file}: is {height}x{width} pixels, below {MIN_SIDE} a side; remove it or get it again"
+                f"{file}: is {height}x{width} pixels, below {MIN_SIDE} a side; remove it or "
+                "download it again"
             )
         return image
 
 
 def read_annotation(file: Path) -> Tensor:
-    """Classes uint8 (H,W) in 0..149, 255 where ignored. The numbers of a palette or 16-bit PNG are taken as they stand."""
+    """Read classes uint8 (H, W) in 0..149, 255 where ignored.
+
+    The numbers of a palette or 16-bit PNG are used unchanged.
+    """
     with reading(f"{file}: not a readable image", "get it again"):
         array = np.asarray(open_image(file))
     if array.ndim != 2 or array.dtype.kind not in "biu":
         raise MetaVPTError(
-            f"{file}: holds colours; a SceneParse150 annotation holds one class number a pixel (not the full ADE20K's)"
+            f"{file}: holds colours; a SceneParse150 annotation holds one class number per pixel "
+            "(not the full ADE20K's)"
         )
     if int(array.max()) > len(CLASS_NAMES) or int(array.min()) < 0:
         raise MetaVPTError(

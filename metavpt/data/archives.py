@@ -35,7 +35,7 @@ def check_unpacked(members: Iterable[zipfile.ZipInfo], source: str) -> None:
 
 
 def check_stored(path: Path) -> None:
-    """Raise ValueError for a zip that holds more than its bytes: torch neither packs nor shares any."""
+    """Raise ValueError for a zip larger than its bytes: torch neither compresses nor shares any."""
     with zipfile.ZipFile(path) as archive:
         members = archive.infolist()
     is_packed = any(member.compress_type != zipfile.ZIP_STORED for member in members)

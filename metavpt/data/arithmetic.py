@@ -1,4 +1,4 @@
-"""Generated arithmetic problems by reasoning-gym, with worked steps: a small sample of language data, made on the spot."""
+"""Generated arithmetic problems with worked steps, by reasoning-gym: a small language data set."""
 
 import hashlib
 import random
@@ -61,10 +61,11 @@ class Arithmetic:
         return self.draw(self.seed)
 
     def draw(self, seed: int) -> Iterator[Document]:
+        """Return the documents of all problems, in an order set by `seed`."""
         return (problem.document for problem in self.problems(seed))
 
     def problems(self, seed: int | None = None) -> Iterator[WordProblem]:
-        """The problems themselves, for what needs their final answers; seed: that of the constructor unless told."""
+        """Return the problems with their final answers. Default seed: that of the constructor."""
         drawn = self._drawn(self.seed if seed is None else seed)
         return drawn if self.limit is None else islice(self._distinct(drawn), self.limit)
 
@@ -133,7 +134,7 @@ def part_of(question: str) -> str:
 
 
 def _chain(item: dict[str, Any]) -> WordProblem:
-    """Partial results of a chain of sums from the left: 12 + 5 - 4 gives "12 + 5 = 17" and "17 - 4 = 13"."""
+    """Make a chain of sums from the left: 12 + 5 - 4 gives "12 + 5 = 17" and "17 - 4 = 13"."""
     first, *rest = item["metadata"]["expression"].split()
     total, steps = int(first), []
     for sign, term in zip(rest[::2], rest[1::2], strict=True):

@@ -20,10 +20,15 @@ def cache_folder(chosen: str | Path | None = None) -> Path:
 
 
 class Cache(Generic[Item]):
-    """`cache(index)` is `load(index)`: kept in memory while `max_bytes` last, loaded anew each time for what comes after.
+    """Caches `load(index)` while `max_bytes` last.
 
-    What is kept stays: a set read in random order and larger than the bound would only push itself
-    out. Copies and other processes begin with none; items are shared, never to be written to.
+    Cached items stay: a set that is read in random order and is larger than the limit would only
+    evict itself. Copies and other processes begin with an empty cache. Items are shared and must
+    not be changed.
+
+    Args:
+        load: Loads an item.
+        max_bytes: The limit, in bytes.
     """
 
     def __init__(self, load: Callable[[int], Item], max_bytes: int) -> None:
@@ -32,6 +37,7 @@ class Cache(Generic[Item]):
         self._free = max_bytes
 
     def __call__(self, index: int) -> Item:
+        """Return the item, from the cache if it is there."""
         if index in self._kept:
             return self._kept[index]
         item = self.load(index)

@@ -31,14 +31,15 @@ class ClassifiedSet(NamedTuple):
 
 
 def open_classified(path: Path, size: tuple[int, int]) -> ClassifiedSet:
-    """Open the images at `path`, cut to `size` around the centre.
+    """Open classified images, cropped around the centre.
 
-    The path is one of
-
-    - a folder with train/<class>/ and val/<class>/, images at any depth below (ImageNet); a val_annotations.txt with lines
-      `file <tab> class ...` may stand for the second, its images in val/images/ (Tiny ImageNet)
-    - an npz of `images` (N,H,W,3) or `jpeg` with `offsets`, beside `label` (N,) and `split` (N,), 0 for training and 1 for validation, or
-      the folder of one such file
+    Args:
+        path: A folder with train/<class>/ and val/<class>/, with images at any depth (ImageNet). A
+            val_annotations.txt with lines `file <tab> class ...` may replace the second, its images
+            in val/images/ (Tiny ImageNet). Or an npz of `images` (N, H, W, 3) or of `jpeg` with
+            `offsets`, with `label` (N,) and `split` (N,), 0 for training and 1 for validation, or
+            the folder of one such file.
+        size: (H, W) of the crops.
     """
     if path.is_dir() and not (path / "train").is_dir():
         archives = sorted(path.glob("*.npz"))
@@ -122,11 +123,13 @@ def _open_npz(path: Path, size: tuple[int, int]) -> ClassifiedSet:
         or int(labels.min(initial=0)) < 0
     ):
         raise MetaVPTError(
-            f"{path}: label and split must hold one whole number, from 0, for each of the {total} images"
+            f"{path}: label and split must hold a whole number from 0 for each of the {total} "
+            "images"
         )
     if int(labels.max(initial=0)) >= total:
         raise MetaVPTError(
-            f"{path}: has label {labels.max()}; {total} images have at most {total} classes, numbered from 0"
+            f"{path}: has label {labels.max()}; {total} images have at most {total} classes, "
+            "numbered from 0"
         )
     parts = []
     for k in (0, 1):

@@ -1,4 +1,4 @@
-"""Documents without those that nearly equal an item of a benchmark: MinHash LSH finds candidates, n-gram Jaccard decides."""
+"""Removes documents that nearly equal a benchmark item: MinHash LSH, then n-gram Jaccard."""
 
 import json
 import re
@@ -110,7 +110,10 @@ class Benchmarks:
 
 
 class Decontaminated:
-    """The documents that match no item of the benchmarks; `removed` has the others by where they stand. Can be read again and again."""
+    """The documents that match no item of the benchmarks. `removed` holds the others.
+
+    It can be read repeatedly.
+    """
 
     def __init__(self, documents: Iterable[Document], benchmarks: Benchmarks) -> None:
         self.documents, self.benchmarks = documents, benchmarks
@@ -127,7 +130,7 @@ class Decontaminated:
                 self.removed[document.where or f"document {number}"] = match
 
     def write_report(self, path: str | Path) -> None:
-        """JSON lines: counts first, then every document removed, with what it matched and how much."""
+        """Write JSON lines: the counts, then every removed document with its match."""
         by_benchmark: dict[str, int] = {name: 0 for name, _, _ in self.benchmarks.items}
         for match in self.removed.values():
             by_benchmark[match.benchmark] += 1
@@ -151,7 +154,10 @@ class Decontaminated:
 
 
 def _bands(threshold: float, num_perm: int) -> tuple[int, int]:
-    """The longest bands of which a pair at the threshold shares one with probability 1 - (1 - threshold^r)^b >= 1 - MISSED."""
+    """Return the longest bands of which a pair at the threshold shares one almost surely.
+
+    The probability 1 - (1 - threshold^r)^b must be at least 1 - MISSED.
+    """
     sizes = (r for r in range(num_perm, 0, -1) if (1 - threshold**r) ** (num_perm // r) <= MISSED)
     size = next(sizes, 1)
     return num_perm // size, size

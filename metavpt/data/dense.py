@@ -1,4 +1,4 @@
-"""Labelled frames with their pools beside an unlabelled stream: the data of a dense vision problem."""
+"""The data of a dense vision problem: labelled frames in pools, and an unlabelled stream."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -115,10 +115,11 @@ class DenseData:
 
     def _report_overlap(self) -> None:
         shown = overlap(self.unlabelled, self.frames.frames, self.val)
+        total = len(self.unlabelled)  # type: ignore[arg-type]
         if shown:
             say(
                 "data:",
-                f"{len(shown)} of the {len(self.unlabelled)} unlabelled images are images of the evaluation as well, "  # type: ignore[arg-type]
+                f"{len(shown)} of the {total} unlabelled images are images of the evaluation too, "
                 f"the first is {shown[0]}: the learner trains on what it is measured on, without "
                 "its labels",
             )
@@ -130,9 +131,9 @@ def nyuv2_data(
     rooms: Mapping[str, Any] | None = None,
     **pools: Any,
 ) -> DenseData:
-    """NYUv2 at `path` (official .mat, or the zip layout), see `open_nyuv2`; the rest as in `DenseData`.
+    """Open NYUv2 (the official .mat, or the zip layout), see `open_nyuv2` and `DenseData`.
 
-    Without a path generated rooms stand in for it, with a visible line that says so.
+    Without a path, generated rooms are used, and a visible line says so.
     """
     if path is None:
         _announce_rooms("NYUv2", "nyu_depth_v2_labeled.mat")
@@ -172,7 +173,7 @@ def labelled_data(
     max_depth: float = 10.0,
     **pools: Any,
 ) -> DenseData:
-    """The user's own images with masks, depth maps or both, see `LabelledImages`; the rest as in `DenseData`."""
+    """Open the user's own images with masks or depth maps, see `LabelledImages`, `DenseData`."""
     if not max_depth > 0:
         raise MetaVPTError(f"data.max_depth={max_depth}: must be positive, in metres")
     frames = LabelledImages(

@@ -14,7 +14,13 @@ IGNORE = 255
 
 
 class Frame(NamedTuple):
-    """image uint8 (3,H,W); depth float32 (H,W) in metres, 0 where unknown; label int64 (H,W) in 0..C-1, 255 where ignored."""
+    """A labelled frame.
+
+    Attributes:
+        image: uint8 (3, H, W).
+        depth: float32 (H, W) in metres, 0 where unknown.
+        label: int64 (H, W) in 0..C-1, 255 where ignored.
+    """
 
     image: Tensor
     depth: Tensor
@@ -31,6 +37,7 @@ class RGBDFrames(Dataset[Frame]):
 
     @property
     def num_classes(self) -> int:
+        """Return C."""
         return len(self.class_names)
 
     @abstractmethod
@@ -41,7 +48,7 @@ class RGBDFrames(Dataset[Frame]):
 
     @abstractmethod
     def image(self, index: int) -> Tensor:
-        """The image alone, uint8 (3,H,W)."""
+        """Return the image alone, without decoding its labels."""
 
 
 def make_frame(image: np.ndarray, depth: np.ndarray, label: np.ndarray, source: str) -> Frame:

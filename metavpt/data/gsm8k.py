@@ -14,7 +14,7 @@ NUMBER = re.compile(r"-?(\d+(\.\d*)?|\.\d+)")
 
 
 class WordProblem(NamedTuple):
-    """A question, the worked steps (empty where the source has none) and the final number, without thousands separators."""
+    """A question, the worked steps (may be empty) and the final number, without thousands signs."""
 
     question: str
     solution: str
@@ -23,16 +23,21 @@ class WordProblem(NamedTuple):
 
     @property
     def document(self) -> Document:
-        """The steps, then `#### answer` on a line of its own; the final line alone where there are no steps."""
+        """Return the steps and then `#### answer` on its own line."""
         return Document(
             self.question, f"{self.solution}\n{FINAL} {self.answer}".lstrip(), self.where
         )
 
 
 def word_problem(row: Mapping[str, Any], where: str, annotations: bool = False) -> WordProblem:
-    """A row of GSM8K {question, answer}, SVAMP {Body, Question, Answer} or MAWPS {problem, answer}; the fields tell which.
+    """Read a row of GSM8K, SVAMP or MAWPS, recognised by its fields.
 
-    annotations   keep GSM8K's calculator marks <<48/2=24>>
+    GSM8K has {question, answer}, SVAMP {Body, Question, Answer} and MAWPS {problem, answer}.
+
+    Args:
+        row: The row.
+        where: Its place, for errors.
+        annotations: Whether to keep GSM8K's calculator marks <<48/2=24>>.
     """
     if "Body" in row:
         body = text_field(row, "Body")
@@ -54,7 +59,10 @@ def word_problem(row: Mapping[str, Any], where: str, annotations: bool = False) 
 def read_word_problems(
     name: str | Path, annotations: bool = False, **options: Any
 ) -> Rows[WordProblem]:
-    """The problems of a .jsonl or .json file, or of a Hugging Face data set; options as in `JsonLines` and `HubDataset`."""
+    """Open problems in a .jsonl or .json file, or in a Hugging Face data set.
+
+    Options are those of `JsonLines` and `HubDataset`.
+    """
     convert: Callable[[Mapping[str, Any], str], WordProblem] = partial(
         word_problem, annotations=annotations
     )

@@ -22,16 +22,18 @@ MAX_MEMBER = 2**28  # bytes that an encoded image may take
 
 
 def open_images(path: Path, size: tuple[int, int]) -> Dataset[Tensor]:
-    """Images uint8 (3, *size) of a folder (any depth), a zip, an npz or tar shards.
+    """Open the images of a folder (any depth), a zip, an npz or tar shards: uint8 (3, *size).
 
-    A folder that holds just one zip or npz stands for it, and one with shards for all of them.
-    A path in .tar may be a pattern, see `shards.find_shards`. The images are shrunk or enlarged to cover `size` and cut to it around the centre.
+    A folder that holds one zip or npz stands for it, and one with shards for all of them. A path
+    that ends in .tar may be a pattern, see `shards.find_shards`. Images are scaled to cover `size`
+    and cropped around the centre.
     """
     if path.suffix == ".tar":
         return shards.Shards(shards.find_shards(str(path)), size)
     if not path.exists():
         raise MetaVPTError(
-            f"data.unlabelled: {path} does not exist; name a folder, zip, npz or tar shards of images, or 'frames'"
+            f"data.unlabelled: {path} does not exist; set it to a folder, zip, npz or tar shards "
+            "of images, or 'frames'"
         )
     if path.is_file():
         if path.suffix == ".npz":
@@ -48,7 +50,8 @@ def open_images(path: Path, size: tuple[int, int]) -> Dataset[Tensor]:
     if len(archives) == 1:
         return open_images(archives[0], size)
     raise MetaVPTError(
-        f"{path}: holds no image ({', '.join(sorted(SUFFIXES))}), no tar and not exactly one zip or npz"
+        f"{path}: holds no image ({', '.join(sorted(SUFFIXES))}), no tar and not exactly one zip "
+        "or npz"
     )
 
 
@@ -65,6 +68,7 @@ class FolderImages(Dataset[Tensor]):
         return fit(decode(_read(self.files[index]), str(self.files[index])), self.size)
 
     def encoded(self, index: int) -> Encoded:
+        """Return the encoded file of an image, see `overlap`."""
         return encoded_file(self.files[index])
 
 
@@ -85,11 +89,15 @@ class ZipImages(Dataset[Tensor]):
         return fit(decode(self.archive.read(member), f"{self.archive.path}: {member}"), self.size)
 
     def encoded(self, index: int) -> Encoded:
+        """Return the encoded member of an image, see `overlap`."""
         return self.archive.encoded(self.members[index])
 
 
 class NpzImages(Dataset[Tensor]):
-    """Either `images` uint8 (N,H,W,3), or `jpeg` bytes joined with `offsets` (N+1); a `split`, where there is one, is 0 for training."""
+    """`images` uint8 (N, H, W, 3), or joined `jpeg` bytes with `offsets` (N + 1).
+
+    An optional `split` is 0 for training.
+    """
 
     def __init__(self, path: Path, size: tuple[int, int]) -> None:
         self.path, self.size = path, size
@@ -106,7 +114,8 @@ class NpzImages(Dataset[Tensor]):
             or min(images.shape[1:3]) < 1
         ):
             raise MetaVPTError(
-                f"{path}: images is {images.dtype} {images.shape}; it must be uint8 (N,H,W,3), with H and W at least 1"
+                f"{path}: images is {images.dtype} {images.shape}; it must be uint8 (N,H,W,3), "
+                "with H and W at least 1"
             )
         if images is None:
             _check_joined(path, self.arrays["jpeg"], self.arrays["offsets"])
@@ -114,7 +123,8 @@ class NpzImages(Dataset[Tensor]):
         split = self.arrays.get("split", np.zeros(total))
         if split.shape != (total,):
             raise MetaVPTError(
-                f"{path}: split is {split.shape}; it must hold one number for each of the {total} images"
+                f"{path}: split is {split.shape}; it must hold one number for each of the {total} "
+                "images"
             )
         self.indices = np.flatnonzero(split == 0)
 
@@ -154,13 +164,19 @@ class Archive:
         self.names = set(self._open().namelist())
 
     def read(self, member: str) -> bytes:
+        """Read a member.
+
+        Raises:
+            MetaVPTError: It is missing, too large or damaged.
+        """
         with reading(f"{self.path}: {member} cannot be read"):
             if member not in self.names:
                 raise MetaVPTError(f"{self.path}: the zip lacks {member}; get the whole file again")
             entry = self._open().getinfo(member)
             if entry.file_size > MAX_MEMBER:
                 raise MetaVPTError(
-                    f"{self.path}: {member} unpacks to {entry.file_size / 2**20:.0f} MiB, which is no image; get the file again"
+                    f"{self.path}: {member} unpacks to {entry.file_size / 2**20:.0f} MiB, too "
+                    "large for an image; download the file again"
                 )
             check_unpacked([entry], f"{self.path}: {member}")
             return self._open().read(member)

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from rich.progress import track
 from torch import Tensor
+from typing_extensions import override
 
 from metavpt.cli.console import say
 from metavpt.data.archives import FREE
@@ -126,12 +127,14 @@ class LabelledImages(RGBDFrames):
             label = fit_maps(mask[None], self.size, self.resize, "nearest-exact")[0].long()
         return Frame(self.image(index), depth, label)
 
+    @override
     def image(self, index: int) -> Tensor:
         file = self.items[index].image
         image = decode(_bytes(file), str(file))
         return fit_maps(image, self.size, self.resize, "bilinear")
 
     def encoded(self, index: int) -> Encoded:
+        """Return the encoded file of an image, see `overlap`."""
         return encoded_file(self.items[index].image)
 
     def _classes_of(self, file: Path) -> np.ndarray:
@@ -330,7 +333,8 @@ def _size_of(file: Path) -> tuple[int, int]:
         height, width = upright_size(file)
     if min(height, width) < MIN_SIDE:
         raise MetaVPTError(
-            f"{file}: is {height}x{width} pixels, below {MIN_SIDE} a side; remove it or get it again"
+            f"{file}: is {height}x{width} pixels, below {MIN_SIDE} a side; remove it or get it "
+            "again"
         )
     return height, width
 

@@ -1,4 +1,7 @@
-"""The data of a language problem: stream, feedback, test problems and general text; first as text, then in tokens."""
+"""The data of a language problem: stream, feedback, test problems and general text.
+
+`LanguageData` is text, `TokenData` the same in tokens.
+"""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -24,11 +27,15 @@ Item = Document | WordProblem
 
 @dataclass(frozen=True)
 class Source:
-    """One source of the stream: documents that are read, or a generator with a `draw` of its own (`Arithmetic`).
+    """One source of the stream: documents, or a generator with its own `draw` (`Arithmetic`).
 
-    weight, domain, max_epochs   as in `Component`
-    buffer                       None: held in memory; else read as a stream, each document drawn
-    from the next `buffer`
+    Attributes:
+        documents: The documents or the generator.
+        weight: See `Component`.
+        domain: See `Component`.
+        max_epochs: See `Component`.
+        buffer: None: held in memory. Otherwise read as a stream, each document drawn from the next
+            `buffer`.
     """
 
     documents: Any
@@ -39,6 +46,7 @@ class Source:
 
     @property
     def is_generated(self) -> bool:
+        """Return whether the source is a generator."""
         return hasattr(self.documents, "draw")
 
 
@@ -248,6 +256,7 @@ class TokenData:
     def examples(
         self, pools: Mapping[str, Corpus], batch_size: int, seed: int, device: torch.device
     ) -> "Examples":
+        """Return batches of examples by domain."""
         return Examples(
             {
                 name: ExampleLoader(pool, batch_size, seed, self.encoder.pad, device=device)
@@ -270,6 +279,7 @@ class Examples:
     loaders: Mapping[str, ExampleLoader]
 
     def skip(self, num_batches: int) -> None:
+        """Start at batch `num_batches`."""
         for loader in self.loaders.values():
             loader.skip(num_batches)
 
@@ -280,11 +290,12 @@ class Examples:
 
 @dataclass(frozen=True)
 class ByDomain:
-    """Batches with rows of every domain, in the order of `loaders`: the number of a domain -> its batches."""
+    """Batches with rows of every domain, in the order of `loaders`, by the number of the domain."""
 
     loaders: Mapping[int, PackedLoader]
 
     def skip(self, num_batches: int) -> None:
+        """Start at batch `num_batches`."""
         for loader in self.loaders.values():
             loader.skip(num_batches)
 
@@ -318,7 +329,7 @@ def document_of(item: Item) -> Document:
 
 
 def _first(source: Any, count: int, name: str, option: str) -> list[Any]:
-    """The first `count` items; the problems themselves of a generator, which iterates over their documents."""
+    """Return the first `count` items. Those of a generator are its problems."""
     items = list(islice(source.problems() if hasattr(source, "problems") else source, count))
     if len(items) < count:
         raise MetaVPTError(

@@ -1,4 +1,4 @@
-"""A sequence whose items are made when they are asked for, so that a process that needs some of them makes no others."""
+"""A sequence whose items are made on request, so that a process makes only those it needs."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass

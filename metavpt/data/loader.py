@@ -24,7 +24,13 @@ class Batch(NamedTuple):
 
 
 class FrameBatch(NamedTuple):
-    """Labelled frames: image uint8 (B,3,H,W), depth float32 (B,H,W) in metres, label int64 (B,H,W)."""
+    """Labelled frames.
+
+    Attributes:
+        image: uint8 (B, 3, H, W).
+        depth: float32 (B, H, W), in metres.
+        label: int64 (B, H, W).
+    """
 
     image: Tensor
     depth: Tensor
@@ -32,11 +38,19 @@ class FrameBatch(NamedTuple):
 
 
 class EndlessBatches(Sampler[list[int]]):
-    """Batches out of range(num_items) for ever: epoch e is the permutation seeded by (seed, e); batches run on across epochs.
+    """Endless batches of indices. Epoch e is the permutation seeded by (seed, e).
 
-    `part` (k, n): of each batch the k-th n-th alone. `groups`: how many items, one after the other,
-    lie in each file; these are then drawn from `WINDOW` files at a time, in a random order of the
-    files, so that reading stays within few of them.
+    Batches run on across epochs.
+
+    Args:
+        num_items: The number of items.
+        batch_size: Items of a batch.
+        seed: The seed.
+        first: The first batch.
+        part: (k, n): only the k-th n-th part of each batch.
+        groups: How many consecutive items lie in each file. Items are then drawn from `WINDOW`
+            files at a time, in a random order of the files, so that reading stays within few of
+            them.
     """
 
     def __init__(
@@ -85,7 +99,7 @@ class EndlessBatches(Sampler[list[int]]):
 
 
 class ImageLoader:
-    """Endless `Batch`es of a dataset of images uint8 (3,H,W), on `device`; `skip(n)` starts at batch n and decodes none before it."""
+    """Endless `Batch`es of images uint8 (3, H, W), on `device`."""
 
     def __init__(
         self,
@@ -95,7 +109,8 @@ class ImageLoader:
         num_workers: int = 0,
         device: torch.device | str = "cpu",
     ) -> None:
-        _check_size(len(images), batch_size, "problem.batch_size", "images")  # type: ignore[arg-type]
+        count = len(images)  # type: ignore[arg-type]
+        _check_size(count, batch_size, "problem.batch_size", "images")
         self.images, self.batch_size, self.seed, self.num_workers, self.device = (
             images,
             batch_size,
@@ -106,6 +121,7 @@ class ImageLoader:
         self.first, self.part = 0, (0, 1)
 
     def skip(self, num_batches: int) -> None:
+        """Start at batch `num_batches`, without decoding those before it."""
         self.first = num_batches
 
     def share(self, rank: int, size: int) -> None:
@@ -114,7 +130,8 @@ class ImageLoader:
         self.part = (rank, size)
 
     def __iter__(self) -> Iterator[Batch]:
-        groups, count = getattr(self.images, "groups", ()), len(self.images)  # type: ignore[arg-type]
+        groups = getattr(self.images, "groups", ())
+        count = len(self.images)  # type: ignore[arg-type]
         sampler = EndlessBatches(count, self.batch_size, self.seed, self.first, self.part, groups)
         for k, images in enumerate(
             _load(self.images, sampler, self.num_workers, torch.stack), start=self.first
@@ -142,9 +159,11 @@ class FrameLoader:
         self.first, self.part = 0, (0, 1)
 
     def skip(self, num_batches: int) -> None:
+        """Start at batch `num_batches`, without decoding those before it."""
         self.first = num_batches
 
     def share(self, rank: int, size: int) -> None:
+        """Give and decode only the rank's own rows of each batch."""
         _check_share(self.batch_size, size, "problem.feedback_batch_size")
         self.part = (rank, size)
 
@@ -181,10 +200,12 @@ class JointLoader:
         self.loaders = loaders
 
     def skip(self, num_batches: int) -> None:
+        """Start at batch `num_batches`, without decoding those before it."""
         for loader in self.loaders.values():
             loader.skip(num_batches)
 
     def share(self, rank: int, size: int) -> None:
+        """Give and decode only the rank's own rows of each batch."""
         for loader in self.loaders.values():
             loader.share(rank, size)
 
@@ -222,7 +243,10 @@ class _Failure(NamedTuple):
 
 
 class _Batches(Dataset[Any]):
-    """A batch in one call. What is wrong with the data comes back as a value: of an error a worker would send a page of traceback."""
+    """Loads a batch in one call, and returns data errors as values.
+
+    A worker would send a page of traceback with an exception.
+    """
 
     def __init__(self, dataset: Dataset[Any], collate: Callable[[list[Any]], Any]) -> None:
         self.dataset, self.collate = dataset, collate
@@ -255,7 +279,7 @@ def _load(
 
 
 def _give_back(_: int) -> None:
-    """Pages that the main process has freed and kept: a loading process, which never uses them, would hold its own of each for good."""
+    """Return freed pages to the system before workers are forked, which would hold copies."""
     if sys.platform == "linux":
         trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc has it, musl has not
         if trim is not None:

@@ -1,4 +1,4 @@
-"""Weighted mixtures of sources, packed, in an order that a seed sets, with a position that can be jumped to."""
+"""Weighted mixtures of sources, packed, in a seeded order with random access to positions."""
 
 import random
 from collections.abc import Iterable, Iterator, Sequence
@@ -16,13 +16,18 @@ from metavpt.errors import MetaVPTError
 
 
 class Drawable(Protocol):
-    """What one pass is drawn from, in an order set by the seed: `Corpus`, `ShuffleBuffer`, `Generated`."""
+    """A source of one pass in a seeded order: `Corpus`, `ShuffleBuffer` or `Generated`."""
 
-    def draw(self, seed: int) -> Iterator[Encoded]: ...
+    def draw(self, seed: int) -> Iterator[Encoded]:
+        """Return the documents in an order set by `seed`."""
+        ...
 
 
 class ShuffleBuffer:
-    """Documents tokenised as they are read, for sources that are not held in memory; each is drawn from the next `size` of the stream."""
+    """Documents of a stream, tokenised as they are read, for sources too large for memory.
+
+    Each is drawn from the next `size` documents.
+    """
 
     def __init__(self, documents: Iterable[Document], encoder: Encoder, size: int = 10_000) -> None:
         if size < 1:
@@ -30,6 +35,7 @@ class ShuffleBuffer:
         self.documents, self.encoder, self.size = documents, encoder, size
 
     def draw(self, seed: int) -> Iterator[Encoded]:
+        """Return the documents in an order set by `seed`."""
         rng = random.Random(seed)
         held: list[Encoded] = []
         for document in self.encoder(self.documents):
@@ -46,7 +52,9 @@ class ShuffleBuffer:
 class Generator(Protocol):
     """A source that makes documents afresh for every seed."""
 
-    def draw(self, seed: int) -> Iterator[Document]: ...
+    def draw(self, seed: int) -> Iterator[Document]:
+        """Return new documents for `seed`."""
+        ...
 
 
 class Generated:
@@ -56,6 +64,7 @@ class Generated:
         self.generator, self.encoder = generator, encoder
 
     def draw(self, seed: int) -> Iterator[Encoded]:
+        """Return new documents for `seed`."""
         return self.encoder(self.generator.draw(seed))
 
 
@@ -76,10 +85,10 @@ class Component:
 
 
 class PackedLoader:
-    """`TokenBatch`es of a mixture; every row holds documents of one source. Ends when all sources are used up, perhaps on a smaller batch.
+    """`TokenBatch`es of a mixture. Every row holds documents of one source.
 
-    `domains` names what `TokenBatch.domain` counts. `skip(n)` starts at batch n: what comes before
-    is packed, but no tensor is made of it, and documents held in a `Corpus` are not read.
+    It ends when all sources are used up, perhaps with a smaller batch. `domains` holds the names of
+    the numbers in `TokenBatch.domain`.
     """
 
     def __init__(
@@ -118,6 +127,10 @@ class PackedLoader:
         self.first = 0
 
     def skip(self, num_batches: int) -> None:
+        """Start at batch `num_batches`.
+
+        Earlier batches are packed without tensors, and documents in a `Corpus` are not read.
+        """
         self.first = num_batches
 
     @property

@@ -13,6 +13,7 @@ import h5py
 import numpy as np
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from metavpt.data.frames import IGNORE, Frame, RGBDFrames, make_frame
 from metavpt.data.images import Archive
@@ -34,10 +35,12 @@ CLASSES: dict[str, Any] = json.loads((files("metavpt.data") / "nyuv2_classes.jso
 def open_nyuv2(
     path: str | Path | None, num_classes: int = 13, rooms: Mapping[str, Any] | None = None
 ) -> RGBDFrames:
-    """The frames at `path`: nyu_depth_v2_labeled.mat, the zip of 240x320 frames, or the folder of either; None: generated rooms.
+    """Open nyu_depth_v2_labeled.mat, the zip of 240x320 frames, or the folder of either.
 
-    num_classes: 13 or 40 of NYUv2. Generated rooms keep the 13 classes of their own.
-    rooms: any of folder, num_frames, size, seed, see `rooms_file`.
+    Args:
+        path: The file or folder. None: generated rooms.
+        num_classes: 13 or 40 of NYUv2. Generated rooms keep their own 13 classes.
+        rooms: Any of folder, num_frames, size and seed, see `rooms_file`.
     """
     if num_classes not in (13, 40):
         raise MetaVPTError(f"data.num_classes={num_classes}: NYUv2 has 13 or 40")
@@ -50,7 +53,8 @@ def open_nyuv2(
     path = Path(path)
     if not path.exists():
         raise MetaVPTError(
-            f"data.path={path}: no such file; name {MAT_NAME} or {ZIP_NAME} or its folder, or null for generated rooms"
+            f"data.path={path}: no such file; give {MAT_NAME}, {ZIP_NAME} or their folder, or null "
+            "for generated rooms"
         )
     if path.is_dir():
         folder, path = (
@@ -65,9 +69,10 @@ def open_nyuv2(
 
 
 class NYUv2Mat(RGBDFrames):
-    """The official file (MATLAB 7.3, which is HDF5, stored transposed): images N x 3 x W x H, depths and labels N x W x H, read one by one.
+    """The official file: MATLAB 7.3, which is HDF5, stored transposed and read frame by frame.
 
-    The split is the file's own (`trainNdxs`, `testNdxs`, from 1), else the official 795 / 654. Raw labels become classes by `class_table`.
+    Images are N x 3 x W x H, depths and labels N x W x H. The split is the file's own (`trainNdxs`,
+    `testNdxs`, from 1), else the official 795 / 654. `class_table` maps raw labels to classes.
     """
 
     def __init__(self, path: Path, num_classes: int = 13) -> None:
@@ -91,9 +96,8 @@ class NYUv2Mat(RGBDFrames):
             self._check_held(file, name)
         shape = self._array("images").shape
         if len(shape) != 4 or shape[1] != 3 or self._array("images").dtype != np.uint8:
-            raise MetaVPTError(
-                f"{path}: images is {self._array('images').dtype} {shape}; it must be uint8 (N,3,W,H)"
-            )
+            kind = self._array("images").dtype
+            raise MetaVPTError(f"{path}: images is {kind} {shape}; it must be uint8 (N,3,W,H)")
         if min(shape) < 1:
             raise MetaVPTError(f"{path}: images is {shape}; a frame has at least one pixel")
         self.num_frames, _, width, height = shape
@@ -101,13 +105,13 @@ class NYUv2Mat(RGBDFrames):
         for dataset, kinds in (("depths", "fiu"), ("labels", "iu")):
             array = self._array(dataset)
             if array.shape != (self.num_frames, width, height):
+                expected = (self.num_frames, width, height)
                 raise MetaVPTError(
-                    f"{path}: {dataset} is {array.shape}, not {(self.num_frames, width, height)} like images"
+                    f"{path}: {dataset} is {array.shape}, not {expected} like images"
                 )
             if array.dtype.kind not in kinds:
-                raise MetaVPTError(
-                    f"{path}: {dataset} is {array.dtype}; it must hold {'whole ' * ('f' not in kinds)}numbers"
-                )
+                numbers = "numbers" if "f" in kinds else "whole numbers"
+                raise MetaVPTError(f"{path}: {dataset} is {array.dtype}; it must hold {numbers}")
         for name in ("images", "depths", "labels"):
             held = self._array(name).id.get_storage_size() / self.num_frames
             if width * height > max_pixels(held):
@@ -125,12 +129,14 @@ class NYUv2Mat(RGBDFrames):
         for extreme in (label.min(), label.max()):
             if not 0 <= int(extreme) < len(self._classes):
                 raise MetaVPTError(
-                    f"{self.path}: frame {index} has label {extreme}; labels are 0 (unlabelled) and 1 to {len(self._classes) - 1}"
+                    f"{self.path}: frame {index} has label {extreme}; labels are 0 (unlabelled) "
+                    f"and 1 to {len(self._classes) - 1}"
                 )
         return make_frame(
             image.transpose(2, 1, 0), depth.T, self._classes[label.T], f"{self.path}: frame {index}"
         )
 
+    @override
     def image(self, index: int) -> Tensor:
         return torch.from_numpy(
             np.ascontiguousarray(self._read("images", index).transpose(0, 2, 1))
@@ -162,10 +168,13 @@ class NYUv2Mat(RGBDFrames):
         return self._file
 
     def _check_held(self, file: h5py.File, name: str) -> None:
-        """Raise MetaVPTError for a dataset that is elsewhere, or larger than what the file holds.
+        """Check that a dataset lies in this file and is no larger than its bytes.
 
-        HDF5 can link to other files and store values in them, any that the user may read; and it can
-        declare any size without a byte behind it.
+        HDF5 can link to other files, and store values in them. It can declare any size without
+        data.
+
+        Raises:
+            MetaVPTError: It is elsewhere, or larger than the file.
         """
         link = file.get(name, getlink=True)
         if not isinstance(link, h5py.HardLink):
@@ -214,11 +223,13 @@ class NYUv2Mat(RGBDFrames):
             val = sorted(set(range(NUM_OFFICIAL_FRAMES)) - set(train))
         else:
             raise MetaVPTError(
-                f"{self.path}: has {self.num_frames} frames, not the official {NUM_OFFICIAL_FRAMES}, and no trainNdxs, testNdxs of its own"
+                f"{self.path}: has {self.num_frames} frames, not the official "
+                f"{NUM_OFFICIAL_FRAMES}, and no trainNdxs, testNdxs of its own"
             )
         if set(train) & set(val) or not set(train) | set(val) <= set(range(self.num_frames)):
             raise MetaVPTError(
-                f"{self.path}: trainNdxs and testNdxs must be disjoint rows from 1 to {self.num_frames}"
+                f"{self.path}: trainNdxs and testNdxs must be disjoint rows from 1 to "
+                f"{self.num_frames}"
             )
         return {"train": train, "val": val}
 
@@ -227,9 +238,10 @@ class NYUv2Mat(RGBDFrames):
 
 
 class NYUv2Zip(RGBDFrames):
-    """rgb/i.jpg, depth/i.png (8-bit codes) and label40/i.png for i = 0000..1448, the official rows; `splits.json` lies beside the zip.
+    """The zip of rgb/i.jpg, depth/i.png (8-bit codes) and label40/i.png for i = 0000..1448.
 
-    Frame k is the row `rows[k]`. otherprop is ignored like unlabelled pixels, as the zip does not tell them apart.
+    The rows are the official ones; `splits.json` lies beside the zip. Frame k is the row `rows[k]`.
+    otherprop is ignored like unlabelled pixels, as the zip does not distinguish them.
     """
 
     def __init__(self, path: Path, num_classes: int = 13) -> None:
@@ -258,14 +270,17 @@ class NYUv2Zip(RGBDFrames):
             self._check_size(kind, row, array.shape)
         if int(label.max()) >= len(self._classes):
             raise MetaVPTError(
-                f"{self.path}: label40/{row:04d}.png has label {label.max()}, the classes end at {len(self._classes) - 1}"
+                f"{self.path}: label40/{row:04d}.png has label {label.max()}, the classes end at "
+                f"{len(self._classes) - 1}"
             )
         depth = (codes.astype(np.float32) + 0.5) * METRES_PER_CODE
         return make_frame(image, depth, self._classes[label], f"{self.path}: row {row:04d}")
 
     def encoded(self, index: int) -> Encoded:
+        """Return the encoded member of an image, see `overlap`."""
         return self.archive.encoded(f"rgb/{self.rows[index]:04d}.jpg")
 
+    @override
     def image(self, index: int) -> Tensor:
         row = self.rows[index]
         image = decode(self.archive.read(f"rgb/{row:04d}.jpg"), f"{self.path}: rgb/{row:04d}.jpg")
@@ -275,7 +290,8 @@ class NYUv2Zip(RGBDFrames):
     def _check_size(self, kind: str, row: int, size: tuple[int, ...]) -> None:
         if tuple(size) != self.size:
             raise MetaVPTError(
-                f"{self.path}: {kind}/{row:04d} is {size[0]}x{size[1]}, the others are {self.size[0]}x{self.size[1]}"
+                f"{self.path}: {kind}/{row:04d} is {size[0]}x{size[1]}, the others are "
+                f"{self.size[0]}x{self.size[1]}"
             )
 
     def _map(self, kind: str, row: int) -> np.ndarray:
@@ -290,11 +306,13 @@ class NYUv2Zip(RGBDFrames):
 
 
 def class_table(names: list[str], num_classes: int) -> tuple[list[str], np.ndarray]:
-    """(names of the classes 0..C-1, table from raw label to class): raw label k is called `names[k - 1]`, 0 is unlabelled, 255 ignored.
+    """Return the names of the classes 0..C-1, and the table from raw label to class.
 
-    A raw class that bears the name of one of the NYU-40 classes is that class. Of the official list of 894 the rest is otherstructure,
-    otherfurniture or otherprop, as in classMapping40.mat; of any other list it is ignored. Names that are those of the generated rooms or
-    of the 13 classes, or that have none of the 40 among them, are classes themselves.
+    Raw label k is called `names[k - 1]`, 0 is unlabelled, 255 ignored. A raw class with the name of
+    an NYU-40 class is that class. Of the official list of 894, the others are otherstructure,
+    otherfurniture or otherprop, as in classMapping40.mat; of any other list they are ignored. Names
+    of the generated rooms or of the 13 classes, or a list without any of the 40 names, are classes
+    themselves.
     """
     names40, names13 = CLASSES["names40"], CLASSES["names13"]
     if names in (ROOM_CLASSES, names13[1:]) or not set(names) & set(names40[1:]):
@@ -317,7 +335,7 @@ def class_table(names: list[str], num_classes: int) -> tuple[list[str], np.ndarr
 
 
 def official_train_rows() -> list[int]:
-    """The 795 rows, from 0, of the official training split; the other 654 of 1449 are for testing."""
+    """Return the 795 rows, from 0, of the official training split. The other 654 are for tests."""
     return json.loads((files("metavpt.data") / "nyuv2_split.json").read_text())["train"]
 
 

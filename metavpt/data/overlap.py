@@ -1,4 +1,4 @@
-"""Whether images that the learner trains on are images that it is measured on, told by size and sum of the encoded files."""
+"""Unlabelled images that are also evaluation images, recognised by size and CRC of their files."""
 
 import zlib
 from collections.abc import Callable, Iterable
@@ -9,7 +9,7 @@ from torch.utils.data import ConcatDataset
 
 
 class Encoded(NamedTuple):
-    """An image as it lies in its file: its name, its length in bytes, and its CRC-32, which may take reading it."""
+    """An encoded image: its name, its length in bytes, and its CRC-32, which may read it."""
 
     name: str
     size: int
@@ -22,11 +22,11 @@ def encoded_file(path: Path) -> Encoded:
 
 
 def overlap(stream: Any, evaluation: Any, indices: Iterable[int]) -> list[str]:
-    """Names of the images of `stream` that are, byte for byte, one of those at `indices` of `evaluation`.
+    """Return the names of images in `stream` that equal an image at `indices` of `evaluation`.
 
-    Both tell their images by a method `encoded(index) -> Encoded`; of a set without one (arrays,
-    HDF5) nothing can be said, and nothing is. A file is read only where its length is that of an
-    image of the evaluation. The same photograph encoded anew is not found.
+    Both sets identify images by `encoded(index) -> Encoded`. A set without it (arrays, HDF5) is not
+    compared. A file is read only if its length is that of an evaluation image. The same photo
+    encoded again is not found.
     """
     parts: list[Any] = list(stream.datasets) if isinstance(stream, ConcatDataset) else [stream]
     known: dict[int, list[Encoded]] = {}

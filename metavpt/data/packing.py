@@ -7,11 +7,11 @@ from metavpt.errors import MetaVPTError
 
 
 class Packer:
-    """Best-fit packing: rows of documents that together have at most `length` tokens; no document is divided, none is lost.
+    """Best-fit packing of whole documents into rows of at most `length` tokens.
 
-    A document goes into the fullest of the open rows that has room for it. Where none has, the
-    fullest open row is given out; at the end all of them are. `num_rows` and `num_tokens` count
-    what was given out: the rest of its `length` a row is padding.
+    A document goes into the fullest open row with room for it. If there is none, the fullest open
+    row is emitted; at the end all are. `num_rows` and `num_tokens` count what was emitted, so the
+    rest of `length` in a row is padding.
     """
 
     def __init__(self, length: int, num_open: int = 16) -> None:
@@ -21,6 +21,7 @@ class Packer:
         self.num_rows = self.num_tokens = 0
 
     def __call__(self, documents: Iterable[Encoded]) -> Iterator[list[Encoded]]:
+        """Iterate over the rows."""
         rows: list[list[Encoded]] = []
         sizes: list[int] = []
         for document in documents:

@@ -18,7 +18,8 @@ from metavpt.errors import reading
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp"}
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP")  # others start programs (EPS) or are little tested
 MAX_PIXELS = 100_000_000
-PIXELS_PER_BYTE = 1000  # of the file, at most, beyond the first FREE_PIXELS: one colour alone comes to 340 as a PNG
+# Of the file, at most, beyond the first FREE_PIXELS. A PNG of one colour has 340.
+PIXELS_PER_BYTE = 1000
 FREE_PIXELS = 2**22
 WEBP = 4  # pixels of other formats that one of a WebP counts for: its decoder holds 19 bytes each
 MAX_STRIP = 8  # times the wanted length that an image may have while it is scaled
@@ -32,9 +33,9 @@ TURNS: dict[int, Callable[[Tensor], Tensor]] = {  # EXIF orientation -> what mak
     8: lambda image: image.transpose(1, 2).flip(1),
 }
 Resize = Literal["cover", "stretch"]
-STRIP = (
-    2**18
-)  # pixels that are converted at a time: Pillow holds 4 bytes each already, and all at once would take thrice as much again
+# Pixels converted at a time: Pillow holds 4 bytes each, and all at once would take three times
+# as much again.
+STRIP = 2**18
 
 
 def is_image(name: str) -> bool:
@@ -48,7 +49,7 @@ def decode(data: bytes, source: str, upright: bool = True) -> Tensor:
     Args:
         data: The bytes of the file.
         source: The name of the image in errors.
-        upright: Apply the rotation in the EXIF data. False keeps the pixels as the file stores them.
+        upright: Whether to apply the rotation in the EXIF data.
 
     Returns:
         uint8 (3, H, W).
@@ -108,7 +109,8 @@ def open_image(file: Path | io.BytesIO) -> Image.Image:
     most = max_pixels(num_bytes) // (WEBP if image.format == "WEBP" else 1)
     if image.width * image.height > most:
         raise ValueError(
-            f"{image.width}x{image.height} pixels are more than the {most} that its {num_bytes} bytes may hold"
+            f"{image.width}x{image.height} pixels are more than the {most} that its "
+            f"{num_bytes} bytes may hold"
         )
     return image
 

@@ -1,4 +1,4 @@
-"""Revisited Oxford and Paris: landmark photographs, and which of them show what a query shows (arXiv 1803.11285)."""
+"""Revisited Oxford and Paris: landmark photos and the matches of each query (arXiv 1803.11285)."""
 
 import pickle
 from pathlib import Path
@@ -9,13 +9,15 @@ import numpy as np
 from metavpt.errors import MetaVPTError, reading
 
 SAFE = {  # what the protocols of pickle need to rebuild bytes, arrays and numbers
-    ("__builtin__", "bytes"), ("builtins", "bytes"), ("_codecs", "encode"), ("numpy", "ndarray"), ("numpy", "dtype"),
-    ("numpy._core.multiarray", "_reconstruct"), ("numpy._core.multiarray", "scalar"), ("numpy._core.numeric", "_frombuffer"),
+    ("__builtin__", "bytes"), ("builtins", "bytes"), ("_codecs", "encode"), ("numpy", "ndarray"),
+    ("numpy", "dtype"),
+    ("numpy._core.multiarray", "_reconstruct"), ("numpy._core.multiarray", "scalar"),
+    ("numpy._core.numeric", "_frombuffer"),
 }  # fmt: skip
 
 
 class Query(NamedTuple):
-    """box: x1, y1, x2, y2 in pixels of the query image, or None; easy, hard, junk: rows of the image list."""
+    """A query. box: x1, y1, x2, y2 in pixels, or None; easy, hard, junk: rows of the image list."""
 
     name: str
     box: tuple[float, float, float, float] | None

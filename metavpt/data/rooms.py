@@ -1,9 +1,9 @@
-"""Generated RGB-D rooms: a small sample with metric depth and classes, made on the spot, that looks like indoor frames.
+"""Generated RGB-D rooms: a small data set with metric depth and classes that looks like rooms.
 
-Every frame is a room of its own, ray-cast analytically: textured walls, floor and ceiling,
-furniture (boxes turned about the vertical), balls, pictures, windows and a door on the walls, and a
-lamp that lights it all. Colours and textures are drawn independently of the class, so that depth
-and classes must be read from shape and context.
+Every frame is its own room, ray-cast analytically: textured walls, floor and ceiling, furniture
+(boxes turned about the vertical), balls, pictures, windows and a door on the walls, and a lamp.
+Colours and textures are drawn independently of the class, so that depth and classes must be read
+from shape and context.
 """
 
 import os
@@ -71,10 +71,9 @@ class Surface(NamedTuple):
 def generate_room(
     rng: np.random.Generator, size: tuple[int, int]
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """One frame: image uint8 (H,W,3), depth float32 (H,W) in metres along the optical axis, raw label uint16 (H,W), from 1."""
-    room = rng.uniform((3.0, 3.5, 2.3), (6.5, 8.0, 3.0)).astype(
-        np.float32
-    )  # x, y (away from the camera, mostly), z up
+    """One frame: image uint8 (H, W, 3), depth float32 (H, W) in metres, raw label uint16 (H, W)."""
+    # x, y (mostly away from the camera), z up
+    room = rng.uniform((3.0, 3.5, 2.3), (6.5, 8.0, 3.0)).astype(np.float32)
     eye = np.array(
         [
             rng.uniform(0.25, 0.75) * room[0],
@@ -117,7 +116,7 @@ def generate_room(
 
 
 def _camera_rays(rng: np.random.Generator, size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
-    """Unit rays (P,3), row by row, and the optical axis; a Kinect's field of view, looking into the room and a little down."""
+    """Return unit rays (P, 3), row by row, and the optical axis, with a Kinect's field of view."""
     height, width = size
     focal = width / 2 / np.tan(np.radians(rng.uniform(56, 66)) / 2)
     yaw, pitch = rng.uniform(-0.6, 0.6), np.radians(rng.uniform(-28, 2))
@@ -195,7 +194,7 @@ def _furniture(
 
 
 def _parts(name: str, size: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
-    """The boxes (low corner, high corner) that a piece of furniture is made of, about its centre on the floor."""
+    """Return the boxes (low corner, high corner) of a piece of furniture, about its centre."""
     w, d, h = size
     half = np.array([w / 2, d / 2])
 
@@ -301,7 +300,7 @@ def _shade(
     lamp: np.ndarray,
     shines: np.ndarray,
 ) -> np.ndarray:
-    """Lambert's law under one lamp and ambient light, a random exposure and white balance, sensor noise; uint8 (P,3)."""
+    """Shade by Lambert's law with a lamp, ambient light, exposure and noise; uint8 (P, 3)."""
     towards = lamp - point
     distance = np.linalg.norm(towards, axis=1)
     lambert = np.abs((normal * towards).sum(axis=1)) / np.maximum(distance, 1e-6)
@@ -319,10 +318,16 @@ def rooms_file(
     size: tuple[int, int] = (96, 128),
     seed: int = 0,
 ) -> Path:
-    """The rooms as a file in the layout of nyu_depth_v2_labeled.mat, written on first use; the first 80 % of frames are for training.
+    """Write the rooms as a file in the layout of nyu_depth_v2_labeled.mat, on first use.
 
-    folder: METAVPT_CACHE, else ~/.cache/metavpt. Frame i depends on (seed, i) alone, so no room is
+    The first 80 % of the frames are for training. Frame i depends only on (seed, i), so no room is
     in both splits.
+
+    Args:
+        folder: Where the file is kept. Default: METAVPT_CACHE, else ~/.cache/metavpt.
+        num_frames: The number of frames.
+        size: (H, W).
+        seed: The seed.
     """
     folder = cache_folder(folder)
     height, width = (int(side) for side in size)

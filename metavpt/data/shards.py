@@ -1,7 +1,8 @@
-"""Unlabelled images in tar shards, as webdataset writes them, read in place: nothing is extracted.
+"""Unlabelled images in tar shards, as webdataset writes them, read in place.
 
-The contents of each shard are looked up once, after which every image is one read away. So the order of a stream, its exact resumption
-and its sharing among processes are those of any other set of images; a sequential reader has a shuffle buffer that no checkpoint holds.
+The contents of each shard are indexed once, so every image is one read away. Order, exact
+resumption and sharing among processes are therefore those of any other image set. A sequential
+reader would have a shuffle buffer that no checkpoint holds.
 """
 
 import glob
@@ -26,13 +27,14 @@ from metavpt.errors import MetaVPTError, reading
 
 
 def find_shards(pattern: str) -> list[Path]:
-    """The files of `train-{000..099}.tar` (numbers keep their zeros), `{a,b}.tar` and `*.tar`, sorted where a star stands for them."""
+    """Expand `train-{000..099}.tar` (numbers keep zeros), `{a,b}.tar` and `*.tar`, stars sorted."""
     found: list[str] = []
     for name in expand(pattern):
         files = sorted(glob.glob(name)) if glob.has_magic(name) else [name] * os.path.isfile(name)
         if not files:
             raise MetaVPTError(
-                f"data.unlabelled: there is no shard {name}; name files, as in train-{{000..099}}.tar or *.tar"
+                f"data.unlabelled: there is no shard {name}; give files, as in "
+                "train-{000..099}.tar or *.tar"
             )
         found += files
     return [Path(name) for name in found]
@@ -47,7 +49,8 @@ def expand(pattern: str) -> list[str]:
             first, _, last = braces.partition("..")
             if not (first.isdecimal() and last.isdecimal()):
                 raise MetaVPTError(
-                    f"data.unlabelled: {{{braces}}} in {pattern} must be two numbers, as in {{000..099}}"
+                    f"data.unlabelled: {{{braces}}} in {pattern} must be two numbers, as in "
+                    "{000..099}"
                 )
             options.append([f"{k:0{len(first)}d}" for k in range(int(first), int(last) + 1)])
         elif braces:
@@ -56,9 +59,10 @@ def expand(pattern: str) -> list[str]:
 
 
 class Shards(Dataset[Tensor]):
-    """Images uint8 (3, *size) of uncompressed tar files; members that are no images are passed over.
+    """Images uint8 (3, *size) of uncompressed tar files. Members that are not images are skipped.
 
-    An image that cannot be read is replaced by the next one of its shard, with a visible line. `groups`: images in each shard.
+    An image that cannot be read is replaced by the next one of its shard, with a visible line.
+    `groups` counts the images of each shard.
     """
 
     def __init__(self, paths: Sequence[Path], size: tuple[int, int]) -> None:
@@ -96,7 +100,7 @@ class Shards(Dataset[Tensor]):
         )
 
     def _read(self, shard: int, member: int) -> bytes:
-        """Opened for each read: a handle is shared with no worker, and a thousand shards leave none open."""
+        """Open the file for each read: workers share no handle, and none stays open."""
         start, length = map(int, self.members[member])
         try:
             with self.paths[shard].open("rb") as file:
@@ -116,7 +120,7 @@ class Shards(Dataset[Tensor]):
 
 
 def _contents(path: Path) -> np.ndarray:
-    """Where the images of a shard lie, int64 (n, 2): from the cache if the file has not changed since."""
+    """Return offset and size of a shard's images, int64 (n, 2), cached while it is unchanged."""
     status = path.stat()
     folder = cache_folder() / "shards"
     known = hashlib.sha256(

@@ -43,6 +43,7 @@ class Format(NamedTuple):
     split: str = "train"
 
     def __call__(self, row: Mapping[str, Any], where: str) -> Document:
+        """Make a document of a row."""
         question = [text_field(row, name, name in self.optional) for name in self.question]
         return Document("\n".join(filter(None, question)), text_field(row, self.answer), where)
 
@@ -64,7 +65,7 @@ FORMATS = {
 
 
 def text_field(row: Mapping[str, Any], name: str, optional: bool = False) -> str:
-    """The text of a field without the space around it; "" for an optional one that is missing or null."""
+    """Return the stripped text of a field, or "" for an optional one that is missing or null."""
     value = row.get(name)
     if value is None and optional:
         return ""
@@ -82,13 +83,15 @@ def text_field(row: Mapping[str, Any], name: str, optional: bool = False) -> str
 
 
 class Rows(ABC, Generic[Item]):
-    """What `convert(row, where)` makes of the rows of one source, in their order; can be read again and again.
+    """The rows of one source, converted by `convert(row, where)`. They can be read repeatedly.
 
-    on_error   "raise": the first row that cannot be read is an error that names its file and line;
-    "skip": it is left out, and
-               `skipped` tells which rows were and why
-    start      items that are passed over, so that one file can serve two purposes
-    limit      at most so many items after them
+    Args:
+        name: The source.
+        convert: Converts a row.
+        on_error: "raise": a row that cannot be read is an error with its file and line. "skip": it
+            is left out, and `skipped` lists it.
+        limit: The limit on items after the skipped ones.
+        start: Items to skip, so that one file can serve two purposes.
     """
 
     def __init__(
@@ -184,7 +187,7 @@ class JsonLines(Rows[Item]):
 
 
 class PlainText(Rows[Document]):
-    """The paragraphs of a text file in UTF-8 (between empty lines), its lines, or the whole of it: a document each."""
+    """Yield a document per paragraph of a UTF-8 text file, per line, or for the whole of it."""
 
     def __init__(self, path: str | Path, unit: str = "paragraph", **options: Any) -> None:
         super().__init__(str(path), PLAIN, **options)
@@ -211,10 +214,16 @@ class PlainText(Rows[Document]):
 
 
 class HubDataset(Rows[Item]):
-    """A Hugging Face data set by its hub name or local folder (saved by `save_to_disk`, or of data files).
+    """A Hugging Face data set by its hub name or a local folder.
 
-    config, split   as the hub names them; None: those of the converter, where it is a `Format`
-    streaming       rows are fetched as they are read, nothing is stored
+    The folder is one of `save_to_disk`, or of data files.
+
+    Args:
+        name: The name or folder.
+        convert: Converts a row.
+        config: As the hub names it. None: that of `convert`, if it is a `Format`.
+        split: The same.
+        streaming: Whether rows are fetched as they are read, without storing them.
     """
 
     def __init__(

@@ -9,7 +9,7 @@ KINDS = ("plain", "stripes", "checker", "bricks", "waves", "spots")
 
 @dataclass(frozen=True)
 class Texture:
-    """Two colours mixed by a pattern of `scale` metres, turned by `angle`; calling it maps (P,2) coordinates to (P,3) colours in [0,1]."""
+    """Two colours mixed by a pattern of `scale` metres, turned by `angle`."""
 
     kind: str
     colours: np.ndarray  # (2,3)
@@ -19,6 +19,7 @@ class Texture:
 
     @classmethod
     def random(cls, rng: np.random.Generator) -> "Texture":
+        """Draw a texture."""
         base = rng.uniform(0.15, 0.95, 3)
         other = np.clip(base + rng.normal(0, 0.25, 3), 0.05, 1)
         phases = np.concatenate(
@@ -31,6 +32,7 @@ class Texture:
 
     @classmethod
     def plain(cls, colour: np.ndarray) -> "Texture":
+        """Return a texture of one colour."""
         return cls(
             "plain",
             np.stack([colour, colour]).astype(np.float32),
@@ -40,6 +42,7 @@ class Texture:
         )
 
     def __call__(self, uv: np.ndarray) -> np.ndarray:
+        """Map coordinates (P, 2) to colours (P, 3) in [0, 1]."""
         mix = self._pattern(uv / self.scale)[:, None]
         return (1 - mix) * self.colours[0] + mix * self.colours[1]
 

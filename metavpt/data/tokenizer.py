@@ -47,10 +47,15 @@ def load_tokenizer(name: str | Path) -> Any:
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int, folder: str | Path | None = None) -> Any:
-    """A byte-level BPE of `texts` with EOS and padding, every digit a token of its own; kept, and trained on first use.
+    """Train a byte-level BPE on `texts`, with EOS and padding and one token per digit.
 
-    folder: METAVPT_CACHE, else ~/.cache/metavpt. The name of what is kept says what it was trained
-    on, so other texts train another.
+    It is trained on first use and stored. The stored name depends on the texts, so other texts
+    train another one.
+
+    Args:
+        texts: The texts.
+        vocab_size: The size of the vocabulary.
+        folder: Where it is stored. Default: METAVPT_CACHE, else ~/.cache/metavpt.
     """
     texts = list(texts)
     if vocab_size < NUM_BYTES + 2:

@@ -24,14 +24,17 @@ PADDING = -1  # the document of a padding position
 
 
 class TokenBatch(NamedTuple):
-    """Sequences of T tokens, each a row of whole documents and pieces of documents, padded on the right.
+    """Sequences of T tokens: rows of documents or pieces of documents, padded on the right.
 
-    tokens      int64 (B,T)
-    positions   int64 (B,T), from 0 in every document
-    documents   int64 (B,T), from 0 in every row, -1 for padding: attention stays where they are
-    equal loss_mask   bool (B,T): token t is a target, predicted from what its document has before
-    t; never the first of a document seed        of all randomness in what is made of the batch
-    domain      int64 (B,), the domain of each row
+    Attributes:
+        tokens: int64 (B, T).
+        positions: int64 (B, T), from 0 in every document.
+        documents: int64 (B, T), from 0 in every row, -1 for padding. Attention stays within equal
+            ones.
+        loss_mask: bool (B, T), True where a token is a target, predicted from the earlier tokens of
+            its document. The first token of a document never is.
+        seed: The seed of all randomness in the task.
+        domain: int64 (B,), the domain of each row.
     """
 
     tokens: Tensor
@@ -42,6 +45,7 @@ class TokenBatch(NamedTuple):
     domain: Tensor
 
     def to(self, device: torch.device | str) -> "TokenBatch":
+        """Move the tensors to a device."""
         return tree_map(
             lambda part: part.to(device, non_blocking=True) if isinstance(part, Tensor) else part,
             self,
@@ -49,7 +53,7 @@ class TokenBatch(NamedTuple):
 
 
 class Encoded(NamedTuple):
-    """Tokens int32 (n,) of a document or a piece of one; the first `num_prompt` are no targets, nor is the very first."""
+    """Tokens int32 (n,) of a document or a piece; the first `num_prompt` are not targets."""
 
     tokens: np.ndarray
     num_prompt: int
@@ -70,17 +74,19 @@ def text_of(document: Document, prompt: str = PROMPT) -> str:
 
 
 class Encoder:
-    """Documents -> `Encoded`s of at most `length` tokens: the prompt with the question, the answer, EOS. Plain text has no prompt.
+    """Tokenises documents to `Encoded`s of at most `length` tokens.
 
-    A special token that is spelt out in a document is text.
+    A document is the prompt with the question, the answer and EOS. Plain text has no prompt. A
+    special token that is spelt out in a document is text.
 
-    long       a longer document is "split" into pieces that share one token, so that each of its
-    tokens stays a target exactly
-               once; or "cut" after `length` tokens, `cut` telling where and how many tokens were
-               lost
-    on_error   a prompt of `length` tokens or more leaves no room for an answer: "raise" names its
-    file and line, "skip" leaves
-               the document out, and `skipped` tells which were and why
+    Args:
+        tokenizer: The tokenizer.
+        length: The limit.
+        long: A longer document is "split" into pieces that share one token, so that each token is a
+            target exactly once; or "cut" after `length` tokens, and `cut` lists it.
+        on_error: A prompt of `length` tokens or more leaves no room for an answer. "raise": an
+            error with its file and line. "skip": the document is left out, and `skipped` lists it.
+        prompt: The format of the prompt.
     """
 
     def __init__(
@@ -120,13 +126,16 @@ class Encoder:
 
     @property
     def pad(self) -> int:
-        return self.eos if self.tokenizer.pad_token_id is None else int(self.tokenizer.pad_token_id)  # type: ignore[arg-type]
+        """Return the padding token."""
+        own = self.tokenizer.pad_token_id
+        return self.eos if own is None else int(own)  # type: ignore[arg-type]
 
     def prompt(self, question: str) -> str:
-        """What a model is given to answer `question`; its tokens begin those of the whole document."""
+        """Return the prompt for `question`, whose tokens begin those of the whole document."""
         return prompt_of(question, self.template)
 
     def __call__(self, documents: Iterable[Document]) -> Iterator[Encoded]:
+        """Iterate over the tokenised documents."""
         iterator = iter(documents)
         while group := list(islice(iterator, GROUP)):
             prompts = [self.prompt(document.question) for document in group]
@@ -152,7 +161,8 @@ class Encoder:
     def _pieces(self, whole: Encoded, where: str) -> Iterator[Encoded]:
         tokens, num_prompt = whole
         if num_prompt >= self.length:
-            reason = f"the prompt has {num_prompt} tokens, which leaves no room for an answer in {self.length}"
+            reason = f"the prompt has {num_prompt} tokens, which leaves no room for an answer in "
+            reason += f"{self.length}"
             if self.on_error == "raise":
                 raise MetaVPTError(
                     f"{where or 'document'}: {reason}; raise the length, or leave it out "
@@ -226,7 +236,7 @@ def collate(
 
 
 class ExampleLoader:
-    """Endless batches of documents, one a row, padded to the longest of the batch; `skip(n)` starts at batch n and makes none before it."""
+    """Endless batches of documents, one per row, padded to the longest of the batch."""
 
     def __init__(
         self,
@@ -253,6 +263,7 @@ class ExampleLoader:
         self.first = 0
 
     def skip(self, num_batches: int) -> None:
+        """Start at batch `num_batches`, without making those before it."""
         self.first = num_batches
 
     def __iter__(self) -> Iterator[TokenBatch]:

@@ -23,26 +23,30 @@ class Skips:
         self.counts = torch.zeros(NUM_PLACES, dtype=torch.int64, device="cpu").share_memory_()
 
     def add_one(self) -> None:
+        """Count a skipped read."""
         worker = get_worker_info()
         self.counts[(worker.id + 1 if worker else 0) % NUM_PLACES] += 1
 
     @property
     def total(self) -> int:
+        """Return the count of all processes."""
         return int(self.counts.sum())
 
     def state_dict(self) -> dict[str, int]:
+        """Return the count."""
         return {"total": self.total}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
+        """Restore the count."""
         self.counts.zero_()
         self.counts[0] = state["total"]
 
 
 class Readable(Dataset[Tensor]):
-    """`images`, the next one that can be read in the place of each that cannot; the first failure of each is named on stderr.
+    """`images`, with the next readable one in place of each unreadable one.
 
-    Which image stands in does not depend on the run: the same seed gives the same batches, resumed
-    or not.
+    The first failure of each image is named on stderr. The replacement does not depend on the run:
+    the same seed gives the same batches, resumed or not.
     """
 
     def __init__(self, images: Dataset[Tensor], skips: Skips) -> None:
