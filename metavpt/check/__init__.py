@@ -1,4 +1,4 @@
-"""Whether a problem's hypergradients can be trusted: measured on the user's own problem, before a run is spent on it.
+"""Checks whether hypergradients can be trusted, on the user's own problem and before a run.
 
 from metavpt.check import check, check_product
 

@@ -18,15 +18,19 @@ from metavpt.problem import Problem
 
 
 def compiled(problem: Problem, estimator: Estimator | None = None) -> Finding:
-    """torch.compile in the learner or in a loss: it has no double backward, and may not be differentiated with its graph retained.
+    """Find torch.compile in the learner or in a loss.
 
-    A compiled designer is harmless: every estimator differentiates it once.
+    A compiled function has no double backward, and its graph may not be retained. A compiled
+    designer is harmless: every estimator differentiates it once.
     """
     found = compiled_parts(problem)
     if not found:
         return Finding("compile", "ok", "neither the learner nor a loss is compiled")
     measured = f"compiled by torch.compile: {listed(found)}"
-    advice = "an exact product, and GaussNewton, raises there or is a silent zero: use DifferenceProduct and Hessian, or do not compile"
+    advice = (
+        "an exact product, and GaussNewton, raises there or is a silent zero: use "
+        "DifferenceProduct and Hessian, or do not compile"
+    )
     twice = isinstance(getattr(estimator, "curvature", None), GaussNewton)
     if isinstance(getattr(estimator, "product", None), DifferenceProduct) and not twice:
         return Finding(
@@ -39,7 +43,7 @@ def compiled(problem: Problem, estimator: Estimator | None = None) -> Finding:
 
 
 def compiled_parts(problem: Problem) -> list[str]:
-    """The modules of the learner and the attributes of the problem that torch.compile has made or marked."""
+    """List modules of the learner and attributes of the problem that are compiled."""
     modules = [
         f"learner.{name}" if name else "learner"
         for name, module in problem.learner.named_modules()

@@ -1,4 +1,4 @@
-"""python -m metavpt.check problem=dino_masks [strategy=...]: whether its hypergradients can be trusted, before a run is spent."""
+"""`python -m metavpt.check problem=dino_masks`: whether hypergradients can be trusted."""
 
 import sys
 from collections import Counter

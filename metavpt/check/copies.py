@@ -13,9 +13,9 @@ PLAIN = (Tensor, torch.Generator, list, dict, set)
 
 
 def twin(problem: AnyProblem) -> AnyProblem:
-    """A copy of `problem` with modules, tensors, containers and all else that has a state of its own; data sets and the like are shared.
+    """Copy `problem` with everything that has a state. Data sets and the like are shared.
 
-    Data may fill the memory or hold open files, and no loss has business to write to it.
+    Data may fill the memory or hold open files, and no loss should write to it.
     """
     other = copy.copy(problem)
     memo: dict[int, Any] = {}  # one for all: what two attributes share, their copies share

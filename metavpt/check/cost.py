@@ -38,7 +38,7 @@ class Cost(NamedTuple):
 
 
 def costs(scene: Scene, deadline: float) -> list[Finding]:
-    """One finding for each estimator; after `deadline` (time.monotonic) the rest is measured once instead of three times."""
+    """Return a finding for each estimator. After `deadline` each is measured only once."""
     with torch.no_grad():
         task = scene.task()
     plain = measure(
@@ -121,7 +121,7 @@ def _cpu_peak(call: Callable[[], Any]) -> int | None:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """The profiler's C++ writes notes to stderr that no setting keeps back once torch is imported."""
+    """Drop the profiler's notes on stderr, which no setting turns off once torch is imported."""
     held, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
     try:
         os.dup2(nowhere, 2)

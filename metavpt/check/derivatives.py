@@ -1,4 +1,7 @@
-"""Products against finite differences in phi of <w, g_pre>: whether a hypergradient is the derivative of the loss that is trained on."""
+"""Mixed products compared with finite differences in phi of <w, g_pre>.
+
+They show whether a hypergradient is the derivative of the loss that is trained on.
+"""
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -25,7 +28,10 @@ from metavpt.hypergradients.params import Params
 from metavpt.problem import Problem
 
 NUM_DIRECTIONS = 2
-JUMPS = "the task jumps with phi (rounding, top-k, a straight-through estimator): finite differences cannot judge this designer"
+JUMPS = (
+    "the task jumps with phi (rounding, top-k, a straight-through estimator): "
+    "finite differences cannot judge this designer"
+)
 # by whether they are in float64: steps in phi, from long to short, and the relative error that an
 # exact derivative is allowed
 STEPS = {True: ((1e-3, 1e-4, 1e-5, 1e-6), 1e-4), False: ((1.0, 0.3, 0.1), 5e-2)}
@@ -58,14 +64,14 @@ class Differences:
         return max(error for error, _ in self._errors(by_phi))
 
     def agrees(self, by_phi: Params, tolerance: float | None = None) -> bool:
-        """Whether they differ by no more than `tolerance` and what the differences are uncertain of."""
+        """Return whether they differ by at most `tolerance` and the differences' uncertainty."""
         allowed = self.tolerance if tolerance is None else tolerance
         return all(
             error <= allowed + 3 * uncertainty for error, uncertainty in self._errors(by_phi)
         )
 
     def _errors(self, by_phi: Params) -> list[tuple[float, float]]:
-        """For each direction the disagreement and the uncertainty of the difference, both relative."""
+        """Return error and uncertainty of the difference for each direction, both relative."""
         norm = params.norm(by_phi)
         count = sum(p.numel() for p in by_phi.values())
         errors = []
@@ -80,13 +86,14 @@ class Differences:
 
     @property
     def is_smooth(self) -> bool:
+        """Return whether the finite differences are certain enough."""
         return all(
             slope.uncertainty <= UNSMOOTH * abs(slope.value) or slope.value == 0
             for slope in self.slopes
         )
 
     def is_flat(self, by_phi: Params) -> bool:
-        """Whether the loss does not change at all where `by_phi` says that it does: a surrogate gradient."""
+        """Return whether the loss is constant where `by_phi` is not zero: a surrogate gradient."""
         along = [abs(float(params.dot(by_phi, direction))) for direction in self.directions]
         return max(abs(slope.value) for slope in self.slopes) <= 1e-6 * max(along)
 
@@ -131,7 +138,7 @@ class Reference(Differences):
 
     @classmethod
     def of(cls, scene: Scene, w: Params | None = None, seed: int = 0) -> "Reference":
-        """Measure them along `w`, by default g_down, from the whole loss."""
+        """Compute the finite differences of a scene."""
         direction = downstream(scene.feedback, scene.aligned)[1] if w is None else w
 
         def value(phi: Params) -> float:
@@ -147,6 +154,7 @@ class Reference(Differences):
 
     @cached_property
     def exact(self) -> Params:
+        """Return the exact product."""
         return self.by(ExactProduct())
 
     def by(self, product: Product) -> Params:
@@ -157,7 +165,7 @@ class Reference(Differences):
         return params.detach(product(loss, theta, self.w, (phi,)).by[0])
 
     def hessian_error(self, product: Product) -> float:
-        """Of d<w, g_pre>/dtheta, which Implicit and Unrolled take, along one direction against a difference in theta."""
+        """Compare d<w, g_pre>/dtheta, as Implicit and Unrolled use it, with a difference."""
         theta = params.leaves(self.scene.aligned)
         with torch.no_grad():
             loss = self.scene.inner()(self.scene.phi)
@@ -182,7 +190,7 @@ class Reference(Differences):
 def check_product(
     product: Product, problem: Problem, name: str = "product", seed: int = 0
 ) -> Finding:
-    """Any `Product` against finite differences in phi on `problem`, in float64 where its code runs in it."""
+    """Compare a `Product` with finite differences in phi, in float64 if the code allows it."""
     with torch.random.fork_rng():
         scene = Scene.of(problem, seed)
         try:
@@ -200,10 +208,15 @@ def compare(name: str, product: Product, reference: Reference) -> Finding:
     by_phi = reference.exact if isinstance(product, ExactProduct) else reference.by(product)
     error = reference.error(by_phi)
     dtype = str(reference.scene.dtype).removeprefix("torch.")
-    measured = f"{kind} against finite differences in phi, {dtype}: relative error {error:.1e} along {NUM_DIRECTIONS} directions"
+    measured = (
+        f"{kind} against finite differences in phi, {dtype}: relative error {error:.1e} "
+        f"along {NUM_DIRECTIONS} directions"
+    )
     if not isinstance(product, ExactProduct):
         exact = reference.exact
-        measured += f"; against ExactProduct cosine {cosine(by_phi, exact):.6f}, relative error {relative_error(by_phi, exact):.1e}"
+        apart = relative_error(by_phi, exact)
+        measured += f"; against ExactProduct cosine {cosine(by_phi, exact):.6f}, "
+        measured += f"relative error {apart:.1e}"
     if not isinstance(product, (ExactProduct, DifferenceProduct)):
         hessian_error = reference.hessian_error(product)
         measured += f"; by theta {hessian_error:.1e}"
@@ -226,7 +239,10 @@ def compare(name: str, product: Product, reference: Reference) -> Finding:
 
 def _advice(product: Product) -> str:
     if isinstance(product, (ExactProduct, DifferenceProduct)):
-        return "look for .data, .item(), numpy, in-place changes or a custom autograd.Function between the designer and the loss"
+        return (
+            "look for .data, .item(), numpy, in-place changes or a custom autograd.Function "
+            "between the designer and the loss"
+        )
     return (
         "use ExactProduct or DifferenceProduct; forward mode (torch.func.jvp) differentiated "
         "once more "
@@ -235,11 +251,11 @@ def _advice(product: Product) -> str:
 
 
 def settle(reference: Reference) -> tuple[Reference, Finding]:
-    """A reference whose analytic derivative is whole, and whether no_grad or detach cuts part of it in the problem as it is.
+    """Find a complete reference, and whether no_grad or detach cuts part of it.
 
     Finite differences see everything that phi changes, a no_grad teacher's targets included;
-    autograd sees what is not cut. Where the two disagree and agree once the cut is undone, the cut
-    is the whole difference.
+    autograd sees what no_grad and detach do not cut. If the two disagree, and agree once the cut is
+    undone, the cut is the whole difference.
     """
     name = "teacher_credit"
     plain = reference.exact
@@ -261,10 +277,16 @@ def settle(reference: Reference) -> tuple[Reference, Finding]:
         )
         if chosen:
             return whole, Finding(name, "ok", measured + "; by choice (teacher_credit=False)")
-        advice = "drop the no_grad (freezing a teacher's parameters is enough), or make it a choice: give the problem teacher_credit = False"
+        advice = (
+            "drop the no_grad (freezing a teacher's parameters is enough), or declare it: "
+            "give the problem teacher_credit = False"
+        )
         return whole, Finding(name, "failed", measured, advice)
     if chosen:
-        measured = f"teacher_credit=False, but undoing no_grad and detach leaves a relative error of {reference.error(plain):.2g}"
+        measured = (
+            "teacher_credit=False, but undoing no_grad and detach leaves a relative error of "
+            f"{reference.error(plain):.2g}"
+        )
         return reference, Finding(
             name, "warning", measured, "more than the teacher's part is missing: see exact_product"
         )
@@ -274,7 +296,7 @@ def settle(reference: Reference) -> tuple[Reference, Finding]:
 
 
 def _whole(reference: Reference) -> Params | None:
-    """The exact product without the cut, where it agrees; undoing a cut may well break the user's code."""
+    """Return the exact product without the cut, if it agrees. Undoing a cut may break the code."""
     try:
         by_phi = reference.exact
     except Exception:

@@ -48,7 +48,7 @@ def first_order(
     seed: int = 0,
     deadline: float = math.inf,
 ) -> Finding:
-    """Pearson's r of prediction and reality over pairs of batches, each from the same learner after a short warm-up of its optimizer."""
+    """Correlate predicted and measured changes, after a short warm-up of the optimizer."""
     pairs = _pairs(
         scene.problem,
         optimizer,
@@ -70,7 +70,10 @@ def first_order(
     )
     name = "first_order"
     if not r["aware", "same"] >= FORESEEN:
-        advice = "the step is too long for a first-order value, or theta_S holds too little of what moves: lower the learning rate, enlarge S"
+        advice = (
+            "the step is too long for a first-order value, or theta_S is too small a part: "
+            "lower the learning rate, enlarge S"
+        )
         return Finding(name, "warning", measured, advice)
     return Finding(name, "ok", measured)
 

@@ -231,7 +231,7 @@ def _product(estimator: Estimator) -> Product:
 
 
 def _whole(scene: Scene, batch: int) -> InnerLoss:
-    """phi -> (theta -> pretraining loss), by all of theta."""
+    """Return phi -> (theta -> pretraining loss), by all of theta."""
 
     def at_phi(phi: Params) -> Loss:
         task = scene.task(phi, batch)

@@ -1,4 +1,4 @@
-"""What a user's own code is run under, to ask it for more than it was written for: float64, and gradients where it cut them."""
+"""Modes to run user code in: float64, and gradients where the code cuts them."""
 
 from typing import Any
 
@@ -24,7 +24,7 @@ RANDOM = frozenset(
 
 
 class Float64(TorchFunctionMode):
-    """Whatever asks for float32 gets float64: `.float()`, `.to(torch.float32)`, new tensors of the default dtype."""
+    """float64 for code that asks for float32: `.float()`, `.to(torch.float32)`, new tensors."""
 
     def __torch_function__(
         self,

@@ -1,4 +1,4 @@
-"""What arithmetic costs the hypergradient: the run's dtype, bfloat16, and the step of the difference product, against float64."""
+"""Rounding errors of the hypergradient: dtypes, and the step of the difference product."""
 
 import math
 from contextlib import nullcontext
@@ -23,9 +23,11 @@ STEPS = tuple(10.0**-k for k in range(1, 9))
 
 
 def widen(scene: Scene) -> tuple[Scene | None, Finding]:
-    """The scene in float64, if the user's code runs in it and still computes the same there; None otherwise."""
+    """Return the scene in float64, or None if the user's code does not run in it."""
     name = "float64"
-    advice = "cast to the dtype of theta, or not at all, instead of to float32 by hand; until then the checks are made in float32"
+    advice = (
+        "cast to the dtype of theta instead of to float32; until then the checks run in float32"
+    )
     try:
         wide = scene.double()
         with torch.no_grad():
@@ -49,7 +51,7 @@ def widen(scene: Scene) -> tuple[Scene | None, Finding]:
 
 
 def dtypes(scene: Scene, truth: Params, exact: bool = True) -> list[Finding]:
-    """The one-step hypergradient in the run's dtype and under bfloat16 autocast, against `truth` from float64."""
+    """Compare the one-step hypergradient in the run's dtype and in bfloat16 with `truth`."""
     findings = []
 
     def autocast() -> torch.autocast:  # a new one each time: torch's cannot be entered twice
@@ -85,7 +87,10 @@ def dtypes(scene: Scene, truth: Params, exact: bool = True) -> list[Finding]:
         bad = [key for key, value in cosines.items() if not value >= TRUSTED]
         advice = f"take the product in float32; in this dtype {' and '.join(bad)} cannot be trusted"
         if narrow is scene:
-            advice = f"{' and '.join(bad)} cannot be trusted in this dtype: see difference_step, or use a larger or better scaled loss"
+            advice = (
+                f"{' and '.join(bad)} cannot be trusted in this dtype: see difference_step, "
+                "or use a larger or better scaled loss"
+            )
         findings.append(Finding(name, "warning" if bad else "ok", measured, advice if bad else ""))
     return findings
 
@@ -105,7 +110,8 @@ def difference_step(scene: Scene, truth: Params) -> Finding:
     best = min(errors, key=lambda step: errors[step] if math.isfinite(errors[step]) else math.inf)
     default_step = default_relative_step(next(iter(theta.values())))
     sweep = " ".join(f"{step:.0e}:{error:.0e}" for step, error in errors.items())
-    measured = f"error {default:.1e} at the default step {default_step:.0e}, {errors[best]:.1e} at the best, {best:.0e} ({sweep})"
+    measured = f"error {default:.1e} at the default step {default_step:.0e}, "
+    measured += f"{errors[best]:.1e} at the best, {best:.0e} ({sweep})"
     if default <= 0.05:
         return Finding("difference_step", "ok", measured)
     advice = (

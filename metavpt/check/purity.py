@@ -20,15 +20,17 @@ from metavpt.problem import Problem
 
 ROUNDING = 1e-5  # of a sum on a GPU, whose order is another each time: relative
 ADVICE = {
-    "pretrain_purity": "move state (centre, EMA, BatchNorm statistics, counters) in after_step, switch dropout off, "
-    "and let the batch carry its own randomness",
-    "feedback_purity": "move state in fit_heads or after_step, use BatchNorm with its running statistics, switch dropout off",
-    "designer_purity": "draw random numbers from a generator seeded by the batch, see designers.views.MultiCrop",
+    "pretrain_purity": "move state (centre, EMA, BatchNorm statistics, counters) in after_step, "
+    "switch dropout off, and let the batch carry its own randomness",
+    "feedback_purity": "move state in fit_heads or after_step, use BatchNorm with its running "
+    "statistics, switch dropout off",
+    "designer_purity": "draw random numbers from a generator seeded by the batch, "
+    "see designers.views.MultiCrop",
 }
 
 
 def purity(scene: Scene) -> list[Finding]:
-    """Each of the three evaluated twice, on a twin of its own: what one moves does not spoil what follows."""
+    """Evaluate each of the three twice, on its own twin, so that no change carries over."""
     findings = []
     for name in ADVICE:
         problem = copies.twin(scene.problem)
@@ -101,7 +103,7 @@ def rounded(a: Tensor, b: Tensor) -> str:
 
 
 def snapshot(problem: Problem) -> dict[str, Any]:
-    """Copies of what must not move: parameters, buffers, other state, plain attributes, global random state."""
+    """Copy what must not change: parameters, buffers, other state, attributes, random state."""
     taken: dict[str, Any] = {}
     for attribute, value in vars(problem).items():
         if isinstance(value, nn.Module):

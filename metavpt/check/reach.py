@@ -1,4 +1,4 @@
-"""What depends on what: phi reaches the learner's gradient, theta_S both losses, and the tail is the loss."""
+"""Dependencies: phi on the learner's gradient, both losses on theta_S, tail and loss equal."""
 
 import torch
 from torch import Tensor
@@ -74,7 +74,10 @@ def _designer(by_phi: dict[str, Tensor | None], loss_by_phi: dict[str, Tensor | 
 def _pretrain(gradient: dict[str, Tensor | None]) -> Finding:
     missing = [name for name, g in gradient.items() if g is None]
     if missing:
-        advice = "leave them out of aligned_parameters, or use theta instead of the module's own parameters in pretrain_loss"
+        advice = (
+            "leave them out of aligned_parameters, or use theta instead of the module's own "
+            "parameters in pretrain_loss"
+        )
         return Finding(
             "pretrain_reach",
             "failed",
@@ -100,7 +103,10 @@ def _feedback(scene: Scene) -> Finding:
         f": {listed(missing)}" if missing else ""
     )
     if len(missing) == len(aligned):
-        advice = "the feedback loss must use the theta that it is given, and aligned_parameters must name what it uses"
+        advice = (
+            "the feedback loss must use the theta that it is given, and aligned_parameters must "
+            "name what it uses"
+        )
         return Finding("feedback_reach", "failed", measured, advice)
     return Finding(
         "feedback_reach",
@@ -111,10 +117,11 @@ def _feedback(scene: Scene) -> Finding:
 
 
 def tail(scene: Scene) -> Finding:
-    """pretrain_tail(theta, task)(theta_s) == pretrain_loss({**theta, **theta_s}, task), and their gradients, for a theta_s beside theta_S.
+    """Compare pretrain_tail(theta, task)(theta_s) with pretrain_loss({**theta, **theta_s}, task).
 
-    Beside it: a tail that keeps the theta_S that it was made with is right there alone. A
-    `LinearLoss` is made there too: what its targets take from the learner is fixed with it.
+    Values and gradients are compared beside theta_S: a tail that keeps the theta_S that it was made
+    with is right only there. A `LinearLoss` is made there too, since what its targets take from the
+    learner is fixed with it.
     """
     theta_s = params.add(scene.aligned, random_direction(scene.aligned, seed=2))
     with torch.no_grad():
@@ -134,7 +141,10 @@ def tail(scene: Scene) -> Finding:
     )
     by_value = float((value - true_value).abs() / true_value.abs().clamp_min(1e-12))
     by_gradient = relative_error(gradient, true_gradient)
-    measured = f"pretrain_tail differs from pretrain_loss by {by_value:.1e} in value and {by_gradient:.1e} in gradient, relative"
+    measured = (
+        f"pretrain_tail differs from pretrain_loss by {by_value:.1e} in value and "
+        f"{by_gradient:.1e} in gradient, relative"
+    )
     if by_value + by_gradient <= (1e-8 if scene.dtype == torch.float64 else 1e-3):
         return Finding("tail", "ok", measured)
     return Finding(
@@ -148,7 +158,7 @@ def tail(scene: Scene) -> Finding:
 def _gradient(
     value: Tensor, wrt: Params, *, create_graph: bool = False, retain_graph: bool | None = None
 ) -> dict[str, Tensor | None]:
-    """d value / d wrt, None where there is no path: the caller's finding, so `allow_unused` hides nothing here."""
+    """Compute d value / d wrt, None without a path, which the caller reports."""
     if not value.requires_grad:
         return dict.fromkeys(wrt)
     gradients = torch.autograd.grad(

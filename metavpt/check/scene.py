@@ -26,11 +26,11 @@ NUM_BATCHES = 4  # as many as Unrolled(4) takes
 
 @dataclass(frozen=True)
 class Scene:
-    """theta as it is, phi beside where it is, the first batches. `around` is entered around every evaluation of the user's code.
+    """A problem at theta, with phi beside its value, and its first batches.
 
     phi is moved a little at random. Designers start on purpose where derivatives are special: a
     zero last layer hides all others, and a mask at the edge of its range has another slope on
-    either side.
+    either side. `around` is the context of every evaluation of the user's code.
     """
 
     problem: Problem
@@ -71,17 +71,21 @@ class Scene:
 
     @property
     def aligned(self) -> Params:
+        """Return theta_S."""
         return {name: self.theta[name] for name in aligned_names(self.problem, self.theta)}
 
     @property
     def dtype(self) -> torch.dtype:
+        """Return the dtype of theta."""
         return next(iter(self.theta.values())).dtype
 
     @property
     def device(self) -> torch.device:
+        """Return the device of theta."""
         return next(iter(self.theta.values())).device
 
     def task(self, phi: Params | None = None, batch: int = 0) -> Any:
+        """Make the task of a batch."""
         with self.around():
             return functional_call(
                 self.problem.designer, self.phi if phi is None else phi, (self.unlabelled[batch],)
@@ -93,11 +97,12 @@ class Scene:
             return self.problem.pretrain_loss({**self.theta, **theta_s}, task)
 
     def feedback(self, theta_s: Params) -> Tensor:
+        """Compute the feedback loss at theta_S."""
         with self.around():
             return self.problem.feedback_loss({**self.theta, **theta_s}, self.labelled)
 
     def inner(self, batch: int = 0) -> InnerLoss:
-        """phi -> (theta_S -> pretraining loss), through the problem's tail, as strategies take it."""
+        """Return phi -> (theta_S -> pretraining loss), through the problem's tail."""
         inner = inner_loss(self.problem, self.theta, self.unlabelled[batch])
 
         def at_phi(phi: Params) -> Callable[[Params], Tensor]:
@@ -125,6 +130,7 @@ class Scene:
         return within
 
     def estimate(self, estimator: Estimator, update: Update | None = None) -> Hypergradient:
+        """Estimate the hypergradient."""
         inner = [self.inner(k % NUM_BATCHES) for k in range(estimator.num_batches)]
         return estimator(inner, self.feedback, self.aligned, self.phi, update=update)
 
@@ -156,7 +162,7 @@ class _LinearUnder:
 
 
 def random_direction(phi: Params, seed: int, scale: float = 0.02) -> Params:
-    """Normal numbers as wide as `scale`, or a tenth of the tensor's own root mean square where that is more."""
+    """Draw normal numbers of scale `scale`, or of a tenth of the tensor's RMS if larger."""
     generator = torch.Generator().manual_seed(seed)
 
     def draw(p: Tensor) -> Tensor:

@@ -1,1 +1,1 @@
-"""Hypergradients of a feedback loss: estimators, the mixed products they are made of, directions, linear solvers."""
+"""Hypergradients of a feedback loss: estimators, mixed products, directions, linear solvers."""

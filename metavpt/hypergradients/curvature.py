@@ -1,4 +1,4 @@
-"""The matrix that implicit differentiation inverts: the Hessian of the pretraining loss, or its Gauss-Newton part."""
+"""The matrix of implicit differentiation: the Hessian of the loss, or its Gauss-Newton part."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,19 +16,29 @@ from metavpt.hypergradients.params import Params
 
 @dataclass(frozen=True)
 class ComposedLoss:
-    """theta -> criterion(outputs(theta)): a loss that shows what it is a loss of, which Gauss-Newton needs."""
+    """theta -> criterion(outputs(theta)), a loss whose parts are known, as Gauss-Newton needs."""
 
     outputs: Callable[[Params], Tensor]
     criterion: Callable[[Tensor], Tensor]
 
     def __call__(self, theta: Params) -> Tensor:
+        """Compute the loss."""
         return self.criterion(self.outputs(theta))
 
 
 class Curvature(Protocol):
     """v -> A v for the curvature A of `loss` at theta; `product` is the estimator's own."""
 
-    def __call__(self, loss: Loss, theta: Params, v: Params, product: Product) -> Params: ...
+    def __call__(self, loss: Loss, theta: Params, v: Params, product: Product) -> Params:
+        """Compute A v.
+
+        Args:
+            loss: The pretraining loss.
+            theta: The parameters.
+            v: The vector.
+            product: The mixed product of the estimator.
+        """
+        ...
 
 
 @dataclass(frozen=True)
@@ -36,19 +46,21 @@ class Hessian:
     """A = d2L/dtheta2: exact, and indefinite away from a minimum."""
 
     def __call__(self, loss: Loss, theta: Params, v: Params, product: Product) -> Params:
+        """Compute A v."""
         return product(loss, theta, v, (theta,)).by[0]
 
 
 @dataclass(frozen=True)
 class GaussNewton:
-    """A = J^T H_out J with J = d outputs / d theta, H_out the Hessian of the criterion by the outputs.
+    """A = J^T H_out J with J = d outputs / d theta and H_out the Hessian of the criterion.
 
     Positive semi-definite wherever the criterion is convex in its outputs, as cross-entropy is in
-    logits (Schraudolph, 2002). Needs a `ComposedLoss`. It takes reverse mode alone: forward mode
+    logits (Schraudolph, 2002). Needs a `ComposedLoss`. It uses reverse mode only: forward mode
     through a norm cannot be trusted to be differentiated (see the check command).
 
     Args:
-        otherwise: The curvature of a loss that is no `ComposedLoss`. None: such a loss is an error.
+        otherwise: The curvature of a loss that is not a `ComposedLoss`. None: such a loss is an
+            error.
     """
 
     otherwise: Curvature | None = None

@@ -1,7 +1,8 @@
-"""From the feedback gradient g_down to the direction w along which the pretraining gradient g_pre is valued.
+"""From the feedback gradient g_down to the direction w of the mixed product.
 
-V = <g_down, g_pre> is the drop of the feedback loss per unit of learning rate, to first order (V-Pretraining, section 3).
-A direction returns the detached w with dV/dphi = d<w, g_pre>/dphi, so that every variant of the value costs the same one product.
+V = <g_down, g_pre> is the drop of the feedback loss per unit of learning rate, to first order
+(V-Pretraining, section 3). A direction returns the detached w with dV/dphi = d<w, g_pre>/dphi, so
+every variant of the value costs the same single product.
 """
 
 from abc import ABC, abstractmethod
@@ -10,6 +11,7 @@ from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from metavpt.errors import MetaVPTError
 from metavpt.hypergradients import params
@@ -33,15 +35,27 @@ class Aim(NamedTuple):
 
 
 class Direction(Protocol):
-    """Depends, where it says so, on the pretraining gradient and on the learner's real optimizer at this step; they are None otherwise."""
+    """A map from g_down to w. It may need the pretraining gradient or the learner's optimizer."""
 
     @property
-    def needs_g_pre(self) -> bool: ...
+    def needs_g_pre(self) -> bool:
+        """Return whether the direction depends on g_pre."""
+        ...
 
     @property
-    def needs_update(self) -> bool: ...
+    def needs_update(self) -> bool:
+        """Return whether the direction depends on the learner's optimizer."""
+        ...
 
-    def __call__(self, g_down: Params, g_pre: Params | None, update: Update | None) -> Aim: ...
+    def __call__(self, g_down: Params, g_pre: Params | None, update: Update | None) -> Aim:
+        """Compute the direction.
+
+        Args:
+            g_down: The feedback gradient.
+            g_pre: The pretraining gradient. None unless needed.
+            update: The step of the learner's optimizer. None unless needed.
+        """
+        ...
 
 
 @dataclass(frozen=True)
@@ -52,17 +66,26 @@ class Dot:
     needs_update = False
 
     def __call__(self, g_down: Params, g_pre: Params | None, update: Update | None = None) -> Aim:
+        """Return w = g_down."""
         return Aim(g_down)
 
 
 @dataclass(frozen=True)
 class Cosine:
-    """V = cos(g_down, g_pre), w = (g_down/|g_down| - V g_pre/|g_pre|) / |g_pre|: indifferent to the size of either gradient."""
+    """V = cos(g_down, g_pre), which does not depend on the norm of either gradient.
+
+    w = (g_down/|g_down| - V g_pre/|g_pre|) / |g_pre|.
+    """
 
     needs_g_pre = True
     needs_update = False
 
     def __call__(self, g_down: Params, g_pre: Params | None, update: Update | None = None) -> Aim:
+        """Compute w and V.
+
+        Raises:
+            MetaVPTError: `g_pre` is None.
+        """
         if g_pre is None:
             raise MetaVPTError("Cosine: needs the pretraining gradient g_pre")
         tiny = torch.finfo(next(iter(g_pre.values())).dtype).tiny
@@ -75,19 +98,25 @@ class Cosine:
 
 @dataclass(frozen=True)
 class AdamAware:
-    """V = <g_down, theta - theta'> for the step theta -> theta' that the learner's own optimizer takes on g_pre; w = dV/dg_pre.
+    """V = <g_down, theta - theta'> for the step theta -> theta' of the learner's optimizer.
 
-    The first-order value under Adam's moments, weight decay and gradient clipping, which
-    V-Pretraining leaves to the plain inner product.
+    w = dV/dg_pre. This is the first-order value under Adam's moments, weight decay and gradient
+    clipping, where V-Pretraining uses the plain inner product.
     """
 
     needs_g_pre = True
     needs_update = True
 
     def __call__(self, g_down: Params, g_pre: Params | None, update: Update | None = None) -> Aim:
+        """Compute w and V.
+
+        Raises:
+            MetaVPTError: `g_pre` or `update` is None.
+        """
         if g_pre is None or update is None:
             raise MetaVPTError(
-                "AdamAware: needs the pretraining gradient and the learner's optimizer; pass it to the estimator as update="
+                "AdamAware: needs the pretraining gradient and the learner's optimizer; pass the "
+                "latter to the estimator as update="
             )
         w, value = first_order_value(update, g_pre, g_down)
         with torch.no_grad():
@@ -97,19 +126,22 @@ class AdamAware:
 
 
 class Rescaled(ABC):
-    """The direction `of` for a g_down of another length.
+    """The direction `of` for a rescaled g_down.
 
-    g_down does not depend on phi, so w remains the derivative of the value: dV/dphi = d<w, g_pre>/dphi.
+    g_down does not depend on phi, so w stays the derivative of the value: dV/dphi = d<w,
+    g_pre>/dphi.
     """
 
     of: Direction
 
     @property
     def needs_g_pre(self) -> bool:
+        """Return whether `of` depends on g_pre."""
         return self.of.needs_g_pre
 
     @property
     def needs_update(self) -> bool:
+        """Return whether `of` depends on the optimizer."""
         return self.of.needs_update
 
     @abstractmethod
@@ -117,23 +149,25 @@ class Rescaled(ABC):
         """Return the factor for a g_down of this length."""
 
     def __call__(self, g_down: Params, g_pre: Params | None, update: Update | None = None) -> Aim:
+        """Compute the direction of the rescaled g_down."""
         factor = self.factor(params.norm(g_down))
         return self.of(params.scale(g_down, factor), g_pre, update)
 
 
 @dataclass(frozen=True)
 class Normalized(Rescaled):
-    """The direction `of` for g_down scaled to unit length: the size of the feedback gradient plays no part."""
+    """The direction `of` for g_down scaled to unit length, so that its norm has no effect."""
 
     of: Direction = field(default_factory=Dot)
 
+    @override
     def factor(self, length: Tensor) -> Tensor:
         return 1 / length.clamp_min(torch.finfo(length.dtype).tiny)
 
 
 @dataclass(frozen=True)
 class Clipped(Rescaled):
-    """The direction `of` for g_down clipped to norm `max_norm`: one batch with a large feedback gradient does not dominate."""
+    """The direction `of` for g_down clipped to `max_norm`, so that no single batch dominates."""
 
     max_norm: float
     of: Direction = field(default_factory=Dot)
@@ -142,5 +176,6 @@ class Clipped(Rescaled):
         if not self.max_norm > 0:
             raise MetaVPTError(f"max_norm={self.max_norm}: must be positive")
 
+    @override
     def factor(self, length: Tensor) -> Tensor:
         return self.max_norm / length.clamp_min(self.max_norm)

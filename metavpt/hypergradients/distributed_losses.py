@@ -35,7 +35,7 @@ class _Averaged:
 
 @dataclass(frozen=True)
 class _AveragedLinear(_Averaged):
-    """A `LinearLoss` of which every rank holds the targets of its own share: what they say of phi is averaged where phi was entered."""
+    """A `LinearLoss` whose targets every rank holds for its own share of the samples."""
 
     @property
     def targets(self) -> Tensor:

@@ -1,12 +1,15 @@
-"""Hypergradients: how the feedback loss, after the learner has trained on a task, changes with the designer that made it.
+"""Hypergradients: how the feedback loss after a learner step changes with the designer.
 
-An estimator is a value object of its own hyper-parameters. It is called on closures and knows no Problem:
+An estimator is a value object of its hyper-parameters. It is called on closures and does not know
+a Problem:
 
-    inner_losses  phi -> (theta -> pretraining loss), one for each unlabelled batch; what does not depend on theta runs once, in between
+    inner_losses  phi -> (theta -> pretraining loss), one for each unlabelled batch. What does not
+                  depend on theta runs once, in between.
     outer_loss    theta -> feedback loss
-    theta, phi    where the derivative is taken; neither is changed
+    theta, phi    The point of the derivative. Neither is changed.
 
-Every estimator is a sum of one product, d<w, dL_pre/dtheta>/dphi, with a detached direction w (see `products`).
+Every estimator is a sum of one product, d<w, dL_pre/dtheta>/dphi, with a detached direction w (see
+`mixed_products`).
 """
 
 import math
@@ -41,20 +44,20 @@ OuterLoss = Callable[[Params], Tensor]
 
 @dataclass(frozen=True)
 class Hypergradient:
-    """The gradient for the designer's optimizer to descend, and what was measured on the way.
+    """A gradient for the designer's optimizer to descend.
 
-    Estimators differ in the step that they value, and some carry its learning rate. `relative`
+    Estimators differ in the step that they value, and some include its learning rate. `relative`
     brings all of them to one unit: V / (|g_down| |step|), the drop of the feedback loss as a share
     of the drop that a step of this length could bring to first order. See docs/method.md.
 
     Attributes:
-        by_phi: The gradient, shaped like phi: minus the derivative of V.
-        value: V, the drop of the feedback loss that the estimator expects, per unit of `step_size`.
-        grad_evals: How many gradients of a loss by theta it took; a run's budget counts passes as
-            they run.
-        diagnostics: Scalars worth logging: feedback loss, norms, residuals.
-        solution: The solution of an implicit solve, to start the next one from. None where it is no
-            better than none.
+        by_phi: The gradient, with the names and shapes of phi: minus the derivative of V.
+        value: V, the first-order drop of the feedback loss per unit of `step_size`.
+        grad_evals: Gradients of a loss by theta that the estimator took. A run's budget counts
+            passes as they run.
+        diagnostics: Scalars for the log: feedback loss, norms, residuals.
+        solution: The solution of an implicit solve, to start the next one from. None: zero is no
+            worse.
         unit: |g_down| |step|.
         per_gradient: Whether `unit` lacks the factor |g_pre|: the step is the pretraining gradient,
             whose norm the estimator does not know.
@@ -86,16 +89,17 @@ class Hypergradient:
 
 
 class Estimator(Protocol):
-    """`num_batches` unlabelled batches are asked for, and `update`, the learner's real optimizer at this step, where `needs_update`.
-
-    `start` is an earlier `solution`, for estimators that solve something.
-    """
+    """A way to compute a hypergradient."""
 
     @property
-    def num_batches(self) -> int: ...
+    def num_batches(self) -> int:
+        """Return the number of unlabelled batches, one for each inner loss."""
+        ...
 
     @property
-    def needs_update(self) -> bool: ...
+    def needs_update(self) -> bool:
+        """Return whether the learner's optimizer is needed as `update`."""
+        ...
 
     def __call__(
         self,
@@ -106,15 +110,27 @@ class Estimator(Protocol):
         *,
         update: Update | None = None,
         start: Params | None = None,
-    ) -> Hypergradient: ...
+    ) -> Hypergradient:
+        """Estimate the hypergradient.
+
+        Args:
+            inner_losses: phi -> (theta -> pretraining loss), `num_batches` of them.
+            outer_loss: theta -> feedback loss.
+            theta: theta_S.
+            phi: The designer's parameters.
+            update: The step of the learner's optimizer, if `needs_update`.
+            start: The `solution` of an earlier call, for implicit solves.
+        """
+        ...
 
 
 @dataclass(frozen=True)
 class OneStep(ChecksLosses):
-    """d L_down(theta - step_size * g_pre(theta; phi)) / dphi to first order in step_size: -step_size * d<w, g_pre>/dphi.
+    """d L_down(theta - step_size * g_pre(theta; phi)) / dphi, to first order in step_size.
 
-    Averaged over the batches. One-step gradient alignment (V-Pretraining, section 3). With `Dot` w is g_down; other directions
-    value the same step differently.
+    This is -step_size * d<w, g_pre>/dphi, averaged over the batches: one-step gradient alignment
+    (V-Pretraining, section 3). With `Dot`, w is g_down; other directions value the same step
+    differently.
     """
 
     direction: Direction = field(default_factory=Dot)
@@ -127,6 +143,7 @@ class OneStep(ChecksLosses):
 
     @property
     def needs_update(self) -> bool:
+        """Return whether the direction needs it."""
         return self.direction.needs_update
 
     def __call__(
@@ -139,6 +156,7 @@ class OneStep(ChecksLosses):
         update: Update | None = None,
         start: Params | None = None,
     ) -> Hypergradient:
+        """Estimate the hypergradient, see `Estimator`."""
         self.check_once(inner_losses, outer_loss, theta, phi)
         theta, phi = params.leaves(theta), params.leaves(phi)
         feedback_loss, g_down = downstream(outer_loss, theta)
@@ -171,14 +189,17 @@ class OneStep(ChecksLosses):
 
 @dataclass(frozen=True)
 class Implicit(ChecksLosses):
-    """dL_down(theta*(phi))/dphi = -d<w, g_pre>/dphi with (H + damping I) w = g_down, H the curvature of the pretraining loss.
+    """dL_down(theta*(phi))/dphi = -d<w, g_pre>/dphi with (H + damping I) w = g_down.
 
-    Implicit differentiation (Lorraine et al. 2020) at theta, which the learner's own training keeps near a stationary point.
-    H and the product are averages over the batches. Residual, iterations, damping and smallest curvature of the solve are
-    diagnostics. A solve that ends with a residual of 1 or more, that of x = 0, raises `UnsolvedError`.
+    H is the curvature of the pretraining loss. Implicit differentiation (Lorraine et al. 2020) at
+    theta, which the learner's own training keeps near a stationary point. H and the product are
+    averages over the batches. Residual, iterations, damping and smallest curvature of the solve are
+    diagnostics. A solve that ends with a residual of 1 or more, that of x = 0, raises
+    `UnsolvedError`.
 
-    With the default curvature, the Hessian, and damping 0 the hypergradient is exact at a minimum. Away from one the Hessian is
-    indefinite: take `GaussNewton` and `DampedLanczos` there, as strategy=implicit does.
+    With the default curvature, the Hessian, and damping 0 the hypergradient is exact at a minimum.
+    Away from one the Hessian is indefinite: use `GaussNewton` and `DampedLanczos` there, as
+    strategy=implicit does.
     """
 
     solve: LinearSolver = field(default_factory=ConjugateGradient)
@@ -203,6 +224,11 @@ class Implicit(ChecksLosses):
         update: Update | None = None,
         start: Params | None = None,
     ) -> Hypergradient:
+        """Estimate the hypergradient, see `Estimator`.
+
+        Raises:
+            UnsolvedError: The solve ended with a residual of 1 or more, no better than x = 0.
+        """
         self.check_once(inner_losses, outer_loss, theta, phi)
         theta, phi = params.leaves(theta), params.leaves(phi)
         feedback_loss, g_down = downstream(outer_loss, theta)
@@ -227,7 +253,7 @@ class Implicit(ChecksLosses):
             "converged": float(solution.converged),
         }
         grad_evals = solve_cost + self.product.num_gradients * count
-        # one that is no better than none would make the next solve start worse, and the one after that: on an indefinite H, without bound
+        # A useless x0 would make the next solve start worse, without bound for an indefinite H.
         useful = solution.x if solution.residual < 1 else None
         return finite(
             Hypergradient(
@@ -249,11 +275,10 @@ class Implicit(ChecksLosses):
         phi: Params,
         start: Params | None,
     ) -> tuple[Solution, int]:
-        """(H + damping I) w = g_down, and how many products with the mean H of the batches it took."""
+        """Solve (H + damping I) w = g_down, and count products with the mean H of the batches."""
         with torch.no_grad():
-            fixed = [
-                inner(phi) for inner in inner_losses
-            ]  # H does not differentiate the task: its trunk runs once, without a graph
+            # H does not differentiate the task: its trunk runs once, without a graph.
+            fixed = [inner(phi) for inner in inner_losses]
         num_products = 0
 
         def hessian_product(v: Params) -> Params:
@@ -268,17 +293,20 @@ class Implicit(ChecksLosses):
 
 @dataclass(frozen=True)
 class Unrolled(ChecksLosses, Unroll):
-    """dL_down(theta_K(phi))/dphi through K = `num_steps` steps of the learner's optimizer, one unlabelled batch each.
+    """dL_down(theta_K(phi))/dphi through K = `num_steps` steps of the learner's optimizer.
 
-    The discrete adjoint, replayed backwards one step at a time: with (theta', moments') = U(theta, moments, g) and cotangents of the
-    left side, w is U's pullback to g, and d<w, g_k>/d(theta, phi) carries it through the gradient. Exact for SGD, Adam and AdamW, and through
-    the clipping of the gradient.
+    Each step has its own unlabelled batch. This is the discrete adjoint, replayed backwards one
+    step at a time: with (theta', moments') = U(theta, moments, g) and cotangents of the left side,
+    w is U's pullback to g, and d<w, g_k>/d(theta, phi) carries it through the gradient. Exact for
+    SGD, Adam and AdamW, and through gradient clipping. Memory is that of `kept_graphs` steps, K
+    gradients of theta's size, and every sqrt(K)-th theta with its moments, from which the others
+    are replayed elementwise.
 
-    offload       whether what is kept of the steps waits in the CPU's memory
-    kept_graphs   of how many last steps the graph to phi is kept rather than made again on the way back: time for memory
-
-    Memory is that of `kept_graphs` steps beside K gradients of theta's size and every sqrt(K)-th theta with its moments, from which
-    those in between are replayed elementwise.
+    Args:
+        product: The mixed product.
+        offload: Whether stored steps wait in CPU memory.
+        kept_graphs: The last steps whose graph to phi is kept instead of recomputed: more memory,
+            less time.
     """
 
     product: Product = field(default_factory=DifferenceProduct)
@@ -300,10 +328,12 @@ class Unrolled(ChecksLosses, Unroll):
         update: Update | None = None,
         start: Params | None = None,
     ) -> Hypergradient:
+        """Estimate the hypergradient, see `Estimator`."""
         phi = params.leaves(phi)
         if len(inner_losses) != self.num_steps:
             raise MetaVPTError(
-                f"Unrolled: num_steps={self.num_steps} takes as many inner losses, not {len(inner_losses)}"
+                f"Unrolled: num_steps={self.num_steps} needs as many inner losses, not "
+                f"{len(inner_losses)}"
             )
         self.check_once(inner_losses, outer_loss, theta, phi)
         rule, _, state = self.begin(theta, update)
@@ -348,11 +378,16 @@ class Unrolled(ChecksLosses, Unroll):
 
 @phase("g_down")
 def downstream(outer_loss: OuterLoss, theta: Params) -> tuple[float, Params]:
-    """The feedback loss and its gradient g_down, detached; a non-finite one raises `NonFiniteError`."""
+    """Compute the feedback loss and its gradient g_down, both detached.
+
+    Raises:
+        NonFiniteError: One of them is not finite.
+    """
     loss, g_down = value_and_gradient(outer_loss, theta, "feedback")
     if not (torch.isfinite(loss) and params.is_finite(g_down)):
+        norm = float(params.norm(g_down))
         raise NonFiniteError(
-            f"the feedback loss is {float(loss):.3g} and the norm of its gradient {float(params.norm(g_down)):.3g}"
+            f"the feedback loss is {float(loss):.3g} and the norm of its gradient {norm:.3g}"
         )
     return float(loss), g_down
 
@@ -368,8 +403,9 @@ def _check_solved(solution: Solution, grad_evals: int) -> None:
     """Raise UnsolvedError, with what the solve cost, for an x that is no better than 0."""
     if solution.residual >= 1 and not solution.converged:
         raise UnsolvedError(
-            f"the implicit solve ended with residual {solution.residual:.3g}, no better than x = 0, after "
-            f"{solution.num_iterations} iterations (smallest curvature {solution.min_curvature:.3g}): "
+            f"the implicit solve ended with residual {solution.residual:.3g}, no better than "
+            f"x = 0, after {solution.num_iterations} iterations "
+            f"(smallest curvature {solution.min_curvature:.3g}): "
             "raise damping, or use curvature=GaussNewton with solve=DampedLanczos",
             grad_evals,
         )

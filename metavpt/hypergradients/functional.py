@@ -124,7 +124,10 @@ def _as_params(given: Parameters, name: str) -> Params:
     wrong = [
         key
         for key, value in named.items()
-        if not (isinstance(value, Tensor) and value.is_floating_point())  # pyright: ignore[reportUnnecessaryIsInstance]
+        if not (
+            isinstance(value, Tensor)  # pyright: ignore[reportUnnecessaryIsInstance]
+            and value.is_floating_point()
+        )
     ]
     if wrong or not named:
         what = f"{wrong[0]!r} is no floating-point tensor" if wrong else "it holds no parameter"

@@ -50,7 +50,16 @@ class LinearSolver(Protocol):
 
     def __call__(
         self, matvec: Matvec, b: Params, damping: float = 0.0, x0: Params | None = None
-    ) -> Solution: ...
+    ) -> Solution:
+        """Solve (A + damping I) x = b.
+
+        Args:
+            matvec: v -> A v.
+            b: The right-hand side.
+            damping: The damping.
+            x0: The start. None: zero.
+        """
+        ...
 
 
 @dataclass(frozen=True)
@@ -79,6 +88,7 @@ class ConjugateGradient:
     def __call__(
         self, matvec: Matvec, b: Params, damping: float = 0.0, x0: Params | None = None
     ) -> Solution:
+        """Solve the system, see `LinearSolver`."""
         return _solve_from(x0, self._iterate, matvec, b, damping)
 
     def _iterate(self, product: Matvec, b: Params, scale: float) -> Solution:
@@ -145,7 +155,7 @@ class DampedLanczos:
     def __call__(
         self, matvec: Matvec, b: Params, damping: float = 0.0, x0: Params | None = None
     ) -> Solution:
-        """Solve (A + lambda I) x = b with the least lambda >= `damping` that reaches `tolerance`."""
+        """Solve (A + lambda I) x = b with the least lambda >= `damping` that meets `tolerance`."""
         return _solve_from(None, self._solve, matvec, b, damping)
 
     def _solve(self, product: Matvec, b: Params, scale: float) -> Solution:
@@ -203,13 +213,14 @@ class DampedLanczos:
 
 @dataclass(frozen=True)
 class Neumann:
-    """x = step_size sum_{k < num_terms} (I - step_size (A + damping I))^k b, by num_terms - 1 matvecs (one more with `x0`).
+    """x = step_size sum_{k < num_terms} (I - step_size (A + damping I))^k b.
 
-    This is the adjoint of `num_terms` gradient steps of size `step_size` (Lorraine et al., 2020);
-    one term gives step_size b. `residual` is |last term| / |b|, exact for the sum without its last
-    term: x itself has a smaller one if the series converges. Converged means that no term outgrew
-    the one before it: every step_size (A + damping I) met lies between 0 and 2. A series that grows
-    is summed all the same, being the truncated unroll that it stands for, until it overflows.
+    It takes num_terms - 1 matvecs, and one more with `x0`. This is the adjoint of `num_terms`
+    gradient steps of size `step_size` (Lorraine et al., 2020); one term gives step_size b.
+    `residual` is |last term| / |b|, exact for the sum without its last term: x itself has a smaller
+    one if the series converges. Converged means that no term outgrew the one before it: every
+    step_size (A + damping I) met lies between 0 and 2. A growing series is summed all the same,
+    until it overflows, since it is the truncated unroll.
     """
 
     num_terms: int = 10
@@ -222,6 +233,7 @@ class Neumann:
     def __call__(
         self, matvec: Matvec, b: Params, damping: float = 0.0, x0: Params | None = None
     ) -> Solution:
+        """Sum the series, see `LinearSolver`."""
         return _solve_from(x0, self._sum, matvec, b, damping)
 
     def _sum(self, product: Matvec, b: Params, scale: float) -> Solution:
@@ -255,14 +267,16 @@ class Neumann:
 
 @dataclass(frozen=True)
 class Nystrom:
-    """Inverts a low-rank approximation of A, plus damping: `rank` matvecs and one for the true residual (one more with `x0`).
+    """Inverts a low-rank approximation of A, plus damping, by `rank` matvecs.
+
+    One more matvec gives the true residual, and another one is needed with `x0`.
 
     A ~ (A Q) (Q^T A Q)^+ (A Q)^T = U diag(s) U^T for an orthonormal Gaussian sketch Q, and by
     Woodbury's identity x = U diag(1 / (s + damping)) U^T b + (b - U U^T b) / damping (Hataya &
-    Yamada, 2023; factored stably as in Tropp et al., 2017). Exact where A has that rank and is
-    positive semidefinite; directions of the sketch with curvature <= 0 are taken as flat. Memory:
-    three times `rank` vectors. Converged means that x is better than none, residual < 1. `damping`
-    must be positive.
+    Yamada, 2023; factored stably as in Tropp et al., 2017). Exact if A has that rank and is
+    positive semidefinite; directions of the sketch with curvature <= 0 count as flat. Memory: three
+    times `rank` vectors. Converged means that x is better than none, residual < 1. `damping` must
+    be positive.
     """
 
     rank: int = 10
@@ -274,6 +288,7 @@ class Nystrom:
     def __call__(
         self, matvec: Matvec, b: Params, damping: float = 0.0, x0: Params | None = None
     ) -> Solution:
+        """Solve the system, see `LinearSolver`."""
         if not damping > 0:
             raise MetaVPTError(f"damping={damping}: Nystrom divides by it, so it must be positive")
         return _solve_from(x0, partial(self._invert, damping=damping), matvec, b, damping)
@@ -343,7 +358,7 @@ def _solve_from(
 
 
 def _orthogonal(v: Params, basis: list[Params]) -> Params:
-    """v without its part in the span of an orthonormal basis."""
+    """Remove from v its part in the span of an orthonormal basis."""
     for _ in range(2):  # the second pass removes what rounding left
         for q in basis:
             v = params.add(v, q, alpha=-float(params.dot(v, q)))

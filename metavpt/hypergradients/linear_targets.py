@@ -1,9 +1,11 @@
-"""The product for losses that are linear in the task's targets, where the designer's gradient needs no backward pass through the learner.
+"""The product for losses that are linear in the task's targets.
+
+The designer's gradient then needs no backward pass through the learner:
 
     L(theta) = <q, cost(theta)>   =>   <w, dL/dtheta> = <q, d cost/dtheta [w]>
 
-With q alone holding the graph to phi, one derivative of the costs along w, forward passes through
-the tail, gives the whole product.
+Only q holds the graph to phi, so one derivative of the costs along w, by forward passes through the
+tail, gives the whole product.
 """
 
 from collections.abc import Callable, Sequence
@@ -29,17 +31,21 @@ from metavpt.hypergradients.params import Params
 class DirectionalDerivative(Protocol):
     """d fn(theta + t w) / dt at t = 0, detached; `fn` maps parameters to a tensor of any shape."""
 
-    def __call__(self, fn: Callable[[Params], Tensor], theta: Params, w: Params) -> Tensor: ...
+    def __call__(self, fn: Callable[[Params], Tensor], theta: Params, w: Params) -> Tensor:
+        """Compute d fn(theta + t w) / dt at t = 0, detached."""
+        ...
 
 
 @dataclass(frozen=True)
 class ForwardMode:
-    """Exact, by forward-mode autodiff, in half precision too. Attention runs unfused inside: its fused kernels have no forward mode.
+    """Exact, by forward-mode autodiff, also in half precision.
 
-    Not to be differentiated again: through layer_norm that would be silently wrong.
+    Attention runs unfused inside, since its fused kernels have no forward mode. The result must not
+    be differentiated again: through layer_norm that would be silently wrong.
     """
 
     def __call__(self, fn: Callable[[Params], Tensor], theta: Params, w: Params) -> Tensor:
+        """Compute the derivative."""
         theta, w = ({name: p.detach() for name, p in tree.items()} for tree in (theta, w))
         with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
             return torch.func.jvp(fn, (theta,), (w,))[1].detach()
@@ -47,15 +53,16 @@ class ForwardMode:
 
 @dataclass(frozen=True)
 class CentralDifference:
-    """(fn(theta + eps w) - fn(theta - eps w)) / (2 eps), with the step of `DifferenceProduct`; attention stays fused.
+    """(fn(theta + eps w) - fn(theta - eps w)) / (2 eps), with the step of `DifferenceProduct`.
 
-    Two forward passes, where forward mode costs more than three. Half precision leaves few digits
-    of the difference: there `ForwardMode`.
+    Attention stays fused. It takes two forward passes, where forward mode costs more than three.
+    Half precision leaves few digits of the difference: use `ForwardMode` there.
     """
 
     relative_step: float | None = None
 
     def __call__(self, fn: Callable[[Params], Tensor], theta: Params, w: Params) -> Tensor:
+        """Compute the derivative."""
         with torch.no_grad():
             slope, scale = central_difference(fn, theta, w, self.relative_step)
             return slope * scale
@@ -71,26 +78,34 @@ class LinearLoss(Protocol):
     """
 
     @property
-    def targets(self) -> Tensor: ...
+    def targets(self) -> Tensor:
+        """Return q, which alone holds a graph to phi."""
+        ...
 
-    def __call__(self, theta: Params) -> Tensor: ...
+    def __call__(self, theta: Params) -> Tensor:
+        """Compute <targets, cost(theta)>."""
+        ...
 
     def slopes(
         self, theta: Params, w: Params, derivative: DirectionalDerivative, absolute: bool = True
-    ) -> Tensor: ...
+    ) -> Tensor:
+        """Compute the derivative of the costs along w, with the shape of the targets."""
+        ...
 
 
 @dataclass(frozen=True)
 class LinearProduct:
-    """d<q, d cost/dtheta [w]>/d phi by backward through the designer alone. Needs a `LinearLoss`, and goes with any direction.
+    """d<q, d cost/dtheta [w]>/d phi by a backward pass through the designer only.
 
-    Its cost is that of forward passes through the tail; it is counted as one gradient. Where the
-    derivative by theta is asked for too (`Implicit`, `Unrolled`), linearity is of no help and
-    `general` takes the product.
+    Needs a `LinearLoss`, and works with any direction. It costs forward passes through the tail,
+    and counts as one gradient. If the derivative by theta is needed too (`Implicit`, `Unrolled`),
+    linearity does not help, and `general` computes the product.
 
-    derivative  of the costs: exact by default, cheaper by `CentralDifference`
-    absolute    False: `Derivative.value` may be that over the ordinary recipe, where that saves a
-    pass (see `LinearLoss`); `by` is the same
+    Args:
+        derivative: The derivative of the costs: exact by default, cheaper by `CentralDifference`.
+        general: The product for other losses and for derivatives by theta.
+        absolute: False: `Derivative.value` may be relative to the recipe's, where that saves a pass
+            (see `LinearLoss`). `by` is the same.
     """
 
     derivative: DirectionalDerivative = field(default_factory=ForwardMode)
@@ -107,6 +122,7 @@ class LinearProduct:
         *,
         retain_graph: bool = False,
     ) -> Derivative:
+        """Compute the product, see `Product`."""
         own = {id(p) for p in theta.values()}
         if any(id(p) in own for group in wrt for p in group.values()):
             return self.general(loss, theta, w, wrt, retain_graph=retain_graph)

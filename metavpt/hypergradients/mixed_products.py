@@ -35,10 +35,10 @@ class Derivative(NamedTuple):
 
 
 class Product(Protocol):
-    """d<w, dL/dtheta>/d wrt for each dict in `wrt`; `theta` and every entry of `wrt` ask for a gradient.
+    """d<w, dL/dtheta>/d wrt for each dict in `wrt`.
 
-    `num_gradients` is the cost in evaluations of dL/dtheta. The graph that `loss` holds is freed
-    unless `retain_graph`.
+    Attributes:
+        num_gradients: The cost in evaluations of dL/dtheta.
     """
 
     num_gradients: int
@@ -51,7 +51,17 @@ class Product(Protocol):
         wrt: Sequence[Params],
         *,
         retain_graph: bool = False,
-    ) -> Derivative: ...
+    ) -> Derivative:
+        """Compute the product.
+
+        Args:
+            loss: theta -> loss. Its graph is freed unless `retain_graph`.
+            theta: Parameters that require a gradient.
+            w: The direction.
+            wrt: Parameters to differentiate by, which require a gradient.
+            retain_graph: Whether the graph of `loss` is kept.
+        """
+        ...
 
 
 @dataclass(frozen=True)
@@ -72,6 +82,7 @@ class ExactProduct:
         *,
         retain_graph: bool = False,
     ) -> Derivative:
+        """Compute the product, see `Product`."""
         with sdpa_kernel(SDPBackend.MATH), torch.enable_grad():
             gradient = differentiate(loss(theta), (theta,), create_graph=True)[0]
             value = params.dot(w, gradient)
@@ -80,15 +91,15 @@ class ExactProduct:
 
 @dataclass(frozen=True)
 class DifferenceProduct:
-    """The central difference (dL(theta + eps w) - dL(theta - eps w)) / (2 eps): first-order autodiff only.
+    """The central difference (dL(theta + eps w) - dL(theta - eps w)) / (2 eps).
 
-    The trunk, held in `loss`, runs once; only what depends on theta runs twice. Fused attention
-    stays as it is. The step is relative, eps |w| = relative_step |theta|, so that scaling w or
-    theta changes nothing but the scale. The error is O(relative_step^2) from truncation and
-    O(machine eps / relative_step) from rounding, which balance near the cube root of the machine
-    epsilon. `relative_step=None` takes a fifth of that, in the dtype that the loss is computed in:
-    the losses of transformers bend on a scale shorter than |theta|, and there a fifth was the more
-    exact in float32 and float64 alike.
+    It uses first-order autodiff only. The trunk, held in `loss`, runs once; what depends on theta
+    runs twice. Fused attention stays as it is. The step is relative, eps |w| = relative_step
+    |theta|, so that scaling w or theta changes only the scale. The error is O(relative_step^2) from
+    truncation and O(machine eps / relative_step) from rounding, which balance near the cube root of
+    the machine epsilon. `relative_step=None` takes a fifth of that, in the dtype that the loss is
+    computed in: the losses of transformers bend on a scale shorter than |theta|, and a fifth was
+    more exact there, in float32 and in float64.
     """
 
     relative_step: float | None = None
@@ -109,6 +120,7 @@ class DifferenceProduct:
         *,
         retain_graph: bool = False,
     ) -> Derivative:
+        """Compute the product, see `Product`."""
         with torch.enable_grad():
             slope, scale = central_difference(loss, theta, w, self.relative_step)
             by = differentiate(slope, wrt, retain_graph=retain_graph)
@@ -148,7 +160,10 @@ def central_difference(
 
 
 def default_relative_step(p: Tensor) -> float:
-    """A fifth of the cube root of the machine epsilon of p's dtype, or of autocast's where that is on, which rounds p for the loss."""
+    """Return a fifth of the cube root of the machine epsilon.
+
+    The dtype is that of p, or autocast's if it is on, since it rounds p for the loss.
+    """
     device = p.device.type
     dtype = (
         torch.get_autocast_dtype(device)
@@ -161,7 +176,11 @@ def default_relative_step(p: Tensor) -> float:
 def differentiate(
     value: Tensor, wrt: Sequence[Params], *, create_graph: bool = False, retain_graph: bool = False
 ) -> tuple[Params, ...]:
-    """d value / d wrt, one dict for each in `wrt`; a tensor that `value` does not depend on is an error that names it."""
+    """Compute d value / d wrt, one dict for each in `wrt`.
+
+    Raises:
+        UnreachedParameterError: `value` does not depend on a tensor. The message names it.
+    """
     names = [name for group in wrt for name in group]
     inputs = [p for group in wrt for p in group.values()]
     if not value.requires_grad:
@@ -208,7 +227,7 @@ def value_and_gradient(
 
 
 def check_reached(value: Tensor, theta: Params, name: str) -> None:
-    """Raise UnreachedParameterError if the loss `value` has a path to none of the leaves `theta`."""
+    """Raise UnreachedParameterError if the loss `value` depends on none of the leaves `theta`."""
     leaves = {id(p) for p in theta.values()}
     pending, seen = [value.grad_fn], set[object]()
     while pending:

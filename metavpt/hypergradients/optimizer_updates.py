@@ -1,10 +1,10 @@
-"""An optimizer's own update as a pure function, to differentiate the steps that a learner takes.
+"""An optimizer's update as a pure function, to differentiate the learner's steps.
 
     rule, theta, state = from_torch(optimizer, theta)   # as the learner's optimizer stands now
-    theta, state = rule.step(theta, state, grad)        # equal to torch.optim's step, and differentiable
+    theta, state = rule.step(theta, state, grad)        # torch.optim's step, differentiable
     ct_theta, ct_moments, ct_grad = vjp(rule, theta, state, grad, ct_theta, ct_moments)
 
-Formulas and names are torch.optim's.
+Formulas and names are those of torch.optim.
 """
 
 import math
@@ -15,15 +15,15 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from metavpt.errors import MetaVPTError
 from metavpt.hypergradients import params
 from metavpt.hypergradients.params import Params
 
 CLIP_EPS = 1e-6  # of torch.nn.utils.clip_grad_norm_
-Moments = dict[
-    str, Params
-]  # parameter -> moment -> tensor of the parameter's shape, as {"head.weight": {"exp_avg": m, "exp_avg_sq": v}}
+# parameter -> moment -> tensor of its shape: {"head.weight": {"exp_avg": m, "exp_avg_sq": v}}
+Moments = dict[str, Params]
 
 
 class State(NamedTuple):
@@ -44,7 +44,7 @@ class Rule(ABC):
     def update(
         self, name: str, p: Tensor, moments: Params, num_steps: int, grad: Tensor
     ) -> tuple[Tensor, Params]:
-        """The change of parameter `name` of value `p` in its step number `num_steps` + 1, and its moments after it."""
+        """Return the change of parameter `name` in step `num_steps` + 1, and its new moments."""
 
     def of(self, name: str) -> "Rule":
         """Return the rule of parameter `name`, without clipping."""
@@ -67,7 +67,7 @@ class Rule(ABC):
         return State(dict.fromkeys(theta, 0), moments)
 
     def step(self, theta: Params, state: State, grad: Params) -> tuple[Params, State]:
-        """theta and state after one step on `grad`: differentiable by theta, the moments and grad."""
+        """Return theta and state after one step, differentiable by theta, moments and grad."""
         after, moments, grad = {}, {}, self.clip(grad)
         for name, p in theta.items():
             change, moments[name] = self.update(
@@ -79,7 +79,10 @@ class Rule(ABC):
 
 @dataclass(frozen=True)
 class SGD(Rule):
-    """torch.optim.SGD: theta' = theta - lr b', b' = momentum b + (1 - dampening) (grad + weight_decay theta); the first b' is undamped."""
+    """torch.optim.SGD: theta' = theta - lr b' with the momentum buffer b'.
+
+    b' = momentum b + (1 - dampening) (grad + weight_decay theta). The first b' is not dampened.
+    """
 
     lr: float
     momentum: float = 0.0
@@ -87,9 +90,11 @@ class SGD(Rule):
     weight_decay: float = 0.0
     nesterov: bool = False
 
+    @override
     def moment_names(self, name: str) -> tuple[str, ...]:
         return ("momentum_buffer",) if self.momentum else ()
 
+    @override
     def update(
         self, name: str, p: Tensor, moments: Params, num_steps: int, grad: Tensor
     ) -> tuple[Tensor, Params]:
@@ -107,9 +112,10 @@ class SGD(Rule):
 
 @dataclass(frozen=True)
 class Adam(Rule):
-    """torch.optim.Adam: theta' = theta - lr m_hat / (sqrt(v_hat) + eps) for the bias-corrected moments of grad + weight_decay theta.
+    """torch.optim.Adam: theta' = theta - lr m_hat / (sqrt(v_hat) + eps).
 
-    With `decoupled_weight_decay` the decay is -lr weight_decay theta instead, outside the moments.
+    m_hat and v_hat are the bias-corrected moments of grad + weight_decay theta. With
+    `decoupled_weight_decay` the decay is -lr weight_decay theta instead, outside the moments.
     """
 
     lr: float = 1e-3
@@ -118,9 +124,11 @@ class Adam(Rule):
     weight_decay: float = 0.0
     decoupled_weight_decay: bool = False
 
+    @override
     def moment_names(self, name: str) -> tuple[str, ...]:
         return "exp_avg", "exp_avg_sq"
 
+    @override
     def update(
         self, name: str, p: Tensor, moments: Params, num_steps: int, grad: Tensor
     ) -> tuple[Tensor, Params]:
@@ -152,12 +160,15 @@ class PerParameter(Rule):
 
     rules: Mapping[str, Rule]
 
+    @override
     def of(self, name: str) -> Rule:
         return self.rules[name]
 
+    @override
     def moment_names(self, name: str) -> tuple[str, ...]:
         return self.rules[name].moment_names(name)
 
+    @override
     def update(
         self, name: str, p: Tensor, moments: Params, num_steps: int, grad: Tensor
     ) -> tuple[Tensor, Params]:
@@ -185,17 +196,21 @@ class ClipGradNorm(Rule):
         if not 0 < self.max_norm < math.inf:
             raise MetaVPTError(f"max_norm={self.max_norm}: must be positive and finite")
 
+    @override
     def of(self, name: str) -> Rule:
         return self.rule.of(name)
 
+    @override
     def moment_names(self, name: str) -> tuple[str, ...]:
         return self.rule.moment_names(name)
 
+    @override
     def update(
         self, name: str, p: Tensor, moments: Params, num_steps: int, grad: Tensor
     ) -> tuple[Tensor, Params]:
         return self.rule.update(name, p, moments, num_steps, grad)
 
+    @override
     def clip(self, grad: Params) -> Params:
         return params.scale(grad, self._factor(self._norm(grad)))
 
@@ -216,7 +231,7 @@ class ClipGradNorm(Rule):
 
 
 class Cotangents(NamedTuple):
-    """The derivative of a scalar by the theta, the moments and the gradient that went into a step."""
+    """The derivative of a scalar by the theta, the moments and the gradient of a step."""
 
     theta: Params
     moments: Moments
@@ -239,9 +254,10 @@ def vjp(
     ct_theta: Params,
     ct_moments: Moments | None = None,
 ) -> Cotangents:
-    """The pullback of (theta', moments') = rule.step(theta, state, grad): from the cotangents of its results to those of its arguments.
+    """Compute the pullback of (theta', moments') = rule.step(theta, state, grad).
 
-    `ct_moments` None stands for zeros: no later step follows. The graph that is held is that of one tensor at a time. All detached.
+    It maps cotangents of the results to cotangents of the arguments, all detached. The graph holds
+    one tensor at a time. `ct_moments` None stands for zeros: no later step follows.
     """
     pulled = Cotangents({}, {}, {})
     clipped = params.leaves(rule.clip(grad))
@@ -254,7 +270,7 @@ def vjp(
             if ct_moments is not None:
                 outputs += after.values()
                 cotangents += [ct_moments[name][moment] for moment in after]
-            # a moment that the step does not read (SGD's buffer before its first step) has derivative zero
+            # A moment that the step does not read (SGD's buffer at first) has derivative zero.
             pulled.theta[name], pulled.grad[name], *rest = torch.autograd.grad(
                 outputs, [p, g, *moments.values()], cotangents, materialize_grads=True
             )
@@ -263,11 +279,12 @@ def vjp(
 
 
 def first_order_value(update: Update, grad: Params, g_down: Params) -> tuple[Params, Tensor]:
-    """w = dV/dgrad of V = <g_down, theta - theta'>, the drop of the feedback loss in the step on `grad` to first order; and V.
+    """Compute V = <g_down, theta - theta'> and w = dV/dgrad for the step on `grad`, both detached.
 
-    For Adam w is V's derivative through both moments: g_down in the learner's own metric, near zero where the sign of the step is settled.
-    V includes the drop by weight decay and momentum, which w, of course, does not. Both are detached.
-    An entry that never had a gradient is where Adam steps furthest for it: there w is g_down lr / eps.
+    V is the drop of the feedback loss in the step, to first order. It includes the drop by weight
+    decay and momentum, which w does not. For Adam, w is V's derivative through both moments: g_down
+    in the learner's own metric, near zero where the sign of the step is settled. For an entry that
+    never had a gradient, Adam steps furthest: there w is g_down lr / eps.
     """
     rule, theta, state = update
     w: Params = {}
@@ -363,11 +380,11 @@ def last_grad_norm(
     """Return the norm of the gradient of the last step, before it was clipped.
 
     Args:
-        optimizer: The learner's, with `grad_norms` in its `param_groups` as the trainer leaves them.
+        optimizer: The learner's, with `grad_norms` in its `param_groups`, as the trainer sets them.
         chosen: Which parameters count.
 
     Returns:
-        The norm; 0 where no step has been taken.
+        The norm. 0: no step was taken.
     """
     squares = [
         norm**2
@@ -394,7 +411,8 @@ def _group(optimizer: torch.optim.Optimizer, name: str, p: Tensor) -> dict[str, 
         if any(p is q for q in group["params"]):
             return group
     raise MetaVPTError(
-        f"{name}: is not among the parameters of the learner's optimizer; give it the optimizer of the live parameters"
+        f"{name}: not a parameter of the learner's optimizer; pass the optimizer of the "
+        "live parameters"
     )
 
 
@@ -402,13 +420,14 @@ def _rule(optimizer: torch.optim.Optimizer, group: dict[str, Any]) -> Rule:
     kind = type(optimizer)
     if kind not in (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW):
         raise MetaVPTError(
-            f"{kind.__name__}: no differentiable update is known for this optimizer of the learner; "
-            "use torch.optim.SGD, Adam or AdamW, or an estimator that needs none, such as OneStep(Dot())"
+            f"{kind.__name__}: this optimizer has no differentiable update; "
+            "use torch.optim.SGD, Adam or AdamW, or an estimator that needs none, such as "
+            "OneStep(Dot())"
         )
     for flag in ("amsgrad", "maximize"):
         if group.get(flag):
             raise MetaVPTError(
-                f"{kind.__name__}({flag}=True): this option of the learner's optimizer cannot be unrolled; turn it off"
+                f"{kind.__name__}({flag}=True): this option cannot be unrolled; turn it off"
             )
     lr, weight_decay = float(group["lr"]), float(group["weight_decay"])
     if kind is torch.optim.SGD:
@@ -431,11 +450,12 @@ def _rule(optimizer: torch.optim.Optimizer, group: dict[str, Any]) -> Rule:
 
 
 def _sqrt(v: Tensor) -> Tensor:
-    """sqrt(v), with derivative 0 where v is 0.
+    """Compute sqrt(v), with derivative 0 where v is 0.
 
-    There autograd's infinite 1 / (2 sqrt(0)) meets dv/dgrad = 0 and makes every hypergradient NaN (higher #125, TorchOpt #26), while the
-    chain's limit is finite: |grad| has subgradient 0, and in Adam's step it is multiplied by exp_avg, which is zero as well.
-    Both branches must be finite, hence the inner where. Values are those of sqrt; NaN stays NaN.
+    Autograd multiplies an infinite 1 / (2 sqrt(0)) by dv/dgrad = 0 there, and every hypergradient
+    becomes NaN (higher #125, TorchOpt #26). The limit of the chain is finite: |grad| has
+    subgradient 0, and Adam's step multiplies it by exp_avg, which is zero as well. Both branches
+    must be finite, hence the inner where. Values are those of sqrt; NaN stays NaN.
     """
     is_zero = v == 0
     return torch.where(is_zero, 0.0, torch.where(is_zero, 1.0, v).sqrt())

@@ -22,7 +22,7 @@ def named(module: nn.Module) -> Params:
 
 
 def leaves(params: Params) -> Params:
-    """The same values as new leaves of the autograd graph that ask for a gradient; no memory is copied."""
+    """Return the same values as new leaves that require a gradient. No memory is copied."""
     return {name: p.detach().requires_grad_() for name, p in params.items()}
 
 
@@ -53,12 +53,12 @@ def zeros_like(params: Params) -> Params:
 
 
 def add(x: Params, y: Params, alpha: float | Tensor = 1.0) -> Params:
-    """x + alpha * y."""
+    """Compute x + alpha * y."""
     return zip_with(lambda a, b: a + alpha * b, x, y)
 
 
 def scale(x: Params, alpha: float | Tensor) -> Params:
-    """alpha * x."""
+    """Compute alpha * x."""
     return zip_with(lambda a: alpha * a, x)
 
 

@@ -30,10 +30,12 @@ class Unroll:
 
     @property
     def num_batches(self) -> int:
+        """Return K."""
         return self.num_steps
 
     @property
     def needs_update(self) -> bool:
+        """Return whether the learner's optimizer is needed."""
         return self.optimizer is None
 
     def begin(self, theta: Params, update: Update | None) -> Update:
@@ -73,7 +75,7 @@ class Trajectory:
             self.theta, self.state = self.rule.step(self.theta, self.state, gradient)
 
     def backwards(self) -> Iterator[tuple[Params, State, Params]]:
-        """(theta_k, state_k, gradient_k) from the last step to the first; each is let go once it is passed."""
+        """Yield (theta_k, state_k, gradient_k) from last to first, and release each one."""
         while self._starts:
             first = self.segment * (len(self._starts) - 1)
             steps = [_move(*self._starts.pop(), self.device)]

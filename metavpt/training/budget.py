@@ -1,4 +1,4 @@
-"""What a run may spend and what it has spent, in steps, samples, gradient evaluations and seconds."""
+"""The budget of a run, in steps, samples, gradient evaluations and seconds."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -14,15 +14,19 @@ UNCOUNTED = frozenset({"probe"})  # purposes that are timed but are no training
 
 
 class Budget:
-    """Limits in any of the four units; the run ends with the step that reaches the first of them.
+    """Limits in any of the four units. The run ends with the step that reaches the first one.
 
-    steps       updates of the learner
-    samples     unlabelled samples (images, tokens) that the learner trained on
-    grad_evals  passes through the learner: its own steps and what designing tasks takes. The unit is a
-                forward and a backward pass of the batch of a step, so a forward pass alone is a third
-    seconds     training time: data, task design and learner; probes, figures, checkpoints and reports are left out
+    Time is counted by purpose; `timed("designer")` inside `timed("learner")` stops the outer clock.
+    The peak memory is that of training.
 
-    Time is kept by purpose; `timed("designer")` inside `timed("learner")` stops the outer clock. Peak memory is that of training too.
+    Args:
+        steps: Updates of the learner.
+        samples: Unlabelled samples (images, tokens) that the learner trains on.
+        grad_evals: Passes through the learner: its own steps and what designing tasks takes. The
+            unit is a forward and a backward pass of a step's batch, so a forward pass counts as a
+            third.
+        seconds: Training time: data, task design and learner. Probes, figures, checkpoints and
+            reports do not count.
     """
 
     def __init__(
@@ -55,6 +59,7 @@ class Budget:
 
     @property
     def seconds(self) -> float:
+        """Return the training time."""
         return sum(spent for purpose, spent in self.times.items() if purpose not in UNCOUNTED)
 
     @property
@@ -64,6 +69,7 @@ class Budget:
 
     @property
     def exhausted(self) -> bool:
+        """Return whether a limit is reached."""
         return self.progress >= 1.0
 
     def check_first_step(self) -> None:
@@ -75,18 +81,19 @@ class Budget:
                 )
 
     def agree(self) -> None:
-        """Every process goes by the clock of the first, where a limit is in seconds: else they would not end with the same step."""
+        """Use the first process's clock for limits in seconds, so that all end with one step."""
         if "seconds" in self.limits:
             self.clock.seconds = collectives.first(self.times)
 
     def charge(self, *, steps: int = 0, samples: int = 0, grad_evals: float = 0.0) -> None:
+        """Count what a step has used."""
         self.steps += steps
         self.samples += samples
         self.grad_evals += grad_evals
 
     @contextmanager
     def timed(self, purpose: str) -> Iterator[None]:
-        """Count the seconds inside towards `purpose`; "probe" is kept apart from the time and the memory of training."""
+        """Count the seconds of the block as `purpose`. "probe" counts apart from training."""
         with (
             self.clock.timed(purpose),
             phase(purpose),
@@ -95,6 +102,7 @@ class Budget:
             yield
 
     def state_dict(self) -> dict[str, Any]:
+        """Return the counts and the limits."""
         counters = {"steps": self.steps, "samples": self.samples, "grad_evals": self.grad_evals}
         return {
             **counters,
@@ -104,6 +112,7 @@ class Budget:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore the counts."""
         self.steps, self.samples, self.grad_evals = (
             state["steps"],
             state["samples"],

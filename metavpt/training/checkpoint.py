@@ -367,7 +367,8 @@ def _read_shards(folder: Path, sums: Mapping[str, int], into: dict[str, Tensor])
     with _plain_errors(), warnings.catch_warnings():
         # Each rank reads by itself, on purpose.
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        load(into, storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=True)  # type: ignore[arg-type]
+        reader: Any = HuggingFaceStorageReader(str(folder))
+        load(into, storage_reader=reader, no_dist=True)
 
 
 @contextmanager

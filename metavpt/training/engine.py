@@ -87,7 +87,7 @@ def make_fabric(
 
 
 def _meet(backend: str, attempt: str) -> None:
-    """Make the process group before Fabric would: torchrun's store outlives a restart, and processes must not meet at dead addresses."""
+    """Create the process group before Fabric does, since torchrun's store outlives a restart."""
     store, rank, size = next(iter(rendezvous("env://")))
     dist.init_process_group(
         backend, store=PrefixStore(f"attempt_{attempt}", store), rank=rank, world_size=size
@@ -107,10 +107,10 @@ def _strategy(parallel: str, num_processes: int, backend: str) -> Strategy:
 
 
 class PretrainLoss(nn.Module):
-    """The pretraining loss as a module of the learner, for Fabric to distribute: its backward pass leaves the mean over the ranks in .grad.
+    """The pretraining loss as a module of the learner, which Fabric can distribute.
 
-    DistributedDataParallel averages what it wraps, and fully_shard what it shards. What fully_shard
-    leaves whole is averaged here.
+    Its backward pass leaves the mean over the ranks in .grad. DistributedDataParallel averages what
+    it wraps, and fully_shard what it shards. What fully_shard leaves whole is averaged here.
     """
 
     def __init__(self, problem: Problem) -> None:
@@ -118,6 +118,8 @@ class PretrainLoss(nn.Module):
         self.learner, self.problem, self.is_sharded = problem.learner, problem, False
 
     def forward(self, proposal: Proposal) -> Tensor:
+        """Compute the loss of a proposal."""
+
         def loss(theta: Params) -> Tensor:
             return proposal.loss(self.problem, theta)
 
@@ -143,9 +145,10 @@ def microbatches(problem: Problem, task: Any, num_parts: int) -> list[Any]:
 
 
 class Execution:
-    """The loss of a task, its gradient and the optimizer's step, as `fabric` has them. Options as in `Trainer`.
+    """The loss of a task, its gradient and the optimizer's step, under `fabric`.
 
-    Sharding makes other parameters of the learner's: whoever holds on to them comes after this.
+    Options are those of `Trainer`. Sharding replaces the learner's parameters, so create whatever
+    holds them afterwards.
     """
 
     def __init__(
@@ -168,6 +171,7 @@ class Execution:
 
     @property
     def precision(self) -> Precision:
+        """Return Fabric's precision plugin."""
         return self.fabric.strategy.precision
 
     def eager(self) -> AbstractContextManager[None]:
@@ -179,7 +183,7 @@ class Execution:
         return torch.compiler.set_stance("force_eager") if self.is_compiled else nullcontext()
 
     def backward(self, proposal: Proposal) -> Tensor:
-        """Leave the gradient in .grad, the mean over ranks and over the parts of the task; the mean loss."""
+        """Compute the mean loss, and its gradient in .grad, over ranks and microbatches."""
         parts = (
             microbatches(self.problem, proposal.task, self.accumulate)
             if self.accumulate > 1 and proposal.task is not None
@@ -212,6 +216,7 @@ class Execution:
         return total
 
     def take_step(self, optimizer: Optimizer) -> None:
+        """Take the optimizer's step."""
         self.fabric.strategy.optimizer_step(optimizer)
 
     def skip_step(self) -> None:
@@ -221,10 +226,10 @@ class Execution:
 
 
 def compile_blocks(learner: nn.Module, backend: str) -> None:
-    """torch.compile of each block by itself, in place: one compilation serves blocks of one shape, and the rest stays as it is.
+    """Compile each block by itself, in place. One compilation serves all blocks of one shape.
 
-    Compiled functions have no second derivative (pytorch #91469), so what takes hypergradients must
-    run them eagerly: `torch.compiler.set_stance("force_eager")`.
+    Compiled functions have no second derivative (pytorch #91469), so code that takes hypergradients
+    must run them eagerly: `torch.compiler.set_stance("force_eager")`.
     """
     for block in _blocks(learner):
         block.compile(backend=backend)

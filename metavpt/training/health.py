@@ -1,4 +1,4 @@
-"""Health of a run: collapse, steps that are not finite, and labels that must not reach the learner."""
+"""Health of a run: collapse, non-finite steps, and labels that must not reach the learner."""
 
 import copy
 import math
@@ -21,7 +21,10 @@ FAILURE_FILE = "failure.pt"  # in the folder of the run
 
 
 class HealthMetric(NamedTuple):
-    """A number, healthy within [low, high] and while it has at least the share `keep` of what it was at first; and what to turn if not."""
+    """A number with a healthy range, and what to change otherwise.
+
+    It is healthy within [low, high] and above the share `keep` of its first value.
+    """
 
     value: float
     knob: str
@@ -85,18 +88,21 @@ class Watch:
         return found
 
     def state_dict(self) -> dict[str, Any]:
+        """Return the first values."""
         return {"first": dict(self.first), "num_dominated": self.num_dominated}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore what `state_dict` returned."""
         self.first = dict(state["first"])
         self.num_dominated = state.get("num_dominated", 0)
 
 
 class Spread(NamedTuple):
-    """Of distributions p_i over K outcomes, in units of log K: entropy = mean_i H(p_i), information = H(mean_i p_i) - entropy.
+    """Entropy of distributions p_i over K outcomes, in units of log K.
 
-    Information is what the outcome tells about i, at most log N of N distributions. It vanishes in both collapses: all p_i on one outcome,
-    with entropy 0, and all p_i uniform, with entropy 1.
+    entropy = mean_i H(p_i) and information = H(mean_i p_i) - entropy. Information is what the
+    outcome reveals about i, at most log N for N distributions. It vanishes in both collapses: all
+    p_i on one outcome (entropy 0), and all p_i uniform (entropy 1).
     """
 
     entropy: float
@@ -104,7 +110,7 @@ class Spread(NamedTuple):
 
     @classmethod
     def of(cls, probs: Tensor) -> "Spread":
-        """probs (N, K)."""
+        """Compute the entropies of probabilities (N, K)."""
         p = probs.double()
         unit = math.log(p.shape[1])
         entropy = float(torch.special.entr(p).sum(dim=1).mean()) / unit
@@ -120,7 +126,8 @@ def rank_sign(rank: float) -> HealthMetric:
     """Of the effective rank of features."""
     return HealthMetric(
         rank,
-        "the features lose their rank; lower trainer.optimizer.lr, raise problem.teacher_momentum, or give problem.terms koleo a weight",
+        "the features lose their rank; lower trainer.optimizer.lr, raise problem.teacher_momentum, "
+        "or give problem.terms koleo a weight",
         keep=0.3,
     )
 
@@ -129,7 +136,10 @@ def outcome_signs(probs: Tensor) -> dict[str, HealthMetric]:
     """Of a teacher's probabilities of prototypes (N, K)."""
     spread = Spread.of(probs)
     uniform = "all images get the same even answer; lower problem.teacher_temperature"
-    single = "all images get the same prototype; take problem.targets=sinkhorn, or raise problem.teacher_temperature"
+    single = (
+        "all images get the same prototype; set problem.targets=sinkhorn, "
+        "or raise problem.teacher_temperature"
+    )
     return {
         "output_entropy": HealthMetric(spread.entropy, ""),
         "output_information": HealthMetric(
@@ -143,21 +153,28 @@ def mask_signs(masks: Iterable[Tensor | None]) -> dict[str, HealthMetric]:
     kept = [mask.flatten() for mask in masks if mask is not None]
     if not kept:
         return {}
-    knob = "the designer hides nearly everything; raise designer.keep or designer.sparsity_weight, or lower strategy.optimizer.lr"
+    knob = (
+        "the designer hides nearly everything; raise designer.keep or designer.sparsity_weight, "
+        "or lower strategy.optimizer.lr"
+    )
     return {"hidden_share": HealthMetric(at_end(-torch.cat(kept), 0.0), knob, high=0.95)}
 
 
 def gate_signs(gate: Tensor, max_gate: float) -> dict[str, HealthMetric]:
     """Of gates in [0, max_gate]."""
-    knob = "nearly every gate is as far open as it goes; lower strategy.optimizer.lr or raise designer.excess_weight"
+    knob = (
+        "nearly every gate is at its limit; lower strategy.optimizer.lr or raise "
+        "designer.excess_weight"
+    )
     return {"open_gates": HealthMetric(at_end(gate, max_gate), knob, high=0.95)}
 
 
 class Failures:
-    """Counts the learner's steps and the designer's updates that were skipped, each in a row; at `limit` of either the run ends.
+    """Counts skipped learner steps and designer updates in a row, and ends the run at `limit`.
 
-    Before a step that may be the last one that is borne, all of the state is kept in memory; with limit 1 that is every step. It goes to
-    failure.pt together with the task, from which `python -m metavpt.debug` takes the step again.
+    Before a step that may be the last one allowed, the whole state is kept in memory; with limit 1
+    that is every step. It is written to failure.pt with the task, from which `python -m
+    metavpt.debug` runs the step again.
     """
 
     def __init__(self, limit: int, folder: Path) -> None:
@@ -181,7 +198,8 @@ class Failures:
             self.updates = self.updates + 1 if "skipped_updates" in record else 0
         if self.updates >= self.limit:
             self._end(
-                f"the feedback loss, its hypergradient or the designer's step was not finite for {self.updates} updates in a row; "
+                "the feedback loss, its hypergradient or the designer's step was not finite for "
+                f"{self.updates} updates in a row; "
                 "lower strategy.optimizer.lr or look at the labelled data",
                 task,
             )
@@ -191,7 +209,8 @@ class Failures:
         self.steps += 1
         if self.steps >= self.limit:
             self._end(
-                f"the pretraining loss or its gradient was not finite for {self.steps} steps in a row; "
+                "the pretraining loss or its gradient was not finite for "
+                f"{self.steps} steps in a row; "
                 "lower the learning rate (trainer.optimizer.lr) or look at the data",
                 task,
                 loss=float(loss),
@@ -205,7 +224,8 @@ class Failures:
             checkpoint.write(
                 self.folder / FAILURE_FILE, {**self._before, "task": kept, "values": values}
             )
-            message += f"; python -m metavpt.debug run={self.folder} takes the last one again and says where it begins"
+            message += f"; python -m metavpt.debug run={self.folder} runs the last one again "
+            message += "and shows where it begins"
         raise NonFiniteError(message)
 
     @property
@@ -218,14 +238,16 @@ class Failures:
         return None
 
     def state_dict(self) -> dict[str, int]:
+        """Return the counts."""
         return {"steps": self.steps, "updates": self.updates}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
+        """Restore what `state_dict` returned."""
         self.steps, self.updates = state["steps"], state["updates"]
 
 
 def check_labels(strategy: Strategy, proposal: Proposal) -> None:
-    """Raise MetaVPTError for a loss on labels by a strategy that does not state that it trains on them."""
+    """Raise MetaVPTError for a loss on labels that the strategy does not declare."""
     if proposal.labelled_loss is not None and not getattr(strategy, "trains_on_labels", False):
         raise MetaVPTError(
             f"{type(strategy).__name__}.next_task proposes a labelled_loss: labels would train the "
@@ -235,10 +257,18 @@ def check_labels(strategy: Strategy, proposal: Proposal) -> None:
 
 @contextmanager
 def untouched(learner: nn.Module, who: str) -> Iterator[None]:
-    """Raises MetaVPTError where the block, which `who` names, writes to a parameter of `learner` or leaves a gradient in its `.grad`.
+    """Check that the block does not change the learner.
 
-    The gradients must be None before it. It costs no arithmetic: whether a gradient is there, and the count that torch keeps of writes to a
-    tensor, are all that is read. A write through `.data` is not counted; nothing but a comparison of the values would see it.
+    The gradients must be None before it. The check has no cost: it reads whether gradients exist,
+    and torch's count of writes to a tensor. A write through `.data` is not counted; only a
+    comparison of the values would find it.
+
+    Args:
+        learner: The learner.
+        who: What runs in the block, for the error.
+
+    Raises:
+        MetaVPTError: The block wrote to a parameter or left a gradient in `.grad`.
     """
     live = params.named(learner)
     versions = [p._version for p in live.values()]
@@ -246,10 +276,11 @@ def untouched(learner: nn.Module, who: str) -> Iterator[None]:
     for (name, p), version in zip(live.items(), versions, strict=True):
         if p.grad is not None:
             raise MetaVPTError(
-                f"{who} left a gradient in learner.{name}.grad, which the next step would train on: labels would reach the learner; "
+                f"{who} left a gradient in learner.{name}.grad, so labels would reach the learner; "
                 "take gradients with torch.autograd.grad, or of theta as it is given to the loss"
             )
         if p._version != version:
             raise MetaVPTError(
-                f"{who} wrote to learner.{name}: labels may reach the learner through tasks alone; leave its parameters alone"
+                f"{who} wrote to learner.{name}: labels may reach the learner through tasks only; "
+                "do not change its parameters"
             )

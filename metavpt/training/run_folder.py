@@ -115,7 +115,7 @@ def unlock(folder: Path) -> None:
 
 
 def _forget_locks() -> None:
-    """Close the copies of a forked process, which would hold the locks beyond the end of this one."""
+    """Close the lock files of a forked process, which would outlive this process."""
     for file in _locks.values():
         file.close()
     _locks.clear()
@@ -126,7 +126,7 @@ if hasattr(os, "register_at_fork"):
 
 
 def find(folder: Path | None, parent: Path, config: str) -> Path:
-    """The folder to resume: `folder`, or the newest one under `parent` that was made by the same configuration."""
+    """Find the folder to resume: `folder`, or the newest one of the same configuration."""
     candidates = (
         [folder]
         if folder is not None

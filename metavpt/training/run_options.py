@@ -38,7 +38,7 @@ def significant(config: Mapping[str, Any]) -> Options:
 
 
 def of_optimizer(key: str, groups: Sequence[Mapping[str, Any]]) -> Options:
-    """Describe the parameter groups of an optimizer under `key`. Equal values of all groups become one."""
+    """Describe the parameter groups of an optimizer under `key`. Equal values become one."""
     options = {}
     for name in groups[0] if groups else ():
         values = [_plain(group.get(name)) for group in groups]
