@@ -76,7 +76,7 @@ def test_npz(tmp_path: Path):
         ({"label": None}, "needs arrays `label` and `split`"),
         ({"split": None}, "needs arrays `label` and `split`"),
         ({"label": np.array([1, 2])}, "for each of the 5 images"),
-        ({"label": np.array([1, 2, 3, -1, 0])}, "from 0, for each"),
+        ({"label": np.array([1, 2, 3, -1, 0])}, "for each of the 5 images"),
         ({"label": np.ones(5)}, "a whole number"),
         ({"split": np.zeros(5)}, "no image has split 1"),
     ],
