@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from typing_extensions import override
 
 from metavpt.designers import figures
 from metavpt.designers.crop import RandomCrop, WholeFrames
@@ -97,12 +98,15 @@ class Data2VecDense(
             num_outputs=self.num_outputs,
         )
 
+    @override
     def recipe(self, batch: Any) -> FeatureTask:
         return self.designer.recipe_task(batch)
 
+    @override
     def regularizer(self, task: FeatureTask) -> Tensor | None:
         return self.designer.regularizer(task)
 
+    @override
     def candidates(self, batch: Any, num_candidates: int) -> list[FeatureTask]:
         return self.designer.random_tasks(batch, num_candidates)
 
@@ -114,8 +118,10 @@ class Data2VecDense(
         ]
 
     def hardest_task(self, batch: Any) -> FeatureTask:
+        """Make the task of highest loss, for the adversarial control."""
         return self.designer.hardest_task(batch)
 
+    @override
     def pretrain_loss(self, theta: Params, task: FeatureTask) -> Tensor:
         step = self._step(theta, task)
         predictions = step.student({})
@@ -135,6 +141,7 @@ class Data2VecDense(
             step.student, lambda told: data2vec_loss(told, step.targets, weights=weights)
         )
 
+    @override
     def per_sample_tail(self, theta: Params, task: FeatureTask) -> ComposedLoss:
         step = self._step(theta, task)
         weights = step.weights_now()
@@ -152,7 +159,7 @@ class Data2VecDense(
         num_candidates: int,
         derivative: DirectionalDerivative,
     ) -> FeatureTask:
-        """The value of a target is how fast the student's own feature moves its way as the learner descends along w."""
+        """Tilt targets by how fast the student's own features move towards them along w."""
         return tilted(task, self._values(theta, task, w, derivative), gate, tau)
 
     def replay_batch(
@@ -166,6 +173,7 @@ class Data2VecDense(
             self.designer.grid,
         )
 
+    @override
     def after_step(self, task: FeatureTask, progress: float) -> None:
         self.teacher.update(
             self.backbone, self.teacher_momentum + (1.0 - self.teacher_momentum) * progress
@@ -173,7 +181,7 @@ class Data2VecDense(
 
     @torch.no_grad()
     def figures(self) -> dict[str, np.ndarray]:
-        """An image, what the student sees of it, and the root mean square of its targets' shifts, 0 to the gate."""
+        """Draw an image, the student's view, and the RMS shift of its targets, 0 to the gate."""
         task = self.designer(next(iter(self.meta_batches(seed=0))))
         patch = self.backbone.patch_size
         states, features = self._described(task.images)

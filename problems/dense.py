@@ -1,4 +1,4 @@
-"""What every dense vision problem shares: the unlabelled stream, feedback from labelled frames, probes, pictures."""
+"""The base of dense vision problems: unlabelled stream, feedback from labelled frames, probes."""
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils.data import ConcatDataset, Dataset
+from typing_extensions import override
 
 from metavpt.data.dense import DenseData
 from metavpt.data.loader import EndlessBatches, FrameLoader, ImageLoader, JointLoader
@@ -52,22 +53,38 @@ DenseHeads = DenseFeedback | RidgeFeedback | CrossFitted
 
 
 class DenseProblem(MultipleFeedbacks, SupportsFunctionSpace, Shardable, Reportable, Problem):
-    """A ViT (`learner.backbone`) pretrained for depth and segmentation; a subclass adds the learner's head, the designer and the loss.
+    """A ViT (`learner.backbone`) that is pretrained for dense prediction.
 
-    data, feedback    one labelled set and the maker of its feedback heads, or several of both by name. Of several, a labelled batch holds
-                      one of each, feedbacks and metrics are called `<set>/depth`, and the stream is all their images together
-    feature_size      (H, W) that labelled frames are resized to before the backbone; labels keep their own size. None: no resizing
-    meta_batch_size   unlabelled images of a designer update
-    feedback_batch_size   labelled frames of a batch; None: all of the pool, in its order, for feedback that is cross-fitted
-    feedback_pool     labelled frames that g_down is taken on: "meta"; or "labelled", these and those that heads are fitted on, for feedback
-                      that fits its heads within its own batch (`RidgeFeedback`), which leaves the others unused. `CrossFitted` takes all
-    trunk_tolerance   trunk states of labelled frames are kept while the trunk has moved by less, relative to its size, see `TrunkStates`
-    head_steps        fitting steps of the feedback heads before each designer update, `first_head_steps` before the first one
-    probe_heads       heads by name that the probes fit; None: ridge alone
-    probe_size        (H, W) that the probes of labelled frames resize to; None: as `feature_size`
-    probe_window      (H, W) of overlapping windows that these probes see an image of `probe_size` by; None: the whole image
-    on_error          "skip": an unlabelled image that cannot be read is passed over, named and counted; "raise": it ends the run
-    probes            by name, what else is measured of the frozen backbone: side effects, see `metavpt.probes.summaries`
+    A subclass adds the learner's head, the designer and the loss.
+
+    Args:
+        backbone: The ViT.
+        data: One labelled set, or several by name. Of several, a labelled batch holds one batch
+            each, feedbacks and metrics are called `<set>/depth`, and the stream is all their
+            images.
+        feedback: Builds the feedback heads of the set, or of each set by name.
+        batch_size: Unlabelled images of a step.
+        meta_batch_size: Unlabelled images of a designer update.
+        feedback_batch_size: Labelled frames of a batch. None: the whole pool, in order, for
+            feedback that is cross-fitted.
+        feedback_pool: The labelled frames of g_down: "meta", or "labelled" for these and those that
+            heads are fitted on. "labelled" is for feedback that fits its heads within its own batch
+            (`RidgeFeedback`, `CrossFitted`).
+        head_steps: Steps of the feedback heads before each designer update.
+        first_head_steps: The same before the first one.
+        trunk_tolerance: Trunk states of labelled frames are reused while the trunk has moved by
+            less, relative to its norm, see `TrunkStates`.
+        feature_size: (H, W) of labelled frames for the backbone; labels keep their size. None: not
+            resized.
+        probe_heads: Heads of the probes, by name. None: ridge only.
+        probe_size: (H, W) of labelled frames for the probes. None: `feature_size`.
+        probe_window: (H, W) of overlapping windows for the probes. None: the whole image.
+        probes: Other probes of the frozen backbone by name: side effects, see
+            `metavpt.probes.summaries`.
+        num_workers: Data workers.
+        on_error: "skip": an unreadable unlabelled image is replaced, named and counted. "raise": it
+            ends the run.
+        seed: The seed of the split into pools.
     """
 
     def __init__(
@@ -160,32 +177,39 @@ class DenseProblem(MultipleFeedbacks, SupportsFunctionSpace, Shardable, Reportab
 
     @property
     def sets(self) -> Mapping[str, DenseData]:
+        """Return the labelled sets by name."""
         return {ONE: self.data} if isinstance(self.data, DenseData) else self.data
 
     @property
     def backbone(self) -> Backbone:
+        """Return the learner's backbone."""
         return cast(Backbone, self.learner.backbone)
 
     @property
     def device(self) -> torch.device:
+        """Return the learner's device."""
         return next(self.learner.parameters()).device
 
+    @override
     def pretrain_batches(self, seed: int) -> Iterable[Any]:
         return ImageLoader(self.unlabelled, self.batch_size, seed, self.num_workers, self.device)
 
     def meta_batches(self, seed: int) -> Iterable[Any]:
+        """Return unlabelled batches for the designer's updates."""
         return ImageLoader(
             self.unlabelled, self.meta_batch_size, seed, self.num_workers, self.device
         )
 
+    @override
     def feedback_batches(self, seed: int) -> Iterable[Any]:
         return self._labelled(self.feedback_pool, seed)
 
     def held_out_batches(self, seed: int) -> Iterable[Any]:
+        """Return labelled batches that no designer update reads."""
         return self._labelled("held_out", seed)
 
     def aligned_parameters(self) -> list[str]:
-        """The last blocks and the final norm: what depth and segmentation share with pretraining and lies nearest to both."""
+        """Return the last blocks and the final norm, which the feedback shares with pretraining."""
         return [name for name in params.named(self.learner) if name.startswith("backbone.tail.")]
 
     def tail_parameters(self) -> list[str]:
@@ -194,6 +218,7 @@ class DenseProblem(MultipleFeedbacks, SupportsFunctionSpace, Shardable, Reportab
         return [name for name in named if not name.startswith("backbone.trunk.")]
 
     def warm_up_parameters(self) -> list[str]:
+        """Return the parameters outside of the backbone."""
         return [name for name in params.named(self.learner) if not name.startswith("backbone.")]
 
     def trunks(self) -> list[nn.Module]:
@@ -210,6 +235,7 @@ class DenseProblem(MultipleFeedbacks, SupportsFunctionSpace, Shardable, Reportab
             if isinstance(found, Backbone)
         ]
 
+    @override
     def feedback_losses(self, theta: Params, batch: Any) -> dict[str, Tensor]:
         losses = {}
         for name, frames in batch.items():
@@ -275,15 +301,18 @@ class DenseProblem(MultipleFeedbacks, SupportsFunctionSpace, Shardable, Reportab
         )
 
     def heads(self) -> list[str]:
+        """Return the attributes that `fit_heads` writes."""
         return ["feedback", "head_batches"]
 
     def is_target_metric(self, metric: str) -> bool:
+        """Return whether a feedback of positive weight is about this metric."""
         for feedback, weight in self.feedback_weights.items():
             name, _, task = feedback.rpartition("/")
             if weight and metric.startswith(name) and f"/{TASKS[task]}" in metric:
                 return True
         return False
 
+    @override
     def fit_heads(self) -> None:
         by_steps = {
             name: heads
@@ -342,7 +371,8 @@ class DenseProblem(MultipleFeedbacks, SupportsFunctionSpace, Shardable, Reportab
                 "labelled sets whose frames differ in size make no values together; "
                 "set problem.feature_size"
             )
-        self.designer.directions.copy_(torch.cat(directions) / len(directions) ** 0.5)  # type: ignore[union-attr]
+        policy: Any = self.designer
+        policy.directions.copy_(torch.cat(directions) / len(directions) ** 0.5)
         return {key: torch.cat([part[key] for part in found]) for key in found[0]}
 
     def designer_loss(self, replay: dict[str, Tensor]) -> Tensor:
@@ -358,6 +388,7 @@ class DenseProblem(MultipleFeedbacks, SupportsFunctionSpace, Shardable, Reportab
         learner = teacher.learner
         return learner if isinstance(learner, Backbone) else cast(Backbone, learner.backbone)
 
+    @override
     def evaluate(self) -> dict[str, float]:
         metrics = self.side_effects(self._describe, self.unlabelled)
         for name, probe in self.probe.items():
@@ -401,14 +432,16 @@ class DenseProblem(MultipleFeedbacks, SupportsFunctionSpace, Shardable, Reportab
         return (images - self.mean.to(images)) / self.std.to(images)
 
     def health_metrics(self) -> dict[str, HealthMetric]:
+        """Return the rank of the features."""
         features = summarise(self._describe, [self._watched()]).double()
         return {"feature_rank": rank_sign(rankme(features - features.mean(dim=0)))}
 
+    @override
     def counters(self) -> dict[str, float]:
         return {"skipped_images": self.skips.total} if self.skips.total else {}
 
     def figures(self) -> dict[str, np.ndarray]:
-        """Depth and classes of a few validation frames, predicted beside true, by the probe's first head."""
+        """Draw predictions of the probe's first head beside the truth, for a few frames."""
         return {
             self._called(name, "predictions").replace("/", "_"): self._predictions(name)
             for name in self.sets
@@ -478,7 +511,8 @@ class DenseProblem(MultipleFeedbacks, SupportsFunctionSpace, Shardable, Reportab
         makers = feedback if isinstance(feedback, Mapping) else {ONE: feedback}
         if makers.keys() != self.sets.keys():
             raise MetaVPTError(
-                f"feedback names {', '.join(makers)}, data names {', '.join(self.sets)}; name the same sets in both"
+                f"feedback names {', '.join(makers)}, data names {', '.join(self.sets)}; "
+                "give both the same names"
             )
         made = {
             name: makers[name](
@@ -553,7 +587,7 @@ class DenseProblem(MultipleFeedbacks, SupportsFunctionSpace, Shardable, Reportab
         return self._patch_labels[name, pool]
 
     def _called(self, name: str, what: str) -> str:
-        """`what` of the labelled set `name`, for those outside: <set>/<what> where there are several."""
+        """Name `what` of the labelled set `name`: <set>/<what> if there are several sets."""
         return what if isinstance(self.data, DenseData) else f"{name}/{what}"
 
 
@@ -584,7 +618,8 @@ class PatchLoader:
         if (self.batch_size or num) % size:
             raise MetaVPTError(
                 f"{size} processes cannot share {self.batch_size or num} labelled frames alike; "
-                "set data.num_train and data.num_meta, or problem.feedback_batch_size, to a multiple"
+                "set data.num_train and data.num_meta, or problem.feedback_batch_size, to a "
+                "multiple"
             )
         if self.batch_size is None or self.batch_size >= num:
             own = PatchLabels(
@@ -611,7 +646,8 @@ def _together(sets: Mapping[str, DenseData]) -> Dataset[Tensor]:
             f"{name} {data.stream_size[0]}x{data.stream_size[1]}" for name, data in sets.items()
         )
         raise MetaVPTError(
-            f"the images of one stream must have one size, these are {listed}; set data.<set>.stream_size"
+            f"the images of one stream must have one size, these are {listed}; "
+            "set data.<set>.stream_size"
         )
     return (
         ConcatDataset([data.unlabelled for data in sets.values()])

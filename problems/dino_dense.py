@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.func import functional_call
+from typing_extensions import override
 
 from metavpt.data.loader import Batch
 from metavpt.designers.designer import Designer
@@ -53,7 +54,7 @@ DINO = MappingProxyType({"dino": 1.0})
 
 @dataclass(frozen=True)
 class Answers:
-    """The teacher's logits of a task, by term. No state: without them it would be asked again, and answer the same."""
+    """The teacher's logits of a task, by term. A cache: they could be computed again."""
 
     task: Views | None
     logits: dict[str, Tensor]
@@ -69,16 +70,32 @@ class DinoDense(
 ):
     """DINO: student and EMA teacher agree on the prototypes of an image across crops.
 
-    The designer decides what the crops show, the weight of each image, the teacher's answers, or the weight of each term.
+    The designer decides the content of the crops, the weight of each image, the teacher's answers,
+    or the weight of each term.
 
-    terms            weights of the terms of the loss, see `objectives.distillation`; one of weight 0 costs nothing. dino is that of the
-                     first line; ibot, koleo and gram make it DINOv2's and DINOv3's. The student sees the global crops with patches hidden
-                     where ibot has a weight
-    patch_head       head of ibot's patches: "shared" with the image's (iBOT), or "own" (DINOv2, DINOv3)
-    gram_anchor      whose patches gram holds on to: the "teacher"'s, or those of the backbone as it was at first, "frozen"
-    targets          "sinkhorn" (DINOv2, DINOv3; stateless) or "centering" (DINO)
-    hidden_at        where patches are hidden from the student: "input", a learned mask token; "tail", the states of a blank image
-    teacher_credit   whether the designer is credited for what the teacher sees of its views as well; the learner never is
+    Args:
+        backbone: The ViT.
+        recipe: Makes the crops.
+        designer: Makes the task.
+        pool: The image feature: "cls" or "mean".
+        num_prototypes: K.
+        head_hidden: The width of the head.
+        head_bottleneck: The width of its bottleneck.
+        terms: Weights of the loss terms, see `objectives.distillation`. A term of weight 0 costs
+            nothing. dino is the loss above; ibot, koleo and gram make it the loss of DINOv2 and
+            DINOv3. If ibot has a weight, patches of the student's global crops are masked.
+        patch_head: The head of ibot's patches: "shared" with the image's (iBOT), or "own" (DINOv2,
+            DINOv3).
+        gram_anchor: The patches that gram compares with: the "teacher"'s, or those of the initial
+            backbone, "frozen".
+        targets: "sinkhorn" (DINOv2, DINOv3; stateless) or "centering" (DINO).
+        student_temperature: The temperature of the student's softmax.
+        teacher_temperature: The temperature of the teacher's.
+        teacher_momentum: The momentum of the EMA at the start.
+        hidden_at: Where patches are masked for the student: "input", by a learned mask token;
+            "tail", by the states of a blank image.
+        teacher_credit: Whether the designer's gradient also passes through the teacher's view of
+            the crops. The learner's never does.
     """
 
     learner: Learner
@@ -148,9 +165,11 @@ class DinoDense(
                 raise MetaVPTError("designer=view_policy needs problem.terms.features above 0")
             self.designer.build(backbone.width, backbone.patch_size, self.num_outputs)
 
+    @override
     def recipe(self, batch: Any) -> Views:
         return self.designer.recipe_task(batch)
 
+    @override
     def regularizer(self, task: Views) -> Tensor | None:
         return self.designer.regularizer(task)
 
@@ -159,6 +178,7 @@ class DinoDense(
         """The designer's, see `SupportsHardest`. An AttributeError where it makes none."""
         return cast(Any, self.designer).hardest_task
 
+    @override
     def pretrain_loss(self, theta: Params, task: Views) -> Tensor:
         step = self._distillation(theta, task)
         packed = step.outputs({})
@@ -187,6 +207,7 @@ class DinoDense(
             step.goals,
         )
 
+    @override
     def per_sample_tail(self, theta: Params, task: Views) -> ComposedLoss:
         step = self._distillation(theta, task)
         weights = step.weights_now()
@@ -204,11 +225,12 @@ class DinoDense(
         num_candidates: int,
         derivative: DirectionalDerivative,
     ) -> Views:
-        """The teacher's probabilities tilted towards the prototypes of highest first-order value, see `prototypes.tilted`."""
+        """Tilt the teacher's probabilities by first-order value, see `prototypes.tilted`."""
         loss = self.pretrain_tail(theta, task)
         if not isinstance(loss, GoalLoss):
             raise MetaVPTError(
-                f"strategy=tilt: no term of problem.terms={self.terms} has a target to tilt; give dino or ibot a weight"
+                f"strategy=tilt: no term of problem.terms={self.terms} has a target to tilt; "
+                "give dino or ibot a weight"
             )
         slopes = loss.slopes({name: theta[name] for name in w}, w, derivative)
         shapes = self._goal_shapes(task)
@@ -221,18 +243,22 @@ class DinoDense(
             num_candidates,
         )
 
+    @override
     def candidates(self, batch: Any, num_candidates: int) -> list[Views]:
         return self.designer.random_tasks(batch, num_candidates)
 
+    @override
     def pick(self, tasks: Sequence[Views], which: Tensor, sample: Tensor) -> Views:
         return pick_views(tasks, which, sample)
 
     def microbatches(self, task: Views, num_parts: int) -> list[Views]:
+        """Split a task by images."""
         samples = torch.arange(task.global_crops.shape[1], device=task.global_crops.device).chunk(
             num_parts
         )
         return [pick_views([task], torch.zeros_like(own), own) for own in samples]
 
+    @override
     def after_step(self, task: Views, progress: float) -> None:
         if self.targets == "centering":
             known = self._answered.task is task
@@ -248,6 +274,7 @@ class DinoDense(
         self._answered = Answers(None, {})
         self.teacher.update(self.learner, cosine(self.teacher_momentum, 1.0, progress))
 
+    @override
     @torch.no_grad()
     def health_metrics(self) -> dict[str, HealthMetric]:
         task = self.designer(Batch(self._watched(), seed=0))
@@ -259,6 +286,7 @@ class DinoDense(
             )
         return signs
 
+    @override
     @torch.no_grad()
     def figures(self) -> dict[str, np.ndarray]:
         batch = next(iter(self.meta_batches(seed=0)))
@@ -401,7 +429,7 @@ class DinoDense(
             hidden = self.reference.trunk(task.global_crops.flatten(0, 1)) if seen is None else seen
             features = self.reference.tail(hidden)
             logits = self._teacher_logits(features, task)
-            # What the centre will be moved by, once the step on this task is taken: the teacher is not to be asked twice.
+            # The step on this task moves the centre by these logits, so keep them.
             if not any(isinstance(part, Tensor) and part.requires_grad for part in task):
                 self._answered = Answers(task, logits)
             probs = {
@@ -426,7 +454,7 @@ class DinoDense(
         return cast(Learner, self.teacher.learner).backbone(task.global_crops.flatten(0, 1))
 
     def _teacher_logits(self, features: Features, task: Views) -> dict[str, Tensor]:
-        """dino (2,B,K), ibot (M,K), where they have a weight."""
+        """Compute the teacher's logits by term: dino (2, B, K) and ibot (M, K)."""
         teacher, made = cast(Learner, self.teacher.learner), {}
         if "dino" in self.terms:
             made["dino"] = teacher.head(teacher.summary(features)).unflatten(

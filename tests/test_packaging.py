@@ -1,4 +1,4 @@
-"""What runs without the extras: each package that an extra brings is blocked in a process of its own."""
+"""What runs without the extras: each extra's packages are blocked in a separate process."""
 
 import re
 import subprocess

@@ -224,7 +224,7 @@ class FeatureTargets(FeatureDesigner):
 
 
 def per_part(scores: Tensor, surface: str) -> Tensor:
-    """The scores (..., N, D) of features, or their mean (..., N, 1) where `surface` is "patches"."""
+    """Compute the scores (..., N, D) of features, or their mean (..., N, 1) per patch."""
     return scores.mean(dim=-1, keepdim=True) if surface == "patches" else scores
 
 

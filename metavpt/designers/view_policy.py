@@ -1,6 +1,7 @@
-"""Which patches, or features of patches, of the global views are asked for.
+"""Policies that decide which patches, or patch features, of the global views are predicted.
 
-It acts on the term `features` of the objective. Letters: B batch, N patches of a global view, D width.
+They act on the term `features` of the objective. Letters: B batch, N patches of a global view, D
+width.
 """
 
 import math

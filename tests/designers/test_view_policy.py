@@ -59,7 +59,7 @@ def test_an_untrained_policy_is_the_recipe_bit_for_bit(surface: Surface) -> None
 def test_weights_follow_the_predicted_residuals_along_the_directions_of_the_heads(
     surface: Surface,
 ) -> None:
-    """Written out: (1 + strength score / |score|)_+ over their mean, scores (t - s) sum_c e_c w_c."""
+    """(1 + strength score / |score|)_+ over their mean, with scores (t - s) sum_c e_c w_c."""
     made = designer(surface, strength=2.0)
     residual, states, features = step()
     weights = made.weights(made(BATCH), residual, states, features)

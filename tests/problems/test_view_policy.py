@@ -22,8 +22,10 @@ from metavpt.strategies.function_space import Functional
 from metavpt.strategies.learned import inner_loss
 
 POLICY = [
-    "objective=dino_features", "designer=view_policy", "designer.hidden_width=8", "feedback=cross_fitted",
-    "problem.feedback_batch_size=null", "+backbone.patch_size=4", "recipe.hidden_prob=1.0", "recipe.hidden_share=[0.3,0.5]",
+    "objective=dino_features", "designer=view_policy", "designer.hidden_width=8",
+    "feedback=cross_fitted",
+    "problem.feedback_batch_size=null", "+backbone.patch_size=4", "recipe.hidden_prob=1.0",
+    "recipe.hidden_share=[0.3,0.5]",
     "++problem.hidden_at=tail",
 ]  # fmt: skip
 
