@@ -13,6 +13,7 @@ from metavpt.check import Finding, check
 from metavpt.cli.configuration import command
 from metavpt.cli.console import Console
 from metavpt.problem import move_to_device
+from metavpt.training.option_types import check_option_types
 
 COLOURS = {"ok": "green", "warning": "yellow", "failed": "bold red"}
 
@@ -47,6 +48,7 @@ def verdict(findings: list[Finding]) -> str:
 @command("run")
 def main(cfg: DictConfig) -> None:
     """Entry point of `python -m metavpt.check`."""
+    check_option_types(cfg)
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
     torch.manual_seed(cfg.seed)

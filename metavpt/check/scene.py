@@ -110,7 +110,9 @@ class Scene:
                 tail = inner(phi)
             # what it is must show: products and curvatures need to know
             if isinstance(tail, ComposedLoss):
-                parts = {part.name: getattr(tail, part.name) for part in fields(tail)}
+                parts: dict[str, Any] = {
+                    part.name: getattr(tail, part.name) for part in fields(tail)
+                }
                 return replace(
                     tail, **{name: self._within(f) for name, f in parts.items() if callable(f)}
                 )
@@ -120,10 +122,10 @@ class Scene:
 
         return at_phi
 
-    def _within(self, function: Callable[[Any], Tensor]) -> Callable[[Any], Tensor]:
+    def _within(self, function: Callable[[Any], Any]) -> Callable[[Any], Any]:
         """The same function, with `around` entered around it."""
 
-        def within(at: Any) -> Tensor:
+        def within(at: Any) -> Any:
             with self.around():
                 return function(at)
 

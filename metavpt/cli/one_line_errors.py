@@ -1,10 +1,11 @@
 """Error reports of the commands: one line and status 2 for user errors, a traceback for bugs."""
 
 import difflib
+import itertools
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from traceback import format_exception, walk_tb
 from typing import Any
@@ -30,7 +31,12 @@ PLUGINS = {  # choices that need a plugin -> the extra that installs it
     "hydra/launcher/submitit_slurm": "slurm",
 }
 
-USER_ERRORS = (MetaVPTError, HydraException, OmegaConfBaseException, YAMLError, UnicodeDecodeError)
+WITH_VALUE = {  # Hydra's options that the next argument belongs to
+    *("--config-dir", "-cd", "--config-path", "-cp", "--config-name", "-cn"),
+    *("--cfg", "-c", "--package", "-p", "--experimental-rerun"),
+}
+
+USER_ERRORS = (MetaVPTError, HydraException, OmegaConfBaseException, YAMLError, UnicodeError)
 
 
 def run_command(main: Callable[[], object]) -> None:
@@ -38,8 +44,24 @@ def run_command(main: Callable[[], object]) -> None:
     # Hydra then raises its errors instead of printing a page and exiting with 1.
     os.environ["HYDRA_FULL_ERROR"] = "1"
     sys.excepthook = _print_traceback
+    sys.argv[1:] = options_first(sys.argv[1:])
     with reporting():
         main()
+
+
+def options_first(arguments: Sequence[str]) -> list[str]:
+    """Move `--options` with their values before the overrides: Hydra takes none after them."""
+    options: list[str] = []
+    overrides: list[str] = []
+    rest = iter(arguments)
+    for argument in rest:
+        if not argument.startswith("-"):
+            overrides.append(argument)
+        elif argument in WITH_VALUE:
+            options += [argument, *itertools.islice(rest, 1)]
+        else:
+            options.append(argument)
+    return options + overrides
 
 
 def _print_traceback(kind: type[BaseException], error: BaseException, trace: Any) -> None:
@@ -77,6 +99,8 @@ def _user_error(error: BaseException) -> str | None:
         return dead_worker(str(error))
     if isinstance(error, UnicodeDecodeError):
         return _not_text(error)
+    if isinstance(error, UnicodeEncodeError):
+        return _not_a_name(error)
     if ours := own_error(error):
         return str(ours)
     chain = _chain(error)
@@ -87,7 +111,7 @@ def _user_error(error: BaseException) -> str | None:
     if isinstance(error, InstantiationException):
         if missing := next(filter(None, map(missing_extra, chain)), None):
             return str(missing)
-        blamed = ("unexpected keyword argument", "locating target")
+        blamed = ("unexpected keyword argument", "locating target", "missing 1 required")
         # The innermost error names the cause.
         lines = [line for link in reversed(chain) for line in str(link).splitlines()]
         return next((line for line in lines if any(words in line for words in blamed)), None)
@@ -104,6 +128,19 @@ def _chain(error: BaseException) -> list[BaseException]:
     while chain[-1].__cause__ or chain[-1].__context__:
         chain.append(chain[-1].__cause__ or chain[-1].__context__)  # type: ignore[arg-type]
     return chain
+
+
+def _not_a_name(error: UnicodeEncodeError) -> str | None:
+    """The line for a path that is not valid UTF-8, which Python holds as surrogates.
+
+    None for any other text.
+    """
+    if error.reason != "surrogates not allowed":
+        return None
+    before = re.search(r"\S*$", error.object[: error.start])
+    after = re.match(r"\S*", error.object[error.start :])
+    name = "".join(part[0] for part in (before, after) if part)
+    return f"{name}: the name is not valid UTF-8; rename the file or folder"
 
 
 def _not_text(error: UnicodeDecodeError) -> str | None:

@@ -30,6 +30,8 @@ from metavpt.training import run_folder
 from metavpt.training.budget import UNITS
 from metavpt.training.build import build as build_trainer
 from metavpt.training.disk import write_text
+from metavpt.training.engine import check_device
+from metavpt.training.option_types import check_option_types
 from metavpt.training.trainer import Trainer
 
 WARM_START = "warm start"
@@ -79,6 +81,7 @@ def compositions(cfg: DictConfig) -> dict[str, DictConfig]:
     }
     for name, row in made.items():
         check(row)
+        check_option_types(row)
         for unit in UNITS:
             if unit != cfg.match and row.budget[unit] != cfg.budget[unit]:
                 raise MetaVPTError(
@@ -126,7 +129,7 @@ def compare(cfg: DictConfig) -> Path:
     _validate(cfg)
     made = compositions(cfg)
     console = Console()
-    output, parent = Path(cfg.output) if cfg.output else None, Path(cfg.runs)
+    output, parent = Path(str(cfg.output)) if cfg.output else None, Path(str(cfg.runs))
     config = OmegaConf.to_yaml(
         OmegaConf.masked_copy(cfg, [str(k) for k in cfg if k not in GROWS | PLACE]), resolve=True
     )
@@ -156,6 +159,9 @@ def compare(cfg: DictConfig) -> Path:
 
 
 def _validate(cfg: DictConfig) -> None:
+    _check_lists(cfg)
+    check_option_types(cfg)
+    check_device(cfg.device)
     seeds = list(cfg.seeds)
     if not seeds or len(set(seeds)) < len(seeds):
         raise MetaVPTError(f"seeds={seeds}: list each seed once, and at least one")
@@ -167,6 +173,21 @@ def _validate(cfg: DictConfig) -> None:
     check_directions(cfg.metrics or {}, "metrics")
     if cfg.warm_start < 0:
         raise MetaVPTError(f"warm_start={cfg.warm_start}: the number of steps must not be negative")
+
+
+def _check_lists(cfg: DictConfig) -> None:
+    """Check that what is a list holds one: of text the letters would be taken for its entries."""
+    for name in ("strategies", "controls", "seeds"):
+        if not OmegaConf.is_list(cfg[name]) and not (name == "controls" and cfg[name] is None):
+            raise MetaVPTError(f"{name}={cfg[name]}: must be a list, as in {name}=[{cfg[name]}]")
+    if cfg.vary is not None and not OmegaConf.is_dict(cfg.vary):
+        raise MetaVPTError(f"vary={cfg.vary}: must be a mapping of keys to lists")
+    for key, values in (cfg.vary or {}).items():
+        if not OmegaConf.is_list(values):
+            raise MetaVPTError(f"vary.{key}={values}: must be a list of values")
+    for seed in cfg.seeds:
+        if type(seed) is not int:
+            raise MetaVPTError(f"seeds={list(cfg.seeds)}: must be whole numbers")
 
 
 def _row(entry: str | DictConfig) -> Row:

@@ -50,7 +50,7 @@ def write(path: Path, template: str, **values: Any) -> Path:
     templates.globals["num_colours"] = NUM_COLOURS
     folder = path.parent
     html = templates.get_template(template).render(
-        folder=folder.resolve().name,
+        folder=folder.resolve().name.encode(errors="replace").decode(),
         config=_text(folder / "config.yaml"),
         environment=environment(folder),
         **values,

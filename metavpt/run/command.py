@@ -29,6 +29,7 @@ from metavpt.training.build import build
 from metavpt.training.checkpoint import Checkpoints
 from metavpt.training.disk import write_text
 from metavpt.training.engine import make_fabric
+from metavpt.training.option_types import check_option_types
 from metavpt.training.signals import Stopped, StopRequest
 from metavpt.training.trainer import Trainer
 
@@ -46,9 +47,12 @@ def run(cfg: DictConfig) -> float | None:
         The value of `cfg.minimise`. None without one.
     """
     console = Console()
+    check_option_types(cfg)
     if cfg.trainer.get("dry_run"):
         return describe(cfg, console)
     objective = Objective.parse(cfg.minimise)
+    if cfg.threads is not None and cfg.threads < 1:
+        raise MetaVPTError(f"threads={cfg.threads}: must be at least 1, or null")
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
     fabric = make_fabric(cfg.device, cfg.precision, cfg.devices, cfg.nodes, cfg.parallel)
@@ -63,7 +67,7 @@ def run(cfg: DictConfig) -> float | None:
 def describe(cfg: DictConfig, console: Console) -> None:
     """Print parameters, memory and schedule of a run. No data and no weights are read."""
     with torch.device("meta"):
-        trainer = build(dry_run.without_files(cfg), Path(cfg.runs), console)
+        trainer = build(dry_run.without_files(cfg), Path(str(cfg.runs)), console)
     console.print(dry_run.plan(trainer))
 
 
@@ -161,7 +165,8 @@ def _folder(cfg: DictConfig) -> tuple[Path, bool]:
     A job of a sweep has its own folder inside the sweep's.
     """
     hydra_cfg = HydraConfig.get()
-    output, resume = Path(cfg.output) if cfg.output else None, cfg.resume or _is_restarted()
+    output = Path(str(cfg.output)) if cfg.output else None
+    resume = cfg.resume or _is_restarted()
     if hydra_cfg.mode is RunMode.MULTIRUN:
         if output:
             raise MetaVPTError(
@@ -181,10 +186,10 @@ def _folder(cfg: DictConfig) -> tuple[Path, bool]:
         resolve=True,
     )
     if resume:
-        return run_folder.find(output, Path(cfg.runs), config), True
+        return run_folder.find(output, Path(str(cfg.runs)), config), True
     chosen = hydra_cfg.runtime.choices
     name = f"{chosen['problem']}-{chosen['strategy']}-seed{cfg.seed}"
-    folder = run_folder.create(output, Path(cfg.runs), name)
+    folder = run_folder.create(output, Path(str(cfg.runs)), name)
     try:
         write_text(folder / "config.yaml", config)
         choices = {axis: chosen[axis] for axis in ("problem", "strategy")}

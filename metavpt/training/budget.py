@@ -31,9 +31,9 @@ class Budget:
 
     def __init__(
         self,
-        steps: int | None = None,
-        samples: int | None = None,
-        grad_evals: int | None = None,
+        steps: float | None = None,
+        samples: float | None = None,
+        grad_evals: float | None = None,
         seconds: float | None = None,
     ) -> None:
         limits = {"steps": steps, "samples": samples, "grad_evals": grad_evals, "seconds": seconds}

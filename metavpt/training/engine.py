@@ -53,6 +53,7 @@ def make_fabric(
     all of it; "fsdp", each a part of its trunk (`Shardable.trunks`)
     """
     check_known(precision, "precision", *PRECISIONS)
+    check_device(device)
     if "LOCAL_WORLD_SIZE" in os.environ:  # torchrun says it
         devices = int(os.environ["LOCAL_WORLD_SIZE"])
         nodes = int(os.environ["WORLD_SIZE"]) // devices
@@ -84,6 +85,24 @@ def make_fabric(
         _meet(BACKENDS[accelerator], os.environ["TORCHELASTIC_RESTART_COUNT"])
     fabric.launch()
     return fabric
+
+
+def check_device(device: str | None) -> None:
+    """Check that torch has a device, given as in `make_fabric`.
+
+    Raises:
+        MetaVPTError: It is not there, or the name is not one of a device.
+    """
+    if device is None:
+        return
+    kind, colon, index = device.partition(":")
+    if kind not in ("cpu", "cuda", "meta") or (colon and not index.isdecimal()):
+        raise MetaVPTError(f"device={device}: known are cpu, cuda, and cuda:1 for the second GPU")
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if kind == "cuda" and int(index or 0) >= count:
+        raise MetaVPTError(
+            f"device={device}: torch finds {count} GPUs here; choose another, or device=cpu"
+        )
 
 
 def _meet(backend: str, attempt: str) -> None:

@@ -35,8 +35,9 @@ def create(folder: Path | None, parent: Path, name: str) -> Path:
         name: The beginning of the name in `parent`.
 
     Raises:
-        MetaVPTError: `folder` is not empty, or cannot be made.
+        MetaVPTError: `folder` is not empty, or cannot be made, or its name is not UTF-8.
     """
+    _check_name(parent if folder is None else folder)
     if folder is not None:
         with writing(folder):
             folder.mkdir(parents=True, exist_ok=True)
@@ -57,6 +58,14 @@ def create(folder: Path | None, parent: Path, name: str) -> Path:
             lock(path)
         return path
     raise MetaVPTError(f"{parent}: could not make a new folder for {stem}")
+
+
+def _check_name(folder: Path) -> None:
+    """Check that the name can be written into reports. Python holds other bytes as surrogates."""
+    try:
+        str(folder).encode()
+    except UnicodeEncodeError:
+        raise MetaVPTError(f"{folder}: not a UTF-8 name; choose another folder") from None
 
 
 def _check_empty(folder: Path) -> None:

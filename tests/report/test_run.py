@@ -3,6 +3,7 @@
 import io
 import json
 import math
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -156,6 +157,11 @@ def test_hostile_strings_stay_text(run: Path) -> None:
 def test_the_page_is_the_same_every_time(run: Path) -> None:
     first = report.write_report(run).read_text()
     assert report.write_report(run).read_text() == first
+
+
+def test_a_folder_whose_name_is_not_utf8_has_a_page(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / os.fsdecode(b"a\xff"), records())
+    assert "a?" in report.write_report(folder).read_text(encoding="utf-8")
 
 
 def test_an_empty_folder_is_an_error_that_says_so(tmp_path: Path) -> None:

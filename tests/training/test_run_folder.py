@@ -108,3 +108,11 @@ def test_remove_empties_the_target_of_a_link_and_keeps_the_link(tmp_path):
     assert list((tmp_path / "target").iterdir()) == []
     run_folder.remove(folder)
     run_folder.remove(tmp_path / "never made")
+
+
+def test_a_name_that_is_not_utf8_is_refused_before_anything_is_made(tmp_path):
+    path = tmp_path / os.fsdecode(b"a\xff")
+    for folder, parent in ((path, tmp_path), (None, path)):
+        with pytest.raises(MetaVPTError, match="not a UTF-8 name"):
+            run_folder.create(folder, parent, "run")
+    assert not list(tmp_path.iterdir())
