@@ -58,15 +58,15 @@ class FeatureNetwork(FeatureDesigner):
             self.network, task.phi, (states, features, self.grid)
         )
 
-    def loss(self, lesson: dict[str, Tensor]) -> Tensor:
+    def loss(self, replay: dict[str, Tensor]) -> Tensor:
         """Compute -mean (<y, A> - |y|^2 / 2) of moves y and values A (B, N, D).
 
         It is least where y is the expected A. The values have mean square 1, so a gate of 1 is the
         tilt with tau 1 (`feature_targets.tilted`).
         """
-        height, width = (int(side) for side in lesson["grid"][0])
-        y = self.network(lesson["states"], lesson["features"], (height, width))
-        return -(y * lesson["values"]).mean() + y.square().mean() / 2
+        height, width = (int(side) for side in replay["grid"][0])
+        y = self.network(replay["states"], replay["features"], (height, width))
+        return -(y * replay["values"]).mean() + y.square().mean() / 2
 
 
 class PatchNetwork(nn.Module):
@@ -134,17 +134,17 @@ class ResidualNetwork(FeatureNetwork):
         residuals = functional_call(self.network, phi, (states, features, self.grid))
         return task.gate[:, None, None] * (residuals @ directions.to(residuals))
 
-    def loss(self, lesson: dict[str, Tensor]) -> Tensor:
+    def loss(self, replay: dict[str, Tensor]) -> Tensor:
         """Compute the mean squared error of the predicted residuals over labelled pixels."""
-        return residual_loss(self.network, lesson)
+        return residual_loss(self.network, replay)
 
 
-def residual_loss(network: nn.Module, lesson: dict[str, Tensor]) -> Tensor:
+def residual_loss(network: nn.Module, replay: dict[str, Tensor]) -> Tensor:
     """Compute the mean squared error of predicted residuals over labelled pixels, a scalar."""
-    height, width = (int(side) for side in lesson["grid"][0])
-    residuals = network(lesson["states"], lesson["features"], (height, width))
-    squares = lesson["share"] * (residuals - lesson["values"]).square()
-    return squares.sum() / lesson["share"].sum().clamp_min(1)
+    height, width = (int(side) for side in replay["grid"][0])
+    residuals = network(replay["states"], replay["features"], (height, width))
+    squares = replay["share"] * (residuals - replay["values"]).square()
+    return squares.sum() / replay["share"].sum().clamp_min(1)
 
 
 class OutputNetwork(nn.Module):

@@ -170,7 +170,7 @@ class FeatureDesigner(nn.Module):
         """
         raise NotImplementedError
 
-    def loss(self, lesson: dict[str, Tensor]) -> Tensor:
+    def loss(self, replay: dict[str, Tensor]) -> Tensor:
         """Compute the loss of the predicted moves on stored values, see `ReplayBuffer`."""
         raise NotImplementedError
 
@@ -210,10 +210,10 @@ class FeatureTargets(FeatureDesigner):
     def forward(self, batch: Any) -> FeatureTask:
         return with_map(self.recipe_task(batch), self.map)
 
-    def loss(self, lesson: dict[str, Tensor]) -> Tensor:
+    def loss(self, replay: dict[str, Tensor]) -> Tensor:
         """Compute -mean <shift, value> + `regularizer`, the loss that `Amortized` descends."""
-        shift = self.gate * saturated(centred(lesson["features"]) @ self.map)
-        return -(shift * lesson["values"]).mean() + self._size(self.map)
+        shift = self.gate * saturated(centred(replay["features"]) @ self.map)
+        return -(shift * replay["values"]).mean() + self._size(self.map)
 
     def regularizer(self, task: FeatureTask) -> Tensor:
         """Compute weight * |map|^2 / D, the mean squared shift of white features, unsaturated."""

@@ -131,20 +131,20 @@ class StateDesigner(nn.Module):
             "values": values,
         }
 
-    def loss(self, lesson: dict[str, Tensor], table: Tensor) -> Tensor:
+    def loss(self, replay: dict[str, Tensor], table: Tensor) -> Tensor:
         """Compute -mean_t (<r_t, A_t> - tau KL(r_t || p_t)); the closed form is its minimum.
 
         `table` is the unembedding. The loss of an empty batch is 0.
         """
         phi: Params = dict(self.named_parameters())
-        if not len(lesson["states"]):
+        if not len(replay["states"]):
             return torch.stack([0.0 * p.sum() for p in phi.values()]).sum()
-        moves = moves_of(phi, lesson["states"])
+        moves = moves_of(phi, replay["states"])
         log_r = (
-            lesson["log_probs"] + candidate_scores(moves, table, lesson["candidates"])
+            replay["log_probs"] + candidate_scores(moves, table, replay["candidates"])
         ).log_softmax(dim=1)
         return (
-            -(log_r.exp() * (lesson["values"] - self.tau * (log_r - lesson["log_probs"])))
+            -(log_r.exp() * (replay["values"] - self.tau * (log_r - replay["log_probs"])))
             .sum(dim=1)
             .mean()
         )

@@ -119,9 +119,9 @@ class ViewPolicy(Designer):
             scores = scores + task.feature_scores
         return allocation(scores, self.strength)
 
-    def loss(self, lesson: dict[str, Tensor]) -> Tensor:
+    def loss(self, replay: dict[str, Tensor]) -> Tensor:
         """Compute the mean squared error of the predicted residuals over labelled pixels."""
-        return residual_loss(self.network, lesson)
+        return residual_loss(self.network, replay)
 
     def regularizer(self, task: Views) -> None:
         """Return no regularizer: strength alone limits the policy."""

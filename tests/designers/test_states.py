@@ -148,7 +148,7 @@ def test_a_task_holds_no_graph_and_does_not_follow_the_designer():
     assert torch.equal(targets_of(task, learner)[0], before)
 
 
-def lesson_of(learner, designer, rows=None):
+def replay_of(learner, designer, rows=None):
     g = torch.Generator().manual_seed(5)
     theta = params.detach(params.named(learner))
     w = {
@@ -159,11 +159,11 @@ def lesson_of(learner, designer, rows=None):
     return designer.replay_batch(prediction, w, ForwardMode(), rows), prediction, w
 
 
-def test_a_lesson_is_taught_where_targets_are_the_closed_form():
+def test_the_loss_is_least_where_targets_are_the_closed_form():
     """Over free logits of r the loss is least at those of `Tilted`, where its gradient vanishes."""
     learner, designer = tiny_lm(), state_designer(moved=0.3)
     designer.tau = 0.8
-    lesson, prediction, w = lesson_of(learner, designer)
+    lesson, prediction, w = replay_of(learner, designer)
     assert torch.allclose(
         (lesson["log_probs"].exp() * lesson["values"]).sum(dim=1),
         torch.zeros(len(lesson["values"])).double(),
@@ -199,13 +199,13 @@ def test_a_lesson_is_taught_where_targets_are_the_closed_form():
     torch.testing.assert_close(own, loss(scores), rtol=1e-10, atol=0)
 
 
-def test_a_lesson_is_of_the_marked_rows_and_may_be_empty():
+def test_a_replay_batch_is_of_the_marked_rows_and_may_be_empty():
     learner, designer = tiny_lm(), state_designer(moved=0.3)
-    whole, prediction, _ = lesson_of(learner, designer)
-    first, _, _ = lesson_of(learner, designer, torch.tensor([True, False]))
+    whole, prediction, _ = replay_of(learner, designer)
+    first, _, _ = replay_of(learner, designer, torch.tensor([True, False]))
     count = int(prediction.predicted[0].sum())
     assert torch.equal(first["candidates"], whole["candidates"][:count])
-    none, _, _ = lesson_of(learner, designer, torch.tensor([False, False]))
+    none, _, _ = replay_of(learner, designer, torch.tensor([False, False]))
     loss = designer.loss(none, prediction.unembedding)
     loss.backward()
     assert float(loss.detach()) == 0.0

@@ -52,9 +52,9 @@ class Regression(Problem):
         values = -derivative(lambda own: X[batch] @ own["weight"], {"weight": theta["weight"]}, w)
         return {"rows": batch, "values": values}
 
-    def designer_loss(self, lesson):
-        shift = X[lesson["rows"]] @ self.designer.weight
-        return -(shift * lesson["values"]).mean() + 0.5 * shift.square().mean()
+    def designer_loss(self, replay):
+        shift = X[replay["rows"]] @ self.designer.weight
+        return -(shift * replay["values"]).mean() + 0.5 * shift.square().mean()
 
 
 def trainer_of(folder, strategy, steps=12, problem=Regression):

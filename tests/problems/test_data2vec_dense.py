@@ -125,16 +125,16 @@ def test_the_tilt_and_the_replayed_targets_raise_the_value_and_lower_the_feedbac
         return sum(float((g * w).sum()) for g, w in zip(g_pre, g_down.values(), strict=True))
 
     tilted = problem.tilt(theta, recipe, g_down, 0.5, 1.0, 0, derivative)
-    lesson = problem.replay_batch(theta, batch, g_down, derivative)
+    replay = problem.replay_batch(theta, batch, g_down, derivative)
     with torch.no_grad():
         raw = problem._values(theta, recipe, g_down, derivative)
     gain = 2 * float((tilted.shift * raw).mean())
     assert value(tilted) - value(recipe) == pytest.approx(gain, rel=1e-5)
-    assert float(lesson["values"].square().mean()) == pytest.approx(1.0, rel=1e-9)
+    assert float(replay["values"].square().mean()) == pytest.approx(1.0, rel=1e-9)
     optimizer = torch.optim.Adam(problem.designer.parameters(), lr=1e-2)
     for _ in range(20):
         optimizer.zero_grad()
-        problem.designer_loss(lesson).backward()
+        problem.designer_loss(replay).backward()
         optimizer.step()
     assert value(recipe) < value(problem.designer(batch)) < value(tilted)
 
@@ -142,7 +142,7 @@ def test_the_tilt_and_the_replayed_targets_raise_the_value_and_lower_the_feedbac
 def test_taught_is_minus_the_value_of_the_designers_shift_and_its_regularizer(make):
     problem = mapping(make("designer.weight=0.3"))
     theta, _, batch, g_down = at(problem)
-    lesson = problem.replay_batch(theta, batch, g_down, CentralDifference())
+    replay = problem.replay_batch(theta, batch, g_down, CentralDifference())
     task = problem.designer(batch)
     with torch.no_grad():
         shift = (
@@ -151,8 +151,8 @@ def test_taught_is_minus_the_value_of_the_designers_shift_and_its_regularizer(ma
         shift = torch.nn.functional.layer_norm(shift, (24,))
         shift = (shift - shift.mean(dim=(0, 1))) @ problem.designer.map
         shift = problem.designer.gate * shift / (1 + shift.square().mean()).sqrt()
-    expected = -float((shift * lesson["values"]).mean()) + float(problem.designer.regularizer(task))
-    assert float(problem.designer_loss(lesson).detach()) == pytest.approx(expected, rel=1e-6)
+    expected = -float((shift * replay["values"]).mean()) + float(problem.designer.regularizer(task))
+    assert float(problem.designer_loss(replay).detach()) == pytest.approx(expected, rel=1e-6)
 
 
 def amortized():

@@ -64,7 +64,7 @@ def test_it_runs_in_small_and_prints_both_rows(options: list[str], tmp_path: Pat
     assert found.keys() == {"fixed", "functional"}
     assert found["fixed"].step0 == found["functional"].step0
     assert found["fixed"].metrics != found["functional"].metrics
-    # beside the three steps, a lesson before the first and before the third
+    # beside the three steps, a replay batch before the first and before the third
     assert found["functional"].grad_evals > 3
     assert "ridge/depth_rmse" in done.stdout
     assert re.search(r"^functional\s+[\d.]+\s+[−+]?[\d.]+", done.stdout, flags=re.M)

@@ -16,9 +16,9 @@ def amortized(lr=0.2, **options):
     return Amortized(optimizer=sgd(lr), derivative=CentralDifference(), max_norm=1e9, **options)
 
 
-def test_the_steps_of_phi_are_gradient_steps_on_the_last_lessons_newest_first(tmp_path):
+def test_the_steps_of_phi_are_gradient_steps_on_the_last_batches_newest_first(tmp_path):
     trainer = trainer_of(tmp_path, amortized(ema=0.0))
-    problem, lessons, phi = trainer.problem, [], torch.zeros(6, 3, dtype=torch.float64)
+    problem, stored, phi = trainer.problem, [], torch.zeros(6, 3, dtype=torch.float64)
     for step in range(8):
         theta = problem.learner.weight.detach().clone()
         trainer.step()
@@ -29,9 +29,9 @@ def test_the_steps_of_phi_are_gradient_steps_on_the_last_lessons_newest_first(tm
             )
             error = X[labelled] @ theta - Y[labelled]
             g_down = 2 * X[labelled].T @ error / error.numel()
-            lessons = [(rows, -X[rows] @ g_down), *lessons][:3]
+            stored = [(rows, -X[rows] @ g_down), *stored][:3]
             for k in range(5):
-                x, a = X[lessons[k % len(lessons)][0]], lessons[k % len(lessons)][1]
+                x, a = X[stored[k % len(stored)][0]], stored[k % len(stored)][1]
                 phi = phi - 0.2 * x.T @ (x @ phi - a) / a.numel()
         torch.testing.assert_close(problem.designer.weight.detach(), phi, rtol=1e-7, atol=1e-10)
     assert phi.norm() > 0
@@ -82,7 +82,7 @@ def test_true_feedback_teaches_what_a_random_direction_does_not(tmp_path):
     assert losses["true"] < 0.8 * min(losses["fixed"], losses["random"])
 
 
-def test_a_lesson_that_is_not_finite_is_skipped_and_counted(tmp_path):
+def test_a_replay_batch_that_is_not_finite_is_skipped_and_counted(tmp_path):
     trainer = trainer_of(tmp_path, amortized())
     trainer.problem.replay_batch = lambda *_: {
         "rows": torch.arange(2),

@@ -69,7 +69,7 @@ def test_it_is_implicit_differentiation_where_the_learner_can_tell_any_targets()
         torch.testing.assert_close(g, e, rtol=1e-10, atol=1e-13)
 
 
-def test_the_steps_of_phi_are_gradient_steps_on_rows_of_the_labelled_lesson(tmp_path):
+def test_the_steps_of_phi_are_gradient_steps_on_rows_of_the_labelled_batch(tmp_path):
     trainer = trainer_of(tmp_path, functional())
     phi, generator = torch.zeros(6, 3, dtype=torch.float64), torch.Generator().manual_seed(0)
     for step in range(6):
@@ -112,9 +112,9 @@ def test_labels_reach_the_learner_through_phi_alone(tmp_path):
     fixed = trainer_of(tmp_path / "fixed", Fixed())
     fixed.run()
     nan = {"rows": torch.arange(2), "values": torch.full((2, 3), torch.nan, dtype=torch.float64)}
-    for name, lesson in {"values": lambda *_: nan, "loss": broken}.items():
+    for name, bad in {"values": lambda *_: nan, "loss": broken}.items():
         trainer = trainer_of(tmp_path / name, functional())
-        trainer.problem.output_values = lesson
+        trainer.problem.output_values = bad
         trainer.run()
         assert trainer.strategy.num_skipped + trainer.strategy.buffer.num_skipped == 6
         assert torch.equal(fixed.problem.learner.weight, trainer.problem.learner.weight)
@@ -134,7 +134,7 @@ def test_true_values_teach_what_those_of_other_samples_do_not(tmp_path):
     assert losses["true"] < 0.8 * min(losses["fixed"], losses["random"])
 
 
-def test_a_lesson_is_read_at_its_steps_alone(tmp_path):
+def test_a_replay_batch_is_read_at_its_steps_alone(tmp_path):
     trainer = trainer_of(tmp_path, functional(every=4, burn_in=1), steps=9)
     trainer.run()
     assert trainer.streams.feedback.state_dict()["position"] == 2  # before the steps after 4 and 8

@@ -12,17 +12,17 @@ A = torch.randn(12, 3, dtype=torch.float64, generator=torch.Generator().manual_s
 
 
 class Taught:
-    """As much of a problem as lessons need."""
+    """The part of a problem that a replay buffer needs."""
 
     def __init__(self):
         self.designer = nn.Linear(4, 3, bias=False).double()
         nn.init.zeros_(self.designer.weight)
         self.seen = []
 
-    def designer_loss(self, lesson):
-        self.seen.append(lesson["x"])
-        y = self.designer(lesson["x"])
-        return -(y * lesson["values"]).mean() + y.square().mean() / 2
+    def designer_loss(self, replay):
+        self.seen.append(replay["x"])
+        y = self.designer(replay["x"])
+        return -(y * replay["values"]).mean() + y.square().mean() / 2
 
 
 def sgd(parameters):
@@ -107,11 +107,11 @@ def test_the_learning_rate_falls_along_half_a_cosine_within_each_lesson_where_it
 
 def test_a_lesson_that_breaks_off_leaves_the_learning_rate_of_the_next_one_alone():
     class Breaks(Taught):
-        def designer_loss(self, lesson):
+        def designer_loss(self, replay):
             if len(self.seen) == 3:
                 self.seen.clear()
                 raise NonFiniteError("in its last step")
-            return super().designer_loss(lesson)
+            return super().designer_loss(replay)
 
     problem, fresh = Breaks(), Taught()
     made = buffer(problem, 4, anneal=True)
