@@ -33,17 +33,9 @@ ROOMS = (
     ),
     *("functional_gate_1", "gate_1_annealed", "functional"),
 )
-FRAMES = (
-    "fixed",
-    "uniform",
-    "random_functional",
-    "greedy",
-    "functional_40",
-    "functional_not_annealed",
-    "functional",
-)
+FRAMES = ("fixed", "fixed_longer", "uniform", "patches", "targets", "functional")
 STEERED = (
-    *("one_step", "unrolled", "implicit", "amortized", "tilt", "functional"),
+    *("one_step", "unrolled", "implicit", "amortized", "tilt", "functional", "patches", "targets"),
     *("functional_40", "functional_not_annealed", "functional_gate_1", "gate_1_annealed"),
 )
 
@@ -81,15 +73,15 @@ PANELS = (
         "ridge/depth_rmse",
         3,
         ROOMS,
-        "Generated rooms, at equal seconds: make demo",
+        "Generated rooms, from random weights",
         "depth RMSE in m (5 seeds)",
     ),
     Panel(
-        "nyuv2_functional_80",
+        "nyuv2_policies",
         "ridge/depth_rmse",
         3,
         FRAMES,
-        "NYUv2, at equal seconds",
+        "NYUv2, a learned masking policy",
         "depth RMSE in m (5 seeds)",
     ),
 )

@@ -217,9 +217,7 @@ def test_every_dependency_stands_among_the_licences() -> None:
 def test_the_picture_of_results_shows_what_was_measured() -> None:
     picture = (DOCS / "results.svg").read_text()
     panels = [("toy_sources", "error", 2), ("gsm8k_retention", "gsm8k/nll", 2)]
-    panels += [
-        (folder, "ridge/depth_rmse", 3) for folder in ("rooms_functional", "nyuv2_functional_80")
-    ]
+    panels += [(folder, "ridge/depth_rmse", 3) for folder in ("rooms_functional", "nyuv2_policies")]
     for folder, metric, digits in panels:
         values: dict[str, list[float]] = {}
         for result in results.read(DOCS / "results" / folder):
