@@ -28,10 +28,10 @@ def start(folder, *options, module="run", file_limit=None, environment=None):
     return process
 
 
-def finish(folder, *options, **how):
-    """Status and output of the command, run to its end."""
+def finish(folder, *options, seconds=120, **how):
+    """Status and output of the command, run to its end within `seconds`."""
     process = start(folder, *options, **how)
-    process.join(120)
+    process.join(seconds)
     assert process.exitcode is not None, "the command hangs"
     return process.exitcode, (Path(folder) / "output.txt").read_text()
 
