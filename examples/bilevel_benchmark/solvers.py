@@ -1,0 +1,181 @@
+"""metavpt on a bilevel problem: three estimators in plain loops, and the single loop of SOBA.
+
+    python -m bilevel_benchmark.solvers PROBLEM FILE.npz SECONDS JOBS OUT
+
+`one_step`, `unrolled` and `implicit` call `metavpt.hypergradient`. `soba` (Dagreou et al., 2022)
+keeps the solution v of the linear system from step to step and moves it by one stochastic gradient
+step, so it needs the product alone.
+"""
+
+import json
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from typing import Any
+
+import numpy as np
+import torch
+from scipy.optimize import minimize
+from torch import Tensor
+
+import metavpt
+from bilevel_benchmark.problems import Bilevel, Rows, state
+from bilevel_benchmark.record import Recorder
+
+EXACT = metavpt.ExactProduct()
+
+
+def batches(num: int, size: int, seed: int) -> Iterator[Rows]:
+    """Yield slices of `size` samples, all once in random order, then again; None if one holds all."""
+    generator = torch.Generator().manual_seed(seed)
+    while True:
+        if size >= num:
+            yield None
+            continue
+        for k in torch.randperm(num // size, generator=generator).tolist():
+            yield slice(k * size, (k + 1) * size)
+
+
+def count(num: int, rows: Rows) -> int:
+    """Return how many samples `rows` holds."""
+    return num if rows is None else rows.stop - rows.start
+
+
+def one_step(
+    problem: Bilevel, record: Recorder, *, seed: int, step_size: float, ratio: float, batch: int
+) -> None:
+    """Descend theta and phi in turn, phi along the derivative through one step of theta."""
+    method = metavpt.OneStep(product=EXACT, step_size=step_size, check_losses=False)
+    _with_steps(problem, record, method, seed, step_size, ratio, batch)
+
+
+def unrolled(
+    problem: Bilevel, record: Recorder, *, seed: int, step_size: float, ratio: float, batch: int
+) -> None:
+    """The same through ten steps of theta, which goes on from where they end."""
+    method = metavpt.Unrolled(10, metavpt.SGD(step_size), product=EXACT, check_losses=False)
+    _with_steps(problem, record, method, seed, step_size, ratio, batch)
+
+
+def _with_steps(
+    problem: Bilevel, record: Recorder, method: metavpt.OneStep | metavpt.Unrolled, seed: int,
+    step_size: float, ratio: float, batch: int,
+) -> None:  # fmt: skip
+    theta, phi = problem.theta0, problem.phi0
+    inner_batches = batches(problem.num_inner, batch, seed)
+    outer_batches = batches(problem.num_outer, batch, seed + 1)
+    evaluations = 0.0
+    record.start()
+    while record(phi, evaluations):
+        rows = [next(inner_batches) for _ in range(method.num_batches)]
+        outer_rows = next(outer_batches)
+        losses = [lambda theta, phi, r=r: problem.inner(theta, phi, r) for r in rows]
+        found = metavpt.hypergradient(
+            losses,
+            lambda theta, phi, r=outer_rows: problem.outer(theta, phi, r),
+            theta,
+            phi,
+            method,
+        )
+        for loss in losses:
+            at = theta.detach().requires_grad_()
+            theta = (at - step_size * torch.autograd.grad(loss(at, phi), at)[0]).detach()
+        phi = phi - step_size / ratio * found.by_phi["phi"]
+        by_inner = found.grad_evals - 1 + len(rows)
+        evaluations += by_inner * count(problem.num_inner, rows[0])
+        evaluations += count(problem.num_outer, outer_rows)
+
+
+def implicit(problem: Bilevel, record: Recorder, *, tolerance: float = 1e-3) -> None:
+    """Quasi-Newton on the value function, with its exact gradient by implicit differentiation.
+
+    Each evaluation solves the inner problem and the linear system from where the last one ended.
+    L-BFGS needs no step size. All samples are used at once.
+    """
+    method = metavpt.Implicit(
+        metavpt.ConjugateGradient(2 * problem.theta0.numel(), tolerance), product=EXACT,
+        check_losses=False,
+    )  # fmt: skip
+    theta, solution, evaluations = problem.theta0, None, 0.0
+
+    def inner(theta: Tensor, phi: Tensor) -> Tensor:
+        return problem.inner(theta, phi, None)
+
+    def outer(theta: Tensor, phi: Tensor) -> Tensor:
+        return problem.outer(theta, phi, None)
+
+    def value_and_gradient(at: np.ndarray) -> tuple[float, np.ndarray]:
+        nonlocal theta, solution, evaluations
+        phi = torch.from_numpy(at).to(problem.phi0.dtype)
+        theta, _, num_gradients = problem.descend(phi, theta, 1e-2 * tolerance)
+        try:
+            found = metavpt.hypergradient(inner, outer, theta, phi, method, start=solution)
+        except metavpt.UnsolvedError:  # the last solution was no start for this one
+            found = metavpt.hypergradient(inner, outer, theta, phi, method)
+        solution = found.solution if found.diagnostics["converged"] else None
+        num_gradients += found.grad_evals - 1
+        evaluations += num_gradients * problem.num_inner + problem.num_outer
+        if not record(phi, evaluations):
+            raise StopIteration
+        return found.diagnostics["feedback_loss"], found.by_phi["phi"].double().numpy()
+
+    record.start()
+    record(problem.phi0, 0.0)
+    options = {"maxiter": 10**6, "maxfun": 10**6, "gtol": 0.0, "ftol": 0.0, "maxcor": 30}
+    try:
+        minimize(
+            value_and_gradient, problem.phi0.double().numpy(), jac=True, method="L-BFGS-B",
+            options=options,
+        )  # fmt: skip
+    except (StopIteration, metavpt.UnsolvedError):
+        return
+
+
+def soba(
+    problem: Bilevel, record: Recorder, *, seed: int, step_size: float, ratio: float, batch: int
+) -> None:
+    """Move theta, v and phi at once, each by one stochastic step of size step_size / sqrt(t)."""
+    theta, phi = problem.theta0, problem.phi0
+    v = torch.zeros_like(theta)
+    inner_batches = batches(problem.num_inner, batch, seed)
+    outer_batches = batches(problem.num_outer, batch, seed + 1)
+    evaluations, t = 0.0, 0
+    record.start()
+    while record(phi.detach(), evaluations):
+        rows, outer_rows = next(inner_batches), next(outer_batches)
+        t += 1
+        lr = step_size / t**0.5
+        theta, phi = theta.detach().requires_grad_(), phi.detach().requires_grad_()
+        value = problem.inner(theta, phi, rows)
+        (by_theta,) = torch.autograd.grad(value, theta, create_graph=True)
+        product, cross = torch.autograd.grad(by_theta @ v, (theta, phi))
+        value = problem.outer(theta, phi, outer_rows)
+        g_theta, g_phi = torch.autograd.grad(value, (theta, phi), materialize_grads=True)
+        with torch.no_grad():
+            theta = theta - lr * by_theta
+            v = v - lr * (product + g_theta)
+            phi = phi - lr / ratio * (cross + g_phi)
+        evaluations += 3 * count(problem.num_inner, rows) + count(problem.num_outer, outer_rows)
+
+
+SOLVERS: dict[str, Callable[..., None]] = {
+    "one_step": one_step, "unrolled": unrolled, "implicit": implicit, "soba": soba,
+}  # fmt: skip
+
+
+def run(name: str, file: str, seconds: float, jobs: list[tuple[str, Any]], out: str) -> None:
+    """Run each solver with its settings, after a start that is not timed."""
+    arrays = dict(np.load(file))
+    for k, (solver, settings) in enumerate(jobs):
+        problem = state(name, arrays, torch.float64 if solver == "implicit" else torch.float32)
+        for limit in (0.01, seconds):
+            record = Recorder(limit)
+            with suppress(metavpt.NonFiniteError):  # a step size too large: the run ends there
+                SOLVERS[solver](problem, record, **settings)
+        record.save(f"{out}.{k}.npz")
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    name, file, seconds, jobs, out = sys.argv[1:]
+    run(name, file, float(seconds), json.loads(jobs), out)
