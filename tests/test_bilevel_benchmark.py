@@ -139,8 +139,18 @@ def test_every_loop_lowers_the_value_function(
     assert record.rows[-1][2] > 0
 
 
+def test_newton_and_descent_find_the_same_minimum() -> None:
+    problem = logistic()
+    phi = problem.phi0 - 6.0
+    by_newton, factor, _ = problem.newton(phi, problem.theta0, 1e-9)
+    by_descent, _, _ = problem.descend(phi, problem.theta0, 1e-9)
+    assert close(by_newton, by_descent) < 1e-4
+    hessian = torch.autograd.functional.hessian(lambda at: problem.inner(at, phi, None), by_newton)
+    assert close(factor @ factor.T, hessian) < 1e-10
+
+
 def test_implicit_ends_at_the_minimum_of_the_quadratic(quadratic: Bilevel) -> None:
-    record = Steps(200.0)
+    record = Steps(100.0)
     SOLVERS["implicit"](quadratic, record, tolerance=1e-9)
     phi = torch.from_numpy(record.rows[-1][3]).requires_grad_()
     (slope,) = torch.autograd.grad(quadratic.outer(quadratic.solution(phi), phi, None), phi)

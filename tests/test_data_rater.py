@@ -14,10 +14,10 @@ def test_the_rater_finds_what_is_corrupted(name: str) -> None:
     torch.manual_seed(0)
     stream = image_stream(0.5, 0) if name == "images" else text_stream(TEXT, 0.5, 0)
     assert 0.4 < float(stream.is_clean.float().mean()) < 0.6
-    rater, num_gradients = train_rater(stream, seed=0, num_updates=20, lifetime=10)
-    assert num_gradients == 20 * (1 + 4 * (1 + 1) + 4)  # an unroll of four steps, and the steps
+    rater, num_gradients = train_rater(stream, seed=0, num_updates=12, lifetime=6)
+    assert num_gradients == 12 * (1 + 4 * (1 + 1) + 4)  # an unroll of four steps, and the steps
     with torch.no_grad():
-        assert auc(rater(stream.samples[:400]), stream.is_clean[:400]) > 0.8
+        assert auc(rater(stream.samples[:400]), stream.is_clean[:400]) > 0.75
 
 
 def test_corruption_leaves_clean_rows_feedback_and_test_alone() -> None:

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-GROWTH = 1.2  # each snapshot is taken this much later than the one before
+GROWTH = 1.3  # each snapshot is taken this much later than the one before
 
 
 @dataclass

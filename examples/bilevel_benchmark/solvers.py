@@ -11,6 +11,7 @@ import json
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,7 @@ from torch import Tensor
 import metavpt
 from bilevel_benchmark.problems import Bilevel, Rows, state
 from bilevel_benchmark.record import Recorder
+from metavpt.hypergradients.linear_solvers import Matvec, Solution
 
 EXACT = metavpt.ExactProduct()
 
@@ -86,17 +88,35 @@ def _with_steps(
         evaluations += count(problem.num_outer, outer_rows)
 
 
-def implicit(problem: Bilevel, record: Recorder, *, tolerance: float = 1e-3) -> None:
-    """Quasi-Newton on the value function, with its exact gradient by implicit differentiation.
+@dataclass(frozen=True)
+class Factored:
+    """Solves with the Cholesky factor of the Hessian that Newton's method made."""
 
-    Each evaluation solves the inner problem and the linear system from where the last one ended.
-    L-BFGS needs no step size. All samples are used at once.
+    factor: Tensor
+
+    def __call__(
+        self, matvec: Matvec, b: metavpt.Params, damping: float = 0.0,
+        x0: metavpt.Params | None = None,
+    ) -> Solution:  # fmt: skip
+        x = {
+            name: torch.cholesky_solve(values[:, None], self.factor)[:, 0]
+            for name, values in b.items()
+        }
+        return Solution(x, 1, 0.0, float("inf"), True)
+
+
+def implicit(problem: Bilevel, record: Recorder, *, tolerance: float = 1e-3) -> None:
+    """Quasi-Newton on the value function, with its gradient by implicit differentiation.
+
+    Each evaluation solves the inner problem and the linear system from where the last one ended: by
+    Newton's method and its factor where theta is small, else by L-BFGS and conjugate gradients. The
+    outer L-BFGS needs no step size; its first step has length 1 in each phi on average. All samples
+    are used at once.
     """
-    method = metavpt.Implicit(
-        metavpt.ConjugateGradient(2 * problem.theta0.numel(), tolerance), product=EXACT,
-        check_losses=False,
-    )  # fmt: skip
+    size = problem.theta0.numel()
+    iterative = metavpt.ConjugateGradient(2 * size, tolerance)
     theta, solution, evaluations = problem.theta0, None, 0.0
+    unit = problem.phi0.numel() ** 0.5
 
     def inner(theta: Tensor, phi: Tensor) -> Tensor:
         return problem.inner(theta, phi, None)
@@ -106,8 +126,14 @@ def implicit(problem: Bilevel, record: Recorder, *, tolerance: float = 1e-3) -> 
 
     def value_and_gradient(at: np.ndarray) -> tuple[float, np.ndarray]:
         nonlocal theta, solution, evaluations
-        phi = torch.from_numpy(at).to(problem.phi0.dtype)
-        theta, _, num_gradients = problem.descend(phi, theta, 1e-2 * tolerance)
+        phi = problem.phi0 + unit * torch.from_numpy(at).to(problem.phi0.dtype)
+        solve: metavpt.ConjugateGradient | Factored = iterative
+        if problem.is_small:
+            theta, factor, num_gradients = problem.newton(phi, theta, 1e-2 * tolerance)
+            solve = Factored(factor)
+        else:
+            theta, _, num_gradients = problem.descend(phi, theta, 1e-2 * tolerance)
+        method = metavpt.Implicit(solve, product=EXACT, check_losses=False)
         try:
             found = metavpt.hypergradient(inner, outer, theta, phi, method, start=solution)
         except metavpt.UnsolvedError:  # the last solution was no start for this one
@@ -117,18 +143,17 @@ def implicit(problem: Bilevel, record: Recorder, *, tolerance: float = 1e-3) -> 
         evaluations += num_gradients * problem.num_inner + problem.num_outer
         if not record(phi, evaluations):
             raise StopIteration
-        return found.diagnostics["feedback_loss"], found.by_phi["phi"].double().numpy()
+        slope = unit * found.by_phi["phi"].double().numpy()
+        return found.diagnostics["feedback_loss"], slope
 
     record.start()
     record(problem.phi0, 0.0)
     options = {"maxiter": 10**6, "maxfun": 10**6, "gtol": 0.0, "ftol": 0.0, "maxcor": 30}
-    try:
+    with suppress(StopIteration, metavpt.UnsolvedError):
         minimize(
-            value_and_gradient, problem.phi0.double().numpy(), jac=True, method="L-BFGS-B",
+            value_and_gradient, np.zeros(problem.phi0.numel()), jac=True, method="L-BFGS-B",
             options=options,
         )  # fmt: skip
-    except (StopIteration, metavpt.UnsolvedError):
-        return
 
 
 def soba(
