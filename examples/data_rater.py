@@ -1,15 +1,15 @@
-"""Rate the samples of a noisy stream by meta-gradients, and train on the best (DataRater, 2505.17895).
+"""Rate the samples of a noisy stream by meta-gradients, and train on the best (DataRater).
 
     OMP_NUM_THREADS=1 python examples/data_rater.py OUT
     OMP_NUM_THREADS=1 python examples/data_rater.py OUT --text wikitext2_valid.txt
 
 A rater weighs the samples of a batch, B * softmax(rating): the rule of `designer=selection` and of
-`designer=token_weights` with per=row. Its hypergradient goes through four Adam steps of a learner to
-the loss on a few clean samples. Learners of all ages take part: each starts anew after some steps.
+`designer=token_weights` with per=row. Its hypergradient goes through four Adam steps of a learner
+to the loss on a few clean samples (arXiv 2505.17895). Each learner starts anew after some steps.
 Then a fresh learner trains on the samples with the highest ratings, beside one that takes all
-(`uniform`), the samples of lowest loss under a reference model (`perplexity`: trained on the stream;
-`reference`: on the clean samples), those of highest first-order value (`greedy`), and those that are
-truly clean (`oracle`).
+(`uniform`), the samples of lowest loss under a reference model (`perplexity`: trained on the
+stream; `reference`: on the clean samples), those of highest first-order value (`greedy`),
+and those that are truly clean (`oracle`).
 """
 
 import argparse
@@ -60,7 +60,7 @@ class Stream:
 
 
 class CharacterModel(nn.Module):
-    """The next character from the last eight: rows of characters (B, T) -> mean loss of each (B,)."""
+    """The next character from the last eight: rows (B, T) -> mean loss of each (B,)."""
 
     def __init__(self, num_characters: int, width: int = 24, hidden: int = 64) -> None:
         super().__init__()
@@ -89,7 +89,7 @@ class RowRater(nn.Module):
 
 
 class MaskedAutoencoder(nn.Module):
-    """Fills in the half of the pixels that a fixed pattern hides: images (B, 8, 8) -> losses (B,)."""
+    """Fills in the half of the pixels that a pattern hides: images (B, 8, 8) -> losses (B,)."""
 
     def __init__(self, hidden: int = 128) -> None:
         super().__init__()
@@ -118,7 +118,7 @@ class ImageRater(nn.Module):
 
 
 def text_stream(text: str, rate: float, seed: int, length: int = 48) -> Stream:
-    """Rows of characters; in a corrupted one every second character is another one of the text's."""
+    """Rows of characters; in a corrupted one every second character is drawn from the text."""
     rng = torch.Generator().manual_seed(seed)
     common = [c for c, _ in sorted(count_of(text).items(), key=lambda each: -each[1])][:63]
     index = {character: k for k, character in enumerate(common)}
@@ -268,7 +268,7 @@ def train(
 
 
 def saved(losses: list[float], goal: float) -> float:
-    """Return the share of the steps that are left when `losses` first reaches `goal`; 0 if never."""
+    """Return the share of steps left when `losses` first reaches `goal`; 0 if never."""
     for k in range(1, len(losses)):
         if losses[k] <= goal:
             within = (losses[k - 1] - goal) / max(losses[k - 1] - losses[k], 1e-12)

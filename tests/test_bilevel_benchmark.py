@@ -1,4 +1,4 @@
-"""The problems of the bilevel benchmark: hypergradients against closed forms, and the loops on them."""
+"""The problems of the bilevel benchmark: hypergradients against closed forms, and loops."""
 
 import numpy as np
 import pytest

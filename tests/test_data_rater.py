@@ -1,4 +1,4 @@
-"""The example that rates samples: it finds the corrupted ones, and its figures are what they say."""
+"""The example that rates samples: it finds the corrupted ones, and its figures are right."""
 
 import pytest
 import torch

@@ -2,7 +2,7 @@
 
 min over phi of outer(theta*(phi), phi), where theta*(phi) minimizes inner(theta, phi). The formulas
 are those of the benchmark's README. Its data sets cannot be had without a network, so
-scikit-learn's stand in for them. theta and phi are one vector each, as the benchmark's solvers want.
+scikit-learn's stand in for them. theta and phi are a vector each, as the benchmark's solvers want.
 
     problem = state("cleaning", draw("cleaning", seed=0), torch.float64)
 """

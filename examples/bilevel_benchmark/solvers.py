@@ -28,7 +28,7 @@ EXACT = metavpt.ExactProduct()
 
 
 def batches(num: int, size: int, seed: int) -> Iterator[Rows]:
-    """Yield slices of `size` samples, all once in random order, then again; None if one holds all."""
+    """Yield slices of `size` samples, all in random order, then again; None if one holds all."""
     generator = torch.Generator().manual_seed(seed)
     while True:
         if size >= num:

@@ -45,7 +45,7 @@ def table(rows: list[Row]) -> str:
         "CPU seconds (one thread) and gradients of one sample's loss until the value function, "
         "with the inner problem solved to optimality, is within 10 %, 1 % and 0.1 % of the way "
         "from its start to the lowest value that any solver reached. Medians over the seeds; "
-        "`-`: not reached on most of them. Sorted by seconds to 1 %, then to 10 %, then by the gap.",
+        "`-`: not reached on most of them. Sorted by seconds to 1 %, to 10 %, then by the gap.",
     ]
     problems = defaultdict[str, list[Row]](list)
     for row in rows:
