@@ -247,8 +247,8 @@ class DinoDense(
     def candidates(self, batch: Any, num_candidates: int) -> list[Views]:
         return self.designer.random_tasks(batch, num_candidates)
 
-    @override
     def pick(self, tasks: Sequence[Views], which: Tensor, sample: Tensor) -> Views:
+        """Make one task of samples of several: sample `sample[i]` of task `which[i]`."""
         return pick_views(tasks, which, sample)
 
     def microbatches(self, task: Views, num_parts: int) -> list[Views]:

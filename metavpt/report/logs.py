@@ -4,7 +4,7 @@ import json
 import math
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 import numpy as np
 
@@ -141,7 +141,7 @@ def warnings(records_by_place: dict[str, list[Record]]) -> Warnings:
     return Warnings(groups[:MAX_WARNINGS], max(0, len(groups) - MAX_WARNINGS))
 
 
-def is_number(value: Any) -> bool:
+def is_number(value: Any) -> TypeGuard[float]:
     """Return whether a JSON value is a number that fits into a float. Booleans are not numbers."""
     return isinstance(value, float) or (
         isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**1023

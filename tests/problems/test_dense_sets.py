@@ -57,7 +57,9 @@ def make(tmp_path_factory):
 
 def shipped(name, **changes):
     """The configuration of a probe as it is shipped."""
-    return {**OmegaConf.to_container(OmegaConf.load(CONFIGS / "probe" / f"{name}.yaml")), **changes}
+    found = OmegaConf.to_container(OmegaConf.load(CONFIGS / "probe" / f"{name}.yaml"))
+    assert isinstance(found, dict)
+    return {**found, **changes}
 
 
 def labelled(problem):
