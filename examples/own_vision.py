@@ -155,7 +155,7 @@ def train(strategy: Fixed | Learned) -> tuple[float, Bars]:
 
 plain, _ = train(Fixed())
 steered, problem = train(
-    Learned(optimizer=lambda phi: torch.optim.Adam(phi, lr=0.2), every=2, burn_in=20)
+    Learned(optimizer=lambda phi: torch.optim.Adam(phi, lr=0.1), every=2, burn_in=20)
 )
 print(f"accuracy of a linear head: plain {plain:.3f}, steered {steered:.3f}")
 

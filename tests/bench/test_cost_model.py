@@ -95,7 +95,10 @@ def scene(strategy: Strategy):
     strategy.start(problem)
     sources = (problem.pretrain_batches, problem.pretrain_batches, problem.feedback_batches)
     streams = Streams(*(Stream(source, seed) for seed, source in enumerate(sources)))
-    return problem, streams, torch.optim.AdamW(problem.learner.parameters(), lr=1e-3)
+    optimizer = torch.optim.AdamW(problem.learner.parameters(), lr=1e-3)
+    for group in optimizer.param_groups:  # as after the learner's first step
+        group["grad_norms"] = [1.0] * len(group["params"])
+    return problem, streams, optimizer
 
 
 def flops_of(stopwatch: cost_model.Stopwatch, name: str) -> int:

@@ -344,7 +344,10 @@ BAD = {
         ["a: budget.seconds=5", "set budget.steps"],
     ),
     "an option that no row has": (["strategy.num_candidate=3"], ["strategy.num_candidate=3"]),
-    "one name for two rows": (["strategies=[{a:fixed},{a:greedy}]"], ["a names two rows"]),
+    "one name for two rows": (
+        ["strategies=[{a:fixed},{a:greedy}]"],
+        ["strategies", "name a"],
+    ),
     "no direction": (["metrics={error: up}"], ["metrics.error=up", "lower or higher"]),
     "no row": (["strategies=[]", "controls=[]"], ["strategies=[]"]),
 }

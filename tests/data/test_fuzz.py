@@ -196,6 +196,7 @@ READERS = {
         "a.jsonl",
         lambda _: ROWS.encode(),
         lambda path: list(read_word_problems(path, on_error="skip")),
+        refuses=False,  # lines that cannot be read are passed over
     ),
     "text": Reader(
         "a.txt", lambda _: "One é.\n\nTwo.".encode(), lambda path: list(open_documents(path))
