@@ -165,7 +165,7 @@ class Data2VecDense(
     def replay_batch(
         self, theta: Params, batch: Any, w: Params, derivative: DirectionalDerivative
     ) -> dict[str, Tensor]:
-        """What the teacher says of the patches and the values of their targets, both (B, N, D)."""
+        """Compute the teacher's features of the patches and the values of moves, both (B, N, D)."""
         task = self.recipe(batch)
         return self._replay(
             *self._described(task.images),

@@ -61,9 +61,9 @@ def compiled_parts(problem: Problem) -> list[str]:
 
 
 def attention(scene: Scene) -> Finding:
-    """Which kernel attention runs in.
+    """Report which kernel attention runs in.
 
-    Exact products switch fused ones off, `exact_product` tells whether they get through.
+    Exact products switch fused kernels off; the finding `exact_product` shows whether that works.
     """
     with torch.no_grad():
         task = scene.task()

@@ -12,7 +12,7 @@ from metavpt.check.derivatives import JUMPS, Reference, differences
 from metavpt.check.finding import Finding
 from metavpt.check.first_order import WARM_UP, MakeOptimizer, copy_state, restore, step
 from metavpt.check.scene import NUM_BATCHES, Scene, cosine
-from metavpt.errors import UnsolvedError
+from metavpt.errors import MetaVPTError, UnsolvedError
 from metavpt.hypergradients import params
 from metavpt.hypergradients.directions import AdamAware
 from metavpt.hypergradients.estimators import (
@@ -192,7 +192,8 @@ def _solves(scene: Scene, estimator: Implicit) -> Finding:
         solve(replace(own, product=product)) for product in (ExactProduct(), DifferenceProduct())
     )
     x = exact.solution
-    assert x is not None  # solved
+    if x is None:
+        raise MetaVPTError(f"{name}: {type(own).__name__} returned no solution of its solve")
     said, again = exact.diagnostics["residual"], _residual(scene, own, x, exact.diagnostics)
     reference = Reference.of(scene, w=params.scale(x, -1.0))
     errors = [reference.error(found.by_phi) for found in (exact, differenced)]

@@ -106,7 +106,9 @@ class LabelledImages(RGBDFrames):
                 f"data.classes: give the number of classes or their names; {self._some_values()}"
             )
         self.table, self.class_names = (
-            class_table(classes, ignore_index) if classes is not None else (None, [])
+            class_table(classes, ignore_index)
+            if classes is not None
+            else (np.full(MAX_VALUE, NONE), [])
         )
         self.size = self._find_size(size)
         present = self._check_files()
@@ -139,7 +141,6 @@ class LabelledImages(RGBDFrames):
 
     def _classes_of(self, file: Path) -> np.ndarray:
         """Classes of a mask, uint8 (H, W)."""
-        assert self.table is not None
         mask = read_mask(file)
         found = self.table[mask]
         if (found == NONE).any():
@@ -152,7 +153,6 @@ class LabelledImages(RGBDFrames):
         return found.astype(np.uint8)
 
     def _known(self, which: Literal["classes", "ignored"]) -> str:
-        assert self.table is not None
         counted = self.table == IGNORE if which == "ignored" else (self.table >= 0)
         if which == "classes":
             counted &= self.table != IGNORE
@@ -236,7 +236,7 @@ class LabelledImages(RGBDFrames):
 
     def _fingerprint(self) -> str:
         """Of all that a check depends on."""
-        options = [self.scale, self.splits, None if self.table is None else self.table.tolist()]
+        options = [self.scale, self.splits, self.table.tolist()]
         digest = hashlib.sha256(json.dumps(options).encode())
         for item in self.items:
             for file in (item.image, *item.maps.values()):

@@ -73,7 +73,7 @@ def find_items(
 
 
 def find_files(root: Path, place: str, option: str, suffixes: set[str]) -> dict[str, Path]:
-    """Find the files of a place, by what tells them apart in it.
+    """Find the files of a place, keyed by the part of their path that differs.
 
     Args:
         root: What `place` is relative to.

@@ -25,7 +25,7 @@ NUM_PICTURES = 6
 
 
 class ViewPolicy(Designer):
-    """Weights of the squared errors of features, by how far their targets pull the way that pays.
+    """Weights squared errors of features by how much their targets lower the feedback loss.
 
     As `ResidualNetwork` with a policy, on the global views of self-distillation. The views are the
     recipe's.

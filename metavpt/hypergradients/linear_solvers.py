@@ -125,7 +125,7 @@ class ConjugateGradient:
 
 @dataclass(frozen=True)
 class DampedLanczos:
-    """Solves with the least damping for which a few products give a solution.
+    """Lanczos with the least damping that brings the residual to `tolerance`.
 
     Lanczos tridiagonalizes A on the Krylov space of b: A Q = Q T + beta_k q_{k+1} e_k^T. The same Q
     serves A + lambda I for every lambda. So x(lambda) = |b| Q (T + lambda I)^-1 e_1 and its

@@ -2,14 +2,11 @@
 
 import pytest
 import torch
-from helpers.differences import relative
-from helpers.small_data2vec import at, in_float64, maker, slope_of_value
+from helpers.policies import assert_products_agree
+from helpers.small_data2vec import at, in_float64, maker
 
-from metavpt import Dot, ExactProduct, OneStep
 from metavpt.feedback.cross_fitted import PatchLabels
 from metavpt.hypergradients import params
-from metavpt.hypergradients.mixed_products import DifferenceProduct
-from metavpt.strategies.learned import inner_loss
 
 OPTIONS = ("feedback=cross_fitted", "designer.hidden_width=8", "problem.feedback_batch_size=null")
 
@@ -64,19 +61,7 @@ def test_policy_products_agree_with_finite_differences(make, surface):
     """Exact = difference product = finite differences in phi, in float64, where no weight is 0."""
     options = (f"designer.surface={surface}", "designer.strength=0.05")
     problem = steered(make("designer=patch_policy", *options))
-    theta, aligned, batch, g_down = at(problem)
-    labelled = next(iter(problem.feedback_batches(2)))
-    inner, phi = inner_loss(problem, theta, batch), params.detach(params.named(problem.designer))
-    outer = lambda theta_s: problem.feedback_loss({**theta, **theta_s}, labelled)
-    by = {
-        kind: OneStep(Dot(), kind())([inner], outer, aligned, phi).by_phi
-        for kind in (ExactProduct, DifferenceProduct)
-    }
-    assert params.norm(by[ExactProduct]) > 0
-    assert relative(by[DifferenceProduct], by[ExactProduct]) < 1e-6
-    direction = params.zip_with(torch.randn_like, phi)
-    slope = slope_of_value(inner, aligned, g_down, phi, direction)
-    assert slope == pytest.approx(-float(params.dot(by[ExactProduct], direction)), rel=1e-5)
+    assert_products_agree(problem)
 
 
 def test_random_and_hardest_policies_know_nothing_of_the_feedback(make):

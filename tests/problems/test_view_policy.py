@@ -7,19 +7,18 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers.differences import relative
-from helpers.small_data2vec import Doubled, at, slope_of_value
+from helpers.policies import assert_products_agree
+from helpers.small_data2vec import Doubled, at
 from helpers.small_dino import SMALL
 from helpers.training import assert_identical, train, weights
 from hydra import compose, initialize_config_module
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 
-from metavpt import DifferenceProduct, Dot, ExactProduct, Fixed, Learned, OneStep
+from metavpt import Dot, ExactProduct, Fixed, Learned, OneStep
 from metavpt.hypergradients import params
 from metavpt.strategies.controls import Hardest
 from metavpt.strategies.function_space import Functional
-from metavpt.strategies.learned import inner_loss
 
 POLICY = [
     "objective=dino_features", "designer=view_policy", "designer.hidden_width=8",
@@ -116,19 +115,7 @@ def test_policy_weighs_the_term_of_features_and_no_other(make, surface):
 def test_policy_products_agree_with_finite_differences(make, surface):
     """Exact = difference product = finite differences in phi, in float64, where no weight is 0."""
     problem = steered(make(f"designer.surface={surface}", "designer.strength=0.05"))
-    theta, aligned, batch, g_down = at(problem)
-    labelled = next(iter(problem.feedback_batches(2)))
-    inner, phi = inner_loss(problem, theta, batch), params.detach(params.named(problem.designer))
-    outer = lambda theta_s: problem.feedback_loss({**theta, **theta_s}, labelled)
-    by = {
-        kind: OneStep(Dot(), kind())([inner], outer, aligned, phi).by_phi
-        for kind in (ExactProduct, DifferenceProduct)
-    }
-    assert params.norm(by[ExactProduct]) > 0
-    assert relative(by[DifferenceProduct], by[ExactProduct]) < 1e-6
-    direction = params.zip_with(torch.randn_like, phi)
-    slope = slope_of_value(inner, aligned, g_down, phi, direction)
-    assert slope == pytest.approx(-float(params.dot(by[ExactProduct], direction)), rel=1e-5)
+    assert_products_agree(problem)
 
 
 def functional() -> Functional:
