@@ -348,7 +348,9 @@ class DenseProblem(MultipleFeedbacks, SupportsFunctionSpace, Shardable, Reportab
         for name, labels in batch.items():
             heads = self._feedback[name]
             if not (isinstance(heads, CrossFitted) and isinstance(labels, PatchLabels)):
-                raise MetaVPTError("strategy=functional needs feedback=cross_fitted")
+                raise MetaVPTError(
+                    f"designer {type(self.designer).__name__} needs feedback=cross_fitted"
+                )
             parts = self.states_of(theta, name, labels.image)
             tail = self.reference.tail
             features = torch.cat([normalized_features(tail(part).patches) for part in parts])
@@ -374,6 +376,11 @@ class DenseProblem(MultipleFeedbacks, SupportsFunctionSpace, Shardable, Reportab
         policy: Any = self.designer
         policy.directions.copy_(torch.cat(directions) / len(directions) ** 0.5)
         return {key: torch.cat([part[key] for part in found]) for key in found[0]}
+
+    def describe_heads(self, labelled: Any) -> None:
+        """Give the designer the directions of cross-fitted heads, if it predicts residuals."""
+        if isinstance(getattr(self.designer, "directions", None), Tensor):
+            self.output_values(params.detach(params.named(self.learner)), labelled)
 
     def designer_loss(self, replay: dict[str, Tensor]) -> Tensor:
         """Compute the designer's loss on stored values."""

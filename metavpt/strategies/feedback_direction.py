@@ -15,7 +15,14 @@ from metavpt.hypergradients.distributed_losses import averaged
 from metavpt.hypergradients.estimators import downstream
 from metavpt.hypergradients.mixed_products import value_and_gradient
 from metavpt.hypergradients.params import Params
-from metavpt.strategies.learned import LearnerStep, feedback_on, feedback_record, tail_loss
+from metavpt.problem import supports
+from metavpt.strategies.learned import (
+    LearnerStep,
+    ReadsHeads,
+    feedback_on,
+    feedback_record,
+    tail_loss,
+)
 from metavpt.strategies.period import Period
 from metavpt.strategies.random_direction import RandomDirection
 from metavpt.training.strategy import TrainState
@@ -67,6 +74,8 @@ class FeedbackDirection:
         with state.budget.timed("data"):
             labelled = next(state.streams.feedback)
         feedback = feedback_on(state.problem, labelled)
+        if supports(state.problem, ReadsHeads):
+            state.problem.describe_heads(labelled)
         combined = self.combination(feedback)
         try:
             fresh = downstream(combined.outer_loss, feedback.aligned)[1]

@@ -1,7 +1,7 @@
 """The learned designer: hypergradients of the feedback loss train it, one update at a time."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -10,7 +10,14 @@ from torch.optim import Optimizer
 
 from metavpt.distributed import collectives
 from metavpt.errors import MetaVPTError, NonFiniteError, UnsolvedError
-from metavpt.feedback.aggregation import Combination, Feedback, Pair, WeightedSum
+from metavpt.feedback.aggregation import (
+    Combination,
+    Combined,
+    Feedback,
+    Pair,
+    WeightedSum,
+    unpaired,
+)
 from metavpt.hypergradients import params
 from metavpt.hypergradients.distributed_losses import averaged
 from metavpt.hypergradients.estimators import (
@@ -64,6 +71,14 @@ class MeasuresFeedback(Protocol):
     feedback_record: Mapping[str, float]
 
 
+class ReadsHeads(Protocol):
+    """A problem whose designer reads the directions of the feedback's heads."""
+
+    def describe_heads(self, labelled: Any) -> None:
+        """Give the designer the directions of the heads that a labelled batch fits."""
+        ...
+
+
 class Learned:
     """The designer's tasks. Every `every` steps, hypergradients update the designer.
 
@@ -81,6 +96,9 @@ class Learned:
         combination: How several feedbacks are aggregated. Default: their weighted sum.
         random_seed: With a seed, replace g_down by a random vector of equal norm. This is the
             control: the designer's updates keep their size and lose the feedback.
+        feedback_every: Updates that use one g_down. Above 1 the feedback loss is replaced by
+            <g_down, theta>, its linear part where g_down was taken: less noise for less time, where
+            a labelled batch is large.
     """
 
     def __init__(
@@ -92,7 +110,14 @@ class Learned:
         max_norm: float = 1.0,
         combination: Combination | None = None,
         random_seed: int | None = None,
+        feedback_every: int = 1,
     ) -> None:
+        if feedback_every < 1:
+            raise MetaVPTError(f"strategy.feedback_every={feedback_every} must be at least 1")
+        if feedback_every > 1:
+            combination = unpaired(combination)
+        self.feedback_every = feedback_every
+        self._kept: KeptGradient | None = None
         self.period = Period(every, burn_in)
         self.estimator = estimator or OneStep()
         self.combination = combination or WeightedSum()
@@ -147,15 +172,32 @@ class Learned:
         """
         with state.budget.timed("data"):
             unlabelled = [next(state.streams.meta) for _ in range(self.estimator.num_batches)]
-            labelled = next(state.streams.feedback)
-        feedback = feedback_on(state.problem, labelled)
-        combined = self.combination(feedback, unlabelled)
+        feedback, combined = self._feedback(state, unlabelled)
         estimates = {
             name: self._estimate(name, pair, feedback, state.optimizer)
             for name, pair in combined.pairs.items()
         }
         self._solutions = {name: estimate.solution for name, estimate in estimates.items()}
         return combined.mean(estimates), unlabelled[0]
+
+    def _feedback(self, state: TrainState, unlabelled: Sequence[Any]) -> tuple[Feedback, Combined]:
+        """Combine the feedbacks of a new labelled batch, or reuse the gradient of the last one."""
+        kept = self._kept
+        if kept is None or kept.num_uses == self.feedback_every:
+            with state.budget.timed("data"):
+                labelled = next(state.streams.feedback)
+            feedback = feedback_on(state.problem, labelled)
+            if supports(state.problem, ReadsHeads):
+                state.problem.describe_heads(labelled)
+            combined = self.combination(feedback, unlabelled)
+            if self.feedback_every == 1:
+                return feedback, combined
+            loss, g_down = downstream(combined.outer_loss, feedback.aligned)
+            kept = KeptGradient(loss, g_down, combined.record, 0)
+        self._kept = kept._replace(num_uses=kept.num_uses + 1)
+        record = {**kept.record, "feedback_loss": kept.loss}
+        pair = Pair(_linear(kept.g_down), unlabelled)
+        return feedback_at(state.problem, None), Combined({"feedback": pair}, record=record)
 
     def apply(
         self, state: TrainState, hypergradient: Hypergradient, batch: Any
@@ -202,6 +244,7 @@ class Learned:
             "num_unsolved": self.num_unsolved,
             "optimizer": self.designer.state_dict(),
             "solutions": self._solutions,
+            "kept": self._kept and tuple(self._kept),
             "random": self.random.state_dict() if self.random else None,
         }
 
@@ -211,8 +254,26 @@ class Learned:
         self.period.load_state_dict(state["period"])
         self.designer.load_state_dict(state["optimizer"])
         self._solutions = state["solutions"]
+        kept = state.get("kept")  # absent in checkpoints of older versions
+        self._kept = KeptGradient(*kept) if kept else None
         if self.random:
             self.random.load_state_dict(state["random"])
+
+
+class KeptGradient(NamedTuple):
+    """The gradient of the feedback loss where it was last taken.
+
+    Attributes:
+        loss: The feedback loss there.
+        g_down: Its gradient by theta_S.
+        record: Measurements of the combination.
+        num_uses: Updates that have used it.
+    """
+
+    loss: float
+    g_down: Params
+    record: dict[str, float]
+    num_uses: int
 
 
 class DesignerOptimizer:
@@ -377,6 +438,11 @@ def feedback_on(problem: Problem, labelled: Any) -> Feedback:
     """Fit the heads, and return the feedback of a labelled batch at the learner's theta."""
     with phase("heads"):
         problem.fit_heads()
+    return feedback_at(problem, labelled)
+
+
+def feedback_at(problem: Problem, labelled: Any) -> Feedback:
+    """Return the feedback of a labelled batch at theta, with the heads as they are."""
     theta = params.detach(params.named(problem.learner))
     aligned = {name: theta[name] for name in aligned_names(problem, theta)}
     return Feedback(problem, theta, aligned, labelled)

@@ -4,7 +4,10 @@ import pytest
 import torch
 from helpers.policies import assert_products_agree
 from helpers.small_data2vec import at, in_float64, maker
+from hydra import compose, initialize_config_module
+from hydra.utils import instantiate
 
+from metavpt import Budget, RunLog, Trainer
 from metavpt.feedback.cross_fitted import PatchLabels
 from metavpt.hypergradients import params
 
@@ -142,3 +145,19 @@ def test_trunk_states_of_labelled_frames_are_computed_once_while_the_trunk_is_fr
     second = problem.output_values(theta, labelled)
     assert len(passes) == 12
     assert not torch.equal(first["states"], second["states"])
+
+
+@pytest.mark.parametrize("strategy", ["one_step", "unrolled", "implicit"])
+def test_estimators_through_parameters_train_a_policy(make, strategy, tmp_path):
+    """The designer reads the directions of the heads, so that its first update is not 0."""
+    problem = make("designer=patch_policy")
+    with initialize_config_module("metavpt.configs", version_base="1.3"):
+        cfg = compose("run", [f"strategy={strategy}", "strategy.every=1", "strategy.burn_in=0"])
+    trainer = Trainer(
+        problem, instantiate(cfg.strategy, _convert_="all"), Budget(steps=1), RunLog(tmp_path)
+    )
+    before = {name: p.detach().clone() for name, p in params.named(problem.designer).items()}
+    trainer.step()
+    assert problem.designer.directions.abs().sum() > 0
+    moved = params.zip_with(torch.sub, params.named(problem.designer), before)
+    assert moved["network.write.weight"].abs().sum() > 0

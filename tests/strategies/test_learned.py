@@ -309,3 +309,54 @@ def test_the_first_update_before_any_step_has_the_gradients_own_norm(tmp_path: P
         trainer.step()
         values += [r["value"] for r in trainer.log.records() if r["kind"] == "designer"]
     assert values[0] == pytest.approx(values[1], rel=1e-9)
+
+
+class LinearFeedback(Deep):
+    """The feedback loss is linear in theta_S, and counts its labelled batches."""
+
+    num_read = 0
+
+    def feedback_batches(self, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
+        for batch in self.pretrain_batches(0):
+            self.num_read += 1
+            yield batch
+
+    def feedback_loss(self, theta: Params, batch: Any) -> Tensor:
+        return sum((p * torch.linspace(-1, 1, p.numel()).view_as(p)).sum()
+                   for name, p in theta.items() if name.startswith("tail."))  # fmt: skip
+
+
+@pytest.mark.parametrize("estimator", ["cosine", "adam_aware", "unrolled", "implicit"])
+def test_a_kept_gradient_of_a_linear_feedback_changes_no_update(
+    tmp_path: Path, estimator: str
+) -> None:
+    found = {}
+    for feedback_every in (1, 3):
+        problem = LinearFeedback(False)
+        strategy = Learned(ESTIMATORS[estimator], every=2, feedback_every=feedback_every)
+        trainer = Trainer(
+            problem, strategy, Budget(steps=12), RunLog(tmp_path / str(feedback_every)),
+            optimizer=OPTIMIZERS["adamw"],
+        )  # fmt: skip
+        for _ in range(12):
+            trainer.step()
+        found[feedback_every] = problem.designer.log_scale.detach().clone()
+        assert problem.num_read == {1: 6, 3: 2}[feedback_every]
+    torch.testing.assert_close(found[3], found[1], rtol=1e-9, atol=1e-12)
+
+
+def test_a_kept_gradient_survives_a_checkpoint(tmp_path: Path) -> None:
+    whole, cut, resumed = (Deep(False) for _ in range(3))
+    strategies = [Learned(every=1, feedback_every=4) for _ in range(3)]
+    first, second, third = (
+        Trainer(problem, strategy, Budget(steps=6), RunLog(tmp_path / str(k)))
+        for k, (problem, strategy) in enumerate(zip((whole, cut, resumed), strategies, strict=True))
+    )
+    for _ in range(6):
+        first.step()
+    for _ in range(3):
+        second.step()
+    third.load_state_dict(second.state_dict())
+    for _ in range(3):
+        third.step()
+    torch.testing.assert_close(resumed.designer.log_scale, whole.designer.log_scale, rtol=0, atol=0)
