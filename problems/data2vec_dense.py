@@ -23,7 +23,7 @@ from metavpt.learners.vit import Backbone, Hidden
 from metavpt.objectives.data2vec import data2vec_loss
 from metavpt.objectives.goal_loss import goal_loss
 from metavpt.objectives.ijepa import normalized_features
-from metavpt.profiling.timers import phase
+from metavpt.profiling import phase
 from metavpt.strategies.amortized import SupportsReplay
 from metavpt.strategies.learned import SharedTrunk
 from metavpt.strategies.selection import SupportsCandidates, SupportsSelection

@@ -33,7 +33,7 @@ from metavpt.objectives.dino import center_update, centered_probs, sinkhorn_prob
 from metavpt.objectives.distillation import active_terms, hidden_of, pack, term_losses, unpack
 from metavpt.objectives.goal_loss import GoalLoss, goal_loss
 from metavpt.objectives.ijepa import normalized_features
-from metavpt.profiling.timers import phase
+from metavpt.profiling import phase
 from metavpt.strategies.learned import SharedTrunk
 from metavpt.strategies.selection import SupportsCandidates, SupportsSelection
 from metavpt.strategies.tilted_targets import SupportsTilting

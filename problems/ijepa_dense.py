@@ -11,7 +11,7 @@ from metavpt.learners.predictor import Predictor
 from metavpt.learners.teacher import Teacher
 from metavpt.learners.vit import Backbone
 from metavpt.objectives.ijepa import ijepa_loss, normalized_features
-from metavpt.profiling.timers import phase
+from metavpt.profiling import phase
 
 from .masked_dense import MaskedDense
 

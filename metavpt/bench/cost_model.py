@@ -29,7 +29,7 @@ from metavpt.hypergradients.estimators import Estimator, Implicit, OneStep, Unro
 from metavpt.hypergradients.linear_targets import LinearProduct
 from metavpt.hypergradients.mixed_products import DifferenceProduct, ExactProduct, Product
 from metavpt.problem import require
-from metavpt.profiling.timers import Clock
+from metavpt.profiling import Clock
 from metavpt.strategies.fixed import Fixed
 from metavpt.strategies.learned import Learned, feedback_on, inner_loss
 from metavpt.strategies.selection import Greedy, GreedySelection, SupportsSelection

@@ -14,8 +14,7 @@ from rich.text import Text
 
 from metavpt.bench import cost_model, flops
 from metavpt.errors import MetaVPTError
-from metavpt.profiling.memory import PeakMemory
-from metavpt.profiling.timers import Clock
+from metavpt.profiling import Clock, PeakMemory
 from metavpt.strategies.period import Period
 from metavpt.training.trainer import Trainer
 

@@ -9,7 +9,7 @@ from torch import Generator, Tensor, nn
 
 from metavpt.distributed import collectives
 from metavpt.errors import MetaVPTError
-from metavpt.profiling.timers import phase
+from metavpt.profiling import phase
 
 Range = tuple[float, float]
 

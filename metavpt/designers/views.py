@@ -26,7 +26,7 @@ from metavpt.designers.hiding import hidden_patches
 from metavpt.distributed import collectives
 from metavpt.errors import MetaVPTError
 from metavpt.hypergradients.params import Params
-from metavpt.profiling.timers import phase
+from metavpt.profiling import phase
 
 _ADJUSTMENTS: tuple[Callable[[Tensor, Tensor], Tensor], ...] = (
     adjust_brightness_accumulative,

@@ -36,7 +36,7 @@ from metavpt.hypergradients.mixed_products import (
 from metavpt.hypergradients.optimizer_updates import Update, step_length, vjp
 from metavpt.hypergradients.params import Params
 from metavpt.hypergradients.trajectory import Trajectory, Unroll
-from metavpt.profiling.timers import phase
+from metavpt.profiling import phase
 
 InnerLoss = Callable[[Params], Loss]
 OuterLoss = Callable[[Params], Tensor]

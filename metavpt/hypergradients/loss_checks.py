@@ -20,7 +20,7 @@ from metavpt.errors import ImpureLossError
 from metavpt.hypergradients import params
 from metavpt.hypergradients.mixed_products import Loss, check_reached
 from metavpt.hypergradients.params import Params
-from metavpt.profiling.passes import uncounted
+from metavpt.profiling import uncounted
 
 ROUNDING = 1e-5  # relative; on a GPU some kernels add in another order each time
 OFF = "if it is meant to be so, pass check_losses=False to the estimator"

@@ -32,8 +32,7 @@ from metavpt.hypergradients.mixed_products import Loss, reached, value_and_gradi
 from metavpt.hypergradients.optimizer_updates import Update, from_torch, last_grad_norm
 from metavpt.hypergradients.params import Params
 from metavpt.problem import Problem, aligned_names, supports
-from metavpt.profiling.passes import uncounted
-from metavpt.profiling.timers import phase
+from metavpt.profiling import phase, uncounted
 from metavpt.strategies.period import Period
 from metavpt.strategies.random_direction import RandomDirection
 from metavpt.training.schedule import make_optimizer

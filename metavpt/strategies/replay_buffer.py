@@ -10,7 +10,7 @@ from metavpt.distributed import collectives
 from metavpt.errors import MetaVPTError
 from metavpt.hypergradients import params
 from metavpt.problem import Problem
-from metavpt.profiling.timers import phase
+from metavpt.profiling import phase
 from metavpt.strategies.learned import MakeOptimizer, trainable
 from metavpt.training.schedule import WarmupCosine, make_optimizer
 

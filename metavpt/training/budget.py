@@ -6,8 +6,7 @@ from typing import Any
 
 from metavpt.distributed import collectives
 from metavpt.errors import MetaVPTError
-from metavpt.profiling.memory import PeakMemory
-from metavpt.profiling.timers import Clock, phase
+from metavpt.profiling import Clock, PeakMemory, phase
 
 UNITS = ("steps", "samples", "grad_evals", "seconds")
 UNCOUNTED = frozenset({"probe"})  # purposes that are timed but are no training

@@ -27,7 +27,7 @@ from metavpt.hypergradients import params
 from metavpt.hypergradients.distributed_losses import averaged
 from metavpt.hypergradients.params import Params
 from metavpt.problem import Problem, supports
-from metavpt.profiling.timers import phase
+from metavpt.profiling import phase
 from metavpt.training.strategy import Proposal
 
 PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")

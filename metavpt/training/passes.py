@@ -13,7 +13,7 @@ from metavpt.errors import MetaVPTError
 from metavpt.hypergradients import params
 from metavpt.hypergradients.params import Params
 from metavpt.problem import Problem
-from metavpt.profiling.passes import PassCounter
+from metavpt.profiling import PassCounter
 from metavpt.training.strategy import Proposal
 
 

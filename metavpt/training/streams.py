@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, Protocol
 from metavpt.distributed import collectives
 from metavpt.errors import MetaVPTError
 from metavpt.problem import Problem, supports
-from metavpt.profiling.timers import phase
+from metavpt.profiling import phase
 
 TIMEOUT = 600.0  # seconds
 

@@ -13,7 +13,7 @@ from metavpt.errors import MetaVPTError, brief
 from metavpt.hypergradients import params, trees
 from metavpt.metrics import check_directions
 from metavpt.problem import Problem, supports
-from metavpt.profiling.timers import phase
+from metavpt.profiling import phase
 from metavpt.training import run_options
 from metavpt.training.budget import Budget
 from metavpt.training.checkpoint import Checkpoints

@@ -15,7 +15,7 @@ from metavpt.hypergradients.linear_solvers import ConjugateGradient, DampedLancz
 from metavpt.hypergradients.mixed_products import DifferenceProduct, ExactProduct
 from metavpt.hypergradients.optimizer_updates import SGD, AdamW, ClipGradNorm, Rule, Update
 from metavpt.hypergradients.params import Params
-from metavpt.profiling.timers import Clock
+from metavpt.profiling import Clock
 
 
 @pytest.fixture

@@ -22,7 +22,7 @@ from metavpt import (
     Unrolled,
 )
 from metavpt.hypergradients import params
-from metavpt.profiling.passes import PassCounter, uncounted
+from metavpt.profiling import PassCounter, uncounted
 from metavpt.strategies.controls import Adversarial, Direct, Hardest, LabelsOnly
 from metavpt.strategies.selection import Greedy, GreedySelection
 

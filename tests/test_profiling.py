@@ -1,8 +1,13 @@
-"""A clock's seconds add up to the time that went by, whatever lies in what."""
+"""Seconds add up to the time that went by; the peak of memory leaves out what is paused."""
+
+import sys
 
 import pytest
+import torch
 
-from metavpt.profiling.timers import Clock, phase
+from metavpt.profiling import Clock, PeakMemory, phase
+
+MIB = 2**20
 
 
 class Ticks:
@@ -58,3 +63,29 @@ def test_an_error_ends_its_phases():
     with clock.listen("outer"):
         pass
     assert clock.seconds["outer"] == 3.0
+
+
+def take(mebibytes):
+    torch.ones(mebibytes * MIB // 4)  # written to, hence resident; freed at once
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only Linux can set the mark back")
+def test_what_is_needed_for_a_moment_counts_and_what_is_paused_does_not():
+    memory = PeakMemory()
+    memory.restart()
+    idle = memory.peak
+    with memory.paused():
+        take(400)
+    assert memory.peak < idle + 100 * MIB
+    take(200)
+    peak = memory.peak
+    assert idle + 150 * MIB < peak < idle + 350 * MIB
+    with memory.paused():
+        take(400)
+    assert peak <= memory.peak < peak + 50 * MIB
+
+
+def test_a_resumed_run_keeps_the_earlier_peak():
+    memory = PeakMemory()
+    memory.earlier = 10**15
+    assert memory.peak == 10**15

@@ -1,1 +1,0 @@
-"""Timers of the phases of a step, and peak memory."""
