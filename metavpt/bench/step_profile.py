@@ -15,7 +15,7 @@ from rich.text import Text
 from metavpt.bench import cost_model, flops
 from metavpt.errors import MetaVPTError
 from metavpt.profiling import Clock, PeakMemory
-from metavpt.strategies.period import Period
+from metavpt.training.schedule import Period
 from metavpt.training.trainer import Trainer
 
 STEP, UPDATE = "step", "designer"

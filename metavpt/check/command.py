@@ -13,7 +13,7 @@ from metavpt.check import Finding, check
 from metavpt.cli.configuration import command
 from metavpt.cli.console import Console
 from metavpt.problem import move_to_device
-from metavpt.training.option_types import check_option_types
+from metavpt.training.build import check_option_types
 
 COLOURS = {"ok": "green", "warning": "yellow", "failed": "bold red"}
 

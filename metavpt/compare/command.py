@@ -29,9 +29,9 @@ from metavpt.report.rows import run_folder as row_folder
 from metavpt.training import run_folder
 from metavpt.training.budget import UNITS
 from metavpt.training.build import build as build_trainer
+from metavpt.training.build import check_option_types
 from metavpt.training.disk import write_text
 from metavpt.training.engine import check_device
-from metavpt.training.option_types import check_option_types
 from metavpt.training.trainer import Trainer
 
 WARM_START = "warm start"

@@ -25,11 +25,10 @@ from metavpt.errors import MetaVPTError, NonFiniteError
 from metavpt.run import dry_run, summary
 from metavpt.run.sweep import Objective
 from metavpt.training import health, run_folder
-from metavpt.training.build import build
+from metavpt.training.build import build, check_option_types
 from metavpt.training.checkpoint import Checkpoints
 from metavpt.training.disk import write_text
 from metavpt.training.engine import make_fabric
-from metavpt.training.option_types import check_option_types
 from metavpt.training.signals import Stopped, StopRequest
 from metavpt.training.trainer import Trainer
 

@@ -17,7 +17,6 @@ from metavpt.hypergradients.mixed_products import differentiate
 from metavpt.hypergradients.params import Params
 from metavpt.problem import Problem, require, supports
 from metavpt.strategies.learned import DesignerOptimizer, MakeOptimizer, feedback_on, inner_loss
-from metavpt.strategies.period import Period
 from metavpt.strategies.selection import (
     SupportsCandidates,
     SupportsSelection,
@@ -25,6 +24,7 @@ from metavpt.strategies.selection import (
     best_candidates,
 )
 from metavpt.strategies.tilted_targets import check_gate
+from metavpt.training.schedule import Period
 from metavpt.training.strategy import (
     Proposal,
     TrainState,

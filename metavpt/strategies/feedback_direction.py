@@ -23,8 +23,8 @@ from metavpt.strategies.learned import (
     feedback_record,
     tail_loss,
 )
-from metavpt.strategies.period import Period
 from metavpt.strategies.random_direction import RandomDirection
+from metavpt.training.schedule import Period
 from metavpt.training.strategy import TrainState
 
 

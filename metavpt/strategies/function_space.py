@@ -18,8 +18,8 @@ from metavpt.errors import NonFiniteError
 from metavpt.hypergradients.params import Params
 from metavpt.problem import Problem, require
 from metavpt.strategies.learned import MakeOptimizer, feedback_on
-from metavpt.strategies.period import Period
 from metavpt.strategies.replay_buffer import Replay, ReplayBuffer
+from metavpt.training.schedule import Period
 from metavpt.training.strategy import Proposal, TrainState, designed, draw
 
 

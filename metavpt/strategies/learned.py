@@ -33,9 +33,8 @@ from metavpt.hypergradients.optimizer_updates import Update, from_torch, last_gr
 from metavpt.hypergradients.params import Params
 from metavpt.problem import Problem, aligned_names, supports
 from metavpt.profiling import phase, uncounted
-from metavpt.strategies.period import Period
 from metavpt.strategies.random_direction import RandomDirection
-from metavpt.training.schedule import make_optimizer
+from metavpt.training.schedule import Period, make_optimizer
 from metavpt.training.strategy import Proposal, TrainState, designed, draw
 
 MakeOptimizer = Callable[[Iterable[Tensor]], Optimizer]

@@ -11,10 +11,9 @@ from metavpt.hypergradients import params
 from metavpt.hypergradients.params import Params
 from metavpt.problem import Problem
 from metavpt.strategies.learned import Learned
-from metavpt.strategies.period import Period
 from metavpt.training.budget import Budget
-from metavpt.training.passes import LearnerPasses
-from metavpt.training.strategy import Strategy, TrainState
+from metavpt.training.schedule import Period
+from metavpt.training.strategy import LearnerPasses, Strategy, TrainState
 from metavpt.training.streams import Stream, Streams
 
 

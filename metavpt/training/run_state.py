@@ -1,4 +1,9 @@
-"""Checks of a run's state, before it is saved and before a checkpoint is loaded."""
+"""What makes a saved state that of this run: its options, its entries, and finite numbers.
+
+`Options` are the options that a run's numbers depend on, as dotted keys with plain values. Options
+that may change when a run is resumed are left out: the length of its budget, paths, devices, and
+logging.
+"""
 
 import math
 from collections.abc import Container, Iterator, Mapping, Sequence
@@ -8,8 +13,87 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_flatten_with_path, tree_leaves
 
-from metavpt.training import run_options
-from metavpt.training.run_options import WRITTEN_BY_STEPS
+Options = dict[str, Any]
+
+LEFT_OUT = {
+    *("budget", "runs", "output", "resume", "minimise", "metrics", "tracker"),
+    *("allow_targets", "allow_env"),
+    *("device", "devices", "nodes", "parallel", "threads"),
+    *("strategies", "controls", "vary", "seeds", "match", "warm_start", "jobs"),  # of comparisons
+}
+LEFT_OUT_OF_TRAINER = {
+    *("log_every", "probe_every", "first_order_every", "checkpoint_every"),
+    *("max_failures", "data_timeout", "dry_run", "recompute", "compile"),
+}
+LEFT_OUT_ANYWHERE = {"num_workers", "cache_bytes", "report"}
+# Only their presence counts. Of other paths, the last part counts.
+PATHS = {"path", "folder", "weights"}
+WRITTEN_BY_STEPS = frozenset({"grad_norms", "max_grad_norm"})  # in parameter groups, by clipping
+
+
+def significant_options(config: Mapping[str, Any]) -> Options:
+    """Select the options that a run's numbers depend on from its resolved configuration."""
+    return {
+        ".".join(keys): value
+        for keys, value in _leaves(config)
+        if keys[0] not in LEFT_OUT
+        and not (keys[0] == "trainer" and keys[-1] in LEFT_OUT_OF_TRAINER)
+        and keys[-1] not in LEFT_OUT_ANYWHERE
+    }
+
+
+def optimizer_options(key: str, groups: Sequence[Mapping[str, Any]]) -> Options:
+    """Describe the parameter groups of an optimizer under `key`. Equal values become one."""
+    options = {}
+    for name in groups[0] if groups else ():
+        values = [_plain(group.get(name)) for group in groups]
+        if name not in WRITTEN_BY_STEPS | {"params"} and values[0] is not None:
+            options[f"{key}.{name}"] = values[0] if values == values[:1] * len(values) else values
+    return options
+
+
+def _difference(before: Options, now: Options) -> str | None:
+    """Describe up to three options that differ, as in `seed=0, now 1`. None: all are equal.
+
+    A missing option equals one that is null.
+    """
+    keys = [
+        key for key in dict.fromkeys([*before, *now]) if not _equal(before.get(key), now.get(key))
+    ]
+    named = [f"{key}={before.get(key)}, now {now.get(key)}" for key in keys[:3]]
+    more = f"; {len(keys) - 3} more differ" if len(keys) > 3 else ""
+    return "; ".join(named) + more if keys else None
+
+
+def _leaves(node: Any, keys: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
+    if isinstance(node, Mapping):
+        for key, value in node.items():
+            yield from _leaves(value, (*keys, str(key)))
+    elif isinstance(node, list | tuple):
+        for k, value in enumerate(node):
+            yield from _leaves(value, (*keys, str(k)))
+    elif keys:
+        if keys[-1] in PATHS and node is not None:
+            node = "(a path)"
+        yield keys, node.rsplit("/", 1)[-1] if isinstance(node, str) else _plain(node)
+
+
+def _plain(value: Any) -> Any:
+    """Reduce a value to a form that a checkpoint can hold and compare. None: impossible."""
+    if isinstance(value, bool | int | float | str):
+        return value
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    try:
+        return float(value)  # a learning rate may be a tensor
+    except (TypeError, ValueError, RuntimeError):
+        return None
+
+
+def _equal(a: Any, b: Any) -> bool:
+    both_nan = isinstance(a, float) and isinstance(b, float) and math.isnan(a) and math.isnan(b)
+    return both_nan or a == b
+
 
 MAX_DRAWS = 1000  # the limit on batches that a step takes from each stream
 OF_PARAMETER_SHAPE = {  # entries of torch's optimizers of the parameter's shape
@@ -43,7 +127,7 @@ def faults(
     for name in own.keys() ^ (saved.keys() - {"step"}):
         what = "lacks" if name in own else "holds"
         yield f"{what} the entry {name!r}; it is not a checkpoint of this version"
-    if found := run_options.difference(saved["options"], own["options"]):
+    if found := _difference(saved["options"], own["options"]):
         yield f"was saved by a run with {found}; repeat the options of that run"
     for name in own.keys() - {"options", *([] if own["log"] else ["log"])}:
         for bad in _bad_entries(saved[name], own[name], name, shapes=name != "problem"):

@@ -14,7 +14,6 @@ from metavpt.hypergradients import params, trees
 from metavpt.metrics import check_directions
 from metavpt.problem import Problem, supports
 from metavpt.profiling import phase
-from metavpt.training import run_options
 from metavpt.training.budget import Budget
 from metavpt.training.checkpoint import Checkpoints
 from metavpt.training.engine import Execution
@@ -27,13 +26,18 @@ from metavpt.training.health import (
     check_labels,
     untouched,
 )
-from metavpt.training.passes import LearnerPasses
 from metavpt.training.run_log import Reportable, ReportsClasses, RunLog, target_metrics
-from metavpt.training.run_state import Parameters, faults, not_finite, optimizer_states
+from metavpt.training.run_state import (
+    Options,
+    Parameters,
+    faults,
+    not_finite,
+    optimizer_options,
+    optimizer_states,
+)
 from metavpt.training.schedule import WarmupCosine, make_optimizer, parameter_groups
 from metavpt.training.signals import Stopped, StopRequest
-from metavpt.training.steered_steps import SteeredSteps
-from metavpt.training.strategy import Proposal, Strategy, TrainState
+from metavpt.training.strategy import LearnerPasses, Proposal, SteeredSteps, Strategy, TrainState
 from metavpt.training.streams import TIMEOUT, Stream, Streams, meta_batches
 
 if TYPE_CHECKING:
@@ -79,7 +83,7 @@ class Trainer:
         fabric: Device, precision and processes. None: one process, in float32.
 
     Attributes:
-        options: The options that the run's numbers depend on, see `run_options`. A checkpoint with
+        options: The options that the run's numbers depend on, see `run_state`. A checkpoint with
             other options is refused.
 
     Raises:
@@ -150,12 +154,12 @@ class Trainer:
         # A stream uses a new seed for every pass. This leaves room for 300,000 passes.
         self._draw_from(1_000_000 * seed, data_timeout)
 
-    def _own_options(self, seed: int) -> run_options.Options:
+    def _own_options(self, seed: int) -> Options:
         """Collect the options that are known without a configuration.
 
         Call it before the first step, which changes learning rates.
         """
-        options: run_options.Options = {
+        options: Options = {
             "seed": seed,
             "problem": _kind(self.problem),
             "strategy": _kind(self.strategy),
@@ -172,7 +176,7 @@ class Trainer:
         }
         for part, value in state.items():
             for name, found in optimizer_states(value, part):
-                options |= run_options.of_optimizer(name, found["param_groups"])
+                options |= optimizer_options(name, found["param_groups"])
         return options
 
     def _draw_from(self, first: int, timeout: float) -> None:

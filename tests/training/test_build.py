@@ -10,7 +10,7 @@ from omegaconf import OmegaConf
 from torch import Tensor
 
 from metavpt.errors import MetaVPTError
-from metavpt.training.option_types import check_option_types
+from metavpt.training.build import check_option_types
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 EXPERIMENTS = sorted(path.stem for path in (CONFIGS / "experiment").glob("*.yaml"))
@@ -45,7 +45,7 @@ def check(**options: Any) -> None:
 
 @pytest.fixture(autouse=True)
 def _importable(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("metavpt.training.option_types._find", lambda target: Inner)
+    monkeypatch.setattr("metavpt.training.build._find", lambda target: Inner)
 
 
 @pytest.mark.parametrize(
@@ -92,7 +92,7 @@ def test_what_does_not_is_named_with_its_key(options: dict[str, Any], message: s
 
 
 def test_what_a_class_passes_on_to_its_base_is_checked(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("metavpt.training.option_types._find", lambda target: Outer)
+    monkeypatch.setattr("metavpt.training.build._find", lambda target: Outer)
     check(width=2, rate=0.5)
     with pytest.raises(MetaVPTError, match=r"part\.size=2\.5: must be a whole number"):
         check(width=2, size=2.5)
