@@ -7,24 +7,33 @@ import math
 import os
 import shlex
 import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from signal import Signals
+from statistics import fmean
 
 import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from lightning_fabric import Fabric
 from omegaconf import DictConfig, OmegaConf
+from rich.table import Table
+from rich.text import Text
 
 from metavpt import report
 from metavpt.cli.configuration import command
 from metavpt.cli.console import Console, say
+from metavpt.cli.formatting import number
 from metavpt.cli.one_line_errors import dead_worker
 from metavpt.distributed import collectives
 from metavpt.errors import MetaVPTError, NonFiniteError
-from metavpt.run import dry_run, summary
-from metavpt.run.sweep import Objective
+from metavpt.metrics import Directions, sign
+from metavpt.report import Record, read_log, series_of, summary_rows
+from metavpt.report.run import steering
+from metavpt.run import dry_run
 from metavpt.training import health, run_folder
+from metavpt.training.budget import UNCOUNTED
 from metavpt.training.build import build, check_option_types
 from metavpt.training.checkpoint import Checkpoints
 from metavpt.training.disk import write_text
@@ -37,6 +46,49 @@ NOT_CONFIGURATION = (
     *("resume", "output", "minimise", "metrics", "tracker", "allow_targets", "allow_env"),
     *("devices", "nodes", "parallel"),
 )
+
+
+@dataclass(frozen=True)
+class Objective:
+    """The metric of the last probe that a sweep minimises, times `factor` (1 or -1)."""
+
+    metric: str
+    factor: int = 1
+
+    @classmethod
+    def parse(cls, text: str | None) -> "Objective | None":
+        """Parse `ridge/depth_rmse` or `-ridge/seg_miou`. None for None."""
+        if text is None:
+            return None
+        return cls(text.removeprefix("-"), -1 if text.startswith("-") else 1)
+
+    def check(self, directions: Directions) -> None:
+        """Check that the sign fits the direction of the metric.
+
+        Args:
+            directions: The better direction of each metric, as the problem states it.
+
+        Raises:
+            MetaVPTError: The sweep would look for the worst run.
+        """
+        if sign(self.metric, directions) == self.factor:
+            ours, right = ("-", "") if self.factor < 0 else ("", "-")
+            raise MetaVPTError(
+                f"minimise={ours}{self.metric} would look for the worst run; "
+                f"write minimise={right}{self.metric}"
+            )
+
+    def __call__(self, metrics: Mapping[str, float]) -> float:
+        """Return the value to minimise.
+
+        Raises:
+            MetaVPTError: There is no such metric.
+        """
+        if self.metric not in metrics:
+            raise MetaVPTError(
+                f"minimise={self.metric}: no such metric; known: {', '.join(metrics)}"
+            )
+        return self.factor * metrics[self.metric]
 
 
 def run(cfg: DictConfig) -> float | None:
@@ -88,7 +140,7 @@ def _train_and_report(
             console.print(_how_it_goes_on(folder, stopped.signal), soft_wrap=True, highlight=False)
         sys.exit(stopped.status)
     if collectives.rank() == 0:
-        console.print(summary.table(folder))
+        console.print(summary(folder))
         console.print(f"report: {report.write_report(folder)}")
     return metrics
 
@@ -202,6 +254,67 @@ def _folder(cfg: DictConfig) -> tuple[Path, bool]:
 def _is_restarted() -> bool:
     """Return whether torchrun restarted the processes after a failure (--max-restarts)."""
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+
+
+def summary(folder: Path) -> Table:
+    """Compare step 0 with the last step for every metric of the run in `folder`."""
+    records = read_log(folder / "metrics.jsonl")
+    rows = summary_rows(records)
+    first = min((row.first_step for row in rows), default=0)
+    last = max((row.last_step for row in rows), default=0)
+    made = Table(
+        "metric",
+        box=None,
+        header_style="dim",
+        caption=Text("\n".join(spending(records))),
+        caption_justify="left",
+    )
+    for title in (f"step {first}", f"step {last}", "change", ""):
+        made.add_column(title, justify="right")
+    for row in rows:
+        verdict = Text({True: "better", False: "worse", None: ""}[row.better])
+        made.add_row(
+            Text(row.name),
+            number(row.first),
+            number(row.last),
+            number(row.change, sign=True),
+            verdict,
+        )
+    return made
+
+
+def spending(records: list[Record]) -> list[str]:
+    """Describe steering, the value V, throughput and time shares, one line each.
+
+    V is the mean over the first and over the last quarter of the designer's updates.
+    """
+    lines = [f"steering: {line}" for line in steering(records)]
+    values = list(series_of(records, "designer").get("value", {}).values())
+    if values:
+        quarter = max(1, len(values) // 4)
+        lines.append(
+            f"value V: {fmean(values[:quarter]):+.3g} -> {fmean(values[-quarter:]):+.3g} over "
+            f"{len(values)} designer updates"
+        )
+    throughput = list(series_of(records, "train").get("samples_per_s", {}).values())
+    if throughput:
+        lines.append(f"throughput: {throughput[-1]:.0f} samples/s")
+    times = next(
+        (record["seconds"] for record in reversed(records) if record.get("kind") == "time"), {}
+    )
+    training = {purpose: seconds for purpose, seconds in times.items() if purpose not in UNCOUNTED}
+    total = sum(training.values())
+    if total:
+        shares = sorted(training.items(), key=lambda item: -item[1])
+        names = {"designer": "designer updates", "task": "task construction"}
+        lines.append(
+            "training time: "
+            + ", ".join(
+                f"{names.get(purpose, purpose)} {seconds / total:.0%}"
+                for purpose, seconds in shares
+            )
+        )
+    return lines
 
 
 @command("run")

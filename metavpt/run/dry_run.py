@@ -1,23 +1,26 @@
 """Parameters, memory and schedule of a run, without its data, weights or GPU.
 
-`trainer.dry_run=true` prints them.
+`trainer.dry_run=true` prints them. Memory is counted on the meta device, where tensors have a size
+and no storage.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, cast
 
 import torch
+import torch.nn.functional as F
 from omegaconf import DictConfig, open_dict
 from rich.console import Group
 from rich.table import Table
-from torch import nn
-from torch.utils._pytree import tree_map_only
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from metavpt.data.absent import ABSENT
 from metavpt.data.loader import Batch
 from metavpt.errors import MetaVPTError
 from metavpt.hypergradients import params
-from metavpt.run import memory_estimate
 from metavpt.training.schedule import warm_up_names
 from metavpt.training.trainer import Trainer
 
@@ -97,13 +100,13 @@ def _memory(trainer: Trainer) -> Table:
     learner, designer = list(problem.learner.parameters()), list(problem.designer.parameters())
     optimizer = getattr(trainer.strategy, "optimizer", None)
     rows = {
-        "learner: weights": memory_estimate.num_bytes(learner),
-        "learner: gradients": memory_estimate.num_bytes(p for p in learner if p.requires_grad),
-        "learner: optimizer": memory_estimate.state_bytes(trainer.optimizer),
-        "designer: weights, gradients": 2 * memory_estimate.num_bytes(designer),
-        "designer: optimizer": memory_estimate.state_bytes(optimizer) if optimizer else 0,
+        "learner: weights": num_bytes(learner),
+        "learner: gradients": num_bytes(p for p in learner if p.requires_grad),
+        "learner: optimizer": state_bytes(trainer.optimizer),
+        "designer: weights, gradients": 2 * num_bytes(designer),
+        "designer: optimizer": state_bytes(optimizer) if optimizer else 0,
         **{
-            name: memory_estimate.num_bytes([*module.parameters(), *module.buffers()])
+            name: num_bytes([*module.parameters(), *module.buffers()])
             for name, module in _others(trainer)
         },
         "activations": activation_bytes(problem) * cast(Any, problem).batch_size,
@@ -124,10 +127,7 @@ def activation_bytes(problem: Any) -> float:
     modules = [module for module in vars(problem).values() if isinstance(module, nn.Module)]
     kept = [tensor for module in modules for tensor in (*module.parameters(), *module.buffers())]
     with torch.device("meta"):
-        return (
-            memory_estimate.saved_bytes(lambda: problem.pretrain_loss(theta, task), kept)
-            / NUM_IMAGES
-        )
+        return saved_bytes(lambda: problem.pretrain_loss(theta, task), kept) / NUM_IMAGES
 
 
 def _schedule(trainer: Trainer) -> Iterable[Table | str]:
@@ -193,3 +193,64 @@ def _table(*columns: str) -> Table:
     for title in columns[1:]:
         table.add_column(title, justify="right")
     return table
+
+
+def num_bytes(tensors: Iterable[Tensor]) -> int:
+    """Return the bytes of the elements of `tensors`."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def state_bytes(optimizer: Optimizer) -> int:
+    """Return the bytes of the optimizer's state after a step. Parameters are on the meta device."""
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            p.grad = torch.empty_like(p)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return num_bytes(leaf for leaf in tree_leaves(optimizer.state) if isinstance(leaf, Tensor))
+
+
+def saved_bytes(loss: Callable[[], Any], kept: Iterable[Tensor]) -> int:
+    """Return the bytes that autograd saves for the backward pass of loss(), each storage once.
+
+    Attention counts as in the fused kernels, without an N x N matrix. No gradient is computed.
+
+    Args:
+        loss: Computes the loss.
+        kept: Tensors that are in memory anyway. They do not count.
+    """
+    counted: dict[int, torch.UntypedStorage] = {}
+    known = {tensor.untyped_storage()._cdata for tensor in kept}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in known:
+            counted[storage._cdata] = storage  # kept alive, so that its id stays unique
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), _FusedAttention():
+        loss()
+    return sum(storage.nbytes() for storage in counted.values())
+
+
+class _FusedAttention(TorchFunctionMode):
+    """Replaces attention, since torch would keep all probabilities on the meta device."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is F.scaled_dot_product_attention:
+            return _Attention.apply(*args[:3])
+        return func(*args, **(kwargs or {}))
+
+
+class _Attention(torch.autograd.Function):
+    """Keeps the tensors that flash attention keeps: inputs, output, and a number for each query."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        out = torch.empty_like(query)
+        ctx.save_for_backward(query, key, value, out, query.new_empty(query.shape[:-1]))
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        raise NotImplementedError

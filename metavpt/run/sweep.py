@@ -4,7 +4,7 @@ import csv
 import io
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -19,8 +19,6 @@ from rich.table import Table
 
 from metavpt.cli.console import Console
 from metavpt.cli.formatting import number
-from metavpt.errors import MetaVPTError
-from metavpt.metrics import Directions, sign
 from metavpt.report import read_log, series_of
 from metavpt.training.disk import write_text
 
@@ -30,49 +28,6 @@ NOT_WHAT_RAN = {
 }
 
 Row = dict[str, str | float | None]
-
-
-@dataclass(frozen=True)
-class Objective:
-    """The metric of the last probe that a sweep minimises, times `factor` (1 or -1)."""
-
-    metric: str
-    factor: int = 1
-
-    @classmethod
-    def parse(cls, text: str | None) -> "Objective | None":
-        """Parse `ridge/depth_rmse` or `-ridge/seg_miou`. None for None."""
-        if text is None:
-            return None
-        return cls(text.removeprefix("-"), -1 if text.startswith("-") else 1)
-
-    def check(self, directions: Directions) -> None:
-        """Check that the sign fits the direction of the metric.
-
-        Args:
-            directions: The better direction of each metric, as the problem states it.
-
-        Raises:
-            MetaVPTError: The sweep would look for the worst run.
-        """
-        if sign(self.metric, directions) == self.factor:
-            ours, right = ("-", "") if self.factor < 0 else ("", "-")
-            raise MetaVPTError(
-                f"minimise={ours}{self.metric} would look for the worst run; "
-                f"write minimise={right}{self.metric}"
-            )
-
-    def __call__(self, metrics: Mapping[str, float]) -> float:
-        """Return the value to minimise.
-
-        Raises:
-            MetaVPTError: There is no such metric.
-        """
-        if self.metric not in metrics:
-            raise MetaVPTError(
-                f"minimise={self.metric}: no such metric; known: {', '.join(metrics)}"
-            )
-        return self.factor * metrics[self.metric]
 
 
 @dataclass(frozen=True)

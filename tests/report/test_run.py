@@ -17,7 +17,7 @@ from rich.console import Console
 from metavpt import report
 from metavpt.errors import MetaVPTError
 from metavpt.report.run import class_tables, health, lead, steering
-from metavpt.run import summary
+from metavpt.run import command
 
 DIRECTIONS = {
     "ridge/depth_rmse": "lower",
@@ -151,7 +151,7 @@ def test_hostile_strings_stay_text(run: Path) -> None:
     assert "onload" not in {name for name, _ in page.attributes}
     for mark in ("a", "b", "c", "odd "):
         assert mark + HOSTILE in page.text
-    Console(file=io.StringIO()).print(summary.table(run))
+    Console(file=io.StringIO()).print(command.summary(run))
 
 
 def test_the_page_is_the_same_every_time(run: Path) -> None:

@@ -15,9 +15,7 @@ from hydra.core.override_parser.types import IntervalSweep
 from hydra.errors import MissingConfigException
 
 from metavpt.cli.one_line_errors import reporting
-from metavpt.errors import MetaVPTError
-from metavpt.metrics import Direction
-from metavpt.run.sweep import Job, Objective, experiment
+from metavpt.run.sweep import Job, experiment
 
 ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "examples"
@@ -139,28 +137,6 @@ def test_an_unknown_objective_is_one_line_before_any_training(tmp_path):
     assert done.returncode == 2
     assert done.stderr == "error minimise=useful: no such metric; known: useful_mse\n"
     assert not list(tmp_path.rglob("metrics.jsonl"))
-
-
-@pytest.mark.parametrize(
-    ("text", "words"),
-    [
-        ("ridge/seg_miou", "minimise=-ridge/seg_miou"),
-        ("-ridge/depth_rmse", "minimise=ridge/depth_rmse"),
-    ],
-)
-def test_an_objective_with_the_wrong_sign_is_told_the_right_one(text, words):
-    objective = Objective.parse(text)
-    directions: dict[str, Direction] = {"ridge/seg_miou": "higher", "ridge/depth_rmse": "lower"}
-    with pytest.raises(MetaVPTError, match=f"^minimise={text} .* write {words}$"):
-        objective.check(directions)  # type: ignore[union-attr]
-    objective.check({})  # type: ignore[union-attr]
-
-
-def test_a_minus_makes_the_largest_metric_the_smallest_objective():
-    assert Objective.parse(None) is None
-    assert Objective.parse("depth_rmse")({"depth_rmse": 0.5}) == 0.5  # type: ignore[misc]
-    assert Objective.parse("-seg_miou")({"seg_miou": 0.5}) == -0.5  # type: ignore[misc]
-    assert Objective.parse("-own_metric")({"own_metric": 2.0}) == -2.0  # type: ignore[misc]
 
 
 def test_the_best_configuration_says_what_a_file_can_say():
