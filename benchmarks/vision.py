@@ -9,6 +9,8 @@ import torch
 
 from metavpt.data.absent import AbsentFrames
 from metavpt.data.dense import DenseData
+from metavpt.dense_tasks.depth import DepthTask
+from metavpt.dense_tasks.segmentation import SegmentationTask
 from metavpt.designers.masks import MaskDesigner, UNet
 from metavpt.designers.views import Views
 from metavpt.feedback.dense import DenseFeedback
@@ -70,6 +72,7 @@ class Vision(DinoDense):
         frames = AbsentFrames(
             "random", (shape.size, shape.size), NUM_CLASSES, num_train=2, num_val=1
         )
+        tasks = [DepthTask(), SegmentationTask(NUM_CLASSES)]
         super().__init__(
             create_backbone(shape.backbone, tail_blocks=shape.tail_blocks, **shape.options),
             recipe=lambda mean, std: (
@@ -78,7 +81,7 @@ class Vision(DinoDense):
                 )
             ),
             designer=lambda recipe: MaskDesigner(recipe, UNet(base=8, depth=2), initial_keep=0.6),
-            data={name: DenseData(frames, num_train=1, num_meta=1) for name in names},
+            data={name: DenseData(frames, tasks, num_train=1, num_meta=1) for name in names},
             feedback=dict.fromkeys(names, DenseFeedback),
             num_prototypes=shape.num_prototypes,
             head_hidden=shape.hidden,
@@ -88,9 +91,7 @@ class Vision(DinoDense):
         )
         # at its start either is zero, and so would be every derivative through it
         heads = [
-            layer
-            for heads in self._feedback.values()
-            for layer in (heads.depth, heads.segmentation)
+            heads.get_submodule(task) for heads in self._feedback.values() for task in heads.tasks
         ]
         for layer in (*heads, self.designer.network.out):
             torch.nn.init.normal_(layer.weight, std=0.02)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from typing_extensions import override
 
+from metavpt.dense_tasks import colours
 from metavpt.designers import figures
 from metavpt.designers.crop import RandomCrop, WholeFrames
 from metavpt.designers.feature_targets import FeatureDesigner, FeatureTask, moved, tilted
@@ -204,11 +205,11 @@ class Data2VecDense(
                 [
                     figures.photo(image),
                     figures.photo(image * seen),
-                    figures.colour(length, 0.0, max(self.designer.gate, 1e-3)),
+                    colours.colour(length, 0.0, max(self.designer.gate, 1e-3)),
                 ]
             )
         columns = ["image", "what the student sees", "shift of the targets"]
-        legend = figures.scale("none", f"{max(self.designer.gate, 1e-3):g}")
+        legend = colours.scale("none", f"{max(self.designer.gate, 1e-3):g}")
         return {
             "targets": figures.with_legend(figures.titled(figures.grid(rows), columns), legend),
             **super().figures(),

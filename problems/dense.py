@@ -29,7 +29,6 @@ from metavpt.learners.trunk_states import TrunkStates
 from metavpt.learners.vit import Backbone, Features, Hidden
 from metavpt.objectives.ijepa import normalized_features
 from metavpt.probes.dense import DenseProbe
-from metavpt.probes.depth import DepthTask
 from metavpt.probes.heads import Fit
 from metavpt.probes.side_effects import SideEffects
 from metavpt.probes.spectrum import rankme
@@ -42,13 +41,8 @@ from metavpt.training.run_log import Reportable
 from metavpt.training.streams import Stream
 
 NUM_PICTURES = 4
-NUM_LEGEND = 24  # classes in the legend of a picture
 NUM_WATCHED = 64  # images that tell a collapse
 ONE = "labelled"  # the name within of a labelled set that is alone
-TASKS = {
-    "depth": "depth_",
-    "segmentation": "seg_",
-}  # feedback -> how the probes' metrics of it begin
 DenseHeads = DenseFeedback | RidgeFeedback | CrossFitted
 
 
@@ -306,11 +300,13 @@ class DenseProblem(MultipleFeedbacks, SupportsFunctionSpace, Shardable, Reportab
 
     def is_target_metric(self, metric: str) -> bool:
         """Return whether a feedback of positive weight is about this metric."""
-        for feedback, weight in self.feedback_weights.items():
-            name, _, task = feedback.rpartition("/")
-            if weight and metric.startswith(name) and f"/{TASKS[task]}" in metric:
-                return True
-        return False
+        return any(
+            self.feedback_weights[self._called(name, task.name)]
+            and metric.startswith(self._called(name, ""))
+            and f"/{task.prefix}_" in metric
+            for name, data in self.sets.items()
+            for task in data.tasks
+        )
 
     @override
     def fit_heads(self) -> None:
@@ -406,14 +402,12 @@ class DenseProblem(MultipleFeedbacks, SupportsFunctionSpace, Shardable, Reportab
         return metrics
 
     def class_metrics(self) -> dict[str, list[tuple[str, float | None]]]:
-        """Return the IoU of each class by head, with the names of the classes."""
-        found: dict[str, list[tuple[str, float | None]]] = {}
-        for name, probe in self.probe.items():
-            names = self.sets[name].frames.class_names
-            for metric, values in probe.class_iou.items():
-                known = [None if math.isnan(value) else value for value in values]
-                found[self._called(name, metric)] = list(zip(names, known, strict=True))
-        return found
+        """Return metrics of each class by head, such as the IoU, with the names of the classes."""
+        return {
+            self._called(name, metric): [(k, None if math.isnan(v) else v) for k, v in values]
+            for name, probe in self.probe.items()
+            for metric, values in probe.class_metrics.items()
+        }
 
     def trivial_metrics(self) -> dict[str, dict[str, float]]:
         """Score predictions that ignore the image, of every labelled set together."""
@@ -464,29 +458,14 @@ class DenseProblem(MultipleFeedbacks, SupportsFunctionSpace, Shardable, Reportab
             self._frozen_features, torch.stack([frame.image for frame in frames])
         )
         rows = [[figures.photo(frame.image)] for frame in frames]
-        for i, frame in enumerate(frames):
-            if predicted.depth is not None:
-                low, high = float(frame.depth[frame.depth > 0].min()), float(frame.depth.max())
-                rows[i] += [
-                    figures.colour(metres, low, high)
-                    for metres in (frame.depth, predicted.depth[i])
-                ]
-            if predicted.label is not None:
-                rows[i] += [
-                    figures.classes(classes, data.frames.num_classes)
-                    for classes in (frame.label, predicted.label[i])
-                ]
         columns, legend = ["image"], list[tuple[np.ndarray, str]]()
-        if predicted.depth is not None:
-            columns += ["true depth", "predicted depth"]
-            legend += figures.scale("nearest in the frame", "farthest")
-        if predicted.label is not None:
-            columns += ["true classes", "predicted classes"]
-            names = data.frames.class_names
-            colours = figures.class_colours(len(names))
-            shown = torch.cat([predicted.label.cpu(), *(f.label[None].cpu() for f in frames)])
-            present = [i for i in shown.unique().tolist() if i < len(names)][:NUM_LEGEND]
-            legend += [(colours[i], names[i]) for i in present]
+        for task in data.tasks:
+            truth = [task.target(frame) for frame in frames]
+            pairs = list(zip(truth, predicted[task.name], strict=True))
+            for row, (true, guess) in zip(rows, pairs, strict=True):
+                row += [task.picture(true, true), task.picture(guess, true)]
+            columns += [f"true {task.name}", f"predicted {task.name}"]
+            legend += task.legend([shown for pair in pairs for shown in pair])
         return figures.with_legend(figures.titled(figures.grid(rows), columns), legend)
 
     def _watched(self) -> Tensor:
@@ -521,25 +500,7 @@ class DenseProblem(MultipleFeedbacks, SupportsFunctionSpace, Shardable, Reportab
                 f"feedback names {', '.join(makers)}, data names {', '.join(self.sets)}; "
                 "give both the same names"
             )
-        made = {
-            name: makers[name](
-                width,
-                data.frames.num_classes or None,
-                max_depth=data.max_depth if data.depth else None,
-            )
-            for name, data in self.sets.items()
-        }
-        for name, heads in made.items():
-            data = self.sets[name]
-            has = {"depth": data.depth, "segmentation": data.frames.num_classes > 0}
-            for task, weight in heads.weights.items():
-                if weight and not has[task]:
-                    key = self._called(name, f"{task}_weight").replace("/", ".")
-                    raise MetaVPTError(
-                        f"feedback.{key}={weight}: {data.frames.name} is read without {task}; set "
-                        "it to 0"
-                    )
-        return made
+        return {name: makers[name](width, data.tasks) for name, data in self.sets.items()}
 
     def _dense_probe(self, data: DenseData, heads: Mapping[str, Fit] | None) -> DenseProbe:
         def in_order(indices: list[int]) -> Iterable[Any]:
@@ -549,9 +510,8 @@ class DenseProblem(MultipleFeedbacks, SupportsFunctionSpace, Shardable, Reportab
         return DenseProbe(
             lambda: in_order(data.train),
             lambda: in_order(data.val),
-            data.frames.num_classes or None,
+            data.tasks,
             heads,
-            DepthTask(max_depth=data.max_depth, crop=data.crop) if data.depth else None,
         )
 
     def _labelled(self, pool: str, seed: int) -> JointLoader:

@@ -11,6 +11,7 @@ from torch.func import functional_call
 from torch.utils._pytree import tree_map
 from typing_extensions import override
 
+from metavpt.dense_tasks import colours
 from metavpt.designers import figures
 from metavpt.designers.choice import expected_mean
 from metavpt.designers.crop import RandomCrop
@@ -163,10 +164,10 @@ class MaskedDense(DenseProblem, SharedTrunk, SupportsCandidates, SupportsSelecti
             rows.append(
                 [
                     figures.photo(image),
-                    figures.colour(scores, -1.0, 1.0, "coolwarm"),
+                    colours.colour(scores, -1.0, 1.0, "coolwarm"),
                     figures.photo(image * mask),
                 ]
             )
         columns = ["image", "logits of the designer", "what the encoder sees"]
-        legend = figures.scale("-1 about the mean", "+1", "coolwarm")
+        legend = colours.scale("-1 about the mean", "+1", "coolwarm")
         return figures.with_legend(figures.titled(figures.grid(rows), columns), legend)

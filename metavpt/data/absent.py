@@ -8,8 +8,10 @@ from torch import Tensor
 from typing_extensions import override
 
 from metavpt.data.ade20k import CLASS_NAMES
-from metavpt.data.dense import FRAMES, DenseData
+from metavpt.data.dense import FRAMES, DenseData, segmentation
 from metavpt.data.frames import Frame, RGBDFrames
+from metavpt.dense_tasks.depth import DepthTask
+from metavpt.dense_tasks.task import DenseTask
 from metavpt.errors import MetaVPTError
 
 
@@ -41,7 +43,8 @@ def absent_nyuv2(
     num_classes: int = 13, path: Any = None, rooms: Any = None, unlabelled: Any = None, **pools: Any
 ) -> DenseData:
     """As `nyuv2_data` at the official file; what names a file is not read."""
-    return _pools(AbsentFrames("NYUv2", (480, 640), num_classes, 795, 654), **pools)
+    frames = AbsentFrames("NYUv2", (480, 640), num_classes, 795, 654)
+    return _pools(frames, [DepthTask(), segmentation(frames)], **pools)
 
 
 def absent_ade20k(
@@ -53,7 +56,8 @@ def absent_ade20k(
     **pools: Any,
 ) -> DenseData:
     """As `ade20k_data` at ADEChallengeData2016; what names a file is not read."""
-    return _pools(AbsentFrames("ADE20K", size, len(CLASS_NAMES), 20210, 2000), depth=False, **pools)
+    frames = AbsentFrames("ADE20K", size, len(CLASS_NAMES), 20210, 2000)
+    return _pools(frames, [segmentation(frames)], **pools)
 
 
 def absent_labelled(
@@ -61,7 +65,6 @@ def absent_labelled(
     classes: Any = None,
     depths: Any = None,
     size: Sequence[int] | None = None,
-    max_depth: float = 10.0,
     unlabelled: Any = None,
     **options: Any,
 ) -> DenseData:
@@ -72,20 +75,17 @@ def absent_labelled(
         )
     num_classes = 0 if classes is None else classes if isinstance(classes, int) else len(classes)
     pools = ("stream_size", "num_train", "num_meta", "share", "cache_bytes")
-    return _pools(
-        AbsentFrames("your images", size, num_classes, 800, 200),
-        depth=depths is not None,
-        max_depth=max_depth,
-        crop=False,
-        **{key: options[key] for key in pools if key in options},
-    )
+    frames = AbsentFrames("your images", size, num_classes, 800, 200)
+    tasks: list[DenseTask] = [DepthTask()] if depths is not None else []
+    tasks += [segmentation(frames)] if num_classes else []
+    return _pools(frames, tasks, **{key: options[key] for key in pools if key in options})
 
 
-def _pools(frames: AbsentFrames, **pools: Any) -> DenseData:
+def _pools(frames: AbsentFrames, tasks: Sequence[DenseTask], **pools: Any) -> DenseData:
     with torch.device(
         "cpu"
     ):  # the pools are drawn, also where everything else is on the meta device
-        return DenseData(frames, unlabelled=(FRAMES,), **pools)
+        return DenseData(frames, tasks, unlabelled=(FRAMES,), **pools)
 
 
 ABSENT = {

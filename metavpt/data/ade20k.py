@@ -10,9 +10,10 @@ from torch import Tensor
 from typing_extensions import override
 
 from metavpt.cli.console import say
-from metavpt.data.frames import IGNORE, Frame, RGBDFrames
+from metavpt.data.frames import Frame, RGBDFrames
 from metavpt.data.overlap import Encoded, encoded_file
 from metavpt.data.photo import SUFFIXES, Resize, decode, fit_maps, open_image
+from metavpt.dense_tasks.segmentation import IGNORE
 from metavpt.errors import MetaVPTError, check_known, reading
 
 FOLDERS = {"train": "training", "val": "validation"}

@@ -17,39 +17,47 @@ from metavpt.data.labelled import Classes, LabelledImages, Places
 from metavpt.data.nyuv2 import open_nyuv2
 from metavpt.data.overlap import overlap
 from metavpt.data.photo import Resize
+from metavpt.dense_tasks.depth import MAX_DEPTH, DepthTask
+from metavpt.dense_tasks.segmentation import SegmentationTask
+from metavpt.dense_tasks.task import DenseTask
 from metavpt.errors import MetaVPTError
 
 FRAMES = "frames"  # the name, in `unlabelled`, of the images of the labelled train frames
 
 
 class DenseData:
-    """Pools of a labelled set, disjoint, and the unlabelled images.
+    """A labelled set: its tasks, its pools, which are disjoint, and the unlabelled images.
 
-    depth        whether the frames' depth is fed back and probed; False where they have none
-    max_depth    metres from which on depth is neither learned from nor counted
-    crop         whether depth is measured within Eigen's crop alone, as is usual for NYUv2
-    unlabelled   where the stream comes from: "frames" (train frames without their labels), folders,
-    zips, npz files, tar shards
-    stream_size  (H, W) of the streamed images; None: that of the frames
-    num_train    frames that the feedback heads are fitted on, num_meta frames that g_down is taken
-    on, both from the train split; None: three and one of five, 512 and 128 at most
-    share        share of both that feedback has (at least one frame each); the probes' heads have
-    all of `num_train` whatever it is
-    cache_bytes  how much of the labelled frames may stay decoded in memory, in each process that
-    reads them
+    The pools are drawn by `seed` and are the same for every run with it. `labelled` is what
+    feedback has: `heads`, which feedback heads are fitted on, and `meta`, which g_down is taken on.
+    `train` is what the probes' heads are fitted on. `held_out` are train frames of neither pool
+    (where there are none left, the meta frames again): what designer updates do to other frames is
+    measured on them. `val` is the split's own and is seen by probes alone.
 
-    The pools are drawn by `seed` and are the same for every run with it; `labelled` is what
-    feedback has of both. `held_out` are train frames of neither pool (where there are none left,
-    the meta frames again): what designer updates do to other frames is measured on them. `val` is
-    the split's own and is seen by probes alone.
+    Args:
+        frames: The labelled frames.
+        tasks: What is fed back and probed.
+        more_tasks: The same, beside `tasks`: tasks of the user on a set that has its own.
+        unlabelled: Where the stream comes from: "frames" (train frames without their labels),
+            folders, zips, npz files, tar shards.
+        stream_size: (H, W) of the streamed images. None: that of the frames.
+        num_train: Train frames for heads. None: three of five, 512 at most.
+        num_meta: Train frames for g_down. None: one of five, 128 at most.
+        share: The share of both that feedback has, at least one frame each. The probes' heads have
+            all of `num_train` whatever it is.
+        seed: The seed of the pools.
+        cache_bytes: How much of the labelled frames may stay decoded in memory, in each process
+            that reads them.
+
+    Raises:
+        MetaVPTError: There is no task, two have one name, or the pools do not fit into the splits.
     """
 
     def __init__(
         self,
         frames: RGBDFrames,
-        depth: bool = True,
-        max_depth: float = 10.0,
-        crop: bool = True,
+        tasks: Sequence[DenseTask],
+        more_tasks: Sequence[DenseTask] = (),
         unlabelled: Sequence[str] = (FRAMES,),
         stream_size: Sequence[int] | None = None,
         num_train: int | None = None,
@@ -58,8 +66,14 @@ class DenseData:
         seed: int = 0,
         cache_bytes: int = 1_000_000_000,
     ) -> None:
-        self.frames, self.depth = CachedFrames(frames, cache_bytes), depth
-        self.max_depth, self.crop = max_depth, crop
+        self.frames = CachedFrames(frames, cache_bytes)
+        self.tasks = [*tasks, *more_tasks]
+        names = [task.name for task in self.tasks]
+        if not names or len(set(names)) < len(names):
+            raise MetaVPTError(
+                f"{frames.name}: has the tasks {', '.join(names) or 'none'}; at least one is "
+                "needed, each with a name of its own"
+            )
         train = frames.splits["train"]
         num_train = min(512, 3 * len(train) // 5) if num_train is None else num_train
         num_meta = min(128, len(train) // 5) if num_meta is None else num_meta
@@ -129,15 +143,29 @@ def nyuv2_data(
     path: str | None = None,
     num_classes: int = 13,
     rooms: Mapping[str, Any] | None = None,
+    depth: bool = True,
+    max_depth: float = MAX_DEPTH,
+    crop: bool = True,
     **pools: Any,
 ) -> DenseData:
     """Open NYUv2 (the official .mat, or the zip layout), see `open_nyuv2` and `DenseData`.
 
     Without a path, generated rooms are used, and a visible line says so.
+
+    Args:
+        path: The file or folder.
+        num_classes: 13 or 40.
+        rooms: Of generated rooms, see `rooms_file`.
+        depth: Whether depth is fed back and probed, beside the classes.
+        max_depth: Metres from which on depth is neither learned from nor counted.
+        crop: Whether depth is measured within Eigen's crop alone, as is usual.
+        pools: What else `DenseData` takes.
     """
     if path is None:
         _announce_rooms("NYUv2", "nyu_depth_v2_labeled.mat")
-    return DenseData(open_nyuv2(path, num_classes, rooms), **pools)
+    frames = open_nyuv2(path, num_classes, rooms)
+    depths = [DepthTask(max_depth=max_depth, crop=crop)] if depth else []
+    return DenseData(frames, [*depths, segmentation(frames)], **pools)
 
 
 def ade20k_data(
@@ -154,8 +182,10 @@ def ade20k_data(
     """
     if path is None:
         _announce_rooms("ADE20K", "ADEChallengeData2016")
-        return DenseData(open_nyuv2(None, rooms=rooms), depth=False, **pools)
-    return DenseData(ADE20K(path, (int(size[0]), int(size[1])), resize), depth=False, **pools)
+        frames: RGBDFrames = open_nyuv2(None, rooms=rooms)
+    else:
+        frames = ADE20K(path, (int(size[0]), int(size[1])), resize)
+    return DenseData(frames, [segmentation(frames)], **pools)
 
 
 def labelled_data(
@@ -170,7 +200,7 @@ def labelled_data(
     val: float | Places | None = None,
     size: Sequence[int] | None = None,
     resize: Resize = "cover",
-    max_depth: float = 10.0,
+    max_depth: float = MAX_DEPTH,
     **pools: Any,
 ) -> DenseData:
     """Open the user's own images with masks or depth maps, see `LabelledImages`, `DenseData`."""
@@ -179,7 +209,17 @@ def labelled_data(
     frames = LabelledImages(
         path, images, masks, classes, ignore_index, depths, scale, train, val, size, resize
     )
-    return DenseData(frames, depth=depths is not None, max_depth=max_depth, crop=False, **pools)
+    tasks: list[DenseTask] = []
+    if depths is not None:
+        tasks.append(DepthTask(max_depth=max_depth, crop=False))
+    if frames.class_names:
+        tasks.append(segmentation(frames))
+    return DenseData(frames, tasks, **pools)
+
+
+def segmentation(frames: RGBDFrames) -> SegmentationTask:
+    """Return the task of the frames' classes."""
+    return SegmentationTask(len(frames.class_names), tuple(frames.class_names))
 
 
 def _announce_rooms(name: str, file: str) -> None:

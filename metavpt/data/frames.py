@@ -10,8 +10,6 @@ from torch.utils.data import Dataset
 
 from metavpt.errors import MetaVPTError
 
-IGNORE = 255
-
 
 class Frame(NamedTuple):
     """A labelled frame.

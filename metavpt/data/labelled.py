@@ -16,7 +16,7 @@ from typing_extensions import override
 from metavpt.cli.console import say
 from metavpt.data.archives import FREE
 from metavpt.data.cache import cache_folder
-from metavpt.data.frames import IGNORE, Frame, RGBDFrames
+from metavpt.data.frames import Frame, RGBDFrames
 from metavpt.data.overlap import Encoded, encoded_file
 from metavpt.data.paired import find_items, split
 from metavpt.data.photo import (
@@ -27,6 +27,7 @@ from metavpt.data.photo import (
     open_image,
     upright_size,
 )
+from metavpt.dense_tasks.segmentation import IGNORE
 from metavpt.errors import MetaVPTError, check_known, reading
 
 MIN_SIDE = 16  # pixels; less is no photograph

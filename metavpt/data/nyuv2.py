@@ -15,12 +15,13 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from metavpt.data.frames import IGNORE, Frame, RGBDFrames, make_frame
+from metavpt.data.frames import Frame, RGBDFrames, make_frame
 from metavpt.data.images import Archive
 from metavpt.data.overlap import Encoded
 from metavpt.data.photo import decode, max_pixels, open_image
 from metavpt.data.rooms import CLASS_NAMES as ROOM_CLASSES
 from metavpt.data.rooms import rooms_file
+from metavpt.dense_tasks.segmentation import IGNORE
 from metavpt.errors import MetaVPTError, reading
 
 ZIP_NAME, MAT_NAME = "nyuv2_labeled_240x320.zip", "nyu_depth_v2_labeled.mat"

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 
-import matplotlib
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
@@ -12,34 +11,11 @@ LINE = 14  # pixels of a line of text
 INK = (40, 40, 40)
 
 
-def colour(values: Tensor, low: float, high: float, colormap: str = "turbo") -> np.ndarray:
-    """Colour a map (H, W) from `low` to `high`; values that are not finite are grey."""
-    array = values.detach().float().cpu().numpy()
-    unit = np.clip((array - low) / max(high - low, 1e-12), 0, 1)
-    pixels = (matplotlib.colormaps[colormap](np.nan_to_num(unit))[..., :3] * 255).astype(np.uint8)
-    pixels[~np.isfinite(array)] = 128
-    return pixels
-
-
 def photo(image: Tensor) -> np.ndarray:
     """Convert an image (3, H, W), uint8 or float in [0, 1]."""
     if image.dtype != torch.uint8:
         image = (image.detach().clamp(0, 1) * 255).round().to(torch.uint8)
     return image.permute(1, 2, 0).cpu().numpy()
-
-
-def classes(labels: Tensor, num_classes: int) -> np.ndarray:
-    """Colour labels (H, W); 255 is grey."""
-    indices = labels.cpu().numpy().astype(int)
-    pixels = class_colours(num_classes)[np.clip(indices, 0, num_classes - 1)]
-    pixels[indices == 255] = 128
-    return pixels
-
-
-def class_colours(num_classes: int) -> np.ndarray:
-    """Return the colours of `classes`, uint8 of shape (C, 3)."""
-    palette = matplotlib.colormaps["tab20"](np.arange(num_classes) % 20)[:, :3]
-    return (palette * 255).astype(np.uint8)
 
 
 def titled(picture: np.ndarray, columns: Sequence[str]) -> np.ndarray:
@@ -72,12 +48,6 @@ def with_legend(picture: np.ndarray, entries: Sequence[tuple[np.ndarray, str]]) 
         draw.rectangle((left, top + 2, left + LINE - 5, top + LINE - 3), (red, green, blue))
         draw.text((left + LINE, top), name, INK, font)
     return np.concatenate([picture, np.asarray(band)])
-
-
-def scale(low: str, high: str, colormap: str = "turbo") -> list[tuple[np.ndarray, str]]:
-    """Return the legend of `colour`: its first and its last colour, and what they stand for."""
-    ends = [np.array(matplotlib.colormaps[colormap](end)[:3]) * 255 for end in (0.0, 1.0)]
-    return [(end.astype(np.uint8), text) for end, text in zip(ends, (low, high), strict=True)]
 
 
 def _font() -> ImageFont.FreeTypeFont | ImageFont.ImageFont:

@@ -12,6 +12,7 @@ from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 from typing_extensions import override
 
+from metavpt.dense_tasks import colours
 from metavpt.designers import figures
 from metavpt.designers.clamp import clamp_to_unit
 from metavpt.designers.designer import Designer
@@ -133,7 +134,7 @@ class MaskDesigner(Designer):
             zip(plain.global_crops[0], task.masks[0], task.global_crops[0], strict=True)
         )[:NUM_PICTURES]:
             photos = [figures.photo(self.recipe.denormalize(view)) for view in (before, after)]
-            rows.append([photos[0], figures.colour(mu[0], 0.0, 1.0, "gray"), photos[1]])
+            rows.append([photos[0], colours.colour(mu[0], 0.0, 1.0, "gray"), photos[1]])
         columns = ["recipe's view", "mask, white keeps", "masked view"]
         return {"masks": figures.titled(figures.grid(rows), columns)}
 

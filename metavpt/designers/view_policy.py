@@ -12,6 +12,7 @@ import torch
 from torch import Generator, Tensor
 from torch.func import functional_call
 
+from metavpt.dense_tasks import colours
 from metavpt.designers import figures
 from metavpt.designers.designer import Designer
 from metavpt.designers.feature_network import OutputNetwork, residual_loss
@@ -147,9 +148,9 @@ class ViewPolicy(Designer):
         seen = shown * ~pixels(none.bool() if task.hidden is None else task.hidden)[:, None]
         counts = pixels(none + 1 if weights is None else weights.mean(dim=-1))
         rows = [
-            [figures.photo(view), figures.photo(part), figures.colour(count, 0.0, 2.0)]
+            [figures.photo(view), figures.photo(part), colours.colour(count, 0.0, 2.0)]
             for view, part, count in zip(shown, seen, counts, strict=True)
         ]
         columns = ["global view", "what the student sees", "weight of a patch"]
         picture = figures.titled(figures.grid(rows), columns)
-        return {"views": figures.with_legend(picture, figures.scale("0", "2"))}
+        return {"views": figures.with_legend(picture, colours.scale("0", "2"))}

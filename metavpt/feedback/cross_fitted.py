@@ -8,33 +8,18 @@ Letters: L labelled frames, N = h w patches, D width of a feature, C outputs of 
 
 from collections.abc import Callable, Sequence
 from itertools import accumulate
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from metavpt.dense_tasks.task import DenseTask
 from metavpt.distributed import collectives
 from metavpt.errors import MetaVPTError
-from metavpt.feedback.dense import dense_tasks, feedback_weights
+from metavpt.feedback.dense import feedback_weights
 from metavpt.hypergradients.params import Params
-from metavpt.probes.depth import MAX_DEPTH
-from metavpt.probes.features import FeatureSet
 from metavpt.probes.heads import Ridge, patch_moments
-
-
-class LabelMaps(Protocol):
-    """depth (B, H, W) in metres, label (B, H, W) int64."""
-
-    @property
-    def depth(self) -> Tensor:
-        """Return the depth maps."""
-        ...
-
-    @property
-    def label(self) -> Tensor:
-        """Return the label maps."""
-        ...
 
 
 class PatchLabels(NamedTuple):
@@ -79,12 +64,10 @@ class CrossFitted(nn.Module):
 
     Args:
         width: D.
-        num_classes: Classes of the label maps; None: there are none.
-        depth_weight: Weight of depth; 0 leaves it out. None: 1 if there is depth.
-        segmentation_weight: Weight of the classes; 0 leaves them out. None: 1 if there are any.
+        tasks: The tasks of the labelled set.
         penalty: Of the ridge, relative to the mean variance of the standardised features.
         num_folds: Folds.
-        max_depth: Metres from which on depth is left out; None: there is no depth.
+        weights: `<task>_weight` of each task; 0 leaves it out. None, the default, is 1.
     """
 
     fitted_by_steps = False
@@ -92,12 +75,10 @@ class CrossFitted(nn.Module):
     def __init__(
         self,
         width: int,
-        num_classes: int | None,
-        depth_weight: float | None = None,
-        segmentation_weight: float | None = None,
+        tasks: Sequence[DenseTask],
         penalty: float = 1e-2,
         num_folds: int = 5,
-        max_depth: float | None = MAX_DEPTH,
+        **weights: float | None,
     ) -> None:
         super().__init__()
         if num_folds < 2:
@@ -105,9 +86,9 @@ class CrossFitted(nn.Module):
                 f"feedback.num_folds={num_folds} must be at least 2: "
                 "a head scores frames that it was not fitted to"
             )
-        self.weights = feedback_weights(depth_weight, segmentation_weight, max_depth, num_classes)
+        self.weights = feedback_weights(tasks, weights)
         self.ridge, self.num_folds = Ridge(penalty), num_folds
-        self.tasks = dense_tasks(self.weights, max_depth, num_classes)
+        self.tasks = {task.name: task for task in tasks if self.weights[task.name]}
         sizes = [task.num_outputs for task in self.tasks.values()]
         ends = accumulate(sizes)
         self.outputs = {
@@ -116,11 +97,9 @@ class CrossFitted(nn.Module):
         }
         self.num_outputs = sum(sizes)
 
-    def patch_targets(self, maps: LabelMaps, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    def patch_targets(self, frames: Any, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
         """Average label maps over the patches of `grid`: targets and shares, both (B, C, h, w)."""
-        depth, label = maps.depth, maps.label
-        frames = FeatureSet(depth.new_empty(len(depth), 0, *grid), depth, label)
-        made = [task.patch_targets(frames) for task in self.tasks.values()]
+        made = [task.patch_targets(task.target(frames), grid) for task in self.tasks.values()]
         target = torch.cat([target for target, _ in made], dim=1)
         share = torch.cat([share.expand_as(target) for target, share in made], dim=1)
         return target, share

@@ -1,48 +1,39 @@
 """Feedback on dense labels: light heads on frozen patch features, and their losses."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from metavpt.dense_tasks.task import DenseTask
 from metavpt.distributed import collectives
 from metavpt.errors import MetaVPTError
 from metavpt.feedback.aggregation import weighted_sum
-from metavpt.probes.depth import MAX_DEPTH, DepthTask, valid_pixels
-from metavpt.probes.features import IGNORE, FeatureSet
+from metavpt.probes.features import FeatureSet
 from metavpt.probes.heads import LinearHead, Ridge, enlarge
-from metavpt.probes.segmentation import SegmentationTask
 
-
-class LabelledFrames(Protocol):
-    """depth (B,H,W) in metres, 0 where unknown; label (B,H,W) int64, 255 where ignored."""
-
-    @property
-    def depth(self) -> Tensor:
-        """Return the depth maps."""
-        ...
-
-    @property
-    def label(self) -> Tensor:
-        """Return the label maps."""
-        ...
+SUFFIX = "_weight"
 
 
 class DenseFeedback(nn.Module):
-    """Depth and segmentation losses through linear-BN heads.
+    """The losses of dense tasks through linear-BN heads.
 
-    L_down = depth_weight * L1(depth in metres, valid pixels) + segmentation_weight * CE(classes).
-    `fit` trains the heads on detached features of labelled train batches. `forward` returns the
-    losses of features (B, D, h, w) by name, without those of weight 0. It is pure: it reads the
-    batch statistics of `fit` and changes nothing (V-Pretraining, section 3: heads first, then
-    g_down on separate batches).
+    L_down = sum_j weight_j (mean of `feedback_loss` of task j over the known pixels), for example
+    depth_weight * L1(depth in metres) + segmentation_weight * CE(classes). `fit` trains the heads
+    on detached features of labelled train batches. `forward` returns the losses of features
+    (B, D, h, w) by name, without those of weight 0. It is pure: it reads the batch statistics of
+    `fit` and changes nothing (V-Pretraining, section 3: heads first, then g_down on separate
+    batches).
 
-    A weight of None is 1 if the set has such labels, and 0 if it has none, which is the case if
-    `num_classes` or `max_depth` is None.
+    Args:
+        width: D.
+        tasks: The tasks of the labelled set.
+        lr: The learning rate of the heads.
+        weights: `<task>_weight` of each task. None, the default, is 1 for a task of the set.
     """
 
     fitted_by_steps = True
@@ -50,28 +41,26 @@ class DenseFeedback(nn.Module):
     def __init__(
         self,
         width: int,
-        num_classes: int | None,
-        depth_weight: float | None = None,
-        segmentation_weight: float | None = None,
+        tasks: Sequence[DenseTask],
         lr: float = 1e-2,
-        max_depth: float | None = MAX_DEPTH,
+        **weights: float | None,
     ) -> None:
         super().__init__()
-        self.weights = feedback_weights(depth_weight, segmentation_weight, max_depth, num_classes)
-        self.depth_task = DepthTask(max_depth=max_depth or MAX_DEPTH)
+        self.weights = feedback_weights(tasks, weights)
+        self.tasks = {task.name: task for task in tasks}
         self.norm = nn.BatchNorm2d(width, affine=False)
-        self.depth = nn.Conv2d(width, 1, kernel_size=1)
-        self.segmentation = nn.Conv2d(width, num_classes or 1, kernel_size=1)
-        nn.init.zeros_(self.depth.weight)
-        nn.init.zeros_(self.segmentation.weight)
+        for task in tasks:
+            head = nn.Conv2d(width, task.num_outputs, kernel_size=1)
+            nn.init.zeros_(head.weight)
+            self.add_module(task.name, head)
         self.optimizer = torch.optim.AdamW(self.parameters(), lr=lr)
 
-    def forward(self, features: Tensor, frames: LabelledFrames) -> dict[str, Tensor]:
+    def forward(self, features: Tensor, frames: Any) -> dict[str, Tensor]:
         """Compute the losses of features (B, D, h, w) by name."""
         statistics = self.norm.running_mean, self.norm.running_var
         return self._losses(F.batch_norm(features, *statistics, eps=self.norm.eps), frames)
 
-    def fit(self, features: Tensor, frames: LabelledFrames) -> float:
+    def fit(self, features: Tensor, frames: Any) -> float:
         """One AdamW step of the heads on features (B,D,h,w); the loss before it."""
         with torch.enable_grad():
             loss = weighted_sum(
@@ -82,22 +71,14 @@ class DenseFeedback(nn.Module):
         self.optimizer.step()
         return float(loss.detach())
 
-    def _losses(self, normalized: Tensor, frames: LabelledFrames) -> dict[str, Tensor]:
+    def _losses(self, normalized: Tensor, frames: Any) -> dict[str, Tensor]:
         losses = {}
-        size = frames.depth.shape[-2:]
-        if self.weights["depth"]:
-            metres = F.softplus(enlarge(self.depth(normalized), size)[:, 0])
-            valid = valid_pixels(frames.depth, self.depth_task.max_depth)
-            losses["depth"] = (
-                (metres - frames.depth.where(valid, 0.0)).abs() * valid
-            ).sum() / collectives.mean_count(valid.sum())
-        if self.weights["segmentation"]:
-            logits = enlarge(self.segmentation(normalized), size)
-            labelled = collectives.mean_count((frames.label != IGNORE).sum())
-            losses["segmentation"] = (
-                F.cross_entropy(logits, frames.label, ignore_index=IGNORE, reduction="sum")
-                / labelled
-            )
+        for name, task in self.tasks.items():
+            if self.weights[name]:
+                target = task.target(frames)
+                output = enlarge(self.get_submodule(name)(normalized), target.shape[-2:])
+                total, count = task.feedback_loss(task.activate(output), target)
+                losses[name] = total / collectives.mean_count(count)
         return losses
 
     def get_extra_state(self) -> dict[str, Any]:
@@ -108,12 +89,30 @@ class DenseFeedback(nn.Module):
         """Restore the state of the heads' optimizer."""
         self.optimizer.load_state_dict(state)
 
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        """Leave out heads of other tasks: older checkpoints have heads for absent labels, too."""
+        saved = [key for key in state_dict if key.endswith((".weight", ".bias"))]  # in their order
+        own = {prefix + name: k for k, name in enumerate(dict(self.named_parameters()))}
+        if own.keys() < set(saved):
+            extra = state_dict[f"{prefix}_extra_state"]
+            state = {
+                own[key]: extra["state"][k]
+                for k, key in enumerate(saved)
+                if key in own and k in extra["state"]
+            }
+            groups = [{**group, "params": list(own.values())} for group in extra["param_groups"]]
+            state_dict[f"{prefix}_extra_state"] = {"state": state, "param_groups": groups}
+            for key in set(saved) - own.keys():
+                del state_dict[key]
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+
 
 class RidgeFeedback(nn.Module):
     """The loss of ridge heads fitted to other frames: the value of a feature after a refit.
 
-    L_down = depth_weight * squared error (m^2, valid pixels)
-           + segmentation_weight * squared error to one-hot classes (Brier score).
+    L_down = sum_j weight_j (mean of `squared_error` of task j over the known pixels), for example
+    depth_weight * squared error (m^2) + segmentation_weight * squared error to one-hot classes
+    (Brier score).
 
     The frames of a labelled batch are split into `num_folds` parts. Each is scored with the heads
     that `Ridge`, the head of the probes, fits to the others in closed form. Scored features and,
@@ -132,12 +131,10 @@ class RidgeFeedback(nn.Module):
     def __init__(
         self,
         width: int,
-        num_classes: int | None,
-        depth_weight: float | None = None,
-        segmentation_weight: float | None = None,
+        tasks: Sequence[DenseTask],
         penalty: float = 1e-3,
         num_folds: int = 2,
-        max_depth: float | None = MAX_DEPTH,
+        **weights: float | None,
     ) -> None:
         super().__init__()
         if num_folds < 2:
@@ -145,17 +142,13 @@ class RidgeFeedback(nn.Module):
                 f"feedback.num_folds={num_folds}: heads are scored on frames that they were not "
                 "fitted to; at least 2"
             )
-        self.weights = feedback_weights(depth_weight, segmentation_weight, max_depth, num_classes)
+        self.weights = feedback_weights(tasks, weights)
         self.ridge, self.num_folds = Ridge(penalty), num_folds
-        self.tasks = dense_tasks(self.weights, max_depth, num_classes)
+        self.tasks = {task.name: task for task in tasks if self.weights[task.name]}
 
-    def forward(self, features: Tensor, frames: LabelledFrames) -> dict[str, Tensor]:
+    def forward(self, features: Tensor, frames: Any) -> dict[str, Tensor]:
         """Compute the losses of features (B, D, h, w) by name."""
-        features, depth, label = (
-            collectives.joined(features),
-            collectives.gather(frames.depth),
-            collectives.gather(frames.label),
-        )
+        features = collectives.joined(features)
         if len(features) < self.num_folds:
             raise MetaVPTError(
                 f"feedback.num_folds={self.num_folds}: a labelled batch of {len(features)} frames "
@@ -163,35 +156,33 @@ class RidgeFeedback(nn.Module):
                 "problem.feedback_batch_size"
             )
         frame = torch.arange(len(features), device=features.device)
-        every = FeatureSet(features, depth, label)
-        errors = {name: ([], []) for name in self.tasks}
+        every = {
+            name: FeatureSet(features, collectives.gather(task.target(frames)))
+            for name, task in self.tasks.items()
+        }
+        errors: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in self.tasks}
         for part in frame.tensor_split(self.num_folds):
             rest = frame[(frame < part[0]) | (frame > part[-1])]
             for name, task in self.tasks.items():
-                head = self.ridge.fit(task, every.take(rest))
-                for chunk in every.take(part).chunks():
-                    for total, value in zip(
-                        errors[name], _squares_again(task, head, chunk), strict=True
-                    ):
-                        total.append(value)
-        return {
-            name: torch.stack(squares).sum() / torch.stack(counts).sum().clamp_min(1)
-            for name, (squares, counts) in errors.items()
-        }
+                head = self.ridge.fit(task, every[name].take(rest))
+                for chunk in every[name].take(part).chunks():
+                    errors[name].append(_squares(task, head, chunk))
+        losses = {}
+        for name, parts in errors.items():
+            total, count = (torch.stack(values).sum() for values in zip(*parts, strict=True))
+            losses[name] = total / count.clamp_min(1)
+        return losses
 
 
-def _squares_again(
-    task: DepthTask | SegmentationTask, head: LinearHead, frames: FeatureSet
-) -> tuple[Tensor, Tensor]:
-    """Compute `_squares` with recomputation in the backward pass.
+def _squares(task: DenseTask, head: LinearHead, frames: FeatureSet) -> tuple[Tensor, Tensor]:
+    """Sum the squared errors of a head, with recomputation in the backward pass.
 
     Outputs at full size of all frames of a large batch would not fit into memory.
     """
 
     def squares(weight: Tensor, bias: Tensor, features: Tensor) -> tuple[Tensor, Tensor]:
-        return _squares(
-            task, replace(head, weight=weight, bias=bias), frames._replace(features=features)
-        )
+        output = replace(head, weight=weight, bias=bias)(features)
+        return task.squared_error(output, frames.target)
 
     return checkpoint(
         squares,
@@ -203,54 +194,32 @@ def _squares_again(
     )
 
 
-def _squares(
-    task: DepthTask | SegmentationTask, head: LinearHead, frames: FeatureSet
-) -> tuple[Tensor, Tensor]:
-    """The sum of squared errors over the pixels that have a truth, and their number."""
-    output = head(frames.features)
-    if isinstance(task, DepthTask):
-        counted = valid_pixels(frames.depth, task.max_depth)
-        squares = (output[:, 0] - frames.depth.where(counted, 0.0)).square()
-    else:
-        label = frames.label.long()
-        counted = label != IGNORE
-        own = output.gather(1, label.where(counted, 0)[:, None])[:, 0]
-        squares = output.square().sum(dim=1) - 2 * own + 1  # |output - onehot|^2
-    return (squares * counted).sum(), counted.sum()
-
-
 def feedback_weights(
-    depth: float | None,
-    segmentation: float | None,
-    max_depth: float | None,
-    num_classes: int | None,
+    tasks: Sequence[DenseTask], given: Mapping[str, float | None]
 ) -> dict[str, float]:
-    """The weight of each feedback; None stands for 1 where there are such labels, for 0 elsewhere.
+    """Return the weight of each task.
+
+    Args:
+        tasks: The tasks of the labelled set.
+        given: `<task>_weight` of any task; None is 1 for those of the set.
 
     Raises:
-        MetaVPTError: A weight is negative, or all are 0.
+        MetaVPTError: A weight is negative, all are 0, or one is that of a task the set has not.
     """
-    known = {"depth": max_depth is not None, "segmentation": num_classes is not None}
-    given = {"depth": depth, "segmentation": segmentation}
-    found = {
-        name: float(has) if given[name] is None else float(given[name] or 0)
-        for name, has in known.items()
-    }
+    found = {task.name: 1.0 for task in tasks}
+    for key, weight in given.items():
+        name = key.removesuffix(SUFFIX)
+        if not key.endswith(SUFFIX):
+            raise MetaVPTError(f"feedback.{key}: no such key; a weight is called <task>{SUFFIX}")
+        if not isinstance(weight, int | float | None):
+            raise MetaVPTError(f"feedback.{key}={weight}: must be a number or null")
+        if weight and name not in found:
+            raise MetaVPTError(
+                f"feedback.{key}={weight}: the labelled set is read without {name}; set it to 0"
+            )
+        if weight is not None and name in found:
+            found[name] = float(weight)
     if min(found.values()) < 0 or not any(found.values()):
-        raise MetaVPTError(
-            f"feedback.depth_weight={depth}, feedback.segmentation_weight={segmentation}: neither "
-            "may be negative and one must be positive"
-        )
-    return found
-
-
-def dense_tasks(
-    weights: Mapping[str, float], max_depth: float | None, num_classes: int | None
-) -> dict[str, DepthTask | SegmentationTask]:
-    """The tasks that have a weight."""
-    found: dict[str, DepthTask | SegmentationTask] = {}
-    if weights["depth"]:
-        found["depth"] = DepthTask(max_depth=max_depth or MAX_DEPTH)
-    if weights["segmentation"]:
-        found["segmentation"] = SegmentationTask(num_classes or 0)
+        listed = ", ".join(f"feedback.{name}{SUFFIX}={found[name]:g}" for name in found)
+        raise MetaVPTError(f"{listed}: none may be negative and one must be positive")
     return found

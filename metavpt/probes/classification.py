@@ -15,7 +15,7 @@ from metavpt.data.classified import ClassifiedImages, open_classified
 from metavpt.errors import MetaVPTError
 from metavpt.metrics import Direction
 from metavpt.probes.features import FeatureSet
-from metavpt.probes.heads import DenseTask
+from metavpt.probes.heads import HeadTask
 from metavpt.probes.knn import KNN
 from metavpt.probes.summaries import Describe, Pool, check_pool, stack, summarise
 
@@ -26,7 +26,7 @@ class Classifier(Protocol):
     `Ridge` and `LinearBN` treat an image as a frame of one patch.
     """
 
-    def fit(self, task: DenseTask, train: FeatureSet) -> Callable[[Tensor], Tensor]:
+    def fit(self, task: HeadTask, train: FeatureSet) -> Callable[[Tensor], Tensor]:
         """Fit on `train`.
 
         Returns:
@@ -52,18 +52,19 @@ class ClassTask:
         """Return C."""
         return self.num_classes
 
-    def patch_targets(self, batch: FeatureSet) -> tuple[Tensor, Tensor]:
+    def patch_targets(self, target: Tensor, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
         """Return one-hot targets (B, C, 1, 1) and weights 1 (B, 1, 1, 1)."""
-        onehot = F.one_hot(batch.label.long(), self.num_classes).movedim(-1, 1).float()
+        onehot = F.one_hot(target.long(), self.num_classes).movedim(-1, 1).float()
         return onehot, torch.ones_like(onehot[:, :1])
 
     def activate(self, output: Tensor) -> Tensor:
         """Return the scores unchanged."""
         return output
 
-    def loss(self, prediction: Tensor, batch: FeatureSet) -> Tensor:
-        """Compute the cross-entropy."""
-        return F.cross_entropy(prediction, batch.label.long())
+    def probe_loss(self, prediction: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        """Sum the cross-entropies, and count the images."""
+        total = F.cross_entropy(prediction, target.long(), reduction="sum")
+        return total, torch.tensor(target.numel())
 
 
 class ClassificationProbe:
@@ -118,15 +119,13 @@ class ClassificationProbe:
         for name, classifier in self.heads.items():
             head = classifier.fit(self.task, train)
             guess = torch.cat([head(chunk.features).argmax(1) for chunk in val.chunks(1024)])
-            metrics[f"{name}/accuracy"] = float((guess == val.label).double().mean())
+            metrics[f"{name}/accuracy"] = float((guess == val.target).double().mean())
         return metrics
 
     def _features(self, describe: Describe, part: "_Part") -> FeatureSet:
         vectors = summarise(describe, stack(part.images, part.indices, self.batch_size), self.pool)
         label = part.labels.to(vectors.device)[:, None, None]
-        return FeatureSet(
-            vectors[:, :, None, None], torch.zeros(label.shape, device=label.device), label
-        )
+        return FeatureSet(vectors[:, :, None, None], label)
 
 
 class _Part:

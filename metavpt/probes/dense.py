@@ -1,43 +1,17 @@
 """Dense prediction from frozen features: linear heads are fitted anew at every probe."""
 
-from collections.abc import Callable, Iterable, Mapping
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
+from metavpt.dense_tasks.task import DenseTask
 from metavpt.errors import MetaVPTError
 from metavpt.metrics import Direction
-from metavpt.probes.depth import (
-    DepthMetrics,
-    DepthTask,
-    evaluate_depth,
-    predict_depth,
-    valid_pixels,
-)
-from metavpt.probes.features import IGNORE, Features, LabelledBatch, extract
+from metavpt.probes.features import Features, LabelledBatch, extract
 from metavpt.probes.heads import Fit, LinearHead, Ridge
-from metavpt.probes.segmentation import (
-    SegmentationMetrics,
-    SegmentationTask,
-    check_classes,
-    confusion_of,
-    predict_label,
-)
 
 Batches = Callable[[], Iterable[LabelledBatch]]  # called once a probe: a fresh pass over the set
-
-
-class Predictions(NamedTuple):
-    """Predicted maps at the size of the labels. A map that is not probed is None.
-
-    Attributes:
-        depth: (B, H, W), in metres.
-        label: (B, H, W) int64.
-    """
-
-    depth: Tensor | None
-    label: Tensor | None
 
 
 class DenseProbe:
@@ -49,14 +23,13 @@ class DenseProbe:
     Args:
         train_batches: Returns one pass over the train set.
         val_batches: Returns one pass over the validation set.
-        num_classes: Classes of the label maps. None: no segmentation probe.
+        tasks: What to predict.
         heads: Ways to fit a head, by name. Default: one closed-form `Ridge`.
-        depth: What to measure of depth. None: no depth probe; ADE20K, for example, has no depth.
         device: Where features are kept and heads are fitted. None: the device that computes
             features.
 
     Attributes:
-        class_iou: The IoU of each class at the last measurement, by head.
+        class_metrics: The metrics of each class at the last measurement, such as `ridge/seg_iou`.
 
     Raises:
         MetaVPTError: There is nothing to probe.
@@ -66,53 +39,52 @@ class DenseProbe:
         self,
         train_batches: Batches,
         val_batches: Batches,
-        num_classes: int | None,
+        tasks: Sequence[DenseTask],
         heads: Mapping[str, Fit] | None = None,
-        depth: DepthTask | None = DepthTask(),  # noqa: B008 - frozen
         device: torch.device | str | None = None,
     ) -> None:
+        if not tasks:
+            raise MetaVPTError("DenseProbe: nothing to probe; name a task")
         self.train_batches, self.val_batches, self.device = train_batches, val_batches, device
+        self.tasks = {task.name: task for task in tasks}
         self.heads = dict(heads) if heads else {"ridge": Ridge()}
-        self.depth = depth
-        self.segmentation = SegmentationTask(num_classes) if num_classes is not None else None
-        if self.depth is None and self.segmentation is None:
-            raise MetaVPTError("DenseProbe: nothing to probe; set num_classes or depth")
-        self.class_iou: dict[str, list[float]] = {}  # of the last measurement, by head
-        self._fitted: dict[str, tuple[LinearHead | None, LinearHead | None]] = {}
+        self.class_metrics: dict[str, list[tuple[str, float]]] = {}
+        self._fitted: dict[str, dict[str, LinearHead]] = {}  # head -> task -> the head
 
     @property
     def directions(self) -> dict[str, Direction]:
         """Return the better direction of each metric."""
-        stated: dict[str, Direction] = {}
-        if self.depth:
-            stated |= {f"depth_{name}": which for name, which in DepthMetrics.directions.items()}
-        if self.segmentation:
-            segmentation = SegmentationMetrics.directions
-            stated |= {f"seg_{name}": which for name, which in segmentation.items()}
-        return {f"{head}/{name}": which for head in self.heads for name, which in stated.items()}
+        return {
+            f"{head}/{name}": direction
+            for head in self.heads
+            for task in self.tasks.values()
+            for name, direction in task.directions.items()
+        }
 
+    @torch.no_grad()
     def __call__(self, features: Features) -> dict[str, float]:
         """Fit and measure every head. `predict` uses these heads until the next call."""
-        train = extract(features, self.train_batches(), self.device)
+        tasks = list(self.tasks.values())
+        train = extract(features, self.train_batches(), tasks, self.device)
         self._fitted = {
-            name: (
-                fit.fit(self.depth, train) if self.depth else None,
-                fit.fit(self.segmentation, train) if self.segmentation else None,
-            )
-            for name, fit in self.heads.items()
+            head: {name: fit.fit(task, train[name]) for name, task in self.tasks.items()}
+            for head, fit in self.heads.items()
         }
         del train  # two sets of features at a time may not fit
-        val = extract(features, self.val_batches(), self.device)
-        metrics: dict[str, float] = {}
-        self.class_iou.clear()
-        for name, (depth, segmentation) in self._fitted.items():
-            measured = evaluate_depth(depth, val, self.depth) if depth else {}
-            if segmentation:
-                counted = confusion_of(segmentation, val)
-                measured |= {f"seg_{key}": value for key, value in counted.compute().items()}
-                self.class_iou[f"{name}/seg_iou"] = counted.by_class()
-            metrics |= {f"{name}/{metric}": value for metric, value in measured.items()}
-        return metrics
+        val = extract(features, self.val_batches(), tasks, self.device)
+        found: dict[str, float] = {}
+        self.class_metrics.clear()
+        for head, fitted in self._fitted.items():
+            for name, task in self.tasks.items():
+                metrics = task.metrics()
+                for chunk in val[name].chunks():
+                    output = fitted[name](chunk.features.float())
+                    metrics.update(task.predict(output), chunk.target)
+                for metric, value in task.prefixed(metrics.compute()).items():
+                    found[f"{head}/{metric}"] = value
+                for metric, values in task.prefixed(task.by_class(metrics)).items():
+                    self.class_metrics[f"{head}/{metric}"] = values
+        return found
 
     @torch.no_grad()
     def trivial_metrics(self) -> dict[str, dict[str, float]]:
@@ -122,55 +94,31 @@ class DenseProbe:
             Name of the predictor to its metrics, under the names that every head has them.
         """
         scores: dict[str, dict[str, float]] = {}
-        if self.depth:
-            scores |= self._trivial_depth(self.depth)
-        if self.segmentation:
-            scores["majority class"] = self._majority_class(self.segmentation.num_classes)
-        return {
-            predictor: {f"{head}/{name}": v for head in self.heads for name, v in metrics.items()}
-            for predictor, metrics in scores.items()
-        }
-
-    def _trivial_depth(self, task: DepthTask) -> dict[str, dict[str, float]]:
-        """Score the mean depth of each pixel, and the mean depth of all."""
-        total, count = torch.zeros(()), torch.zeros(())
-        for batch in self.train_batches():
-            depth = batch.depth.double()
-            valid = valid_pixels(depth, task.max_depth)
-            total = total + depth.where(valid, 0.0).sum(dim=0)
-            count = count + valid.sum(dim=0)
-        constant = total.sum() / count.sum()
-        image = torch.where(count > 0, total / count.clamp_min(1), constant)  # (H, W)
-        guesses = {"mean depth image": image, "constant depth": constant.expand_as(image)}
-        metrics = {name: DepthMetrics(task.crop, task.max_depth) for name in guesses}
-        for batch in self.val_batches():
-            for name, guess in guesses.items():
-                metrics[name].update(guess.expand_as(batch.depth), batch.depth)
-        return {
-            name: {f"depth_{metric}": value for metric, value in one.compute().items()}
-            for name, one in metrics.items()
-        }
-
-    def _majority_class(self, num_classes: int) -> dict[str, float]:
-        """Score the most frequent class of the train set at every pixel."""
-        counts = torch.zeros(num_classes, dtype=torch.int64)
-        for batch in self.train_batches():
-            label = batch.label[batch.label != IGNORE].long()
-            check_classes(label, num_classes)
-            counts += torch.bincount(label, minlength=num_classes).cpu()
-        metrics, majority = SegmentationMetrics(num_classes), int(counts.argmax())
-        for batch in self.val_batches():
-            metrics.update(torch.full_like(batch.label, majority), batch.label)
-        return {f"seg_{name}": value for name, value in metrics.compute().items()}
+        for task in self.tasks.values():
+            guesses = task.trivial(task.target(batch) for batch in self.train_batches())
+            metrics = {name: task.metrics() for name in guesses}
+            for batch in self.val_batches():
+                target = task.target(batch)
+                for name, guess in guesses.items():
+                    metrics[name].update(guess.expand_as(target), target)
+            for name, measured in metrics.items():
+                values = task.prefixed(measured.compute())
+                scores[name] = {f"{head}/{k}": v for head in self.heads for k, v in values.items()}
+        return scores
 
     @torch.no_grad()
-    def predict(self, features: Features, images: Tensor, head: str | None = None) -> Predictions:
+    def predict(
+        self, features: Features, images: Tensor, head: str | None = None
+    ) -> dict[str, Tensor]:
         """Predict the maps of a few images, for pictures.
 
         Args:
             features: The frozen backbone.
             images: uint8 (B, 3, H, W).
             head: The name of a head that the last call fitted. Default: the first one.
+
+        Returns:
+            The prediction of each task, of the shape of its target.
 
         Raises:
             MetaVPTError: The head is not fitted.
@@ -181,9 +129,8 @@ class DenseProbe:
             raise MetaVPTError(
                 f"DenseProbe: head {name!r} is not fitted; call the probe first (heads: {known})"
             )
-        depth, segmentation = self._fitted[name]
-        grid = features(images).to(self.device)
-        return Predictions(
-            predict_depth(depth, grid, self.depth.max_depth) if depth and self.depth else None,
-            predict_label(segmentation, grid) if segmentation else None,
-        )
+        grid = features(images).to(self.device).float()
+        return {
+            name: self.tasks[name].predict(fitted(grid))
+            for name, fitted in self._fitted[name].items()
+        }

@@ -1,61 +1,48 @@
 """Frozen features of a labelled set, computed once and shared by every head and every task."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
+from metavpt.dense_tasks.segmentation import IGNORE
+from metavpt.dense_tasks.task import DenseTask
 from metavpt.distributed import collectives
 from metavpt.errors import MetaVPTError, NonFiniteError
-
-IGNORE = 255  # the label of pixels that are neither learned from nor counted
 
 Features = Callable[[Tensor], Tensor]  # images uint8 (B, 3, H, W) -> feature grid (B, D, h, w)
 
 
 class LabelledBatch(Protocol):
-    """A batch of labelled images.
-
-    Attributes:
-        image: uint8 (B, 3, H, W).
-        depth: float32 (B, H, W) in metres, 0 where unknown.
-        label: int64 (B, H, W) in 0..C-1, 255 where ignored.
-    """
+    """A batch of labelled images, with what the tasks read beside them."""
 
     @property
     def image(self) -> Tensor:
-        """Return the images."""
-        ...
-
-    @property
-    def depth(self) -> Tensor:
-        """Return the depth maps."""
-        ...
-
-    @property
-    def label(self) -> Tensor:
-        """Return the label maps."""
+        """Return the images, uint8 (B, 3, H, W)."""
         ...
 
 
 class FeatureSet(NamedTuple):
-    """Features and labels of a set.
+    """Features of a set and the target of a task.
 
     Attributes:
         features: (M, D, h, w).
-        depth: float32 (M, H, W), in metres.
-        label: uint8 (M, H, W). One byte per pixel keeps large sets in memory.
+        target: (M, H, W) or (M, K, H, W). Whole numbers, such as classes, take one byte each.
     """
 
     features: Tensor
-    depth: Tensor
-    label: Tensor
+    target: Tensor
 
     @property
     def grid(self) -> tuple[int, int]:
         """Return (h, w)."""
         return self.features.shape[2], self.features.shape[3]
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Return (H, W)."""
+        return self.target.shape[-2], self.target.shape[-1]
 
     def take(self, index: Tensor | slice) -> "FeatureSet":
         """Return a subset."""
@@ -72,56 +59,54 @@ class FeatureSet(NamedTuple):
 
 @torch.no_grad()
 def extract(
-    features: Features, batches: Iterable[LabelledBatch], device: torch.device | str | None = None
-) -> FeatureSet:
-    """Compute the features of every image. Ranks share the batches.
+    features: Features,
+    batches: Iterable[LabelledBatch],
+    tasks: Sequence[DenseTask],
+    device: torch.device | str | None = None,
+) -> dict[str, FeatureSet]:
+    """Compute the features of every image, and the target of each task. Ranks share the batches.
 
     Args:
         features: The frozen backbone.
         batches: Labelled batches with images of one size.
+        tasks: What to keep the targets of.
         device: Where the result is kept. None: where the features are computed.
+
+    Returns:
+        A set for each task by its name. They share the features.
 
     Raises:
         MetaVPTError: There is no batch, the images differ in size, or a label is not in 0..255.
         NonFiniteError: A feature is NaN or infinite.
     """
 
-    def read(batch: LabelledBatch) -> FeatureSet:
+    def read(batch: LabelledBatch) -> list[Tensor]:
         grid = features(batch.image)
-        if (
-            batch.label.numel()
-            and not 0 <= int(batch.label.min()) <= int(batch.label.max()) <= IGNORE
-        ):
-            raise MetaVPTError(
-                f"probe: labels must lie in 0..{IGNORE}; ignored pixels are {IGNORE}"
-            )
-        return FeatureSet(
-            grid,
-            batch.depth.to(grid.device, torch.float32),
-            batch.label.to(grid.device, torch.uint8),
-        )
+        return [grid, *(_compact(task.target(batch)).to(grid.device) for task in tasks)]
 
-    parts = []
+    parts: list[list[Tensor]] = []
     for part in collectives.share_out(read, batches):
-        if not torch.isfinite(part.features).all():
+        if not torch.isfinite(part[0]).all():
             raise NonFiniteError(
                 "probe: the features of the learner are not finite; look at the losses before "
                 "this step"
             )
-        parts.append(FeatureSet(*(field.to(device) for field in part)))
+        parts.append([tensor.to(device) for tensor in part])
     if not parts:
         raise MetaVPTError("probe: there is no labelled batch to read")
-    if (
-        len(
-            {
-                (part.features.shape[1:], part.depth.shape[1:], part.label.shape[1:])
-                for part in parts
-            }
-        )
-        > 1
-    ):
+    if len({tuple(tensor.shape[1:] for tensor in part) for part in parts}) > 1:
         raise MetaVPTError(
             "probe: all images of a labelled set must have one size; resize or crop them in the "
             "dataset"
         )
-    return FeatureSet(*(torch.cat(field) for field in zip(*parts, strict=True)))
+    grid, *targets = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
+    return {task.name: FeatureSet(grid, t) for task, t in zip(tasks, targets, strict=True)}
+
+
+def _compact(target: Tensor) -> Tensor:
+    """Keep whole numbers in one byte each, so that large sets fit into memory."""
+    if target.is_floating_point():
+        return target.float()
+    if target.numel() and not 0 <= int(target.min()) <= int(target.max()) <= IGNORE:
+        raise MetaVPTError(f"probe: labels must lie in 0..{IGNORE}; ignored pixels are {IGNORE}")
+    return target.to(torch.uint8)

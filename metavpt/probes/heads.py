@@ -18,8 +18,8 @@ from metavpt.learners.annealing import cosine
 from metavpt.probes.features import FeatureSet
 
 
-class DenseTask(Protocol):
-    """The quantity that a head predicts."""
+class HeadTask(Protocol):
+    """What a fit needs to know of the quantity that a head predicts, see `DenseTask`."""
 
     @property
     def num_outputs(self) -> int:
@@ -31,30 +31,23 @@ class DenseTask(Protocol):
         """Return the peak learning rate of a head trained by gradient steps."""
         ...
 
-    def patch_targets(self, batch: FeatureSet) -> tuple[Tensor, Tensor]:
-        """Compute the mean target of each patch over its valid pixels.
-
-        Returns:
-            The targets (B, C, h, w), and the share of valid pixels (B, 1, h, w).
-        """
+    def patch_targets(self, target: Tensor, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
+        """Return the mean target (B, C, h, w) and the known share (B, 1, h, w) of each patch."""
         ...
 
     def activate(self, output: Tensor) -> Tensor:
-        """Map a linear output to a prediction, for a head trained on `loss`."""
+        """Map a linear output to a prediction, for a head trained on `probe_loss`."""
         ...
 
-    def loss(self, prediction: Tensor, batch: FeatureSet) -> Tensor:
-        """Compute the mean loss of predictions (B, C, H, W) over the valid pixels.
-
-        It is 0 if no pixel is valid.
-        """
+    def probe_loss(self, prediction: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        """Sum the loss of predictions (B, C, H, W) over the known pixels, and count these."""
         ...
 
 
 class Fit(Protocol):
     """A way to fit a head."""
 
-    def fit(self, task: DenseTask, train: FeatureSet) -> "LinearHead":
+    def fit(self, task: HeadTask, train: FeatureSet) -> "LinearHead":
         """Fit a head for `task` on `train`."""
         ...
 
@@ -75,7 +68,7 @@ class LinearHead:
     weight: Tensor  # (C, D)
     bias: Tensor  # (C,)
     size: tuple[int, int]  # (H, W)
-    task: DenseTask | None = None  # whose activation follows; None: linear
+    task: HeadTask | None = None  # whose activation follows; None: linear
 
     def __call__(self, features: Tensor) -> Tensor:
         """Predict (B, C, H, W) from features (B, D, h, w)."""
@@ -108,14 +101,14 @@ class Ridge:
         if not self.penalty > 0:
             raise MetaVPTError(f"Ridge: penalty={self.penalty} must be positive")
 
-    def fit(self, task: DenseTask, train: FeatureSet) -> LinearHead:
+    def fit(self, task: HeadTask, train: FeatureSet) -> LinearHead:
         """Fit the head.
 
         Raises:
             MetaVPTError: No pixel of `train` is valid.
         """
         weight, bias = self.solve(self._moments(task, train), train.features.shape[1])
-        return LinearHead(weight, bias, (train.depth.shape[1], train.depth.shape[2]))
+        return LinearHead(weight, bias, train.size)
 
     def solve(self, moments: Tensor, width: int) -> tuple[Tensor, Tensor]:
         """Compute the head whose rows have these moments.
@@ -152,11 +145,11 @@ class Ridge:
         )
         return weight.T.contiguous(), target_mean - mean @ weight
 
-    def _moments(self, task: DenseTask, train: FeatureSet) -> Tensor:
+    def _moments(self, task: HeadTask, train: FeatureSet) -> Tensor:
         size = train.features.shape[1] + task.num_outputs + 1
         moments = torch.zeros(size, size, dtype=torch.float64, device=train.features.device)
         for chunk in train.chunks():
-            moments += patch_moments(chunk.features, *task.patch_targets(chunk))
+            moments += patch_moments(chunk.features, *task.patch_targets(chunk.target, chunk.grid))
         return moments
 
 
@@ -214,7 +207,7 @@ class LinearBN:
             )
 
     @torch.enable_grad()
-    def fit(self, task: DenseTask, train: FeatureSet) -> LinearHead:
+    def fit(self, task: HeadTask, train: FeatureSet) -> LinearHead:
         """Train the head."""
         generator = torch.Generator().manual_seed(self.seed)
         width, device = train.features.shape[1], train.features.device
@@ -226,21 +219,24 @@ class LinearBN:
         weights = [part.requires_grad_() for part in (kernel, bias, gain, shift)]
         optimizer = torch.optim.AdamW(weights, lr=task.lr, weight_decay=self.weight_decay)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, self._lr_factor)
-        size = (train.depth.shape[1], train.depth.shape[2])
         for index in islice(self._shuffled(len(train.features), generator), self.num_steps):
             batch = train.take(index.to(device))
             features = F.batch_norm(
                 batch.features.float(), mean, variance, gain, shift, training=True
             )
-            output = enlarge(F.conv2d(features, kernel[:, :, None, None], bias), size)
+            output = enlarge(F.conv2d(features, kernel[:, :, None, None], bias), train.size)
             optimizer.zero_grad()
-            task.loss(task.activate(output), batch).backward()
+            total, count = task.probe_loss(task.activate(output), batch.target)
+            (total / count.clamp_min(1)).backward()
             nn.utils.clip_grad_norm_(weights, self.clip_norm)
             optimizer.step()
             schedule.step()
         gain = gain * (variance + 1e-5).rsqrt()  # 1e-5: the default of F.batch_norm, used above
         return LinearHead(
-            (kernel * gain).detach(), (bias + kernel @ (shift - gain * mean)).detach(), size, task
+            (kernel * gain).detach(),
+            (bias + kernel @ (shift - gain * mean)).detach(),
+            train.size,
+            task,
         )
 
     def _lr_factor(self, step: int) -> float:

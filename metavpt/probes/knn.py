@@ -8,7 +8,7 @@ from torch import Tensor
 
 from metavpt.errors import MetaVPTError
 from metavpt.probes.features import FeatureSet
-from metavpt.probes.heads import DenseTask
+from metavpt.probes.heads import HeadTask
 
 CHUNK = 256  # queries at a time: all similarities at once may not fit
 
@@ -37,7 +37,7 @@ class KNN:
                 f"KNN: k={self.k} must be at least 1 and temperature={self.temperature} positive"
             )
 
-    def fit(self, task: DenseTask, train: FeatureSet) -> "Neighbours":
+    def fit(self, task: HeadTask, train: FeatureSet) -> "Neighbours":
         """Store the training images: features (N, D, 1, 1) and labels (N, 1, 1).
 
         Raises:
@@ -50,7 +50,7 @@ class KNN:
         return Neighbours(
             self,
             F.normalize(train.features.flatten(1).float(), dim=1),
-            train.label.flatten().long(),
+            train.target.flatten().long(),
             task.num_outputs,
         )
 

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from metavpt.data.ade20k import ADE20K, CLASS_NAMES, read_annotation
-from metavpt.data.frames import IGNORE
+from metavpt.dense_tasks.segmentation import IGNORE
 from metavpt.errors import MetaVPTError
 
 SIZE = (24, 32)

@@ -69,7 +69,7 @@ def test_bad_pools_are_named(rooms: dict, options: dict, message: str):
 
 def test_ade20k(ade20k: str):
     data = ade20k_data(ade20k, SIZE, "stretch", num_train=2, num_meta=1)
-    assert not data.depth
+    assert [task.name for task in data.tasks] == ["segmentation"]
     assert (data.frames.size, data.frames.num_classes, len(data.val), data.stream_size) == (
         SIZE,
         150,
@@ -87,7 +87,8 @@ def test_rooms_stand_in_visibly(rooms: dict, make, name: str, capsys: pytest.Cap
     told = capsys.readouterr().err
     assert "generated rooms" in told
     assert name in told
-    assert data.depth == (name == "NYUv2")
+    expected = ["depth", "segmentation"] if name == "NYUv2" else ["segmentation"]
+    assert [task.name for task in data.tasks] == expected
     assert data.frames.num_classes == 13
 
 

@@ -9,8 +9,9 @@ from helpers.own_images import IGNORED, NUM_CLASSES, SIZE, camvid, generate, sav
 from PIL import Image
 
 from metavpt.data.dense import labelled_data
-from metavpt.data.frames import IGNORE
 from metavpt.data.labelled import LabelledImages, class_table
+from metavpt.dense_tasks.depth import DepthTask
+from metavpt.dense_tasks.segmentation import IGNORE
 from metavpt.errors import MetaVPTError
 
 
@@ -162,9 +163,7 @@ def test_depth_maps(tmp_path: Path, suffix: str, scale: float, dtype: type) -> N
         save(tmp_path / f"images/{i}.png", image)
         save(tmp_path / f"depths/{i}{suffix}", (depth / scale).astype(dtype))
     data = labelled_data(str(tmp_path), depths="depths", scale=scale, max_depth=80.0, num_meta=1)
-    assert data.depth
-    assert not data.crop
-    assert data.max_depth == 80.0
+    assert data.tasks == [DepthTask(max_depth=80.0, crop=False)]
     assert data.frames.num_classes == 0
     frame = data.frames[3]
     expected = torch.from_numpy(generate(3)[2])
@@ -197,4 +196,4 @@ def test_pools_fit_a_small_set(root: Path) -> None:
     )
     pools = (data.train, data.meta, data.held_out, data.val)
     assert [len(pool) for pool in pools] == [6, 2, 2, 2]
-    assert not data.depth
+    assert [task.name for task in data.tasks] == ["segmentation"]

@@ -13,7 +13,6 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from metavpt.data.frames import IGNORE
 from metavpt.data.nyuv2 import (
     CLASSES,
     MAT_NAME,
@@ -25,6 +24,7 @@ from metavpt.data.nyuv2 import (
     open_nyuv2,
 )
 from metavpt.data.rooms import CLASS_NAMES
+from metavpt.dense_tasks.segmentation import IGNORE
 from metavpt.errors import MetaVPTError
 
 SIZE = (6, 8)

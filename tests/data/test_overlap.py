@@ -14,7 +14,10 @@ from metavpt.data.frames import RGBDFrames
 from metavpt.data.images import open_images
 from metavpt.data.nyuv2 import open_nyuv2
 from metavpt.data.overlap import Encoded, encoded_file, overlap
+from metavpt.dense_tasks.depth import DepthTask
 from metavpt.errors import MetaVPTError
+
+TASKS = [DepthTask()]
 
 
 def photos(folder: Path, seeds: range) -> list[Path]:
@@ -74,7 +77,7 @@ def frames(tmp_path_factory: pytest.TempPathFactory) -> RGBDFrames:
 def test_pools_are_disjoint_from_each_other_and_from_the_evaluation(
     frames, num_train, num_meta, share, seed
 ):
-    data = DenseData(frames, num_train=num_train, num_meta=num_meta, share=share, seed=seed)
+    data = DenseData(frames, TASKS, num_train=num_train, num_meta=num_meta, share=share, seed=seed)
     val = set(data.val)
     for pool in (data.train, data.heads, data.meta, data.held_out):
         assert pool
@@ -92,4 +95,4 @@ def test_splits_that_share_a_frame_are_refused(frames: RGBDFrames, monkeypatch: 
     with pytest.raises(
         MetaVPTError, match="frame 9 and 0 more are in the train and in the val split"
     ):
-        DenseData(frames, num_train=4, num_meta=2)
+        DenseData(frames, TASKS, num_train=4, num_meta=2)

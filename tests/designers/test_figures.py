@@ -4,24 +4,10 @@ import torch
 from metavpt.designers import figures
 
 
-def test_colour_clips_to_the_range_and_greys_what_is_not_finite() -> None:
-    values = torch.tensor([[-1.0, 0.0, 1.0, 2.0, float("nan"), float("inf")]])
-    pixels = figures.colour(values, 0.0, 1.0, "gray")
-    assert pixels.dtype == np.uint8
-    assert pixels[0, :, 0].tolist() == [0, 0, 255, 255, 128, 128]
-
-
 def test_photo_takes_bytes_and_floats() -> None:
     floats = torch.tensor([0.0, 0.5, 1.5]).view(3, 1, 1)
     assert figures.photo(floats).tolist() == [[[0, 128, 255]]]
     assert figures.photo((floats * 100).to(torch.uint8)).tolist() == [[[0, 50, 150]]]
-
-
-def test_classes_have_colours_of_their_own() -> None:
-    pixels = figures.classes(torch.tensor([[0, 1, 0, 255]]), num_classes=2)[0]
-    assert (pixels[0] == pixels[2]).all()
-    assert (pixels[0] != pixels[1]).any()
-    assert (pixels[3] == 128).all()
 
 
 def test_grid_puts_white_between_pictures() -> None:

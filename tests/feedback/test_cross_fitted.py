@@ -4,8 +4,12 @@ import pytest
 import torch
 from helpers.differences import assert_gradient_is_that_of_differences
 
+from metavpt.dense_tasks.depth import DepthTask
+from metavpt.dense_tasks.segmentation import SegmentationTask
 from metavpt.errors import MetaVPTError
 from metavpt.feedback.cross_fitted import CrossFitted, PatchLabels, in_parts
+
+TASKS = [DepthTask(), SegmentationTask(3)]
 
 
 @pytest.fixture
@@ -17,7 +21,7 @@ def scene():
     depth = (depth + torch.rand(6, 6, 8, generator=g)).clamp(0.1, 9.0)
     label = torch.randint(0, 3, (6, 6, 8), generator=g)
     depth[0, :2], label[1, 3:] = 0.0, 255
-    heads = CrossFitted(5, 3, segmentation_weight=0.5, penalty=0.1, num_folds=3)
+    heads = CrossFitted(5, TASKS, segmentation_weight=0.5, penalty=0.1, num_folds=3)
 
     class Maps:
         pass
@@ -111,7 +115,7 @@ def test_residuals_point_the_way_that_lowers_the_loss(scene):
 
 
 def test_a_task_of_weight_zero_is_left_out_and_wrong_options_are_named(scene):
-    assert CrossFitted(5, 3, depth_weight=0.0).outputs == {"segmentation": slice(0, 3)}
+    assert CrossFitted(5, TASKS, depth_weight=0.0).outputs == {"segmentation": slice(0, 3)}
     for options, key in [
         ({"num_folds": 1}, "num_folds"),
         ({"depth_weight": -1.0}, "depth_weight"),
@@ -119,7 +123,7 @@ def test_a_task_of_weight_zero_is_left_out_and_wrong_options_are_named(scene):
         ({"penalty": 0.0}, "penalty"),
     ]:
         with pytest.raises(MetaVPTError, match=key):
-            CrossFitted(5, 3, **options)
+            CrossFitted(5, TASKS, **options)
     heads, features, labels, *_ = scene
     few = PatchLabels(*(field[:2] for field in labels))
     with pytest.raises(MetaVPTError, match="num_folds=3"):

@@ -8,10 +8,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from metavpt.dense_tasks.depth import DepthTask
+from metavpt.dense_tasks.segmentation import SegmentationTask
 from metavpt.errors import MetaVPTError
 from metavpt.feedback.aggregation import weighted, weighted_sum
 from metavpt.feedback.dense import DenseFeedback, RidgeFeedback
 from metavpt.probes.heads import enlarge
+
+TASKS = [DepthTask(), SegmentationTask(3)]
 
 
 class Frames(NamedTuple):
@@ -31,7 +35,7 @@ def scene():
 
 def heads(scene, **weights):
     torch.manual_seed(0)
-    feedback = DenseFeedback(5, 3, lr=0.1, **weights).double()
+    feedback = DenseFeedback(5, TASKS, lr=0.1, **weights).double()
     for _ in range(3):
         feedback.fit(*scene)
     return feedback
@@ -113,7 +117,32 @@ def test_two_weights_of_zero_are_refused():
     with pytest.raises(
         MetaVPTError, match=r"feedback.depth_weight=0, feedback.segmentation_weight=0"
     ):
-        DenseFeedback(5, 3, depth_weight=0, segmentation_weight=0)
+        DenseFeedback(5, TASKS, depth_weight=0, segmentation_weight=0)
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_states_with_heads_of_other_tasks_load(scene, task):
+    """Checkpoints of earlier versions have a head for labels that the set has not."""
+    other = next(one for one in TASKS if one is not task)
+    both = heads(scene, **{f"{other.name}_weight": 0.0})
+    alone = DenseFeedback(5, [task], lr=0.1).double()
+    alone.load_state_dict(copy.deepcopy(both.state_dict()))
+    assert [alone.fit(*scene) for _ in range(3)] == [both.fit(*scene) for _ in range(3)]
+
+
+@pytest.mark.parametrize(
+    ("weights", "message"),
+    [
+        ({"normals_weight": 1.0}, r"normals_weight=1\.0: .* is read without normals; set it to 0"),
+        ({"depth_wait": 1.0}, r"feedback\.depth_wait: no such key"),
+        ({"depth_weight": "much"}, r"feedback\.depth_weight=much: must be a number"),
+        ({"depth_weight": -1.0}, r"feedback\.depth_weight=-1"),
+    ],
+)
+def test_bad_weights_are_named(weights, message):
+    with pytest.raises(MetaVPTError, match=message):
+        DenseFeedback(5, TASKS, **weights)
+    assert DenseFeedback(5, TASKS, normals_weight=0, depth_weight=None).weights["depth"] == 1
 
 
 PENALTY = 1e-2
@@ -133,7 +162,7 @@ def frames_for(num_frames=4, classes=3, width=5):
 
 
 def ridge(penalty=PENALTY, num_folds=2, **weights):
-    return RidgeFeedback(5, 3, penalty=penalty, num_folds=num_folds, **weights).double()
+    return RidgeFeedback(5, TASKS, penalty=penalty, num_folds=num_folds, **weights).double()
 
 
 def by_hand(features, frames, folds, penalty=PENALTY, fitted=None):

@@ -11,6 +11,8 @@ from transformers import PreTrainedTokenizerFast
 from metavpt.data.lazy import Lazy
 from metavpt.data.loader import FrameBatch
 from metavpt.data.tokens import Encoder
+from metavpt.dense_tasks.depth import DepthTask
+from metavpt.dense_tasks.segmentation import SegmentationTask
 from metavpt.designers.choice import balanced
 from metavpt.distributed import collectives
 from metavpt.feedback.dense import RidgeFeedback
@@ -41,7 +43,7 @@ def ridge():
     )
     frames.depth[0] = 0  # shares unlike in valid pixels
     feedback, inputs, frames = (
-        RidgeFeedback(4, 3, penalty=0.1),
+        RidgeFeedback(4, [DepthTask(), SegmentationTask(3)], penalty=0.1),
         collectives.own(inputs),
         collectives.own(frames),
     )

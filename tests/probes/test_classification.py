@@ -63,7 +63,7 @@ def test_ridge_to_one_hot_is_the_dense_solve() -> None:
         torch.randn(30, 4, generator=generator),
         torch.randint(0, 300, (30, 1, 1), generator=generator),
     )  # more than a byte holds
-    frames = FeatureSet(x[:, :, None, None], torch.zeros(30, 1, 1), label)
+    frames = FeatureSet(x[:, :, None, None], label)
     scores = Ridge(penalty=0.1).fit(ClassTask(300), frames)(frames.features)[:, :, 0, 0].double()
     z = (x.double() - x.double().mean(0)) / x.double().std(0, correction=0)
     y = torch.nn.functional.one_hot(label.flatten(), 300).double()

@@ -5,10 +5,13 @@ from typing import NamedTuple
 import pytest
 import torch
 
+from metavpt.dense_tasks.depth import DepthTask, eigen_crop
+from metavpt.dense_tasks.segmentation import SegmentationTask
 from metavpt.errors import MetaVPTError
 from metavpt.probes.dense import DenseProbe
-from metavpt.probes.depth import eigen_crop
 from metavpt.probes.heads import LinearBN, Ridge
+
+TASKS = [DepthTask(), SegmentationTask(2)]
 
 
 class Batch(NamedTuple):
@@ -46,7 +49,7 @@ def test_every_head_measures_every_task_on_one_pass_over_each_set() -> None:
     probe = DenseProbe(
         lambda: batches(0),
         lambda: batches(1, 2),
-        2,
+        TASKS,
         {"ridge": Ridge(), "linear_bn": LinearBN(num_steps=5)},
     )
     metrics = probe(features)
@@ -71,14 +74,12 @@ def test_every_head_measures_every_task_on_one_pass_over_each_set() -> None:
 
 
 def test_predictions_have_the_size_of_the_maps() -> None:
-    probe, features = DenseProbe(lambda: batches(0), lambda: batches(1), 2), Colours()
+    probe, features = DenseProbe(lambda: batches(0), lambda: batches(1), TASKS), Colours()
     image = batches(2)[0].image
     with pytest.raises(MetaVPTError, match="call the probe first"):
         probe.predict(features, image)
     probe(features)
-    depth, label = probe.predict(features, image)
-    assert depth is not None
-    assert label is not None
+    depth, label = probe.predict(features, image).values()
     assert depth.shape == label.shape == (4, 48, 64)
     assert label.dtype == torch.int64
     assert 1e-3 <= float(depth.min()) <= float(depth.max()) <= 10
@@ -86,20 +87,22 @@ def test_predictions_have_the_size_of_the_maps() -> None:
 
 def test_one_task_alone() -> None:
     features = Colours()
-    depth_only = DenseProbe(lambda: batches(0), lambda: batches(1), None)
+    depth_only = DenseProbe(lambda: batches(0), lambda: batches(1), [DepthTask()])
     assert all("/depth_" in name for name in depth_only(features))
-    assert depth_only.predict(features, batches(2)[0].image).label is None
+    assert depth_only.predict(features, batches(2)[0].image).keys() == {"depth"}
     assert all(
         "/seg_" in name
-        for name in DenseProbe(lambda: batches(0), lambda: batches(1), 2, depth=None)(features)
+        for name in DenseProbe(lambda: batches(0), lambda: batches(1), [SegmentationTask(2)])(
+            features
+        )
     )
     with pytest.raises(MetaVPTError, match="nothing to probe"):
-        DenseProbe(lambda: batches(0), lambda: batches(1), None, depth=None)
+        DenseProbe(lambda: batches(0), lambda: batches(1), [])
 
 
 def test_the_global_generator_is_left_alone() -> None:
     state = torch.get_rng_state()
-    DenseProbe(lambda: batches(0), lambda: batches(1), 2, {"linear_bn": LinearBN(num_steps=2)})(
+    DenseProbe(lambda: batches(0), lambda: batches(1), TASKS, {"linear_bn": LinearBN(num_steps=2)})(
         Colours()
     )
     assert torch.equal(torch.get_rng_state(), state)
@@ -107,7 +110,7 @@ def test_the_global_generator_is_left_alone() -> None:
 
 def test_trivial_predictors_are_means_and_the_majority_of_the_train_set() -> None:
     train, val = batches(0), batches(1, 2)
-    probe = DenseProbe(lambda: train, lambda: val, 2, {"a": Ridge(), "b": Ridge(0.1)})
+    probe = DenseProbe(lambda: train, lambda: val, TASKS, {"a": Ridge(), "b": Ridge(0.1)})
     scores = probe.trivial_metrics()
     assert scores.keys() == {"mean depth image", "constant depth", "majority class"}
     known, truth = (torch.cat([b.depth for b in part]).double() for part in (train, val))
@@ -135,11 +138,16 @@ def test_trivial_predictors_are_means_and_the_majority_of_the_train_set() -> Non
 
 def test_iou_by_class_averages_to_miou_and_is_kept_for_each_head() -> None:
     probe = DenseProbe(
-        lambda: batches(0), lambda: batches(1), 4, {"a": Ridge(), "b": Ridge(0.1)}, depth=None
+        lambda: batches(0),
+        lambda: batches(1),
+        [SegmentationTask(4, ("sky", "road", "car", "bus"))],
+        {"a": Ridge(), "b": Ridge(0.1)},
     )
     metrics = probe(Colours())
-    assert probe.class_iou.keys() == {"a/seg_iou", "b/seg_iou"}
+    assert probe.class_metrics.keys() == {"a/seg_iou", "b/seg_iou"}
     for head in "ab":
-        iou = torch.tensor(probe.class_iou[f"{head}/seg_iou"])
+        names, values = zip(*probe.class_metrics[f"{head}/seg_iou"], strict=True)
+        iou = torch.tensor(values)
+        assert names == ("sky", "road", "car", "bus")
         assert iou.isnan().tolist() == [False, False, True, True]  # two of the classes never occur
         assert float(iou.nanmean()) == pytest.approx(metrics[f"{head}/seg_miou"])

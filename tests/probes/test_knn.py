@@ -17,9 +17,7 @@ def scene() -> tuple[FeatureSet, torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
     label = torch.randint(0, C, (N, 1, 1), generator=generator)
     features = torch.randn(N, D, 1, 1, generator=generator) * 3
-    return FeatureSet(features, torch.zeros(N, 1, 1), label), torch.randn(
-        M, D, 1, 1, generator=generator
-    )
+    return FeatureSet(features, label), torch.randn(M, D, 1, 1, generator=generator)
 
 
 def naive(train: FeatureSet, query: torch.Tensor, k: int, temperature: float) -> list[float]:
@@ -29,7 +27,7 @@ def naive(train: FeatureSet, query: torch.Tensor, k: int, temperature: float) ->
     nearest = sorted(range(len(x)), key=lambda i: -cosine[i])[:k]
     votes = [0.0] * C
     for i in nearest:
-        votes[int(train.label[i])] += math.exp(cosine[i] / temperature)
+        votes[int(train.target[i])] += math.exp(cosine[i] / temperature)
     return [vote / math.exp(1 / temperature) for vote in votes]
 
 
@@ -50,7 +48,7 @@ def test_a_small_temperature_does_not_overflow() -> None:
     votes = KNN(5, 1e-3).fit(ClassTask(C), train)(queries)
     assert torch.isfinite(votes).all()
     nearest = KNN(1).fit(ClassTask(C), train)(train.features)
-    assert torch.equal(nearest.argmax(1), train.label)  # an image is its own nearest
+    assert torch.equal(nearest.argmax(1), train.target)  # an image is its own nearest
 
 
 def test_bad_settings_are_named() -> None:

@@ -94,7 +94,6 @@ def test_two_sets_are_two_named_feedbacks(make):
     assert problem.feedback_weights == {
         "nyuv2/depth": 2.0,
         "nyuv2/segmentation": 0,
-        "ade20k/depth": 0,
         "ade20k/segmentation": 0.5,
     }
     problem.fit_heads()

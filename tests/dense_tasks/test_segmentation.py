@@ -3,8 +3,8 @@
 import pytest
 import torch
 
+from metavpt.dense_tasks.segmentation import SegmentationMetrics
 from metavpt.errors import MetaVPTError
-from metavpt.probes.segmentation import SegmentationMetrics
 
 
 def naive_mious(prediction: list[int], label: list[int], num_classes: int) -> tuple[float, float]:

@@ -1,16 +1,19 @@
 """Depth in metres: targets of a head, and RMSE, AbsRel and delta1 as usual on NYUv2."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from typing_extensions import override
 
+from metavpt.dense_tasks import colours
+from metavpt.dense_tasks.task import DenseTask
 from metavpt.errors import MetaVPTError
 from metavpt.metrics import Directions
-from metavpt.probes.features import FeatureSet
-from metavpt.probes.heads import LinearHead
 
 MIN_DEPTH, MAX_DEPTH = 1e-3, 10.0  # metres
 
@@ -126,15 +129,19 @@ class DepthMetrics:
 
 
 @dataclass(frozen=True)
-class DepthTask:
+class DepthTask(DenseTask):
     """One output in metres. Fits and metrics drop the same pixels (`valid_pixels`).
 
+    Feedback is the mean absolute error, as in V-Pretraining.
+
     Args:
-        lr: The peak learning rate of a head trained by gradient steps.
+        lr: The peak learning rate of a probe's head that is trained by gradient steps.
         max_depth: The limit of valid depth, in metres. Predictions end there.
         crop: Whether metrics use Eigen's crop.
     """
 
+    name = "depth"
+    prefix = "depth"
     lr: float = 1e-3
     max_depth: float = MAX_DEPTH
     crop: bool = True
@@ -144,41 +151,41 @@ class DepthTask:
         """Return 1."""
         return 1
 
-    def patch_targets(self, batch: FeatureSet) -> tuple[Tensor, Tensor]:
-        """Compute the mean depth of each patch over its valid pixels.
+    @override
+    def target(self, batch: Any) -> Tensor:
+        return batch.depth
 
-        Returns:
-            The targets (B, 1, h, w) in metres, and the share of valid pixels (B, 1, h, w).
-        """
-        valid = valid_pixels(batch.depth, self.max_depth)[:, None]
-        depth = torch.where(valid, batch.depth[:, None], 0.0)
-        share = F.adaptive_avg_pool2d(valid.float(), batch.grid)
-        return F.adaptive_avg_pool2d(depth, batch.grid) / share.clamp_min(1e-9), share
+    @override
+    def encode(self, target: Tensor) -> tuple[Tensor, Tensor]:
+        valid = valid_pixels(target, self.max_depth)
+        return torch.where(valid, target, 0.0)[:, None], valid
 
+    @override
     def activate(self, output: Tensor) -> Tensor:
         """Map an output to a positive depth by softplus."""
         return F.softplus(output)
 
-    def loss(self, prediction: Tensor, batch: FeatureSet) -> Tensor:
-        """Compute the mean squared error over the valid pixels."""
-        valid = valid_pixels(batch.depth, self.max_depth)
-        return (
-            prediction[:, 0][valid] - batch.depth[valid]
-        ).square().sum() / valid.sum().clamp_min(1)
+    @override
+    def predict(self, output: Tensor) -> Tensor:
+        """Clamp to [1e-3, max_depth] m."""
+        return clip(output[:, 0], self.max_depth)
 
+    @override
+    def probe_loss(self, prediction: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        """Sum the squared errors."""
+        valid = valid_pixels(target, self.max_depth)
+        return (prediction[:, 0][valid] - target[valid]).square().sum(), valid.sum()
 
-def predict_depth(head: LinearHead, features: Tensor, max_depth: float = MAX_DEPTH) -> Tensor:
-    """Predict depth (B, H, W) in [1e-3, max_depth] m from features (B, D, h, w)."""
-    return clip(head(features.float())[:, 0], max_depth)
+    @override
+    def feedback_loss(self, prediction: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        """Sum the absolute errors."""
+        depth, valid = self.encode(target)
+        return ((prediction - depth).abs()[:, 0] * valid).sum(), valid.sum()
 
+    @override
+    def metrics(self) -> DepthMetrics:
+        return DepthMetrics(self.crop, self.max_depth)
 
-@torch.no_grad()
-def evaluate_depth(
-    head: LinearHead, val: FeatureSet, task: DepthTask | None = None
-) -> dict[str, float]:
-    """Compute the metrics of `DepthMetrics`, with the prefix `depth_`."""
-    task = task or DepthTask()
-    metrics = DepthMetrics(task.crop, task.max_depth)
-    for chunk in val.chunks():
-        metrics.update(predict_depth(head, chunk.features, task.max_depth), chunk.depth)
-    return {f"depth_{name}": value for name, value in metrics.compute().items()}
+    @override
+    def legend(self, shown: Sequence[Tensor]) -> list[tuple[np.ndarray, str]]:
+        return colours.scale("nearest in the frame", "farthest")

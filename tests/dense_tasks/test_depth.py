@@ -5,9 +5,8 @@ import math
 import pytest
 import torch
 
+from metavpt.dense_tasks.depth import DepthMetrics, DepthTask, eigen_crop
 from metavpt.errors import MetaVPTError
-from metavpt.probes.depth import DepthMetrics, DepthTask, eigen_crop
-from metavpt.probes.features import FeatureSet
 
 
 @pytest.mark.parametrize(
@@ -86,8 +85,7 @@ def test_the_range_of_true_depths_is_open_as_in_the_protocol_of_eigen() -> None:
     metrics.update(prediction, depth)
     assert metrics.num_pixels == 2
     assert metrics.compute()["rmse"] == pytest.approx(math.sqrt((0 + 6**2) / 2))  # 20 m clipped
-    batch = FeatureSet(torch.zeros(1, 1, 1, 1), depth, torch.zeros(1, 1, 5, dtype=torch.uint8))
-    target, share = DepthTask().patch_targets(batch)
+    target, share = DepthTask().patch_targets(depth, (1, 1))
     assert (target.item(), share.item()) == pytest.approx((3.0, 2 / 5))
 
 
@@ -113,10 +111,11 @@ def test_errors_name_the_reason() -> None:
 
 def test_loss_reads_valid_pixels_only() -> None:
     depth = torch.tensor([[[2.0, 0.0], [math.nan, 20.0]]])
-    batch = FeatureSet(torch.zeros(1, 1, 1, 1), depth, torch.zeros(1, 2, 2, dtype=torch.uint8))
     prediction = torch.tensor([[[[3.0, 50.0], [50.0, 8.0]]]], requires_grad=True)
-    loss = DepthTask().loss(prediction, batch)
+    loss, count = DepthTask().probe_loss(prediction, depth)
     assert loss.item() == pytest.approx(1.0)  # 20 m is left out, as in the metrics
+    assert count == 1
     (gradient,) = torch.autograd.grad(loss, prediction)
     assert gradient.tolist() == [[[[2.0, 0.0], [0.0, 0.0]]]]
-    assert DepthTask().loss(prediction, batch._replace(depth=torch.zeros(1, 2, 2))).item() == 0
+    loss, count = DepthTask().probe_loss(prediction, torch.zeros(1, 2, 2))
+    assert loss.item() == count.item() == 0
