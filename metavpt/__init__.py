@@ -33,6 +33,7 @@ from metavpt.training.run_log import RunLog
 from metavpt.training.schedule import WarmupCosine
 
 if TYPE_CHECKING:
+    from metavpt.export.loading import load
     from metavpt.report import write_report
     from metavpt.strategies.amortized import Amortized
     from metavpt.strategies.controls import Adversarial, Direct, Hardest, Uniform
@@ -55,6 +56,7 @@ LATER = {
     "Tilt": "metavpt.strategies.tilted_targets",
     "Trainer": "metavpt.training.trainer",
     "Uniform": "metavpt.strategies.controls",
+    "load": "metavpt.export.loading",
     "write_report": "metavpt.report",
 }
 
@@ -104,6 +106,7 @@ __all__ = [
     "WarmupCosine",
     "from_torch",
     "hypergradient",
+    "load",
     "named",
     "write_report",
 ]

@@ -128,7 +128,9 @@ def test_every_option_of_a_command_exists(
         options = [re.sub(r"=([^\[{,]+),.*", r"=\1", option) for option in options]
     with initialize_config_module("metavpt.configs", version_base="1.3"):
         if name != "compare":
-            config = compose(name if name in ("bench", "export", "debug") else "run", options)
+            config = compose(
+                name if name in ("bench", "evaluate", "export", "debug") else "run", options
+            )
             assert OmegaConf.to_container(config, resolve=True)
             return
         # options of `strategy` hold for the rows that have them: the command takes them out before

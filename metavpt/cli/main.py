@@ -1,4 +1,4 @@
-"""The console script: `metavpt run|compare|check|bench|export|report|debug ...`."""
+"""The console script: `metavpt run|compare|check|evaluate|export|report|bench|debug ...`."""
 
 import runpy
 import sys
@@ -7,7 +7,7 @@ from importlib import import_module
 from metavpt.cli.console import say
 from metavpt.cli.extras import missing_extra
 
-COMMANDS = ("run", "compare", "check", "bench", "export", "report", "debug")
+COMMANDS = ("run", "compare", "check", "evaluate", "export", "report", "bench", "debug")
 
 
 def main() -> None:

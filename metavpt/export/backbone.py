@@ -80,7 +80,7 @@ def load_backbone(run: Path, config: DictConfig, part: Part) -> Backbone:
         raise MetaVPTError(
             f"part={part}: the {module} in {path} has no vision transformer as its backbone"
         )
-    options = {**_options(config), "pretrained": False, "weights": None, "frozen_blocks": 0}
+    options = {**backbone_options(config), "pretrained": False, "weights": None, "frozen_blocks": 0}
     backbone = create_backbone(**options).eval()
     try:
         backbone.load_state_dict(state)
@@ -92,7 +92,8 @@ def load_backbone(run: Path, config: DictConfig, part: Part) -> Backbone:
     return backbone
 
 
-def _options(config: DictConfig) -> dict[str, Any]:
+def backbone_options(config: DictConfig) -> dict[str, Any]:
+    """Return the options of `create_backbone` in the configuration of a run."""
     options: Any = OmegaConf.to_container(config.backbone)
     return {key: value for key, value in options.items() if key != "_target_"}
 
@@ -101,7 +102,7 @@ def _save_timm(backbone: Backbone, config: DictConfig, folder: Path) -> Usage:
     """Write config.json and model.safetensors for `local-dir:<folder>` and `checkpoint_path=`."""
     name = str(config.backbone.name)
     arguments: dict[str, Any] = {
-        key: value for key, value in _options(config).items() if key not in NOT_TIMM
+        key: value for key, value in backbone_options(config).items() if key not in NOT_TIMM
     }
     if name in OWN_MODELS:
         patches, block = (

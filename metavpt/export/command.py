@@ -1,18 +1,21 @@
 """`python -m metavpt.export run=<run folder> to=<new folder> [part=student|teacher] [format=...]`.
 
-Writes the trained learner in formats that other libraries read.
+Writes the trained learner in formats that other libraries read. `push_to_hub=owner/name` puts the
+folder on the Hugging Face hub too.
 """
 
 import os
+import re
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from omegaconf import DictConfig
+from huggingface_hub import HfApi, get_token
+from omegaconf import DictConfig, OmegaConf
 
 from metavpt.cli.configuration import allowed, command, read_config
 from metavpt.cli.console import Console
-from metavpt.errors import MetaVPTError
+from metavpt.errors import MetaVPTError, brief
 from metavpt.export.backbone import Part, export_backbone
 from metavpt.export.model_card import Description, model_card
 
@@ -26,9 +29,9 @@ def export(
 ) -> Path:
     """Write the learner of the newest checkpoint of `run` to the new folder `to`.
 
-    There is a folder for each format and README.md, a model card. A backbone is written for timm
-    and transformers, a language model for transformers with its tokenizer. Each is read back and
-    compared before anything appears at `to`.
+    There is a folder for each format, README.md, a model card, and the run's config.yaml. A
+    backbone is written for timm and transformers, a language model for transformers with its
+    tokenizer. Each is read back and compared before anything appears at `to`.
     """
     if to.exists():
         raise MetaVPTError(f"to={to}: is there already; name a new folder")
@@ -38,6 +41,7 @@ def export(
         made = Path(scratch) / to.name
         description = _write(run, config, made, part, format)
         (made / "README.md").write_text(model_card(run, config, description))
+        (made / "config.yaml").write_text(OmegaConf.to_yaml(config))
         try:
             os.rename(made, to)
         except OSError as error:  # someone else made it meanwhile
@@ -64,8 +68,49 @@ def _config(run: Path, allow_targets: Sequence[str]) -> DictConfig:
     return config
 
 
+def push(folder: Path, name: str) -> str:
+    """Upload an exported folder to the Hugging Face hub, into a private repository if it is new.
+
+    Args:
+        folder: What `export` wrote.
+        name: owner/name.
+
+    Returns:
+        The address of the repository.
+
+    Raises:
+        MetaVPTError: The hub refuses. The folder stays.
+    """
+    api = HfApi()
+    try:
+        url = str(api.create_repo(name, private=True, exist_ok=True))
+        api.upload_folder(
+            repo_id=name, folder_path=folder, commit_message="Export a learner of metavpt"
+        )
+    except Exception as error:  # of several libraries: no network, no access, no space
+        raise MetaVPTError(
+            f"push_to_hub={name}: {folder} is written, but the hub refuses it ({brief(error)})"
+        ) from error
+    return url
+
+
+def _check_hub(name: str) -> None:
+    """Check what an upload needs before anything is written."""
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+        raise MetaVPTError(f"push_to_hub={name}: give owner/name of the repository")
+    if get_token() is None:
+        raise MetaVPTError(
+            f"push_to_hub={name}: no token of the Hugging Face hub; run `hf auth login`, or set "
+            "HF_TOKEN"
+        )
+
+
 @command("export")
 def main(cfg: DictConfig) -> None:
     """Entry point of `python -m metavpt.export`."""
+    if cfg.push_to_hub:
+        _check_hub(str(cfg.push_to_hub))
     folder = export(Path(cfg.run), Path(cfg.to), cfg.part, cfg.format, allowed("allow_targets"))
     Console(soft_wrap=True).print(f"exported: {folder}")
+    if cfg.push_to_hub:
+        Console(soft_wrap=True).print(f"pushed: {push(folder, str(cfg.push_to_hub))}")

@@ -21,6 +21,7 @@ CARD = """\
 
 ```python
 {{ usages }}
+model = metavpt.load(".")  # metavpt
 ```
 
 ## Metrics

@@ -3,7 +3,7 @@
 import json
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import timm
@@ -268,6 +268,60 @@ def test_what_cannot_be_exported(finished: Any, tmp_path: Path) -> None:
 
 def test_every_model_of_our_own_has_its_architecture_in_timm() -> None:
     assert TIMM_NAMES.keys() == OWN_MODELS.keys()
+
+
+class Hub:
+    """Stands in for HfApi; `calls` are those of all its instances."""
+
+    calls: ClassVar[list[tuple[Any, ...]]] = []
+    fails = False
+
+    def create_repo(self, name: str, **options: Any) -> str:
+        self.calls.append(("create", name, options))
+        return f"https://hub/{name}"
+
+    def upload_folder(self, repo_id: str, folder_path: Path, commit_message: str) -> None:
+        if self.fails:
+            raise OSError("403 Forbidden")
+        names = sorted(path.name for path in Path(folder_path).iterdir())
+        self.calls.append(("upload", repo_id, names))
+
+
+def test_an_export_goes_to_the_hub(
+    finished: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(exporting, "HfApi", Hub)
+    monkeypatch.setattr(Hub, "calls", [])
+
+    def command(to: str, name: str, token: str | None = "secret") -> None:
+        monkeypatch.setattr(exporting, "get_token", lambda: token)
+        options = [f"run={finished[0]}", f"to={tmp_path / to}", "format=timm"]
+        monkeypatch.setattr(sys, "argv", ["export", *options, f"push_to_hub={name}"])
+        run_command(exporting.main)
+
+    command("pushed", "ann/vit")
+    assert Hub.calls == [
+        ("create", "ann/vit", {"private": True, "exist_ok": True}),
+        ("upload", "ann/vit", ["README.md", "config.yaml", "timm"]),
+    ]
+    assert "https://hub/ann/vit" in capsys.readouterr().out
+    for to, name, token, words in (
+        ("a", "ann/vit", None, "hf auth login"),
+        ("b", "vit", "secret", "push_to_hub=vit: give owner/name"),
+    ):
+        with pytest.raises(SystemExit):
+            command(to, name, token)
+        assert words in capsys.readouterr().err
+        assert not (tmp_path / to).exists()
+    monkeypatch.setattr(Hub, "fails", True)
+    with pytest.raises(SystemExit):
+        command("c", "ann/vit")
+    assert "403 Forbidden" in capsys.readouterr().err
+    assert (tmp_path / "c" / "timm" / "model.safetensors").is_file()
+    assert len(Hub.calls) == 3
 
 
 def test_the_command(

@@ -1,0 +1,1 @@
+"""`python -m metavpt.evaluate`: any weights, scored as a run scores its learner."""
