@@ -57,7 +57,7 @@ class LanguageData:
     feedback     documents or word problems by domain: of each the first `num_feedback` are the pool
     and the next `num_held_out` belong to
                  no pool, to measure on them what the pool predicts
-    test         word problems by name, the first `num_test` of each
+    test         word problems or documents by name, the first `num_test` of each
     general      documents by name, the first `num_general` of each: text that feedback is not about
     on_error     as in `Encoder`, for all but the test problems: what happens to a document whose
     prompt leaves no room for its answer benchmarks   texts by name -> `Benchmarks`: documents read
@@ -71,7 +71,7 @@ class LanguageData:
         self,
         stream: Mapping[str, Source],
         feedback: Mapping[str, Iterable[Item]],
-        test: Mapping[str, Iterable[WordProblem]],
+        test: Mapping[str, Iterable[Item]],
         general: Mapping[str, Iterable[Item]] | None = None,
         num_feedback: int = 1024,
         num_held_out: int = 256,
@@ -203,14 +203,14 @@ class LanguageData:
                 [document.question or document.answer for document in documents],
             )
         for name, problems in self.test.items():
-            yield f"test {name}", [problem.question for problem in problems]
+            yield f"test {name}", [document_of(item).question for item in problems]
 
 
 @dataclass(frozen=True)
 class TokenData:
     """`LanguageData` in tokens, and the batches of it.
 
-    `problems` are those of `test`, with their final answers.
+    `problems` are the items of `test`; word problems have their final answers.
     """
 
     encoder: Encoder
@@ -219,7 +219,7 @@ class TokenData:
     held_out: dict[str, Corpus]
     test: dict[str, Corpus]
     general: dict[str, Corpus]
-    problems: dict[str, list[WordProblem]] = field(default_factory=dict)
+    problems: dict[str, list[Item]] = field(default_factory=dict)
 
     @property
     def domains(self) -> list[str]:

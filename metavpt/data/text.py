@@ -274,7 +274,7 @@ def open_documents(
     format    a name in FORMATS, or the fields {answer: ..., question: [...]}; None: that of the hub
     name, plain text for others options   of `JsonLines`, `PlainText` or `HubDataset`
     """
-    path, chosen = Path(name), _format(str(name), format)
+    path, chosen = Path(name), document_format(str(name), format)
     if path.suffix in (".jsonl", ".json"):
         return JsonLines(path, chosen, **options)
     if path.is_file() or path.suffix in (".txt", ".md"):
@@ -282,7 +282,8 @@ def open_documents(
     return HubDataset(str(name), chosen, **options)
 
 
-def _format(name: str, format: str | Mapping[str, Any] | Format | None) -> Format:
+def document_format(name: str, format: str | Mapping[str, Any] | Format | None) -> Format:
+    """The fields of the documents in `name`, see `open_documents`."""
     if isinstance(format, Format):
         return format
     if isinstance(format, Mapping):

@@ -5,6 +5,7 @@ from math import comb
 from statistics import fmean
 
 from metavpt.data.gsm8k import WordProblem
+from metavpt.data.text import Document
 from metavpt.data.tokens import TokenBatch
 from metavpt.errors import MetaVPTError
 from metavpt.learners.lm import LanguageModel
@@ -22,7 +23,7 @@ NUM_SHOWN = 6
 
 
 class AnswerProbe:
-    """NLL and Pass@1 on word problems.
+    """NLL of answers, and Pass@1 on word problems.
 
     The metrics are:
 
@@ -32,8 +33,10 @@ class AnswerProbe:
     - `sampled_pass@k_strict`, `sampled_pass@k_flexible`: Pass@k of `num_samples` samples, for each
       k in `ks`. Only with `num_samples` > 0.
 
+    Free-text answers, which no rule can compare, have `nll` alone; nothing is generated for them.
+
     Args:
-        problems: The word problems.
+        problems: Word problems, or documents with free-text answers.
         batches: Returns one pass over the same problems with their reference answers.
         generator: Generates the answers.
         num_samples: Samples per problem. 0: greedy answers only.
@@ -50,7 +53,7 @@ class AnswerProbe:
 
     def __init__(
         self,
-        problems: Sequence[WordProblem],
+        problems: Sequence[WordProblem | Document],
         batches: Callable[[], Iterable[TokenBatch]],
         generator: Generator,
         num_samples: int = 0,
@@ -65,7 +68,8 @@ class AnswerProbe:
                 f"answers: ks={list(ks)} must lie in 1 to num_samples={num_samples}, and "
                 f"temperature={temperature} must be positive"
             )
-        self.problems, self.batches, self.generator = list(problems), batches, generator
+        self.problems = [item for item in problems if isinstance(item, WordProblem)]
+        self.batches, self.generator = batches, generator
         self.num_samples, self.ks = num_samples, tuple(ks)
         self.temperature, self.seed = temperature, seed
         self.answers: list[Answer] = []
@@ -74,7 +78,7 @@ class AnswerProbe:
     def directions(self) -> dict[str, Direction]:
         """Return the better direction of each metric."""
         stated: dict[str, Direction] = {"nll": "lower"}
-        for name in MATCHES:
+        for name in MATCHES if self.problems else ():
             stated[f"pass@1_{name}"] = "higher"
             for k in self.ks if self.num_samples else ():
                 stated[f"sampled_pass@{k}_{name}"] = "higher"
@@ -83,6 +87,8 @@ class AnswerProbe:
     def __call__(self, learner: LanguageModel) -> dict[str, float]:
         """Generate the answers and return the metrics by name."""
         metrics = {"nll": mean_nll(learner, self.batches())}
+        if not self.problems:
+            return metrics
         prompts = [self.generator.encoder.prompt(problem.question) for problem in self.problems]
         texts = self.generator(learner, prompts)
         for name in MATCHES:
