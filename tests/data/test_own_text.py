@@ -120,4 +120,4 @@ def test_answers_steer_and_are_scored_by_their_likelihood(
     assert problem.is_target_metric("answers/nll")
     assert problem.metric_directions == {"answers/nll": "lower"}
     assert [r for r in trainer.log.records() if r["kind"] == "designer"]
-    assert "text: 10 documents nearly equal a question" in capsys.readouterr().err
+    assert "text: 10 of 15 documents nearly equal a question" in capsys.readouterr().err
