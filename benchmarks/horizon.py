@@ -6,8 +6,9 @@ Each estimator scores all patches of the next K unlabelled batches of `problem=d
 much the feedback loss would fall if the patch counted more. There is no network between, so these
 are the best scores that a policy of patches could learn from the estimator, for these batches. The
 learner then takes K real steps, with the patches weighted by the scores, and the feedback loss is
-measured on labelled frames that no estimator has seen. The table holds its fall below the recipe's
-after 1 to K steps, in percent. Rows are appended to `--output` as they are measured.
+measured on the labelled frames that the estimators saw, and on others. The table holds its fall
+below the recipe's after 1 to K steps, in percent. Rows are appended to `--output` as they are
+measured.
 """
 
 import argparse
@@ -48,7 +49,7 @@ def trained(seed: int, overrides: list[str], folder: Path) -> Trainer:
     """Build the problem, and take a few steps of the recipe."""
     options = [
         "problem=data2vec_nyuv2", "experiment=rooms", "designer=patch_policy",
-        "designer.strength=1.0", "strategy=fixed", f"seed={seed}", "threads=1",
+        "strategy=fixed", f"seed={seed}", "threads=1",
     ]  # fmt: skip
     with initialize_config_module("metavpt.configs", version_base="1.3"):
         cfg = compose("run", [*options, *overrides])
@@ -119,10 +120,12 @@ class Horizon:
         with torch.no_grad():
             return [self.problem.designer(batch) for batch in self.batches]
 
-    def losses(self, tasks: list[Any]) -> dict[int, float]:
-        """Take the real steps. Return the loss of unseen frames after 1, 2, 4, ... of them."""
+    def losses(self, tasks: list[Any]) -> dict[str, dict[int, float]]:
+        """Take the real steps. Return the feedback losses after 1, 2, 4, ... of them."""
         self._restore()
-        problem, optimizer, found = self.problem, self.trainer.optimizer, {}
+        problem, optimizer = self.problem, self.trainer.optimizer
+        frames = {"seen": self.seen, "unseen": self.unseen}
+        found: dict[str, dict[int, float]] = {name: {} for name in frames}
         for k, task in enumerate(tasks, start=1):
             optimizer.zero_grad(set_to_none=True)
             problem.pretrain_loss(params.named(problem.learner), task).backward()
@@ -132,7 +135,8 @@ class Horizon:
             if k & (k - 1) == 0 or k == len(tasks):
                 theta = params.detach(params.named(problem.learner))
                 with torch.no_grad():
-                    found[k] = float(problem.feedback_loss(theta, self.unseen))
+                    for name, labelled in frames.items():
+                        found[name][k] = float(problem.feedback_loss(theta, labelled))
         self._restore()
         return found
 
@@ -167,15 +171,22 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=16)
+    parser.add_argument("--strength", type=float, default=1.0, help="of the scores")
     parser.add_argument("--output", type=Path, default=Path("horizon.jsonl"))
     parser.add_argument("overrides", nargs="*")
     given = parser.parse_args()
     torch.set_num_threads(1)
-    gains: dict[str, dict[int, list[float]]] = {}
+    gains: dict[tuple[str, str], dict[int, list[float]]] = {}
     for seed in given.seeds:
         with tempfile.TemporaryDirectory() as folder:
-            horizon = Horizon(trained(seed, given.overrides, Path(folder)), given.steps, seed)
-            recipe: dict[int, float] = {}
+            horizon = Horizon(
+                trained(
+                    seed, [f"designer.strength={given.strength}", *given.overrides], Path(folder)
+                ),
+                given.steps,
+                seed,
+            )
+            recipe: dict[str, dict[int, float]] = {}
             for name, make in horizon.policies().items():
                 began = time.perf_counter()
                 tasks = make()
@@ -185,18 +196,19 @@ def main() -> None:
                 row = {"seed": seed, "row": name, "seconds": seconds, "feedback_loss": losses}
                 with given.output.open("a") as file:
                     file.write(json.dumps(row) + "\n")
-                for k, loss in losses.items():
-                    gain = 100 * (recipe[k] - loss) / recipe[k]
-                    gains.setdefault(name, {}).setdefault(k, []).append(gain)
+                for frames, by_step in losses.items():
+                    for k, loss in by_step.items():
+                        gain = 100 * (recipe[frames][k] - loss) / recipe[frames][k]
+                        gains.setdefault((name, frames), {}).setdefault(k, []).append(gain)
                 print(seed, name, f"{seconds:.0f} s", losses, flush=True)
     print(f"fall of the feedback loss below the recipe's, %, mean and s.e. of {len(given.seeds)}")
-    for name, by_step in gains.items():
+    for (name, frames), by_step in gains.items():
         cells = [
             f"{k}: {fmean(found):+.2f}"
             + (f" ({stdev(found) / len(found) ** 0.5:.2f})" if len(found) > 1 else "")
             for k, found in by_step.items()
         ]
-        print(f"{name:24}", "  ".join(cells))
+        print(f"{name:24} {frames:7}", "  ".join(cells))
 
 
 if __name__ == "__main__":
