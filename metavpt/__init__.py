@@ -3,13 +3,13 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from metavpt.cli.extras import missing_extra
 from metavpt.errors import (
     ImpureLossError,
     MetaVPTError,
     NonFiniteError,
     UnreachedParameterError,
     UnsolvedError,
+    missing_extra,
 )
 from metavpt.hypergradients.curvature import GaussNewton
 from metavpt.hypergradients.directions import AdamAware, Clipped, Cosine, Dot, Normalized

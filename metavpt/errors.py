@@ -5,6 +5,22 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+# Packages that come with an extra of the installation.
+EXTRAS = {
+    "run": (
+        "hydra",
+        "jinja2",
+        "lightning_fabric",
+        "matplotlib",
+        "omegaconf",
+        "PIL",
+        "scipy",
+        "yaml",
+    ),
+    "vision": ("h5py", "huggingface_hub", "kornia", "safetensors", "timm", "torchvision"),
+    "language": ("accelerate", "datasets", "peft", "tokenizers", "transformers"),
+}
+
 
 class MetaVPTError(Exception):
     """One line that names the file or key at fault and says what to do.
@@ -53,6 +69,17 @@ def brief(error: BaseException, named: bool = False) -> str:
     """
     message, name = " ".join(str(error).split())[:200], type(error).__name__
     return f"{name}: {message}" if named and message else message or name
+
+
+def missing_extra(error: BaseException) -> MetaVPTError | None:
+    """The error for a user who lacks an extra; None for any other error."""
+    package = (getattr(error, "name", None) or "").partition(".")[0]
+    for extra, packages in EXTRAS.items():
+        if isinstance(error, ModuleNotFoundError) and package in packages:
+            return MetaVPTError(
+                f"the package {package} is not installed; pip install 'metavpt[{extra}]'"
+            )
+    return None
 
 
 @contextmanager

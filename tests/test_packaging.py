@@ -5,7 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from metavpt.cli.extras import EXTRAS
+from metavpt.errors import EXTRAS
 
 README = (Path(__file__).parents[1] / "README.md").read_text()
 

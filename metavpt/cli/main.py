@@ -5,7 +5,7 @@ import sys
 from importlib import import_module
 
 from metavpt.cli.console import say
-from metavpt.cli.extras import missing_extra
+from metavpt.errors import missing_extra
 
 COMMANDS = ("run", "compare", "check", "evaluate", "export", "report", "bench", "debug")
 

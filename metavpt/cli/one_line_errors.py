@@ -20,8 +20,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from metavpt.cli.console import printable, say
-from metavpt.cli.extras import missing_extra
-from metavpt.errors import MetaVPTError
+from metavpt.errors import MetaVPTError, missing_extra
 
 PLUGINS = {  # choices that need a plugin -> the extra that installs it
     "hydra/sweeper/optuna": "optuna",

@@ -9,12 +9,10 @@ whole. It is small beside the trunk, products with it are those of one device, a
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
-import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, Partial, distribute_tensor
-from torch.nn.utils import clip_grads_with_norm_
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils._pytree import tree_map_only
 
 from metavpt.distributed import collectives
@@ -78,38 +76,6 @@ def _shared(problem: Any, trunks: Iterable[nn.Module]) -> set[nn.Parameter]:
     return {p for trunk in trunks for name, p in trunk.named_parameters() if name in names}
 
 
-def clip_grad_norm(parameters: Iterable[Tensor], max_norm: float) -> dict[Tensor, Tensor]:
-    """Clip gradients, some of them sharded, as `torch.nn.utils.clip_grad_norm_` does.
-
-    Args:
-        parameters: All that the norm is taken over. Those without a gradient do not count.
-        max_norm: The largest norm of the gradient.
-
-    Returns:
-        The norm of each parameter's gradient before it was clipped. The norm of all of them is
-        `total_norm`.
-    """
-    held = {p: p.grad for p in parameters if p.grad is not None}
-    norms = {p: torch.linalg.vector_norm(_local(grad)) for p, grad in held.items()}
-    if sharded := [p for p in held if isinstance(p, DTensor)]:
-        squares = torch.stack([norms[p] for p in sharded]).square()
-        mesh = sharded[0].device_mesh
-        whole = DTensor.from_local(squares, mesh, [Partial()] * mesh.ndim).full_tensor().sqrt()
-        norms.update(zip(sharded, whole, strict=True))
-    for kind in (True, False):  # one call takes tensors of one kind
-        clip_grads_with_norm_(
-            [p for p in held if isinstance(p, DTensor) is kind], max_norm, total_norm(norms)
-        )
-    return norms
-
-
-def total_norm(norms: Mapping[Tensor, Tensor]) -> Tensor:
-    """Return the norm of all gradients from the norm of each."""
-    if not norms:
-        return torch.tensor(0.0)
-    return torch.linalg.vector_norm(torch.stack(list(norms.values())))
-
-
 def gathered(state: Any) -> Any:
     """Replace shards in `state` by whole tensors on the CPU of rank 0, and by None on other ranks.
 
@@ -143,10 +109,6 @@ def scattered(state: Any, like: Any) -> Any:
             state.to(like.device), like.device_mesh, like.placements, src_data_rank=None
         )
     return state
-
-
-def _local(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def _whole(tensor: Tensor) -> Tensor:

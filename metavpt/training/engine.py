@@ -4,7 +4,7 @@ Lightning Fabric distributes the loss and handles precision; the loop stays in `
 """
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
 
@@ -18,7 +18,9 @@ from lightning_fabric.strategies.strategy import Strategy
 from torch import Tensor, nn
 from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
+from torch.distributed.tensor import DTensor, Partial
 from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils import clip_grads_with_norm_
 from torch.optim import Optimizer
 
 from metavpt.distributed import collectives, fsdp
@@ -226,8 +228,8 @@ class Execution:
             The norm of the gradient before it was clipped, over all that the ranks hold.
         """
         self.precision.unscale_gradients(optimizer)
-        norms = fsdp.clip_grad_norm(self.problem.learner.parameters(), max_norm)
-        total = fsdp.total_norm(norms)
+        norms = _clip_grad_norm(self.problem.learner.parameters(), max_norm)
+        total = _total_norm(norms)
         if norms and torch.isfinite(total):
             values = dict(zip(norms, torch.stack(list(norms.values())).tolist(), strict=True))
             for group in optimizer.param_groups:
@@ -242,6 +244,42 @@ class Execution:
         """In float16 the loss was scaled too far."""
         if scaler := getattr(self.precision, "scaler", None):
             scaler.update()
+
+
+def _clip_grad_norm(parameters: Iterable[Tensor], max_norm: float) -> dict[Tensor, Tensor]:
+    """Clip gradients, some of them sharded, as `torch.nn.utils.clip_grad_norm_` does.
+
+    Args:
+        parameters: All that the norm is taken over. Those without a gradient do not count.
+        max_norm: The largest norm of the gradient.
+
+    Returns:
+        The norm of each parameter's gradient before it was clipped. The norm of all of them is
+        `_total_norm`.
+    """
+    held = {p: p.grad for p in parameters if p.grad is not None}
+    norms = {p: torch.linalg.vector_norm(_local(grad)) for p, grad in held.items()}
+    if sharded := [p for p in held if isinstance(p, DTensor)]:
+        squares = torch.stack([norms[p] for p in sharded]).square()
+        mesh = sharded[0].device_mesh
+        whole = DTensor.from_local(squares, mesh, [Partial()] * mesh.ndim).full_tensor().sqrt()
+        norms.update(zip(sharded, whole, strict=True))
+    for kind in (True, False):  # one call takes tensors of one kind
+        clip_grads_with_norm_(
+            [p for p in held if isinstance(p, DTensor) is kind], max_norm, _total_norm(norms)
+        )
+    return norms
+
+
+def _total_norm(norms: Mapping[Tensor, Tensor]) -> Tensor:
+    """Return the norm of all gradients from the norm of each."""
+    if not norms:
+        return torch.tensor(0.0)
+    return torch.linalg.vector_norm(torch.stack(list(norms.values())))
+
+
+def _local(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def compile_blocks(learner: nn.Module, backend: str) -> None:
