@@ -10,8 +10,7 @@ from torch.func import functional_call
 from typing_extensions import override
 
 from metavpt.hypergradients.params import Params
-from metavpt.metrics import Directions
-from metavpt.problem import Problem
+from metavpt.problem import Directions, Problem
 from metavpt.strategies.selection import SupportsCandidates, SupportsSelection
 
 

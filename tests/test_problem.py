@@ -7,7 +7,7 @@ from channels import Channels
 from metavpt import Budget, MetaVPTError, Problem, RunLog, Trainer
 from metavpt.feedback.aggregation import MultipleFeedbacks
 from metavpt.hypergradients import params
-from metavpt.problem import missing_members, require, supports
+from metavpt.problem import check_directions, missing_members, require, sign, supports
 from metavpt.strategies.amortized import Amortized
 from metavpt.strategies.controls import Hardest, Uniform
 from metavpt.strategies.function_space import Functional
@@ -91,3 +91,30 @@ def test_supports_is_structural():
     assert missing_members(problem, SupportsSelection) == ["per_sample_tail"]
     problem.per_sample_tail = lambda theta, task: None
     assert supports(problem, SupportsSelection)
+
+
+STATED = check_directions({"ridge/rmse": "lower", "miou": "higher"}, "metrics")
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("ridge/rmse", -1),
+        ("miou", 1),
+        ("linear/miou", 1),  # an entry without a `/` holds for every head
+        ("rmse", 0),  # an entry with one does not
+        ("knn/accuracy", 0),  # a telling name is no statement
+        ("loss", 0),
+    ],
+)
+def test_sign_is_what_was_stated(name, expected):
+    assert sign(name, STATED) == expected
+
+
+def test_sign_prefers_the_full_name():
+    assert sign("odd/loss", {"odd/loss": "higher", "loss": "lower"}) == 1
+
+
+def test_check_directions_names_the_key_and_the_choices():
+    with pytest.raises(MetaVPTError, match=r"^metrics\.loss=down: write lower or higher"):
+        check_directions({"miou": "higher", "loss": "down"}, "metrics")

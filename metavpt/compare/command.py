@@ -24,7 +24,7 @@ from metavpt.compare import results
 from metavpt.compare.runner import Comparison, Job
 from metavpt.compare.table import Table
 from metavpt.errors import MetaVPTError, check_known, writing
-from metavpt.metrics import check_directions
+from metavpt.problem import check_directions
 from metavpt.report.rows import run_folder as row_folder
 from metavpt.training import run_folder
 from metavpt.training.budget import UNITS

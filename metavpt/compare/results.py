@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from metavpt.errors import MetaVPTError, reading, writing
-from metavpt.metrics import Direction, Directions, check_directions
+from metavpt.problem import Direction, Directions, check_directions
 from metavpt.training.disk import locked, write_text
 
 FILE = "rows.jsonl"

@@ -27,7 +27,7 @@ from metavpt.compare.paired_statistics import (
 )
 from metavpt.compare.results import Result
 from metavpt.errors import MetaVPTError
-from metavpt.metrics import Direction, Directions, sign
+from metavpt.problem import Direction, Directions, sign
 from metavpt.training.disk import write_text
 
 STEP0 = "step 0"

@@ -13,7 +13,7 @@ from typing_extensions import override
 from metavpt.dense_tasks import colours
 from metavpt.dense_tasks.task import DenseTask
 from metavpt.errors import MetaVPTError
-from metavpt.metrics import Directions
+from metavpt.problem import Directions
 
 MIN_DEPTH, MAX_DEPTH = 1e-3, 10.0  # metres
 

@@ -13,7 +13,7 @@ from typing_extensions import override
 from metavpt.dense_tasks import colours
 from metavpt.dense_tasks.task import DenseTask
 from metavpt.errors import MetaVPTError
-from metavpt.metrics import Directions
+from metavpt.problem import Directions
 
 IGNORE = 255  # the label of pixels that are neither learned from nor counted
 NUM_LEGEND = 24  # classes in the legend of a picture

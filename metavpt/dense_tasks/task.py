@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from metavpt.dense_tasks import colours
-from metavpt.metrics import Direction, Directions
+from metavpt.problem import Direction, Directions
 
 Value = TypeVar("Value")
 

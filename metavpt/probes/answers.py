@@ -9,11 +9,11 @@ from metavpt.data.text import Document
 from metavpt.data.tokens import TokenBatch
 from metavpt.errors import MetaVPTError
 from metavpt.learners.lm import LanguageModel
-from metavpt.metrics import Direction
 from metavpt.probes.extraction import is_flexible_match, is_strict_match
 from metavpt.probes.generation import Generator
 from metavpt.probes.perplexity import mean_nll
 from metavpt.probes.samples import Answer
+from metavpt.problem import Direction
 
 MATCHES: dict[str, Callable[[str, str], bool]] = {  # of a text and the answer
     "strict": is_strict_match,

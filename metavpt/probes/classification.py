@@ -13,11 +13,11 @@ from torch.utils.data import Dataset
 from metavpt.data.cache import CachedImages
 from metavpt.data.classified import ClassifiedImages, open_classified
 from metavpt.errors import MetaVPTError
-from metavpt.metrics import Direction
 from metavpt.probes.features import FeatureSet
 from metavpt.probes.heads import HeadTask
 from metavpt.probes.knn import KNN
 from metavpt.probes.summaries import Describe, Pool, check_pool, stack, summarise
+from metavpt.problem import Direction
 
 
 class Classifier(Protocol):

@@ -7,9 +7,9 @@ from torch import Tensor
 
 from metavpt.dense_tasks.task import DenseTask
 from metavpt.errors import MetaVPTError
-from metavpt.metrics import Direction
 from metavpt.probes.features import Features, LabelledBatch, extract
 from metavpt.probes.heads import Fit, LinearHead, Ridge
+from metavpt.problem import Direction
 
 Batches = Callable[[], Iterable[LabelledBatch]]  # called once a probe: a fresh pass over the set
 

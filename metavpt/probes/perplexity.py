@@ -10,8 +10,8 @@ from metavpt.data.tokens import TokenBatch
 from metavpt.distributed import collectives
 from metavpt.hypergradients import params
 from metavpt.learners.lm import LanguageModel
-from metavpt.metrics import Directions
 from metavpt.objectives.target_task import OneHot, TargetTask, own_target_loss
+from metavpt.problem import Directions
 
 MAX_NLL = 709.0  # nats: what float64 can raise e to
 

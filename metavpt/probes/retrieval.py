@@ -13,8 +13,8 @@ from metavpt.data.lazy import Lazy
 from metavpt.data.photo import decode
 from metavpt.data.revisited import Query, open_revisited
 from metavpt.errors import MetaVPTError
-from metavpt.metrics import Direction
 from metavpt.probes.summaries import Describe, summarise
+from metavpt.problem import Direction
 
 # level -> kinds that count as right, kinds that are left out (arXiv 1803.11285, section 3.3)
 LEVELS = {

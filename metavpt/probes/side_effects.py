@@ -7,8 +7,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from metavpt.errors import MetaVPTError
-from metavpt.metrics import Direction
 from metavpt.probes.summaries import Describe, Probe
+from metavpt.problem import Direction
 
 
 class SideEffects:

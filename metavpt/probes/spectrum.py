@@ -7,8 +7,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from metavpt.errors import MetaVPTError
-from metavpt.metrics import Directions
 from metavpt.probes.summaries import Describe, Pool, check_pool, stack, summarise
+from metavpt.problem import Directions
 
 
 def rankme(features: Tensor) -> float:

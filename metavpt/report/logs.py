@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, TypeGuard
 import numpy as np
 
 from metavpt.errors import MetaVPTError
-from metavpt.metrics import Direction
+from metavpt.problem import Direction
 
 Record = dict[str, Any]
 Series = dict[str, dict[int, float]]  # name -> step -> value

@@ -9,7 +9,7 @@ from markupsafe import Markup
 
 from metavpt.cli.formatting import number
 from metavpt.errors import MetaVPTError
-from metavpt.metrics import sign
+from metavpt.problem import sign
 from metavpt.report import page
 from metavpt.report.curves import curve
 from metavpt.report.first_order import PREDICTIONS, first_order_chart, first_orders

@@ -28,7 +28,7 @@ from metavpt.cli.formatting import number
 from metavpt.cli.one_line_errors import dead_worker
 from metavpt.distributed import collectives
 from metavpt.errors import MetaVPTError, NonFiniteError
-from metavpt.metrics import Directions, sign
+from metavpt.problem import Directions, sign
 from metavpt.report import Record, read_log, series_of, summary_rows
 from metavpt.report.run import steering
 from metavpt.run import dry_run

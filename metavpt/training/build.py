@@ -17,8 +17,7 @@ from typing_extensions import get_protocol_members, is_protocol
 from metavpt.cli.console import Console
 from metavpt.distributed import collectives
 from metavpt.errors import MetaVPTError
-from metavpt.metrics import check_directions
-from metavpt.problem import Problem, move_to_device
+from metavpt.problem import Problem, check_directions, move_to_device
 from metavpt.training.budget import Budget
 from metavpt.training.checkpoint import Checkpoints, seed_generators
 from metavpt.training.engine import make_fabric

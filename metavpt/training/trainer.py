@@ -11,8 +11,7 @@ from torch.optim import Optimizer
 from metavpt.distributed import collectives, fsdp
 from metavpt.errors import MetaVPTError, brief
 from metavpt.hypergradients import params, trees
-from metavpt.metrics import check_directions
-from metavpt.problem import Problem, supports
+from metavpt.problem import Problem, check_directions, supports
 from metavpt.profiling import phase
 from metavpt.training.budget import Budget
 from metavpt.training.checkpoint import Checkpoints

@@ -5,7 +5,7 @@ import pytest
 from metavpt.compare.headline import headline
 from metavpt.compare.results import Result
 from metavpt.compare.table import Table
-from metavpt.metrics import Direction
+from metavpt.problem import Direction
 
 NONE = "No row beats fixed on a steered metric by an interval that excludes zero."
 

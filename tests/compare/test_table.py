@@ -12,7 +12,7 @@ from metavpt.compare.paired_statistics import mean_se, paired
 from metavpt.compare.results import Result
 from metavpt.compare.table import STEP0, Cost, Table
 from metavpt.errors import MetaVPTError
-from metavpt.metrics import Direction
+from metavpt.problem import Direction
 
 RMSE, MIOU = "depth/rmse", "segmentation/miou"
 STEERED = [RMSE]

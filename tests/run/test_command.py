@@ -17,7 +17,7 @@ import torch
 from rich.console import Console
 
 from metavpt.errors import MetaVPTError
-from metavpt.metrics import Direction
+from metavpt.problem import Direction
 from metavpt.run.command import Objective, spending, summary
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
