@@ -16,8 +16,7 @@ from torch.autograd.function import once_differentiable
 
 from metavpt.dense_tasks.task import DenseTask
 from metavpt.distributed import collectives
-from metavpt.errors import MetaVPTError
-from metavpt.feedback.dense import feedback_weights
+from metavpt.feedback.dense import check_num_folds, feedback_weights, folds
 from metavpt.hypergradients.params import Params
 from metavpt.probes.heads import Ridge, patch_moments
 
@@ -81,11 +80,7 @@ class CrossFitted(nn.Module):
         **weights: float | None,
     ) -> None:
         super().__init__()
-        if num_folds < 2:
-            raise MetaVPTError(
-                f"feedback.num_folds={num_folds} must be at least 2: "
-                "a head scores frames that it was not fitted to"
-            )
+        check_num_folds(num_folds)
         self.weights = feedback_weights(tasks, weights)
         self.ridge, self.num_folds = Ridge(penalty), num_folds
         self.tasks = {task.name: task for task in tasks if self.weights[task.name]}
@@ -176,12 +171,7 @@ class CrossFitted(nn.Module):
         }
 
     def _folds(self, num_frames: int) -> list[slice]:
-        if num_frames < self.num_folds:
-            raise MetaVPTError(
-                f"feedback.num_folds={self.num_folds} needs as many labelled frames, and a batch "
-                f"has {num_frames}; raise problem.feedback_batch_size"
-            )
-        parts = torch.arange(num_frames).tensor_split(self.num_folds)
+        parts = folds(torch.arange(num_frames), self.num_folds)
         return [slice(int(part[0]), int(part[-1]) + 1) for part in parts]
 
 

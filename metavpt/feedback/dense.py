@@ -137,11 +137,7 @@ class RidgeFeedback(nn.Module):
         **weights: float | None,
     ) -> None:
         super().__init__()
-        if num_folds < 2:
-            raise MetaVPTError(
-                f"feedback.num_folds={num_folds}: heads are scored on frames that they were not "
-                "fitted to; at least 2"
-            )
+        check_num_folds(num_folds)
         self.weights = feedback_weights(tasks, weights)
         self.ridge, self.num_folds = Ridge(penalty), num_folds
         self.tasks = {task.name: task for task in tasks if self.weights[task.name]}
@@ -149,19 +145,13 @@ class RidgeFeedback(nn.Module):
     def forward(self, features: Tensor, frames: Any) -> dict[str, Tensor]:
         """Compute the losses of features (B, D, h, w) by name."""
         features = collectives.joined(features)
-        if len(features) < self.num_folds:
-            raise MetaVPTError(
-                f"feedback.num_folds={self.num_folds}: a labelled batch of {len(features)} frames "
-                "is too small; raise "
-                "problem.feedback_batch_size"
-            )
         frame = torch.arange(len(features), device=features.device)
         every = {
             name: FeatureSet(features, collectives.gather(task.target(frames)))
             for name, task in self.tasks.items()
         }
         errors: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in self.tasks}
-        for part in frame.tensor_split(self.num_folds):
+        for part in folds(frame, self.num_folds):
             rest = frame[(frame < part[0]) | (frame > part[-1])]
             for name, task in self.tasks.items():
                 head = self.ridge.fit(task, every[name].take(rest))
@@ -223,3 +213,30 @@ def feedback_weights(
         listed = ", ".join(f"feedback.{name}{SUFFIX}={found[name]:g}" for name in found)
         raise MetaVPTError(f"{listed}: none may be negative and one must be positive")
     return found
+
+
+def check_num_folds(num_folds: int) -> None:
+    """Raise MetaVPTError for fewer than two folds: a head scores frames it was not fitted to."""
+    if num_folds < 2:
+        raise MetaVPTError(
+            f"feedback.num_folds={num_folds} must be at least 2: "
+            "a head scores frames that it was not fitted to"
+        )
+
+
+def folds(frame: Tensor, num_folds: int) -> Sequence[Tensor]:
+    """Split the indices of the frames of a labelled batch into folds of neighbours.
+
+    Args:
+        frame: Indices, of shape (L,).
+        num_folds: Folds.
+
+    Raises:
+        MetaVPTError: There are fewer frames than folds.
+    """
+    if len(frame) < num_folds:
+        raise MetaVPTError(
+            f"feedback.num_folds={num_folds} needs as many labelled frames, and a batch "
+            f"has {len(frame)}; raise problem.feedback_batch_size"
+        )
+    return frame.tensor_split(num_folds)

@@ -5,7 +5,9 @@ the feedback. It needs no per-sample gradient: it is the derivative of the sampl
 (loss_i(theta + eps w) - loss_i(theta - eps w)) / (2 eps), two forward passes through the tail.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -42,7 +44,57 @@ class SupportsSelection(Protocol):
         ...
 
 
-class Greedy:
+@dataclass(eq=False, kw_only=True)
+class _ByFirstOrderValue(ABC):
+    """What the two greedy strategies share: the feedback direction, renewed by a period."""
+
+    every: int = 8
+    burn_in: float = 0
+    direction: Direction | None = None
+    combination: Combination | None = None
+
+    def __post_init__(self) -> None:
+        self.feedback = FeedbackDirection(
+            self.every, self.burn_in, direction=self.direction, combination=self.combination
+        )
+        self.period = self.feedback.period
+
+    @abstractmethod
+    def start(self, problem: Problem) -> None:
+        """Check that the problem has what the strategy needs."""
+
+    @abstractmethod
+    def draw(self, state: TrainState) -> Sequence[Any]:
+        """Draw the batches to choose from."""
+
+    @abstractmethod
+    def choose(
+        self, problem: Problem, pool: Sequence[Any], score: Callable[[Any], Tensor]
+    ) -> Proposal:
+        """Choose by `score`, which maps a task to the values of its samples."""
+
+    def next_task(self, state: TrainState) -> Proposal:
+        """Choose the next task. Before the first feedback direction it is the recipe's."""
+        pool = self.draw(state)
+        with state.budget.timed("designer"):
+            record = self.feedback.renew(state)
+            w = self.feedback.along(state, pool[0])
+            if w is None:
+                return recipe_of(state, pool[0], record)._replace(steered=False)
+            chosen = self.choose(state.problem, pool, sample_values(state, w))
+            return chosen._replace(record={**chosen.record, **record}, steered=True)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state of the feedback direction."""
+        return self.feedback.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore what `state_dict` returned."""
+        self.feedback.load_state_dict(state)
+
+
+@dataclass(eq=False)
+class Greedy(_ByFirstOrderValue):
     """For each sample the best of `num_candidates` random tasks, by first-order value.
 
     Until `burn_in` the learner trains on the recipe. With `Cosine`, the value of a sample is what a
@@ -51,103 +103,64 @@ class Greedy:
     Args:
         num_candidates: Random tasks for each batch.
         every: Steps from one feedback gradient to the next.
-        burn_in: Steps before the first one; below 1 the share of the budget
-            that they take.
+        burn_in: Steps before the first one; below 1 the share of the budget that they take.
         direction: Maps g_down to the direction of the value. Default: `Dot`.
         combination: How several feedbacks are aggregated. Default: their weighted sum.
     """
 
-    def __init__(
-        self,
-        num_candidates: int = 8,
-        every: int = 8,
-        burn_in: float = 0,
-        direction: Direction | None = None,
-        combination: Combination | None = None,
-    ) -> None:
-        at_least_one(num_candidates=num_candidates)
-        self.num_candidates = num_candidates
-        self.feedback = FeedbackDirection(
-            every, burn_in, direction=direction, combination=combination
-        )
-        self.period = self.feedback.period
+    num_candidates: int = 8
+
+    def __post_init__(self) -> None:
+        at_least_one(num_candidates=self.num_candidates)
+        super().__post_init__()
 
     def start(self, problem: Problem) -> None:
         """Check that the problem draws and scores tasks."""
         require(problem, SupportsCandidates, f"strategy {type(self).__name__}")
         require(problem, SupportsSelection, f"strategy {type(self).__name__}")
 
-    def next_task(self, state: TrainState) -> Proposal:
-        """Choose a task for each sample of the next batch."""
-        batch = draw(state)
-        with state.budget.timed("designer"):
-            record = self.feedback.renew(state)
-            w = self.feedback.along(state, batch)
-            if w is None:
-                return recipe_of(state, batch, record)._replace(steered=False)
-            chosen = best_candidates(
-                state.problem, batch, self.num_candidates, sample_values(state, w)
-            )
-            return chosen._replace(record={**chosen.record, **record}, steered=True)
+    def draw(self, state: TrainState) -> Sequence[Any]:
+        """Draw one batch."""
+        return [draw(state)]
 
-    def state_dict(self) -> dict[str, Any]:
-        """Return the state of the feedback direction."""
-        return self.feedback.state_dict()
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore what `state_dict` returned."""
-        self.feedback.load_state_dict(state)
+    def choose(
+        self, problem: Problem, pool: Sequence[Any], score: Callable[[Any], Tensor]
+    ) -> Proposal:
+        """Choose a task for each sample of the batch."""
+        return best_candidates(problem, pool[0], self.num_candidates, score)
 
 
-class GreedySelection:
+@dataclass(eq=False)
+class GreedySelection(_ByFirstOrderValue):
     """The samples of highest first-order value of a pool, under the recipe (LESS, GREATS).
 
     Args:
         pool_batches: Batches in the pool that each batch is selected from.
         every: Steps from one feedback gradient to the next.
-        burn_in: Steps before the first one; below 1 the share of the budget
-            that they take.
+        burn_in: Steps before the first one; below 1 the share of the budget that they take.
         direction: Maps g_down to the direction of the value. Default: `Dot`.
         combination: How several feedbacks are aggregated. Default: their weighted sum.
     """
 
-    def __init__(
-        self,
-        pool_batches: int = 4,
-        every: int = 8,
-        burn_in: float = 0,
-        direction: Direction | None = None,
-        combination: Combination | None = None,
-    ) -> None:
-        at_least_one(pool_batches=pool_batches)
-        self.pool_batches = pool_batches
-        self.feedback = FeedbackDirection(
-            every, burn_in, direction=direction, combination=combination
-        )
-        self.period = self.feedback.period
+    pool_batches: int = 4
+
+    def __post_init__(self) -> None:
+        at_least_one(pool_batches=self.pool_batches)
+        super().__post_init__()
 
     def start(self, problem: Problem) -> None:
         """Check that the problem scores samples."""
         require(problem, SupportsSelection, f"strategy {type(self).__name__}")
 
-    def next_task(self, state: TrainState) -> Proposal:
-        """Select as many samples as a batch has from the pool."""
-        pool = [draw(state) for _ in range(self.pool_batches)]
-        with state.budget.timed("designer"):
-            record = self.feedback.renew(state)
-            w = self.feedback.along(state, pool[0])
-            if w is None:
-                return recipe_of(state, pool[0], record)._replace(steered=False)
-            chosen = best_samples(state.problem, pool, sample_values(state, w))
-            return chosen._replace(record={**chosen.record, **record}, steered=True)
+    def draw(self, state: TrainState) -> Sequence[Any]:
+        """Draw the batches of the pool."""
+        return [draw(state) for _ in range(self.pool_batches)]
 
-    def state_dict(self) -> dict[str, Any]:
-        """Return the state of the feedback direction."""
-        return self.feedback.state_dict()
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore what `state_dict` returned."""
-        self.feedback.load_state_dict(state)
+    def choose(
+        self, problem: Problem, pool: Sequence[Any], score: Callable[[Any], Tensor]
+    ) -> Proposal:
+        """Select as many samples as a batch has."""
+        return best_samples(problem, pool, score)
 
 
 def sample_values(state: TrainState, w: Params) -> Callable[[Any], Tensor]:
