@@ -7,7 +7,7 @@
 # make docs   build the documentation into build/site, strictly and without network
 # make coverage   the tests, with lines and branches of metavpt/ that they reach
 # make mutants    do the tests notice when the code of hypergradients is changed? long
-# make bench  what steering costs: a designer update beside its peers and by size, whole training beside the floor, reading; wants a quiet machine
+# make bench  what steering costs: a designer update beside its peers and by size, whole training beside its lower bound, reading; wants a quiet machine
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin

@@ -25,4 +25,4 @@ def test_a_row_runs(name: str):
         call()
     figures = call.figures() if hasattr(call, "figures") else {}
     assert all(math.isfinite(value) and value > 0 for value in figures.values())
-    assert figures.keys() == ({"floor"} if isinstance(call, steady.Training) else set())
+    assert figures.keys() == ({"lower_bound"} if isinstance(call, steady.Training) else set())

@@ -35,7 +35,7 @@ def bench(cfg: DictConfig) -> None:
     steps = step_profile.num_steps(cfg.measure.steps, trainer.strategy)
     measured = step_profile.measure(trainer, cfg.measure.warmup, steps, now, cfg.measure.flops)
     card = torch.cuda.get_device_name() if torch.cuda.is_initialized() else None
-    found = step_profile.report(measured, step_profile.floor(trainer, now), card)
+    found = step_profile.report(measured, step_profile.lower_bound(trainer, now), card)
     write_text(folder / "step.json", json.dumps(found, indent=1) + "\n")
     console.print(step_profile.table(measured))
     for line in step_profile.lines(found):

@@ -164,7 +164,7 @@ def _kind(clock: Clock) -> str:
     return "update" if any("g_down" in path for path in clock.seconds) else "plain"
 
 
-class Floor(NamedTuple):
+class LowerBound(NamedTuple):
     """The lower bound of a step: the seconds of its passes alone, see `cost_model`.
 
     `each` and `passes` are by name.
@@ -175,7 +175,7 @@ class Floor(NamedTuple):
     each: dict[str, float]
 
 
-def floor(trainer: Trainer, now: Callable[[], float]) -> Floor | None:
+def lower_bound(trainer: Trainer, now: Callable[[], float]) -> LowerBound | None:
     """Return the lower bound, or None for a strategy or estimator without a cost model.
 
     Linear solves count as in the steps so far.
@@ -189,10 +189,10 @@ def floor(trainer: Trainer, now: Callable[[], float]) -> Floor | None:
         return None
     stopwatch = cost_model.Stopwatch(trainer.problem, trainer.strategy, trainer.streams, now)
     each = {name: stopwatch(name) for name in counts}
-    return Floor(cost_model.seconds(counts, each.__getitem__), dict(counts), each)
+    return LowerBound(cost_model.seconds(counts, each.__getitem__), dict(counts), each)
 
 
-def report(measured: Measured, floor: Floor | None, card: str | None) -> dict[str, Any]:
+def report(measured: Measured, bound: LowerBound | None, card: str | None) -> dict[str, Any]:
     """Collect all measurements, for JSON."""
     busy = measured.per_step_without(cost_model.OUTSIDE)
     plain = sum(phase.per_step for phase in measured.phases if phase.part == STEP)
@@ -200,9 +200,9 @@ def report(measured: Measured, floor: Floor | None, card: str | None) -> dict[st
         "phases": [{**phase._asdict(), "per_step": phase.per_step} for phase in measured.phases],
         "seconds_per_step": measured.per_step,
         "samples_per_second": measured.samples / measured.per_step,
-        "floor": floor._asdict() if floor else None,
-        "over_floor": measured.per_step / floor.seconds if floor else None,
-        "over_floor_without_data_and_augmentation": busy / floor.seconds if floor else None,
+        "lower_bound": bound._asdict() if bound else None,
+        "over_lower_bound": measured.per_step / bound.seconds if bound else None,
+        "over_lower_bound_without_data_and_augmentation": busy / bound.seconds if bound else None,
         "flops": measured.flops,
         "model_flops_utilisation": flops.utilisation(measured.flops["plain"], plain, card)
         if "plain" in measured.flops
@@ -247,17 +247,20 @@ def lines(found: dict[str, Any]) -> list[str]:
     said = [
         f"{found['seconds_per_step']:.4f} s a step, {found['samples_per_second']:.4g} samples/s"
     ]
-    if floor := found["floor"]:
+    if bound := found["lower_bound"]:
         counted = " + ".join(
-            f"{count:.4g} {name} x {floor['each'][name]:.4f}"
-            for name, count in floor["passes"].items()
+            f"{count:.4g} {name} x {bound['each'][name]:.4f}"
+            for name, count in bound["passes"].items()
         )
-        over, busy = found["over_floor"], found["over_floor_without_data_and_augmentation"]
-        said.append(f"floor {floor['seconds']:.4f} s a step = {counted}")
-        said.append(f"measured / floor {over:.2f}; without data and augmentation {busy:.2f}")
+        over, busy = (
+            found["over_lower_bound"],
+            found["over_lower_bound_without_data_and_augmentation"],
+        )
+        said.append(f"lower bound {bound['seconds']:.4f} s a step = {counted}")
+        said.append(f"measured / lower bound {over:.2f}; without data and augmentation {busy:.2f}")
     else:
         said.append(
-            "floor unknown: the passes of this strategy or estimator are not counted in "
+            "lower bound unknown: the passes of this strategy or estimator are not counted in "
             "metavpt.bench.cost_model"
         )
     said += [f"FLOPs of a step, {kind}: {number:.3e}" for kind, number in found["flops"].items()]

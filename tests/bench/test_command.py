@@ -33,12 +33,12 @@ def test_a_breakdown_is_printed_and_stored(tmp_path):
         folder=tmp_path,
     )
     assert done.returncode == 0, done.stderr
-    assert "measured / floor" in done.stdout
+    assert "measured / lower bound" in done.stdout
     assert "product" in done.stdout
     (folder,) = (tmp_path / "runs").iterdir()
     found = json.loads((folder / "step.json").read_text())
     assert len(found["steps"]) == 12  # whole periods
-    assert found["floor"]["passes"]["g_down"] == 0.25
+    assert found["lower_bound"]["passes"]["g_down"] == 0.25
     assert json.loads((folder / "environment.json").read_text())["command"].startswith(
         "python -m metavpt.bench --config-dir"
     )

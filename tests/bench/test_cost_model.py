@@ -122,7 +122,7 @@ ESTIMATORS = {
 
 
 @pytest.mark.parametrize("estimator", ESTIMATORS.values(), ids=ESTIMATORS)
-def test_no_update_takes_less_than_its_floor_and_ours_take_little_more(estimator):
+def test_no_update_takes_less_than_its_lower_bound_and_ours_take_little_more(estimator):
     strategy = Learned(dataclasses.replace(estimator, check_losses=False), every=1)
     problem, streams, optimizer = scene(strategy)
     record = {}
@@ -140,7 +140,7 @@ def test_no_update_takes_less_than_its_floor_and_ours_take_little_more(estimator
     assert 0.97 < taken / least < most
 
 
-def test_greedy_takes_its_floor():
+def test_greedy_takes_its_lower_bound():
     strategy = Greedy(num_candidates=4, every=1)
     problem, streams, optimizer = scene(strategy)
     taken = flops.count(

@@ -68,18 +68,18 @@ def test_a_breakdown_sums_to_the_time_of_the_steps(tmp_path):
     assert measured.samples == 64
 
 
-def test_a_report_names_the_floor_and_its_ratio(tmp_path):
+def test_a_report_names_the_lower_bound_and_its_ratio(tmp_path):
     run = trainer(tmp_path, Learned(OneStep(), every=2))
     now = step_profile.synchronized
     measured = step_profile.measure(run, 2, 4, now)
-    floor = step_profile.floor(run, now)
-    assert floor is not None
-    assert floor.seconds == pytest.approx(
-        sum(count * floor.each[name] for name, count in floor.passes.items())
+    bound = step_profile.lower_bound(run, now)
+    assert bound is not None
+    assert bound.seconds == pytest.approx(
+        sum(count * bound.each[name] for name, count in bound.passes.items())
     )
-    found = step_profile.report(measured, floor, "NVIDIA H100 80GB HBM3")
-    assert found["over_floor"] == pytest.approx(measured.per_step / floor.seconds)
-    assert 0 < found["over_floor_without_data_and_augmentation"] < found["over_floor"]
+    found = step_profile.report(measured, bound, "NVIDIA H100 80GB HBM3")
+    assert found["over_lower_bound"] == pytest.approx(measured.per_step / bound.seconds)
+    assert 0 < found["over_lower_bound_without_data_and_augmentation"] < found["over_lower_bound"]
     plain = sum(phase.per_step for phase in measured.phases if phase.part == "step")
     assert found["model_flops_utilisation"] == pytest.approx(
         measured.flops["plain"] / plain / 989e12
@@ -87,7 +87,7 @@ def test_a_report_names_the_floor_and_its_ratio(tmp_path):
     assert sum(phase["per_step"] for phase in found["phases"]) == pytest.approx(
         found["seconds_per_step"]
     )
-    assert any("measured / floor" in line for line in step_profile.lines(found))
+    assert any("measured / lower bound" in line for line in step_profile.lines(found))
     assert step_profile.report(measured, None, None)["model_flops_utilisation"] is None
 
 
