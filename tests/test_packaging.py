@@ -3,10 +3,12 @@
 import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 from metavpt.errors import EXTRAS
 
+ROOT = Path(__file__).parents[1]
 README = (Path(__file__).parents[1] / "README.md").read_text()
 
 
@@ -66,3 +68,11 @@ def test_language_needs_no_vision_and_a_problem_without_its_extra_is_one_line() 
     assert "status 2" in done.stdout
     (line,) = done.stderr.splitlines()
     assert "pip install 'metavpt[vision]'" in line
+
+
+def test_a_wheel_would_hold_every_package() -> None:
+    """The list is by hand, since configs and problems lie outside of the package's folder."""
+    listed = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
+    there = {file.parent for file in (ROOT / "metavpt").rglob("*.py")}
+    there |= {ROOT / "metavpt" / "problems", ROOT / "metavpt" / "configs"}
+    assert sorted(listed) == sorted(".".join(p.relative_to(ROOT).parts) for p in there)

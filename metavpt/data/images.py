@@ -14,6 +14,7 @@ from torch.utils.data import Dataset
 from metavpt.data import shards
 from metavpt.data.archives import check_unpacked, load_npz
 from metavpt.data.frames import RGBDFrames
+from metavpt.data.hub_images import PREFIX, HubImages, is_saved
 from metavpt.data.overlap import Encoded, encoded_file
 from metavpt.data.photo import SUFFIXES, decode, fit, is_image
 from metavpt.errors import MetaVPTError, reading
@@ -24,16 +25,20 @@ MAX_MEMBER = 2**28  # bytes that an encoded image may take
 def open_images(path: Path, size: tuple[int, int]) -> Dataset[Tensor]:
     """Open the images of a folder (any depth), a zip, an npz or tar shards: uint8 (3, *size).
 
+    Or those of a Hugging Face data set, see `HubImages`.
+
     A folder that holds one zip or npz stands for it, and one with shards for all of them. A path
     that ends in .tar may be a pattern, see `shards.find_shards`. Images are scaled to cover `size`
     and cropped around the centre.
     """
     if path.suffix == ".tar":
         return shards.Shards(shards.find_shards(str(path)), size)
+    if str(path).startswith(PREFIX) or is_saved(path):
+        return HubImages(str(path), size)
     if not path.exists():
         raise MetaVPTError(
             f"data.unlabelled: {path} does not exist; set it to a folder, zip, npz or tar shards "
-            "of images, or 'frames'"
+            "of images, hf:owner/name, or 'frames'"
         )
     if path.is_file():
         if path.suffix == ".npz":
