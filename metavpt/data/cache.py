@@ -5,11 +5,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
+import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 from torch.utils.data import Dataset
 
-from metavpt.data.frames import Frame, RGBDFrames
+from metavpt.data.frames import RGBDFrames
 
 Item = TypeVar("Item")
 
@@ -55,7 +56,7 @@ class Cache(Generic[Item]):
 
 
 class CachedFrames(RGBDFrames):
-    """`frames`, of which up to `max_bytes` stay decoded; labels take one byte there."""
+    """`frames`, of which up to `max_bytes` stay decoded; classes take one byte there."""
 
     def __init__(self, frames: RGBDFrames, max_bytes: int) -> None:
         self.frames, self.cache = frames, Cache(self._load, max_bytes)
@@ -69,17 +70,18 @@ class CachedFrames(RGBDFrames):
     def __len__(self) -> int:
         return len(self.frames)
 
-    def __getitem__(self, index: int) -> Frame:
+    def __getitem__(self, index: int) -> Any:
         frame = self.cache(index)
-        return frame._replace(label=frame.label.long())
+        image, *labels = frame
+        return frame._make([image, *(m.long() if m.dtype == torch.uint8 else m for m in labels)])
 
     def image(self, index: int) -> Tensor:
-        """Depth and label are not decoded for it, so an image alone is not kept."""
+        """Labels are not decoded for it, so an image alone is not kept."""
         return self.cache(index).image if index in self.cache else self.frames.image(index)
 
-    def _load(self, index: int) -> Frame:
+    def _load(self, index: int) -> Any:
         frame = self.frames[index]
-        return frame._replace(label=frame.label.byte())
+        return frame._make(m.byte() if m.dtype == torch.int64 else m for m in frame)
 
 
 class CachedImages(Dataset[Tensor]):

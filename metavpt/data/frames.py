@@ -1,7 +1,8 @@
 """Labelled RGB-D frames, whatever file they come from."""
 
 from abc import abstractmethod
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -12,7 +13,9 @@ from metavpt.errors import MetaVPTError
 
 
 class Frame(NamedTuple):
-    """A labelled frame.
+    """A labelled frame, or a batch of them with B in front.
+
+    A data set with other labels has a NamedTuple of its own: `image` first, then the labels.
 
     Attributes:
         image: uint8 (3, H, W).
@@ -25,13 +28,13 @@ class Frame(NamedTuple):
     label: Tensor
 
 
-class RGBDFrames(Dataset[Frame]):
+class RGBDFrames(Dataset[Any]):
     """Frames of one size; `splits` holds the indices of "train" and "val"."""
 
     name: str
     size: tuple[int, int]
-    class_names: list[str]
     splits: dict[str, list[int]]
+    class_names: Sequence[str] = ()  # none where no task has classes
 
     @property
     def num_classes(self) -> int:
@@ -42,7 +45,7 @@ class RGBDFrames(Dataset[Frame]):
     def __len__(self) -> int: ...
 
     @abstractmethod
-    def __getitem__(self, index: int) -> Frame: ...
+    def __getitem__(self, index: int) -> Any: ...
 
     @abstractmethod
     def image(self, index: int) -> Tensor:

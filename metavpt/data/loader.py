@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from metavpt.data.frames import Frame, RGBDFrames
+from metavpt.data.frames import RGBDFrames
 from metavpt.data.lazy import Lazy, runs
 from metavpt.errors import MetaVPTError
 
@@ -21,20 +21,6 @@ class Batch(NamedTuple):
 
     images: Tensor
     seed: int
-
-
-class FrameBatch(NamedTuple):
-    """Labelled frames.
-
-    Attributes:
-        image: uint8 (B, 3, H, W).
-        depth: float32 (B, H, W), in metres.
-        label: int64 (B, H, W).
-    """
-
-    image: Tensor
-    depth: Tensor
-    label: Tensor
 
 
 class EndlessBatches(Sampler[list[int]]):
@@ -140,7 +126,7 @@ class ImageLoader:
 
 
 class FrameLoader:
-    """Endless `FrameBatch`es of the frames at `indices`; `skip` as in `ImageLoader`."""
+    """Endless batches of the frames at `indices`, of their type; `skip` as in `ImageLoader`."""
 
     def __init__(
         self,
@@ -167,14 +153,14 @@ class FrameLoader:
         _check_share(self.batch_size, size, "problem.feedback_batch_size")
         self.part = (rank, size)
 
-    def __iter__(self) -> Iterator[FrameBatch]:
+    def __iter__(self) -> Iterator[Any]:
         sampler = EndlessBatches(
             len(self.indices), self.batch_size, self.seed, self.first, self.part
         )
         for batch in _load(
             _Picked(self.frames, self.indices), sampler, self.num_workers, collate_frames
         ):
-            yield FrameBatch(*(field.to(self.device, non_blocking=True) for field in batch))
+            yield batch._make(field.to(self.device, non_blocking=True) for field in batch)
 
     @staticmethod
     def in_order(
@@ -182,19 +168,18 @@ class FrameLoader:
         indices: Sequence[int],
         batch_size: int,
         device: torch.device | str = "cpu",
-    ) -> Lazy[Sequence[int], FrameBatch]:
+    ) -> Lazy[Sequence[int], Any]:
         """One pass over `indices`; the last batch may be smaller."""
 
-        def batch(which: Sequence[int]) -> FrameBatch:
-            return FrameBatch(
-                *(field.to(device) for field in collate_frames([frames[i] for i in which]))
-            )
+        def batch(which: Sequence[int]) -> Any:
+            made = collate_frames([frames[i] for i in which])
+            return made._make(field.to(device) for field in made)
 
         return Lazy(batch, runs(indices, batch_size))
 
 
 class JointLoader:
-    """Endless batches of several sets at once, {name: FrameBatch}; `skip` as in `ImageLoader`."""
+    """Endless batches of several sets at once, {name: batch}; `skip` as in `ImageLoader`."""
 
     def __init__(self, loaders: Mapping[str, FrameLoader]) -> None:
         self.loaders = loaders
@@ -209,25 +194,25 @@ class JointLoader:
         for loader in self.loaders.values():
             loader.share(rank, size)
 
-    def __iter__(self) -> Iterator[dict[str, FrameBatch]]:
+    def __iter__(self) -> Iterator[dict[str, Any]]:
         for batches in zip(*self.loaders.values(), strict=True):
             yield dict(zip(self.loaders, batches, strict=True))
 
 
-class _Picked(Dataset[Frame]):
+class _Picked(Dataset[Any]):
     def __init__(self, frames: RGBDFrames, indices: Sequence[int]) -> None:
         self.frames, self.indices = frames, indices
 
     def __len__(self) -> int:
         return len(self.indices)
 
-    def __getitem__(self, k: int) -> Frame:
+    def __getitem__(self, k: int) -> Any:
         return self.frames[self.indices[k]]
 
 
-def collate_frames(frames: Sequence[Frame]) -> FrameBatch:
-    """Stack frames field by field."""
-    return FrameBatch(*(torch.stack(fields) for fields in zip(*frames, strict=True)))
+def collate_frames(frames: Sequence[Any]) -> Any:
+    """Stack frames field by field, to a batch of their type."""
+    return frames[0]._make(torch.stack(fields) for fields in zip(*frames, strict=True))
 
 
 def mix(seed: int, k: int) -> int:

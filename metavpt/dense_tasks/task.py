@@ -55,7 +55,10 @@ class DenseTask(ABC):
 
     @abstractmethod
     def target(self, batch: Any) -> Tensor:
-        """Read the target off a labelled batch: (B, H, W), or (B, K, H, W)."""
+        """Read the target off a labelled batch: (B, H, W), or (B, K, H, W).
+
+        For pictures it reads one frame, without B.
+        """
 
     @abstractmethod
     def encode(self, target: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,5 +1,6 @@
 import copy
 import pickle
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from torch.utils.data import Dataset
 
 from metavpt.data.cache import Cache, CachedFrames, CachedImages
 from metavpt.data.frames import Frame, RGBDFrames
+from metavpt.data.loader import FrameLoader
 
 
 class Counted(RGBDFrames):
@@ -40,6 +42,32 @@ class Counted(RGBDFrames):
 
 
 FRAME_BYTES = 3 * 2 * 3 + 4 * 2 * 3 + 2 * 3  # the label takes one byte a pixel
+
+
+class Flow(NamedTuple):
+    image: Tensor
+    flow: Tensor
+    occluded: Tensor
+
+
+class FlowFrames(Counted):
+    """Frames with labels of their own: a field of vectors, and classes of pixels."""
+
+    class_names = ()
+
+    def __getitem__(self, index: int) -> Any:
+        image, depth, label = super().__getitem__(index)
+        return Flow(image, torch.stack([depth, -depth]), label)
+
+
+def test_frames_may_have_labels_of_their_own():
+    frames = CachedFrames(FlowFrames(), 10**6)
+    (batch,) = FrameLoader.in_order(frames, [3, 1], 2)
+    assert isinstance(batch, Flow)
+    for field, (third, first) in zip(batch, zip(frames[3], frames[1], strict=True), strict=True):
+        assert torch.equal(field, torch.stack([third, first]))
+    assert batch.flow.shape == (2, 2, 2, 3)
+    assert (batch.image.dtype, batch.occluded.dtype) == (torch.uint8, torch.int64)
 
 
 @pytest.mark.parametrize(

@@ -8,8 +8,8 @@ from helpers.tiny_lm import packed, tiny_lm
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from metavpt.data.frames import Frame
 from metavpt.data.lazy import Lazy
-from metavpt.data.loader import FrameBatch
 from metavpt.data.tokens import Encoder
 from metavpt.dense_tasks.depth import DepthTask
 from metavpt.dense_tasks.segmentation import SegmentationTask
@@ -36,7 +36,7 @@ def ridge():
     """Heads refitted to the other fold of the batch, on features that x makes of inputs."""
     rng = torch.Generator().manual_seed(0)
     inputs = torch.randn(8, 5, 2, 3, generator=rng, dtype=torch.float64)
-    frames = FrameBatch(
+    frames = Frame(
         torch.zeros(8, 1),
         torch.rand(8, 4, 6, generator=rng) * 9,
         torch.randint(0, 3, (8, 4, 6), generator=rng),
