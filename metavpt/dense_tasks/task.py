@@ -153,7 +153,7 @@ class DenseTask(ABC):
         """
         encoded, known = self.encode(truth[None])
         found = encoded.movedim(1, -1)[known]
-        low, high = float(found.min()), float(found.max())
+        low, high = (float(found.min()), float(found.max())) if len(found) else (0.0, 1.0)
         if self.num_outputs == 3:
             return colours.rgb(values, low, high)
         return colours.colour(values.reshape(values.shape[-2:]), low, high)
