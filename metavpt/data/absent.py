@@ -10,7 +10,7 @@ from typing_extensions import override
 from metavpt.data.ade20k import CLASS_NAMES
 from metavpt.data.dense import FRAMES, DenseData, segmentation
 from metavpt.data.frames import Frame, RGBDFrames
-from metavpt.dense_tasks.depth import DepthTask
+from metavpt.dense_tasks.depth import MAX_DEPTH, DepthTask
 from metavpt.dense_tasks.task import DenseTask
 from metavpt.errors import MetaVPTError
 
@@ -40,11 +40,19 @@ class AbsentFrames(RGBDFrames):
 
 
 def absent_nyuv2(
-    num_classes: int = 13, path: Any = None, rooms: Any = None, unlabelled: Any = None, **pools: Any
+    num_classes: int = 13,
+    path: Any = None,
+    rooms: Any = None,
+    unlabelled: Any = None,
+    depth: bool = True,
+    max_depth: float = MAX_DEPTH,
+    crop: bool = True,
+    **pools: Any,
 ) -> DenseData:
     """As `nyuv2_data` at the official file; what names a file is not read."""
     frames = AbsentFrames("NYUv2", (480, 640), num_classes, 795, 654)
-    return _pools(frames, [DepthTask(), segmentation(frames)], **pools)
+    depths = [DepthTask(max_depth=max_depth, crop=crop)] if depth else []
+    return _pools(frames, [*depths, segmentation(frames)], **pools)
 
 
 def absent_ade20k(
@@ -74,7 +82,7 @@ def absent_labelled(
             "trainer.dry_run=true: no image is read; give their size by data.size=[H,W]"
         )
     num_classes = 0 if classes is None else classes if isinstance(classes, int) else len(classes)
-    pools = ("stream_size", "num_train", "num_meta", "share", "cache_bytes")
+    pools = ("more_tasks", "stream_size", "num_train", "num_meta", "share", "cache_bytes")
     frames = AbsentFrames("your images", size, num_classes, 800, 200)
     tasks: list[DenseTask] = [DepthTask()] if depths is not None else []
     tasks += [segmentation(frames)] if num_classes else []
