@@ -17,7 +17,7 @@ from metavpt.data.decontaminate import Benchmarks, Decontaminated
 from metavpt.data.gsm8k import WordProblem
 from metavpt.data.mixture import Component, Drawable, Generated, PackedLoader, ShuffleBuffer
 from metavpt.data.text import Document
-from metavpt.data.tokens import Corpus, Encoder, ExampleLoader, TokenBatch, text_of
+from metavpt.data.tokens import PADDING, Corpus, Encoder, ExampleLoader, TokenBatch, text_of
 from metavpt.errors import MetaVPTError
 
 SAMPLE = 2000  # documents of each source that a tokenizer is trained on
@@ -254,9 +254,9 @@ class TokenData:
         )
 
     def examples(
-        self, pools: Mapping[str, Corpus], batch_size: int, seed: int, device: torch.device
+        self, pools: Mapping[str, Corpus], batch_size: int | None, seed: int, device: torch.device
     ) -> "Examples":
-        """Return batches of examples by domain."""
+        """Return batches of examples by domain. With `batch_size` None each is the whole pool."""
         return Examples(
             {
                 name: ExampleLoader(pool, batch_size, seed, self.encoder.pad, device=device)
@@ -314,6 +314,21 @@ def rows_of(batch: TokenBatch, which: Tensor) -> TokenBatch:
     return TokenBatch(
         tokens[which], positions[which], documents[which], loss_mask[which], seed, domain[which]
     )
+
+
+def by_length(batch: TokenBatch, size: int) -> list[TokenBatch]:
+    """Cut a batch of one document per row into microbatches of `size` rows of similar length.
+
+    Each is as long as its longest row. Both halves of the list hold short rows and long ones.
+    """
+    lengths = (batch.documents != PADDING).sum(dim=1)
+    parts = []
+    for rows in lengths.argsort(stable=True).split(size):
+        tokens, positions, documents, loss_mask, seed, domain = rows_of(batch, rows)
+        cut = (part[:, : int(lengths[rows].max())] for part in (tokens, positions, documents))
+        mask = loss_mask[:, : int(lengths[rows].max())]
+        parts.append(TokenBatch(*cut, mask, seed, domain))
+    return parts[0::2] + parts[1::2]
 
 
 def join(batches: Sequence[TokenBatch]) -> TokenBatch:

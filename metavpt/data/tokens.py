@@ -2,7 +2,7 @@
 
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import islice
+from itertools import islice, repeat
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -197,6 +197,7 @@ class Corpus:
             np.frombuffer(ends, np.int64),
             num_prompt,
         )
+        self._whole: TokenBatch | None = None
 
     def __len__(self) -> int:
         return len(self.num_prompt)
@@ -210,6 +211,13 @@ class Corpus:
             self.__getitem__,
             torch.randperm(len(self), generator=torch.Generator().manual_seed(seed)).tolist(),
         )
+
+    def whole(self, pad: int, domain: int, device: torch.device | str) -> "TokenBatch":
+        """Every document as a row of one batch: the same tensors at every call."""
+        if self._whole is None:
+            documents = [self[k] for k in range(len(self))]
+            self._whole = one_per_row(documents, pad, 0, domain).to(device)
+        return self._whole
 
 
 def collate(
@@ -235,19 +243,29 @@ def collate(
     )
 
 
+def one_per_row(documents: Sequence[Encoded], pad: int, seed: int, domain: int) -> TokenBatch:
+    """A row of the batch for each document, padded to the longest."""
+    length = max(len(document.tokens) for document in documents)
+    rows = [[document] for document in documents]
+    return collate(rows, length, pad, seed, [domain] * len(rows))
+
+
 class ExampleLoader:
-    """Endless batches of documents, one per row, padded to the longest of the batch."""
+    """Endless batches of documents, one per row, padded to the longest of the batch.
+
+    With `batch_size` None each batch is the whole corpus, in order, in the same tensors.
+    """
 
     def __init__(
         self,
         corpus: Corpus,
-        batch_size: int,
+        batch_size: int | None,
         seed: int,
         pad: int,
         domain: int = 0,
         device: torch.device | str = "cpu",
     ) -> None:
-        if not 1 <= batch_size <= len(corpus):
+        if batch_size is not None and not 1 <= batch_size <= len(corpus):
             raise MetaVPTError(
                 f"problem.feedback_batch_size={batch_size} must be at least 1 and at most the "
                 f"{len(corpus)} feedback documents"
@@ -267,6 +285,9 @@ class ExampleLoader:
         self.first = num_batches
 
     def __iter__(self) -> Iterator[TokenBatch]:
+        if self.batch_size is None:
+            yield from repeat(self.corpus.whole(self.pad, self.domain, self.device))
+            return
         for k, indices in enumerate(
             EndlessBatches(len(self.corpus), self.batch_size, self.seed, self.first),
             start=self.first,
@@ -280,11 +301,4 @@ class ExampleLoader:
 
     def _batch(self, indices: Sequence[int], seed: int) -> TokenBatch:
         documents = [self.corpus[k] for k in indices]
-        length = max(len(document.tokens) for document in documents)
-        return collate(
-            [[document] for document in documents],
-            length,
-            self.pad,
-            seed,
-            [self.domain] * len(documents),
-        ).to(self.device)
+        return one_per_row(documents, self.pad, seed, self.domain).to(self.device)

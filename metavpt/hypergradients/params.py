@@ -72,6 +72,11 @@ def norm(x: Params) -> Tensor:
     return torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(p) for p in x.values()]))
 
 
+def drift(x: Params, start: Params) -> float:
+    """Compute |x - start| / |start|."""
+    return float(norm(add(x, start, alpha=-1.0)) / norm(start))
+
+
 def is_finite(x: Params) -> bool:
     """Whether every entry of every tensor is finite."""
     return bool(torch.isfinite(norm(x)))

@@ -104,9 +104,13 @@ class LanguageModel(nn.Module):
         model: A Llama, Qwen2 or Qwen3 from transformers, or one with LoRA adapters (peft). Its
             modules are used, not copied.
         tail_layers: The last layers that form, with the final norm, the tail.
+        frozen_layers: So many first layers, and the embedding before them, are never trained. An
+            unembedding that is tied to the embedding stays with it.
     """
 
-    def __init__(self, model: PreTrainedModel | PeftModel, tail_layers: int = 2) -> None:
+    def __init__(
+        self, model: PreTrainedModel | PeftModel, tail_layers: int = 2, frozen_layers: int = 0
+    ) -> None:
         super().__init__()
         whole: Any = model.get_base_model() if isinstance(model, PeftModel) else model
         _check_supported(whole)
@@ -115,6 +119,14 @@ class LanguageModel(nn.Module):
             raise MetaVPTError(
                 f"tail_layers={tail_layers} is out of range: the model has {self.num_layers} layers"
             )
+        if not 0 <= frozen_layers < self.num_layers:
+            raise MetaVPTError(
+                f"frozen_layers={frozen_layers} must leave one of the model's {self.num_layers} "
+                "layers to train"
+            )
+        if frozen_layers:
+            for part in (whole.model.embed_tokens, *_layers(whole.model)[:frozen_layers]):
+                part.requires_grad_(False)
         self.trunk = Trunk(whole.model, self.num_layers - tail_layers)
         self.tail = Tail(whole.model, tail_layers)
         self.tied = whole.lm_head.weight is whole.model.embed_tokens.weight

@@ -61,6 +61,7 @@ def pretrained_language_model(
     gguf_file: str | None = None,
     lora: LoRA | None = None,
     dtype: torch.dtype = torch.float32,
+    frozen_layers: int = 0,
 ) -> LanguageModel:
     """Load a model.
 
@@ -70,6 +71,7 @@ def pretrained_language_model(
         gguf_file: Names a GGUF file within a hub repository or folder.
         lora: Adapters to add.
         dtype: Of the weights.
+        frozen_layers: First layers that are never trained, see `LanguageModel`.
 
     Raises:
         MetaVPTError: The model cannot be found, read, or split into trunk and tail.
@@ -106,7 +108,8 @@ def pretrained_language_model(
         raise MetaVPTError(
             f"{file}: cannot be loaded as a language model ({brief(error, named=True)})"
         ) from error
-    return LanguageModel(_adapted(_plain(model) if gguf_file else model, lora), tail_layers)
+    adapted = _adapted(_plain(model) if gguf_file else model, lora)
+    return LanguageModel(adapted, tail_layers, frozen_layers)
 
 
 def _check_size(config: Any, file: Path) -> None:
@@ -133,7 +136,11 @@ def _check_size(config: Any, file: Path) -> None:
 
 
 def random_language_model(
-    model_type: str = "llama", tail_layers: int = 2, lora: LoRA | None = None, **config: Any
+    model_type: str = "llama",
+    tail_layers: int = 2,
+    lora: LoRA | None = None,
+    frozen_layers: int = 0,
+    **config: Any,
 ) -> LanguageModel:
     """Build a model with random weights.
 
@@ -141,6 +148,7 @@ def random_language_model(
         model_type: llama, qwen2 or qwen3.
         tail_layers: The last layers that form the tail.
         lora: Adapters to add.
+        frozen_layers: First layers that are never trained, see `LanguageModel`.
         **config: Replaces defaults of the transformers configuration.
     """
     try:
@@ -150,7 +158,7 @@ def random_language_model(
         raise MetaVPTError(
             f"model_type={model_type}: no such language model ({brief(error)})"
         ) from error
-    return LanguageModel(_adapted(model, lora), tail_layers)
+    return LanguageModel(_adapted(model, lora), tail_layers, frozen_layers)
 
 
 def _plain(model: Any) -> Any:

@@ -1,19 +1,19 @@
-"""States of the trunk for images that come again: computed once while the trunk stays as it is."""
+"""States of the trunk for inputs that come again: computed once while the trunk stays as it is."""
 
-from collections.abc import Callable, Hashable
-from typing import NamedTuple
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import nn
 from torch.func import functional_call
 
+from metavpt.hypergradients import params
 from metavpt.hypergradients.params import Params
-from metavpt.learners.vit import Hidden, Trunk
 
 
 class _Kept(NamedTuple):
-    states: list[Hidden]
-    weights: list[Tensor] | None  # of the trunk when they were computed; None: it is frozen
+    states: list[Any]
+    weights: Params | None  # of the trunk when they were computed; None: it is frozen
     versions: list[int]  # of a frozen trunk's tensors, which loading a checkpoint changes
 
 
@@ -31,35 +31,33 @@ class TrunkStates:
 
     @torch.no_grad()
     def __call__(
-        self, trunk: Trunk, theta: Params, key: Hashable | None, images: Callable[[], list[Tensor]]
-    ) -> list[Hidden]:
-        """Return the states of some images, one for each microbatch.
+        self,
+        trunk: nn.Module,
+        theta: Params,
+        key: Hashable | None,
+        inputs: Callable[[], Sequence[Any]],
+    ) -> list[Any]:
+        """Return the states (`Hidden`) of some inputs, one for each microbatch.
 
         Args:
             trunk: Of the learner.
             theta: Its trainable parameters, none if it is frozen.
-            key: Names the images. None: their states are not kept.
-            images: Reads them, normalised, (B, 3, H, W) each. Called where no states are kept.
+            key: Names the inputs. None: their states are not kept.
+            inputs: Reads what the trunk takes: images, normalised, (B, 3, H, W) each, or token
+                batches. Called where no states are kept.
         """
         versions = [p._version for p in trunk.parameters()] if not theta else None
         kept = None if key is None else self._kept.get(key)
         if kept is not None and self._holds(kept, theta, versions):
             return kept.states
-        states = [functional_call(trunk, theta, (part,)) for part in images()]
+        states = [functional_call(trunk, theta, (part,)) for part in inputs()]
         if key is not None and versions is not None:
             self._kept[key] = _Kept(states, None, versions)
         elif key is not None and self.tolerance > 0:
-            self._kept[key] = _Kept(states, [p.detach().clone() for p in theta.values()], [])
+            self._kept[key] = _Kept(states, params.clone(theta), [])
         return states
 
     def _holds(self, kept: _Kept, theta: Params, frozen: list[int] | None) -> bool:
         if kept.weights is None:
             return frozen == kept.versions
-        if self.tolerance <= 0:
-            return False
-        moved = sum(
-            float((p - then).square().sum())
-            for p, then in zip(theta.values(), kept.weights, strict=True)
-        )
-        length = sum(float(then.square().sum()) for then in kept.weights)
-        return moved <= self.tolerance**2 * length
+        return self.tolerance > 0 and params.drift(theta, kept.weights) <= self.tolerance

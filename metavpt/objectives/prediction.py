@@ -34,9 +34,13 @@ class Prediction:
     _scores: dict[int, Scores] = field(default_factory=dict, repr=False)
 
     @classmethod
-    def of(cls, learner: LanguageModel, theta: Params, batch: TokenBatch) -> "Prediction":
-        """Run the trunk of a learner at theta on a batch."""
-        hidden, predicted = learner.hidden(theta, batch), predicted_tokens(batch)
+    def of(
+        cls, learner: LanguageModel, theta: Params, batch: TokenBatch, hidden: Hidden | None = None
+    ) -> "Prediction":
+        """Run the trunk of a learner at theta on a batch, unless its output is given."""
+        if hidden is None:
+            hidden = learner.hidden(theta, batch)
+        predicted = predicted_tokens(batch)
         states = before(learner.states(theta, hidden), predicted)
         return cls(
             learner,

@@ -18,7 +18,7 @@ from metavpt.distributed import collectives
 from metavpt.errors import MetaVPTError
 from metavpt.hypergradients.linear_targets import DirectionalDerivative, ForwardMode
 from metavpt.hypergradients.params import Params
-from metavpt.learners.lm import LanguageModel
+from metavpt.learners.lm import Hidden, LanguageModel
 from metavpt.objectives.next_token import (
     NextTokenLoss,
     Rule,
@@ -241,9 +241,14 @@ def target_loss(learner: LanguageModel, theta: Params, task: TargetTask) -> Tens
     return collectives.weighed(*own_target_loss(learner, theta, task))
 
 
-def own_target_loss(learner: LanguageModel, theta: Params, task: TargetTask) -> tuple[Tensor, int]:
-    """Compute the same for this rank's tokens, and return it with their number."""
-    prediction = Prediction.of(learner, theta, task.batch)
+def own_target_loss(
+    learner: LanguageModel, theta: Params, task: TargetTask, hidden: Hidden | None = None
+) -> tuple[Tensor, int]:
+    """Compute the same for this rank's tokens, and return it with their number.
+
+    The trunk does not run where its output `hidden` is given.
+    """
+    prediction = Prediction.of(learner, theta, task.batch, hidden)
     arguments = _checked(task.targets, prediction)
     return next_token_loss(
         prediction.states, prediction.unembedding, prediction.tokens, *arguments

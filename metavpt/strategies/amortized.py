@@ -53,7 +53,8 @@ class Amortized:
         phi_steps: Steps of the designer after each update of the replay buffer.
         replay: Batches that the replay buffer holds.
         max_norm: The norm at which the designer's gradient is clipped.
-        every: Steps from one feedback gradient to the next.
+        every: Steps from one lesson of the designer to the next.
+        tolerance: Of the feedback gradient, see `FeedbackDirection`.
         burn_in: Steps of the recipe before the first one; below 1 the share of the budget
             that they take.
         ema: The decay of the moving average of the feedback gradient.
@@ -76,11 +77,14 @@ class Amortized:
         derivative: DirectionalDerivative | None = None,
         combination: Combination | None = None,
         random_seed: int | None = None,
+        tolerance: float = 0.0,
     ) -> None:
         make = optimizer or (lambda parameters: torch.optim.Adam(parameters, lr=1e-2))
         self.buffer = ReplayBuffer(make, phi_steps, replay, max_norm)
         self.derivative = derivative or ForwardMode()
-        self.feedback = FeedbackDirection(every, burn_in, ema, direction, combination, random_seed)
+        self.feedback = FeedbackDirection(
+            every, burn_in, ema, direction, combination, random_seed, tolerance
+        )
         self.period = self.feedback.period
 
     @property

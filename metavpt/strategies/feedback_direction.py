@@ -42,6 +42,8 @@ class FeedbackDirection:
             recipe's task of the batch at hand.
         combination: How several feedbacks are aggregated. Default: their weighted sum.
         random_seed: With a seed, w is a random vector of equal norm, a new one for each use.
+        tolerance: A renewal that is due is left out while |theta_S - theta_S then| <= tolerance
+            |theta_S then|, with theta_S then that of the last renewal. With 0 none is left out.
     """
 
     def __init__(
@@ -52,15 +54,20 @@ class FeedbackDirection:
         direction: Direction | None = None,
         combination: Combination | None = None,
         random_seed: int | None = None,
+        tolerance: float = 0.0,
     ) -> None:
         if not 0 <= ema < 1:
             raise MetaVPTError(f"strategy.ema={ema} must be in [0, 1)")
+        if tolerance < 0:
+            raise MetaVPTError(f"strategy.tolerance={tolerance} must not be negative")
         self.period, self.ema = Period(every, burn_in), ema
         self.direction, self.combination = direction or Dot(), unpaired(combination)
         self.random = None if random_seed is None else RandomDirection(random_seed)
         self.step = LearnerStep()
         self.num_skipped = 0
         self.g_down: Params | None = None
+        self.tolerance = tolerance
+        self._renewed_at: Params | None = None  # theta_S of the last renewal, with a tolerance
 
     @property
     def steers(self) -> bool | None:
@@ -71,6 +78,13 @@ class FeedbackDirection:
         """Take a new g_down if it is due, and return the record of it."""
         if not self.period.due(state.budget):
             return {}
+        moved: dict[str, float] = {}
+        if self._renewed_at is not None:
+            theta = params.detach(params.named(state.problem.learner))
+            theta_s = {name: theta[name] for name in self._renewed_at}
+            moved = {"drift": params.drift(theta_s, self._renewed_at)}
+            if moved["drift"] <= self.tolerance:
+                return moved
         with state.budget.timed("data"):
             labelled = next(state.streams.feedback)
         feedback = feedback_on(state.problem, labelled)
@@ -88,8 +102,10 @@ class FeedbackDirection:
             kept = params.scale(self.g_down, self.ema)
             self.g_down = params.add(kept, fresh, alpha=1 - self.ema)
         self.period.num_updates += 1
+        if self.tolerance:
+            self._renewed_at = params.clone(feedback.aligned)
         norm = {"g_down_norm": float(params.norm(self.g_down))}
-        return {**combined.record, **norm, **feedback_record(state.problem)}
+        return {**combined.record, **moved, **norm, **feedback_record(state.problem)}
 
     def along(self, state: TrainState, batch: Any) -> Params | None:
         """Return w at the learner's theta for an unlabelled batch; None before the first g_down."""
@@ -113,6 +129,7 @@ class FeedbackDirection:
         """Return g_down, the count of skipped renewals and the random state."""
         return {
             "g_down": self.g_down,
+            "renewed_at": self._renewed_at,
             "num_skipped": self.num_skipped,
             "period": self.period.state_dict(),
             "random": self.random.state_dict() if self.random else None,
@@ -121,6 +138,7 @@ class FeedbackDirection:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what `state_dict` returned."""
         self.g_down, self.num_skipped = state["g_down"], state["num_skipped"]
+        self._renewed_at = state["renewed_at"]
         self.period.load_state_dict(state["period"])
         if self.random:
             self.random.load_state_dict(state["random"])

@@ -44,6 +44,7 @@ class Tilt:
             1 / (2 tau^2). With 0 the best candidate takes all (greedy).
         num_candidates: Candidates per target.
         every: Steps from one feedback gradient to the next.
+        tolerance: Of the feedback gradient, see `FeedbackDirection`.
         burn_in: Steps before the first one; below 1 the share of the budget
             that they take.
         ema: The decay of the moving average of the feedback gradient.
@@ -66,6 +67,7 @@ class Tilt:
         derivative: DirectionalDerivative | None = None,
         combination: Combination | None = None,
         random_seed: int | None = None,
+        tolerance: float = 0.0,
     ) -> None:
         check_gate(gate)
         at_least_one(num_candidates=num_candidates)
@@ -73,7 +75,9 @@ class Tilt:
             raise MetaVPTError(f"strategy.tau={tau} must not be negative")
         self.gate, self.tau, self.num_candidates = gate, tau, num_candidates
         self.derivative = derivative or ForwardMode()
-        self.feedback = FeedbackDirection(every, burn_in, ema, direction, combination, random_seed)
+        self.feedback = FeedbackDirection(
+            every, burn_in, ema, direction, combination, random_seed, tolerance
+        )
         self.period = self.feedback.period
 
     def start(self, problem: Problem) -> None:
