@@ -130,6 +130,18 @@ def test_the_learner_is_saved_live_and_keeps_its_adapters(tmp_path):
     assert list(params.named(learner)) == names
 
 
+def test_frozen_layers_and_the_embedding_are_not_trained():
+    names = params.named(tiny_lm(tail_layers=1, frozen_layers=2))
+    assert names
+    assert all(name.startswith(("tail.layers.2.", "tail.norm.")) for name in names)
+    untied = params.named(tiny_lm("qwen2", tail_layers=1, frozen_layers=1))
+    assert "lm_head.weight" in untied
+    assert any(name.startswith("trunk.layers.1.") for name in untied)
+    assert not any(name.startswith(("trunk.embed", "trunk.layers.0.")) for name in untied)
+    with pytest.raises(MetaVPTError, match="frozen_layers=3"):
+        tiny_lm(frozen_layers=3)
+
+
 @pytest.mark.parametrize("tail_layers", [0, 4])
 def test_a_tail_out_of_range_is_an_error(tail_layers):
     with pytest.raises(MetaVPTError, match=f"tail_layers={tail_layers}"):

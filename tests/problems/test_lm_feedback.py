@@ -73,7 +73,7 @@ def test_answers_of_one_kind_agree_and_the_agreement_is_the_cosine_of_the_halves
     lengths = (feedback.labelled["math"].documents >= 0).sum(dim=1)
     short, middle, long = lengths.argsort(stable=True).split(2)
     halves = []
-    for rows in (short, torch.cat([long, middle])):
+    for rows in (torch.cat([short, long]), middle):
         part = type(feedback.labelled["math"])(*(
             value[rows] if isinstance(value, torch.Tensor) else value
             for value in feedback.labelled["math"]
