@@ -14,6 +14,7 @@ from metavpt.cli.configuration import command
 from metavpt.cli.console import Console
 from metavpt.problem import move_to_device
 from metavpt.training.build import check_option_types
+from metavpt.training.engine import check_device
 
 COLOURS = {"ok": "green", "warning": "yellow", "failed": "bold red"}
 
@@ -49,6 +50,7 @@ def verdict(findings: list[Finding]) -> str:
 def main(cfg: DictConfig) -> None:
     """Entry point of `python -m metavpt.check`."""
     check_option_types(cfg)
+    check_device(cfg.device)
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
     torch.manual_seed(cfg.seed)

@@ -17,6 +17,7 @@ from metavpt.check.finding import Finding, listed
 from metavpt.check.scene import Scene
 from metavpt.hypergradients import params, trees
 from metavpt.problem import Problem
+from metavpt.training.streams import held_out_batches
 
 ROUNDING = 1e-5  # of a sum on a GPU, whose order is another each time: relative
 ADVICE = {
@@ -44,6 +45,38 @@ def purity(scene: Scene) -> list[Finding]:
         }
         findings.append(_twice(name, problem, evaluate[name]))
     return findings
+
+
+def held_out(scene: Scene, seed: int) -> list[Finding]:
+    """Compare the first held-out batch with the first feedback batch, sample by sample."""
+    source = held_out_batches(scene.problem)
+    if source == scene.problem.feedback_batches:  # the problem has none
+        return []
+    other = next(iter(source(seed)))
+    known, rows = (_samples(batch) for batch in (scene.labelled, other))
+    shared = sum(row in known for row in rows)
+    return [
+        Finding(
+            "held_out",
+            "warning" if 2 * shared >= len(rows) > 0 else "ok",
+            f"{shared} of {len(rows)} samples of the first held-out batch are in the first "
+            "feedback batch",
+            "give held_out_batches examples that feedback_batches never yields, or what updates do "
+            "to other examples is not measured"
+            if 2 * shared >= len(rows) > 0
+            else "",
+        )
+    ]
+
+
+def _samples(batch: Any) -> list[bytes]:
+    """The rows of the largest tensor of a batch, as bytes."""
+    tensors = [leaf for leaf in trees.tensors(batch) if leaf.ndim and leaf.numel()]
+    if not tensors:
+        return []
+    largest = max(tensors, key=Tensor.numel).detach().cpu()
+    rows = largest.reshape(len(largest), -1).contiguous().view(torch.uint8)
+    return [row.tobytes() for row in rows.numpy()]
 
 
 def _twice(name: str, problem: Problem, evaluate: Callable[[], Any]) -> Finding:

@@ -15,7 +15,7 @@ from metavpt.check.derivatives import Reference, compare, settle
 from metavpt.check.finding import Finding, attempt
 from metavpt.check.first_order import MakeOptimizer, default_optimizer, first_order
 from metavpt.check.learner_step import learner_step
-from metavpt.check.purity import purity
+from metavpt.check.purity import held_out, purity
 from metavpt.check.scene import Scene
 from metavpt.hypergradients import params
 from metavpt.hypergradients.estimators import Estimator
@@ -68,6 +68,7 @@ def check(
         if not _failed(foundations):
             foundations += attempt("tail", "mend pretrain_tail", lambda: reach.tail(wide or scene))
         findings += foundations
+        findings += attempt("held_out", "mend the error first", lambda: held_out(scene, seed))
         if not _failed(foundations):
             findings += _derivatives(scene, wide or scene, estimator, optimizer, clip_norm)
             findings += attempt("attention", "", lambda: backends.attention(scene))

@@ -237,7 +237,9 @@ def _folder(cfg: DictConfig) -> tuple[Path, bool]:
         resolve=True,
     )
     if resume:
-        return run_folder.find(output, Path(str(cfg.runs)), config), True
+        folder = run_folder.find(output, Path(str(cfg.runs)), config, may_change=["budget"])
+        write_text(folder / "config.yaml", config)  # its budget may be longer now
+        return folder, True
     chosen = hydra_cfg.runtime.choices
     name = f"{chosen['problem']}-{chosen['strategy']}-seed{cfg.seed}"
     folder = run_folder.create(output, Path(str(cfg.runs)), name)

@@ -212,12 +212,24 @@ def _makes(node: Mapping[str, Any], hint: Any) -> bool:
     found = _find(node["_target_"])
     if hint in WORDS:
         return False
+    if node.get("_partial_") and typing.get_origin(hint) is collections.abc.Callable:
+        return _makes_one_of(found, typing.get_args(hint)[-1])
     if not (inspect.isclass(hint) and inspect.isclass(found)) or node.get("_partial_"):
         return True
     if is_protocol(hint):  # what is no method may be set in __init__
         methods = (name for name in get_protocol_members(hint) if hasattr(hint, name))
         return all(hasattr(found, name) for name in methods)
     return issubclass(found, hint)
+
+
+def _makes_one_of(factory: Any, hint: Any) -> bool:
+    """Whether a factory of the package makes what `hint` names. Of others it is not known."""
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        return any(_makes_one_of(factory, argument) for argument in typing.get_args(hint))
+    made = factory if inspect.isclass(factory) else _own_hints(factory).get("return")
+    if not (inspect.isclass(made) and inspect.isclass(hint)) or is_protocol(hint):
+        return True
+    return made.__module__.partition(".")[0] != "metavpt" or issubclass(made, hint)
 
 
 def _words(hint: Any) -> list[str]:
@@ -227,7 +239,10 @@ def _words(hint: Any) -> list[str]:
     if origin is typing.Literal:
         return [str(argument) for argument in typing.get_args(hint)]
     if origin is collections.abc.Callable:
-        return ["something to call, as in {_target_: ..., _partial_: true}"]
+        made = typing.get_args(hint)[-1:]
+        known = [word for one in made if inspect.isclass(one) for word in _words(one)]
+        of = f" that makes {known[0]}" if known else ""
+        return [f"something to call{of}, as in {{_target_: ..., _partial_: true}}"]
     if origin is not None:
         return ["a mapping" if origin in MAPPINGS else "a list"]
     return [WORDS.get(hint, f"an object of {getattr(hint, '__name__', hint)}")]

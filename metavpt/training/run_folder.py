@@ -5,7 +5,7 @@ import os
 import platform
 import shutil
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from contextlib import suppress
 from datetime import datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -15,10 +15,12 @@ from typing import IO, Any
 import torch
 
 from metavpt.cli.console import say
-from metavpt.errors import MetaVPTError, writing
+from metavpt.cli.yaml_size import check_yaml
+from metavpt.errors import MetaVPTError, reading, writing
 from metavpt.training import disk
 from metavpt.training.checkpoint import Checkpoints
 from metavpt.training.disk import write_text
+from metavpt.training.run_state import difference
 
 LOCK = ".lock"  # in the folder of a run, locked by the process at work there
 PACKAGES = ("metavpt", "torch", "torchvision", "timm", "kornia", "hydra-core", "numpy")
@@ -134,32 +136,68 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_forget_locks)
 
 
-def find(folder: Path | None, parent: Path, config: str) -> Path:
-    """Find the folder to resume: `folder`, or the newest one of the same configuration."""
+def find(folder: Path | None, parent: Path, config: str, may_change: Container[str] = ()) -> Path:
+    """Find the folder to resume: `folder`, or the newest one of the same configuration.
+
+    Args:
+        folder: The folder itself. None: one in `parent`.
+        parent: The folder of runs.
+        config: The configuration, YAML.
+        may_change: Its sections that may differ.
+
+    Raises:
+        MetaVPTError: There is none. The message names the first options that differ.
+    """
     candidates = (
         [folder]
         if folder is not None
         else sorted(parent.glob("*/"), key=lambda path: path.stat().st_mtime, reverse=True)
     )
+    nearest: str | None = None
     for path in candidates:
         file = path / "config.yaml"
-        if file.is_file() and file.read_bytes() == config.encode():
-            with writing(path):
-                lock(path)
-            return path
+        reason = "holds no run (config.yaml is missing)"
+        if file.is_file():
+            found = _changed(file, config, may_change)
+            if found is None:
+                with writing(path):
+                    lock(path)
+                return path
+            reason = f"was made by another configuration ({found})"
+            nearest = nearest or f"; {path} differs in {found}"
         if folder is not None:
-            reason = (
-                "was made by another configuration"
-                if file.is_file()
-                else "holds no run (config.yaml is missing)"
-            )
             raise MetaVPTError(
                 f"resume=true output={folder}: the folder {reason}; repeat the options of that run"
             )
     raise MetaVPTError(
-        f"resume=true: no run under {parent} has this configuration; repeat its options, or name "
-        "its folder with output="
+        f"resume=true: no run under {parent} has this configuration{nearest or ''}; repeat its "
+        "options, or name its folder with output="
     )
+
+
+def _changed(file: Path, config: str, may_change: Container[str]) -> str | None:
+    """Describe what differs between the configuration in a file and `config`. None: nothing."""
+    import yaml  # of the extra `run`
+
+    text = file.read_text(encoding="utf-8", errors="replace")
+    if text == config:
+        return None
+    with reading(f"{file}: not a readable configuration", "restore the file that the run wrote"):
+        check_yaml(text)
+        before, now = (dict(_options(yaml.safe_load(one))) for one in (text, config))
+    for options in (before, now):
+        for key in [key for key in options if key.partition(".")[0] in may_change]:
+            del options[key]
+    return difference(before, now)
+
+
+def _options(node: Any, key: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield dotted keys and values of a configuration."""
+    if isinstance(node, dict | list) and node:
+        for name, value in node.items() if isinstance(node, dict) else enumerate(node):
+            yield from _options(value, f"{key}.{name}".lstrip("."))
+    else:
+        yield key, node
 
 
 def newest_state(run: Path) -> tuple[dict[str, Any], Path]:

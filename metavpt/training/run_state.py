@@ -52,7 +52,7 @@ def optimizer_options(key: str, groups: Sequence[Mapping[str, Any]]) -> Options:
     return options
 
 
-def _difference(before: Options, now: Options) -> str | None:
+def difference(before: Options, now: Options) -> str | None:
     """Describe up to three options that differ, as in `seed=0, now 1`. None: all are equal.
 
     A missing option equals one that is null.
@@ -127,7 +127,7 @@ def faults(
     for name in own.keys() ^ (saved.keys() - {"step"}):
         what = "lacks" if name in own else "holds"
         yield f"{what} the entry {name!r}; it is not a checkpoint of this version"
-    if found := _difference(saved["options"], own["options"]):
+    if found := difference(saved["options"], own["options"]):
         yield f"was saved by a run with {found}; repeat the options of that run"
     for name in own.keys() - {"options", *([] if own["log"] else ["log"])}:
         for bad in _bad_entries(saved[name], own[name], name, shapes=name != "problem"):

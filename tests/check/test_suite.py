@@ -1,5 +1,7 @@
 """Each trap, planted in a small problem, is caught by its check; a sound problem passes all."""
 
+from itertools import islice
+
 import numpy as np
 import pytest
 import torch
@@ -10,7 +12,8 @@ from torch.func import functional_call
 
 from metavpt import AdamW, Learned, Unrolled
 from metavpt.check import check
-from metavpt.check.purity import on_gpu, rounded, snapshot
+from metavpt.check.purity import held_out, on_gpu, rounded, snapshot
+from metavpt.check.scene import Scene
 from metavpt.hypergradients import params
 
 FOUNDATIONS = {"compile", "pretrain_purity", "feedback_purity", "designer_purity"}
@@ -44,6 +47,25 @@ def test_a_sound_problem_passes_every_check():
         "first_order",
     }
     assert sum(name.startswith("cost ") for name in found) == 5
+
+
+class HeldOut(Channels):
+    """Held-out batches that are those of the feedback, from `first` on."""
+
+    def __init__(self, first):
+        super().__init__()
+        self.first = first
+
+    def held_out_batches(self, seed):
+        return islice(self.feedback_batches(seed), self.first, None)
+
+
+@pytest.mark.parametrize(("first", "verdict", "shared"), [(0, "warning", 64), (1, "ok", 0)])
+def test_held_out_samples_that_are_fed_back(first, verdict, shared):
+    (found,) = held_out(Scene.of(HeldOut(first)), seed=0)
+    assert found.verdict == verdict
+    assert f"{shared} of 64 samples" in found.measured
+    assert held_out(Scene.of(Channels()), seed=0) == []
 
 
 class MovingCenter(Channels):

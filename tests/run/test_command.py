@@ -116,9 +116,15 @@ def test_two_runs_never_share_a_folder_and_resume_finds_its_own(tmp_path):
     assert {"config.yaml", "metrics.jsonl", "checkpoints", "report.html", "environment.json"} <= {
         path.name for path in folders[0].iterdir()
     }
-    status, _, err = run(tmp_path, *OPTIONS, "budget.steps=4", "resume=true")
+    status, _, err = run(tmp_path, *OPTIONS, "budget.steps=3", "seed=9", "resume=true")
     assert status == 2
     assert "no run under runs has this configuration" in err
+    assert "seed=0, now 9" in err
+    assert run(tmp_path, *OPTIONS, "budget.steps=5", "resume=true")[0] == 0
+    assert sorted((tmp_path / "runs").iterdir()) == folders
+    newest = max(folders, key=lambda folder: (folder / "config.yaml").stat().st_mtime)
+    assert final_weights(newest)["budget"]["steps"] == 5
+    assert "steps: 5" in (newest / "config.yaml").read_text()
 
 
 def mat(path, **changes):

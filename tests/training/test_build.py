@@ -6,9 +6,11 @@ from typing import Any
 
 import pytest
 from hydra import compose, initialize_config_module
+from hydra.utils import get_object
 from omegaconf import OmegaConf
 from torch import Tensor
 
+from metavpt import Budget, WarmupCosine
 from metavpt.errors import MetaVPTError
 from metavpt.training.build import check_option_types
 
@@ -109,6 +111,32 @@ def test_objects_are_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
         check_option_types(OmegaConf.create({"strategy": {**learned, "estimator": fixed}}))
     with pytest.raises(MetaVPTError, match=r"^strategy=one_step: must be an object of Strategy"):
         check_option_types(OmegaConf.create({"strategy": "one_step"}))
+
+
+@pytest.mark.parametrize(
+    ("target", "fits"),
+    [
+        ("metavpt.probes.heads.Ridge", False),
+        ("metavpt.training.budget.Budget", True),
+        ("collections.Counter", True),  # of a user, as far as is known
+    ],
+)
+def test_a_factory_makes_what_is_asked_for(
+    target: str, fits: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        "metavpt.training.build._find",
+        lambda name: Inner if name.endswith("Inner") else get_object(name),
+    )
+    monkeypatch.setitem(
+        Inner.__init__.__annotations__, "make", Callable[..., Budget | WarmupCosine] | None
+    )
+    node = {"_target_": target, "_partial_": True}
+    if fits:
+        check(make=node)
+    else:
+        with pytest.raises(MetaVPTError, match=rf"part\.make={target}: must be something to call"):
+            check(make=node)
 
 
 @pytest.mark.parametrize(

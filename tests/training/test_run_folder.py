@@ -116,3 +116,27 @@ def test_a_name_that_is_not_utf8_is_refused_before_anything_is_made(tmp_path):
         with pytest.raises(MetaVPTError, match="not a UTF-8 name"):
             run_folder.create(folder, parent, "run")
     assert not list(tmp_path.iterdir())
+
+
+def test_find_names_what_differs_and_lets_the_budget_change(tmp_path):
+    folder = tmp_path / "a"
+    folder.mkdir()
+    config = "seed: 0\nproblem:\n  sizes: [1, 2]\nbudget:\n  steps: 4\n"
+    (folder / "config.yaml").write_text(config)
+    longer = config.replace("steps: 4", "steps: 9")
+    try:
+        for one in (folder, None):
+            assert run_folder.find(one, tmp_path, config) == folder
+            assert run_folder.find(one, tmp_path, longer, may_change=["budget"]) == folder
+            with pytest.raises(MetaVPTError, match=r"budget\.steps=4, now 9"):
+                run_folder.find(one, tmp_path, longer)
+            other = longer.replace("[1, 2]", "[1, 3]").replace("seed: 0", "seed: 1")
+            with pytest.raises(MetaVPTError, match=r"seed=0, now 1; problem\.sizes\.1=2, now 3"):
+                run_folder.find(one, tmp_path, other, may_change=["budget"])
+    finally:
+        run_folder.unlock(folder)
+    (folder / "config.yaml").write_text("seed: [")
+    with pytest.raises(MetaVPTError, match=r"config\.yaml: not a readable configuration"):
+        run_folder.find(folder, tmp_path, config)
+    with pytest.raises(MetaVPTError, match=r"config\.yaml is missing"):
+        run_folder.find(tmp_path, tmp_path, config)
