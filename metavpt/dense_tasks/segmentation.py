@@ -201,6 +201,6 @@ class SegmentationTask(DenseTask):
     def legend(self, shown: Sequence[Tensor]) -> list[tuple[np.ndarray, str]]:
         """Name the classes that the maps hold."""
         palette = colours.class_colours(self.num_classes)
-        held = torch.cat([values.flatten().cpu() for values in shown]).unique().tolist()
+        held: list[int] = torch.cat([values.flatten().cpu() for values in shown]).unique().tolist()
         present = [k for k in held if k < self.num_classes][:NUM_LEGEND]
         return [(palette[k], self.names[k]) for k in present]

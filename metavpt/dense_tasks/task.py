@@ -16,12 +16,13 @@ Value = TypeVar("Value")
 
 
 class Metrics(Protocol):
-    """Metrics accumulated over a set."""
+    """Metrics accumulated over a set.
 
-    @property
-    def directions(self) -> Directions:
-        """Return the better direction of each metric."""
-        ...
+    Attributes:
+        directions: The better direction of each metric.
+    """
+
+    directions: ClassVar[Directions]
 
     def update(self, prediction: Tensor, target: Tensor, /) -> None:
         """Add a batch of predictions, as `DenseTask.predict` makes them, and targets."""

@@ -89,7 +89,9 @@ class DenseFeedback(nn.Module):
         """Restore the state of the heads' optimizer."""
         self.optimizer.load_state_dict(state)
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *args: Any, **options: Any
+    ) -> None:
         """Leave out heads of other tasks: older checkpoints have heads for absent labels, too."""
         saved = [key for key in state_dict if key.endswith((".weight", ".bias"))]  # in their order
         own = {prefix + name: k for k, name in enumerate(dict(self.named_parameters()))}
@@ -104,7 +106,7 @@ class DenseFeedback(nn.Module):
             state_dict[f"{prefix}_extra_state"] = {"state": state, "param_groups": groups}
             for key in set(saved) - own.keys():
                 del state_dict[key]
-        super()._load_from_state_dict(state_dict, prefix, *rest)
+        super()._load_from_state_dict(state_dict, prefix, *args, **options)
 
 
 class RidgeFeedback(nn.Module):
@@ -184,9 +186,7 @@ def _squares(task: DenseTask, head: LinearHead, frames: FeatureSet) -> tuple[Ten
     )
 
 
-def feedback_weights(
-    tasks: Sequence[DenseTask], given: Mapping[str, float | None]
-) -> dict[str, float]:
+def feedback_weights(tasks: Sequence[DenseTask], given: Mapping[str, Any]) -> dict[str, float]:
     """Return the weight of each task.
 
     Args:
