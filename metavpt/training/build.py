@@ -212,8 +212,13 @@ def _makes(node: Mapping[str, Any], hint: Any) -> bool:
     found = _find(node["_target_"])
     if hint in WORDS:
         return False
-    if node.get("_partial_") and typing.get_origin(hint) is collections.abc.Callable:
+    origin = typing.get_origin(hint)
+    if origin is collections.abc.Callable and node.get("_partial_"):
         return _makes_one_of(found, typing.get_args(hint)[-1])
+    if origin is collections.abc.Callable and inspect.isclass(found):
+        return any("__call__" in vars(base) for base in found.__mro__)
+    if origin in MAPPINGS and node.get("_partial_"):
+        return False
     if not (inspect.isclass(hint) and inspect.isclass(found)) or node.get("_partial_"):
         return True
     if is_protocol(hint):  # what is no method may be set in __init__

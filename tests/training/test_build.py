@@ -131,7 +131,11 @@ def test_a_factory_makes_what_is_asked_for(
     monkeypatch.setitem(
         Inner.__init__.__annotations__, "make", Callable[..., Budget | WarmupCosine] | None
     )
+    with pytest.raises(MetaVPTError, match=rf"part\.make={target}"):  # an object, not a factory
+        check(make={"_target_": target})
     node = {"_target_": target, "_partial_": True}
+    with pytest.raises(MetaVPTError, match=rf"part\.by_name={target}"):
+        check(by_name=node)
     if fits:
         check(make=node)
     else:
