@@ -325,9 +325,9 @@ def by_length(batch: TokenBatch, size: int) -> list[TokenBatch]:
     parts = []
     for rows in lengths.argsort(stable=True).split(size):
         tokens, positions, documents, loss_mask, seed, domain = rows_of(batch, rows)
-        cut = (part[:, : int(lengths[rows].max())] for part in (tokens, positions, documents))
-        mask = loss_mask[:, : int(lengths[rows].max())]
-        parts.append(TokenBatch(*cut, mask, seed, domain))
+        end = int(lengths[rows].max())
+        by_token = (part[:, :end] for part in (tokens, positions, documents, loss_mask))
+        parts.append(TokenBatch(*by_token, seed=seed, domain=domain))
     return parts[0::2] + parts[1::2]
 
 

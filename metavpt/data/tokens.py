@@ -296,7 +296,8 @@ class ExampleLoader:
 
     def in_order(self) -> Lazy[tuple[int, Sequence[int]], TokenBatch]:
         """One pass; the last batch may be smaller."""
-        numbered = list(enumerate(runs(range(len(self.corpus)), self.batch_size)))
+        size = self.batch_size or len(self.corpus)
+        numbered = list(enumerate(runs(range(len(self.corpus)), size)))
         return Lazy(lambda batch: self._batch(batch[1], mix(self.seed, batch[0])), numbered)
 
     def _batch(self, indices: Sequence[int], seed: int) -> TokenBatch:

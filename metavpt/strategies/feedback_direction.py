@@ -105,7 +105,7 @@ class FeedbackDirection:
         if self.tolerance:
             self._renewed_at = params.clone(feedback.aligned)
         norm = {"g_down_norm": float(params.norm(self.g_down))}
-        return {**combined.record, **moved, **norm, **feedback_record(state.problem)}
+        return {**combined.record, **moved, **norm, **feedback_record(feedback.problem)}
 
     def along(self, state: TrainState, batch: Any) -> Params | None:
         """Return w at the learner's theta for an unlabelled batch; None before the first g_down."""
