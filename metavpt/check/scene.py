@@ -17,8 +17,8 @@ from metavpt.hypergradients.linear_targets import DirectionalDerivative, LinearL
 from metavpt.hypergradients.mixed_products import Product
 from metavpt.hypergradients.optimizer_updates import Update
 from metavpt.hypergradients.params import Params
-from metavpt.problem import Problem, aligned_names
-from metavpt.strategies.learned import inner_loss
+from metavpt.problem import Problem, aligned_names, supports
+from metavpt.strategies.learned import ReadsHeads, inner_loss
 from metavpt.training.streams import Stream, meta_batches
 
 NUM_BATCHES = 4  # as many as Unrolled(4) takes
@@ -51,6 +51,8 @@ class Scene:
         unlabelled = [next(stream) for _ in range(NUM_BATCHES)]
         labelled = next(feedback)
         twin.fit_heads()
+        if supports(twin, ReadsHeads):
+            twin.describe_heads(labelled)
         phi = params.named(twin.designer)
         nearby = params.add(params.detach(phi), random_direction(phi, seed)) if phi else {}
         return cls(twin, params.detach(params.named(twin.learner)), nearby, unlabelled, labelled)

@@ -7,7 +7,8 @@ from helpers.small_data2vec import at, in_float64, maker
 from hydra import compose, initialize_config_module
 from hydra.utils import instantiate
 
-from metavpt import Budget, RunLog, Trainer
+from metavpt import Budget, ExactProduct, RunLog, Trainer
+from metavpt.check.scene import Scene
 from metavpt.feedback.cross_fitted import PatchLabels
 from metavpt.hypergradients import params
 
@@ -161,3 +162,9 @@ def test_estimators_through_parameters_train_a_policy(make, strategy, tmp_path):
     assert problem.designer.directions.abs().sum() > 0
     moved = params.zip_with(torch.sub, params.named(problem.designer), before)
     assert moved["network.write.weight"].abs().sum() > 0
+
+
+def test_check_gives_a_policy_the_directions_of_its_heads(make):
+    scene = Scene.of(make("designer=patch_policy"))
+    assert scene.problem.designer.directions.abs().sum() > 0
+    assert params.norm(scene.one_step(ExactProduct())) > 0
