@@ -139,7 +139,9 @@ class Data2VecDense(
             )
         weights = step.weights_now()
         return ComposedLoss(
-            step.student, lambda told: data2vec_loss(told, step.targets, weights=weights)
+            step.student,
+            lambda told: data2vec_loss(told, step.targets, weights=weights),
+            holds=weights is not None,
         )
 
     @override
@@ -147,7 +149,9 @@ class Data2VecDense(
         step = self._step(theta, task)
         weights = step.weights_now()
         return ComposedLoss(
-            step.student, lambda told: data2vec_loss(told, step.targets, "none", weights)
+            step.student,
+            lambda told: data2vec_loss(told, step.targets, "none", weights),
+            holds=weights is not None,
         )
 
     def tilt(

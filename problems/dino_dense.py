@@ -199,7 +199,9 @@ class DinoDense(
             or any(isinstance(part, Tensor) and part.requires_grad for part in others)
         ):
             return ComposedLoss(
-                step.outputs, lambda packed: step.per_image(packed, step.goals, weights).mean()
+                step.outputs,
+                lambda packed: step.per_image(packed, step.goals, weights).mean(),
+                holds=weights is not None,
             )
         return goal_loss(
             step.outputs,
@@ -212,7 +214,9 @@ class DinoDense(
         step = self._distillation(theta, task)
         weights = step.weights_now()
         return ComposedLoss(
-            step.outputs, lambda packed: step.per_image(packed, step.goals, weights)
+            step.outputs,
+            lambda packed: step.per_image(packed, step.goals, weights),
+            holds=weights is not None,
         )
 
     def tilt(

@@ -121,14 +121,14 @@ def tail(scene: Scene) -> Finding:
 
     Values and gradients are compared beside theta_S: a tail that keeps the theta_S that it was made
     with is right only there. A `LinearLoss` is made there too, since what its targets take from the
-    learner is fixed with it.
+    learner is fixed with it, and so is a loss that holds the weights of a policy.
     """
     theta_s = params.add(scene.aligned, random_direction(scene.aligned, seed=2))
     with torch.no_grad():
         task = scene.task()
         with scene.around():
             loss = tail_loss(scene.problem, scene.theta, task)
-            if isinstance(loss, LinearLoss):
+            if isinstance(loss, LinearLoss) or getattr(loss, "holds", False):
                 loss = tail_loss(scene.problem, {**scene.theta, **theta_s}, task)
 
     def by_tail(theta_s: Params) -> Tensor:

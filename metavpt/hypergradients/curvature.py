@@ -1,7 +1,7 @@
 """The matrix of implicit differentiation: the Hessian of the loss, or its Gauss-Newton part."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
@@ -16,10 +16,18 @@ from metavpt.hypergradients.params import Params
 
 @dataclass(frozen=True)
 class ComposedLoss:
-    """theta -> criterion(outputs(theta)), a loss whose parts are known, as Gauss-Newton needs."""
+    """theta -> criterion(outputs(theta)), a loss whose parts are known, as Gauss-Newton needs.
+
+    Attributes:
+        outputs: theta -> outputs.
+        criterion: outputs -> loss.
+        holds: Whether the criterion holds constants of the theta that the loss was made at, such as
+            the weights of a policy. `Unrolled` then holds them for all of its steps.
+    """
 
     outputs: Callable[[Params], Tensor]
     criterion: Callable[[Tensor], Tensor]
+    holds: bool = field(default=False, kw_only=True)
 
     def __call__(self, theta: Params) -> Tensor:
         """Compute the loss."""

@@ -14,7 +14,7 @@ from metavpt.hypergradients.params import Params
 class _Kept(NamedTuple):
     states: list[Any]
     weights: Params | None  # of the trunk when they were computed; None: it is frozen
-    versions: list[int]  # of a frozen trunk's tensors, which loading a checkpoint changes
+    versions: list[Any]  # of a frozen trunk's tensors, which a checkpoint or another dtype changes
 
 
 class TrunkStates:
@@ -46,7 +46,7 @@ class TrunkStates:
             inputs: Reads what the trunk takes: images, normalised, (B, 3, H, W) each, or token
                 batches. Called where no states are kept.
         """
-        versions = [p._version for p in trunk.parameters()] if not theta else None
+        versions = None if theta else [(p._version, p.dtype, p.device) for p in trunk.parameters()]
         kept = None if key is None else self._kept.get(key)
         if kept is not None and self._holds(kept, theta, versions):
             return kept.states
@@ -57,7 +57,7 @@ class TrunkStates:
             self._kept[key] = _Kept(states, params.clone(theta), [])
         return states
 
-    def _holds(self, kept: _Kept, theta: Params, frozen: list[int] | None) -> bool:
+    def _holds(self, kept: _Kept, theta: Params, frozen: list[Any] | None) -> bool:
         if kept.weights is None:
             return frozen == kept.versions
         return self.tolerance > 0 and params.drift(theta, kept.weights) <= self.tolerance

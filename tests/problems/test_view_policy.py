@@ -16,6 +16,8 @@ from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 
 from metavpt import Dot, ExactProduct, Fixed, Learned, OneStep
+from metavpt.check import reach
+from metavpt.check.scene import Scene
 from metavpt.hypergradients import params
 from metavpt.strategies.controls import Hardest
 from metavpt.strategies.function_space import Functional
@@ -177,3 +179,9 @@ def test_log_holds_the_noise_of_g_down(make, tmp_path: Path):
     found = [line["g_down_agreement"] for line in lines if line["kind"] == "designer"]
     assert len(found) == 1
     assert 0 < abs(found[0]) < 1
+
+
+def test_check_finds_the_tail_of_a_policy_right_in_both_precisions(make):
+    scene = Scene.of(make())
+    assert reach.tail(scene).verdict == "ok"
+    assert reach.tail(scene.double()).verdict == "ok"
