@@ -326,8 +326,10 @@ def by_length(batch: TokenBatch, size: int) -> list[TokenBatch]:
     for rows in lengths.argsort(stable=True).split(size):
         tokens, positions, documents, loss_mask, seed, domain = rows_of(batch, rows)
         end = int(lengths[rows].max())
-        by_token = (part[:, :end] for part in (tokens, positions, documents, loss_mask))
-        parts.append(TokenBatch(*by_token, seed=seed, domain=domain))
+        tokens, positions, documents, loss_mask = (
+            part[:, :end] for part in (tokens, positions, documents, loss_mask)
+        )
+        parts.append(TokenBatch(tokens, positions, documents, loss_mask, seed, domain))
     return parts[0::2] + parts[1::2]
 
 

@@ -60,7 +60,7 @@ def text_data(
     read = partial(_documents, root, fields=fields, unit=unit, on_error=on_error)
     found = read("answers", answers, labelled=True)
     order = torch.randperm(len(found), generator=torch.Generator().manual_seed(seed)).tolist()
-    if test is None or isinstance(test, float):
+    if test is None or isinstance(test, float | int):
         num_test = _num_test(test, len(found), answers)
         tested, order = [found[i] for i in order[:num_test]], order[num_test:]
     else:

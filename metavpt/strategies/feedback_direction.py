@@ -3,7 +3,7 @@
 A direction that follows the learner's step may also hold the tail's other parameters.
 """
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -88,8 +88,8 @@ class FeedbackDirection:
         with state.budget.timed("data"):
             labelled = next(state.streams.feedback)
         feedback = feedback_on(state.problem, labelled)
-        if supports(state.problem, ReadsHeads):
-            state.problem.describe_heads(labelled)
+        if supports(reader := cast(object, state.problem), ReadsHeads):
+            reader.describe_heads(labelled)
         combined = self.combination(feedback)
         try:
             fresh = downstream(combined.outer_loss, feedback.aligned)[1]

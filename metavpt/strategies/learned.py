@@ -1,7 +1,7 @@
 """The learned designer: hypergradients of the feedback loss train it, one update at a time."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, cast
 
 import torch
 from torch import Tensor
@@ -185,8 +185,8 @@ class Learned:
             with state.budget.timed("data"):
                 labelled = next(state.streams.feedback)
             feedback = feedback_on(state.problem, labelled)
-            if supports(state.problem, ReadsHeads):
-                state.problem.describe_heads(labelled)
+            if supports(reader := cast(object, state.problem), ReadsHeads):
+                reader.describe_heads(labelled)
             combined = self.combination(feedback, unlabelled)
             if self.feedback_every == 1:
                 return feedback, combined

@@ -322,8 +322,12 @@ class LinearFeedback(Deep):
             yield batch
 
     def feedback_loss(self, theta: Params, batch: Any) -> Tensor:
-        return sum((p * torch.linspace(-1, 1, p.numel()).view_as(p)).sum()
-                   for name, p in theta.items() if name.startswith("tail."))  # fmt: skip
+        slopes = (
+            (p * torch.linspace(-1, 1, p.numel()).view_as(p)).sum()
+            for name, p in theta.items()
+            if name.startswith("tail.")
+        )
+        return torch.stack(list(slopes)).sum()
 
 
 @pytest.mark.parametrize("estimator", ["cosine", "adam_aware", "unrolled", "implicit"])
