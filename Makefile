@@ -1,6 +1,7 @@
 # make demo   install what is needed and train on generated rooms, with steering and without: a table of both, and a report
 # make demo-language   next-token prediction with designed targets beside its controls, on generated arithmetic
 # make toy    a whole comparison, with reports, on a toy whose answer is known
+# make install   the environment alone, in .venv
 # make test   install what is needed and run the tests
 # make check  lint, types and the order of imports
 # make peers  the libraries to compare with: Betty, learn2learn; needs a C compiler
@@ -19,7 +20,9 @@ LANGUAGE := $(VENV)/.language
 TEST_WORKERS ?= 2
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: demo demo-language toy test check docs coverage mutants peers bench clean
+.PHONY: install demo demo-language toy test check docs coverage mutants peers bench clean
+
+install: $(PACKAGE)
 
 demo: $(PACKAGE)
 	$(BIN)/python -m metavpt.compare problem=data2vec_nyuv2 experiment=rooms "strategies=[functional]" "controls=[fixed]" "seeds=[0,1,2]" threads=1 jobs=2

@@ -113,7 +113,8 @@ class Horizon:
         """Fit the network in function space, and return its tasks of all batches."""
         strategy = self.trainer.function_space  # type: ignore[attr-defined]
         strategy.start(self.problem)
-        streams: Any = Streams(iter([]), iter([]), iter([self.seen]))
+        only: Any = (iter([]), iter([]), iter([self.seen]))
+        streams = Streams(*only)
         strategy._update(
             TrainState(self.problem, streams, self.trainer.optimizer, self.trainer.budget)
         )
@@ -168,7 +169,7 @@ class Horizon:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=16)
     parser.add_argument("--strength", type=float, default=1.0, help="of the scores")

@@ -109,6 +109,7 @@ class Comparison:
                         )
                         process.start()
                         running[process.sentinel] = (job, process)
+                        self._note(f"{job.title}: started")
                     progress.update(
                         bar,
                         completed=len(self.jobs) - len(waiting) - len(running),
@@ -118,6 +119,8 @@ class Comparison:
                         job, process = running.pop(sentinel)  # type: ignore[arg-type]
                         process.join()
                         self._finish(job, process.exitcode)
+                        done = len(self.jobs) - len(waiting) - len(running)
+                        self._note(f"{job.title}: ended, {done} of {len(self.jobs)}")
                 progress.update(bar, completed=len(self.jobs), description="")
             finally:
                 for _, process in running.values():
@@ -131,6 +134,11 @@ class Comparison:
 
     def _warn(self, line: str) -> None:
         self.console.print(line, style="yellow", soft_wrap=True)
+
+    def _note(self, line: str) -> None:
+        """Say what happens where the bar is not shown, as in a file."""
+        if not self.console.is_terminal:
+            self.console.print(line, markup=False, highlight=False, soft_wrap=True)
 
     def _ready(self, waiting: list[Job], running: dict[int, tuple[Job, Any]]) -> list[Job]:
         """Return the jobs to start now."""
