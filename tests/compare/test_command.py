@@ -37,7 +37,7 @@ def command(folder, *options):
 
 def compare(folder, *options):
     return subprocess.run(
-        command(folder, *options), capture_output=True, text=True, env=ENVIRONMENT, timeout=300
+        command(folder, *options), capture_output=True, text=True, env=ENVIRONMENT, timeout=900
     )
 
 
