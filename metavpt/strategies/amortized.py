@@ -53,7 +53,7 @@ class Amortized:
         phi_steps: Steps of the designer after each update of the replay buffer.
         replay: Batches that the replay buffer holds.
         max_norm: The norm at which the designer's gradient is clipped.
-        every: Steps from one lesson of the designer to the next.
+        every: Steps from one update of the designer to the next.
         tolerance: Of the feedback gradient, see `FeedbackDirection`.
         burn_in: Steps of the recipe before the first one; below 1 the share of the budget
             that they take.
