@@ -33,10 +33,19 @@ ROOMS = (
     ),
     *("functional_gate_1", "gate_1_annealed", "functional"),
 )
-FRAMES = ("fixed", "fixed_longer", "uniform", "patches", "targets", "functional")
+FRAMES = (
+    *("fixed", "fixed_longer", "uniform", "patches", "targets", "targets_depth", "functional"),
+    *("labels_only", "direct"),
+)
 STEERED = (
     *("one_step", "unrolled", "implicit", "amortized", "tilt", "functional", "patches", "targets"),
-    *("functional_40", "functional_not_annealed", "functional_gate_1", "gate_1_annealed"),
+    *(
+        "targets_depth",
+        "functional_40",
+        "functional_not_annealed",
+        "functional_gate_1",
+        "gate_1_annealed",
+    ),
 )
 
 

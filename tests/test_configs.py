@@ -18,6 +18,7 @@ EXPERIMENTS = sorted(path.stem for path in (CONFIGS / "experiment").glob("*.yaml
 EXTRA = {
     "backbone=timm": ["backbone.name=vit_tiny_patch16_224"],
     "data=gsm8k": ["data.path=/path/to/data"],
+    "experiment=smollm2_quiet": ["data.path=/path/to/data"],
     "data=segmentation": ["data.path=/path/to/data"],
     "data=depth": ["data.path=/path/to/data", "data.scale=0.001"],
 }

@@ -7,7 +7,6 @@ the feedback. It needs no per-sample gradient: it is the derivative of the sampl
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -44,20 +43,14 @@ class SupportsSelection(Protocol):
         ...
 
 
-@dataclass(eq=False, kw_only=True)
 class _ByFirstOrderValue(ABC):
-    """What the two greedy strategies share: the feedback direction, renewed by a period."""
+    """What the two greedy strategies share: the feedback direction, renewed by a period.
 
-    every: int = 8
-    burn_in: float = 0
-    direction: Direction | None = None
-    combination: Combination | None = None
+    A strategy is no dataclass: OmegaConf would take one for a configuration.
+    """
 
-    def __post_init__(self) -> None:
-        self.feedback = FeedbackDirection(
-            self.every, self.burn_in, direction=self.direction, combination=self.combination
-        )
-        self.period = self.feedback.period
+    def __init__(self, feedback: FeedbackDirection) -> None:
+        self.feedback, self.period = feedback, feedback.period
 
     @abstractmethod
     def start(self, problem: Problem) -> None:
@@ -93,7 +86,6 @@ class _ByFirstOrderValue(ABC):
         self.feedback.load_state_dict(state)
 
 
-@dataclass(eq=False)
 class Greedy(_ByFirstOrderValue):
     """For each sample the best of `num_candidates` random tasks, by first-order value.
 
@@ -108,11 +100,19 @@ class Greedy(_ByFirstOrderValue):
         combination: How several feedbacks are aggregated. Default: their weighted sum.
     """
 
-    num_candidates: int = 8
-
-    def __post_init__(self) -> None:
-        at_least_one(num_candidates=self.num_candidates)
-        super().__post_init__()
+    def __init__(
+        self,
+        num_candidates: int = 8,
+        every: int = 8,
+        burn_in: float = 0,
+        direction: Direction | None = None,
+        combination: Combination | None = None,
+    ) -> None:
+        at_least_one(num_candidates=num_candidates)
+        super().__init__(
+            FeedbackDirection(every, burn_in, direction=direction, combination=combination)
+        )
+        self.num_candidates = num_candidates
 
     def start(self, problem: Problem) -> None:
         """Check that the problem draws and scores tasks."""
@@ -130,7 +130,6 @@ class Greedy(_ByFirstOrderValue):
         return best_candidates(problem, pool[0], self.num_candidates, score)
 
 
-@dataclass(eq=False)
 class GreedySelection(_ByFirstOrderValue):
     """The samples of highest first-order value of a pool, under the recipe (LESS, GREATS).
 
@@ -142,11 +141,19 @@ class GreedySelection(_ByFirstOrderValue):
         combination: How several feedbacks are aggregated. Default: their weighted sum.
     """
 
-    pool_batches: int = 4
-
-    def __post_init__(self) -> None:
-        at_least_one(pool_batches=self.pool_batches)
-        super().__post_init__()
+    def __init__(
+        self,
+        pool_batches: int = 4,
+        every: int = 8,
+        burn_in: float = 0,
+        direction: Direction | None = None,
+        combination: Combination | None = None,
+    ) -> None:
+        at_least_one(pool_batches=pool_batches)
+        super().__init__(
+            FeedbackDirection(every, burn_in, direction=direction, combination=combination)
+        )
+        self.pool_batches = pool_batches
 
     def start(self, problem: Problem) -> None:
         """Check that the problem scores samples."""
