@@ -91,7 +91,8 @@ def test_a_weight_of_labels_that_are_not_there_is_named(tmp_path: Path) -> None:
     options = [*SEGMENTATION, *SMALL, "feedback.depth_weight=1"]
     status, told = finish(tmp_path, "problem=dino", *options, *CROPS)
     assert status == 2
-    assert "feedback.depth_weight=1" in told and "without depth" in told
+    assert "feedback.depth_weight=1" in told
+    assert "without depth" in told
 
 
 def test_a_run_on_own_images_can_be_planned(tmp_path: Path) -> None:
