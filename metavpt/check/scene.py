@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -51,8 +51,8 @@ class Scene:
         unlabelled = [next(stream) for _ in range(NUM_BATCHES)]
         labelled = next(feedback)
         twin.fit_heads()
-        if supports(twin, ReadsHeads):
-            twin.describe_heads(labelled)
+        if supports(reader := cast(object, twin), ReadsHeads):
+            reader.describe_heads(labelled)
         phi = params.named(twin.designer)
         nearby = params.add(params.detach(phi), random_direction(phi, seed)) if phi else {}
         return cls(twin, params.detach(params.named(twin.learner)), nearby, unlabelled, labelled)
