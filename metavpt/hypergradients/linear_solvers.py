@@ -135,9 +135,9 @@ class DampedLanczos:
     solve. Where A is indefinite, lambda is at least twice the most negative curvature, which keeps
     x small along such directions.
 
-    x lies between the solution at `damping` and b / lambda, the direction of a single step;
-    `added_damping` tells where. A start `x0` is not used, as its residual depends on the damping.
-    Memory: `max_iterations` + 1 vectors.
+    x lies between the solution at `damping` and b / lambda, the direction of a single step. The
+    larger `added_damping`, the nearer it is to the second. A start `x0` is not used, as its
+    residual depends on the damping. Memory: `max_iterations` + 1 vectors.
 
     Args:
         max_iterations: Products with A at most. One more measures the true residual.

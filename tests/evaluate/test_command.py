@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from helpers.harness_task import TASK
 from helpers.own_images import camvid, generate
 from helpers.small_language import SMALL, TARGETS
 from hydra import compose, initialize_config_module
@@ -32,17 +33,6 @@ PROBES = [
     "problem.probes.classification.heads.linear_bn.num_steps=20",
     "problem.probes.classification.heads.knn.k=3",
 ]  # fmt: skip
-TASK = """\
-task: sums
-dataset_path: json
-dataset_kwargs: {{data_files: {{test: {file}}}}}
-test_split: test
-output_type: multiple_choice
-doc_to_text: "{{{{question}}}}"
-doc_to_choice: ["3", "7"]
-doc_to_target: label
-metric_list: [{{metric: acc}}]
-"""
 
 
 def composed(name: str, *options: str) -> Any:

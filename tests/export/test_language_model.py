@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.harness_task import TASK
 from helpers.small_language import SMALL
 from helpers.tiny_lm import packed
 from hydra import compose, initialize_config_module
@@ -16,17 +17,6 @@ from metavpt.export.command import export
 from metavpt.training.build import build
 
 LORA = "learner.lora={_target_: metavpt.learners.pretrained_lm.LoRA, rank: 2}"
-TASK = """\
-task: sums
-dataset_path: json
-dataset_kwargs: {{data_files: {{test: {file}}}}}
-test_split: test
-output_type: multiple_choice
-doc_to_text: "{{{{question}}}}"
-doc_to_choice: ["3", "7"]
-doc_to_target: label
-metric_list: [{{metric: acc}}]
-"""
 
 
 def finished(folder: Path, monkeypatch: pytest.MonkeyPatch, *options: str) -> Any:
