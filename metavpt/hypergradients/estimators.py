@@ -21,7 +21,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from metavpt.errors import MetaVPTError, NonFiniteError, UnsolvedError
+from metavpt.errors import MetaVPTError, NonFiniteError, UnreachedParameterError, UnsolvedError
 from metavpt.hypergradients import params
 from metavpt.hypergradients.curvature import Curvature, Hessian
 from metavpt.hypergradients.directions import Direction, Dot
@@ -31,9 +31,10 @@ from metavpt.hypergradients.mixed_products import (
     DifferenceProduct,
     Loss,
     Product,
+    reached,
     value_and_gradient,
 )
-from metavpt.hypergradients.optimizer_updates import Update, step_length, vjp
+from metavpt.hypergradients.optimizer_updates import Rule, Update, step_length, vjp
 from metavpt.hypergradients.params import Params
 from metavpt.hypergradients.trajectory import Trajectory, Unroll
 from metavpt.profiling import phase
@@ -302,6 +303,9 @@ class Unrolled(ChecksLosses, Unroll):
     gradients of theta's size, and every sqrt(K)-th theta with its moments, from which the others
     are replayed elementwise.
 
+    Phi may hold hyper-parameters of the optimizer, such as its learning rate: `optimizer` is then a
+    function of phi, see `Unroll`.
+
     Args:
         product: The mixed product.
         offload: Whether stored steps wait in CPU memory.
@@ -336,7 +340,11 @@ class Unrolled(ChecksLosses, Unroll):
                 f"{len(inner_losses)}"
             )
         self.check_once(inner_losses, outer_loss, theta, phi)
-        rule, _, state = self.begin(theta, update)
+        with torch.enable_grad():
+            rule, _, state = self.begin(theta, phi, update)
+        hyper = {} if self.optimizer is None or isinstance(self.optimizer, Rule) else phi
+        # Hyper-parameters need not be in the loss; all else must, and the product says so.
+        in_loss = _reached_by(inner_losses[0], theta, phi) if hyper else phi
         before = float(outer_loss(params.detach(theta)).detach())
         trajectory = Trajectory(
             rule, params.detach(theta), state, math.isqrt(self.num_steps), self.offload
@@ -355,25 +363,42 @@ class Unrolled(ChecksLosses, Unroll):
         )
         unit = diagnostics["g_down_norm"] * length
 
-        total, ct_moments = params.zeros_like(phi), None
+        total, ct_moments = Params(), None
         for k, (theta_k, state_k, gradient) in zip(
             reversed(range(self.num_steps)), trajectory.backwards(), strict=True
         ):
-            pulled = vjp(rule, theta_k, state_k, gradient, ct_theta, ct_moments)
+            pulled = vjp(rule, theta_k, state_k, gradient, ct_theta, ct_moments, hyper)
+            total = _plus(total, pulled.phi)
             theta_k = params.leaves(theta_k)
             with torch.enable_grad():
                 loss = kept.pop() if kept else inner_losses[k](phi)
-            wrt = (
-                (phi, theta_k) if k else (phi,)
-            )  # before the first step theta does not depend on phi
-            by_phi, *by_theta = self.product(loss, theta_k, pulled.grad, wrt).by
-            total = params.add(total, by_phi)
+            # before the first step theta does not depend on phi
+            wrt = (in_loss, theta_k) if k else (in_loss,) if in_loss else ()
+            by_phi, *by_theta = self.product(loss, theta_k, pulled.grad, wrt).by if wrt else ({},)
+            total = _plus(total, by_phi)
             if by_theta:
                 ct_theta, ct_moments = params.add(pulled.theta, by_theta[0]), pulled.moments
-        grad_evals = 1 + self.num_steps * (1 + self.product.num_gradients)
+        if missing := [name for name in phi if name not in total]:
+            raise UnreachedParameterError(
+                f"neither the pretraining loss nor the optimizer depends on {', '.join(missing)}"
+            )
+        total = {name: total[name] for name in phi}
+        grad_evals = 1 + self.num_steps * (1 + self.product.num_gradients) + bool(hyper)
         return finite(
             Hypergradient(total, before - feedback_loss, grad_evals, diagnostics, unit=unit)
         )
+
+
+def _reached_by(inner: InnerLoss, theta: Params, phi: Params) -> Params:
+    """Return the part of phi that the pretraining loss depends on."""
+    theta = params.detach(theta)
+    names = reached(lambda at: inner(at)(theta), phi)
+    return {name: phi[name] for name in names}
+
+
+def _plus(total: Params, part: Params) -> Params:
+    """Add up names that either may lack."""
+    return {**total, **{name: total[name] + p if name in total else p for name, p in part.items()}}
 
 
 @phase("g_down")

@@ -2,9 +2,10 @@
 
     rule, theta, state = from_torch(optimizer, theta)   # as the learner's optimizer stands now
     theta, state = rule.step(theta, state, grad)        # torch.optim's step, differentiable
-    ct_theta, ct_moments, ct_grad = vjp(rule, theta, state, grad, ct_theta, ct_moments)
+    ct_theta, ct_moments, ct_grad, _ = vjp(rule, theta, state, grad, ct_theta, ct_moments)
 
-Formulas and names are those of torch.optim.
+Formulas and names are those of torch.optim. A hyper-parameter may be a tensor, and is then
+differentiable too.
 """
 
 import math
@@ -84,22 +85,22 @@ class SGD(Rule):
     b' = momentum b + (1 - dampening) (grad + weight_decay theta). The first b' is not dampened.
     """
 
-    lr: float
-    momentum: float = 0.0
-    dampening: float = 0.0
-    weight_decay: float = 0.0
+    lr: float | Tensor
+    momentum: float | Tensor = 0.0
+    dampening: float | Tensor = 0.0
+    weight_decay: float | Tensor = 0.0
     nesterov: bool = False
 
     @override
     def moment_names(self, name: str) -> tuple[str, ...]:
-        return ("momentum_buffer",) if self.momentum else ()
+        return () if _is_off(self.momentum) else ("momentum_buffer",)
 
     @override
     def update(
         self, name: str, p: Tensor, moments: Params, num_steps: int, grad: Tensor
     ) -> tuple[Tensor, Params]:
-        grad = grad + self.weight_decay * p if self.weight_decay else grad
-        if not self.momentum:
+        grad = grad if _is_off(self.weight_decay) else grad + self.weight_decay * p
+        if _is_off(self.momentum):
             return -self.lr * grad, {}
         buffer = (
             self.momentum * moments["momentum_buffer"] + (1 - self.dampening) * grad
@@ -118,10 +119,10 @@ class Adam(Rule):
     `decoupled_weight_decay` the decay is -lr weight_decay theta instead, outside the moments.
     """
 
-    lr: float = 1e-3
-    betas: tuple[float, float] = (0.9, 0.999)
-    eps: float = 1e-8
-    weight_decay: float = 0.0
+    lr: float | Tensor = 1e-3
+    betas: tuple[float | Tensor, float | Tensor] = (0.9, 0.999)
+    eps: float | Tensor = 1e-8
+    weight_decay: float | Tensor = 0.0
     decoupled_weight_decay: bool = False
 
     @override
@@ -133,7 +134,8 @@ class Adam(Rule):
         self, name: str, p: Tensor, moments: Params, num_steps: int, grad: Tensor
     ) -> tuple[Tensor, Params]:
         beta1, beta2 = self.betas
-        if self.weight_decay and not self.decoupled_weight_decay:
+        decays = not _is_off(self.weight_decay)
+        if decays and not self.decoupled_weight_decay:
             grad = grad + self.weight_decay * p
         exp_avg = torch.lerp(moments["exp_avg"], grad, 1 - beta1)
         exp_avg_sq = beta2 * moments["exp_avg_sq"] + (1 - beta2) * grad * grad
@@ -141,7 +143,7 @@ class Adam(Rule):
         change = (
             -self.lr / correction1 * exp_avg / (_sqrt(exp_avg_sq) / correction2**0.5 + self.eps)
         )
-        if self.weight_decay and self.decoupled_weight_decay:
+        if decays and self.decoupled_weight_decay:
             change = change - self.lr * self.weight_decay * p
         return change, {"exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq}
 
@@ -150,7 +152,7 @@ class Adam(Rule):
 class AdamW(Adam):
     """torch.optim.AdamW: Adam with decoupled weight decay (Loshchilov & Hutter, 2019)."""
 
-    weight_decay: float = 1e-2
+    weight_decay: float | Tensor = 1e-2
     decoupled_weight_decay: bool = True
 
 
@@ -231,11 +233,15 @@ class ClipGradNorm(Rule):
 
 
 class Cotangents(NamedTuple):
-    """The derivative of a scalar by the theta, the moments and the gradient of a step."""
+    """The derivative of a scalar by the theta, the moments and the gradient of a step.
+
+    `phi` is that by what the hyper-parameters depend on, for the names that they do depend on.
+    """
 
     theta: Params
     moments: Moments
     grad: Params
+    phi: Params
 
 
 class Update(NamedTuple):
@@ -253,13 +259,16 @@ def vjp(
     grad: Params,
     ct_theta: Params,
     ct_moments: Moments | None = None,
+    phi: Params | None = None,
 ) -> Cotangents:
     """Compute the pullback of (theta', moments') = rule.step(theta, state, grad).
 
     It maps cotangents of the results to cotangents of the arguments, all detached. The graph holds
-    one tensor at a time. `ct_moments` None stands for zeros: no later step follows.
+    one tensor at a time. `ct_moments` None stands for zeros: no later step follows. `phi` are the
+    leaves that hyper-parameters of `rule` were computed from; None: these are numbers.
     """
-    pulled = Cotangents({}, {}, {})
+    pulled = Cotangents({}, {}, {}, {})
+    leaves = phi or {}
     clipped = params.leaves(rule.clip(grad))
     for name, g in clipped.items():
         p = theta[name].detach().requires_grad_()
@@ -270,11 +279,24 @@ def vjp(
             if ct_moments is not None:
                 outputs += after.values()
                 cotangents += [ct_moments[name][moment] for moment in after]
-            # A moment that the step does not read (SGD's buffer at first) has derivative zero.
-            pulled.theta[name], pulled.grad[name], *rest = torch.autograd.grad(
-                outputs, [p, g, *moments.values()], cotangents, materialize_grads=True
+            inputs = [p, g, *moments.values()]
+            # The graph from phi to the hyper-parameters is walked once for each name.
+            found: Any = torch.autograd.grad(
+                outputs,
+                [*inputs, *leaves.values()],
+                cotangents,
+                allow_unused=True,
+                retain_graph=bool(leaves),
             )
+        # A moment that the step does not read (SGD's buffer at first) has derivative zero.
+        pulled.theta[name], pulled.grad[name], *rest = (
+            torch.zeros_like(x) if ct is None else ct
+            for x, ct in zip(inputs, found[: len(inputs)], strict=True)
+        )
         pulled.moments[name] = dict(zip(moments, rest, strict=True))
+        for of, ct in zip(leaves, found[len(inputs) :], strict=True):
+            if ct is not None:
+                pulled.phi[of] = pulled.phi[of] + ct if of in pulled.phi else ct
     return pulled._replace(grad=rule.clip_vjp(grad, pulled.grad))
 
 
@@ -447,6 +469,11 @@ def _rule(optimizer: torch.optim.Optimizer, group: dict[str, Any]) -> Rule:
         weight_decay,
         bool(group["decoupled_weight_decay"]),
     )
+
+
+def _is_off(value: float | Tensor) -> bool:
+    """Whether a term may be left out: for a tensor of zero it may not, as it has a derivative."""
+    return not isinstance(value, Tensor) and value == 0
 
 
 def _sqrt(v: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
 """The steps of an unrolled optimizer, kept so that they can be walked backwards."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -15,12 +15,13 @@ from metavpt.hypergradients.params import Params
 class Unroll:
     """K = `num_steps` steps of an optimizer, one unlabelled batch each.
 
-    optimizer   the rule to unroll, from fresh moments; by default the learner's real one as it
-    stands (`update`)
+    optimizer   the rule to unroll, from fresh moments, or a function of phi that makes it, which
+    learns hyper-parameters: lambda phi: SGD(lr=phi["log_lr"].exp()); by default the learner's real
+    one as it stands (`update`)
     """
 
     num_steps: int = 4
-    optimizer: Rule | None = None
+    optimizer: Rule | Callable[[Params], Rule] | None = None
 
     def __post_init__(self) -> None:
         if self.num_steps < 1:
@@ -38,10 +39,12 @@ class Unroll:
         """Return whether the learner's optimizer is needed."""
         return self.optimizer is None
 
-    def begin(self, theta: Params, update: Update | None) -> Update:
+    def begin(self, theta: Params, phi: Params, update: Update | None) -> Update:
         """The optimizer, with its state, that takes the first step at theta."""
         if self.optimizer is not None:
-            return Update(self.optimizer, theta, self.optimizer.init(params.detach(theta)))
+            made = self.optimizer
+            rule = made if isinstance(made, Rule) else made(phi)
+            return Update(rule, theta, rule.init(params.detach(theta)))
         if update is None:
             raise MetaVPTError(
                 f"{type(self).__name__}: needs an optimizer to unroll: set `optimizer`, or pass "

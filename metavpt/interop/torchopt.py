@@ -36,10 +36,10 @@ class TorchOptUnroll(Unroll):
         start: Params | None = None,
     ) -> Hypergradient:
         """Estimate the hypergradient through K batches."""
-        update = self.begin(theta, update)
         phi = params.leaves(phi)
-        steppers = {name: _Stepper(update, name) for name in theta}
         with sdpa_kernel(SDPBackend.MATH), torch.enable_grad():
+            update = self.begin(theta, phi, update)
+            steppers = {name: _Stepper(update, name) for name in theta}
             after = params.leaves(theta)
             for inner in inner_losses:
                 gradients = torch.autograd.grad(

@@ -294,7 +294,7 @@ def unrolled(
     found: list[Params] = []
     ct_moments: Moments | None = None
     for (theta, state), grad in zip(reversed(trail), reversed(grads), strict=True):
-        ct_theta, ct_moments, by_grad = vjp(rule, theta, state, grad, ct_theta, ct_moments)
+        ct_theta, ct_moments, by_grad, _ = vjp(rule, theta, state, grad, ct_theta, ct_moments)
         found.insert(0, by_grad)
     return after, tuple(p for group in (ct_theta, *found) for p in group.values())
 
