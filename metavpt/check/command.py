@@ -1,11 +1,15 @@
 """`python -m metavpt.check problem=dino_masks`: whether hypergradients can be trusted."""
 
 import sys
+import time
 from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 from hydra.utils import instantiate
 from omegaconf import DictConfig
+from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
 
@@ -14,7 +18,7 @@ from metavpt.cli.configuration import command
 from metavpt.cli.console import Console
 from metavpt.problem import move_to_device
 from metavpt.training.build import check_option_types
-from metavpt.training.engine import check_device
+from metavpt.training.engine import pick_device
 
 COLOURS = {"ok": "green", "warning": "yellow", "failed": "bold red"}
 
@@ -46,25 +50,48 @@ def verdict(findings: list[Finding]) -> str:
     return f"verdict: {worst} ({said})" + (f": {names}" if names else "")
 
 
+@contextmanager
+def progress(console: Console) -> Iterator[Callable[[str], None]]:
+    """Yield a function that shows what starts now.
+
+    On a terminal each start is a line whose seconds run; the lines give way to what is printed
+    after the block. Elsewhere it is a plain line with the seconds since the first.
+    """
+    began = time.monotonic()
+    columns = (SpinnerColumn(), TextColumn("{task.description}", markup=False), TimeElapsedColumn())
+    live = console.is_terminal
+    with Progress(*columns, console=console, transient=True, disable=not live) as bar:
+
+        def started(name: str) -> None:
+            for task in bar.task_ids:
+                bar.update(task, total=1, completed=1)
+            bar.add_task(name, total=None)
+            if not live:
+                console.print(f"{time.monotonic() - began:4.0f} s  {name}", highlight=False)
+
+        yield started
+
+
 @command("run")
 def main(cfg: DictConfig) -> None:
     """Entry point of `python -m metavpt.check`."""
     check_option_types(cfg)
-    check_device(cfg.device)
+    device = pick_device(cfg.device)
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
     torch.manual_seed(cfg.seed)
     console = Console()
-    problem = instantiate(cfg.problem)
-    move_to_device(problem, cfg.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    estimator = getattr(instantiate(cfg.strategy), "estimator", None)
-    with console.status("checking"):
+    with progress(console) as started:
+        started("making the problem")
+        problem = instantiate(cfg.problem)
+        move_to_device(problem, device)
         findings = check(
             problem,
-            estimator=estimator,
+            estimator=getattr(instantiate(cfg.strategy), "estimator", None),
             optimizer=instantiate(cfg.trainer.optimizer),
             clip_norm=cfg.trainer.clip_norm,
             seed=cfg.seed,
+            started=started,
         )
     console.print(table(findings))
     console.print(verdict(findings), soft_wrap=True, highlight=False)

@@ -31,7 +31,7 @@ from metavpt.training.budget import UNITS
 from metavpt.training.build import build as build_trainer
 from metavpt.training.build import check_option_types
 from metavpt.training.disk import write_text
-from metavpt.training.engine import check_device
+from metavpt.training.engine import pick_device
 from metavpt.training.trainer import Trainer
 
 WARM_START = "warm start"
@@ -161,7 +161,7 @@ def compare(cfg: DictConfig) -> Path:
 def _validate(cfg: DictConfig) -> None:
     _check_lists(cfg)
     check_option_types(cfg)
-    check_device(cfg.device)
+    pick_device(cfg.device)
     seeds = list(cfg.seeds)
     if not seeds or len(set(seeds)) < len(seeds):
         raise MetaVPTError(f"seeds={seeds}: list each seed once, and at least one")

@@ -46,26 +46,31 @@ def make_fabric(
     nodes: int = 1,
     parallel: str = "ddp",
 ) -> Fabric:
-    """A Fabric of `devices` processes on each of `nodes` machines, already launched.
+    """Make a launched Fabric of `devices` processes on each of `nodes` machines.
 
-    device     cpu, cuda or cuda:1; None: the GPU where there is one
-    precision  of the learner's own step; hypergradients are taken in float32 whatever it is, see
-    `metavpt.hypergradients.mixed_products` devices    processes on a machine, a GPU each. Under
-    torchrun both numbers are torchrun's parallel   how several share the learner: "ddp", each holds
-    all of it; "fsdp", each a part of its trunk (`Shardable.trunks`)
+    Under torchrun both numbers are torchrun's.
+
+    Args:
+        device: See `pick_device`.
+        precision: Of the learner's own step. Hypergradients are taken in float32 whatever it is,
+            see `metavpt.hypergradients.mixed_products`.
+        devices: Processes on a machine, a GPU each.
+        nodes: Machines.
+        parallel: How several processes share the learner: "ddp", each holds all of it; "fsdp", each
+            a part of its trunk (`Shardable.trunks`).
     """
     check_known(precision, "precision", *PRECISIONS)
-    check_device(device)
+    device = pick_device(device)
     if "LOCAL_WORLD_SIZE" in os.environ:  # torchrun says it
         devices = int(os.environ["LOCAL_WORLD_SIZE"])
         nodes = int(os.environ["WORLD_SIZE"]) // devices
-    kind, _, index = (device or ("cuda" if torch.cuda.is_available() else "cpu")).partition(":")
-    if devices < 1 or nodes < 1 or (index and devices * nodes > 1):
+    kind, _, index = device.partition(":")
+    if devices < 1 or nodes < 1 or ((index or kind == "mps") and devices * nodes > 1):
         raise MetaVPTError(
             f"devices={devices} nodes={nodes} device={device}: wants at least 1 of each, and of "
-            "several no index in device"
+            "several cpu or cuda without an index"
         )
-    accelerator = "cuda" if kind == "cuda" else "cpu"
+    accelerator = kind if kind in ("cuda", "mps") else "cpu"
     where: Any = [int(index)] if index and accelerator == "cuda" else devices
     strategy = (
         _strategy(parallel, devices * nodes, BACKENDS[accelerator])
@@ -89,22 +94,33 @@ def make_fabric(
     return fabric
 
 
-def check_device(device: str | None) -> None:
-    """Check that torch has a device, given as in `make_fabric`.
+def pick_device(device: str | None) -> str:
+    """Choose the device.
+
+    MPS is taken only where it is asked for: it has no float64, in which ridge heads and the
+    metrics of dense tasks are computed.
+
+    Args:
+        device: cpu, cuda, cuda:1 or mps. None or auto: cuda where there is one, else cpu.
 
     Raises:
         MetaVPTError: It is not there, or the name is not one of a device.
     """
-    if device is None:
-        return
+    num_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if device is None or device == "auto":
+        return "cuda" if num_gpus else "cpu"
     kind, colon, index = device.partition(":")
-    if kind not in ("cpu", "cuda", "meta") or (colon and not index.isdecimal()):
-        raise MetaVPTError(f"device={device}: known are cpu, cuda, and cuda:1 for the second GPU")
-    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if kind == "cuda" and int(index or 0) >= count:
+    if kind not in ("cpu", "cuda", "mps", "meta") or (colon and not index.isdecimal()):
         raise MetaVPTError(
-            f"device={device}: torch finds {count} GPUs here; choose another, or device=cpu"
+            f"device={device}: known are auto, cpu, mps, cuda, and cuda:1 for the second GPU"
         )
+    if kind == "cuda" and int(index or 0) >= num_gpus:
+        raise MetaVPTError(
+            f"device={device}: torch finds {num_gpus} GPUs here; choose another, or device=cpu"
+        )
+    if kind == "mps" and not torch.backends.mps.is_available():
+        raise MetaVPTError(f"device={device}: torch finds no MPS here; choose device=cpu")
+    return device
 
 
 def _meet(backend: str, attempt: str) -> None:

@@ -1,9 +1,14 @@
 """python -m metavpt.check, as a user runs it."""
 
+import io
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
+
+from metavpt.check.command import progress
+from metavpt.cli.console import Console
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
@@ -36,6 +41,30 @@ def test_a_sound_problem_ends_with_its_verdict_and_status_0():
     assert done.stdout.splitlines()[-1].startswith("verdict: ok (")
     assert "exact_product" in done.stdout
     assert done.stderr == ""
+    started = re.findall(r"^ *(\d+) s  (.+)$", done.stdout, flags=re.MULTILINE)
+    names = [name for _, name in started]
+    assert names[0] == "making the problem"
+    assert len(set(names)) == len(names)
+    assert set(names) >= {"purity", "reach", "exact_product", "learner_step", "first_order"}
+    seconds = [int(second) for second, _ in started]
+    assert seconds == sorted(seconds)
+    assert done.stdout.index("first_order") < done.stdout.index("verdict")
+
+
+def test_progress_is_shown_at_once_and_gives_way_on_a_terminal():
+    plain = Console(file=io.StringIO())
+    with progress(plain) as started:
+        started("first")
+        assert plain.file.getvalue() == "   0 s  first\n"
+    file = io.StringIO()
+    live = Console(file=file, force_terminal=True, width=60)
+    with progress(live) as started:
+        started("[/first]")
+        started("second")
+    shown = file.getvalue()
+    assert "[/first]" in shown
+    assert "second" in shown
+    assert shown.count("\x1b[2K") >= 2  # both lines are erased in the end
 
 
 def test_a_broken_problem_names_what_failed_and_ends_with_status_1(tmp_path):

@@ -11,7 +11,7 @@ from torch.func import functional_call
 from metavpt import Budget, ExactProduct, Fixed, MetaVPTError, OneStep, RunLog, Trainer, Unrolled
 from metavpt.hypergradients import params
 from metavpt.learners.vit import create_backbone
-from metavpt.training.engine import compile_blocks, make_fabric
+from metavpt.training.engine import compile_blocks, make_fabric, pick_device
 
 
 def train(folder, problem=Small, strategy=None, steps=3, optimizer=torch.optim.AdamW, **options):
@@ -147,3 +147,36 @@ def test_the_fused_optimizer_can_be_unrolled(tmp_path):
         for i, kind in enumerate((torch.optim.AdamW, fused))
     )
     assert distance(plain.strategy.found[1], other.strategy.found[1]) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("asked", "gpus", "has_mps", "chosen"),
+    [
+        (None, 0, False, "cpu"),
+        ("auto", 0, True, "cpu"),  # mps has no float64, so it is taken on request alone
+        ("auto", 1, True, "cuda"),
+        (None, 2, False, "cuda"),
+        ("mps", 0, True, "mps"),
+        ("cpu", 1, True, "cpu"),
+        ("cuda:1", 2, False, "cuda:1"),
+        ("cuda:1", 1, False, None),
+        ("cuda", 0, True, None),
+        ("mps", 1, False, None),
+        ("gpu", 1, True, None),
+    ],
+)
+def test_the_device(monkeypatch, asked, gpus, has_mps, chosen):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: has_mps)
+    if chosen:
+        assert pick_device(asked) == chosen
+    else:
+        with pytest.raises(MetaVPTError, match=f"device={asked}"):
+            pick_device(asked)
+
+
+def test_mps_is_one_device(monkeypatch):
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    with pytest.raises(MetaVPTError, match="devices=2"):
+        make_fabric("mps", devices=2)
