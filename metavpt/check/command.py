@@ -21,6 +21,9 @@ from metavpt.training.build import check_option_types
 from metavpt.training.engine import pick_device
 
 COLOURS = {"ok": "green", "warning": "yellow", "failed": "bold red"}
+# Labelled samples of a batch that would hold all of them. The formulas are the same, and the checks
+# evaluate the feedback loss hundreds of times.
+FEEDBACK_BATCH_SIZE = 32
 
 
 def table(findings: list[Finding]) -> Table:
@@ -81,6 +84,13 @@ def main(cfg: DictConfig) -> None:
         torch.set_num_threads(cfg.threads)
     torch.manual_seed(cfg.seed)
     console = Console()
+    if cfg.problem.get("feedback_batch_size", FEEDBACK_BATCH_SIZE) is None:
+        cfg.problem.feedback_batch_size = FEEDBACK_BATCH_SIZE
+        console.print(
+            f"Feedback of {FEEDBACK_BATCH_SIZE} labelled samples stands for that of all; "
+            "problem.feedback_batch_size sets another number.",
+            soft_wrap=True,
+        )
     with progress(console) as started:
         started("making the problem")
         problem = instantiate(cfg.problem)

@@ -7,9 +7,11 @@ import subprocess
 import sys
 import time
 from functools import partial
+from typing import NamedTuple
 
 import pytest
 import torch
+from helpers import command_process
 from helpers.telling import telling
 
 from metavpt.compare import results
@@ -23,28 +25,37 @@ ROWS = (
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
-def command(folder, *options):
-    return [
-        sys.executable,
-        "-m",
-        "metavpt.compare",
-        "problem=toy_sources",
-        "jobs=2",
-        f"output={folder}",
-        *options,
-    ]
+SEEDS = range(3)
+
+
+class Done(NamedTuple):
+    """A finished command: its status and all that it printed."""
+
+    returncode: int
+    printed: str
+
+
+def arguments(folder, *options):
+    return ["problem=toy_sources", "jobs=2", f"output={folder}", *options]
 
 
 def compare(folder, *options):
-    return subprocess.run(
-        command(folder, *options), capture_output=True, text=True, env=ENVIRONMENT, timeout=900
+    folder.parent.mkdir(exist_ok=True)
+    return Done(
+        *command_process.finish(
+            folder.parent,
+            *arguments(folder, *options),
+            module="compare",
+            seconds=900,
+            environment={"OMP_NUM_THREADS": "1"},
+        )
     )
 
 
 def error_of(done):
     """The one line of a bad input."""
-    assert done.returncode == 2, done.stderr
-    (line,) = done.stderr.strip().splitlines()
+    assert done.returncode == 2, done.printed
+    (line,) = done.printed.strip().splitlines()
     return line
 
 
@@ -55,11 +66,11 @@ def learner(folder, row, seed):
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """Five seeds of every row, and what the command printed."""
+    """Every row on every seed, and what the command printed."""
     folder = tmp_path_factory.mktemp("toy") / "comparison"
-    done = compare(folder, ROWS, "seeds=[0,1,2,3,4]", *LEARNED)
-    assert done.returncode == 0, done.stderr
-    return folder, done.stdout
+    done = compare(folder, ROWS, f"seeds={list(SEEDS)}", *LEARNED)
+    assert done.returncode == 0, done.printed
+    return folder, done.printed
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +80,7 @@ def found(finished):
 
 
 def test_learned_designers_beat_greedy_which_beats_fixed_on_every_seed(found):
-    for seed in range(5):
+    for seed in SEEDS:
         error = {
             row: found[row, seed].metrics["error"]
             for row in ("fixed", "greedy", "one_step", "unrolled", "implicit")
@@ -92,7 +103,7 @@ def test_the_rows_that_are_always_there(found):
 def test_fixed_under_another_name_and_a_designer_of_lr_0_are_fixed_bit_for_bit(
     finished, found, row
 ):
-    for seed in range(5):
+    for seed in SEEDS:
         assert found[row, seed].metrics == found["fixed", seed].metrics
         ours, theirs = learner(finished[0], row, seed), learner(finished[0], "fixed", seed)
         assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
@@ -101,10 +112,10 @@ def test_fixed_under_another_name_and_a_designer_of_lr_0_are_fixed_bit_for_bit(
 def test_rows_of_a_seed_share_step_0_and_seeds_do_not(found):
     step0 = {
         seed: {json.dumps(result.step0) for (_, s), result in found.items() if s == seed}
-        for seed in range(5)
+        for seed in SEEDS
     }
     assert all(len(values) == 1 for values in step0.values())
-    assert len(set.union(*step0.values())) == 5
+    assert len(set.union(*step0.values())) == len(SEEDS)
 
 
 def test_steps_are_exact_and_costs_are_charged(found):
@@ -132,7 +143,7 @@ def test_the_table_and_the_report_are_written_and_printed(finished):
         in json.loads((folder / "environment.json").read_text())["command"]
     )
     assert (folder / "report.html").stat().st_size > 10_000
-    assert (folder / "rows" / "one_step" / "seed3" / "report.html").is_file()
+    assert (folder / "rows" / "one_step" / "seed2" / "report.html").is_file()
 
 
 def test_resuming_a_finished_comparison_reruns_nothing_and_new_seeds_are_added(tmp_path):
@@ -140,7 +151,7 @@ def test_resuming_a_finished_comparison_reruns_nothing_and_new_seeds_are_added(t
     assert compare(tmp_path / "c", *options, "seeds=[0]").returncode == 0
     before = (tmp_path / "c" / "rows.jsonl").read_text()
     done = compare(tmp_path / "c", *options, "seeds=[0,1]", "resume=true")
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == 0, done.printed
     after = (tmp_path / "c" / "rows.jsonl").read_text()
     assert after.startswith(before)
     assert [(result.row, result.seed) for result in results.read(tmp_path / "c")] == [
@@ -153,11 +164,11 @@ def test_a_direction_on_the_command_line_holds_and_may_change_when_the_compariso
     options = ["controls=[]", "strategies=[fixed]", "seeds=[0]", "budget.steps=5"]
     table, rows = tmp_path / "c" / "table.md", tmp_path / "c" / "rows.jsonl"
     done = compare(tmp_path / "c", *options, "metrics={error: higher}")
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == 0, done.printed
     before = rows.read_text()
     assert "error (higher is better)" in table.read_text()
     done = compare(tmp_path / "c", *options, "metrics={error: lower}", "resume=true")
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == 0, done.printed
     assert "error (lower is better)" in table.read_text()
     assert rows.read_text() == before
 
@@ -173,7 +184,7 @@ def test_an_interrupted_comparison_goes_on_to_the_same_numbers(tmp_path):
     ]
     assert compare(tmp_path / "whole", *options).returncode == 0
     running = subprocess.Popen(
-        command(tmp_path / "cut", *options),
+        [sys.executable, "-m", "metavpt.compare", *arguments(tmp_path / "cut", *options)],
         env=ENVIRONMENT,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
@@ -189,7 +200,7 @@ def test_an_interrupted_comparison_goes_on_to_the_same_numbers(tmp_path):
     cut = {(result.row, result.seed) for result in results.read(tmp_path / "cut")}
     assert len(cut) < 4
     done = compare(tmp_path / "cut", *options, "resume=true")
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == 0, done.printed
     whole = {
         (r.row, r.seed): (r.metrics, r.steps, r.samples, r.grad_evals)
         for r in results.read(tmp_path / "whole")
@@ -226,7 +237,7 @@ def test_a_budget_in_seconds_ends_with_the_step_that_reaches_it(tmp_path):
         "trainer.log_every=1",
     ]
     done = compare(tmp_path / "c", *options)
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == 0, done.printed
     for result in results.read(tmp_path / "c"):
         log = (
             (tmp_path / "c" / "rows" / result.row / "seed0" / "metrics.jsonl")
@@ -255,7 +266,7 @@ def test_a_row_that_fails_is_reported_and_the_others_go_on(tmp_path):
         "seeds=[0]",
     )
     assert done.returncode == 2
-    assert "num_batches=0" in done.stderr
+    assert "num_batches=0" in done.printed
     rows = {result.row: result for result in results.read(tmp_path / "c")}
     assert "num_batches=0" in (rows["broken"].error or "")
     assert rows["fixed"].error is None
@@ -271,7 +282,7 @@ def test_rows_are_repeated_over_the_values_of_a_key(tmp_path):
         "budget.steps=10",
         "vary={problem.noise:[0.5,2]}",
     )
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == 0, done.printed
     assert [result.row for result in results.read(tmp_path / "c")].count("fixed") == 1
     assert {result.row for result in results.read(tmp_path / "c")} == {
         "fixed",
@@ -289,7 +300,7 @@ def test_a_shared_warm_start_is_trained_once_and_begins_every_row(tmp_path):
         "budget.steps=10",
         "warm_start=50",
     )
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == 0, done.printed
     log = (tmp_path / "c" / "warm" / "seed0" / "metrics.jsonl").read_text().splitlines()
     probes = [record for record in map(json.loads, log) if record["kind"] == "probe"]
     assert [probe["step"] for probe in probes] == [0, 50]
@@ -303,7 +314,7 @@ def test_rows_with_designers_of_their_own_begin_at_the_same_warm_start(tmp_path)
     done = compare(
         tmp_path / "c", "controls=[]", rows, "seeds=[0]", "budget.steps=10", "warm_start=5"
     )
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == 0, done.printed
     one, other = results.read(tmp_path / "c")
     assert one.step0 == other.step0
     assert not one.error
@@ -330,7 +341,7 @@ def test_a_row_that_cannot_be_built_says_why_in_one_line_and_the_others_go_on(tm
         "never": "strategy: every=0 must be at least 1 and burn_in=0.1 a number of steps, "
         "or a share of the budget below 1",
     }
-    assert "never failed on seed 0" in " ".join(done.stdout.split())
+    assert "never failed on seed 0" in " ".join(done.printed.split())
 
 
 BAD = {
@@ -380,7 +391,7 @@ def test_a_budget_that_no_step_fits(tmp_path):
         "budget.samples=10",
     )
     assert done.returncode == 2
-    assert "budget.samples=10: no step fits, the first one took 64" in " ".join(done.stderr.split())
+    assert "budget.samples=10: no step fits, the first one took 64" in " ".join(done.printed.split())
 
 
 def test_the_folder_of_another_comparison_is_left_alone(tmp_path):
