@@ -391,7 +391,8 @@ def test_a_budget_that_no_step_fits(tmp_path):
         "budget.samples=10",
     )
     assert done.returncode == 2
-    assert "budget.samples=10: no step fits, the first one took 64" in " ".join(done.printed.split())
+    printed = " ".join(done.printed.split())
+    assert "budget.samples=10: no step fits, the first one took 64" in printed
 
 
 def test_the_folder_of_another_comparison_is_left_alone(tmp_path):
