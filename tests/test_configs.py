@@ -23,8 +23,8 @@ EXTRA = {
     "data=depth": ["data.path=/path/to/data", "data.scale=0.001"],
 }
 LANGUAGE = {  # choices that only a language problem has a use for
-    "data=gsm8k", "strategy=greedy_targets", "strategy=random_tilt", "strategy=self_distillation",
-    "strategy=smoothing", "strategy=tilt",
+    "data=gsm8k", "data=numina_gsm8k", "strategy=greedy_targets", "strategy=random_tilt",
+    "strategy=self_distillation", "strategy=smoothing", "strategy=tilt",
 }  # fmt: skip
 
 

@@ -1,8 +1,10 @@
-"""Stand-ins for labelled sets, of the size of the real ones, to plan a run without data."""
+"""Stand-ins for labelled sets and text, as large as the real ones, to plan a run without data."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import repeat
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from typing_extensions import override
@@ -10,6 +12,10 @@ from typing_extensions import override
 from metavpt.data.ade20k import CLASS_NAMES
 from metavpt.data.dense import FRAMES, DenseData, segmentation
 from metavpt.data.frames import Frame, RGBDFrames
+from metavpt.data.language import Source, TokenData
+from metavpt.data.mixture import Component
+from metavpt.data.own_text import NAME
+from metavpt.data.tokens import Corpus, Encoded, Encoder
 from metavpt.dense_tasks.depth import MAX_DEPTH, DepthTask
 from metavpt.dense_tasks.task import DenseTask
 from metavpt.errors import MetaVPTError
@@ -89,6 +95,47 @@ def absent_labelled(
     return _pools(frames, tasks, **{key: options[key] for key in pools if key in options})
 
 
+class AbsentLanguage:
+    """As `LanguageData`, with rows that are full; no source is read."""
+
+    def __init__(
+        self,
+        stream: Mapping[str, Source],
+        feedback: Mapping[str, Any],
+        num_feedback: int = 1024,
+        num_held_out: int = 256,
+        **files: Any,
+    ) -> None:
+        self.stream, self.domains = stream, list(feedback)
+        self.num_feedback, self.num_held_out = num_feedback, num_held_out
+
+    def texts(self) -> Iterator[str]:
+        """Return nothing to train a tokenizer on."""
+        return iter(())
+
+    def encode(self, tokenizer: Any, length: int) -> TokenData:
+        """Return `TokenData` of full rows, without test problems."""
+        row = Encoded(np.zeros(length, dtype=np.int32), 0)
+        components = [
+            Component(Corpus([row]), source.weight, source.domain)
+            for source in self.stream.values()
+        ]
+        pools = (
+            {name: Corpus(repeat(row, max(count, 1))) for name in self.domains}
+            for count in (self.num_feedback, self.num_held_out)
+        )
+        return TokenData(Encoder(tokenizer, length), components, *pools, test={}, general={})
+
+
+def absent_text(
+    num_feedback: int | None = None, num_held_out: int | None = None, **files: Any
+) -> AbsentLanguage:
+    """As `text_data`; where no number of answers is stated, those of `LanguageData`."""
+    stated = {"num_feedback": num_feedback, "num_held_out": num_held_out}
+    numbers = {name: count for name, count in stated.items() if count is not None}
+    return AbsentLanguage({"text": Source((), domain=NAME)}, {NAME: None}, **numbers)
+
+
 def _pools(frames: AbsentFrames, tasks: Sequence[DenseTask], **pools: Any) -> DenseData:
     with torch.device(
         "cpu"
@@ -100,4 +147,6 @@ ABSENT = {
     "metavpt.data.dense.nyuv2_data": "metavpt.data.absent.absent_nyuv2",
     "metavpt.data.dense.ade20k_data": "metavpt.data.absent.absent_ade20k",
     "metavpt.data.dense.labelled_data": "metavpt.data.absent.absent_labelled",
+    "metavpt.data.language.LanguageData": "metavpt.data.absent.AbsentLanguage",
+    "metavpt.data.own_text.text_data": "metavpt.data.absent.absent_text",
 }

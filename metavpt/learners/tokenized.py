@@ -1,6 +1,6 @@
 """Language models with their tokenizers: random, released, or from a Python package."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,16 +28,33 @@ def from_scratch(texts: Iterable[str], vocab_size: int = 512, **model: Any) -> T
 
 
 def released(
-    texts: Iterable[str], source: str | Path, tokenizer: str | Path | None = None, **options: Any
+    texts: Iterable[str],
+    source: str | Path,
+    tokenizer: str | Path | None = None,
+    architecture: Mapping[str, Any] | None = None,
+    **options: Any,
 ) -> TokenizedModel:
     """Load the model `source` with its own tokenizer, or with another one. No text is read.
 
-    See `pretrained_language_model`.
+    Args:
+        texts: Not read.
+        source: See `pretrained_language_model`.
+        tokenizer: Where the tokenizer lies, if not with the model.
+        architecture: The model's configuration as transformers names it, by which
+            `trainer.dry_run` builds it without files. None: it cannot.
+        **options: See `pretrained_language_model`.
+
+    Raises:
+        MetaVPTError: The files cannot be read, or hold another architecture.
     """
     model, spoken = (
         pretrained_language_model(source, **options),
         load_tokenizer(tokenizer or source),
     )
+    config = model.transformers_model.config
+    for name, stated in (architecture or {}).items():
+        if (found := getattr(config, name, None)) != stated:
+            raise MetaVPTError(f"learner.architecture.{name}={stated}: {source} has {found}")
     if len(spoken) > model.vocab_size:
         raise MetaVPTError(
             f"{tokenizer or source}: its {len(spoken)} tokens are more than the "

@@ -1,8 +1,8 @@
-"""`python -m metavpt.report FOLDER...`: write the reports of runs and comparisons."""
+"""`python -m metavpt.report FOLDER...`: reports of runs and comparisons, or one table of all."""
 
+import argparse
 import re
 import shutil
-import sys
 import tarfile
 import zlib
 from io import BytesIO
@@ -14,11 +14,11 @@ from metavpt.compare import results
 from metavpt.errors import MetaVPTError
 from metavpt.report.comparison import write_comparison_report
 from metavpt.report.run import write_report
+from metavpt.report.table import table
 
 LOGS = "logs.tar.gz"  # in place of the run folders of a comparison
 MEMBER = re.compile(r"(?:rows/[\w=+-][\w.=+-]*|warm)/seed\d+/(?:metrics\.jsonl|config\.yaml)")
 MAX_BYTES = 1_000_000_000
-USAGE = "usage: python -m metavpt.report FOLDER [FOLDER ...]"
 
 
 def write(folder: Path) -> Path:
@@ -68,11 +68,17 @@ def _unpack(path: Path, folder: Path) -> None:
 
 
 def main() -> None:
-    """Write the reports of the folders on the command line and print their paths."""
-    folders = sys.argv[1:]
-    if not folders or {"-h", "--help"} & set(folders):
-        print(USAGE)
-        sys.exit(0 if folders else 2)
+    """Write the reports of the folders on the command line and print their paths, or a table."""
+    parser = argparse.ArgumentParser("python -m metavpt.report")
+    parser.add_argument("folders", nargs="+", type=Path, metavar="FOLDER")
+    parser.add_argument(
+        "--table", action="store_true", help="print one Markdown table of all runs, no reports"
+    )
+    parser.add_argument("--metrics", nargs="+", default=[], help="the columns of the table")
+    arguments = parser.parse_intermixed_args()
     with reporting():
-        for folder in folders:
-            print(write(Path(folder)))
+        if arguments.table:
+            print(table(arguments.folders, arguments.metrics), end="")
+            return
+        for folder in arguments.folders:
+            print(write(folder))

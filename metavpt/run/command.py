@@ -119,7 +119,7 @@ def describe(cfg: DictConfig, console: Console) -> None:
     """Print parameters, memory and schedule of a run. No data and no weights are read."""
     with torch.device("meta"):
         trainer = build(dry_run.without_files(cfg), Path(str(cfg.runs)), console)
-    console.print(dry_run.plan(trainer))
+    console.print(dry_run.plan(trainer, cfg.precision))
 
 
 def _train_and_report(

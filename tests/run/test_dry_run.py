@@ -10,6 +10,7 @@ import pytest
 import timm
 import torch
 from hydra import compose, initialize_config_module
+from hydra.errors import InstantiationException
 from rich.console import Console
 from torch import Tensor, nn
 
@@ -45,6 +46,17 @@ PAPER = {
 }
 
 
+REPRODUCE = Path(__file__).parents[2] / "docs" / "reproduce.md"
+# Parameters of the released models, as the hub counts them.
+QWEN = {
+    "paper_lm_qwen15_05b": 463_987_712,
+    "paper_lm_qwen15_18b": 1_836_828_672,
+    "paper_lm_qwen15_4b": 3_950_369_280,
+    "paper_lm_qwen15_7b": 7_721_324_544,
+    "paper_lm_qwen25_05b": 494_032_768,
+}
+
+
 def composed(*overrides: str) -> Any:
     with initialize_config_module("metavpt.configs", version_base="1.3"):
         return compose("run", [*overrides, "trainer.dry_run=true"])
@@ -76,6 +88,67 @@ def test_the_papers_rows_hold_its_figures(name: str) -> None:
     assert cfg.data.path == (
         "ADEChallengeData2016" if "ade20k" in name else "nyu_depth_v2_labeled.mat"
     )  # no path would mean rooms
+    assert strategy.estimator.direction._target_.endswith(".Dot")
+    assert cfg.problem.probe_heads.linear_bn._target_.endswith(".LinearBN")
+    assert set(cfg.problem.probes) == {"imagenet", "roxford", "rparis"}
+
+
+@pytest.mark.parametrize("name", [*PAPER, "paper_ijepa_vith", *QWEN])
+def test_a_row_of_the_paper_costs_what_the_docs_state(
+    name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Adapters are B A with rank 8 on every projection; the released weights are frozen."""
+    monkeypatch.chdir(tmp_path)
+    cfg = composed(f"experiment={name}")
+    text = printed(cfg)
+    assert not list(tmp_path.iterdir())
+
+    def found(pattern: str) -> str:
+        return re.findall(pattern, text)[0]
+
+    total, frozen = number(found(r"learner +([\d,]+)")), 0
+    if name in QWEN:
+        frozen, shape = QWEN[name], cfg.learner.architecture
+        width, middle = shape.hidden_size, shape.intermediate_size
+        keys = width * shape.num_key_value_heads // shape.num_attention_heads
+        sizes = [(width, out) for out in (width, keys, keys, width, middle, middle, middle)]
+        adapters = 8 * sum(a + b for a, b in sizes)
+        assert number(found(r"  frozen +([\d,]+)")) == frozen
+        assert number(found(r"  aligned \(S\) +([\d,]+)")) == 2 * adapters
+        assert total == frozen + shape.num_hidden_layers * adapters
+    memory, flops = found(r"together +([\d.]+ GiB)"), found(r"forward passes: ([\d.e+]+)")
+    updates = found(r"on, ([\d,]+) in all, learning")
+    assert float(memory.split()[0]) < 0.95 * 80e9 / 2**30
+    row = next(
+        line for line in REPRODUCE.read_text().splitlines() if line.startswith(f"| `{name}`")
+    )
+    cells = [cell.strip() for cell in row.strip("|").split("|")][1:-1]
+    size, parts = cfg.problem.batch_size, cfg.trainer.accumulate
+    trained = f"{total:,}, {total - frozen:,}"
+    assert cells == [trained, f"{size}, {parts}", updates, memory, flops]
+
+
+def number(text: str) -> int:
+    return int(text.replace(",", ""))
+
+
+def test_a_row_that_trains_all_weights_is_planned() -> None:
+    """Weights, gradients and two moments, 4 bytes each."""
+    text = printed(composed("experiment=[paper_lm_qwen25_05b,paper/all_weights]"))
+    gib = 4 * QWEN["paper_lm_qwen25_05b"] / 2**30
+    for name, count in (("weights", 1), ("gradients", 1), ("optimizer", 2)):
+        assert re.search(rf"learner: {name} +{count * gib:.2f} GiB", text)
+    assert "forward and backward passes a step: 32, 64,000 in all" in text
+
+
+@pytest.mark.parametrize("name", ["hf learner.source=owner/name", "smollm2_135m", "tiny_lm"])
+def test_any_language_model_with_an_architecture_can_be_planned(name: str) -> None:
+    cfg = composed("problem=lm_gsm8k", *f"learner={name}".split())
+    if name.startswith("hf"):
+        with pytest.raises(InstantiationException, match=r"learner\.architecture"):
+            printed(cfg)
+    else:
+        assert "together" in printed(cfg)
 
 
 def test_full_size_without_data_weights_or_network(
@@ -137,10 +210,10 @@ def test_activations_are_those_of_the_real_loss(tmp_path: Path) -> None:
     kept = [
         tensor for name in ("learner", "teacher") for tensor in getattr(problem, name).parameters()
     ]
-    real = dry_run.saved_bytes(
+    real = dry_run.saved(
         lambda: problem.pretrain_loss(params.named(problem.learner), task), kept
-    )
-    assert 4 * dry_run.activation_bytes(planned) == pytest.approx(real, rel=0.02)
+    ).saved
+    assert dry_run.learner_activations(planned, 4).saved == pytest.approx(real, rel=0.02)
 
 
 @pytest.mark.parametrize(
@@ -159,7 +232,7 @@ def test_every_dense_problem_can_be_planned(options: list[str]) -> None:
 
 
 def test_a_problem_without_the_groups_is_refused() -> None:
-    with pytest.raises(MetaVPTError, match="backbone and data"):
+    with pytest.raises(MetaVPTError, match="backbone or learner"):
         printed(composed("problem=toy_sources"))
 
 
@@ -211,9 +284,9 @@ def test_saved_bytes_on_meta_are_those_of_fused_attention_on_the_cpu(name: str) 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         total(real(torch.randn(2, 3, 64, 64)))
     with torch.device("meta"):
-        counted = dry_run.saved_bytes(
+        counted = dry_run.saved(
             lambda: total(planned(torch.empty(2, 3, 64, 64))), planned.parameters()
-        )
+        ).saved
     expected = sum(storage.nbytes() for storage in held.values())
     assert counted == pytest.approx(
         expected, rel=0.01
@@ -225,8 +298,26 @@ def test_saved_bytes_of_a_known_graph() -> None:
     with torch.device("meta"):
         layer = nn.Linear(8, 3, bias=False)
         x = torch.empty(5, 8, requires_grad=True)
-        assert dry_run.saved_bytes(lambda: layer(x.exp()), layer.parameters()) == 4 * 5 * 8
-        assert dry_run.saved_bytes(lambda: layer(x.exp()), []) == 4 * (5 * 8 + 8 * 3)
+        assert dry_run.saved(lambda: layer(x.exp()), layer.parameters()).saved == 4 * 5 * 8
+        assert dry_run.saved(lambda: layer(x.exp()), []).saved == 4 * (5 * 8 + 8 * 3)
+
+
+def test_saved_bytes_in_half_precision() -> None:
+    """As autocast on CUDA: a linear layer in bfloat16, its weight cast once, a norm in float32.
+
+    The layer keeps its input in 2 bytes; the norm a float32 copy of it, which the residual made,
+    and two numbers for each row.
+    """
+    with torch.device("meta"):
+        layer, norm = nn.Linear(8, 8, bias=False), nn.LayerNorm(8)
+        x = torch.empty(5, 8, requires_grad=True)
+
+        def loss() -> Tensor:
+            return layer(norm(x + layer(x)))
+
+        found = dry_run.saved(loss, [x, *layer.parameters(), *norm.parameters()], torch.bfloat16)
+    assert found.copies == 2 * 8 * 8
+    assert found.saved == 2 * (5 * 8) + 4 * (5 * 8 + 2 * 5) + 2 * (5 * 8)
 
 
 @pytest.mark.parametrize(
