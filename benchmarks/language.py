@@ -13,7 +13,7 @@ from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
-from rounds import Part, Row, Target, cells, machine, verdicts
+from rounds import Part, Row, Target, cells, machine, on_gpu, verdicts
 
 from metavpt.data.tokens import TokenBatch
 from metavpt.designers.states import StateDesigner
@@ -277,7 +277,8 @@ TARGETS = [
 
 
 def section(report: dict[str, Any]) -> list[str]:
-    environment, measured = report["environment"], report["rows"]
+    environment, other = report["environment"], on_gpu("language")
+    measured = {**report["rows"], **other.rows}
     lines = [
         "## Language: plain and steered",
         "",
@@ -286,6 +287,7 @@ def section(report: dict[str, Any]) -> list[str]:
     ]
     lines += [
         machine(environment),
+        *([other.sentence] if other.sentence else []),
         "",
         f"Steps are means over {META_EVERY}, one of them with a designer update. Memory on a CPU "
         "is the peak resident size of the whole "

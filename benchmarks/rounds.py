@@ -24,6 +24,7 @@ from metavpt.errors import MetaVPTError
 
 ROOT = Path(__file__).parents[1]
 DOCUMENT = ROOT / "docs" / "benchmarks.md"
+GPU_RESULTS = ROOT / "benchmarks" / "results" / "gpu.jsonl"  # of benchmarks/gpu.py
 MIB = 2**20
 
 
@@ -154,6 +155,44 @@ def publish(name: str, report: dict[str, Any], section: Sequence[str]) -> None:
     head, rest = text.split(begin)
     lines = "\n".join(section)
     DOCUMENT.write_text(f"{head}{begin}\n{lines}\n{end}{rest.split(end)[1]}")
+
+
+def publish_again(part: Part) -> None:
+    """Write the section of a part from its stored results, with the rows of the GPU."""
+    file = ROOT / "benchmarks" / "results" / f"{part.name}.json"
+    if file.is_file():
+        report = json.loads(file.read_text())
+        publish(part.name, report, part.section(report))
+
+
+class OnGPU(NamedTuple):
+    """The rows that benchmarks/gpu.py measured of a part, and where.
+
+    Attributes:
+        rows: A summary of each.
+        card: The name of the GPU; None if there is no row.
+        sentence: Where and with what, or nothing.
+    """
+
+    rows: dict[str, dict[str, Any]]
+    card: str | None
+    sentence: str
+
+
+def on_gpu(part: str, results: Path | None = None) -> OnGPU:
+    """Read the rows of a part that benchmarks/gpu.py measured; the last result of each counts."""
+    results = results or GPU_RESULTS
+    lines = results.read_text().splitlines() if results.is_file() else []
+    found = [line for line in map(json.loads, lines) if line["part"] == part]
+    rows = {line["row"]: summary([line["run"]]) for line in found if "error" not in line["run"]}
+    if not rows:
+        return OnGPU({}, None, "")
+    where = found[-1]["environment"]
+    sentence = (
+        f"Rows of a GPU: one round on {where['gpu']}, torch {where['torch']}, {where['date']}: "
+        f"`{where['command']}`."
+    )
+    return OnGPU(rows, where["gpu"], sentence)
 
 
 def cpu_name() -> str:

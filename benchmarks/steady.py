@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from language import SIZES, Language, Size, tokens
-from rounds import Part, Row, Target, cells, machine, verdicts
+from rounds import Part, Row, Target, cells, machine, on_gpu, verdicts
 from vision import Shape, Vision, tiny
 
 from metavpt.bench import flops, step_profile
@@ -281,7 +281,7 @@ def line(name: str, measured: dict[str, Any], gpu: str | None) -> str:
         return f"| {ROWS[name].title} | did not run: {row['error']} |" + " |" * 6
     speed = f"{setting.samples / row['seconds']:,.4g} {setting.unit}"
     over = (
-        f"{row['bound']:.3f} | {row['seconds'] / row['bound']:.2f}"
+        f"{row['lower_bound']:.3f} | {row['seconds'] / row['lower_bound']:.2f}"
         if "lower_bound" in row
         else " | "
     )
@@ -313,7 +313,8 @@ def over_bound(measured: dict[str, Any], gpu: str | None) -> list[str]:
 
 
 def section(report: dict[str, Any]) -> list[str]:
-    environment, measured = report["environment"], report["rows"]
+    environment, other = report["environment"], on_gpu("steady")
+    measured, gpu = {**report["rows"], **other.rows}, environment["gpu"] or other.card
     lines = [
         "## Steady state: plain and steered training",
         "",
@@ -322,6 +323,7 @@ def section(report: dict[str, Any]) -> list[str]:
     ]
     lines += [
         machine(environment) + (f" GPU: {environment['gpu']}." if environment["gpu"] else ""),
+        *([other.sentence] if other.sentence else []),
         "",
         "Every row but the hand-written loop is the shipped trainer. "
         f"Steps are means over {CYCLE}. Memory on a CPU is the peak resident "
@@ -335,7 +337,7 @@ def section(report: dict[str, Any]) -> list[str]:
         "| measured / lower bound | FLOPs utilisation |",
         "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
-    lines += [line(name, measured, environment["gpu"]) for name in measured]
+    lines += [line(name, measured, gpu) for name in measured]
     missing = [name for name in ON_GPU if not any(row.startswith(f"{name}/") for row in measured)]
     lines += [
         f"| {SETTINGS[name].of.title} | not measured: there was no GPU |" + " |" * 7
@@ -345,7 +347,7 @@ def section(report: dict[str, Any]) -> list[str]:
         *lines,
         "",
         *verdicts(TARGETS, measured, ROWS),
-        *over_bound(measured, environment["gpu"]),
+        *over_bound(measured, gpu),
     ]
 
 
