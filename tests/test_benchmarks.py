@@ -6,9 +6,14 @@ import re
 import sys
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from hydra import compose, initialize_config_module
+from hydra.core.hydra_config import HydraConfig
+
+from metavpt.compare import command
 
 ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT / "benchmarks"))
@@ -52,6 +57,20 @@ def test_the_gpu_script_has_rows_for_all_that_is_not_measured(
         with pytest.raises(SystemExit, match="no GPU here; missing: language 135m/plain") as stop:
             gpu.main()
         assert "\n" not in str(stop.value)
+
+
+@pytest.mark.parametrize("one", gpu.COMPARISONS, ids=lambda one: one.name)
+def test_the_gpu_comparisons_compose(one: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    options = [option.replace("{data}", "/path/to/data") for option in one.options]
+    shared = [option for option in options if option.startswith("strategy.")]
+    monkeypatch.setattr(command, "shared", shared)
+    with initialize_config_module("metavpt.configs", version_base="1.3"):
+        own = [option for option in options if option not in shared]
+        config = compose("compare", own, return_hydra_config=True)
+        HydraConfig.instance().set_config(config)
+        rows = command.compositions(config)
+    assert len(config.seeds) == 5
+    assert {"fixed", command.WARM_START} < set(rows)
 
 
 def test_the_gpu_script_runs_tiny_on_a_cpu_and_goes_on(

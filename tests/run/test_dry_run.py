@@ -139,6 +139,8 @@ def test_a_row_that_trains_all_weights_is_planned() -> None:
     for name, count in (("weights", 1), ("gradients", 1), ("optimizer", 2)):
         assert re.search(rf"learner: {name} +{count * gib:.2f} GiB", text)
     assert "forward and backward passes a step: 32, 64,000 in all" in text
+    memory = re.findall(r"together +([\d.]+ GiB)", text)[0]
+    assert f"{memory} (Qwen2.5 0.5B)" in REPRODUCE.read_text()
 
 
 @pytest.mark.parametrize("name", ["hf learner.source=owner/name", "smollm2_135m", "tiny_lm"])
