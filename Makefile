@@ -6,6 +6,7 @@
 # make check  lint, types and the order of imports
 # make peers  the libraries to compare with: Betty, learn2learn; needs a C compiler
 # make docs   build the documentation into build/site, strictly and without network
+# make notebooks   the gallery and the tutorial as .ipynb files in build/notebooks
 # make coverage   the tests, with lines and branches of metavpt/ that they reach
 # make mutants    do the tests notice when the code of hypergradients is changed? long
 # make bench  what steering costs: a designer update beside its peers and by size, whole training beside its lower bound, reading; wants a quiet machine
@@ -20,7 +21,7 @@ LANGUAGE := $(VENV)/.language
 TEST_WORKERS ?= 2
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: install demo demo-language toy test check docs coverage mutants peers bench clean
+.PHONY: install demo demo-language toy test check docs notebooks coverage mutants peers bench clean
 
 install: $(PACKAGE)
 
@@ -45,6 +46,11 @@ check: $(DEV)
 
 docs: $(DOCS)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+
+notebooks: $(DOCS)
+	mkdir -p build/notebooks
+	for page in docs/tutorial.md $$(ls docs/notebooks/*.md | grep -v index); do \
+		$(BIN)/python -m jupytext --quiet --to ipynb --output build/notebooks/$$(basename $$page .md).ipynb $$page; done
 
 coverage: $(DEV)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile --cov --cov-report=term-missing:skip-covered
