@@ -1,7 +1,7 @@
 """Export of a run's vision transformer as checkpoints of timm and transformers."""
 
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import timm
 import torch
@@ -10,20 +10,19 @@ from timm.models import save_for_hf
 from torch import Tensor
 
 from metavpt.errors import MetaVPTError, check_known
+from metavpt.export.loading import FORMATS, Part
 from metavpt.export.model_card import Description, Usage, class_name
 from metavpt.hypergradients import params
 from metavpt.interop.huggingface import save_transformers
 from metavpt.learners.vit import OWN_MODELS, Backbone, create_backbone, timm_state_dict
 from metavpt.training.run_folder import newest_state
 
-Part = Literal["student", "teacher"]
 # The attribute of the problem that holds it, and what may stand before the backbone's names in
 # there.
 PARTS = {
     "student": ("learner", ("backbone.",)),
     "teacher": ("teacher", ("learner.backbone.", "learner.")),
 }
-FORMATS = {"timm": ("timm",), "transformers": ("transformers",), "both": ("timm", "transformers")}
 # Our own model -> the timm architecture that it is another size of.
 TIMM_NAMES = {"vit_tiny_dinov3": "vit_small_patch16_dinov3"}
 NOT_TIMM = ("_target_", "name", "tail_blocks", "pretrained", "weights", "frozen_blocks")

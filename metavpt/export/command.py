@@ -16,7 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 from metavpt.cli.configuration import allowed, command, read_config
 from metavpt.cli.console import Console
 from metavpt.errors import MetaVPTError, brief
-from metavpt.export.backbone import Part, export_backbone
+from metavpt.export.loading import Part
 from metavpt.export.model_card import Description, model_card
 
 
@@ -50,11 +50,13 @@ def export(
 
 
 def _write(run: Path, config: DictConfig, folder: Path, part: Part, format: str) -> Description:
+    # Each needs its extra, as the run did.
     if config.get("learner"):
-        # Needs the extra `language`, as the run did.
         from metavpt.export.language_model import export_language_model
 
         return export_language_model(run, config, folder, part, format)
+    from metavpt.export.backbone import export_backbone
+
     return export_backbone(run, config, folder, part, format)
 
 

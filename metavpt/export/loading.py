@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import torch
@@ -15,13 +15,15 @@ from torch import Tensor, nn
 from metavpt.cli.configuration import read_config
 from metavpt.data.photo import decode
 from metavpt.errors import MetaVPTError, brief, reading
-from metavpt.export.backbone import FORMATS, Part, backbone_options, load_backbone
-from metavpt.learners.vit import Backbone, Features, create_backbone
-from metavpt.learners.weights import HUB_NAME
+from metavpt.learners.layouts import HUB_NAME
 
+# Imported where they are used: a language model needs no timm, and a backbone no transformers.
 if TYPE_CHECKING:
     from metavpt.learners.tokenized import TokenizedModel
+    from metavpt.learners.vit import Backbone, Features
 
+Part = Literal["student", "teacher"]
+FORMATS = {"timm": ("timm",), "transformers": ("transformers",), "both": ("timm", "transformers")}
 Picture = Image.Image | str | Path
 
 
@@ -35,14 +37,14 @@ class FrozenBackbone(nn.Module):
     mean: Tensor
     std: Tensor
 
-    def __init__(self, backbone: Backbone) -> None:
+    def __init__(self, backbone: "Backbone") -> None:
         super().__init__()
         self.backbone = backbone.eval()
         for name in ("mean", "std"):
             values = torch.tensor(getattr(backbone, name)).view(3, 1, 1)
             self.register_buffer(name, values, persistent=False)
 
-    def forward(self, images: Tensor, size: Sequence[int] | None = None) -> Features:
+    def forward(self, images: Tensor, size: Sequence[int] | None = None) -> "Features":
         """Compute the features of images uint8 (B, 3, H, W), see `features`."""
         patch = self.backbone.patch_size
         height, width = size or (max(1, round(s / patch)) * patch for s in images.shape[-2:])
@@ -56,7 +58,7 @@ class FrozenBackbone(nn.Module):
     @torch.no_grad()
     def features(
         self, images: Tensor | Picture | Sequence[Picture], size: Sequence[int] | None = None
-    ) -> Features:
+    ) -> "Features":
         """Compute the features of images: `cls` (B, D) and `patches` (B, D, h, w).
 
         Args:
@@ -106,8 +108,11 @@ def load(source: str | Path, part: Part = "student") -> "FrozenBackbone | Tokeni
     return released((), exported_weights(folder))
 
 
-def read_backbone(folder: Path, config: DictConfig, part: Part = "student") -> Backbone:
+def read_backbone(folder: Path, config: DictConfig, part: Part = "student") -> "Backbone":
     """Read the backbone of an exported folder or of the newest checkpoint of a run."""
+    from metavpt.export.backbone import backbone_options, load_backbone
+    from metavpt.learners.vit import create_backbone
+
     if (folder / "checkpoints").is_dir():
         return load_backbone(folder, config, part)
     own = {"pretrained": False, "weights": exported_weights(folder), "frozen_blocks": 0}

@@ -8,6 +8,8 @@ import torch
 
 from metavpt.hypergradients.params import Params
 
+# Weights on the Hugging Face hub: owner/name[@revision].
+HUB_NAME = re.compile(r"(?:hf-hub:)?([\w.-]+/[\w.-]+)(?:@([\w./-]+))?")
 _EMBEDDINGS = {
     "cls_token": "embeddings.cls_token",
     "mask_token": "embeddings.mask_token",

