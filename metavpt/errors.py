@@ -19,6 +19,7 @@ EXTRAS = {
     ),
     "vision": ("h5py", "huggingface_hub", "kornia", "safetensors", "timm", "torchvision"),
     "language": ("accelerate", "datasets", "peft", "tokenizers", "transformers"),
+    "optuna": ("optuna",),
 }
 
 

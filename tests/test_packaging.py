@@ -6,6 +6,9 @@ import sys
 import tomllib
 from pathlib import Path
 
+from helpers.small_language import SMALL, TARGETS
+
+from metavpt.cli.main import COMMANDS
 from metavpt.errors import EXTRAS
 
 ROOT = Path(__file__).parents[1]
@@ -18,6 +21,16 @@ try:
     runpy.run_module("metavpt.run", run_name="__main__")
 except SystemExit as stopped:
     print("status", stopped.code)
+"""
+ALL_COMMANDS = """
+import sys
+from metavpt.cli.main import COMMANDS, main
+for name in COMMANDS:
+    sys.argv[1:] = [name]
+    try:
+        main()
+    except SystemExit as stopped:
+        print(name, stopped.code)
 """
 
 
@@ -55,6 +68,15 @@ except ImportError as error:
     assert "pip install 'metavpt[run]'" in line
 
 
+def test_every_command_names_the_missing_extra() -> None:
+    done = run(ALL_COMMANDS, "run", "vision", "language")
+    assert not done.returncode, done.stderr
+    assert done.stdout.split() == [word for name in COMMANDS for word in (name, "2")]
+    lines = done.stderr.splitlines()
+    assert len(lines) == len(COMMANDS)
+    assert all("pip install 'metavpt[run]'" in line for line in lines)
+
+
 def test_vision_needs_no_language() -> None:
     problems = "from metavpt.problems import data2vec_dense, dino_dense, ijepa_dense, mae_dense"
     done = run(problems, "language")
@@ -62,7 +84,7 @@ def test_vision_needs_no_language() -> None:
 
 
 def test_language_needs_no_vision_and_a_problem_without_its_extra_is_one_line() -> None:
-    problems = "from metavpt.problems import lm_gsm8k, sources"
+    problems = "from metavpt.problems import lm_gsm8k, sources\nimport metavpt.export.command"
     done = run(problems + COMMAND, "vision", argv=("problem=dino", "device=cpu"))
     assert not done.returncode, done.stderr
     assert "status 2" in done.stdout
@@ -70,9 +92,39 @@ def test_language_needs_no_vision_and_a_problem_without_its_extra_is_one_line() 
     assert "pip install 'metavpt[vision]'" in line
 
 
+def test_a_language_model_is_evaluated_without_vision(tmp_path: Path) -> None:
+    options = (*SMALL, *TARGETS, "device=cpu", "threads=1", f"output={tmp_path / 'scores'}")
+    done = run(COMMAND.replace("metavpt.run", "metavpt.evaluate"), "vision", argv=options)
+    assert not done.returncode, done.stderr
+    assert "answers/nll" in (tmp_path / "scores" / "evaluation.json").read_text()
+
+
+def test_optuna_is_named_where_it_is_missing(tmp_path: Path) -> None:
+    argv = ("-m", "problem=toy_sources", "hydra/sweeper=metavpt_optuna", f"runs={tmp_path}")
+    done = run(COMMAND, "optuna", argv=argv)
+    assert "status 2" in done.stdout
+    (line,) = done.stderr.splitlines()
+    assert "pip install 'metavpt[optuna]'" in line
+
+
+def test_the_dockerfile_names_what_the_package_has() -> None:
+    text = (ROOT / "Dockerfile").read_text()
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    (extras,) = re.findall(r"^ARG EXTRAS=(\S+)$", text, re.MULTILINE)
+    assert set(extras.split(",")) <= set(project["optional-dependencies"])
+    (command,) = re.findall(r'^ENTRYPOINT \["(\S+)"\]$', text, re.MULTILINE)
+    assert command in project["scripts"]
+    version = re.findall(r"^FROM python:(\d+\.\d+)-slim$", text, re.MULTILINE)
+    assert version == ["3.12"]
+    assert not [
+        name for name in re.findall(r"--constraint (\S+)", text) if not (ROOT / name).is_file()
+    ]
+
+
 def test_a_wheel_would_hold_every_package() -> None:
     """The list is by hand, since configs and problems lie outside of the package's folder."""
     listed = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
     there = {file.parent for file in (ROOT / "metavpt").rglob("*.py")}
     there |= {ROOT / "metavpt" / "problems", ROOT / "metavpt" / "configs"}
+    there |= {file.parent for file in (ROOT / "hydra_plugins").rglob("*.py")}
     assert sorted(listed) == sorted(".".join(p.relative_to(ROOT).parts) for p in there)

@@ -23,7 +23,6 @@ from metavpt.cli.console import printable, say
 from metavpt.errors import MetaVPTError, missing_extra
 
 PLUGINS = {  # choices that need a plugin -> the extra that installs it
-    "hydra/sweeper/optuna": "optuna",
     "hydra/launcher/joblib": "joblib",
     "hydra/launcher/ray": "ray",
     "hydra/launcher/submitit_local": "slurm",

@@ -100,10 +100,10 @@ def test_three_jobs_make_a_sorted_table_the_best_of_them_is_run_again_and_the_sw
 
 
 def test_optuna_minimises_the_objective_over_a_log_range_two_jobs_at_a_time(tmp_path):
-    pytest.importorskip("hydra_plugins.hydra_optuna_sweeper")
+    pytest.importorskip("optuna", minversion="4")
     pytest.importorskip("hydra_plugins.hydra_joblib_launcher")
     options = [
-        "hydra/sweeper=optuna",
+        "hydra/sweeper=metavpt_optuna",
         "hydra.sweeper.n_trials=3",
         "hydra.sweeper.n_jobs=2",
         "hydra/launcher=local",
@@ -196,7 +196,7 @@ def test_the_ranges_of_the_paper_sweep_hold_the_papers_rows():
 def test_a_plugin_that_is_not_installed_names_its_extra(capsys, what):
     with pytest.raises(SystemExit) as left, reporting():
         raise MissingConfigException(
-            f"In 'hydra/sweeper/paper': Could not {what} 'hydra/sweeper/optuna'."
+            f"In 'hydra/launcher/local': Could not {what} 'hydra/launcher/joblib'."
         )
     assert left.value.code == 2
-    assert "pip install 'metavpt[optuna]'" in capsys.readouterr().err
+    assert "pip install 'metavpt[joblib]'" in capsys.readouterr().err
