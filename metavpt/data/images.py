@@ -28,8 +28,8 @@ def open_images(path: Path, size: tuple[int, int]) -> Dataset[Tensor]:
     Or those of a Hugging Face data set, see `HubImages`.
 
     A folder that holds one zip or npz stands for it, and one with shards for all of them. A path
-    that ends in .tar may be a pattern, see `shards.find_shards`. Images are scaled to cover `size`
-    and cropped around the centre.
+    that ends in .tar may be a pattern, or an address, see `shards.find_shards`. Images are scaled
+    to cover `size` and cropped around the centre.
     """
     if path.suffix == ".tar":
         return shards.Shards(shards.find_shards(str(path)), size)

@@ -1,6 +1,7 @@
 """A user's own labelled images: masks of class numbers, depth maps, or both."""
 
 import hashlib
+import io
 import json
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -27,6 +28,7 @@ from metavpt.data.photo import (
     open_image,
     upright_size,
 )
+from metavpt.data.shards import in_tar, read_bytes, size_of
 from metavpt.dense_tasks.segmentation import IGNORE
 from metavpt.errors import MetaVPTError, check_known, reading
 
@@ -241,8 +243,10 @@ class LabelledImages(RGBDFrames):
         digest = hashlib.sha256(json.dumps(options).encode())
         for item in self.items:
             for file in (item.image, *item.maps.values()):
-                stat = file.stat()
-                digest.update(f"{file.resolve()} {stat.st_size} {stat.st_mtime_ns}\n".encode())
+                tar, name = in_tar(file) or (file, "")
+                stat = tar.stat()
+                told = f"{tar.resolve()} {name} {stat.st_size} {stat.st_mtime_ns}\n"
+                digest.update(told.encode())
         return digest.hexdigest()[:32]
 
     def _describe(self, present: Mapping[str, list[int]]) -> str:
@@ -320,18 +324,21 @@ def read_depth(file: Path, scale: float) -> np.ndarray:
 def _read_map(file: Path) -> np.ndarray:
     """The array in a PNG, BMP or .npy."""
     with reading(f"{file}: not a readable label map", "remove or replace it"):
-        if file.suffix == ".npy":
-            array = np.load(file, mmap_mode="r", allow_pickle=False)
-            if array.size > max(FREE, max_pixels(file.stat().st_size)):
-                raise ValueError(f"{array.size} values")
-            return np.ascontiguousarray(array)
-        return np.asarray(open_image(file))
+        content = io.BytesIO(read_bytes(file)) if in_tar(file) else file
+        if file.suffix != ".npy":
+            return np.asarray(open_image(content))
+        mode = "r" if content is file else None
+        array = np.load(content, mmap_mode=mode, allow_pickle=False)
+        if array.size > max(FREE, max_pixels(size_of(file))):
+            raise ValueError(f"{array.size} values")
+        return np.ascontiguousarray(array)
 
 
 def _size_of(file: Path) -> tuple[int, int]:
     """Height and width, of the header alone."""
     with reading(f"{file}: not a readable image", "remove or replace it"):
-        height, width = upright_size(file)
+        content = io.BytesIO(read_bytes(file)) if in_tar(file) else file
+        height, width = upright_size(content)
     if min(height, width) < MIN_SIDE:
         raise MetaVPTError(
             f"{file}: is {height}x{width} pixels, below {MIN_SIDE} a side; remove it or get it "
@@ -342,4 +349,4 @@ def _size_of(file: Path) -> tuple[int, int]:
 
 def _bytes(file: Path) -> bytes:
     with reading(f"{file}: cannot be read", "remove or replace it"):
-        return file.read_bytes()
+        return read_bytes(file)

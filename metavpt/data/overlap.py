@@ -7,6 +7,8 @@ from typing import Any, NamedTuple
 
 from torch.utils.data import ConcatDataset
 
+from metavpt.data.shards import read_bytes, size_of
+
 
 class Encoded(NamedTuple):
     """An encoded image: its name, its length in bytes, and its CRC-32, which may read it."""
@@ -17,8 +19,8 @@ class Encoded(NamedTuple):
 
 
 def encoded_file(path: Path) -> Encoded:
-    """The encoded image in a file: its size, and a checksum when it is asked for."""
-    return Encoded(str(path), path.stat().st_size, lambda: zlib.crc32(path.read_bytes()))
+    """The encoded image in a file, or in a tar: its size, and a checksum when it is asked for."""
+    return Encoded(str(path), size_of(path), lambda: zlib.crc32(read_bytes(path)))
 
 
 def overlap(stream: Any, evaluation: Any, indices: Iterable[int]) -> list[str]:

@@ -10,11 +10,13 @@ from typing import NamedTuple
 
 import torch
 
+from metavpt.data import shards
 from metavpt.data.photo import SUFFIXES
 from metavpt.errors import MetaVPTError, reading
 
 MAPS = {".png", ".bmp", ".npy"}  # formats that keep the numbers of a label map
 EVALUATION = ("val", "valid", "validation", "test")  # folders, the first that is there counts
+TAR = re.compile(r"\.tar(?:/|$)")
 WILD = re.compile(r"(\*\*/|\*\*|\*|\?|\[[^\]]+\])")
 NAMING = "name a folder, a pattern such as images/*.png, or a .txt list of files"
 
@@ -31,9 +33,10 @@ def find_items(
 ) -> list[Item]:
     """Pair images with their label maps.
 
-    A place is a folder, searched at any depth, a pattern, a .txt list of files, or a file. Two
-    files of folders belong together if their paths within agree, apart from the suffix; two files
-    of patterns, if the wildcards stand for the same; two files of lists, if their lines do.
+    A place is a folder, searched at any depth, a pattern, a .txt list of files, or a file. Tars
+    count as folders, and may be a pattern of shards, as in train-{000..099}.tar/*.jpg. Two files of
+    folders belong together if their paths within agree, apart from the suffix; two files of
+    patterns, if the wildcards stand for the same; two files of lists, if their lines do.
 
     Args:
         root: What places are relative to.
@@ -82,7 +85,9 @@ def find_files(root: Path, place: str, option: str, suffixes: set[str]) -> dict[
         suffixes: Of the files that a folder or a pattern is searched for.
     """
     path = root / place
-    if path.is_dir():
+    if TAR.search(place):
+        found = _in_tars(root, place, option, suffixes)
+    elif path.is_dir():
         found = {
             str(file.relative_to(path).with_suffix("")): file
             for file in _kept(path.rglob("*"), suffixes, option)
@@ -108,6 +113,30 @@ def find_files(root: Path, place: str, option: str, suffixes: set[str]) -> dict[
         raise MetaVPTError(
             f"{option}={place}: no file ({', '.join(sorted(suffixes))}) at {path}; {NAMING}"
         )
+    return found
+
+
+def _in_tars(root: Path, place: str, option: str, suffixes: set[str]) -> dict[str, Path]:
+    """Find members of tars, keyed by their tar and by what the wildcards stand for."""
+    cut = next(TAR.finditer(place))
+    shard, inner = place[: cut.start()] + ".tar", place[cut.end() :] or "**"
+    named = shard if shards.ADDRESS.match(shard) else str(root / shard)
+    wanted = _wildcards(f"/{inner}")
+    found: dict[str, Path] = {}
+    for k, tar in enumerate(shards.find_shards(named, option)):
+        for name in shards.members(tar):
+            path = tar / name
+            of_place = path.with_suffix("") if inner[-1] in "*?]" else path
+            match = wanted.search("/" + of_place.relative_to(tar).as_posix())
+            if not match or path.suffix.lower() not in suffixes or path.name.startswith("."):
+                continue
+            key = "/".join([str(k), *match.groups()])
+            if key in found:
+                raise MetaVPTError(
+                    f"{option}: {found[key]} and {path} have one name; name a pattern that only "
+                    "one of them has, as in *.jpg"
+                )
+            found[key] = path
     return found
 
 

@@ -67,8 +67,8 @@ def decode(data: bytes, source: str, upright: bool = True) -> Tensor:
     return turn(pixels).contiguous() if turn else pixels
 
 
-def upright_size(file: Path) -> tuple[int, int]:
-    """Height and width that `decode` gives of a file, from its header alone."""
+def upright_size(file: Path | io.BytesIO) -> tuple[int, int]:
+    """Height and width that `decode` gives of an image, from its header alone."""
     with open_image(file) as image:
         turned = _orientation(image) in (5, 6, 7, 8)
         return (image.width, image.height) if turned else (image.height, image.width)

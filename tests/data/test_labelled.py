@@ -1,5 +1,7 @@
 """A user's own masks and depth maps: what is read, and what is said of files that do not fit."""
 
+import io
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -8,6 +10,7 @@ import torch
 from helpers.own_images import IGNORED, NUM_CLASSES, SIZE, camvid, generate, save
 from PIL import Image
 
+from metavpt.data import shards
 from metavpt.data.dense import labelled_data
 from metavpt.data.labelled import LabelledImages, class_table
 from metavpt.dense_tasks.depth import DepthTask
@@ -43,6 +46,63 @@ def test_masks_become_classes_and_the_ignored_value_255(root: Path) -> None:
         assert not frame.depth.any()
     assert any((frames[k].label == IGNORE).any() for k in range(5))
     assert torch.equal(frames.image(1), frames[1].image)
+
+
+def test_tars_are_read_in_place_as_webdataset_writes_them(root: Path, tmp_path: Path) -> None:
+    """Two shards of train and one of val, image and mask side by side: the frames of the folder."""
+    place = tmp_path / "shards"
+    place.mkdir()
+    for name, part in (("train-0", [0, 1]), ("train-1", [2]), ("val-0", [3, 4])):
+        with tarfile.open(place / f"{name}.tar", "w") as tar:
+            for i in part:
+                folder = f"{'train' if i < 3 else 'val'}/{i:03d}.png"
+                tar.add(root / "images" / folder, f"{i:03d}.jpg")
+                tar.add(root / "masks" / folder, f"{i:03d}.mask.png")
+    own = {"images": "*-0.tar/*.jpg", "masks": "*-0.tar/*.mask.png", "val": "val-0.tar/*.jpg"}
+    assert opened(place, **own).splits == {"train": [0, 1], "val": [2, 3]}
+    own |= {"images": "{train-0,train-1,val-0}.tar/*.jpg"}
+    own |= {"masks": "{train-0,train-1,val-0}.tar/*.mask.png"}
+    frames, expected = opened(place, **own), opened(root)
+    assert frames.splits == expected.splits
+    for k in range(5):
+        for found, of_files in zip(frames[k], expected[k], strict=True):
+            assert torch.equal(found, of_files)
+        assert frames.encoded(k).crc() == expected.encoded(k).crc()
+        assert frames.encoded(k).size == expected.encoded(k).size
+    with tarfile.open(place / "twice.tar", "w") as tar:
+        for end in (".jpg", ".png"):
+            tar.add(root / "images/val/003.png", f"3{end}")
+    with pytest.raises(
+        MetaVPTError, match=r"data\.images: \S+/3\.jpg and \S+/3\.png have one name"
+    ):
+        opened(place, **{**own, "images": "twice.tar/*"})
+
+
+def test_depth_maps_in_tars_and_files_that_do_not_fit_are_named(tmp_path: Path) -> None:
+    for i in range(4):
+        image, _, depth = generate(i)
+        save(tmp_path / f"{i}.png", image)
+        save(tmp_path / f"{i}.depth.npy", depth if i < 3 else depth[:-1])
+    for name, used in (("sound", range(3)), ("broken", range(4))):
+        with tarfile.open(tmp_path / f"{name}.tar", "w") as tar:
+            for i in used:
+                for end in (".png", ".depth.npy"):
+                    tar.add(tmp_path / f"{i}{end}", f"rooms/{i}{end}")
+    own = {"images": "sound.tar/rooms/*.png", "depths": "sound.tar/rooms/*.depth.npy"}
+    frames = LabelledImages(tmp_path, **own, scale=1.0)
+    assert torch.equal(frames[1].depth, torch.from_numpy(generate(1)[2]))
+    broken = {key: value.replace("sound", "broken") for key, value in own.items()}
+    with pytest.raises(MetaVPTError, match=r"broken\.tar/rooms/3\.depth\.npy: is 23x32 pixels"):
+        LabelledImages(tmp_path, **broken, scale=1.0)
+
+
+def test_a_member_never_stands_for_a_file_outside_of_its_tar(root: Path, tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        for name in (str(root / "images/val/003.png"), "../b.png", "fine.png"):
+            info = tarfile.TarInfo(name)
+            info.size = 4
+            tar.addfile(info, io.BytesIO(b"1234"))
+    assert list(shards.members(tmp_path / "a.tar")) == ["fine.png"]
 
 
 @pytest.mark.parametrize(

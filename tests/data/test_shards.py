@@ -3,7 +3,10 @@
 import io
 import multiprocessing
 import tarfile
+import threading
 from collections import Counter
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,7 +16,7 @@ from PIL import Image
 from metavpt import MetaVPTError
 from metavpt.data.images import open_images
 from metavpt.data.loader import WINDOW, EndlessBatches, ImageLoader
-from metavpt.data.shards import Shards, expand, find_shards
+from metavpt.data.shards import Shards, download, expand, find_shards
 from metavpt.training.streams import Stream
 
 
@@ -192,3 +195,44 @@ def test_workers_read_the_same_and_none_stays_behind(folder):
     assert len(multiprocessing.active_children()) == 2
     stream.load_state_dict({"epoch": 0, "position": 1})  # lets go of its iterator
     assert multiprocessing.active_children() == []
+
+
+@pytest.fixture
+def server(folder):
+    """The address of the folder, served, and the names that were asked for."""
+    asked = []
+
+    class Handler(SimpleHTTPRequestHandler):
+        def __init__(self, *arguments):
+            super().__init__(*arguments, directory=str(folder))
+
+        def do_GET(self):
+            asked.append(self.path)
+            super().do_GET()
+
+        def log_message(self, *arguments):
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}", asked
+        server.shutdown()
+
+
+def test_shards_of_an_address_are_downloaded_once(server, folder, tmp_path):
+    pytest.importorskip("aiohttp")
+    address, asked = server
+    spec = Path(f"{address}/train-{{003..004}}.tar")  # as data.unlabelled comes: one slash
+    for _ in range(2):
+        images = open_images(spec, (8, 8))
+        assert [int(images[i][0, 0, 0]) for i in range(6)] == list(range(9, 15))
+    assert asked == ["/train-003.tar", "/train-004.tar"]
+    with pytest.raises(MetaVPTError, match=r"train-099\.tar cannot be downloaded"):
+        find_shards(f"{address}/train-099.tar")
+    assert not list((tmp_path / "cache").rglob("*.part"))
+
+
+@pytest.mark.parametrize("address", ["file:///a.tar", "ssh://host/a.tar", "http://a::file://b.tar"])
+def test_other_addresses_are_refused(address):
+    with pytest.raises(MetaVPTError, match="known addresses are https"):
+        download(address)
