@@ -186,9 +186,10 @@ def forward_flops(problem: Any, num_samples: int) -> float:
 
 
 def update_activations(problem: Any, strategy: Any) -> float | None:
-    """Return what one step of a one-step estimator keeps. None: it is another one.
+    """Return what one step of a one-step estimator keeps, in float32.
 
-    It is the graph from phi to the loss, in float32; of a difference with the tail at both ends.
+    It is the graph from phi to the loss; of a difference with the tail at both ends. None: it is
+    another estimator, or the designer's task cannot be made without numbers.
     """
     estimator = getattr(strategy, "estimator", None)
     if not isinstance(strategy, Learned) or not isinstance(estimator, OneStep):
@@ -204,7 +205,10 @@ def update_activations(problem: Any, strategy: Any) -> float | None:
         loss = tail_loss(problem, theta, _designed(problem.designer, recipe))
         return [loss, *(loss(aligned) for _ in range(ends))]
 
-    return saved(update, _kept(vars(problem).values())).saved * size / counted
+    try:
+        return saved(update, _kept(vars(problem).values())).saved * size / counted
+    except (MetaVPTError, RuntimeError):
+        return None
 
 
 def feedback_size(problem: Any) -> int:
@@ -240,17 +244,18 @@ def _is_text(problem: Any) -> bool:
 def _recipe_task(problem: Any, num_samples: int) -> Any:
     """Make a task of the recipe on the meta device.
 
-    It is drawn for real: the draws decide how many tokens are computed. So masks stay on the CPU.
+    It is drawn for real: the draws decide how many tokens are computed.
     """
     if _is_text(problem):
         return problem.recipe(_rows(problem, num_samples))
     with torch.no_grad():
         images = torch.zeros(num_samples, 3, 64, 64, dtype=torch.uint8)
         task = problem.recipe(Batch(images, seed=0))
-    return tree_map_only(torch.Tensor, lambda tensor: tensor.to("meta"), task)
+    return tree_map_only(Tensor, lambda tensor: tensor.to("meta"), task)
 
 
 def _rows(problem: Any, num_rows: int) -> TokenBatch:
+    """Return full rows of tokens. Masks, whose values decide sizes, are not on the meta device."""
     documents = torch.zeros(num_rows, problem.data.encoder.length, dtype=torch.int64)
     tokens, asked = documents.to("meta"), documents == 0
     return TokenBatch(tokens, tokens, documents, asked, seed=0, domain=documents[:, 0])
@@ -264,7 +269,9 @@ def _designed(designer: Any, recipe: Any) -> Any:
         graph = designer.logits(recipe.images).mean()
         weights = {name: getattr(recipe, name) + graph for name in WEIGHTS}
         return recipe._replace(**weights)
-    return designer(recipe.batch)
+    if hasattr(recipe, "batch"):  # of text
+        return designer(recipe.batch)
+    raise MetaVPTError(f"{type(designer).__name__} makes its task of images alone")
 
 
 def _kept(modules: Iterable[Any]) -> list[Tensor]:

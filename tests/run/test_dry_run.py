@@ -143,7 +143,16 @@ def test_a_row_that_trains_all_weights_is_planned() -> None:
     assert f"{memory} (Qwen2.5 0.5B)" in REPRODUCE.read_text()
 
 
-@pytest.mark.parametrize("name", ["hf learner.source=owner/name", "smollm2_135m", "tiny_lm"])
+@pytest.mark.parametrize("option", ["designer=policy", "strategy=unrolled"])
+def test_a_hypergradient_that_cannot_be_planned_is_left_out(option: str) -> None:
+    assert re.search(r"hypergradient, meta batch 16 +not counted", printed(composed(
+        "problem=dino_masks", option
+    )))  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "name", ["hf learner.source=owner/name", "smollm2_135m", "tiny_lm data=text data.path=x"]
+)
 def test_any_language_model_with_an_architecture_can_be_planned(name: str) -> None:
     cfg = composed("problem=lm_gsm8k", *f"learner={name}".split())
     if name.startswith("hf"):
