@@ -4,6 +4,7 @@ Hydra takes plugins from the namespace `hydra_plugins` alone. Its own plugin for
 optuna < 3, and that to sqlalchemy < 2.
 """
 
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -109,17 +110,16 @@ def search_space(overrides: list[str]) -> tuple[dict[str, "BaseDistribution"], l
 
 def distribution(swept: Override) -> "BaseDistribution":
     """Return Optuna's form of a choice, a range or an interval."""
-    from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
-
+    kinds: Any = import_module("optuna.distributions")
     value = swept.value()
     if isinstance(value, IntervalSweep) and value.start is not None and value.end is not None:
         of_ints = isinstance(value.start, int) and isinstance(value.end, int)
         log = "log" in value.tags
         if of_ints:
-            return IntDistribution(int(value.start), int(value.end), log=log)
-        return FloatDistribution(value.start, value.end, log=log)
+            return kinds.IntDistribution(int(value.start), int(value.end), log=log)
+        return kinds.FloatDistribution(value.start, value.end, log=log)
     options: list[Any] = list(swept.sweep_iterator(transformer=Transformer.encode))
     if isinstance(value, RangeSweep) and all(isinstance(each, int) for each in options):
         step = int(value.step)
-        return IntDistribution(min(options), max(options), step=abs(step))
-    return CategoricalDistribution(options)
+        return kinds.IntDistribution(min(options), max(options), step=abs(step))
+    return kinds.CategoricalDistribution(options)

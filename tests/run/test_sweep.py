@@ -132,6 +132,26 @@ def test_optuna_minimises_the_objective_over_a_log_range_two_jobs_at_a_time(tmp_
     )
 
 
+def test_ranges_of_the_command_line_become_those_of_optuna():
+    optuna = pytest.importorskip("optuna", minversion="4")
+    from hydra_plugins.metavpt_optuna_sweeper import search_space
+
+    space, fixed = search_space(
+        [
+            *("a=interval(0.1,1)", "b=tag(log,int(interval(1,64)))", "c=x,y", "d=range(2,9,3)"),
+            *("e=1,2", "e=[1,2]", "strategy=fixed"),  # of two with one key the last one counts
+        ]
+    )
+    kinds = optuna.distributions
+    assert space == {
+        "a": kinds.FloatDistribution(0.1, 1.0),
+        "b": kinds.IntDistribution(1, 64, log=True),
+        "c": kinds.CategoricalDistribution(["x", "y"]),
+        "d": kinds.IntDistribution(2, 8, step=3),
+    }
+    assert fixed == ["e=[1,2]", "strategy=fixed"]
+
+
 def test_an_unknown_objective_is_one_line_before_any_training(tmp_path):
     done = run(tmp_path, "-m", *PROBLEM, "seed=0,1", "minimise=useful")
     assert done.returncode == 2
