@@ -173,6 +173,7 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=16)
     parser.add_argument("--strength", type=float, default=1.0, help="of the scores")
+    parser.add_argument("--rows", nargs="*", help="some rows instead of all")
     parser.add_argument("--output", type=Path, default=Path("horizon.jsonl"))
     parser.add_argument("overrides", nargs="*")
     given = parser.parse_args()
@@ -189,6 +190,8 @@ def main() -> None:
             )
             recipe: dict[str, dict[int, float]] = {}
             for name, make in horizon.policies().items():
+                if given.rows and name not in ("recipe", *given.rows):
+                    continue
                 began = time.perf_counter()
                 tasks = make()
                 seconds = time.perf_counter() - began

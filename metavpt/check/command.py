@@ -21,9 +21,9 @@ from metavpt.training.build import check_option_types
 from metavpt.training.engine import pick_device
 
 COLOURS = {"ok": "green", "warning": "yellow", "failed": "bold red"}
-# Labelled samples of a batch that would hold all of them. The formulas are the same, and the checks
-# evaluate the feedback loss hundreds of times.
-FEEDBACK_BATCH_SIZE = 32
+# Samples of a batch, at most. The formulas are the same for any number, and the checks evaluate the
+# losses hundreds of times.
+SAMPLES = {"feedback_batch_size": 64, "meta_batch_size": 4}
 
 
 def table(findings: list[Finding]) -> Table:
@@ -75,6 +75,17 @@ def progress(console: Console) -> Iterator[Callable[[str], None]]:
         yield started
 
 
+def fewer_samples(problem: DictConfig) -> str:
+    """Lower the sizes of batches to `SAMPLES`, and return what was changed."""
+    changed = []
+    for key, most in SAMPLES.items():
+        size = problem.get(key, most)
+        if size is None or size > most:  # None: all
+            problem[key] = most
+            changed.append(f"problem.{key}={most}")
+    return ", ".join(changed)
+
+
 @command("run")
 def main(cfg: DictConfig) -> None:
     """Entry point of `python -m metavpt.check`."""
@@ -84,13 +95,8 @@ def main(cfg: DictConfig) -> None:
         torch.set_num_threads(cfg.threads)
     torch.manual_seed(cfg.seed)
     console = Console()
-    if cfg.problem.get("feedback_batch_size", FEEDBACK_BATCH_SIZE) is None:
-        cfg.problem.feedback_batch_size = FEEDBACK_BATCH_SIZE
-        console.print(
-            f"Feedback of {FEEDBACK_BATCH_SIZE} labelled samples stands for that of all; "
-            "problem.feedback_batch_size sets another number.",
-            soft_wrap=True,
-        )
+    if fewer := fewer_samples(cfg.problem):
+        console.print(f"with {fewer}: the formulas are those of any number", soft_wrap=True)
     with progress(console) as started:
         started("making the problem")
         problem = instantiate(cfg.problem)

@@ -38,6 +38,10 @@ from metavpt.strategies.learned import LearnerStep
 DIFFERENCE_ERROR = 1e-3  # relative: the difference product has an error of its own
 TRUSTED = 0.9  # cosine of what a strategy takes with the derivative by all of theta
 SOLVED = 0.5  # residual
+FOLLOWS = (
+    "the weights of a policy follow the learner from step to step, and derivatives hold them: "
+    "exact for one step, num_steps=1"
+)
 
 
 @dataclass(frozen=True)
@@ -152,6 +156,10 @@ def _through_steps(learning: Learning, estimator: Estimator | None) -> Finding:
     if not (found.agrees(exact) and found.agrees(differenced, DIFFERENCE_ERROR)):
         if not found.is_smooth or found.is_flat(exact):
             return Finding(name, "warning", measured, JUMPS)
+        with torch.no_grad():
+            holds = getattr(scene.inner()(scene.phi), "holds", False)
+        if num_steps > 1 and holds:
+            return Finding(name, "warning", measured, FOLLOWS)
         advice = "see exact_product; where that is ok, the step of the optimizer is not torch's"
         return Finding(name, "failed", measured, advice)
     if estimator is None or not estimator.needs_update:

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import checkpoint
 
 from metavpt.dense_tasks.task import DenseTask
 from metavpt.distributed import collectives
@@ -56,7 +57,7 @@ class CrossFitted(nn.Module):
     """L_down = sum_j weight_j (share of the variance of task j that its heads do not explain).
 
     The frames of a batch are cut into consecutive folds. Ridge heads are fitted to all folds but
-    one, in closed form and without a gradient, and score the frames of that one. Frames that stand
+    one, in closed form, and score the frames of that one. Frames that stand
     beside each other in a data set often show one scene, so folds are not drawn at random.
 
     There is no state: losses are pure functions of the features and labels.
@@ -66,6 +67,8 @@ class CrossFitted(nn.Module):
         tasks: The tasks of the labelled set.
         penalty: Of the ridge, relative to the mean variance of the standardised features.
         num_folds: Folds.
+        through_heads: Whether gradients also pass through the fit of the heads, which follow the
+            features. Where they do not, most of a gradient is what another fit takes back.
         weights: `<task>_weight` of each task; 0 leaves it out. None, the default, is 1.
     """
 
@@ -77,12 +80,13 @@ class CrossFitted(nn.Module):
         tasks: Sequence[DenseTask],
         penalty: float = 1e-2,
         num_folds: int = 5,
+        through_heads: bool = True,
         **weights: float | None,
     ) -> None:
         super().__init__()
         check_num_folds(num_folds)
         self.weights = feedback_weights(tasks, weights)
-        self.ridge, self.num_folds = Ridge(penalty), num_folds
+        self.ridge, self.num_folds, self.through_heads = Ridge(penalty), num_folds, through_heads
         self.tasks = {task.name: task for task in tasks if self.weights[task.name]}
         sizes = [task.num_outputs for task in self.tasks.values()]
         ends = accumulate(sizes)
@@ -108,7 +112,8 @@ class CrossFitted(nn.Module):
         """
         features = collectives.joined(features)
         target, share = collectives.gather(labels.target), collectives.gather(labels.share)
-        errors = self._errors(features, target, self._moments(features, target, share))
+        fitted_to = features if self.through_heads else features.detach()
+        errors = self._errors(features, target, self._moments(fitted_to, target, share))
         return {
             name: (share[:, own] * errors[:, own].square()).sum()
             / _variation(target[:, own], share[:, own])
@@ -159,12 +164,20 @@ class CrossFitted(nn.Module):
             errors.append(target[rows].to(features) - outputs)
         return torch.cat(errors)
 
-    @torch.no_grad()
     def _moments(self, features: Tensor, target: Tensor, share: Tensor) -> dict[str, list[Tensor]]:
-        """What `Ridge.solve` needs, of each task and fold."""
+        """What `Ridge.solve` needs, of each task and fold.
+
+        The backward pass recomputes the rows in float64, which would be the largest tensors of it.
+        """
         return {
             name: [
-                patch_moments(features[rows], target[rows, own], share[rows, own][:, :1])
+                checkpoint(
+                    patch_moments,
+                    features[rows],
+                    target[rows, own],
+                    share[rows, own][:, :1],
+                    use_reentrant=False,
+                )
                 for rows in self._folds(len(features))
             ]
             for name, own in self.outputs.items()

@@ -233,10 +233,12 @@ class Implicit(ChecksLosses):
         self.check_once(inner_losses, outer_loss, theta, phi)
         theta, phi = params.leaves(theta), params.leaves(phi)
         feedback_loss, g_down = downstream(outer_loss, theta)
-        solution, num_products = self._solve(inner_losses, g_down, theta, phi, start)
+        with torch.no_grad():
+            # H does not differentiate the task: its trunk runs once, without a graph.
+            fixed = [inner(phi) for inner in inner_losses]
         count = len(inner_losses)
+        solution, num_products = self.solution(fixed, g_down, theta, start)
         solve_cost = 1 + num_products * self.product.num_gradients * count
-        _check_solved(solution, solve_cost)
         total, value = params.zeros_like(phi), 0.0
         for inner in inner_losses:
             with torch.enable_grad():
@@ -268,28 +270,33 @@ class Implicit(ChecksLosses):
             )
         )
 
-    def _solve(
+    def solution(
         self,
-        inner_losses: Sequence[InnerLoss],
+        losses: Sequence[Loss],
         g_down: Params,
         theta: Params,
-        phi: Params,
-        start: Params | None,
+        start: Params | None = None,
     ) -> tuple[Solution, int]:
-        """Solve (H + damping I) w = g_down, and count products with the mean H of the batches."""
-        with torch.no_grad():
-            # H does not differentiate the task: its trunk runs once, without a graph.
-            fixed = [inner(phi) for inner in inner_losses]
-        num_products = 0
+        """Solve (H + damping I) w = g_down for the mean curvature H of the losses at theta.
+
+        Returns:
+            The solution, and the number of products with H.
+
+        Raises:
+            UnsolvedError: The solve ended with a residual of 1 or more, no better than x = 0.
+        """
+        theta, num_products = params.leaves(theta), 0
 
         def hessian_product(v: Params) -> Params:
             nonlocal num_products
             num_products += 1
-            products = [self.curvature(loss, theta, v, self.product) for loss in fixed]
+            products = [self.curvature(loss, theta, v, self.product) for loss in losses]
             return params.scale(reduce(params.add, products), 1 / len(products))
 
         with phase("solve"):
-            return self.solve(hessian_product, g_down, damping=self.damping, x0=start), num_products
+            found = self.solve(hessian_product, g_down, damping=self.damping, x0=start)
+        _check_solved(found, 1 + num_products * self.product.num_gradients * len(losses))
+        return found, num_products
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from metavpt.feedback.aggregation import Combination
 from metavpt.hypergradients import params
 from metavpt.hypergradients.directions import Direction
+from metavpt.hypergradients.estimators import Implicit
 from metavpt.hypergradients.linear_targets import DirectionalDerivative, ForwardMode
 from metavpt.hypergradients.params import Params
 from metavpt.problem import Problem, require
@@ -55,6 +56,7 @@ class Amortized:
         max_norm: The norm at which the designer's gradient is clipped.
         every: Steps from one update of the designer to the next.
         tolerance: Of the feedback gradient, see `FeedbackDirection`.
+        implicit: Of the feedback gradient, see `FeedbackDirection`.
         burn_in: Steps of the recipe before the first one; below 1 the share of the budget
             that they take.
         ema: The decay of the moving average of the feedback gradient.
@@ -78,12 +80,13 @@ class Amortized:
         combination: Combination | None = None,
         random_seed: int | None = None,
         tolerance: float = 0.0,
+        implicit: Implicit | None = None,
     ) -> None:
         make = optimizer or (lambda parameters: torch.optim.Adam(parameters, lr=1e-2))
         self.buffer = ReplayBuffer(make, phi_steps, replay, max_norm)
         self.derivative = derivative or ForwardMode()
         self.feedback = FeedbackDirection(
-            every, burn_in, ema, direction, combination, random_seed, tolerance
+            every, burn_in, ema, direction, combination, random_seed, tolerance, implicit
         )
         self.period = self.feedback.period
 

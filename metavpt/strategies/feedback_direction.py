@@ -7,12 +7,12 @@ from typing import Any, cast
 
 import torch
 
-from metavpt.errors import MetaVPTError, NonFiniteError
+from metavpt.errors import MetaVPTError, NonFiniteError, UnsolvedError
 from metavpt.feedback.aggregation import Combination, unpaired
 from metavpt.hypergradients import params
 from metavpt.hypergradients.directions import Direction, Dot
 from metavpt.hypergradients.distributed_losses import averaged
-from metavpt.hypergradients.estimators import downstream
+from metavpt.hypergradients.estimators import Implicit, downstream
 from metavpt.hypergradients.mixed_products import value_and_gradient
 from metavpt.hypergradients.params import Params
 from metavpt.problem import supports
@@ -42,6 +42,9 @@ class FeedbackDirection:
             recipe's task of the batch at hand.
         combination: How several feedbacks are aggregated. Default: their weighted sum.
         random_seed: With a seed, w is a random vector of equal norm, a new one for each use.
+        implicit: Its solve replaces g_down by w with (H + damping I) w = g_down, once for each
+            g_down, with the curvature H of the recipe on the batch at hand: the value of a task
+            after the learner has trained to the end, not for one step.
         tolerance: A renewal that is due is left out while |theta_S - theta_S then| <= tolerance
             |theta_S then|, with theta_S then that of the last renewal. With 0 none is left out.
     """
@@ -55,6 +58,7 @@ class FeedbackDirection:
         combination: Combination | None = None,
         random_seed: int | None = None,
         tolerance: float = 0.0,
+        implicit: Implicit | None = None,
     ) -> None:
         if not 0 <= ema < 1:
             raise MetaVPTError(f"strategy.ema={ema} must be in [0, 1)")
@@ -63,9 +67,10 @@ class FeedbackDirection:
         self.period, self.ema = Period(every, burn_in), ema
         self.direction, self.combination = direction or Dot(), unpaired(combination)
         self.random = None if random_seed is None else RandomDirection(random_seed)
-        self.step = LearnerStep()
+        self.step, self.implicit = LearnerStep(), implicit
         self.num_skipped = 0
         self.g_down: Params | None = None
+        self._solution: Params | None = None  # w of the newest g_down, with `implicit`
         self.tolerance = tolerance
         self._renewed_at: Params | None = None  # theta_S of the last renewal, with a tolerance
 
@@ -101,6 +106,7 @@ class FeedbackDirection:
         else:
             kept = params.scale(self.g_down, self.ema)
             self.g_down = params.add(kept, fresh, alpha=1 - self.ema)
+        self._solution = None
         self.period.num_updates += 1
         if self.tolerance:
             self._renewed_at = params.clone(feedback.aligned)
@@ -108,13 +114,26 @@ class FeedbackDirection:
         return {**combined.record, **moved, **norm, **feedback_record(feedback.problem)}
 
     def along(self, state: TrainState, batch: Any) -> Params | None:
-        """Return w at the learner's theta for an unlabelled batch; None before the first g_down."""
+        """Return w at the learner's theta for an unlabelled batch.
+
+        None before the first g_down, and where a solve ended no better than x = 0. That is counted.
+        """
         if self.g_down is None:
             return None
         problem, live = state.problem, params.named(state.problem.learner)
         theta = params.detach(live)
         g_down, update, g_pre = self.g_down, None, None
         at = {name: theta[name] for name in g_down}
+        if self.implicit:
+            if self._solution is None:
+                with torch.no_grad():
+                    loss = averaged(tail_loss(problem, theta, problem.recipe(batch)))
+                try:
+                    self._solution = self.implicit.solution([loss], g_down, at)[0].x
+                except UnsolvedError:
+                    self.num_skipped += 1
+                    return None
+            return self.random.like(self._solution) if self.random else self._solution
         if self.direction.needs_g_pre:
             with torch.no_grad():
                 loss = averaged(tail_loss(problem, theta, problem.recipe(batch)))
@@ -129,6 +148,7 @@ class FeedbackDirection:
         """Return g_down, the count of skipped renewals and the random state."""
         return {
             "g_down": self.g_down,
+            "solution": self._solution,
             "renewed_at": self._renewed_at,
             "num_skipped": self.num_skipped,
             "period": self.period.state_dict(),
@@ -138,7 +158,7 @@ class FeedbackDirection:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what `state_dict` returned."""
         self.g_down, self.num_skipped = state["g_down"], state["num_skipped"]
-        self._renewed_at = state["renewed_at"]
+        self._renewed_at, self._solution = state["renewed_at"], state.get("solution")
         self.period.load_state_dict(state["period"])
         if self.random:
             self.random.load_state_dict(state["random"])

@@ -6,6 +6,7 @@ from metavpt.errors import MetaVPTError
 from metavpt.feedback.aggregation import Combination
 from metavpt.hypergradients import params
 from metavpt.hypergradients.directions import Direction
+from metavpt.hypergradients.estimators import Implicit
 from metavpt.hypergradients.linear_targets import DirectionalDerivative, ForwardMode
 from metavpt.hypergradients.params import Params
 from metavpt.problem import Problem, require
@@ -45,6 +46,7 @@ class Tilt:
         num_candidates: Candidates per target.
         every: Steps from one feedback gradient to the next.
         tolerance: Of the feedback gradient, see `FeedbackDirection`.
+        implicit: Of the feedback gradient, see `FeedbackDirection`.
         burn_in: Steps before the first one; below 1 the share of the budget
             that they take.
         ema: The decay of the moving average of the feedback gradient.
@@ -68,6 +70,7 @@ class Tilt:
         combination: Combination | None = None,
         random_seed: int | None = None,
         tolerance: float = 0.0,
+        implicit: Implicit | None = None,
     ) -> None:
         check_gate(gate)
         at_least_one(num_candidates=num_candidates)
@@ -76,7 +79,7 @@ class Tilt:
         self.gate, self.tau, self.num_candidates = gate, tau, num_candidates
         self.derivative = derivative or ForwardMode()
         self.feedback = FeedbackDirection(
-            every, burn_in, ema, direction, combination, random_seed, tolerance
+            every, burn_in, ema, direction, combination, random_seed, tolerance, implicit
         )
         self.period = self.feedback.period
 

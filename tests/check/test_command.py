@@ -7,7 +7,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-from metavpt.check.command import progress
+from omegaconf import OmegaConf
+
+from metavpt.check.command import fewer_samples, progress
 from metavpt.cli.console import Console
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -77,6 +79,14 @@ def test_a_broken_problem_names_what_failed_and_ends_with_status_1(tmp_path):
     assert done.stdout.splitlines()[-1].endswith(": pretrain_purity")
     assert "another loss" in done.stdout
     assert list(tmp_path.glob("runs*")) == []
+
+
+def test_large_batches_are_checked_with_fewer_samples():
+    problem = OmegaConf.create({"feedback_batch_size": None, "meta_batch_size": 16})
+    assert fewer_samples(problem) == "problem.feedback_batch_size=64, problem.meta_batch_size=4"
+    assert problem == {"feedback_batch_size": 64, "meta_batch_size": 4}
+    assert fewer_samples(problem) == ""
+    assert fewer_samples(OmegaConf.create({"width": 3})) == ""
 
 
 def test_a_wrong_name_is_one_line_and_status_2(tmp_path):

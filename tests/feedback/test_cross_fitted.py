@@ -84,9 +84,34 @@ def test_losses_are_the_unexplained_share_of_the_variance(scene):
     assert 0 < float(losses["depth"]) < 0.9  # depth can be read from these features
 
 
-def test_gradient_holds_the_heads_fixed(scene):
-    """dL/df = -2 s e w / variation, w of the heads that the frame's own fold is not in."""
+def test_gradient_passes_through_the_fit_of_the_heads(scene):
     heads, features, labels, *_ = scene
+    for name in heads.outputs:
+        assert_gradient_is_that_of_differences(
+            lambda x, n=name: heads(x["features"], labels)[n], {"features": features}
+        )
+
+
+def test_the_fit_takes_back_what_an_affine_map_of_the_features_changes(scene):
+    """Heads that follow read as much of mapped features; heads that stand still do not."""
+    _, features, labels, *_ = scene
+    linear = torch.eye(5, dtype=torch.float64) + 0.01 * torch.ones(5, 5, dtype=torch.float64)
+    change = torch.einsum("bdhw,ed->behw", features, linear) + 0.1 - features
+    slopes = []
+    for through_heads in (True, False):
+        heads = CrossFitted(5, TASKS, penalty=1e-10, num_folds=3, through_heads=through_heads)
+        x = features.clone().requires_grad_()
+        (gradient,) = torch.autograd.grad(heads(x, labels)["depth"], x)
+        slopes.append(abs(float((gradient * change).sum())))
+    assert slopes[0] < 1e-6 * slopes[1]
+
+
+def test_gradient_of_heads_that_stand_still(scene):
+    """dL/df = -2 s e w / variation, w of the heads that the frame's own fold is not in."""
+    _, features, labels, *_ = scene
+    heads = CrossFitted(
+        5, TASKS, segmentation_weight=0.5, penalty=0.1, num_folds=3, through_heads=False
+    )
     x = features.clone().requires_grad_()
     (gradient,) = torch.autograd.grad(heads(x, labels)["depth"], x)
     errors, _ = residuals_written_out(features, labels, slice(0, 1))
