@@ -43,6 +43,4 @@ def test_one_solve_serves_all_steps_to_the_next_g_down(tmp_path):
 
 
 def test_a_run_with_a_solve_resumes_bit_for_bit(tmp_path):
-    assert_resumes(
-        trainer_of, lambda: Amortized(every=3, implicit=Implicit(damping=0.1)), tmp_path
-    )
+    assert_resumes(trainer_of, lambda: Amortized(every=3, implicit=Implicit(damping=0.1)), tmp_path)
