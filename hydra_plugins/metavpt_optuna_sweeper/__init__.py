@@ -4,6 +4,7 @@ Hydra takes plugins from the namespace `hydra_plugins` alone. Its own plugin for
 optuna < 3, and that to sqlalchemy < 2.
 """
 
+import logging
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -65,7 +66,10 @@ class OptunaSweeper(Sweeper):
         """Run the jobs, and write the best options to optimization_results.yaml."""
         import optuna
 
-        optuna.logging.set_verbosity(optuna.logging.WARNING)
+        config, launcher = self.config, self.launcher
+        assert config is not None  # setup was called
+        assert launcher is not None
+        optuna.logging.set_verbosity(logging.WARNING)
         space, fixed = search_space(
             [*(f"{key}={value}" for key, value in (self.params or {}).items()), *arguments]
         )
@@ -82,11 +86,11 @@ class OptunaSweeper(Sweeper):
                 [*fixed, *(f"{key}={value}" for key, value in trial.params.items())]
                 for trial in trials
             ]
-            returned = self.launcher.launch(jobs, initial_job_idx=first)
+            returned = launcher.launch(jobs, initial_job_idx=first)
             for trial, job in zip(trials, returned, strict=True):
                 study.tell(trial, float(job.return_value))  # or raises what the job raised
         found: dict[str, Any] = {"best_params": study.best_params, "best_value": study.best_value}
-        folder = Path(self.config.hydra.sweep.dir)
+        folder = Path(config.hydra.sweep.dir)
         OmegaConf.save(OmegaConf.create(found), folder / "optimization_results.yaml")
 
 

@@ -20,7 +20,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from functools import cache
 from pathlib import Path, PurePosixPath
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from rich.progress import track
@@ -80,7 +80,8 @@ def download(address: str, option: str = "data.unlabelled") -> Path:
         import fsspec  # comes with torch
 
         file.parent.mkdir(parents=True, exist_ok=True)
-        with fsspec.open(address, "rb") as source, part.open("wb") as copy:
+        opened: Any = fsspec.open(address, "rb")
+        with opened as source, part.open("wb") as copy:
             shutil.copyfileobj(source, copy, 2**20)
         part.replace(file)
     except Exception as error:  # of several libraries: no network, no such file, no access
