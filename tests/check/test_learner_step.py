@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 from channels import Channels
+from helpers.small_data2vec import maker
 from helpers.small_dino import SMALL, UNET
 from helpers.verdicts import findings
 from hydra import compose, initialize_config_module
@@ -16,6 +17,7 @@ from metavpt import (
     ConjugateGradient,
     Cosine,
     DampedLanczos,
+    ExactProduct,
     Implicit,
     OneStep,
     Unrolled,
@@ -123,6 +125,20 @@ def test_the_shipped_dino_problem_agrees_through_clipped_steps_and_its_solves_en
     residuals = [float(said) for said in solve.measured.split(";")[0].split(" ", 1)[1].split(", ")]
     assert len(residuals) == 4
     assert max(residuals) < 0.5
+
+
+def test_weights_of_a_policy_are_held_within_a_step_and_follow_the_learner_between_steps(tmp_path):
+    torch.manual_seed(0)
+    options = "feedback=cross_fitted", "designer.hidden_width=8", "problem.feedback_batch_size=8"
+    make = maker(tmp_path, *options)
+    policy = Scene.of(make("designer=feature_policy")).double()
+    sgd = lambda p: torch.optim.SGD(p, lr=0.3)
+    (one,) = learner_step(policy, OneStep(), sgd, math.inf)
+    (two,) = learner_step(policy, Unrolled(2, product=ExactProduct()), sgd, math.inf)
+    assert one.verdict == "ok"
+    assert float(one.measured.split("finite differences ")[1].split(" exact")[0]) < 1e-4
+    assert two.verdict == "warning"
+    assert "follow the learner" in two.advice
 
 
 def test_an_optimizer_without_a_rule_fails_with_its_name() -> None:
