@@ -34,13 +34,15 @@ ROOMS = (
     *("functional_gate_1", "gate_1_annealed", "functional"),
 )
 FRAMES = (
-    *("fixed", "fixed_longer", "uniform", "patches", "targets", "targets_depth", "functional"),
+    *("fixed", "fixed_longer", "uniform", "patches", "targets", "targets_depth"),
+    *("targets_tuned", "functional"),
     *("labels_only", "direct"),
 )
 STEERED = (
     *("one_step", "unrolled", "implicit", "amortized", "tilt", "functional", "patches", "targets"),
     *(
         "targets_depth",
+        "targets_tuned",
         "functional_40",
         "functional_not_annealed",
         "functional_gate_1",

@@ -124,7 +124,8 @@ def test_every_option_of_a_command_exists(
         if option.startswith("hydra/launcher=")
     ):
         pytest.importorskip(LAUNCHERS[launcher], reason="its extra is not installed")
-    if "-m" in words[3:]:  # a sweep: one value of each
+    if "-m" in words[3:]:  # a sweep: one value of each, and of a range any
+        options = [re.sub(r"=(tag|interval|range)\(.*\)$", "=1", option) for option in options]
         options = [re.sub(r"=([^\[{,]+),.*", r"=\1", option) for option in options]
     with initialize_config_module("metavpt.configs", version_base="1.3"):
         if name != "compare":
