@@ -11,16 +11,21 @@ from typing import Any
 
 import yaml
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.plugins import Plugins
 from hydra.core.utils import JobReturn
 from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from rich.table import Table
 
+from hydra_plugins.metavpt_optuna_sweeper import OptunaSweeper
 from metavpt.cli.console import Console
 from metavpt.cli.formatting import number
 from metavpt.report import read_log, series_of
 from metavpt.training.disk import write_text
+
+# Hydra does not find the plugins of an editable install by itself.
+Plugins.instance().register(OptunaSweeper)
 
 # Options that do not change the result of a run.
 NOT_WHAT_RAN = {
