@@ -1,16 +1,11 @@
-# docker build -t metavpt .                            CPU
-# docker build -t metavpt --build-arg DEVICE=cuda .    NVIDIA GPUs: docker run --gpus all ...
+# docker build -t metavpt .    with NVIDIA GPUs: docker run --gpus all ...
+# PyPI's torch for Linux carries CUDA. --build-arg PIP_EXTRA_INDEX_URL=... names an index of smaller wheels for the CPU alone.
 # docker run --rm -v "$PWD:/work" metavpt run problem=toy_sources
 FROM python:3.12-slim
-ARG DEVICE=cpu
 ARG EXTRAS=focus
+ARG PIP_EXTRA_INDEX_URL
 WORKDIR /metavpt
 COPY . .
-# PyPI's wheels of torch for Linux carry CUDA; those for the CPU alone are much smaller.
-RUN if [ "$DEVICE" = cpu ]; then \
-        pip install --no-cache-dir --constraint constraints.txt torch torchvision \
-            --index-url https://download.pytorch.org/whl/cpu; \
-    fi && \
-    pip install --no-cache-dir --constraint constraints.txt ".[$EXTRAS]"
+RUN pip install --no-cache-dir --constraint constraints.txt ".[$EXTRAS]"
 WORKDIR /work
 ENTRYPOINT ["metavpt"]

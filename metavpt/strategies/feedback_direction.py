@@ -64,6 +64,11 @@ class FeedbackDirection:
             raise MetaVPTError(f"strategy.ema={ema} must be in [0, 1)")
         if tolerance < 0:
             raise MetaVPTError(f"strategy.tolerance={tolerance} must not be negative")
+        if implicit and not isinstance(direction, Dot | None):
+            raise MetaVPTError(
+                f"strategy.direction={type(direction).__name__} has no effect with "
+                "strategy.implicit; leave out one of them"
+            )
         self.period, self.ema = Period(every, burn_in), ema
         self.direction, self.combination = direction or Dot(), unpaired(combination)
         self.random = None if random_seed is None else RandomDirection(random_seed)

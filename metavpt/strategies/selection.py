@@ -49,8 +49,17 @@ class _ByFirstOrderValue(ABC):
     A strategy is no dataclass: OmegaConf would take one for a configuration.
     """
 
-    def __init__(self, feedback: FeedbackDirection) -> None:
-        self.feedback, self.period = feedback, feedback.period
+    def __init__(
+        self,
+        every: int,
+        burn_in: float,
+        direction: Direction | None,
+        combination: Combination | None,
+    ) -> None:
+        self.feedback = FeedbackDirection(
+            every, burn_in, direction=direction, combination=combination
+        )
+        self.period = self.feedback.period
 
     @abstractmethod
     def start(self, problem: Problem) -> None:
@@ -109,9 +118,7 @@ class Greedy(_ByFirstOrderValue):
         combination: Combination | None = None,
     ) -> None:
         at_least_one(num_candidates=num_candidates)
-        super().__init__(
-            FeedbackDirection(every, burn_in, direction=direction, combination=combination)
-        )
+        super().__init__(every, burn_in, direction, combination)
         self.num_candidates = num_candidates
 
     def start(self, problem: Problem) -> None:
@@ -150,9 +157,7 @@ class GreedySelection(_ByFirstOrderValue):
         combination: Combination | None = None,
     ) -> None:
         at_least_one(pool_batches=pool_batches)
-        super().__init__(
-            FeedbackDirection(every, burn_in, direction=direction, combination=combination)
-        )
+        super().__init__(every, burn_in, direction, combination)
         self.pool_batches = pool_batches
 
     def start(self, problem: Problem) -> None:

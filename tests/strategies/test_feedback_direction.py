@@ -1,9 +1,11 @@
 """The direction of the feedback through an implicit solve, in float64 on a regression."""
 
+import pytest
 import torch
 from helpers.regression import X, assert_resumes, trainer_of
 
-from metavpt import Fixed
+from metavpt import AdamAware, Fixed
+from metavpt.errors import MetaVPTError
 from metavpt.hypergradients import params
 from metavpt.hypergradients.estimators import Implicit
 from metavpt.strategies.amortized import Amortized
@@ -40,6 +42,11 @@ def test_one_solve_serves_all_steps_to_the_next_g_down(tmp_path):
         state.budget.charge(steps=1)
     assert found[0] is found[1]
     assert float(params.norm(params.add(found[1], found[2], alpha=-1.0))) > 0
+
+
+def test_a_direction_beside_a_solve_is_refused():
+    with pytest.raises(MetaVPTError, match=r"strategy\.direction=AdamAware"):
+        FeedbackDirection(direction=AdamAware(), implicit=Implicit())
 
 
 def test_a_run_with_a_solve_resumes_bit_for_bit(tmp_path):

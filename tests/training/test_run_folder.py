@@ -58,6 +58,7 @@ def test_a_forked_worker_does_not_keep_the_lock_of_a_killed_run(tmp_path):
     try:
         end(process)
         run_folder.lock(tmp_path)
+        assert str(os.getpid()) in (tmp_path / ".lock").read_text()
     finally:
         os.kill(worker, 9)
         run_folder.unlock(tmp_path)
