@@ -116,12 +116,14 @@ class FeedbackDirection:
         if self.tolerance:
             self._renewed_at = params.clone(feedback.aligned)
         norm = {"g_down_norm": float(params.norm(self.g_down))}
-        return {**combined.record, **moved, **norm, **feedback_record(feedback.problem)}
+        skipped = {"skipped_updates": float(self.num_skipped)} if self.num_skipped else {}
+        return {**combined.record, **moved, **norm, **skipped, **feedback_record(feedback.problem)}
 
     def along(self, state: TrainState, batch: Any) -> Params | None:
         """Return w at the learner's theta for an unlabelled batch.
 
-        None before the first g_down, and where a solve ended no better than x = 0. That is counted.
+        None before the first g_down, and from a solve that ended no better than x = 0 to the next
+        g_down. Such solves are counted among the skipped updates.
         """
         if self.g_down is None:
             return None
@@ -135,8 +137,9 @@ class FeedbackDirection:
                     loss = averaged(tail_loss(problem, theta, problem.recipe(batch)))
                 try:
                     self._solution = self.implicit.solution([loss], g_down, at)[0].x
-                except UnsolvedError:
+                except UnsolvedError:  # the recipe until the next g_down, not a solve at each step
                     self.num_skipped += 1
+                    self.g_down = self._renewed_at = None
                     return None
             return self.random.like(self._solution) if self.random else self._solution
         if self.direction.needs_g_pre:

@@ -5,7 +5,7 @@ import torch
 from helpers.regression import X, assert_resumes, trainer_of
 
 from metavpt import AdamAware, Fixed
-from metavpt.errors import MetaVPTError
+from metavpt.errors import MetaVPTError, UnsolvedError
 from metavpt.hypergradients import params
 from metavpt.hypergradients.estimators import Implicit
 from metavpt.strategies.amortized import Amortized
@@ -42,6 +42,28 @@ def test_one_solve_serves_all_steps_to_the_next_g_down(tmp_path):
         state.budget.charge(steps=1)
     assert found[0] is found[1]
     assert float(params.norm(params.add(found[1], found[2], alpha=-1.0))) > 0
+
+
+class Unsolvable(Implicit):
+    """Counts its solves, which all fail."""
+
+    num_solves = 0
+
+    def solution(self, losses, g_down, theta, start=None):
+        Unsolvable.num_solves += 1
+        raise UnsolvedError("no better than x = 0", 1)
+
+
+def test_a_failed_solve_gives_the_recipe_until_the_next_g_down_and_is_counted(tmp_path):
+    state = state_of(trainer_of(tmp_path, Fixed()))
+    direction = FeedbackDirection(every=2, implicit=Unsolvable())
+    for _ in range(2):
+        direction.renew(state)
+        assert direction.along(state, torch.arange(8)) is None
+        assert not direction.steers
+        state.budget.charge(steps=1)
+    assert Unsolvable.num_solves == 1
+    assert direction.renew(state)["skipped_updates"] == 1
 
 
 def test_a_direction_beside_a_solve_is_refused():
