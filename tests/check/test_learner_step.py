@@ -137,6 +137,8 @@ def test_weights_of_a_policy_are_held_within_a_step_and_follow_the_learner_betwe
     (two,) = learner_step(policy, Unrolled(2, product=ExactProduct()), sgd, math.inf)
     assert one.verdict == "ok"
     assert float(one.measured.split("finite differences ")[1].split(" exact")[0]) < 1e-4
+    by_difference = float(one.measured.split("cosine ")[1].split()[0])  # through the tail
+    assert by_difference > 0.99
     assert two.verdict == "warning"
     assert "follow the learner" in two.advice
 
