@@ -7,7 +7,7 @@ optuna < 3, and that to sqlalchemy < 2.
 import logging
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import IntervalSweep, Override, RangeSweep, Transformer
@@ -43,7 +43,7 @@ class OptunaSweeper(Sweeper):
         sampler: "BaseSampler",
         n_trials: int,
         n_jobs: int,
-        direction: str = "minimize",
+        direction: Literal["minimize", "maximize"] = "minimize",
         storage: str | None = None,
         study_name: str | None = None,
         params: DictConfig | None = None,

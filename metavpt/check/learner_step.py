@@ -238,7 +238,7 @@ def _residual(scene: Scene, estimator: Implicit, x: Params, solved: dict[str, fl
     return float(params.norm(rest) / params.norm(g_down))
 
 
-def _product(estimator: Estimator) -> Product:
+def _product(estimator: Estimator | None) -> Product:
     return getattr(estimator, "product", DifferenceProduct())
 
 
