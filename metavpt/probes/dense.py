@@ -100,7 +100,7 @@ class DenseProbe:
             for batch in self.val_batches():
                 target = task.target(batch)
                 for name, guess in guesses.items():
-                    metrics[name].update(guess.expand_as(target), target)
+                    metrics[name].update(guess.to(target.device).expand_as(target), target)
             for name, measured in metrics.items():
                 values = task.prefixed(measured.compute())
                 scores[name] = {f"{head}/{k}": v for head in self.heads for k, v in values.items()}
