@@ -243,20 +243,23 @@ class DenseProblem(MultipleFeedbacks, SupportsFunctionSpace, Shardable, Reportab
 
     def _features_in_parts(self, theta: Params, name: str, images: Tensor) -> Tensor:
         """`patch_features` of many images, with the memory of one microbatch."""
+        heads = cast(CrossFitted, self._feedback[name])
+        # Gradients through heads that all frames share have no independent halves.
+        record = None if heads.through_heads else self.feedback_record
         by_trunk = any(p.requires_grad for p in params.subset(theta, "backbone.trunk.").values())
         if by_trunk:
             return in_parts(
                 lambda own, part: self.patch_features({**theta, **own}, part),
                 params.subset(theta, ""),
                 images.split(self.batch_size),
-                self.feedback_record,
+                record,
             )
         tail = params.subset(theta, "backbone.tail.")
         return in_parts(
             lambda own, hidden: functional_call(self.backbone.tail, own, (hidden,)).patches,
             tail,
             self.states_of(theta, name, images),
-            self.feedback_record,
+            record,
         )
 
     def hidden_states(self, theta: Params, images: Tensor, seen: Hidden, hidden: Tensor) -> Hidden:
