@@ -74,15 +74,21 @@ COMPARISONS = [
             "{amortized: 'amortized designer=states strategy.every=4 designer.gate=0.2'}]",
         ],
     ),
-    Comparison(  # docs/results/nyuv2_gpu, with the policy that is the default since
-        "nyuv2_gpu_five_seeds",
-        220,
+    Comparison(  # docs/results/nyuv2_gpu_policies; faster with CUDA's MPS daemon running
+        "nyuv2_gpu_policies",
+        200,
         [
             *("problem=data2vec_nyuv2", "experiment=nyuv2", "data.path={data}/nyuv2"),
-            *("problem.batch_size=64", "problem.num_workers=1", "threads=1"),
-            *("trainer.optimizer.lr=3e-4", "strategy.every=150", "seeds=[10,11,12,13,14]"),
-            *("jobs=10", "match=seconds", "budget.seconds=130", "budget.steps=null"),
-            *("controls=[fixed]", "strategies=[functional]", "device=cuda"),
+            *("threads=1", "jobs=16", "match=seconds", "budget.seconds=20", "budget.steps=null"),
+            *("seeds=[10,11,12,13,14]", "device=cuda", "feedback.segmentation_weight=0"),
+            "controls=[{fixed: 'fixed trainer.optimizer.lr=6e-4'},"
+            "{uniform: 'uniform designer=patch_policy trainer.optimizer.lr=6e-4'}]",
+            "strategies=[{features: 'functional designer.strength=3 strategy.batch_size=32'},"
+            "{targets: 'functional designer=residuals designer.gate=0.6 strategy.batch_size=32"
+            " trainer.optimizer.lr=6e-4'},"
+            "{patches: 'functional designer=patch_policy designer.strength=8"
+            " strategy.batch_size=32 trainer.optimizer.lr=6e-4'},"
+            "{implicit_features: 'tilt_implicit strategy.every=1000'}]",
         ],
     ),
 ]
