@@ -34,20 +34,14 @@ ROOMS = (
     *("functional_gate_1", "gate_1_annealed", "functional"),
 )
 FRAMES = (
-    *("fixed", "fixed_longer", "uniform", "patches", "targets", "targets_depth"),
-    *("targets_tuned", "functional"),
-    *("labels_only", "direct"),
+    *("fixed", "uniform_patches", "hardest_patches", "greedy_selection"),
+    *("unrolled_patches", "implicit_patches", "implicit_features", "patches", "features"),
+    *("targets", "labels_only", "direct"),
 )
 STEERED = (
-    *("one_step", "unrolled", "implicit", "amortized", "tilt", "functional", "patches", "targets"),
-    *(
-        "targets_depth",
-        "targets_tuned",
-        "functional_40",
-        "functional_not_annealed",
-        "functional_gate_1",
-        "gate_1_annealed",
-    ),
+    *("one_step", "unrolled", "implicit", "amortized", "tilt", "functional"),
+    *("functional_gate_1", "gate_1_annealed", "patches", "features", "targets"),
+    *("unrolled_patches", "implicit_patches", "implicit_features"),
 )
 
 
@@ -88,11 +82,11 @@ PANELS = (
         "depth RMSE in m (5 seeds)",
     ),
     Panel(
-        "nyuv2_policies",
+        "nyuv2_gpu_policies",
         "ridge/depth_rmse",
         3,
         FRAMES,
-        "NYUv2, a learned masking policy",
+        "NYUv2 at equal seconds, every row tuned",
         "depth RMSE in m (5 seeds)",
     ),
 )
