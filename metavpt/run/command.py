@@ -41,6 +41,7 @@ from metavpt.training.engine import make_fabric
 from metavpt.training.signals import Stopped, StopRequest
 from metavpt.training.trainer import Trainer
 
+DATA_SHARE, LEAST_SECONDS = 0.2, 10.0  # of the training time, from which on data is worth a hint
 # Options that do not change the result of a run.
 NOT_CONFIGURATION = (
     *("resume", "output", "minimise", "metrics", "tracker", "allow_targets", "allow_env"),
@@ -141,6 +142,8 @@ def _train_and_report(
         sys.exit(stopped.status)
     if collectives.rank() == 0:
         console.print(summary(folder))
+        if hint := data_hint(read_log(folder / "metrics.jsonl"), cfg.problem.get("num_workers")):
+            console.print(hint, soft_wrap=True, highlight=False)
         console.print(f"report: {report.write_report(folder)}")
     return metrics
 
@@ -301,10 +304,7 @@ def spending(records: list[Record]) -> list[str]:
     throughput = list(series_of(records, "train").get("samples_per_s", {}).values())
     if throughput:
         lines.append(f"throughput: {throughput[-1]:.0f} samples/s")
-    times = next(
-        (record["seconds"] for record in reversed(records) if record.get("kind") == "time"), {}
-    )
-    training = {purpose: seconds for purpose, seconds in times.items() if purpose not in UNCOUNTED}
+    training = _training_seconds(records)
     total = sum(training.values())
     if total:
         shares = sorted(training.items(), key=lambda item: -item[1])
@@ -317,6 +317,31 @@ def spending(records: list[Record]) -> list[str]:
             )
         )
     return lines
+
+
+def data_hint(records: list[Record], num_workers: int | None) -> str | None:
+    """Return the option that helps a run that waits for its data.
+
+    Args:
+        records: The log of the run.
+        num_workers: `problem.num_workers`; None if the problem has no such option.
+    """
+    training = _training_seconds(records)
+    waiting, total = training.get("data", 0.0), sum(training.values())
+    if num_workers is None or total < LEAST_SECONDS or waiting < DATA_SHARE * total:
+        return None
+    return (
+        f"data took {waiting / total:.0%} of the training time: problem.num_workers="
+        f"{num_workers + 2} reads it in processes of their own, beside the training"
+    )
+
+
+def _training_seconds(records: list[Record]) -> dict[str, float]:
+    """Return the seconds of each purpose that count as training."""
+    times = next(
+        (record["seconds"] for record in reversed(records) if record.get("kind") == "time"), {}
+    )
+    return {purpose: seconds for purpose, seconds in times.items() if purpose not in UNCOUNTED}
 
 
 @command("run")

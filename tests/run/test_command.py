@@ -18,7 +18,7 @@ from rich.console import Console
 
 from metavpt.errors import MetaVPTError
 from metavpt.problem import Direction
-from metavpt.run.command import Objective, spending, summary
+from metavpt.run.command import Objective, data_hint, spending, summary
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 OPTIONS = [
@@ -274,6 +274,18 @@ def test_value_trend_throughput_and_shares_of_the_training_time():
         "throughput: 123 samples/s",
         "training time: learner 60%, designer updates 20%, task construction 20%",
     ]
+
+
+def test_a_run_that_waits_for_its_data_names_the_option_that_helps():
+    def run_of(**seconds: float) -> list[dict]:
+        return [{"kind": "time", "step": 8, "seconds": seconds}]
+
+    slow = run_of(learner=12.0, data=8.0, probe=90.0)
+    assert "40%" in data_hint(slow, 0)
+    assert "problem.num_workers=2" in data_hint(slow, 0)
+    assert data_hint(slow, None) is None  # the problem has no such option
+    assert data_hint(run_of(learner=18.0, data=2.0), 0) is None
+    assert data_hint(run_of(learner=0.6, data=0.4), 0) is None  # too short to tell
 
 
 def test_a_run_without_a_designer_says_nothing_of_its_value():
