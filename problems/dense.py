@@ -14,8 +14,14 @@ from torch.utils.data import ConcatDataset, Dataset
 from typing_extensions import override
 
 from metavpt.data.dense import DenseData
-from metavpt.data.loader import EndlessBatches, FrameLoader, ImageLoader, JointLoader
-from metavpt.data.unreadable import Readable, Skips
+from metavpt.data.loader import (
+    EndlessBatches,
+    FrameLoader,
+    ImageLoader,
+    JointLoader,
+    Readable,
+    Skips,
+)
 from metavpt.designers import figures
 from metavpt.distributed import collectives
 from metavpt.distributed.fsdp import Shardable

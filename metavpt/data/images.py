@@ -1,4 +1,4 @@
-"""Unlabelled images from a folder, a zip, an npz, or labelled frames without their labels."""
+"""Unlabelled images: folders, zips, npz files, Hugging Face data sets, and labelled frames."""
 
 import os
 import zipfile
@@ -14,12 +14,13 @@ from torch.utils.data import Dataset
 from metavpt.data import shards
 from metavpt.data.archives import check_unpacked, load_npz
 from metavpt.data.frames import RGBDFrames
-from metavpt.data.hub_images import PREFIX, HubImages, is_saved
 from metavpt.data.overlap import Encoded, encoded_file
 from metavpt.data.photo import SUFFIXES, decode, fit, is_image
-from metavpt.errors import MetaVPTError, reading
+from metavpt.errors import MetaVPTError, brief, reading
 
 MAX_MEMBER = 2**28  # bytes that an encoded image may take
+HUB_PREFIX = "hf:"
+SAVED_BY_DATASETS = ("dataset_dict.json", "state.json")  # in a folder of save_to_disk
 
 
 def open_images(path: Path, size: tuple[int, int]) -> Dataset[Tensor]:
@@ -33,7 +34,7 @@ def open_images(path: Path, size: tuple[int, int]) -> Dataset[Tensor]:
     """
     if path.suffix == ".tar":
         return shards.Shards(shards.find_shards(str(path)), size)
-    if str(path).startswith(PREFIX) or is_saved(path):
+    if str(path).startswith(HUB_PREFIX) or _is_saved_by_datasets(path):
         return HubImages(str(path), size)
     if not path.exists():
         raise MetaVPTError(
@@ -146,6 +147,59 @@ class NpzImages(Dataset[Tensor]):
         )
 
 
+class HubImages(Dataset[Tensor]):
+    """The images of a Hugging Face data set: uint8 (3, *size). Labels are not read.
+
+    The data set is mapped into memory, so every image is one read away. A set of the hub is
+    downloaded once into the cache of `datasets`: a true stream would have a shuffle buffer that no
+    checkpoint holds.
+
+    Args:
+        source: A folder of `save_to_disk`, or hf:owner/name or hf:owner/name:split for a set of the
+            hub. The split is `train`, unless it is named or the only one.
+        size: (H, W). Images are scaled to cover it and cropped around the centre.
+
+    Raises:
+        MetaVPTError: The package datasets is missing, or the set cannot be had, or has no images.
+    """
+
+    def __init__(self, source: str, size: tuple[int, int]) -> None:
+        try:
+            import datasets
+        except ImportError:
+            raise MetaVPTError(
+                f"data.unlabelled: {source}: Hugging Face data sets need the package datasets: pip "
+                "install datasets"
+            ) from None
+        self.source, self.size = source, size
+        found = _load_data_set(datasets, source)
+        columns = [
+            name for name, kind in found.features.items() if isinstance(kind, datasets.Image)
+        ]
+        if not columns:
+            raise MetaVPTError(
+                f"data.unlabelled: {source}: has no column of images (it has "
+                f"{', '.join(found.features)})"
+            )
+        self.column = columns[0]
+        as_bytes = datasets.Image(decode=False)
+        self.rows = found.select_columns([self.column]).cast_column(self.column, as_bytes)
+        if not len(self.rows):
+            raise MetaVPTError(f"data.unlabelled: {source}: holds no image")
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> Tensor:
+        name = f"{self.source}: image {index}"
+        image: Any = self.rows[index][self.column]
+        try:
+            data = image["bytes"] or Path(image["path"]).read_bytes()
+        except (OSError, TypeError) as error:
+            raise MetaVPTError(f"{name}: cannot be read ({brief(error)})") from None
+        return fit(decode(data, name), self.size)
+
+
 class FrameImages(Dataset[Tensor]):
     """The images of labelled frames, without their labels."""
 
@@ -221,3 +275,30 @@ def _check_joined(path: Path, jpeg: np.ndarray, offsets: np.ndarray) -> None:
         raise MetaVPTError(
             f"{path}: offsets must rise from 0 to at most the {len(jpeg)} bytes of jpeg"
         )
+
+
+def _is_saved_by_datasets(folder: Path) -> bool:
+    """Return whether `save_to_disk` wrote this folder."""
+    return any((folder / name).is_file() for name in SAVED_BY_DATASETS)
+
+
+def _load_data_set(datasets: Any, source: str) -> Any:
+    name, _, split = source.removeprefix(HUB_PREFIX).partition(":")
+    try:
+        if not source.startswith(HUB_PREFIX):
+            found = datasets.load_from_disk(source)
+        else:
+            found = datasets.load_dataset(name, split=split or None)
+    except Exception as error:  # of several libraries: no network, no such name, a damaged file
+        raise MetaVPTError(
+            f"data.unlabelled: {source}: the data set cannot be had ({brief(error)}); check its "
+            "name and split"
+        ) from error
+    if not isinstance(found, dict):
+        return found
+    if len(found) > 1 and "train" not in found:
+        raise MetaVPTError(
+            f"data.unlabelled: {source}: has no split train, but {', '.join(found)}; name one, as "
+            "in hf:owner/name:split, or the folder of one"
+        )
+    return found["train"] if "train" in found else next(iter(found.values()))

@@ -21,8 +21,8 @@ from metavpt.cli.one_line_errors import reporting
 from metavpt.data.ade20k import ADE20K
 from metavpt.data.images import open_images
 from metavpt.data.language import _say
+from metavpt.data.loader import Readable, Skips
 from metavpt.data.shards import Shards
-from metavpt.data.unreadable import Readable, Skips
 from metavpt.errors import MetaVPTError
 from metavpt.training.run_folder import newest_state
 from metavpt.training.run_log import RunLog

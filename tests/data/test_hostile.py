@@ -18,9 +18,9 @@ from PIL import Image
 from metavpt.data.ade20k import ADE20K
 from metavpt.data.classified import open_classified
 from metavpt.data.images import open_images
+from metavpt.data.loader import Readable, Skips
 from metavpt.data.nyuv2 import open_nyuv2
 from metavpt.data.photo import decode, fit
-from metavpt.data.unreadable import Readable, Skips
 from metavpt.errors import MetaVPTError
 from metavpt.report.gallery import gallery
 from metavpt.training.streams import time_limit

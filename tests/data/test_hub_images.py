@@ -11,8 +11,7 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from metavpt.data.hub_images import HubImages
-from metavpt.data.images import open_images
+from metavpt.data.images import HubImages, open_images
 from metavpt.data.photo import fit
 from metavpt.errors import MetaVPTError
 

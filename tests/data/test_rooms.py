@@ -5,7 +5,7 @@ import pytest
 
 from metavpt.data import rooms
 from metavpt.data.nyuv2 import NYUv2Mat
-from metavpt.data.rooms import CLASS, CLASS_NAMES, generate_room, rooms_file
+from metavpt.data.rooms import CLASS, CLASS_NAMES, PATTERNS, Texture, generate_room, rooms_file
 from metavpt.errors import MetaVPTError
 
 SIZE = (24, 32)
@@ -192,3 +192,30 @@ def test_bad_requests_are_named(tmp_path: Path):
     (tmp_path / "file").write_text("")
     with pytest.raises(MetaVPTError, match="METAVPT_CACHE"):
         rooms_file(tmp_path / "file", 2, SIZE)
+
+
+@pytest.mark.parametrize("kind", PATTERNS)
+def test_texture_mixes_its_two_colours(kind: str) -> None:
+    colours = np.array([[0.0, 0.2, 1.0], [1.0, 0.4, 0.0]], dtype=np.float32)
+    phases = np.random.default_rng(0).normal(size=(4, 3)).astype(np.float32)
+    uv = np.random.default_rng(1).uniform(-3, 3, (500, 2)).astype(np.float32)
+    found = Texture(kind, colours, 0.3, 0.7, phases)(uv)
+    assert found.shape == (500, 3)
+    mix = found[:, 0]
+    assert ((mix >= -1e-6) & (mix <= 1 + 1e-6)).all()
+    np.testing.assert_allclose(found[:, 1], 0.2 + 0.2 * mix, atol=1e-5)
+    np.testing.assert_allclose(found[:, 2], 1 - mix, atol=1e-5)
+    assert np.ptp(mix) > 0.05
+
+
+def test_plain_texture_has_one_colour() -> None:
+    colour = np.array([0.1, 0.5, 0.9])
+    found = Texture.plain(colour)(np.random.default_rng(0).normal(size=(20, 2)))
+    np.testing.assert_allclose(found, np.tile(colour, (20, 1)), atol=1e-6)
+
+
+def test_random_texture_is_set_by_its_generator() -> None:
+    first, again, other = (Texture.random(np.random.default_rng(seed)) for seed in (3, 3, 4))
+    uv = np.random.default_rng(0).normal(size=(20, 2))
+    np.testing.assert_array_equal(first(uv), again(uv))
+    assert not np.array_equal(first(uv), other(uv))
