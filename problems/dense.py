@@ -35,11 +35,10 @@ from metavpt.learners.trunk_states import TrunkStates
 from metavpt.learners.vit import Backbone, Features, Hidden
 from metavpt.objectives.ijepa import normalized_features
 from metavpt.probes.dense import DenseProbe
+from metavpt.probes.features import SlidingWindow
 from metavpt.probes.heads import Fit
-from metavpt.probes.side_effects import SideEffects
 from metavpt.probes.spectrum import rankme
-from metavpt.probes.summaries import Probe, summarise
-from metavpt.probes.window import SlidingWindow
+from metavpt.probes.summaries import Probe, SideEffects, summarise
 from metavpt.problem import Problem
 from metavpt.strategies.function_space import SupportsFunctionSpace
 from metavpt.training.health import HealthMetric, rank_sign

@@ -1,9 +1,10 @@
-"""The base class of view designers."""
+"""The base class of view designers, and a clamp that lets them leave the recipe."""
 
 from abc import ABC, abstractmethod
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Generator, Tensor, nn
 
 from metavpt.designers.views import MultiCrop, Views
@@ -49,3 +50,12 @@ class Designer(nn.Module, ABC):
     @abstractmethod
     def figures(self, batch: Any, task: Views) -> dict[str, np.ndarray]:
         """Draw `task`, which the whole designer made of `batch`: name -> uint8 (H, W, 3)."""
+
+
+def clamp_to_unit(x: Tensor) -> Tensor:
+    """Return min(max(x, 0), 1), with derivative 1 on [0, 1] including the edges, and 0 outside.
+
+    `torch.clamp` differs between versions in whether it passes a gradient at the edge (2.14 does
+    not). A new designer starts there, and without a gradient it could not leave the recipe.
+    """
+    return torch.where((x >= 0.0) & (x <= 1.0), x, x.detach().clamp(0.0, 1.0))

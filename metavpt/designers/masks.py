@@ -14,8 +14,7 @@ from typing_extensions import override
 
 from metavpt.dense_tasks import colours
 from metavpt.designers import figures
-from metavpt.designers.clamp import clamp_to_unit
-from metavpt.designers.designer import Designer
+from metavpt.designers.designer import Designer, clamp_to_unit
 from metavpt.designers.views import MultiCrop, Views
 from metavpt.distributed import collectives
 from metavpt.errors import MetaVPTError

@@ -9,9 +9,8 @@ import torch
 from torch import Generator, Tensor, nn
 from typing_extensions import override
 
-from metavpt.designers.clamp import clamp_to_unit
 from metavpt.designers.crop import ASPECT_RATIO, Range
-from metavpt.designers.designer import Designer
+from metavpt.designers.designer import Designer, clamp_to_unit
 from metavpt.designers.encoder import ImageEncoder, zero_linear
 from metavpt.designers.histograms import histograms
 from metavpt.designers.views import Knobs, MultiCrop, Views, jitter_range, to_float

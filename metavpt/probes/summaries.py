@@ -1,7 +1,7 @@
-"""Frozen features of whole images, one vector each, for probes other than the dense one."""
+"""Probes of side effects: their interface, several at once, and features of whole images."""
 
-from collections.abc import Callable, Iterable
-from typing import Literal, Protocol
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -11,6 +11,7 @@ from metavpt.data.lazy import Lazy, runs
 from metavpt.distributed import collectives
 from metavpt.errors import MetaVPTError, NonFiniteError
 from metavpt.learners.vit import Features
+from metavpt.problem import Direction
 
 # Images uint8 (B, 3, H, W) of any size -> cls (B, D), patches (B, D, h, w).
 Describe = Callable[[Tensor], Features]
@@ -32,6 +33,55 @@ class Probe(Protocol):
             images: The learner's own unlabelled images, for probes without images of their own.
         """
         ...
+
+
+class SideEffects:
+    """All metrics of several probes. No two probes may share the name of a metric.
+
+    Args:
+        probes: Probes by name.
+    """
+
+    def __init__(self, probes: Mapping[str, Probe] | None = None) -> None:
+        self.probes = dict(probes or {})
+
+    def __call__(self, describe: Describe, images: Dataset[Tensor]) -> dict[str, float]:
+        """Return the metrics of all probes.
+
+        Raises:
+            MetaVPTError: Two probes share the name of a metric.
+        """
+        metrics: dict[str, float] = {}
+        for name, probe in self.probes.items():
+            measured = probe(describe, images)
+            if twice := sorted(metrics.keys() & measured.keys()):
+                raise MetaVPTError(
+                    f"problem.probes.{name}: {twice[0]} is measured by another probe too; give "
+                    "its head another name"
+                )
+            metrics |= measured
+        return metrics
+
+    @property
+    def directions(self) -> dict[str, Direction]:
+        """Return the better direction of each metric, for the probes that state one."""
+        stated: dict[str, Direction] = {}
+        for probe in self.probes.values():
+            stated |= getattr(probe, "directions", {})
+        return stated
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the states of the probes that have one."""
+        return {
+            name: probe.state_dict()  # type: ignore[attr-defined]
+            for name, probe in self.probes.items()
+            if hasattr(probe, "state_dict")
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore what `state_dict` returned."""
+        for name, value in state.items():
+            self.probes[name].load_state_dict(value)  # type: ignore[attr-defined]
 
 
 def check_pool(pool: str) -> None:

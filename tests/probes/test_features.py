@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from metavpt.errors import MetaVPTError
-from metavpt.probes.window import SlidingWindow, starts
+from metavpt.probes.features import SlidingWindow, starts
 
 P = 4  # pixels of a patch
 

@@ -1,6 +1,6 @@
 import torch
 
-from metavpt.designers.clamp import clamp_to_unit
+from metavpt.designers.designer import clamp_to_unit
 
 
 def test_values_are_clamped_and_edges_let_go() -> None:

@@ -5,7 +5,7 @@ import torch
 
 from metavpt.errors import MetaVPTError
 from metavpt.learners.vit import Features
-from metavpt.probes.side_effects import SideEffects
+from metavpt.probes.summaries import SideEffects
 
 NO_IMAGES: Any = ()
 
