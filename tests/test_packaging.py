@@ -78,13 +78,15 @@ def test_every_command_names_the_missing_extra() -> None:
 
 
 def test_vision_needs_no_language() -> None:
-    problems = "from metavpt.problems import data2vec_dense, dino_dense, ijepa_dense, mae_dense"
+    problems = "from metavpt.problems import data2vec_dense, dino_dense, ijepa_dense, mae_dense\n"
+    problems += "import metavpt.compare.command, metavpt.check.command, metavpt.bench.command"
     done = run(problems, "language")
     assert not done.returncode, done.stderr
 
 
 def test_language_needs_no_vision_and_a_problem_without_its_extra_is_one_line() -> None:
-    problems = "from metavpt.problems import lm_gsm8k, sources\nimport metavpt.export.command"
+    problems = "from metavpt.problems import lm_gsm8k, sources\nimport metavpt.export.command\n"
+    problems += "import metavpt.run.command"
     done = run(problems + COMMAND, "vision", argv=("problem=dino", "device=cpu"))
     assert not done.returncode, done.stderr
     assert "status 2" in done.stdout

@@ -141,12 +141,3 @@ def _pools(frames: AbsentFrames, tasks: Sequence[DenseTask], **pools: Any) -> De
         "cpu"
     ):  # the pools are drawn, also where everything else is on the meta device
         return DenseData(frames, tasks, unlabelled=(FRAMES,), **pools)
-
-
-ABSENT = {
-    "metavpt.data.dense.nyuv2_data": "metavpt.data.absent.absent_nyuv2",
-    "metavpt.data.dense.ade20k_data": "metavpt.data.absent.absent_ade20k",
-    "metavpt.data.dense.labelled_data": "metavpt.data.absent.absent_labelled",
-    "metavpt.data.language.LanguageData": "metavpt.data.absent.AbsentLanguage",
-    "metavpt.data.own_text.text_data": "metavpt.data.absent.absent_text",
-}

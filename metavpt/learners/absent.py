@@ -39,10 +39,3 @@ def absent_from_scratch(
 ) -> TokenizedModel:
     """As `from_scratch`, with a vocabulary of the size that is asked for."""
     return TokenizedModel(random_language_model(vocab_size=vocab_size, **model), SILENT)
-
-
-ABSENT = {
-    "metavpt.learners.tokenized.released": "metavpt.learners.absent.absent_model",
-    "metavpt.learners.tokenized.smollm2_135m": "metavpt.learners.absent.absent_model",
-    "metavpt.learners.tokenized.from_scratch": "metavpt.learners.absent.absent_from_scratch",
-}

@@ -18,7 +18,6 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.flop_counter import FlopCounterMode
 
-from metavpt.data import absent as absent_data
 from metavpt.data.language import TokenData
 from metavpt.data.loader import Batch
 from metavpt.data.tokens import TokenBatch
@@ -26,13 +25,21 @@ from metavpt.errors import MetaVPTError
 from metavpt.hypergradients import params
 from metavpt.hypergradients.estimators import OneStep
 from metavpt.hypergradients.linear_targets import LinearProduct
-from metavpt.learners import absent as absent_learners
 from metavpt.problem import supports
 from metavpt.strategies.learned import Learned, tail_loss
 from metavpt.training.schedule import WarmsUp
 from metavpt.training.trainer import Trainer
 
-ABSENT = {**absent_data.ABSENT, **absent_learners.ABSENT}
+ABSENT = {  # by name: their modules need the extras of vision and of language
+    "metavpt.data.dense.nyuv2_data": "metavpt.data.absent.absent_nyuv2",
+    "metavpt.data.dense.ade20k_data": "metavpt.data.absent.absent_ade20k",
+    "metavpt.data.dense.labelled_data": "metavpt.data.absent.absent_labelled",
+    "metavpt.data.language.LanguageData": "metavpt.data.absent.AbsentLanguage",
+    "metavpt.data.own_text.text_data": "metavpt.data.absent.absent_text",
+    "metavpt.learners.tokenized.released": "metavpt.learners.absent.absent_model",
+    "metavpt.learners.tokenized.smollm2_135m": "metavpt.learners.absent.absent_model",
+    "metavpt.learners.tokenized.from_scratch": "metavpt.learners.absent.absent_from_scratch",
+}
 NUM_IMAGES = 2  # images that activations are counted on
 HALF = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
 NOTE = (
