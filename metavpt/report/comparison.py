@@ -1,6 +1,6 @@
 """The page of a comparison: differences to the reference, costs, and curves."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -9,7 +9,7 @@ from markupsafe import Markup
 from metavpt.compare import results
 from metavpt.compare.headline import headline
 from metavpt.compare.paired_statistics import MIN_SEEDS
-from metavpt.compare.table import STEP0, Table
+from metavpt.compare.table import STEP0, Cell, Section, Table
 from metavpt.report import page
 from metavpt.report.curves import Band, bands
 from metavpt.report.first_order import PREDICTIONS, FirstOrder, first_order_chart
@@ -18,7 +18,6 @@ from metavpt.report.logs import warnings
 from metavpt.report.pareto import Point, pareto_axes, pareto_chart
 from metavpt.report.progress import samples_to_reach
 from metavpt.report.rows import Row, read_logs, read_rows, run_folder
-from metavpt.report.standing import standing
 
 NUM_PICTURES = 3  # of one name and row: the first, a middle and the last step
 NUM_POINTS = 100  # of a curve of the designer's value
@@ -29,6 +28,43 @@ PURPOSES = {
     "data": "data",
     "probe": "probes",
 }
+
+
+class Line(NamedTuple):
+    """A line of the table. Step 0 has no row."""
+
+    name: str
+    row: Row | None
+    cell: Cell
+    texts: list[str]
+
+
+class Block(NamedTuple):
+    """The lines of a metric. `scale` is the largest absolute end of an interval."""
+
+    title: str
+    lines: list[Line]
+    scale: float
+
+
+class Standing(NamedTuple):
+    """The parts of a `Table` that the page shows.
+
+    Attributes:
+        header: Headings of the differences. Empty without a reference.
+        steered: A block for each target metric.
+        side_effects: A block for each side-effect metric.
+        cost_header: Headings of the costs.
+        costs: The costs of every finished row.
+        notes: The notes of the table, without failed rows.
+    """
+
+    header: list[str]
+    steered: list[Block]
+    side_effects: list[Block]
+    cost_header: list[str]
+    costs: dict[str, list[str]]
+    notes: list[str]
 
 
 class Reached(NamedTuple):
@@ -81,7 +117,7 @@ def write_comparison_report(folder: Path, reference: str = "fixed") -> Path:
         table=table,
         min_seeds=MIN_SEEDS,
         rows=rows,
-        standing=standing(table, rows),
+        standing=_standing(table, rows),
         seeds=sorted({result.seed for result in found}),
         failed=[result for result in found if result.error is not None],
         curves=list(_curves(table, rows)),
@@ -98,6 +134,45 @@ def write_comparison_report(folder: Path, reference: str = "fixed") -> Path:
             | {f"{row.name}, seed {seed}": log for row in rows for seed, log in row.logs.items()}
         ),
     )
+
+
+def _standing(table: Table, rows: Sequence[Row]) -> Standing:
+    """Return the paired differences of all rows to the reference, one block for each metric."""
+    *metrics, cost = table.sections()
+    blocks = [
+        _block(table, rows, name, section)
+        for name, section in zip((*table.metrics, *table.side_effects), metrics, strict=True)
+    ]
+    failures = tuple(
+        f"{result.row} failed on seed {result.seed}:"
+        for result in table.results
+        if result.error is not None
+    )
+    return Standing(
+        header=metrics[0].header[2:] if metrics else [],
+        steered=blocks[: len(table.metrics)],
+        side_effects=blocks[len(table.metrics) :],
+        cost_header=cost.header[1:],
+        costs={name: texts for name, *texts in cost.lines},
+        notes=[note for note in table.notes if not note.startswith(failures)],
+    )
+
+
+def _block(table: Table, rows: Sequence[Row], metric: str, section: Section) -> Block:
+    by_name = {row.name: row for row in rows}
+    others = [line for line in section.lines if line[0] != table.reference]
+    lines = [
+        Line(name, by_name.get(name), table.cells[name, metric], texts)
+        for name, _, *texts in others
+    ]
+    pairs = [line.cell.paired for line in lines if line.row and line.cell.paired]
+    ends = [
+        abs(end)
+        for pair in pairs
+        for end in (pair.low, pair.high, pair.difference)
+        if end is not None
+    ]
+    return Block(section.title, lines, max(ends, default=0.0))
 
 
 def _matched(folder: Path, rows: list[Row], config: dict[str, Any]) -> str | None:
