@@ -6,11 +6,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers.command_process import finish
+from helpers.command_process import EXAMPLES, WITH_EXAMPLES, finish
 from helpers.small_dino import SMALL, UNET
 from normals import Angles, Normals
-
-EXAMPLES = Path(__file__).parents[1] / "examples"
 
 
 def plane(normal: torch.Tensor, height: int = 12, width: int = 16) -> torch.Tensor:
@@ -54,6 +52,7 @@ def test_they_are_fed_back_and_probed_by_the_command(tmp_path: Path) -> None:
     status, told = finish(
         tmp_path, f"--config-dir={EXAMPLES / 'conf'}", "experiment=normals", *options, *alone,
         f"data.rooms.folder={tmp_path}", "device=cpu", "threads=1", "output=run",
+        environment=WITH_EXAMPLES,
     )  # fmt: skip
     assert status == 0, told
     records = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").open()]

@@ -1,10 +1,9 @@
 """The README's problem: short, shown as it is, and run from a folder outside the repository."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
+
+from helpers import command_process
 
 ROOT = Path(__file__).parents[1]
 SOURCE = (ROOT / "examples" / "channels.py").read_text()
@@ -30,13 +29,10 @@ def test_it_runs_from_anywhere_and_steering_helps(tmp_path):
         ]
         if strategy == "one_step":
             options += ["strategy.optimizer.lr=0.05", "strategy.burn_in=0"]
-        subprocess.run(
-            [sys.executable, "-m", "metavpt.run", "--config-dir", "conf", *options],
-            cwd=tmp_path,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-            check=True,
-            capture_output=True,
+        done = command_process.run(
+            tmp_path, "--config-dir", "conf", *options, environment={"OMP_NUM_THREADS": "1"}
         )
+        assert done.returncode == 0, done.stderr
         assert (tmp_path / strategy / "report.html").stat().st_size > 1000
         records = [
             json.loads(line)

@@ -6,13 +6,11 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from helpers.command_process import finish
+from helpers.command_process import EXAMPLES, WITH_EXAMPLES, finish
 from helpers.small_dino import SMALL
 from tint import Tint
 
 from metavpt.designers.views import MultiCrop
-
-EXAMPLES = Path(__file__).parents[1] / "examples"
 
 
 def test_it_starts_at_the_recipe_and_gains_scale_a_colour() -> None:
@@ -38,6 +36,7 @@ def test_the_command_trains_it(tmp_path: Path) -> None:
         tmp_path, f"--config-dir={EXAMPLES / 'conf'}", *SMALL, "designer=tint", "strategy.every=1",
         "strategy.burn_in=0", "budget.steps=2", f"data.rooms.folder={tmp_path}",
         "device=cpu", "threads=1", "output=run",
+        environment=WITH_EXAMPLES,
     )  # fmt: skip
     assert status == 0, told
     records = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").open()]

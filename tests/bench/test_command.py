@@ -1,36 +1,21 @@
 """python -m metavpt.bench, as a user runs it."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
-EXAMPLES = Path(__file__).parents[2] / "examples"
-
-
-def run(*arguments, folder):
-    environment = {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join([str(EXAMPLES), os.environ.get("PYTHONPATH", "")]),
-        "OMP_NUM_THREADS": "1",
-    }
-    command = [sys.executable, "-m", "metavpt.bench", *arguments]
-    return subprocess.run(
-        command, cwd=folder, env=environment, capture_output=True, text=True, timeout=120
-    )
+from helpers import command_process
 
 
 def test_a_breakdown_is_printed_and_stored(tmp_path):
-    conf = str(EXAMPLES / "conf")
-    done = run(
+    done = command_process.run(
+        tmp_path,
         "--config-dir",
-        conf,
+        str(command_process.EXAMPLES / "conf"),
         "problem=channels",
         "measure.steps=9",
         "strategy.every=4",
         "threads=1",
-        folder=tmp_path,
+        module="bench",
+        environment=command_process.WITH_EXAMPLES,
     )
     assert done.returncode == 0, done.stderr
     assert "measured / lower bound" in done.stdout

@@ -5,14 +5,13 @@ import os
 import re
 import subprocess
 import sys
-from pathlib import Path
 
+from helpers import command_process
+from helpers.command_process import EXAMPLES, WITH_EXAMPLES
 from omegaconf import OmegaConf
 
 from metavpt.check.command import fewer_samples, progress
 from metavpt.cli.console import Console
-
-EXAMPLES = Path(__file__).parents[2] / "examples"
 
 BROKEN = """
 import torch
@@ -25,16 +24,9 @@ class Broken(Channels):
 
 
 def run(*arguments, folder):
-    environment = {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join([str(folder), str(EXAMPLES)]),
-        "OMP_NUM_THREADS": "1",
-        "COLUMNS": "160",
-    }
-    command = [sys.executable, "-m", "metavpt.check", *arguments]
-    return subprocess.run(
-        command, cwd=folder, env=environment, capture_output=True, text=True, timeout=120
-    )
+    places = os.pathsep.join([str(folder), str(EXAMPLES)])
+    environment = {**WITH_EXAMPLES, "PYTHONPATH": places, "COLUMNS": "160"}
+    return command_process.run(folder, *arguments, module="check", environment=environment)
 
 
 def test_a_sound_problem_ends_with_its_verdict_and_status_0():
@@ -90,6 +82,7 @@ def test_large_batches_are_checked_with_fewer_samples():
 
 
 def test_a_wrong_name_is_one_line_and_status_2(tmp_path):
-    done = run("problem=dino_nyu2", folder=tmp_path)
+    command = [sys.executable, "-m", "metavpt.check", "problem=dino_nyu2"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 2
     assert len(done.stderr.splitlines()) == 1

@@ -3,6 +3,7 @@
 import json
 import multiprocessing as mp
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -16,12 +17,17 @@ from helpers.telling import telling
 
 from metavpt.compare import results
 from metavpt.compare.runner import Comparison, Job
+from metavpt.report.rows import run_folder
 
 LEARNED = ["strategy.optimizer.lr=0.1", "strategy.burn_in=0"]
 ROWS = (
     "strategies=[one_step,unrolled,implicit,{again:fixed},"
     "{still:'one_step strategy.optimizer.lr=0'}]"
 )
+SMALL = [
+    *("controls=[]", "strategies=[fixed,{longer: 'fixed budget.steps=7'}]"),
+    *("match=steps", "budget.steps=4"),
+]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
@@ -146,43 +152,56 @@ def test_the_table_and_the_report_are_written_and_printed(finished):
     assert (folder / "rows" / "one_step" / "seed2" / "report.html").is_file()
 
 
-def test_resuming_a_finished_comparison_reruns_nothing_and_new_seeds_are_added(tmp_path):
-    options = ["controls=[]", "strategies=[fixed]", "budget.steps=20"]
-    assert compare(tmp_path / "c", *options, "seeds=[0]").returncode == 0
-    before = (tmp_path / "c" / "rows.jsonl").read_text()
-    done = compare(tmp_path / "c", *options, "seeds=[0,1]", "resume=true")
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    """Two rows of a few steps, the second with a budget of its own."""
+    folder = tmp_path_factory.mktemp("small") / "c"
+    done = compare(folder, *SMALL, "seeds=[0]", "metrics={error: higher}")
+    assert done.returncode == 0, done.printed
+    return folder
+
+
+def test_a_row_may_have_a_budget_of_its_own(small):
+    assert {result.row: result.steps for result in results.read(small)} == {"fixed": 4, "longer": 7}
+    assert "2 rows, seed 0." in (small / "report.html").read_text()  # not "at equal steps"
+
+
+def test_resuming_a_finished_comparison_reruns_nothing_and_new_seeds_are_added(small, tmp_path):
+    before = (small / "rows.jsonl").read_text()
+    shutil.copytree(small, tmp_path / "c")
+    done = compare(tmp_path / "c", *SMALL, "seeds=[0,1]", "resume=true")
     assert done.returncode == 0, done.printed
     after = (tmp_path / "c" / "rows.jsonl").read_text()
     assert after.startswith(before)
-    assert [(result.row, result.seed) for result in results.read(tmp_path / "c")] == [
-        ("fixed", 0),
-        ("fixed", 1),
+    assert sorted((result.row, result.seed) for result in results.read(tmp_path / "c")) == [
+        *(("fixed", 0), ("fixed", 1), ("longer", 0), ("longer", 1)),
     ]
 
 
-def test_a_direction_on_the_command_line_holds_and_may_change_when_the_comparison_goes_on(tmp_path):
-    options = ["controls=[]", "strategies=[fixed]", "seeds=[0]", "budget.steps=5"]
-    table, rows = tmp_path / "c" / "table.md", tmp_path / "c" / "rows.jsonl"
-    done = compare(tmp_path / "c", *options, "metrics={error: higher}")
+def test_a_direction_on_the_command_line_holds_and_may_change_when_the_comparison_goes_on(
+    small, tmp_path
+):
+    assert "error (higher is better)" in (small / "table.md").read_text()
+    shutil.copytree(small, tmp_path / "c")
+    done = compare(tmp_path / "c", *SMALL, "seeds=[0]", "metrics={error: lower}", "resume=true")
     assert done.returncode == 0, done.printed
-    before = rows.read_text()
-    assert "error (higher is better)" in table.read_text()
-    done = compare(tmp_path / "c", *options, "metrics={error: lower}", "resume=true")
-    assert done.returncode == 0, done.printed
-    assert "error (lower is better)" in table.read_text()
-    assert rows.read_text() == before
+    assert "error (lower is better)" in (tmp_path / "c" / "table.md").read_text()
+    assert (tmp_path / "c" / "rows.jsonl").read_text() == (small / "rows.jsonl").read_text()
 
 
-def test_an_interrupted_comparison_goes_on_to_the_same_numbers(tmp_path):
-    options = [
-        "controls=[fixed]",
-        "strategies=[one_step]",
-        "seeds=[0,1]",
-        "budget.steps=400",
-        "trainer.checkpoint_every=20",
-        *LEARNED,
-    ]
-    assert compare(tmp_path / "whole", *options).returncode == 0
+def test_the_folder_of_another_comparison_is_left_alone(small):
+    options = [*SMALL, "seeds=[0]", "metrics={error: higher}"]
+    files = {path: path.read_bytes() for path in small.rglob("*") if path.is_file()}
+    assert "not empty" in error_of(compare(small, *options))
+    for other in (["problem.noise=3"], ["strategies=[fixed]", "match=samples", "budget.samples=9"]):
+        assert "another configuration" in error_of(compare(small, *options, "resume=true", *other))
+    assert {path: path.read_bytes() for path in small.rglob("*") if path.is_file()} == files
+
+
+def test_an_interrupted_comparison_goes_on_to_the_same_numbers(found, tmp_path):
+    """The first part by a start of Python, which is killed."""
+    options = ["controls=[fixed]", "strategies=[one_step]", "seeds=[0,1]", *LEARNED]
+    options += ["trainer.checkpoint_every=20"]
     running = subprocess.Popen(
         [sys.executable, "-m", "metavpt.compare", *arguments(tmp_path / "cut", *options)],
         env=ENVIRONMENT,
@@ -201,147 +220,99 @@ def test_an_interrupted_comparison_goes_on_to_the_same_numbers(tmp_path):
     assert len(cut) < 4
     done = compare(tmp_path / "cut", *options, "resume=true")
     assert done.returncode == 0, done.printed
-    whole = {
-        (r.row, r.seed): (r.metrics, r.steps, r.samples, r.grad_evals)
-        for r in results.read(tmp_path / "whole")
-    }
-    assert {
-        (r.row, r.seed): (r.metrics, r.steps, r.samples, r.grad_evals)
-        for r in results.read(tmp_path / "cut")
-    } == whole
+    went_on = {(result.row, result.seed): result for result in results.read(tmp_path / "cut")}
+    assert went_on.keys() == {(row, seed) for row in ("fixed", "one_step") for seed in (0, 1)}
+    for job, result in went_on.items():
+        for name in ("metrics", "steps", "samples", "grad_evals"):
+            assert getattr(result, name) == getattr(found[job], name), (job, name)
 
 
-def test_a_row_may_have_a_budget_of_its_own(tmp_path):
-    options = [
-        "controls=[fixed]",
-        "strategies=[{longer: 'fixed budget.steps=7'}]",
-        "seeds=[0]",
-        "match=steps",
-        "budget.steps=4",
-    ]
-    assert compare(tmp_path / "c", *options).returncode == 0
-    assert {result.row: result.steps for result in results.read(tmp_path / "c")} == {
-        "fixed": 4,
-        "longer": 7,
-    }
-    assert "2 rows, seed 0." in (tmp_path / "c" / "report.html").read_text()  # not "at equal steps"
-
-
-def test_a_budget_in_seconds_ends_with_the_step_that_reaches_it(tmp_path):
-    options = [
-        "controls=[]",
-        "strategies=[fixed,one_step]",
-        "seeds=[0]",
-        "match=seconds",
-        "budget.seconds=0.5",
-        "trainer.log_every=1",
-    ]
-    done = compare(tmp_path / "c", *options)
+@pytest.fixture(scope="module")
+def timed(tmp_path_factory):
+    """Rows of equal seconds, the learned one repeated over a key."""
+    folder = tmp_path_factory.mktemp("timed") / "c"
+    done = compare(
+        folder,
+        *("controls=[fixed]", "strategies=[one_step]", "vary={problem.noise:[0.5,2]}"),
+        *("seeds=[0]", "match=seconds", "budget.seconds=0.5", "trainer.log_every=1"),
+    )
     assert done.returncode == 0, done.printed
-    for result in results.read(tmp_path / "c"):
-        log = (
-            (tmp_path / "c" / "rows" / result.row / "seed0" / "metrics.jsonl")
-            .read_text()
-            .splitlines()
-        )
-        seconds = [
-            record["seconds"] for record in map(json.loads, log) if record["kind"] == "train"
-        ]
+    return folder
+
+
+def test_a_budget_in_seconds_ends_with_the_step_that_reaches_it(timed):
+    for result in results.read(timed):
+        log = (run_folder(timed, result.row, 0) / "metrics.jsonl").read_text().splitlines()
+        records = [record for record in map(json.loads, log) if record["kind"] == "train"]
+        seconds = [record["seconds"] for record in records]
         assert len(seconds) == result.steps
         assert seconds[-2] < 0.5 <= result.seconds
-        assert (
-            abs(
-                sum(value for name, value in result.times.items() if name != "probe")
-                - result.seconds
-            )
-            < 1e-9
-        )
+        counted = sum(value for name, value in result.times.items() if name != "probe")
+        assert abs(counted - result.seconds) < 1e-9
 
 
-def test_a_row_that_fails_is_reported_and_the_others_go_on(tmp_path):
-    done = compare(
-        tmp_path / "c",
-        "controls=[]",
-        "strategies=[{broken:'one_step +strategy.estimator.num_batches=0'},fixed]",
-        "seeds=[0]",
-    )
-    assert done.returncode == 2
-    assert "num_batches=0" in done.printed
-    rows = {result.row: result for result in results.read(tmp_path / "c")}
-    assert "num_batches=0" in (rows["broken"].error or "")
-    assert rows["fixed"].error is None
-    assert "num_batches=0" in (tmp_path / "c" / "table.md").read_text()
+def test_rows_are_repeated_over_the_values_of_a_key(timed):
+    assert sorted(result.row for result in results.read(timed)) == [
+        *("fixed", "one_step problem.noise=0.5", "one_step problem.noise=2"),
+    ]
 
 
-def test_rows_are_repeated_over_the_values_of_a_key(tmp_path):
-    done = compare(
-        tmp_path / "c",
-        "controls=[fixed]",
-        "strategies=[one_step]",
-        "seeds=[0]",
-        "budget.steps=10",
-        "vary={problem.noise:[0.5,2]}",
-    )
-    assert done.returncode == 0, done.printed
-    assert [result.row for result in results.read(tmp_path / "c")].count("fixed") == 1
-    assert {result.row for result in results.read(tmp_path / "c")} == {
-        "fixed",
-        "one_step problem.noise=0.5",
-        "one_step problem.noise=2",
+@pytest.fixture(scope="module")
+def warm(tmp_path_factory):
+    """Rows from a trained warm start, four of which fail: what was printed, and the results."""
+    folder = tmp_path_factory.mktemp("warm") / "c"
+    rows = {
+        "three": "one_step problem.num_sources=3",  # another shape of phi
+        "broken": "one_step +strategy.estimator.num_batches=0",
+        "never": "one_step strategy.every=0",
+        "narrow": "one_step problem.num_inputs=8",
+        "tiny": "fixed budget.samples=10",
     }
-
-
-def test_a_shared_warm_start_is_trained_once_and_begins_every_row(tmp_path):
+    named = ",".join(f"{{{name}: '{row}'}}" for name, row in rows.items())
     done = compare(
-        tmp_path / "c",
-        "controls=[fixed]",
-        "strategies=[one_step]",
-        "seeds=[0]",
-        "budget.steps=10",
-        "warm_start=50",
+        folder,
+        *("controls=[fixed]", f"strategies=[one_step,{named}]", "seeds=[0]", "warm_start=50"),
+        *("match=samples", "budget.samples=640"),
     )
-    assert done.returncode == 0, done.printed
-    log = (tmp_path / "c" / "warm" / "seed0" / "metrics.jsonl").read_text().splitlines()
+    assert done.returncode == 2, done.printed
+    return folder, " ".join(done.printed.split()), {r.row: r for r in results.read(folder)}
+
+
+def test_a_shared_warm_start_is_trained_once_and_begins_every_row(warm):
+    folder, _, rows = warm
+    log = (folder / "warm" / "seed0" / "metrics.jsonl").read_text().splitlines()
     probes = [record for record in map(json.loads, log) if record["kind"] == "probe"]
     assert [probe["step"] for probe in probes] == [0, 50]
-    assert all(result.step0 == probes[-1]["metrics"] for result in results.read(tmp_path / "c"))
+    assert all(rows[name].step0 == probes[-1]["metrics"] for name in ("fixed", "one_step", "three"))
     assert probes[-1]["metrics"]["error"] < probes[0]["metrics"]["error"]
 
 
-def test_rows_with_designers_of_their_own_begin_at_the_same_warm_start(tmp_path):
-    # weights of three sources: another shape of phi
-    rows = "strategies=[one_step,{three: 'one_step problem.num_sources=3'}]"
-    done = compare(
-        tmp_path / "c", "controls=[]", rows, "seeds=[0]", "budget.steps=10", "warm_start=5"
-    )
-    assert done.returncode == 0, done.printed
-    one, other = results.read(tmp_path / "c")
-    assert one.step0 == other.step0
-    assert not one.error
-    assert not other.error
-
-
-def test_a_row_whose_learner_is_built_otherwise_than_the_warm_start_says_so_in_one_line(tmp_path):
-    rows = "strategies=[{narrow: 'one_step problem.num_inputs=8'}]"
-    compare(tmp_path / "c", "controls=[fixed]", rows, "seeds=[0]", "budget.steps=5")
-    errors = {result.row: result.error for result in results.read(tmp_path / "c")}
-    assert errors["fixed"] is None
-    assert "warm start" in errors["narrow"]
-    assert "size mismatch" in errors["narrow"]
-    assert "\n" not in errors["narrow"]
-    assert len(errors["narrow"]) < 400
-
-
-def test_a_row_that_cannot_be_built_says_why_in_one_line_and_the_others_go_on(tmp_path):
-    rows = "strategies=[{never: 'one_step strategy.every=0'}]"
-    done = compare(tmp_path / "c", "controls=[fixed]", rows, "seeds=[0]", "budget.steps=5")
-    errors = {result.row: result.error for result in results.read(tmp_path / "c")}
-    assert errors == {
-        "fixed": None,
-        "never": "strategy: every=0 must be at least 1 and burn_in=0.1 a number of steps, "
-        "or a share of the budget below 1",
+def test_rows_that_fail_are_reported_and_the_others_go_on(warm):
+    _, _, rows = warm
+    assert {name for name, row in rows.items() if row.error is None} == {
+        *("fixed", "one_step", "three"),
     }
-    assert "never failed on seed 0" in " ".join(done.printed.split())
+    assert {rows[name].steps for name in ("fixed", "one_step", "three")} == {10}
+
+
+@pytest.mark.parametrize(
+    ("row", "words"),
+    [
+        ("broken", ["num_batches=0"]),
+        ("never", ["strategy: every=0 must be at least 1 and burn_in=0.1 a number of steps, or a"]),
+        ("narrow", ["warm start", "size mismatch"]),  # its learner is built otherwise
+        ("tiny", ["budget.samples=10: no step fits, the first one took 64"]),
+    ],
+)
+def test_a_row_that_fails_says_why_in_one_line(warm, row, words):
+    folder, printed, rows = warm
+    error = rows[row].error
+    assert all(word in error for word in words), error
+    assert "\n" not in error
+    assert len(error) < 400
+    assert f"{row} failed on seed 0" in printed
+    assert all(word in printed for word in words), printed
+    assert all(word in (folder / "table.md").read_text() for word in words)
 
 
 BAD = {
@@ -379,40 +350,3 @@ def test_rows_start_their_loading_processes_as_a_run_does(tmp_path):
         tmp_path, [warm, Job("fixed", 0, tmp_path / "row", build, warm=warm.folder)]
     ).run()
     assert result.metrics == {"as asked": 1.0}, result.error
-
-
-def test_a_budget_that_no_step_fits(tmp_path):
-    done = compare(
-        tmp_path / "c",
-        "controls=[]",
-        "strategies=[fixed]",
-        "seeds=[0]",
-        "match=samples",
-        "budget.samples=10",
-    )
-    assert done.returncode == 2
-    printed = " ".join(done.printed.split())
-    assert "budget.samples=10: no step fits, the first one took 64" in printed
-
-
-def test_the_folder_of_another_comparison_is_left_alone(tmp_path):
-    options = ["controls=[]", "strategies=[fixed]", "seeds=[0]", "budget.steps=5"]
-    assert compare(tmp_path / "c", *options).returncode == 0
-    files = {path: path.read_bytes() for path in (tmp_path / "c").rglob("*") if path.is_file()}
-    assert "not empty" in error_of(compare(tmp_path / "c", *options))
-    assert "another configuration" in error_of(
-        compare(tmp_path / "c", *options, "resume=true", "problem.noise=3")
-    )
-    assert "another configuration" in error_of(
-        compare(
-            tmp_path / "c",
-            "resume=true",
-            *options[:3],
-            "budget.steps=5",
-            "match=samples",
-            "budget.samples=640",
-        )
-    )
-    assert {
-        path: path.read_bytes() for path in (tmp_path / "c").rglob("*") if path.is_file()
-    } == files

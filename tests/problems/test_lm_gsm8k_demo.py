@@ -2,11 +2,10 @@
 
 import re
 import shlex
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from helpers import command_process
 from helpers.html_page import Page
 from hydra import compose, initialize_config_module
 
@@ -66,18 +65,8 @@ def test_it_runs_in_small_and_reports_answers_and_targets(
         tmp_path / "comparison",
         ["strategies=[one_step_linear,tilt]", "controls=[fixed]", "warm_start=1", "budget.steps=2"],
     )
-    command = [
-        sys.executable,
-        "-m",
-        "metavpt.compare",
-        *options,
-        *SMALL,
-        *less,
-        "jobs=1",
-        "threads=1",
-        f"output={folder}",
-    ]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    small = [*options, *SMALL, *less, "jobs=1", "threads=1", f"output={folder}"]
+    done = command_process.run(tmp_path, *small, module="compare", seconds=300)
     assert done.returncode == 0, done.stderr
     found = {result.row: result for result in results.read(folder)}
     assert found.keys() == {"fixed", "one_step_linear", "tilt"}

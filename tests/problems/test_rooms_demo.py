@@ -2,11 +2,10 @@
 
 import re
 import shlex
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from helpers import command_process
 from hydra import compose, initialize_config_module
 
 from metavpt.compare import command, results
@@ -57,8 +56,7 @@ def test_it_runs_in_small_and_prints_both_rows(options: list[str], tmp_path: Pat
         "threads=1",
         f"output={folder}",
     ]
-    command = [sys.executable, "-m", "metavpt.compare", *options, *small]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    done = command_process.run(tmp_path, *options, *small, module="compare", seconds=300)
     assert done.returncode == 0, done.stderr
     found = {result.row: result for result in results.read(folder)}
     assert found.keys() == {"fixed", "functional"}

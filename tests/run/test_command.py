@@ -8,25 +8,24 @@ import subprocess
 import sys
 import time
 import zipfile
-from pathlib import Path
 
 import h5py
 import numpy as np
 import pytest
 import torch
+from helpers import command_process
 from rich.console import Console
 
 from metavpt.errors import MetaVPTError
 from metavpt.problem import Direction
 from metavpt.run.command import Objective, data_hint, spending, summary
 
-EXAMPLES = Path(__file__).parents[2] / "examples"
 OPTIONS = [
     "problem=channels",
     "strategy=one_step",
     "strategy.burn_in=0",
-    "budget.steps=400",
-    "trainer.checkpoint_every=20",
+    "budget.steps=200",
+    "trainer.checkpoint_every=10",
     "trainer.log_every=5",
 ]
 SMALL_DINO = [
@@ -38,39 +37,19 @@ SMALL_DINO = [
 ]  # fmt: skip
 
 
-def start(folder, *options, **popen):
-    command = [
-        sys.executable,
-        "-m",
-        "metavpt.run",
+def start(folder, *options, how=command_process.start):
+    return how(
+        folder,
         "--config-dir",
-        str(EXAMPLES / "conf"),
+        str(command_process.EXAMPLES / "conf"),
         *options,
-    ]
-    environment = {
-        **os.environ,
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": os.pathsep.join(
-            [str(EXAMPLES), *filter(None, [os.environ.get("PYTHONPATH")])]
-        ),
-        "METAVPT_CACHE": str(folder / "cache"),
-        "HF_HUB_OFFLINE": "1",
-    }
-    return subprocess.Popen(
-        command,
-        cwd=folder,
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        **popen,
+        environment={**command_process.WITH_EXAMPLES, "METAVPT_CACHE": str(folder / "cache")},
     )
 
 
 def run(folder, *options):
-    process = start(folder, *options)
-    out, err = process.communicate(timeout=120)
-    return process.returncode, out, err
+    done = start(folder, *options, how=command_process.run)
+    return done.returncode, done.stdout, done.stderr
 
 
 def final_weights(folder):
@@ -88,13 +67,12 @@ def measured(folder):
 def test_kill_9_and_resume_equals_the_uninterrupted_run_bit_for_bit(tmp_path):
     assert run(tmp_path, *OPTIONS, "output=whole")[0] == 0
     killed = start(tmp_path, *OPTIONS, "output=parts")
-    while killed.poll() is None and not list(
-        (tmp_path / "parts" / "checkpoints").glob("step-*.pt")
-    ):
+    while killed.is_alive() and not list((tmp_path / "parts" / "checkpoints").glob("step-*.pt")):
         time.sleep(0.005)
-    killed.send_signal(signal.SIGKILL)
-    assert killed.wait() == -signal.SIGKILL
-    assert final_weights(tmp_path / "parts")["budget"]["steps"] < 400
+    killed.kill()
+    killed.join()
+    assert killed.exitcode == -signal.SIGKILL
+    assert final_weights(tmp_path / "parts")["budget"]["steps"] < 200
     status, out, err = run(tmp_path, *OPTIONS, "output=parts", "resume=true")
     assert status == 0, err
     whole, parts = (final_weights(tmp_path / name) for name in ("whole", "parts"))
@@ -200,10 +178,6 @@ BAD = {
         lambda folder: [f"data.path={mat(folder / 'a.mat')}", "problem.feature_size=[16,20]"],
         ["16x20", "8x8"],
     ),
-    "no_network": (
-        lambda folder: ["backbone=vit_small_dinov3", f"data.path={mat(folder / 'a.mat')}"],
-        ["vit_small_patch16_dinov3", "weights="],
-    ),
     "foreign_weights": (foreign_checkpoint, ["other.pt", "vit_tiny_dinov3"]),
     "budget_without_limit": (
         lambda folder: ["budget.steps=null", f"data.path={mat(folder / 'a.mat')}"],
@@ -216,6 +190,12 @@ BAD = {
 }
 
 
+def assert_one_line(err, *words):
+    lines = [line for line in err.splitlines() if line.strip() and not line.startswith("data:")]
+    assert len(lines) == 1, err
+    assert all(word in lines[0] for word in words), lines[0]
+
+
 @pytest.mark.parametrize(("make", "words"), BAD.values(), ids=BAD)
 def test_bad_input_is_one_clear_line_and_leaves_nothing_behind(tmp_path, make, words):
     options = make(tmp_path)
@@ -226,13 +206,30 @@ def test_bad_input_is_one_clear_line_and_leaves_nothing_behind(tmp_path, make, w
     )
     before = {path for path in tmp_path.rglob("*") if "cache" not in path.parts}
     status, _, err = run(tmp_path, *base, *options)
-    lines = [line for line in err.splitlines() if line.strip() and not line.startswith("data:")]
     assert status == 2, err
-    assert len(lines) == 1, err
-    assert all(word in lines[0] for word in words), lines[0]
+    assert_one_line(err, *words)
     left = {path for path in tmp_path.rglob("*") if "cache" not in path.parts} - before
     assert not [path for path in left if path.is_file()]
     assert not left - {tmp_path / "runs"}
+
+
+def test_without_a_network_the_missing_weights_are_named(tmp_path):
+    """A start of Python: transformers' hub reads the variable at import."""
+    options = [
+        "problem=dino_masks",
+        "backbone=vit_small_dinov3",
+        f"data.path={mat(tmp_path / 'a')}",
+    ]
+    done = subprocess.run(
+        [sys.executable, "-m", "metavpt.run", *options],
+        cwd=tmp_path,
+        env={**os.environ, "HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2, done.stderr
+    assert_one_line(done.stderr, "vit_small_patch16_dinov3", "weights=")
+    assert not list(tmp_path.rglob("config.yaml"))
 
 
 def test_a_checkpoint_of_another_model_is_named(tmp_path):

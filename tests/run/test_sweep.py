@@ -3,13 +3,11 @@
 import csv
 import json
 import math
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import yaml
+from helpers import command_process
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import IntervalSweep
 from hydra.errors import MissingConfigException
@@ -18,22 +16,16 @@ from metavpt.cli.one_line_errors import reporting
 from metavpt.run.sweep import Job, experiment
 
 ROOT = Path(__file__).parents[2]
-EXAMPLES = ROOT / "examples"
 PROBLEM = ["problem=channels", "strategy.burn_in=0", "budget.steps=12", "trainer.log_every=5"]
 
 
 def run(folder, *options):
-    command = [
-        sys.executable,
-        "-m",
-        "metavpt.run",
-        "--config-dir",
-        str(EXAMPLES / "conf"),
-        *options,
-    ]
-    environment = {**os.environ, "PYTHONPATH": str(EXAMPLES), "OMP_NUM_THREADS": "1"}
-    return subprocess.run(
-        command, cwd=folder, env=environment, capture_output=True, text=True, timeout=240
+    conf = str(command_process.EXAMPLES / "conf")
+    return command_process.run(
+        folder,
+        *("--config-dir", conf, *options),
+        environment=command_process.WITH_EXAMPLES,
+        seconds=240,
     )
 
 
