@@ -3,6 +3,9 @@
 import csv
 import json
 import math
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -29,9 +32,22 @@ def run(folder, *options):
     )
 
 
-def sweep(folder, *options):
+def run_apart(folder, *options):
+    """As `run`, by a start of Python, at whose end joblib's workers end too."""
+    conf = str(command_process.EXAMPLES / "conf")
+    return subprocess.run(
+        [sys.executable, "-m", "metavpt.run", "--config-dir", conf, *options],
+        cwd=folder,
+        env={**os.environ, **command_process.WITH_EXAMPLES},
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+
+
+def sweep(folder, *options, by=run):
     """Folder and table (a list of rows) of a sweep that ends well."""
-    done = run(folder, "-m", *PROBLEM, *options)
+    done = by(folder, "-m", *PROBLEM, *options)
     assert done.returncode == 0, done.stderr
     (made,) = (folder / "runs").glob("sweep-*")
     with (made / "table.csv").open() as file:
@@ -106,6 +122,7 @@ def test_optuna_minimises_the_objective_over_a_log_range_two_jobs_at_a_time(tmp_
         *options,
         "trainer.optimizer.lr=tag(log,interval(1e-4,1e-1))",
         "minimise=useful_mse",
+        by=run_apart,
     )
     assert sorted(row["job"] for row in rows) == ["0", "1", "2"]
     values = [float(row["objective"]) for row in rows]
