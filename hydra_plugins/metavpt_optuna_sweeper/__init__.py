@@ -49,7 +49,8 @@ class OptunaSweeper(Sweeper):
         params: DictConfig | None = None,
     ) -> None:
         self.sampler, self.n_trials, self.n_jobs = sampler, n_trials, n_jobs
-        self.direction, self.storage, self.study_name = direction, storage, study_name
+        self.direction: Literal["minimize", "maximize"] = direction
+        self.storage, self.study_name = storage, study_name
         self.params = params
 
     @override
