@@ -30,6 +30,7 @@ from metavpt.distributed import collectives
 from metavpt.errors import MetaVPTError, NonFiniteError
 from metavpt.problem import Directions, sign
 from metavpt.report import Record, read_log, series_of, summary_rows
+from metavpt.report.logs import times
 from metavpt.report.run import steering
 from metavpt.run import dry_run
 from metavpt.training import health, run_folder
@@ -338,10 +339,9 @@ def data_hint(records: list[Record], num_workers: int | None) -> str | None:
 
 def _training_seconds(records: list[Record]) -> dict[str, float]:
     """Return the seconds of each purpose that count as training."""
-    times = next(
-        (record["seconds"] for record in reversed(records) if record.get("kind") == "time"), {}
-    )
-    return {purpose: seconds for purpose, seconds in times.items() if purpose not in UNCOUNTED}
+    return {
+        purpose: seconds for purpose, seconds in times(records).items() if purpose not in UNCOUNTED
+    }
 
 
 @command("run")
