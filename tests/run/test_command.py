@@ -190,6 +190,17 @@ BAD = {
 }
 
 
+def paths(folder):
+    """What lies in the folder, but for the cache."""
+    return {path for path in folder.rglob("*") if "cache" not in path.parts}
+
+
+def assert_nothing_left(folder, before):
+    left = paths(folder) - before
+    assert not [path for path in left if path.is_file()]
+    assert not left - {folder / "runs"}
+
+
 def assert_one_line(err, *words):
     lines = [line for line in err.splitlines() if line.strip() and not line.startswith("data:")]
     assert len(lines) == 1, err
@@ -204,13 +215,11 @@ def test_bad_input_is_one_clear_line_and_leaves_nothing_behind(tmp_path, make, w
         if any(option.startswith(("problem=", "backbone=")) for option in options)
         else SMALL_DINO
     )
-    before = {path for path in tmp_path.rglob("*") if "cache" not in path.parts}
+    before = paths(tmp_path)
     status, _, err = run(tmp_path, *base, *options)
     assert status == 2, err
     assert_one_line(err, *words)
-    left = {path for path in tmp_path.rglob("*") if "cache" not in path.parts} - before
-    assert not [path for path in left if path.is_file()]
-    assert not left - {tmp_path / "runs"}
+    assert_nothing_left(tmp_path, before)
 
 
 def test_without_a_network_the_missing_weights_are_named(tmp_path):
@@ -220,16 +229,18 @@ def test_without_a_network_the_missing_weights_are_named(tmp_path):
         "backbone=vit_small_dinov3",
         f"data.path={mat(tmp_path / 'a')}",
     ]
+    before = paths(tmp_path)
+    cache = {"METAVPT_CACHE": str(tmp_path / "cache")}
     done = subprocess.run(
         [sys.executable, "-m", "metavpt.run", *options],
         cwd=tmp_path,
-        env={**os.environ, "HF_HUB_OFFLINE": "1"},
+        env={**os.environ, **cache, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
         capture_output=True,
         text=True,
     )
     assert done.returncode == 2, done.stderr
     assert_one_line(done.stderr, "vit_small_patch16_dinov3", "weights=")
-    assert not list(tmp_path.rglob("config.yaml"))
+    assert_nothing_left(tmp_path, before)
 
 
 def test_a_checkpoint_of_another_model_is_named(tmp_path):
