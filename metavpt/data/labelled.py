@@ -3,6 +3,7 @@
 import hashlib
 import io
 import json
+import threading
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -34,6 +35,8 @@ from metavpt.errors import MetaVPTError, check_known, reading
 
 MIN_SIDE = 16  # pixels; less is no photograph
 MAX_VALUE = 2**16  # values that a mask may have
+# np.load parses the header of a file by `ast`, which fails now and then in threads of Python 3.11.
+NPY_HEADER = threading.Lock()
 NONE = -1  # in the table of a mask: neither a class nor ignored
 SLOW = 1000  # files that take so long to check that a bar shows it
 LISTED = 20  # values or names in a message
@@ -328,7 +331,8 @@ def _read_map(file: Path) -> np.ndarray:
         if file.suffix != ".npy":
             return np.asarray(open_image(content))
         mode = "r" if content is file else None
-        array = np.load(content, mmap_mode=mode, allow_pickle=False)
+        with NPY_HEADER:
+            array = np.load(content, mmap_mode=mode, allow_pickle=False)
         if array.size > max(FREE, max_pixels(size_of(file))):
             raise ValueError(f"{array.size} values")
         return np.ascontiguousarray(array)

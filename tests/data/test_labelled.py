@@ -2,6 +2,9 @@
 
 import io
 import tarfile
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +15,7 @@ from PIL import Image
 
 from metavpt.data import shards
 from metavpt.data.dense import labelled_data
-from metavpt.data.labelled import LabelledImages, class_table
+from metavpt.data.labelled import LabelledImages, class_table, read_depth
 from metavpt.dense_tasks.depth import DepthTask
 from metavpt.dense_tasks.segmentation import IGNORE
 from metavpt.errors import MetaVPTError
@@ -257,3 +260,23 @@ def test_pools_fit_a_small_set(root: Path) -> None:
     pools = (data.train, data.meta, data.held_out, data.val)
     assert [len(pool) for pool in pools] == [6, 2, 2, 2]
     assert [task.name for task in data.tasks] == ["segmentation"]
+
+
+def test_threads_read_the_headers_of_arrays_one_at_a_time(tmp_path, monkeypatch):
+    busy, files = threading.Lock(), [tmp_path / f"{k}.npy" for k in range(8)]
+    for file in files:
+        np.save(file, np.ones((4, 4), np.float32))
+    load = np.load
+
+    def alone(*arguments, **options):
+        assert busy.acquire(blocking=False)  # else Python 3.11 may fail to parse a header
+        try:
+            time.sleep(0.005)
+            return load(*arguments, **options)
+        finally:
+            busy.release()
+
+    monkeypatch.setattr(np, "load", alone)
+    with ThreadPoolExecutor(4) as pool:
+        read = list(pool.map(lambda file: read_depth(file, 2.0), files))
+    assert all((depth == 2).all() for depth in read)
