@@ -222,8 +222,9 @@ def check_directions(directions: Mapping[str, Any], where: str) -> dict[str, Dir
         where: the key, attribute or file that holds them, for the message.
     """
     for name, stated in directions.items():
-        if stated not in SIGNS:
+        if not isinstance(stated, str) or stated not in SIGNS:
+            given = stated if isinstance(stated, str) else f"a {type(stated).__name__}"
             raise MetaVPTError(
-                f"{where}.{name}={stated}: write lower or higher, whichever is better"
+                f"{where}.{name}={given}: write lower or higher, whichever is better"
             )
     return dict(directions)

@@ -2,8 +2,6 @@
 
 import yaml
 
-from metavpt.errors import MetaVPTError
-
 MAX_GROWTH = 2**20  # limit on the characters that aliases add to a document
 NODE = 100  # characters counted per node, in addition to its value
 MAX_INTERPOLATED = 10_000  # limit on a text with interpolations: parsing takes 1 kB per character
@@ -16,7 +14,7 @@ def check_yaml(text: str) -> None:
     passes, since its reader has the better message.
 
     Raises:
-        MetaVPTError: The document expands too far.
+        ValueError: The document expands too far.
         RecursionError: It is nested too deeply.
     """
     try:
@@ -33,7 +31,7 @@ def check_yaml(text: str) -> None:
         sizes[id(node)] = float("inf")  # until it is known, for a node inside of itself
         if isinstance(node, yaml.ScalarNode):
             if "${" in node.value and len(node.value) > MAX_INTERPOLATED:
-                raise MetaVPTError(
+                raise ValueError(
                     f"a text with interpolations has {len(node.value)} characters; shorten it"
                 )
             alone, parts = NODE + len(node.value), []
@@ -45,4 +43,4 @@ def check_yaml(text: str) -> None:
         return sizes[id(node)]
 
     if root is not None and size(root) - own > MAX_GROWTH:
-        raise MetaVPTError("the YAML aliases expand too far; write them out or remove them")
+        raise ValueError("the YAML aliases expand too far; write them out or remove them")

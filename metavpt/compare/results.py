@@ -9,6 +9,7 @@ from typing import Any
 
 import yaml
 
+from metavpt.cli.yaml_size import check_yaml
 from metavpt.errors import MetaVPTError, reading, writing
 from metavpt.problem import Direction, Directions, check_directions
 from metavpt.training.disk import locked, write_text
@@ -129,10 +130,10 @@ def read_directions(folder: Path) -> dict[str, Direction]:
     path = folder / DIRECTIONS
     if not path.is_file():
         return {}
-    try:
-        stated = yaml.safe_load(path.read_text(errors="replace"))
-    except yaml.YAMLError:
-        stated = None
+    text = path.read_text(errors="replace")
+    with reading(f"{path}: not a readable mapping of metrics", "fix or delete it"):
+        check_yaml(text)
+        stated = yaml.safe_load(text)
     if not isinstance(stated, dict):
         raise MetaVPTError(f"{path}: not a mapping of metrics to lower or higher; fix or delete it")
     return check_directions(stated, str(path))

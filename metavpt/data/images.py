@@ -182,6 +182,7 @@ class HubImages(Dataset[Tensor]):
                 f"{', '.join(found.features)})"
             )
         self.column = columns[0]
+        self.folders = _own_folders(datasets, source)
         as_bytes = datasets.Image(decode=False)
         self.rows = found.select_columns([self.column]).cast_column(self.column, as_bytes)
         if not len(self.rows):
@@ -194,10 +195,19 @@ class HubImages(Dataset[Tensor]):
         name = f"{self.source}: image {index}"
         image: Any = self.rows[index][self.column]
         try:
-            data = image["bytes"] or Path(image["path"]).read_bytes()
+            data = image["bytes"] or self._own_file(image["path"]).read_bytes()
         except (OSError, TypeError) as error:
             raise MetaVPTError(f"{name}: cannot be read ({brief(error)})") from None
         return fit(decode(data, name), self.size)
+
+    def _own_file(self, path: str) -> Path:
+        """Return a file that a row names in place of its bytes."""
+        file = Path(os.path.abspath(path))
+        if not any(folder in file.parents for folder in self.folders):
+            raise OSError(f"the row names {path}, which lies outside of the data set")
+        if not file.is_file():  # a device never ends
+            raise OSError(f"{path} is no file")
+        return file
 
 
 class FrameImages(Dataset[Tensor]):
@@ -280,6 +290,18 @@ def _check_joined(path: Path, jpeg: np.ndarray, offsets: np.ndarray) -> None:
 def _is_saved_by_datasets(folder: Path) -> bool:
     """Return whether `save_to_disk` wrote this folder."""
     return any((folder / name).is_file() for name in SAVED_BY_DATASETS)
+
+
+def _own_folders(datasets: Any, source: str) -> list[Path]:
+    """The folders that may hold the images of a data set: its own, and the caches of the hub."""
+    if not source.startswith(HUB_PREFIX):
+        return [Path(os.path.abspath(source))]
+    import huggingface_hub.constants  # datasets needs it
+
+    caches = (datasets.config.HF_DATASETS_CACHE, datasets.config.HF_CACHE_HOME)
+    name = source.removeprefix(HUB_PREFIX).partition(":")[0]
+    places = (*caches, huggingface_hub.constants.HF_HUB_CACHE, name)
+    return [Path(os.path.abspath(place)) for place in places]
 
 
 def _load_data_set(datasets: Any, source: str) -> Any:

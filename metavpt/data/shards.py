@@ -12,6 +12,7 @@ A tar also counts as a folder: a path that leads through one, `train-000.tar/a.j
 import glob
 import hashlib
 import itertools
+import math
 import os
 import re
 import shutil
@@ -32,6 +33,7 @@ from metavpt.data.cache import cache_folder
 from metavpt.data.photo import decode, fit, is_image
 from metavpt.errors import MetaVPTError, brief, reading
 
+MAX_NAMES = 2**27  # characters that the names of one pattern may have together
 ADDRESSES = ("https", "http", "s3", "gs", "hf")
 ADDRESS = re.compile(r"(\w+):/{1,2}(?=[^/])")  # Path makes one slash of two
 
@@ -101,14 +103,21 @@ def expand(pattern: str, option: str = "data.unlabelled") -> list[str]:
         options.append([text])
         if ".." in braces:
             first, _, last = braces.partition("..")
-            if not (first.isdecimal() and last.isdecimal()):
+            if not (first.isdecimal() and last.isdecimal() and len(first + last) < 40):
                 raise MetaVPTError(
                     f"{option}: {{{braces}}} in {pattern} must be two numbers, as in {{000..099}}"
                 )
+            _check_count(int(last) - int(first) + 1, pattern, option)
             options.append([f"{k:0{len(first)}d}" for k in range(int(first), int(last) + 1)])
         elif braces:
             options.append(braces.split(","))
+    _check_count(math.prod(map(len, options)), pattern, option)
     return ["".join(parts) for parts in itertools.product(*options)]
+
+
+def _check_count(count: int, pattern: str, option: str) -> None:
+    if count * len(pattern) > MAX_NAMES:
+        raise MetaVPTError(f"{option}: {pattern} stands for {count:,} shards; name fewer")
 
 
 class Shards(Dataset[Tensor]):

@@ -228,6 +228,8 @@ def vit_tiny_dinov3(**kwargs: Any) -> Eva:
     return Eva(**(arguments | kwargs))
 
 
+# Arguments of timm.create_model by which it reads files and addresses of any kind by itself.
+LOADING = {"checkpoint_path", "pretrained_cfg", "pretrained_cfg_overlay", "cache_dir"}
 OWN_MODELS: dict[str, Callable[..., Eva]] = {"vit_tiny_dinov3": vit_tiny_dinov3}
 
 
@@ -259,6 +261,11 @@ def create_backbone(
         MetaVPTError: An unknown name, a model that is no plain ViT, a random forward pass, or
             weights that cannot be had or do not fit.
     """
+    if loads := sorted(LOADING & timm_kwargs.keys()):
+        raise MetaVPTError(
+            f"backbone.{loads[0]}: timm would load weights by it without the checks of this "
+            "package; name them with weights="
+        )
     # No pooling and no classifier: else timm may put the final norm after the pooling, where patch
     # tokens never meet it.
     arguments = timm_kwargs | {"num_classes": 0, "global_pool": "", "dynamic_img_size": True}

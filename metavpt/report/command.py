@@ -1,17 +1,19 @@
 """`python -m metavpt.report FOLDER...`: reports of runs and comparisons, or one table of all."""
 
 import argparse
+import gzip
 import re
 import shutil
 import tarfile
-import zlib
 from io import BytesIO
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import TemporaryDirectory, TemporaryFile
+from typing import IO
 
 from metavpt.cli.one_line_errors import reporting
 from metavpt.compare import results
-from metavpt.errors import MetaVPTError
+from metavpt.data.archives import FREE, RATIO
+from metavpt.errors import MetaVPTError, reading
 from metavpt.report.comparison import write_comparison_report
 from metavpt.report.run import write_report
 from metavpt.report.table import table
@@ -50,21 +52,36 @@ def write(folder: Path) -> Path:
 
 def _unpack(path: Path, folder: Path) -> None:
     """Unpack the logs and configurations of rows, and refuse any other member."""
-    num_bytes = 0
-    try:
-        with tarfile.open(path) as archive:
+    most = min(MAX_BYTES, max(FREE, RATIO * path.stat().st_size))
+    # Unpacked before it is read as a tar: one header may ask for any number of bytes.
+    with reading(f"{path}: not a readable archive"), TemporaryFile() as whole:
+        with gzip.open(path) as packed:
+            _copy(packed, whole, most, path)
+        whole.seek(0)
+        num_bytes = 0
+        with tarfile.open(fileobj=whole, mode="r:") as archive:
             for member in archive:
-                if not (MEMBER.fullmatch(member.name) and member.isfile()):
+                if member.size < 0 or not (MEMBER.fullmatch(member.name) and member.isfile()):
                     raise MetaVPTError(f"{path}: {member.name!r} is not the log of a row")
-                num_bytes += max(member.size, 0)
-                if num_bytes > MAX_BYTES:
-                    raise MetaVPTError(f"{path}: the logs exceed {MAX_BYTES:,} bytes")
+                num_bytes += member.size  # of a sparse file, with what it leaves out
+                _check_size(num_bytes, most, path)
                 place = folder / member.name
                 place.parent.mkdir(parents=True, exist_ok=True)
                 with archive.extractfile(member) or BytesIO() as log, place.open("wb") as file:
                     shutil.copyfileobj(log, file)
-    except (tarfile.TarError, EOFError, OSError, zlib.error) as error:
-        raise MetaVPTError(f"{path}: not a readable archive ({error})") from None
+
+
+def _copy(source: gzip.GzipFile, target: IO[bytes], most: int, path: Path) -> None:
+    num_bytes = 0
+    while part := source.read(2**20):
+        num_bytes += len(part)
+        _check_size(num_bytes, most, path)
+        target.write(part)
+
+
+def _check_size(num_bytes: int, most: int, path: Path) -> None:
+    if num_bytes > most:
+        raise MetaVPTError(f"{path}: unpacks to more than {most:,} bytes; get the file again")
 
 
 def main() -> None:

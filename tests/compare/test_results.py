@@ -10,6 +10,7 @@ import pytest
 from metavpt import MetaVPTError
 from metavpt.compare import results
 from metavpt.compare.results import Result
+from metavpt.training.streams import time_limit
 
 FIRST = Result(
     "fixed",
@@ -95,3 +96,16 @@ def test_results_of_several_processes_do_not_mix(tmp_path):
 
 def test_no_file_is_no_result(tmp_path):
     assert results.read(tmp_path) == []
+
+
+GROWS = "a0: &a0 {x: 1}\n" + "".join(
+    f"a{k + 1}: &a{k + 1} {{<<: [*a{k}, *a{k}]}}\n" for k in range(24)
+)
+
+
+@pytest.mark.parametrize("text", ["rmse: [1, 2]", "rmse: {a: b}", "[1]", "a: [", "[" * 5000, GROWS])
+def test_directions_of_another_form_are_one_line(tmp_path, text):
+    (tmp_path / results.DIRECTIONS).write_text(text)
+    with time_limit(60, "HANGS"), pytest.raises(MetaVPTError, match=results.DIRECTIONS) as raised:
+        results.read_directions(tmp_path)
+    assert len(str(raised.value)) < 400

@@ -16,6 +16,7 @@ from metavpt.data.photo import fit
 from metavpt.errors import MetaVPTError
 
 datasets: Any = pytest.importorskip("datasets")
+pa: Any = pytest.importorskip("pyarrow")
 
 SIZE = (16, 24)
 PIXELS = np.random.default_rng(0).integers(0, 255, (6, 20, 30, 3), dtype=np.uint8)
@@ -94,3 +95,47 @@ def test_what_cannot_be_read_is_named(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(MetaVPTError, match="pip install datasets"):
         HubImages("hf:ann/photos", SIZE)
+
+
+def named(folder: Path, path: str) -> Path:
+    """A saved set of one image that is not held, but named by its path."""
+    made(PIXELS[:1]).save_to_disk(folder)
+    (file,) = folder.glob("*.arrow")
+    with pa.OSFile(str(file)) as opened, pa.ipc.open_stream(opened) as stream:
+        table = stream.read_all()
+    column = table.schema.get_field_index("photo")
+    rows = pa.array([{"bytes": None, "path": path}], table.schema.field("photo").type)
+    table = table.set_column(column, table.schema.field(column), rows)
+    with pa.OSFile(str(file), "wb") as sink, pa.ipc.new_stream(sink, table.schema) as stream:
+        stream.write_table(table)
+    return folder
+
+
+def test_a_row_that_names_a_file_elsewhere_is_refused(tmp_path: Path) -> None:
+    Image.fromarray(PIXELS[0]).save(tmp_path / "private.png")
+    for k, path in enumerate((tmp_path / "private.png", tmp_path / "2" / ".." / "private.png")):
+        with pytest.raises(MetaVPTError, match="outside of the data set"):
+            open_images(named(tmp_path / f"{k}", str(path)), SIZE)[0]
+    with pytest.raises(MetaVPTError, match="outside of the data set"):
+        open_images(named(tmp_path / "device", "/dev/zero"), SIZE)[0]
+    own = named(tmp_path / "own", str(tmp_path / "own" / "a.png"))
+    Image.fromarray(PIXELS[0]).save(own / "a.png")
+    assert torch.equal(open_images(own, SIZE)[0], expected(0))
+
+
+def test_a_set_of_the_hub_may_name_files_of_its_cache_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = tmp_path / "cache"
+    cache.mkdir()
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", cache)
+    for place in (cache, tmp_path):
+        Image.fromarray(PIXELS[0]).save(place / "a.png")
+        found = datasets.load_from_disk(named(tmp_path / place.name, str(place / "a.png")))
+        monkeypatch.setattr(datasets, "load_dataset", lambda *_, found=found, **__: found)
+        images = open_images(Path("hf:ann/photos"), SIZE)
+        if place == cache:
+            assert torch.equal(images[0], expected(0))
+        else:
+            with pytest.raises(MetaVPTError, match="outside of the data set"):
+                images[0]

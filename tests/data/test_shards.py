@@ -11,13 +11,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from helpers.damaged import MIB, growth
 from PIL import Image
 
 from metavpt import MetaVPTError
 from metavpt.data.images import open_images
 from metavpt.data.loader import WINDOW, EndlessBatches, ImageLoader
 from metavpt.data.shards import Shards, download, expand, find_shards
-from metavpt.training.streams import Stream
+from metavpt.training.streams import Stream, time_limit
 
 
 @pytest.fixture(autouse=True)
@@ -65,6 +66,17 @@ def test_patterns():
     assert expand("plain.tar") == ["plain.tar"]
     with pytest.raises(MetaVPTError, match=r"\{a\.\.c\} in x-\{a\.\.c\}\.tar must be two numbers"):
         expand("x-{a..c}.tar")
+
+
+@pytest.mark.parametrize(
+    "pattern", ["x-{0..30000000}.tar", f"x-{{0..{'9' * 5000}}}.tar", f"x{'{a,b}' * 40}.tar"]
+)
+def test_a_pattern_that_stands_for_too_many_shards_is_refused(pattern):
+    def call():
+        with pytest.raises(MetaVPTError, match=r"data\.unlabelled: .*x"), time_limit(60, "HANGS"):
+            expand(pattern)
+
+    assert growth(call) < 64 * MIB
 
 
 def test_every_way_of_naming_shards(folder):

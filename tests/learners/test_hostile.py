@@ -10,6 +10,7 @@ import torch
 from helpers.damaged import MIB, growth
 
 from metavpt.errors import MetaVPTError
+from metavpt.learners.vit import create_backbone
 from metavpt.learners.weights import _backbone, _read_file
 from metavpt.training import checkpoint
 
@@ -84,3 +85,28 @@ def test_views_of_one_storage_are_read(tmp_path):
     path = tmp_path / "a.pt"
     path.write_bytes(saved(**{"patch_embed.proj.weight": whole[:4].view(2, 2), "norm": whole[4:]}))
     assert _backbone(_read_file(path), path)["norm"].tolist() == list(range(4, 12))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"checkpoint_path": "a.pt"},
+        {"pretrained": True, "pretrained_cfg_overlay": {"file": "a.pt"}},
+        {"pretrained": True, "pretrained_cfg": {"url": "http://127.0.0.1:9/a.pt"}},
+        {"pretrained": True, "cache_dir": "."},
+    ],
+    ids=lambda options: list(options)[-1],
+)
+@pytest.mark.parametrize("name", ["vit_small_patch16_224", "vit_tiny_dinov3"])
+def test_timm_reads_no_weights_by_itself(
+    name, options, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Files by weights= alone, which is checked; no address of a configuration is fetched."""
+    monkeypatch.chdir(tmp_path)
+    deflated(tmp_path / "a.pt")
+
+    def build() -> None:
+        with pytest.raises(MetaVPTError, match=rf"^backbone\.{list(options)[-1]}: .*weights="):
+            create_backbone(name, 1, embed_dim=32, depth=2, num_heads=2, **options)
+
+    assert growth(build) < 64 * MIB

@@ -1,16 +1,20 @@
 """Reports written anew from the folders of runs and comparisons."""
 
+import gzip
 import shutil
 import sys
 import tarfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 from helpers import example_folders as example
+from helpers.damaged import MIB, growth
 
 from metavpt.errors import MetaVPTError
 from metavpt.report import command
 from metavpt.report.comparison import write_comparison_report
+from metavpt.training.streams import time_limit
 
 
 @pytest.fixture
@@ -65,6 +69,48 @@ def test_write_refuses_an_archive_that_unpacks_without_end(
     with tarfile.open(comparison / command.LOGS, "w:gz") as archive:
         archive.add(comparison / "zeros", "rows/fixed/seed0/metrics.jsonl")
     with pytest.raises(MetaVPTError, match=r"1,000 bytes"):
+        command.write(comparison)
+
+
+def long_name(size: int) -> Iterator[bytes]:
+    """A header that asks for the name of a member, which the reader holds in memory."""
+    member = tarfile.TarInfo("././@LongLink")
+    member.type, member.size = tarfile.GNUTYPE_LONGNAME, size
+    yield member.tobuf(tarfile.GNU_FORMAT)
+    yield from (bytes(MIB) for _ in range(size // MIB))
+
+
+def long_log(size: int) -> Iterator[bytes]:
+    member = tarfile.TarInfo("rows/fixed/seed0/metrics.jsonl")
+    member.size = size
+    yield member.tobuf(tarfile.GNU_FORMAT)
+    yield from (b" " * MIB for _ in range(size // MIB))
+
+
+@pytest.mark.parametrize("parts", [long_name, long_log])
+def test_an_archive_that_unpacks_to_far_more_than_it_holds_is_refused(
+    comparison: Path, parts: Callable[[int], Iterator[bytes]]
+) -> None:
+    with gzip.open(comparison / command.LOGS, "wb", compresslevel=1) as file:
+        file.writelines(parts(300 * MIB))
+    assert (comparison / command.LOGS).stat().st_size < 3 * MIB
+
+    def call() -> None:
+        with pytest.raises(MetaVPTError, match=command.LOGS):
+            command.write(comparison)
+
+    assert growth(call) < 64 * MIB
+
+
+@pytest.mark.parametrize("pack", [gzip.compress, bytes], ids=["gz", "plain"])
+def test_an_archive_with_a_negative_size_ends(
+    comparison: Path, pack: Callable[[bytes], bytes]
+) -> None:
+    member = tarfile.TarInfo("rows/fixed/seed0/metrics.jsonl")
+    member.size = -512  # the next member would begin where this one does
+    data = pack(member.tobuf(tarfile.GNU_FORMAT) + bytes(10_240))
+    (comparison / command.LOGS).write_bytes(data)
+    with pytest.raises(MetaVPTError, match=command.LOGS), time_limit(60, "HANGS"):
         command.write(comparison)
 
 
