@@ -125,9 +125,9 @@ class DenseProblem(MultipleFeedbacks, SupportsFunctionSpace, Shardable, Reportab
             torch.tensor(values).view(3, 1, 1) for values in (backbone.mean, backbone.std)
         )
         self.feature_size, self.probe_size, window = (
-            _size(feature_size),
-            _size(probe_size or feature_size),
-            _size(probe_window),
+            _size(feature_size, "feature_size"),
+            _size(probe_size, "probe_size") or _size(feature_size, "feature_size"),
+            _size(probe_window, "probe_window"),
         )
         self._windowed = (
             SlidingWindow(lambda part: self.backbone(part).patches, window, backbone.patch_size)
@@ -610,8 +610,12 @@ def _resized(images: Tensor, size: tuple[int, int]) -> Tensor:
     return F.interpolate(images, size, mode="bilinear", antialias=True, align_corners=False)
 
 
-def _size(size: Sequence[int] | None) -> tuple[int, int] | None:
-    return (int(size[0]), int(size[1])) if size else None
+def _size(size: Sequence[int] | None, option: str) -> tuple[int, int] | None:
+    if not size:
+        return None
+    if len(size) != 2 or min(size) < 1:
+        raise MetaVPTError(f"problem.{option}={list(size)}: give height and width, at least 1 each")
+    return int(size[0]), int(size[1])
 
 
 def _together(sets: Mapping[str, DenseData]) -> Dataset[Tensor]:

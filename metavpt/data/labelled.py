@@ -276,6 +276,9 @@ def class_table(
     Returns:
         int64 (65536,): the class, 255 for ignored values, -1 for others; and the names.
     """
+    num_classes = classes if isinstance(classes, int) else len(classes)
+    if not 2 <= num_classes <= IGNORE:  # before a name is made for each
+        raise MetaVPTError(f"data.classes: {num_classes} classes; there must be 2 to {IGNORE}")
     if isinstance(classes, int):
         names = {value: str(value) for value in range(classes)}
     elif isinstance(classes, Mapping):
@@ -291,8 +294,6 @@ def class_table(
             f"{len(names) - 1}. Give names by value, as in data.classes={{1:road,2:car}}, if they "
             "hold others"
         )
-    if not 2 <= len(names) <= IGNORE:
-        raise MetaVPTError(f"data.classes: {len(names)} classes; there must be 2 to {IGNORE}")
     table = np.full(MAX_VALUE, NONE)
     for value, is_class in [*((v, True) for v in names), *((v, False) for v in ignored)]:
         if not 0 <= value < MAX_VALUE:

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from helpers.damaged import MIB, growth
 from helpers.own_images import IGNORED, NUM_CLASSES, SIZE, camvid, generate, save
 from PIL import Image
 
@@ -129,12 +130,16 @@ def test_classes_by_number_name_or_value(classes, ignored, values, names) -> Non
         (12, 11, r"data\.ignore_index=11: 11 is the value of a class as well"),
         (150, 0, r"data\.ignore_index=0: 0 is the value of a class"),
         (1, 255, r"1 classes; there must be 2 to 255"),
+        (10**9, 255, r"1000000000 classes; there must be 2 to 255"),
         (["a", "b"], -1, r"data\.ignore_index: the value -1"),
     ],
 )
 def test_bad_classes_are_named(classes, ignored, message: str) -> None:
-    with pytest.raises(MetaVPTError, match=message):
-        class_table(classes, ignored)
+    def call() -> None:
+        with pytest.raises(MetaVPTError, match=message):
+            class_table(classes, ignored)
+
+    assert growth(call) < 64 * MIB
 
 
 BIG = np.zeros((SIZE[0] + 1, SIZE[1]), np.uint8)

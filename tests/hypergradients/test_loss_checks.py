@@ -203,3 +203,32 @@ def test_dropout_hides_the_direction_that_eval_mode_shows():
     exact = at(OneStep(product=ExactProduct())).by_phi
     cosine = params.dot(noisy, exact) / params.norm(noisy) / params.norm(exact)
     assert float(cosine) < 0.9
+
+
+@every_estimator
+def test_gpt2_with_its_default_dropout_is_an_error_and_in_eval_mode_is_none(estimator):
+    transformers = pytest.importorskip("transformers")
+    config = transformers.GPT2Config(vocab_size=13, n_positions=8, n_embd=8, n_layer=1, n_head=2)
+    assert config.attn_pdrop == config.resid_pdrop == config.embd_pdrop == 0.1
+    torch.manual_seed(0)
+    model = transformers.GPT2LMHeadModel(config).double()
+    tokens = torch.randint(13, (2, 4, 8), generator=torch.Generator().manual_seed(0))
+    theta = params.detach(params.named(model))
+    phi = {"weights": torch.ones(4, dtype=torch.float64)}
+
+    def losses(theta, texts):
+        logits = functional_call(model, theta, (texts,)).logits[:, :-1]
+        each = nn.functional.cross_entropy(logits.mT, texts[:, 1:], reduction="none")
+        return each.mean(dim=1)
+
+    def take(**options):
+        method = estimator(**options)
+        inner = [lambda phi: lambda theta: losses(theta, tokens[0]) @ phi["weights"]]
+        outer = lambda theta: losses(theta, tokens[1]).mean()
+        return method(inner * method.num_batches, outer, theta, phi)
+
+    model.train()
+    with pytest.raises(ImpureLossError, match=r"pretraining loss is random.*Dropout.*eval"):
+        take()
+    model.eval()
+    assert params.is_finite(take().by_phi)

@@ -235,3 +235,14 @@ def test_probes_may_see_frames_at_another_size_and_by_windows(make):
         make("dino_masks", "+problem.probe_size=[20, 24]")
     with pytest.raises(InstantiationException, match="probe_window=12x16"):
         make("dino_masks", "+problem.probe_window=[12, 16]")
+
+
+@pytest.mark.parametrize(
+    "option",
+    ["problem.feature_size=[-16, 24]", "problem.feature_size=[0, 0]", "+problem.probe_size=[16]",
+     "+problem.probe_window=[16, 0]"],
+)  # fmt: skip
+def test_a_size_without_pixels_is_named(make, option):
+    key = option.partition("=")[0].removeprefix("+").replace(".", r"\.")
+    with pytest.raises(InstantiationException, match=rf"{key}=\[.*height and width"):
+        make("dino_masks", option)
