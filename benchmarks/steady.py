@@ -42,6 +42,18 @@ STEERED = (
 MAX_OVER_BOUND, MIN_UTILISATION = 1.2, 0.4
 
 
+SMALLEST = Shape(
+    "ViT, 3 blocks, batch 4",
+    "vit_tiny_dinov3",
+    {"depth": 3, "embed_dim": 48, "num_heads": 3},
+    size=16,
+    batch_size=4,
+    num_prototypes=64,
+    hidden=32,
+    bottleneck=16,
+)
+
+
 class Setting(NamedTuple):
     """A learner with its batches: a `Shape` of images, or a `Size` of tokens."""
 
@@ -78,7 +90,7 @@ def gpu_vit(name: str, batch_size: int) -> Setting:
 
 
 SETTINGS = {
-    "tiny_vit": Setting(tiny(4, depth=3)),
+    "tiny_vit": Setting(SMALLEST),
     "tiny_lm": Setting(SIZES["tiny"]),
     "vit": Setting(tiny(16)),
     "lm": Setting(SIZES["5m"]),

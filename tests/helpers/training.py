@@ -10,7 +10,11 @@ def adam(parameters, lr=1e-2):
 
 
 def train(folder, problem, strategy, steps, resume=False, seed=0):
-    """A run of `steps` steps with a checkpoint after each; `resume` continues from the newest."""
+    """A run of `steps` steps with a checkpoint after each; `resume` continues from the newest.
+
+    It draws no pictures, which take longer than the steps and have tests of their own.
+    """
+    problem.figures = dict
     checkpoints = Checkpoints(folder / "checkpoints")
     trainer = Trainer(
         problem,
