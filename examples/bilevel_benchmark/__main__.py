@@ -40,22 +40,27 @@ Curve = list[dict[str, float | None]]
 
 
 def grid(problem: str, solver: str) -> list[Settings]:
-    """Return the settings that a solver is tuned over: four, or one for `implicit`."""
+    """Return the settings that a solver is tuned over: eight, or one for `implicit`."""
     steps, ratios = STEPS[problem]
     if solver == "metavpt implicit":
         return [{}]
     if solver.startswith("jaxopt"):  # has an outer step size alone
         fixed = {"inner_solver": "lbfgs", "n_inner_steps": 100}
-        outer = np.geomspace(min(steps) / max(ratios), max(steps) / min(ratios), 4)
+        outer = np.geomspace(min(steps) / max(ratios), max(steps) / min(ratios), 8)
         return [{"step_size_outer": float(size), **fixed} for size in outer]
-    pairs = list(itertools.product(steps, ratios))
-    if solver.startswith("metavpt"):
-        batch = 64 if solver == "metavpt soba" else 1024
-        fixed = {"seed": TUNING_SEED, "batch": batch}
-        return [{"step_size": step, "ratio": ratio, **fixed} for step, ratio in pairs]
-    fixed = {"random_state": TUNING_SEED, "batch_size": 64}
-    fixed["eval_freq"] = 128 if solver in ("soba", "saba") else 16
-    return [{"step_size": step, "outer_ratio": ratio, **fixed} for step, ratio in pairs]
+    settings = list[Settings]()
+    for step, ratio, size in itertools.product(steps, ratios, (64, "full")):
+        if solver.startswith("metavpt"):
+            batch = {"seed": TUNING_SEED, "batch": 64 if size == 64 else None}
+            settings.append({"step_size": step, "ratio": ratio, **batch})
+        else:
+            # steps in one compiled call: the clock is read between calls
+            steps_in_a_call = (128 if solver in ("soba", "saba") else 16) // (
+                1 if size == 64 else 8
+            )
+            batch = {"random_state": TUNING_SEED, "batch_size": size, "eval_freq": steps_in_a_call}
+            settings.append({"step_size": step, "outer_ratio": ratio, **batch})
+    return settings
 
 
 def write_problem(name: str, seed: int, path: Path) -> None:

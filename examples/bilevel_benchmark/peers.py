@@ -122,7 +122,8 @@ def run(
         inner_var0=data["theta0"], outer_var0=data["phi0"],
     )  # fmt: skip
     per_step = evaluations_per_step(name, settings)
-    samples = settings.get("batch_size", num_inner) * settings.get("eval_freq", 1)
+    batch = settings.get("batch_size", "full")
+    samples = (num_inner if batch == "full" else batch) * settings.get("eval_freq", 1)
     rounds = -1
 
     def callback() -> bool:

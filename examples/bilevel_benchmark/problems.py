@@ -14,14 +14,16 @@ import numpy as np
 import torch
 from scipy.optimize import minimize
 from torch import Tensor
+from torch.func import grad, grad_and_value, jacrev
 from torch.nn import functional as F
 
 Arrays = dict[str, np.ndarray]
 Rows = slice | Tensor | None  # a range or indices of samples; None: all
 Loss = Callable[[Tensor, Tensor, Rows], Tensor]
+Derivatives = Callable[[Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Bilevel:
     """A bilevel problem on samples.
 
@@ -75,34 +77,35 @@ class Bilevel:
         """Whether the Hessian of the inner loss, a row for each entry of theta, is worth making."""
         return self.theta0.numel() <= 128
 
-    def newton(self, phi: Tensor, start: Tensor, tolerance: float) -> tuple[Tensor, Tensor, int]:
+    def derivatives(self, theta: Tensor, phi: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the inner loss of all samples, its gradient and its Hessian by theta."""
+        slope, value = grad_and_value(self.inner)(theta, phi, None)
+        return value, slope, jacrev(grad(self.inner))(theta, phi, None)
+
+    def newton(
+        self, phi: Tensor, start: Tensor, tolerance: float, derivatives: Derivatives | None = None
+    ) -> tuple[Tensor, Tensor, int]:
         """Minimize the convex inner loss by Newton's method, halving steps that do not lower it.
 
         Args:
             phi: Held fixed.
             start: Where theta starts.
             tolerance: Largest entry of the gradient to stop at.
+            derivatives: A compiled `self.derivatives`.
 
         Returns:
             theta, the Cholesky factor of the Hessian there, and how many gradients it all took.
         """
-
-        def loss(theta: Tensor) -> Tensor:
-            return self.inner(theta, phi, None)
-
+        derivatives, size = derivatives or self.derivatives, start.numel()
         theta, num_gradients = start, 0
         while True:
-            at = theta.detach().requires_grad_()
-            value = loss(at)
-            (slope,) = torch.autograd.grad(value, at, create_graph=True)
-            rows = [torch.autograd.grad(s, at, retain_graph=True)[0] for s in slope]
-            factor = torch.linalg.cholesky_ex(torch.stack(rows)).L
-            num_gradients += 1 + 2 * len(rows)
-            slope = slope.detach()
-            if float(slope.abs().max()) <= tolerance or num_gradients > 100 * len(rows):
+            value, slope, hessian = derivatives(theta, phi)
+            factor = torch.linalg.cholesky_ex(hessian).L
+            num_gradients += 1 + 2 * size
+            if float(slope.abs().max()) <= tolerance or num_gradients > 100 * size:
                 return theta, factor, num_gradients
             step, scale = torch.cholesky_solve(slope[:, None], factor)[:, 0], 1.0
-            while scale > 1e-4 and not loss(theta - scale * step) < value:
+            while scale > 1e-4 and not self.inner(theta - scale * step, phi, None) < value:
                 scale, num_gradients = scale / 2, num_gradients + 1
             theta = theta - scale * step
 

@@ -4,7 +4,8 @@
 
 `one_step`, `unrolled` and `implicit` call `metavpt.hypergradient`. `soba` (Dagreou et al., 2022)
 keeps the solution v of the linear system from step to step and moves it by one stochastic gradient
-step, so it needs the product alone.
+step, so it needs the product alone. At these sizes an operator costs more to call than to compute:
+`soba` is compiled, and so is Newton's method within `implicit`.
 """
 
 import json
@@ -12,12 +13,14 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import numpy as np
 import torch
 from scipy.optimize import minimize
 from torch import Tensor
+from torch.func import grad, vjp
 
 import metavpt
 from bilevel_benchmark.problems import Bilevel, Rows, state
@@ -25,13 +28,14 @@ from bilevel_benchmark.record import Recorder
 from metavpt.hypergradients.linear_solvers import Matvec, Solution
 
 EXACT = metavpt.ExactProduct()
+STEPS = 4  # of `soba` in one call
 
 
-def batches(num: int, size: int, seed: int) -> Iterator[Rows]:
-    """Yield slices of `size` samples, all in random order, then again; None if one holds all."""
+def batches(num: int, size: int | None, seed: int) -> Iterator[Rows]:
+    """Yield slices of `size` samples, all in random order, then again. Yield None for all."""
     generator = torch.Generator().manual_seed(seed)
     while True:
-        if size >= num:
+        if size is None:
             yield None
             continue
         for k in torch.randperm(num // size, generator=generator).tolist():
@@ -44,7 +48,13 @@ def count(num: int, rows: Rows) -> int:
 
 
 def one_step(
-    problem: Bilevel, record: Recorder, *, seed: int, step_size: float, ratio: float, batch: int
+    problem: Bilevel,
+    record: Recorder,
+    *,
+    seed: int,
+    step_size: float,
+    ratio: float,
+    batch: int | None,
 ) -> None:
     """Descend theta and phi in turn, phi along the derivative through one step of theta."""
     method = metavpt.OneStep(product=EXACT, step_size=step_size, check_losses=False)
@@ -52,7 +62,13 @@ def one_step(
 
 
 def unrolled(
-    problem: Bilevel, record: Recorder, *, seed: int, step_size: float, ratio: float, batch: int
+    problem: Bilevel,
+    record: Recorder,
+    *,
+    seed: int,
+    step_size: float,
+    ratio: float,
+    batch: int | None,
 ) -> None:
     """The same through ten steps of theta, which goes on from where they end."""
     method = metavpt.Unrolled(10, metavpt.SGD(step_size), product=EXACT, check_losses=False)
@@ -61,7 +77,7 @@ def unrolled(
 
 def _with_steps(
     problem: Bilevel, record: Recorder, method: metavpt.OneStep | metavpt.Unrolled, seed: int,
-    step_size: float, ratio: float, batch: int,
+    step_size: float, ratio: float, batch: int | None,
 ) -> None:  # fmt: skip
     theta, phi = problem.theta0, problem.phi0
     inner_batches = batches(problem.num_inner, batch, seed)
@@ -105,7 +121,9 @@ class Factored:
         return Solution(x, 1, 0.0, float("inf"), True)
 
 
-def implicit(problem: Bilevel, record: Recorder, *, tolerance: float = 1e-3) -> None:
+def implicit(
+    problem: Bilevel, record: Recorder, *, tolerance: float = 1e-3, is_compiled: bool = True
+) -> None:
     """Quasi-Newton on the value function, with its gradient by implicit differentiation.
 
     Each evaluation solves the inner problem and the linear system from where the last one ended: by
@@ -117,6 +135,7 @@ def implicit(problem: Bilevel, record: Recorder, *, tolerance: float = 1e-3) -> 
     iterative = metavpt.ConjugateGradient(2 * size, tolerance)
     theta, solution, evaluations = problem.theta0, None, 0.0
     unit = problem.phi0.numel() ** 0.5
+    derivatives = compiled(problem.derivatives) if is_compiled else problem.derivatives
 
     def inner(theta: Tensor, phi: Tensor) -> Tensor:
         return problem.inner(theta, phi, None)
@@ -129,7 +148,7 @@ def implicit(problem: Bilevel, record: Recorder, *, tolerance: float = 1e-3) -> 
         phi = problem.phi0 + unit * torch.from_numpy(at).to(problem.phi0.dtype)
         solve: metavpt.ConjugateGradient | Factored = iterative
         if problem.is_small:
-            theta, factor, num_gradients = problem.newton(phi, theta, 1e-2 * tolerance)
+            theta, factor, num_gradients = problem.newton(phi, theta, 1e-2 * tolerance, derivatives)
             solve = Factored(factor)
         else:
             theta, _, num_gradients = problem.descend(phi, theta, 1e-2 * tolerance)
@@ -157,30 +176,68 @@ def implicit(problem: Bilevel, record: Recorder, *, tolerance: float = 1e-3) -> 
 
 
 def soba(
-    problem: Bilevel, record: Recorder, *, seed: int, step_size: float, ratio: float, batch: int
-) -> None:
-    """Move theta, v and phi at once, each by one stochastic step of size step_size / sqrt(t)."""
+    problem: Bilevel, record: Recorder, *, seed: int, step_size: float, ratio: float, batch: int | None,
+    is_compiled: bool = True,
+) -> None:  # fmt: skip
+    """Move theta, v and phi at once, each by one step of size step_size.
+
+    The steps shrink as 1 / sqrt(t) if samples are drawn, and keep their size if all are used.
+    """
     theta, phi = problem.theta0, problem.phi0
     v = torch.zeros_like(theta)
-    inner_batches = batches(problem.num_inner, batch, seed)
-    outer_batches = batches(problem.num_outer, batch, seed + 1)
-    evaluations, t = 0.0, 0
+    generator = torch.Generator().manual_seed(seed)
+    steps = soba_steps(problem)
+    if is_compiled:
+        steps = compiled(steps)
+
+    def draw(num: int) -> Tensor | None:
+        return None if batch is None else torch.randint(num, (STEPS, batch), generator=generator)
+
+    num, num_outer = problem.num_inner, problem.num_outer
+    cost = 3 * (batch or num) + (batch or num_outer)
+    evaluations, t = 0.0, torch.arange(1.0, STEPS + 1)
+    lr = torch.full_like(t, step_size)
     record.start()
-    while record(phi.detach(), evaluations):
-        rows, outer_rows = next(inner_batches), next(outer_batches)
-        t += 1
-        lr = step_size / t**0.5
-        theta, phi = theta.detach().requires_grad_(), phi.detach().requires_grad_()
-        value = problem.inner(theta, phi, rows)
-        (by_theta,) = torch.autograd.grad(value, theta, create_graph=True)
-        product, cross = torch.autograd.grad(by_theta @ v, (theta, phi))
-        value = problem.outer(theta, phi, outer_rows)
-        g_theta, g_phi = torch.autograd.grad(value, (theta, phi), materialize_grads=True)
-        with torch.no_grad():
-            theta = theta - lr * by_theta
-            v = v - lr * (product + g_theta)
-            phi = phi - lr / ratio * (cross + g_phi)
-        evaluations += 3 * count(problem.num_inner, rows) + count(problem.num_outer, outer_rows)
+    while record(phi, evaluations):
+        if batch is not None:
+            lr, t = step_size / t.sqrt(), t + STEPS
+        theta, v, phi = steps(theta, v, phi, lr, lr / ratio, draw(num), draw(num_outer))
+        evaluations += STEPS * cost
+
+
+@cache
+def soba_steps(problem: Bilevel) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
+    """Return a function that takes STEPS steps of `soba`."""
+
+    def step(
+        theta: Tensor, v: Tensor, phi: Tensor, lr: Tensor, lr_phi: Tensor, rows: Rows,
+        outer_rows: Rows,
+    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+        def by_theta(theta: Tensor, phi: Tensor) -> Tensor:
+            return grad(problem.inner)(theta, phi, rows)
+
+        slope, times = vjp(by_theta, theta, phi)
+        product, cross = times(v)
+        g_theta, g_phi = grad(problem.outer, argnums=(0, 1))(theta, phi, outer_rows)
+        return theta - lr * slope, v - lr * (product + g_theta), phi - lr_phi * (cross + g_phi)
+
+    def steps(
+        theta: Tensor, v: Tensor, phi: Tensor, lr: Tensor, lr_phi: Tensor, rows: Tensor | None,
+        outer_rows: Tensor | None,
+    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+        for k in range(STEPS):
+            some = None if rows is None else rows[k]
+            some_outer = None if outer_rows is None else outer_rows[k]
+            theta, v, phi = step(theta, v, phi, lr[k], lr_phi[k], some, some_outer)
+        return theta, v, phi
+
+    return steps
+
+
+@cache
+def compiled(fn: Callable[..., Any]) -> Callable[..., Any]:
+    """Compile a function, once."""
+    return torch.compile(fn, fullgraph=True, dynamic=False)
 
 
 SOLVERS: dict[str, Callable[..., None]] = {
@@ -191,8 +248,9 @@ SOLVERS: dict[str, Callable[..., None]] = {
 def run(name: str, file: str, seconds: float, jobs: list[tuple[str, Any]], out: str) -> None:
     """Run each solver with its settings, after a start that is not timed."""
     arrays = dict(np.load(file))
+    stated = {dtype: state(name, arrays, dtype) for dtype in (torch.float32, torch.float64)}
     for k, (solver, settings) in enumerate(jobs):
-        problem = state(name, arrays, torch.float64 if solver == "implicit" else torch.float32)
+        problem = stated[torch.float64 if solver == "implicit" else torch.float32]
         for limit in (0.01, seconds):
             record = Recorder(limit)
             with suppress(metavpt.NonFiniteError):  # a step size too large: the run ends there
