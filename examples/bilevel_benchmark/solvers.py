@@ -176,8 +176,8 @@ def implicit(
 
 
 def soba(
-    problem: Bilevel, record: Recorder, *, seed: int, step_size: float, ratio: float, batch: int | None,
-    is_compiled: bool = True,
+    problem: Bilevel, record: Recorder, *, seed: int, step_size: float, ratio: float,
+    batch: int | None, is_compiled: bool = True,
 ) -> None:  # fmt: skip
     """Move theta, v and phi at once, each by one step of size step_size.
 
