@@ -127,6 +127,17 @@ def test_the_shipped_dino_problem_agrees_through_clipped_steps_and_its_solves_en
     assert max(residuals) < 0.5
 
 
+def test_the_solves_of_the_shipped_data2vec_problem_end_below_a_half(tmp_path):
+    with initialize_config_module("metavpt.configs", version_base="1.3"):
+        cfg = compose("run", ["problem=toy_sources", "strategy=implicit"])
+    data2vec = Scene.of(maker(tmp_path)()).double()
+    sgd = lambda p: torch.optim.SGD(p, lr=0.3)
+    *_, solve = learner_step(data2vec, instantiate(cfg.strategy).estimator, sgd, math.inf)
+    residuals = [float(said) for said in solve.measured.split(";")[0].split(" ", 1)[1].split(", ")]
+    assert len(residuals) == 4
+    assert max(residuals) < 0.5
+
+
 def test_weights_of_a_policy_are_held_within_a_step_and_follow_the_learner_between_steps(tmp_path):
     torch.manual_seed(0)
     options = "feedback=cross_fitted", "designer.hidden_width=8", "problem.feedback_batch_size=8"

@@ -9,8 +9,11 @@ from metavpt import Budget, Cosine, Learned, MetaVPTError, RunLog, Trainer
 from metavpt.hypergradients import params
 from metavpt.hypergradients.directions import AdamAware, Dot
 from metavpt.hypergradients.estimators import downstream
+from metavpt.strategies.amortized import Amortized
 from metavpt.strategies.controls import Adversarial, Direct, Hardest, Uniform
+from metavpt.strategies.function_space import Functional
 from metavpt.strategies.selection import Greedy, GreedySelection
+from metavpt.strategies.tilted_targets import Tilt
 
 
 class Selectable(Channels):
@@ -187,12 +190,36 @@ def test_direct_adds_the_feedback_loss_to_the_learners_own(tmp_path):
     assert loop.strategy.next_task(loop.state).labelled_loss is None
 
 
+class Unmeasured(Channels):
+    """Fails where it is measured or asked for a batch before what it lacks is named."""
+
+    def evaluate(self):
+        raise AssertionError("measured")
+
+    def pretrain_batches(self, seed):
+        raise AssertionError("read")
+
+    feedback_batches = pretrain_batches
+
+
 @pytest.mark.parametrize(
-    "strategy", [Greedy(2), Uniform(), Hardest(2)], ids=lambda s: type(s).__name__
+    ("strategy", "lacks"),
+    [
+        (Greedy(2, burn_in=4), "candidates"),
+        (GreedySelection(2, burn_in=4), "per_sample_tail"),
+        (Uniform(), "candidates"),
+        (Hardest(2), "candidates"),
+        (Tilt(burn_in=4), "tilt"),
+        (Amortized(burn_in=4), "replay"),
+        (Functional(burn_in=4), "output_values"),
+    ],
+    ids=lambda value: type(value).__name__,
 )
-def test_a_problem_without_selection_says_what_to_define(tmp_path, strategy):
-    with pytest.raises(MetaVPTError, match=r"needs candidates .*Channels"):
-        trainer(tmp_path, strategy, Channels()).run()
+def test_what_a_strategy_needs_and_a_problem_lacks_is_named_before_step_0(
+    tmp_path, strategy, lacks
+):
+    with pytest.raises(MetaVPTError, match=rf"needs .*{lacks}.*Unmeasured"):
+        trainer(tmp_path, strategy, Unmeasured()).run()
 
 
 @pytest.mark.parametrize(
