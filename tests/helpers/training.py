@@ -14,7 +14,6 @@ def train(folder, problem, strategy, steps, resume=False, seed=0):
 
     It draws no pictures, which take longer than the steps and have tests of their own.
     """
-    problem.figures = dict
     checkpoints = Checkpoints(folder / "checkpoints")
     trainer = Trainer(
         problem,
@@ -28,7 +27,9 @@ def train(folder, problem, strategy, steps, resume=False, seed=0):
     )
     if resume:
         trainer.resume()
+    problem.figures = dict
     trainer.run()
+    del problem.figures  # that of the class again
     return trainer
 
 
