@@ -140,7 +140,7 @@ def compare(cfg: DictConfig) -> Path:
             output, parent, f"compare-{HydraConfig.get().runtime.choices['problem']}"
         )
         write_text(folder / "config.yaml", config)
-        run_folder.write_environment(folder, command="compare", also=shared)
+        run_folder.write_environment(folder, command="compare", also=shared, threads=cfg.threads)
     results.write_directions(folder, check_directions(cfg.metrics or {}, "metrics"))
     comparison = Comparison(folder, jobs(cfg, made, folder), cfg.jobs, console)
     found = comparison.run()
@@ -256,7 +256,7 @@ def _prepare(
     write_text(file, text)
     if not (folder / "environment.json").is_file():
         choices = {"problem": HydraConfig.get().runtime.choices["problem"], "strategy": name}
-        run_folder.write_environment(folder, seed, "compare", shared, choices)
+        run_folder.write_environment(folder, seed, "compare", shared, choices, row.threads)
     return partial(build, cast(DictConfig, OmegaConf.create(text)))
 
 

@@ -3,6 +3,7 @@
 import json
 import os
 import platform
+import shlex
 import shutil
 import sys
 from collections.abc import Container, Iterator, Mapping, Sequence
@@ -217,6 +218,7 @@ def write_environment(
     command: str = "run",
     also: Sequence[str] = (),
     choices: Mapping[str, str] | None = None,
+    threads: int | None = None,
 ) -> None:
     """Write environment.json: the command, versions, machine and threads.
 
@@ -226,14 +228,15 @@ def write_environment(
         command: The name of the command.
         also: Arguments that were taken out of the command line.
         choices: Configuration groups such as `strategy` to their choices as they were typed.
+        threads: Of the run. Default: those of this process.
     """
     environment = {
         **(choices or {}),
-        "command": " ".join(["python", "-m", f"metavpt.{command}", *sys.argv[1:], *also]),
+        "command": shlex.join(["python", "-m", f"metavpt.{command}", *sys.argv[1:], *also]),
         "seed": seed,
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "threads": torch.get_num_threads(),
+        "threads": threads or torch.get_num_threads(),
         "cpus": os.cpu_count(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         **{package: _version(package) for package in PACKAGES},

@@ -3,6 +3,7 @@
 import json
 import multiprocessing as mp
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -144,12 +145,13 @@ def test_the_table_and_the_report_are_written_and_printed(finished):
     assert "implicit" in printed
     assert (folder / "table.md").read_text().count("implicit") >= 2
     assert "one_step" in (folder / "table.csv").read_text()
-    assert (
-        "strategy.optimizer.lr=0.1"
-        in json.loads((folder / "environment.json").read_text())["command"]
-    )
+    environment = json.loads((folder / "environment.json").read_text())
+    assert "strategy.optimizer.lr=0.1" in environment["command"]
+    assert "seeds=[0, 1]" in shlex.split(environment["command"])  # may be typed as it stands
+    row = json.loads((folder / "rows" / "one_step" / "seed1" / "environment.json").read_text())
+    assert row["threads"] == max(1, (os.cpu_count() or 1) // 2)  # two jobs at a time
     assert (folder / "report.html").stat().st_size > 10_000
-    assert (folder / "rows" / "one_step" / "seed2" / "report.html").is_file()
+    assert (folder / "rows" / "one_step" / "seed1" / "report.html").is_file()
 
 
 @pytest.fixture(scope="module")
