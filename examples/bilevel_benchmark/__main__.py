@@ -48,19 +48,20 @@ def grid(problem: str, solver: str) -> list[Settings]:
         fixed = {"inner_solver": "lbfgs", "n_inner_steps": 100}
         outer = np.geomspace(min(steps) / max(ratios), max(steps) / min(ratios), 8)
         return [{"step_size_outer": float(size), **fixed} for size in outer]
-    settings = list[Settings]()
-    for step, ratio, size in itertools.product(steps, ratios, (64, "full")):
-        if solver.startswith("metavpt"):
-            batch = {"seed": TUNING_SEED, "batch": 64 if size == 64 else None}
-            settings.append({"step_size": step, "ratio": ratio, **batch})
-        else:
-            # steps in one compiled call: the clock is read between calls
-            steps_in_a_call = (128 if solver in ("soba", "saba") else 16) // (
-                1 if size == 64 else 8
-            )
-            batch = {"random_state": TUNING_SEED, "batch_size": size, "eval_freq": steps_in_a_call}
-            settings.append({"step_size": step, "outer_ratio": ratio, **batch})
-    return settings
+    tried = itertools.product(steps, ratios, (64, "full"))
+    if solver.startswith("metavpt"):
+        return [
+            {"step_size": step, "ratio": ratio, "seed": TUNING_SEED,
+             "batch": None if size == "full" else size}
+            for step, ratio, size in tried
+        ]  # fmt: skip
+    # The clock is read after so many steps: they are one compiled call.
+    reads = {64: 128, "full": 16} if solver in ("soba", "saba") else {64: 16, "full": 2}
+    return [
+        {"step_size": step, "outer_ratio": ratio, "random_state": TUNING_SEED,
+         "batch_size": size, "eval_freq": reads[size]}
+        for step, ratio, size in tried
+    ]  # fmt: skip
 
 
 def write_problem(name: str, seed: int, path: Path) -> None:

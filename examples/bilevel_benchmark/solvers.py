@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import numpy as np
@@ -47,38 +47,22 @@ def count(num: int, rows: Rows) -> int:
     return num if rows is None else rows.stop - rows.start
 
 
-def one_step(
-    problem: Bilevel,
-    record: Recorder,
-    *,
-    seed: int,
-    step_size: float,
-    ratio: float,
-    batch: int | None,
-) -> None:
-    """Descend theta and phi in turn, phi along the derivative through one step of theta."""
-    method = metavpt.OneStep(product=EXACT, step_size=step_size, check_losses=False)
-    _with_steps(problem, record, method, seed, step_size, ratio, batch)
+def one_step(step_size: float) -> metavpt.OneStep:
+    """Return the derivative through one step of theta."""
+    return metavpt.OneStep(product=EXACT, step_size=step_size, check_losses=False)
 
 
-def unrolled(
-    problem: Bilevel,
-    record: Recorder,
-    *,
-    seed: int,
-    step_size: float,
-    ratio: float,
-    batch: int | None,
-) -> None:
-    """The same through ten steps of theta, which goes on from where they end."""
-    method = metavpt.Unrolled(10, metavpt.SGD(step_size), product=EXACT, check_losses=False)
-    _with_steps(problem, record, method, seed, step_size, ratio, batch)
+def unrolled(step_size: float) -> metavpt.Unrolled:
+    """Return the derivative through ten steps of theta, which goes on from where they end."""
+    return metavpt.Unrolled(10, metavpt.SGD(step_size), product=EXACT, check_losses=False)
 
 
-def _with_steps(
-    problem: Bilevel, record: Recorder, method: metavpt.OneStep | metavpt.Unrolled, seed: int,
-    step_size: float, ratio: float, batch: int | None,
+def in_turn(
+    make: Callable[[float], metavpt.OneStep | metavpt.Unrolled], problem: Bilevel,
+    record: Recorder, *, seed: int, step_size: float, ratio: float, batch: int | None,
 ) -> None:  # fmt: skip
+    """Descend theta and phi in turn, phi along the derivative that `make` makes."""
+    method = make(step_size)
     theta, phi = problem.theta0, problem.phi0
     inner_batches = batches(problem.num_inner, batch, seed)
     outer_batches = batches(problem.num_outer, batch, seed + 1)
@@ -241,7 +225,8 @@ def compiled(fn: Callable[..., Any]) -> Callable[..., Any]:
 
 
 SOLVERS: dict[str, Callable[..., None]] = {
-    "one_step": one_step, "unrolled": unrolled, "implicit": implicit, "soba": soba,
+    "one_step": partial(in_turn, one_step), "unrolled": partial(in_turn, unrolled),
+    "implicit": implicit, "soba": soba,
 }  # fmt: skip
 
 
