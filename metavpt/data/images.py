@@ -202,7 +202,7 @@ class HubImages(Dataset[Tensor]):
 
     def _own_file(self, path: str) -> Path:
         """Return a file that a row names in place of its bytes."""
-        file = Path(os.path.abspath(path))
+        file = Path(os.path.realpath(path))
         if not any(folder in file.parents for folder in self.folders):
             raise OSError(f"the row names {path}, which lies outside of the data set")
         if not file.is_file():  # a device never ends
@@ -295,13 +295,13 @@ def _is_saved_by_datasets(folder: Path) -> bool:
 def _own_folders(datasets: Any, source: str) -> list[Path]:
     """The folders that may hold the images of a data set: its own, and the caches of the hub."""
     if not source.startswith(HUB_PREFIX):
-        return [Path(os.path.abspath(source))]
+        return [Path(os.path.realpath(source))]
     import huggingface_hub.constants  # datasets needs it
 
     caches = (datasets.config.HF_DATASETS_CACHE, datasets.config.HF_CACHE_HOME)
     name = source.removeprefix(HUB_PREFIX).partition(":")[0]
     places = (*caches, huggingface_hub.constants.HF_HUB_CACHE, name)
-    return [Path(os.path.abspath(place)) for place in places]
+    return [Path(os.path.realpath(place)) for place in places]
 
 
 def _load_data_set(datasets: Any, source: str) -> Any:

@@ -118,6 +118,10 @@ def test_a_row_that_names_a_file_elsewhere_is_refused(tmp_path: Path) -> None:
             open_images(named(tmp_path / f"{k}", str(path)), SIZE)[0]
     with pytest.raises(MetaVPTError, match="outside of the data set"):
         open_images(named(tmp_path / "device", "/dev/zero"), SIZE)[0]
+    linked = named(tmp_path / "linked", str(tmp_path / "linked" / "a.png"))
+    (linked / "a.png").symlink_to(tmp_path / "private.png")
+    with pytest.raises(MetaVPTError, match="outside of the data set"):
+        open_images(linked, SIZE)[0]
     own = named(tmp_path / "own", str(tmp_path / "own" / "a.png"))
     Image.fromarray(PIXELS[0]).save(own / "a.png")
     assert torch.equal(open_images(own, SIZE)[0], expected(0))
