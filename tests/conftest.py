@@ -1,5 +1,6 @@
 """Fixtures for the whole suite."""
 
+import gc
 import os
 from pathlib import Path
 
@@ -13,6 +14,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         default=3,
         help="random moments at which tests/training/test_faults.py kills a run",
     )
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Keep what importing and collecting made out of every later garbage collection."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

@@ -96,7 +96,7 @@ def main(cfg: DictConfig) -> None:
     torch.manual_seed(cfg.seed)
     console = Console()
     if fewer := fewer_samples(cfg.problem):
-        console.print(f"with {fewer}: the formulas are those of any number", soft_wrap=True)
+        console.print(f"checking with smaller batches: {fewer}", soft_wrap=True, highlight=False)
     with progress(console) as started:
         started("making the problem")
         problem = instantiate(cfg.problem)

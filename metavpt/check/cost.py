@@ -37,8 +37,15 @@ class Cost(NamedTuple):
     peak_bytes: int | None
 
 
-def costs(scene: Scene, deadline: float) -> list[Finding]:
-    """Return a finding for each estimator. After `deadline` each is measured only once."""
+def costs(scene: Scene, deadline: float, started: Callable[[str], None]) -> list[Finding]:
+    """Return a finding for each estimator.
+
+    Args:
+        scene: Where.
+        deadline: On the clock of `time.monotonic`. After it each is measured only once.
+        started: Called with the name of each measurement before it runs.
+    """
+    started("cost plain gradient")
     with torch.no_grad():
         task = scene.task()
     plain = measure(
@@ -55,6 +62,7 @@ def costs(scene: Scene, deadline: float) -> list[Finding]:
         )
     ]
     for name, estimator in ESTIMATORS.items():
+        started(f"cost {name}")
         try:
             cost = measure(
                 lambda estimator=estimator: scene.estimate(estimator), scene.device, deadline

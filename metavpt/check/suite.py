@@ -90,7 +90,7 @@ def check(
             findings += run("attention", "", lambda: backends.attention(scene))
             # costs first: each is measured at least once, while the pairs of first_order shrink to
             # what time is left
-            findings += run("cost", "", lambda: costs(scene, deadline - seconds / 2))
+            findings += attempt("cost", "", lambda: costs(scene, deadline - seconds / 2, announce))
             findings += run(
                 "first_order",
                 "use SGD, Adam or AdamW",

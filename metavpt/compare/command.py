@@ -32,6 +32,7 @@ from metavpt.training.build import build as build_trainer
 from metavpt.training.build import check_option_types
 from metavpt.training.disk import write_text
 from metavpt.training.engine import pick_device
+from metavpt.training.signals import Stopped, StopRequest
 from metavpt.training.trainer import Trainer
 
 WARM_START = "warm start"
@@ -143,7 +144,18 @@ def compare(cfg: DictConfig) -> Path:
         run_folder.write_environment(folder, command="compare", also=shared, threads=cfg.threads)
     results.write_directions(folder, check_directions(cfg.metrics or {}, "metrics"))
     comparison = Comparison(folder, jobs(cfg, made, folder), cfg.jobs, console)
-    found = comparison.run()
+    try:
+        with StopRequest().listening():
+            found = comparison.run()
+    except Stopped as stopped:
+        again = run_folder.resume_command("compare", f"output={folder}", shared)
+        console.print(
+            f"stopped by {stopped.signal.name}; resume with\n{again}",
+            markup=False,
+            highlight=False,
+            soft_wrap=True,
+        )
+        sys.exit(stopped.status)
     table = Table(found, directions=results.read_directions(folder))
     table.write(folder)
     console.print(table.rich())

@@ -19,10 +19,9 @@ CARD = """\
 
 {{ about }}
 
-```python
+In the folder of this card:
+
 {{ usages }}
-model = metavpt.load(".")  # metavpt
-```
 
 ## Metrics
 
@@ -55,7 +54,7 @@ NOT_VERSIONS = ("command", "seed")
 
 
 class Usage(NamedTuple):
-    """A library and an expression that load the model from the folder of the card."""
+    """A library that it imports, and an expression that loads the model from the card's folder."""
 
     library: str
     expression: str
@@ -92,7 +91,10 @@ def model_card(run: Path, config: DictConfig, of: Description) -> str:
         template_str=CARD,
         name=of.name,
         about=of.about,
-        usages="\n".join(f"model = {usage.expression}  # {usage.library}" for usage in of.usages),
+        usages="\n\n".join(
+            f"```python\nimport {usage.library}\n\nmodel = {usage.expression}\n```"
+            for usage in (*of.usages, Usage("metavpt", 'metavpt.load(".")'))
+        ),
         first=min((row.first_step for row in rows), default=0),
         last=last,
         measured=of.measured,

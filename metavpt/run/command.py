@@ -5,7 +5,6 @@ For example `strategy=one_step seed=0`, or `resume=true` to continue a run.
 
 import math
 import os
-import shlex
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -205,12 +204,7 @@ def _how_it_goes_on(folder: Path, signal: Signals) -> str:
         return f"stopped by {signal.name} before the first checkpoint; nothing was saved"
     multirun = HydraConfig.get().mode is RunMode.MULTIRUN
     place = f"hydra.sweep.dir={folder.parent}" if multirun else f"output={folder}"
-    options = [
-        option
-        for option in sys.argv[1:]
-        if not option.startswith(("resume=", place.partition("=")[0] + "="))
-    ]
-    command = shlex.join(["python", "-m", "metavpt.run", *options, place, "resume=true"])
+    command = run_folder.resume_command("run", place)
     return f"stopped by {signal.name}, saved in {saved[-1]}; resume with\n{command}"
 
 

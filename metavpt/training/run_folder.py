@@ -244,6 +244,21 @@ def write_environment(
     write_text(folder / "environment.json", json.dumps(environment, indent=2) + "\n")
 
 
+def resume_command(command: str, place: str, also: Sequence[str] = ()) -> str:
+    """Return the command that continues what this process began.
+
+    Args:
+        command: The name of the command.
+        place: The option that names the folder, as in `output=runs/x`.
+        also: Arguments that were taken out of the command line.
+    """
+    replaced = ("resume=", place.partition("=")[0] + "=")
+    options = [option for option in sys.argv[1:] if not option.startswith(replaced)]
+    return shlex.join(
+        ["python", "-m", f"metavpt.{command}", *options, *also, place, "resume=true"]
+    )
+
+
 def _version(package: str) -> str | None:
     try:
         return version(package)

@@ -1,6 +1,7 @@
 """What comes out of a run: the backbone of student or teacher, as other libraries read it."""
 
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any, ClassVar
@@ -179,9 +180,25 @@ def test_the_model_card_says_what_the_run_was(finished: Any, tmp_path: Path) -> 
         "python -m metavpt.run seed=7",
         "- torch: 2.14.0",
         "no released weights restrict them",
-        'timm.create_model("local-dir:timm", pretrained=True)',
     ):
         assert line in card
+
+
+def test_the_code_of_the_model_card_loads_the_model(
+    finished: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("transformers")
+    folder, parts = finished
+    to = export(folder, tmp_path / "weights", "student")
+    monkeypatch.chdir(to)
+    kernel = parts["student"].trunk.patch_embed.proj.weight
+    libraries = set()
+    for code in re.findall(r"```python\n(.*?)```", (to / "README.md").read_text(), flags=re.DOTALL):
+        names: dict[str, Any] = {}
+        exec(code, names)
+        libraries.add(type(names["model"]).__module__.partition(".")[0])
+        assert any(torch.equal(kernel, p) for p in names["model"].parameters())
+    assert libraries == {"timm", "transformers", "metavpt"}
 
 
 @pytest.mark.parametrize(
