@@ -25,7 +25,7 @@ SMALL = [
 ]
 FEWER = {
     "check": [*SMALL, "threads=1"],
-    "compare": [*SMALL, "budget.steps=2", "jobs=1", "strategy.phi_steps=2", "seeds=[0]"],
+    "compare": [*SMALL, "budget.seconds=0.5", "jobs=1", "strategy.phi_steps=2", "seeds=[0]"],
 }
 
 

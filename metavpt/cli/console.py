@@ -5,6 +5,7 @@ read as rich's markup (`[/red]` without an opening tag is an error), and must no
 terminal (escape sequences move the cursor, set colours or write to the clipboard).
 """
 
+import os
 import unicodedata
 from collections.abc import Iterable
 from typing import Any
@@ -14,6 +15,7 @@ from rich.console import ConsoleOptions, RenderableType
 from rich.segment import Segment
 from rich.text import Text
 
+FILE_WIDTH = 100  # columns, where output goes to a file or a pipe; rich's 80 break tables
 ACTS = {"Cc", "Cf", "Cs"}  # Unicode categories: control, format (reversed writing), surrogate
 
 
@@ -21,11 +23,14 @@ class Console(rich_console.Console):
     r"""rich's console for text from any source.
 
     Strings are printed unchanged, without markup or emoji codes. Give colours as styles, or in a
-    rich Text. Control characters are shown as escapes, as in `\x1b[2J`.
+    rich Text. Control characters are shown as escapes, as in `\x1b[2J`. Outside a terminal a line
+    has `FILE_WIDTH` columns, or as many as the variable COLUMNS says.
     """
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**{"markup": False, "emoji": False, **options})
+        if not self.is_terminal and "COLUMNS" not in os.environ and "width" not in options:
+            self.width = FILE_WIDTH
 
     def render_str(self, text: str, **options: Any) -> Text:
         """Escape control characters before columns are measured."""

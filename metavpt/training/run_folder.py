@@ -254,9 +254,7 @@ def resume_command(command: str, place: str, also: Sequence[str] = ()) -> str:
     """
     replaced = ("resume=", place.partition("=")[0] + "=")
     options = [option for option in sys.argv[1:] if not option.startswith(replaced)]
-    return shlex.join(
-        ["python", "-m", f"metavpt.{command}", *options, *also, place, "resume=true"]
-    )
+    return shlex.join(["python", "-m", f"metavpt.{command}", *options, *also, place, "resume=true"])
 
 
 def _version(package: str) -> str | None:
