@@ -14,6 +14,7 @@ from rounds import Part, Row, Target, cells, machine, verdicts
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from vision import NUM_CLASSES, Bench, Vision, WholeNetwork, tiny
 
+from metavpt.bench import cost_model
 from metavpt.hypergradients import params
 from metavpt.hypergradients.estimators import (
     Estimator,
@@ -31,6 +32,7 @@ from metavpt.hypergradients.params import Params
 from metavpt.interop import backpropagated, betty
 from metavpt.interop.learn2learn import MAMLUnroll
 from metavpt.interop.torchopt import TorchOptUnroll
+from metavpt.strategies.learned import Learned
 
 SHAPE = tiny(16)
 SETTING = {
@@ -73,14 +75,29 @@ class Backprop:
             return backpropagated(outer_loss, theta, after, phi, self.num_batches)
 
 
+@dataclass(frozen=True)
+class Update:
+    """One designer update, and what its forward and backward passes take alone."""
+
+    bench: Bench
+    estimator: Estimator
+
+    def __call__(self) -> None:
+        self.bench.update(self.estimator)
+
+    def figures(self) -> dict[str, float]:
+        passes = cost_model.of_update(self.estimator)
+        if passes is None or isinstance(self.bench.problem, WholeNetwork):
+            return {}
+        each = cost_model.Stopwatch(self.bench.problem, Learned(self.estimator), self.bench.streams)
+        alone = {name: count * each(name) for name, count in passes.items()}
+        return {"lower_bound": sum(alone.values()), **{f"in_{k}": s for k, s in alone.items()}}
+
+
 def estimator(
     make: Callable[[], Estimator], problem: type[Vision] = Vision
 ) -> Callable[[], Callable[[], None]]:
-    def prepare() -> Callable[[], None]:
-        bench, made = Bench(problem(SHAPE)), make()
-        return lambda: bench.update(made)
-
-    return prepare
+    return lambda: Update(Bench(problem(SHAPE)), make())
 
 
 ROWS = {
@@ -139,17 +156,34 @@ def section(report: dict[str, Any]) -> list[str]:
         "Memory is the peak resident size of the whole process, Python and PyTorch included. "
         "All estimators take the same closures over S. "
         "Betty sees one loss and runs the trunk with every evaluation; all others run it once a "
-        "batch.",
+        "batch. "
+        "The lower bound is what the forward and backward passes of an update take, each timed "
+        "alone in the process (`metavpt/bench/cost_model.py` counts them).",
         "",
-        "| | seconds | x plain | peak MiB | x plain |",
-        "| --- | --- | --- | --- | --- |",
+        "| | seconds | x plain | peak MiB | x plain | lower bound, x plain |",
+        "| --- | --- | --- | --- | --- | --- |",
     ]
     for name, row in measured.items():
         found = (
             [f"did not run: {row['error']}", "", "", ""] if "error" in row else cells(row, plain)
         )
-        lines.append(f"| {ROWS[name].title} | {' | '.join(found)} |")
-    return [*lines, "", *verdicts(TARGETS, measured, ROWS)]
+        bound = f"{row['lower_bound'] / plain['seconds']:.2f}" if "lower_bound" in row else ""
+        lines.append(f"| {ROWS[name].title} | {' | '.join([*found, bound])} |")
+    lines += ["", *verdicts(TARGETS, measured, ROWS)]
+    one_step = measured.get("one_step_difference", {})
+    if "lower_bound" in one_step and plain:
+        shares = {
+            title: one_step[f"in_{name}"] / plain["seconds"]
+            for name, title in {
+                "g_down": "the feedback gradient",
+                "inner": "the designer's task with the teacher's pass and the learner's trunk",
+                "tail": "both ends of the difference through the tail",
+                "phi_back": "the way back to phi",
+            }.items()
+        }
+        listed = ", ".join(f"{title} {share:.2f}" for title, share in shares.items())
+        lines += ["", f"Of the lower bound of {ROWS['one_step_difference'].title}: {listed}."]
+    return lines
 
 
 PART = Part(
