@@ -186,22 +186,29 @@ class Data2VecDense(
 
     @torch.no_grad()
     def figures(self) -> dict[str, np.ndarray]:
-        """Draw an image, the student's view, and the RMS shift of its targets, 0 to the gate."""
+        """Draw images, what the student sees of them, and what the designer made of their patches.
+
+        That is the RMS shift of the targets, or the mean weight of a patch's features in the loss.
+        """
         task = self.designer(next(iter(self.meta_batches(seed=0))))
-        patch = self.backbone.patch_size
-        states, features = self._described(task.images)
-        moves = moved(features, task) - features
-        if task.phi:
-            moves = moves + self.designer.moves(task, states, features)
-        lengths = moves.square().mean(dim=-1).sqrt()
+        patch, theta = self.backbone.patch_size, params.detach(params.named(self.learner))
+        if self.designer.surface == "targets":
+            name, column, most = "targets", "shift of the targets", max(self.designer.gate, 1e-3)
+            top = f"{most:g}"
+            shifts = self._step(theta, task).targets - self._described(task.images)[1]
+            made = shifts.square().mean(dim=-1).sqrt()
+        else:
+            name, column, most, top = "weights", "weight in the loss", 2.0, "2 and more"
+            weights = self._step(theta, task).weights_now()
+            made = torch.ones(task.hidden.shape) if weights is None else weights.mean(dim=-1)
         rows = []
         for image, *maps in zip(
             task.images[:NUM_PICTURES].cpu() * self.std + self.mean,
             ~task.hidden.cpu(),
-            lengths.cpu(),
+            made.cpu(),
             strict=False,
         ):
-            seen, length = (
+            seen, shown = (
                 m.view(self.designer.grid).repeat_interleave(patch, 0).repeat_interleave(patch, 1)
                 for m in maps
             )
@@ -209,13 +216,13 @@ class Data2VecDense(
                 [
                     figures.photo(image),
                     figures.photo(image * seen),
-                    colours.colour(length, 0.0, max(self.designer.gate, 1e-3)),
+                    colours.colour(shown.clamp(max=most), 0.0, most),
                 ]
             )
-        columns = ["image", "what the student sees", "shift of the targets"]
-        legend = colours.scale("none", f"{max(self.designer.gate, 1e-3):g}")
+        columns = ["image", "what the student sees", column]
+        legend = colours.scale("0", top)
         return {
-            "targets": figures.with_legend(figures.titled(figures.grid(rows), columns), legend),
+            name: figures.with_legend(figures.titled(figures.grid(rows), columns), legend),
             **super().figures(),
         }
 

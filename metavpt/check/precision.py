@@ -115,8 +115,8 @@ def difference_step(scene: Scene, truth: Params) -> Finding:
     if default <= 0.05:
         return Finding("difference_step", "ok", measured)
     advice = (
-        f"set product.relative_step={best:.0e}"
+        f"if the strategy takes products, add +strategy.estimator.product.relative_step={best:.0e}"
         if errors[best] <= 0.5 * default
-        else "use ExactProduct: no step is accurate here"
+        else "if the strategy takes products, use ExactProduct: no step is accurate here"
     )
     return Finding("difference_step", "warning", measured, advice)

@@ -17,8 +17,8 @@ def headline(table: "Table") -> str:
     If the results do not state which rows were steered, only rows that beat the reference are
     named.
     """
-    found = [_outcome(table), _labels_alone(table), _share(table), _trivial(table)]
-    return " ".join([*filter(None, found), _ranking(table)])
+    found = [_outcome(table), _labels_alone(table), _share(table), _trivial(table), _ranking(table)]
+    return " ".join(filter(None, found))
 
 
 def _best(table: "Table") -> tuple[str, Paired] | None:
@@ -40,14 +40,14 @@ def _outcome(table: "Table") -> str | None:
     (row, pair), target, reference = found, table.target, table.reference
     mean = table.cells[row, target or ""].mean
     by = f"{number(pair.difference, sign=True)} to {number(mean.value if mean else None)}"
-    interval = "" if pair.low is None else f", 95% interval {_ends(pair)}"
-    seeds = f"{pair.n} seed{'s' if pair.n > 1 else ''}{interval}"
     if pair.verdict == "too few seeds":
         way = "ahead of" if pair.sign * pair.difference > 0 else "not ahead of"
+        ends = "" if pair.low is None else f" (seeds from {' to '.join(_ends(pair))})"
         return (
-            f"Too few seeds for a verdict: the best steered row, {row}, is {way} {reference} on "
-            f"{target}, {by} ({seeds})."
+            f"Too few seeds for a verdict, {pair.n} of at least {MIN_SEEDS}: the best steered row, "
+            f"{row}, is {way} {reference} on {target}, {by}{ends}."
         )
+    seeds = f"{pair.n} seeds, 95% interval [{', '.join(_ends(pair))}]"
     if pair.verdict == "better":
         return f"{row} is better than {reference} on {target}: {by} ({seeds})."
     if pair.verdict == "worse":
@@ -73,7 +73,7 @@ def _labels_alone(table: "Table") -> str | None:
             continue
         verdicts = {pair.verdict for pair in pairs}
         doubt = "" if verdicts == {"better"} else ", not by more than every interval"
-        doubt = ", too few seeds for a verdict" if "too few seeds" in verdicts else doubt
+        doubt = "" if "too few seeds" in verdicts else doubt  # _outcome says so
         own, best = (table.cells[name, target].mean for name in (row, found[0]))
         values = (
             f"{number(own.value if own else None)} against {number(best.value if best else None)}"
@@ -116,14 +116,14 @@ def _trivial(table: "Table") -> str | None:
     return f"{listed(beaten)} {verb} no better than the {name} ({number(value)})."
 
 
-def _ends(pair: Paired) -> str:
-    return f"[{number(pair.low, sign=True)}, {number(pair.high, sign=True)}]"
+def _ends(pair: Paired) -> list[str]:
+    return [number(end, sign=True) for end in (pair.low, pair.high)]
 
 
-def _ranking(table: "Table") -> str:
+def _ranking(table: "Table") -> str | None:
     """List the rows that are better or worse than the reference on a target metric.
 
-    A verdict needs an interval that excludes zero.
+    A verdict needs an interval that excludes zero. None: too few seeds, which `_outcome` says.
     """
     reference = table.reference
     if not table.has_reference:
@@ -138,6 +138,8 @@ def _ranking(table: "Table") -> str:
         return f"No row finished beside {reference}, so there is nothing to compare."
     told = " or ".join(map(str, sorted({p.n for p in pairs.values() if p.n < MIN_SEEDS})))
     if all(pair.n < MIN_SEEDS for pair in pairs.values()):
+        if _best(table):
+            return None
         return (
             f"Too few seeds in common with {reference} ({told}): "
             f"no difference can be told from noise with fewer than {MIN_SEEDS}."

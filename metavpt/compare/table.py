@@ -174,9 +174,11 @@ class Table:
             shares = row in self.trained and row != self.reference
             share = self.share_of_direct(row, target) if shares else None
             percent = number(None) if share is None else f"{number(round(100 * share))}%"
-            lines.append([row, _mean(mean), number(gain, sign=True), percent, self._others(row)])
+            of_direct = [percent] if DIRECT in self.trained else []
+            lines.append([row, _mean(mean), number(gain, sign=True), *of_direct, self._others(row)])
             verdicts.append(against.verdict if against else "unclear")
-        header = ["row", "mean ± s.e.", "gain", f"share of {DIRECT}", "other metrics"]
+        of_direct = [f"share of {DIRECT}"] if DIRECT in self.trained else []
+        header = ["row", "mean ± s.e.", "gain", *of_direct, "other metrics"]
         return Section(f"gain over {self.reference} on {target}", header, lines, verdicts)
 
     def _knows_roles(self) -> bool:
@@ -315,11 +317,10 @@ class Table:
             1: "higher is better",
             0: "lower or higher may be better",
         }[self.sign(metric)]
-        against = (
-            [f"minus {self.reference}", f"{LEVEL:.0%} interval", "p", "wins"]
-            if self.has_reference
-            else []
-        )
+        pairs = [pair for row in self.rows if (pair := self.cells[row, metric].paired)]
+        few = pairs and all(pair.n < MIN_SEEDS for pair in pairs)
+        interval = "range" if few else f"{LEVEL:.0%} interval"
+        against = [f"minus {self.reference}", interval, "p", "wins"] if self.has_reference else []
         lines, verdicts = [], []
         for row in self.rows:
             mean, compared = self.cells[row, metric]

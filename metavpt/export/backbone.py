@@ -55,7 +55,7 @@ def export_backbone(
     return Description(
         f"{config.backbone.name}, continued by metavpt ({part})",
         "feature-extraction",
-        _about(config),
+        _about(config, backbone),
         f"Frozen features of the student.{side}",
         _data(config),
         _licence(config),
@@ -157,8 +157,11 @@ def _compare(backbone: Backbone, tokens: Any, library: str) -> None:
         )
 
 
-def _about(config: DictConfig) -> str:
+def _about(config: DictConfig, module: Backbone) -> str:
     backbone = config.backbone
+    mean, std = (", ".join(f"{x:.4g}" for x in numbers) for numbers in (module.mean, module.std))
+    size = config.problem.get("feature_size")
+    measured = f" It was measured on images of {size[0]} x {size[1]} pixels." if size else ""
     source = "random weights"
     if backbone.get("weights"):
         source = f"the weights of `{backbone.weights}`"
@@ -167,7 +170,10 @@ def _about(config: DictConfig) -> str:
     return (
         f"The vision transformer `{backbone.name}` from {source}, trained on with "
         f"`{class_name(config.problem)}` on unlabelled images, "
-        f"its tasks made by `{class_name(config.strategy)}`."
+        f"its tasks made by `{class_name(config.strategy)}`.{measured} timm and transformers take "
+        f"RGB from 0 to 1, normalised by mean ({mean}) and standard deviation ({std}); features of "
+        "patches are timm's `model.forward_features(images)`. metavpt takes images as they come "
+        "(`model.features(images)`)."
     )
 
 

@@ -42,6 +42,10 @@ def export(
         description = _write(run, config, made, part, format)
         (made / "README.md").write_text(model_card(run, config, description))
         (made / "config.yaml").write_text(OmegaConf.to_yaml(config))
+        mode = (made / "README.md").stat().st_mode
+        for file in made.rglob("*"):  # some libraries write files for their owner alone
+            if file.is_file():
+                file.chmod(mode)
         try:
             os.rename(made, to)
         except OSError as error:  # someone else made it meanwhile

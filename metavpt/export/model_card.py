@@ -108,7 +108,7 @@ def model_card(run: Path, config: DictConfig, of: Description) -> str:
         licence=f"{of.licence} The data named above have their own licences. "
         "metavpt itself is under the MIT licence.",
     )
-    return str(card)
+    return f"{str(card).rstrip()}\n"
 
 
 def _training(config: DictConfig, data: list[str], last: int) -> str:

@@ -198,8 +198,8 @@ def _curves(table: Table, rows: list[Row]) -> Iterator[tuple[str, Markup]]:
 def _reached(table: Table, rows: list[Row]) -> Iterator[Reached]:
     """Compare every row with the reference on the seeds that both have.
 
-    Only for metrics on which the reference improves on step 0. Otherwise step 0 already reaches the
-    final value of the reference.
+    Only for metrics that were measured between start and end, and on which the reference improves
+    on step 0. Otherwise step 0 already reaches the final value of the reference.
     """
     reference = next((row for row in rows if row.name == table.reference), None)
     for name in filter(table.sign, (*table.metrics, *table.side_effects)):
@@ -217,7 +217,7 @@ def _reached(table: Table, rows: list[Row]) -> Iterator[Reached]:
                 else set()
             )
             course, last = (one.course(name, seeds) if one else None for one in (row, reference))
-            if course and last:
+            if course and last and len(last.samples) > 2:  # else a line between start and end
                 at = samples_to_reach(course, float(last.mean[-1]), table.sign(name))
                 samples[row.name] = None if at is None else (at, at / last.samples[-1])
         if samples:
@@ -226,7 +226,7 @@ def _reached(table: Table, rows: list[Row]) -> Iterator[Reached]:
 
 def _front(table: Table, rows: list[Row]) -> Markup | None:
     """Plot two target metrics against each other, for three rows or more."""
-    axes = pareto_axes([name for name in table.metrics if table.sign(name)])
+    axes = pareto_axes(_unlike([name for name in table.metrics if table.sign(name)], table))
     if axes is None:
         return None
     points = []
@@ -238,6 +238,14 @@ def _front(table: Table, rows: list[Row]) -> Markup | None:
         return None
     x, y = axes
     return pareto_chart(points, (x, table.sign(x)), (y, table.sign(y)), "front")
+
+
+def _unlike(metrics: Sequence[str], table: Table) -> list[str]:
+    """Leave out metrics that are equal to an earlier one in every row."""
+    found: dict[tuple[Any, ...], str] = {}
+    for name in metrics:
+        found.setdefault(tuple(table.cells[row, name].mean for row in table.rows), name)
+    return list(found.values())
 
 
 def _first_orders(rows: list[Row]) -> list[tuple[Row, dict[str, FirstOrder], Markup]]:
@@ -256,7 +264,8 @@ def _first_orders(rows: list[Row]) -> list[tuple[Row, dict[str, FirstOrder], Mar
 
 def _values(rows: list[Row]) -> Iterator[tuple[Row, Markup]]:
     for row in rows:
-        if value := row.value():
+        value = row.value()
+        if value and len(value.samples) > 1:
             yield (
                 row,
                 bands(

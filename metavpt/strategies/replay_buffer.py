@@ -72,8 +72,8 @@ class ReplayBuffer:
         """Take `phi_steps` steps of the designer on `loss`, entries in turn, newest first.
 
         Returns:
-            The record. Its value is that of the first step, before the designer has seen `new`. An
-            entry that is not finite is skipped and counted.
+            The record: the designer's loss on `new` before it was fitted to it. An entry that is
+            not finite is skipped and counted.
         """
         finite = all(
             torch.isfinite(part).all() for part in new.values() if part.is_floating_point()
@@ -89,7 +89,7 @@ class ReplayBuffer:
                 group["lr"] = peak_lr * self.schedule(k, k / self.phi_steps)
             losses.append(self._step(problem, loss, self._rows(entries[k % len(entries)])))
         self.entries = entries[: self.replay - 1]
-        return {"value": -float(losses[0])}
+        return {"designer_loss": float(losses[0])}
 
     def _step(self, problem: Problem, loss: Callable[[Replay], Tensor], rows: Replay) -> Tensor:
         phi = params.named(problem.designer)

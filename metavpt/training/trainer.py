@@ -223,6 +223,7 @@ class Trainer:
             if message := self.steered.warning(self.budget.steps):
                 self.log.warn(self.budget.steps, message)
             self.measure()
+            self.log.write("time", self.budget.steps, seconds=dict(self.budget.times))
             self.save()
 
     def check(self) -> None:

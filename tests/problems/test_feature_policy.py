@@ -168,3 +168,14 @@ def test_check_gives_a_policy_the_directions_of_its_heads(make):
     scene = Scene.of(make("designer=patch_policy"))
     assert scene.problem.designer.directions.abs().sum() > 0
     assert params.norm(scene.one_step(ExactProduct())) > 0
+
+
+@pytest.mark.parametrize("surface", ["patches", "features"])
+def test_the_report_has_a_picture_of_the_weights(make, surface):
+    problem = make("designer=patch_policy", f"designer.surface={surface}", "designer.strength=8.0")
+    problem.evaluate()  # predictions are drawn too
+    recipe = problem.figures()
+    assert set(recipe) == {"weights", "predictions"}
+    for tensor in (*problem.designer.parameters(), problem.designer.directions):
+        torch.nn.init.normal_(tensor)
+    assert (problem.figures()["weights"] != recipe["weights"]).any()

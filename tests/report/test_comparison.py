@@ -120,8 +120,12 @@ def test_curves_begin_at_step_0_and_end_with_the_result(comparison: Path) -> Non
         )
 
 
-def test_a_row_is_compared_on_the_seeds_that_it_has(tmp_path: Path) -> None:
-    """A row without its hard seed does not reach the reference by that alone."""
+@pytest.mark.parametrize("probed", [True, False])
+def test_a_row_is_compared_on_the_seeds_that_it_has(tmp_path: Path, probed: bool) -> None:
+    """A row without its hard seed does not reach the reference by that alone.
+
+    Without a measurement between start and end there is no course to compare.
+    """
     for row, seed, start, end in (
         ("fixed", 0, 4.0, 3.0),
         ("fixed", 1, 2.0, 1.0),
@@ -139,10 +143,16 @@ def test_a_row_is_compared_on_the_seeds_that_it_has(tmp_path: Path) -> None:
             }
         )
         results.append(tmp_path, Result(row, seed, error=None if known else "lost", **known))
-    shown = sections(write_comparison_report(tmp_path).read_text())[
-        "Samples to the final score of fixed"
-    ]
-    assert shown.endswith("fixed 100 1.00× one_step not reached")
+        if known and probed:
+            log = [
+                {"kind": "probe", "step": 1, "metrics": {"loss": start}},
+                {"kind": "train", "step": 1, "samples": 50},
+            ]
+            example.write_run(run_folder(tmp_path, row, seed), log)
+    shown = sections(write_comparison_report(tmp_path).read_text())
+    reached = shown.get("Samples to the final score of fixed", "")
+    assert reached.endswith("fixed 100 1.00× one_step not reached" if probed else "")
+    assert bool(reached) == probed
 
 
 def test_hostile_strings_stay_text(tmp_path: Path) -> None:

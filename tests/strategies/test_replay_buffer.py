@@ -62,9 +62,11 @@ def test_lessons_are_taken_newest_first_and_as_many_as_asked_for_are_replayed():
 def test_the_record_is_of_the_first_step_and_a_lesson_that_is_not_finite_is_counted_and_forgotten():
     problem = Taught()
     made = buffer(problem, 2, 3)
-    assert made.fit(problem, problem.designer_loss, entry()) == {"value": 0.0}
+    assert made.fit(problem, problem.designer_loss, entry()) == {"designer_loss": 0.0}
     expected = -float(problem.designer_loss(entry()).detach())
-    assert made.fit(problem, problem.designer_loss, entry()) == {"value": pytest.approx(expected)}
+    assert made.fit(problem, problem.designer_loss, entry()) == {
+        "designer_loss": pytest.approx(-expected)
+    }
     held, before = len(made.entries), problem.designer.weight.detach().clone()
     assert made.fit(problem, problem.designer_loss, {"x": X, "values": A / 0}) == {
         "skipped_updates": 1.0
