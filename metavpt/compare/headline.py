@@ -87,7 +87,7 @@ def _labels_alone(table: "Table") -> str | None:
 def _share(table: "Table") -> str | None:
     found, target = _best(table), table.target
     share = table.share_of_direct(found[0], target) if found and target else None
-    if found is None or share is None:
+    if found is None or share is None or share <= 0:
         return None
     return (
         f"{found[0]} has {share:.0%} of the gain of direct, which trains on the labels themselves."
