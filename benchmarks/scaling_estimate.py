@@ -7,7 +7,8 @@ FLOAT = 4  # bytes: gradients and parameters travel in float32
 NVLINK, NETWORK = 300e9, 50e9
 # Assumed FLOP/s that a device sustains: in the learner's step, and in a designer update.
 BF16, TF32 = 400e12, 200e12
-HEAD_STEPS, META_EVERY = 4, 8
+HEAD_STEPS = 0  # heads in closed form need no passes of their own; feedback=dense takes 4
+META_EVERY = 8
 
 
 @dataclass(frozen=True)
