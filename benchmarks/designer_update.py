@@ -14,7 +14,7 @@ from rounds import Part, Row, Target, cells, machine, verdicts
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from vision import NUM_CLASSES, Bench, Vision, WholeNetwork, tiny
 
-from metavpt.bench import cost_model
+from metavpt.bench import flops
 from metavpt.hypergradients import params
 from metavpt.hypergradients.estimators import (
     Estimator,
@@ -32,7 +32,6 @@ from metavpt.hypergradients.params import Params
 from metavpt.interop import backpropagated, betty
 from metavpt.interop.learn2learn import MAMLUnroll
 from metavpt.interop.torchopt import TorchOptUnroll
-from metavpt.strategies.learned import Learned
 
 SHAPE = tiny(16)
 SETTING = {
@@ -76,32 +75,34 @@ class Backprop:
 
 
 @dataclass(frozen=True)
-class Update:
-    """One designer update, and what its forward and backward passes take alone."""
+class Call:
+    """What a row times, and its floating-point operations."""
 
-    bench: Bench
-    estimator: Estimator
+    run: Callable[[], None]
 
     def __call__(self) -> None:
-        self.bench.update(self.estimator)
+        self.run()
 
     def figures(self) -> dict[str, float]:
-        passes = cost_model.of_update(self.estimator)
-        if passes is None or isinstance(self.bench.problem, WholeNetwork):
-            return {}
-        each = cost_model.Stopwatch(self.bench.problem, Learned(self.estimator), self.bench.streams)
-        alone = {name: count * each(name) for name, count in passes.items()}
-        return {"lower_bound": sum(alone.values()), **{f"in_{k}": s for k, s in alone.items()}}
+        return {"flops": flops.count(self.run)}
+
+
+def plain_step() -> Call:
+    return Call(Bench(Vision(SHAPE)).plain_step)
 
 
 def estimator(
     make: Callable[[], Estimator], problem: type[Vision] = Vision
 ) -> Callable[[], Callable[[], None]]:
-    return lambda: Update(Bench(problem(SHAPE)), make())
+    def prepare() -> Call:
+        bench, made = Bench(problem(SHAPE)), make()
+        return Call(lambda: bench.update(made))
+
+    return prepare
 
 
 ROWS = {
-    "plain": Row("plain SSL step", lambda: Bench(Vision(SHAPE)).plain_step),
+    "plain": Row("plain SSL step", plain_step),
     "one_step_difference": Row("OneStep, difference", estimator(OneStep)),
     "one_step_exact": Row("OneStep, exact", estimator(lambda: OneStep(product=ExactProduct()))),
     "unrolled_1": Row("Unrolled(1)", estimator(lambda: Unrolled(1))),
@@ -163,35 +164,21 @@ def section(report: dict[str, Any]) -> list[str]:
         "All estimators take the same closures over S. "
         "Betty sees one loss and runs the trunk with every evaluation; all others run it once a "
         "batch. "
-        "The lower bound is what the forward and backward passes of an update take, each timed "
-        "alone in the process (`metavpt/bench/cost_model.py` counts them).",
+        "FLOPs are those of matrix products, convolutions and attention in one call; on one "
+        "machine they do not vary.",
         "",
-        "| | seconds | x plain | peak MiB | x plain | lower bound, x plain |",
-        "| --- | --- | --- | --- | --- | --- |",
+        "| | seconds | x plain | peak MiB | x plain | GFLOPs | x plain |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
     ]
     for name, row in measured.items():
         found = (
             [f"did not run: {row['error']}", "", "", ""] if "error" in row else cells(row, plain)
         )
-        bound = (
-            f"{row['lower_bound'] / plain['seconds']:.2f}" if "lower_bound" in row and plain else ""
-        )
-        lines.append(f"| {ROWS[name].title} | {' | '.join([*found, bound])} |")
-    lines += ["", *verdicts(TARGETS, measured, ROWS)]
-    one_step = measured.get("one_step_difference", {})
-    if "lower_bound" in one_step and plain:
-        shares = {
-            title: one_step[f"in_{name}"] / plain["seconds"]
-            for name, title in {
-                "g_down": "the feedback gradient",
-                "inner": "the designer's task with the teacher's pass and the learner's trunk",
-                "tail": "both ends of the difference through the tail",
-                "phi_back": "the way back to phi",
-            }.items()
-        }
-        listed = ", ".join(f"{title} {share:.2f}" for title, share in shares.items())
-        lines += ["", f"Of the lower bound of {ROWS['one_step_difference'].title}: {listed}."]
-    return lines
+        counted = ["", ""]
+        if "flops" in row and "flops" in plain:
+            counted = [f"{row['flops'] / 1e9:.0f}", f"{row['flops'] / plain['flops']:.2f}"]
+        lines.append(f"| {ROWS[name].title} | {' | '.join([*found, *counted])} |")
+    return [*lines, "", *verdicts(TARGETS, measured, ROWS)]
 
 
 PART = Part(

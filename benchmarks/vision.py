@@ -152,6 +152,8 @@ class Bench:
         for p in theta.values():
             p.grad = 1e-3 * torch.randn(p.shape, generator=rng)
         self.optimizer.step()
+        for group in self.optimizer.param_groups:  # as the trainer leaves them
+            group["grad_norms"] = [float(p.grad.norm()) for p in group["params"]]
         self.optimizer.zero_grad(set_to_none=True)
 
     @property

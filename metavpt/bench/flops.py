@@ -4,7 +4,13 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import (
+    flop_registry,
+    sdpa_backward_flop_count,
+    sdpa_flop_count,
+    shape_wrapper,
+)
 
 # Dense bfloat16 FLOP/s with accumulation in float32, by how the card calls itself, from its maker's
 # data sheet; the first that fits.
@@ -37,14 +43,34 @@ def count(call: Callable[[], Any]) -> int:
     A multiply-add is two. The formulas are torch's. Compiled code is not seen: count before
     compiling.
     """
-    aten: Any = torch.ops.aten
-    on_cpu = {  # torch counts the attention kernels of GPUs alone; formulas are given shapes
-        aten._scaled_dot_product_flash_attention_for_cpu: _attention,
-        aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
-    }
-    with FlopCounterMode(display=False, custom_mapping=on_cpu) as counter:
+    with _Counter() as counter:
         call()
-    return counter.get_total_flops()
+    return counter.total
+
+
+class _Counter(TorchDispatchMode):
+    """torch's FlopCounterMode without its hooks on modules, which gradients by a task trip over."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.total = 0
+        aten: Any = torch.ops.aten
+        self.formulas = {  # torch counts the attention kernels of GPUs alone
+            **flop_registry,
+            aten._scaled_dot_product_flash_attention_for_cpu: shape_wrapper(_attention),
+            aten._scaled_dot_product_flash_attention_for_cpu_backward: shape_wrapper(
+                _attention_backward
+            ),
+        }
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        made = func(*args, **(kwargs or {}))
+        formula = self.formulas.get(func._overloadpacket)
+        if formula is not None:
+            self.total += formula(*args, **(kwargs or {}), out_val=made)
+        return made
 
 
 def peak_of(card: str | None) -> float | None:
