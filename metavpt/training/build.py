@@ -37,6 +37,7 @@ OF_COMMANDS: dict[str, Any] = {
     "budget": Budget,
     "trainer": Trainer,
 }
+MAX_BATCH_SIZE = 2**24  # samples; more than any memory holds would be drawn without end
 LISTS = (list, tuple, collections.abc.Sequence, collections.abc.Iterable)
 MAPPINGS = (dict, collections.abc.Mapping)
 WORDS = {
@@ -115,8 +116,8 @@ def _check(key: str, value: Any, hint: Any) -> None:
     if not _fits(value, hint):
         shown = value.get("_target_", "a mapping") if isinstance(value, Mapping) else value
         raise MetaVPTError(f"{key}={shown}: must be {' or '.join(dict.fromkeys(_words(hint)))}")
-    if key.endswith("batch_size") and isinstance(value, int) and value < 1:
-        raise MetaVPTError(f"{key}={value}: must be at least 1")
+    if key.endswith("batch_size") and isinstance(value, int) and not 1 <= value <= MAX_BATCH_SIZE:
+        raise MetaVPTError(f"{key}={value}: must be at least 1 and at most {MAX_BATCH_SIZE:,}")
 
 
 def _targets(node: Any, key: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], Any]]:

@@ -39,6 +39,7 @@ OTHERS = {
     "problem=dino_nyuv2 problem.batch_size=-4": "problem.batch_size=-4",
     "problem=dino_nyuv2 problem.batch_size=0": "problem.batch_size=0",
     "problem=dino_nyuv2 problem.batch_size=2.5": "problem.batch_size=2.5",
+    "problem=lm_gsm8k problem.batch_size=100000000000": "problem.batch_size=100000000000",
     "problem=dino_nyuv2 problem.probe_heads=ridge": "problem.probe_heads=ridge",
     "problem=lm_gsm8k data.test=gsm8k": "data.test=gsm8k",
     "problem=lm_gsm8k ~data.test": "test",
