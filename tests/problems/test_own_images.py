@@ -1,6 +1,7 @@
 """A user's labelled images by one command: trained on, probed by class, refused in one line."""
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -55,7 +56,7 @@ def test_masks_steer_and_are_measured_by_class(
     assert not [metric for metric in probe if "depth" in metric]
     assert [record for record in records if record["kind"] == "designer"]
     report = (tmp_path / "run/report.html").read_text()
-    assert "NYU" not in report
+    assert "NYU" not in re.sub(r'src="data:[^"]*"', "", report)  # pixels may spell anything
     _, _, table = report.partition("seg_iou by class</h2>")
     for name in NAMES:
         assert f">{name}</th>" in table
