@@ -4,15 +4,17 @@ METAVPT_FUZZ=400 pytest -k damaged tests      10,000 files and more; the default
 the same ones
 """
 
+import ctypes
 import os
 import re
-import subprocess
 import sys
 from collections.abc import Callable
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from helpers.command_process import CONTEXT
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -33,19 +35,6 @@ KEYS = (
     "attention_dropout",
 )  # named instead of the file, where that can be read and says what cannot be
 STATUS, RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
-ALONE = """
-import ctypes
-import sys
-from pathlib import Path
-
-from helpers.damaged import growth, held
-{imports}
-
-path, found = Path(sys.argv[1]), []
-{read}  # libraries loaded late, pages of code: no part of what it takes
-ctypes.CDLL(None).malloc_trim(0)  # what that freed would be used again unseen
-print(growth(lambda: found.append({read})), held(found))
-"""
 
 
 class Reader(NamedTuple):
@@ -156,12 +145,23 @@ def growth_alone(imports: str, read: str, path: Path) -> tuple[int, int]:
     In a process of its own: with the small holes that other tests leave in the heap, the same call
     takes up to twice as much.
     """
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    command = [sys.executable, "-c", ALONE.format(imports=imports, read=read), str(path)]
-    grown, holds = subprocess.run(
-        command, check=True, stdout=subprocess.PIPE, text=True, env=environment
-    ).stdout.split()
-    return int(grown), int(holds)
+    receive, send = CONTEXT.Pipe(duplex=False)
+    process = CONTEXT.Process(target=_measure, args=(imports, read, path, send))
+    process.start()
+    send.close()
+    grown, holds = receive.recv()
+    process.join()
+    return grown, holds
+
+
+def _measure(imports: str, read: str, path: Path, send: Connection) -> None:
+    names: dict[str, Any] = {"path": path}
+    exec(imports, names)
+    eval(read, names)  # libraries loaded late, pages of code: no part of what it takes
+    ctypes.CDLL(None).malloc_trim(0)  # what that freed would be used again unseen
+    found: list[Any] = []
+    grown = growth(lambda: found.append(eval(read, names)))
+    send.send((grown, held(found)))
 
 
 def held(item: Any) -> int:
