@@ -42,7 +42,7 @@ def _outcome(table: "Table") -> str | None:
     by = f"{number(pair.difference, sign=True)} to {number(mean.value if mean else None)}"
     if pair.verdict == "too few seeds":
         way = "ahead of" if pair.sign * pair.difference > 0 else "not ahead of"
-        ends = "" if pair.low is None else f" (seeds from {' to '.join(_ends(pair))})"
+        ends = "" if pair.low is None else f" (range of the seeds [{', '.join(_ends(pair))}])"
         return (
             f"Too few seeds for a verdict, {pair.n} of at least {MIN_SEEDS}: the best steered row, "
             f"{row}, is {way} {reference} on {target}, {by}{ends}."
