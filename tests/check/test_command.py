@@ -3,8 +3,6 @@
 import io
 import os
 import re
-import subprocess
-import sys
 
 from helpers import command_process
 from helpers.command_process import EXAMPLES, WITH_EXAMPLES
@@ -82,7 +80,6 @@ def test_large_batches_are_checked_with_fewer_samples():
 
 
 def test_a_wrong_name_is_one_line_and_status_2(tmp_path):
-    command = [sys.executable, "-m", "metavpt.check", "problem=dino_nyu2"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    done = run("problem=dino_nyu2", folder=tmp_path)
     assert done.returncode == 2
     assert len(done.stderr.splitlines()) == 1

@@ -5,8 +5,6 @@ import multiprocessing as mp
 import os
 import shlex
 import shutil
-import subprocess
-import sys
 import time
 from functools import partial
 from typing import NamedTuple
@@ -29,7 +27,6 @@ SMALL = [
     *("controls=[]", "strategies=[fixed,{longer: 'fixed budget.steps=7'}]"),
     *("match=steps", "budget.steps=4"),
 ]
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
 SEEDS = range(2)
@@ -201,14 +198,13 @@ def test_the_folder_of_another_comparison_is_left_alone(small):
 
 
 def test_a_stopped_comparison_goes_on_by_the_command_it_prints(found, tmp_path):
-    """The first part by a start of Python, which gets SIGTERM."""
     options = ["controls=[fixed]", "strategies=[one_step]", "seeds=[0]", *LEARNED]
     options += ["trainer.checkpoint_every=20"]
-    running = subprocess.Popen(
-        [sys.executable, "-m", "metavpt.compare", *arguments(tmp_path / "cut", *options)],
-        env=ENVIRONMENT,
-        stdout=subprocess.PIPE,
-        text=True,
+    running = command_process.start(
+        tmp_path,
+        *arguments(tmp_path / "cut", *options),
+        module="compare",
+        environment={"OMP_NUM_THREADS": "1"},
     )
     deadline = time.monotonic() + 120
     while (
@@ -217,12 +213,14 @@ def test_a_stopped_comparison_goes_on_by_the_command_it_prints(found, tmp_path):
     ):
         time.sleep(0.02)
     running.terminate()
-    printed, _ = running.communicate()
-    assert running.returncode == 0  # as a scheduler expects that starts it again
+    running.join(60)
+    assert running.exitcode == 0  # as a scheduler expects that starts it again
+    printed = (tmp_path / "output.txt").read_text()
     cut = {(result.row, result.seed) for result in results.read(tmp_path / "cut")}
     assert len(cut) < 2
     again = shlex.split(printed.splitlines()[-1])
     assert again[:3] == ["python", "-m", "metavpt.compare"]
+    (tmp_path / "output.txt").unlink()
     done = Done(*command_process.finish(tmp_path, *again[3:], module="compare", seconds=900))
     assert done.returncode == 0, done.printed
     went_on = {(result.row, result.seed): result for result in results.read(tmp_path / "cut")}

@@ -1,6 +1,7 @@
 """Weights made to exhaust the memory: a small file that asks for gigabytes."""
 
 import io
+import shutil
 import struct
 import zipfile
 from pathlib import Path
@@ -87,6 +88,13 @@ def test_views_of_one_storage_are_read(tmp_path):
     assert _backbone(_read_file(path), path)["norm"].tolist() == list(range(4, 12))
 
 
+@pytest.fixture(scope="module")
+def bomb(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("bomb") / "a.pt"
+    deflated(path)
+    return path
+
+
 @pytest.mark.parametrize(
     "options",
     [
@@ -99,11 +107,11 @@ def test_views_of_one_storage_are_read(tmp_path):
 )
 @pytest.mark.parametrize("name", ["vit_small_patch16_224", "vit_tiny_dinov3"])
 def test_timm_reads_no_weights_by_itself(
-    name, options, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name, options, bomb: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     """Files by weights= alone, which is checked; no address of a configuration is fetched."""
     monkeypatch.chdir(tmp_path)
-    deflated(tmp_path / "a.pt")
+    shutil.copy(bomb, tmp_path)
 
     def build() -> None:
         with pytest.raises(MetaVPTError, match=rf"^backbone\.{list(options)[-1]}: .*weights="):
