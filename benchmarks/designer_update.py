@@ -141,10 +141,10 @@ TARGETS = [
     Target("seconds", "one_step_difference", "betty_darts", 0.65),
     Target("peak_mib", "one_step_difference", "plain", 1.1),
     Target("peak_mib", "unrolled_32", "unrolled_1", 1.5),
-    Target("seconds", "unrolled_4", "backprop_4", 1.15),
+    Target("seconds", "unrolled_4", "backprop_4", 1.1),
     Target("peak_mib", "unrolled_4", "backprop_4", 0.5),
     Target("seconds", "unrolled_4_two_kept", "backprop_4", 1.15),
-    Target("peak_mib", "unrolled_4_two_kept", "backprop_4", 0.6),
+    Target("peak_mib", "unrolled_4_two_kept", "backprop_4", 0.5),
     Target("seconds", "unrolled_4_kept", "backprop_4", 1.1),
     Target("seconds", "greedy_8", "plain", 8 * 0.6),
 ]

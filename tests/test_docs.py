@@ -96,6 +96,7 @@ def test_python_blocks_run(
     monkeypatch.chdir(tmp_path)
     names = {"__name__": "__main__"}
     exec(compile(text, str(page), "exec"), names)  # raises what the block raises
+    assert len(names) > 2, "the block defines nothing"  # beside its name and the builtins
 
 
 @pytest.mark.parametrize(

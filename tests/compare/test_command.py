@@ -197,8 +197,10 @@ def test_the_folder_of_another_comparison_is_left_alone(small):
     assert {path: path.read_bytes() for path in small.rglob("*") if path.is_file()} == files
 
 
-def test_a_stopped_comparison_goes_on_by_the_command_it_prints(found, tmp_path):
-    options = ["controls=[fixed]", "strategies=[one_step]", "seeds=[0]", *LEARNED]
+@pytest.mark.parametrize("killed", [False, True], ids=["SIGTERM", "SIGKILL"])
+def test_an_interrupted_comparison_goes_on_to_the_same_numbers(found, tmp_path, killed):
+    """Stopped by SIGTERM it prints the command that continues it; killed it prints nothing."""
+    options = ["controls=[fixed]", "strategies=[one_step]", "seeds=[0,1]", *LEARNED]
     options += ["trainer.checkpoint_every=20"]
     running = command_process.start(
         tmp_path,
@@ -212,19 +214,23 @@ def test_a_stopped_comparison_goes_on_by_the_command_it_prints(found, tmp_path):
         and time.monotonic() < deadline
     ):
         time.sleep(0.02)
-    running.terminate()
+    (running.kill if killed else running.terminate)()
     running.join(60)
-    assert running.exitcode == 0  # as a scheduler expects that starts it again
     printed = (tmp_path / "output.txt").read_text()
     cut = {(result.row, result.seed) for result in results.read(tmp_path / "cut")}
-    assert len(cut) < 2
-    again = shlex.split(printed.splitlines()[-1])
-    assert again[:3] == ["python", "-m", "metavpt.compare"]
+    assert len(cut) < 4
+    again = ["python", "-m", "metavpt.compare"]
+    if killed:
+        again += arguments(tmp_path / "cut", *options, "resume=true")
+    else:
+        assert running.exitcode == 0  # as a scheduler expects that starts it again
+        assert shlex.split(printed.splitlines()[-1])[:3] == again
+        again = shlex.split(printed.splitlines()[-1])
     (tmp_path / "output.txt").unlink()
     done = Done(*command_process.finish(tmp_path, *again[3:], module="compare", seconds=900))
     assert done.returncode == 0, done.printed
     went_on = {(result.row, result.seed): result for result in results.read(tmp_path / "cut")}
-    assert went_on.keys() == {("fixed", 0), ("one_step", 0)}
+    assert went_on.keys() == {(row, seed) for row in ("fixed", "one_step") for seed in (0, 1)}
     for job, result in went_on.items():
         for name in ("metrics", "steps", "samples", "grad_evals"):
             assert getattr(result, name) == getattr(found[job], name), (job, name)

@@ -112,7 +112,7 @@ def test_optuna_minimises_the_objective_over_a_log_range_two_jobs_at_a_time(tmp_
     pytest.importorskip("hydra_plugins.hydra_joblib_launcher")
     options = [
         "hydra/sweeper=metavpt_optuna",
-        "hydra.sweeper.n_trials=2",
+        "hydra.sweeper.n_trials=3",
         "hydra.sweeper.n_jobs=2",
         "hydra/launcher=local",
         "threads=1",
@@ -124,7 +124,7 @@ def test_optuna_minimises_the_objective_over_a_log_range_two_jobs_at_a_time(tmp_
         "minimise=useful_mse",
         by=run_apart,
     )
-    assert sorted(row["job"] for row in rows) == ["0", "1"]
+    assert sorted(row["job"] for row in rows) == ["0", "1", "2"]
     values = [float(row["objective"]) for row in rows]
     assert values == sorted(values)
     assert values == [end(made / row["job"])["useful_mse"] for row in rows]

@@ -68,7 +68,9 @@ def _importable(monkeypatch: pytest.MonkeyPatch) -> None:
     ids=str,
 )
 def test_what_fits_passes(options: dict[str, Any]) -> None:
-    check(**options)
+    assert check(**options) is None
+    with pytest.raises(MetaVPTError, match=r"^part\.rate=fast: "):  # of both the one that is wrong
+        check(**{**options, "rate": "fast"})
 
 
 @pytest.mark.parametrize(
