@@ -120,13 +120,7 @@ def gather(x: Any) -> Any:
 
 def joined(x: Tensor) -> Tensor:
     """Concatenate one tensor over ranks with a graph, for a loss that is no mean over ranks."""
-    return (
-        x
-        if size() == 1
-        else mean(
-            torch.cat([size() * x if k == rank() else torch.zeros_like(x) for k in range(size())])
-        )
-    )
+    return x if size() == 1 else _Join.apply(x)  # type: ignore[return-value]
 
 
 def share_out(compute: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
@@ -235,6 +229,42 @@ class _Leave(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         return _where_there_are_any(_Enter, grads)
+
+
+class _Join(torch.autograd.Function):
+    """The rows of all ranks. `_Part` is its transpose, and it is that of `_Part`."""
+
+    @staticmethod
+    def forward(tensor: Tensor) -> Tensor:
+        return torch.cat(_all_gather(tensor))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        return _Part.apply(*grads)  # type: ignore[return-value]
+
+
+class _Part(torch.autograd.Function):
+    """This rank's rows of the sum over ranks."""
+
+    @staticmethod
+    def forward(tensor: Tensor) -> Tensor:
+        part = torch.empty_like(own(tensor), memory_format=torch.contiguous_format)
+        # the second name is that of older versions of torch
+        reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+        reduce_scatter(part, tensor.contiguous())
+        return part
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        return _Join.apply(*grads)  # type: ignore[return-value]
 
 
 def _where_there_are_any(
