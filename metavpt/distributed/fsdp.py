@@ -4,6 +4,9 @@ Hypergradients need gradients of gradients by theta_S alone, and fully_shard fre
 a second derivative needs (pytorch #172543). So theta_S, and everything outside the trunk, stays
 whole. It is small beside the trunk, products with it are those of one device, and
 `DifferenceProduct` runs the sharded trunk once, with first derivatives.
+
+Hybrid sharding (HSDP) shards the trunk over the processes of a machine and replicates the shards
+over machines. Gathers then stay within a machine, and gradients of shards cross between machines.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -20,7 +23,7 @@ from metavpt.errors import MetaVPTError
 
 
 class Shardable(Protocol):
-    """A problem whose trunks `parallel=fsdp` can shard over the processes."""
+    """A problem whose trunks `parallel=fsdp` and `parallel=hsdp` can shard over processes."""
 
     def trunks(self) -> Sequence[nn.Module]:
         """Return modules that run by their forward alone and hold no aligned parameter."""
@@ -35,29 +38,38 @@ class Shardable(Protocol):
 
 
 def shard(loss: Any, mesh: DeviceMesh) -> nn.Module:
-    """Shard the trunks of the problem of `loss`, a `PretrainLoss`: each block, then the rest."""
+    """Shard the trunks of the problem of `loss`, a `PretrainLoss`: each block, then the rest.
+
+    Args:
+        loss: A `PretrainLoss`.
+        mesh: Of one dimension: the trunks are sharded over it. Of two: they are sharded over the
+            second, and the shards are replicated over the first.
+
+    Raises:
+        MetaVPTError: The problem has no trunk, or an aligned parameter lies in one.
+    """
+    option = "parallel=fsdp" if mesh.ndim == 1 else "parallel=hsdp"
     trunks = list(loss.problem.trunks()) if hasattr(loss.problem, "trunks") else []
     aligned = set(loss.problem.aligned_parameters())
     if not trunks:
         raise MetaVPTError(
-            f"parallel=fsdp: the problem {type(loss.problem).__name__} has no trunk to shard; "
+            f"{option}: the problem {type(loss.problem).__name__} has no trunk to shard; "
             "define trunks (Shardable), or use parallel=ddp"
         )
     inside = {id(p) for trunk in trunks for p in trunk.parameters()}
     for name, p in loss.learner.named_parameters():
         if name in aligned and id(p) in inside:
             raise MetaVPTError(
-                f"parallel=fsdp: {name} is one of aligned_parameters and lies in a trunk; theta_S "
-                "must stay whole"
+                f"{option}: {name} is one of aligned_parameters and lies in a trunk; theta_S must "
+                "stay whole"
             )
     shared = _shared(loss.problem, trunks)
-    data = mesh["data_parallel"]
     for trunk in trunks:
         for block in _blocks(trunk):
-            fully_shard(block, mesh=data, reshard_after_forward=True, ignored_params=shared)
+            fully_shard(block, mesh=mesh, reshard_after_forward=True, ignored_params=shared)
         # not kept after a forward pass either: a teacher's, which has no backward pass to free it,
         # would then miss its next update
-        fully_shard(trunk, mesh=data, reshard_after_forward=True, ignored_params=shared)
+        fully_shard(trunk, mesh=mesh, reshard_after_forward=True, ignored_params=shared)
     loss.is_sharded = True
     return loss
 

@@ -18,7 +18,7 @@ from lightning_fabric.strategies.strategy import Strategy
 from torch import Tensor, nn
 from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
-from torch.distributed.tensor import DTensor, Partial
+from torch.distributed.tensor import DTensor, Partial, Replicate
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grads_with_norm_
 from torch.optim import Optimizer
@@ -57,7 +57,8 @@ def make_fabric(
         devices: Processes on a machine, a GPU each.
         nodes: Machines.
         parallel: How several processes share the learner: "ddp", each holds all of it; "fsdp", each
-            a part of its trunk (`Shardable.trunks`).
+            a part of its trunk (`Shardable.trunks`); "hsdp", each a part among the processes of its
+            machine, and every machine all of it.
     """
     check_known(precision, "precision", *PRECISIONS)
     device = pick_device(device)
@@ -73,7 +74,7 @@ def make_fabric(
     accelerator = kind if kind in ("cuda", "mps") else "cpu"
     where: Any = [int(index)] if index and accelerator == "cuda" else devices
     strategy = (
-        _strategy(parallel, devices * nodes, BACKENDS[accelerator])
+        _strategy(parallel, devices, nodes, BACKENDS[accelerator])
         if devices * nodes > 1
         else "auto"
     )
@@ -131,16 +132,29 @@ def _meet(backend: str, attempt: str) -> None:
     )
 
 
-def _strategy(parallel: str, num_processes: int, backend: str) -> Strategy:
+def _strategy(parallel: str, devices: int, nodes: int, backend: str) -> Strategy:
+    check_known(parallel, "parallel", "ddp", "fsdp", "hsdp")
     if parallel == "ddp":
         # a problem may leave parameters out of a step's loss, such as a head whose term weighs
         # nothing
         return DDPStrategy(
             process_group_backend=backend, find_unused_parameters=True, gradient_as_bucket_view=True
         )
-    if parallel == "fsdp":
-        return ModelParallelStrategy(fsdp.shard, num_processes, 1, process_group_backend=backend)
-    raise MetaVPTError(f"parallel={parallel}: known are ddp, fsdp")
+    if parallel == "fsdp" or nodes == 1:  # on one machine both are the same
+        return ModelParallelStrategy(
+            lambda loss, mesh: fsdp.shard(loss, mesh["data_parallel"]),
+            devices * nodes,
+            1,
+            process_group_backend=backend,
+        )
+    if devices == 1:
+        raise MetaVPTError(
+            "parallel=hsdp shards over the processes of a machine, and each machine has one; use "
+            "ddp, or fsdp to shard over machines"
+        )
+    # Lightning names the second dimension after tensor parallelism. Here all processes share the
+    # batch: the machines are the first dimension, the processes of a machine the second.
+    return ModelParallelStrategy(fsdp.shard, nodes, devices, process_group_backend=backend)
 
 
 class PretrainLoss(nn.Module):
@@ -278,7 +292,9 @@ def _clip_grad_norm(parameters: Iterable[Tensor], max_norm: float) -> dict[Tenso
     if sharded := [p for p in held if isinstance(p, DTensor)]:
         squares = torch.stack([norms[p] for p in sharded]).square()
         mesh = sharded[0].device_mesh
-        whole = DTensor.from_local(squares, mesh, [Partial()] * mesh.ndim).full_tensor().sqrt()
+        # a replica holds all of a gradient, a shard some of it
+        kinds = [Partial() if kind.is_shard() else Replicate() for kind in sharded[0].placements]
+        whole = DTensor.from_local(squares, mesh, kinds).full_tensor().sqrt()
         norms.update(zip(sharded, whole, strict=True))
     for kind in (True, False):  # one call takes tensors of one kind
         clip_grads_with_norm_(

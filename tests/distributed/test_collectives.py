@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import two_ranks, two_ranks_shared
+from helpers.traffic import scaling_estimate
+from helpers.two_ranks import largest_difference
 
 from metavpt import MetaVPTError
 from metavpt.distributed import collectives
@@ -67,19 +69,6 @@ def alone(tmp_path_factory):
     return run
 
 
-def largest_difference(a, b):
-    """The largest difference of two structures, relative to the largest entry of each tensor."""
-    if isinstance(a, dict):
-        assert a.keys() == b.keys()
-        return max((largest_difference(a[name], b[name]) for name in a), default=0.0)
-    if isinstance(a, list | tuple):
-        assert len(a) == len(b)
-        return max((largest_difference(x, y) for x, y in zip(a, b, strict=True)), default=0.0)
-    if isinstance(a, torch.Tensor) and a.is_floating_point():
-        return float((a - b).abs().max() / a.abs().max().clamp_min(1e-3)) if a.numel() else 0.0
-    return 0.0
-
-
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
 @pytest.mark.parametrize("estimator", two_ranks.ESTIMATORS)
 @pytest.mark.parametrize("problem", two_ranks.PROBLEMS)
@@ -97,8 +86,53 @@ def test_two_processes_equal_one_with_the_same_batch(folder, alone, problem, est
         for g in by_phi.values()
         if g.ndim < 4
     )
-    for part in ("loss", "hypergradients", "problem"):
+    assert (one["grad_norm"] > two_ranks.CLIP_NORM).all()
+    for part in ("loss", "grad_norm", "hypergradients", "problem"):
         assert largest_difference(one[part], two[part]) < TOLERANCE[problem], part
+
+
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_a_step_and_an_update_send_what_the_formulas_say(folder, parallel):
+    """DINO with crops of two sizes, one of them steered, and heads fitted by one step."""
+    found = torch.load(folder / f"dino-one_step-{parallel}.pt")
+    sizes, sent = found["sizes"], found["sent"]
+    model = scaling_estimate.Model(
+        "dino",
+        sum(sizes.get(part, 0) for part in ("trunk", "aligned", "others")),
+        *(sizes[part] for part in ("aligned", "others", "designer")),
+        teacher_tokens=1,
+        passes=2,
+        heads=1,
+    )
+    expected = scaling_estimate.sent(model, parallel, devices=2, number=8)
+    # one gather serves both passes back, where a trunk's input needs no gradient
+    spared = 8 * sizes.get("outside_blocks", 0) / 2
+    centre = 2 * 8 * 16 / 2  # of DINO, a number a prototype
+    gathers, reductions = "c10d::_allgather_base_", "c10d::allreduce_"
+    scattered = sent.get(("step", "c10d::_reduce_scatter_base_", (0, 1)), 0)
+    assert sent.get(("step", gathers, (0, 1)), 0) + scattered == expected.step_trunk - spared
+    assert sent["step", reductions, (0, 1)] == expected.step_whole + centre
+    assert sent.get(("update", gathers, (0, 1)), 0) == expected.gathers
+    assert sent["update", reductions, (0, 1)] == expected.reductions
+
+
+def test_what_other_estimators_send_follows_the_formulas_of_the_documentation(folder):
+    """Unrolled by K = 2 steps, and Implicit, whose CG takes I = 4 products by differences."""
+    found = {name: torch.load(folder / f"dino-{name}-fsdp.pt") for name in ("unrolled", "implicit")}
+    sizes, k, i = found["unrolled"]["sizes"], 2, 4
+    s, h, p = (sizes[part] for part in ("aligned", "others", "designer"))
+    heads, there, back = 1, 2 + 1, 1  # both sizes of crops and the teacher there
+    numbers = {
+        "unrolled": (
+            heads + 2 + (2 * k - 1) * there + k * back,
+            (3 * k - 2) * (s + h) + s + (k + 1) * p,
+        ),
+        "implicit": (heads + 1 + 2 * there + back, (2 * i + 1) * s + 2 * p),
+    }
+    for name, (gathers, reduced) in numbers.items():
+        sent = found[name]["sent"]
+        assert sent["update", "c10d::_allgather_base_", (0, 1)] == gathers * 8 * sizes["trunk"] / 2
+        assert sent["update", "c10d::allreduce_", (0, 1)] == 2 * 8 * reduced / 2
 
 
 def test_a_run_whose_process_was_killed_goes_on_to_the_same_end(folder, alone):
@@ -183,6 +217,17 @@ def test_losses_of_the_whole_batch_and_their_derivatives_are_those_of_one_proces
     assert largest_difference(one, two) < 1e-12
 
 
+def test_features_are_joined_by_the_bytes_of_the_formulas(shared):
+    """8 frames of 24 numbers, there and back for a gradient, and again for a Hessian product."""
+    sent = shared[0]["sent_by_ridge"]
+    model = scaling_estimate.Model("ridge", 1, 1, 0, 0, features=24, batch=16)
+    expected = scaling_estimate.sent(model, "ddp", devices=2, number=8).features
+    depth = 4 * 8 * 4 * 6 / 2
+    joined, parted = "c10d::allgather_", "c10d::_reduce_scatter_base_"
+    assert sent["step", joined, (0, 1)] == expected + depth
+    assert sent["step", parted, (0, 1)] == expected
+
+
 def test_images_are_shared_out_to_be_summarised(shared):
     (two, read), (one, _) = (found["summaries"] for found in shared)
     assert torch.equal(one, two)
@@ -206,6 +251,11 @@ def test_labelled_frames_are_shared_out_to_be_probed(shared, folder):
     one = two_ranks_shared.dense(two_ranks.trainer_of(folder / "probed-alone", "dino", "one_step"))
     assert two["ddp"] == pytest.approx(one, rel=1e-6)
     assert two["fsdp"] == pytest.approx(one, rel=1e-6)
+
+
+def test_on_one_machine_hybrid_sharding_is_fsdp(shared):
+    """Its processes are all that a trunk is sharded over."""
+    assert shared[0]["layouts"] == {"fsdp": ["(Shard(dim=0),)"], "hsdp": ["(Shard(dim=0),)"]}
 
 
 def test_with_one_process_everything_is_what_it_was():

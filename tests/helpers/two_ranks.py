@@ -5,13 +5,17 @@ import os
 import shutil
 import signal
 import sys
+from collections import Counter
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
 from helpers import two_ranks_shared
+from helpers.traffic import Traffic
 from hydra import compose, initialize_config_module
 from hydra.utils import instantiate
 from torch import nn
+from torch.distributed.tensor import DTensor
 from torch.func import functional_call
 
 from metavpt import (
@@ -39,6 +43,8 @@ ESTIMATORS = {
 }
 PRODUCTS = {"small": ExactProduct(), "dino": DifferenceProduct()}
 STEPS = {"small": 4, "dino": 3}  # the designer is updated in every other one
+COUNTED = 2  # the step whose traffic is counted: one with an update, and a learner's step before it
+CLIP_NORM = 0.5  # below all norms of both problems
 DINO = [
     "problem=dino_masks", "backbone.tail_blocks=1", "backbone.embed_dim=24", "backbone.depth=3",
     "backbone.num_heads=2",
@@ -160,15 +166,31 @@ class Recorded(Learned):
 
     dies_at, found = None, ()
 
+    def __init__(self, *args, **options):
+        super().__init__(*args, **options)
+        self.traffic = Traffic()
+
     def next_task(self, state):
         if state.budget.steps == self.dies_at:
             os.kill(os.getpid(), signal.SIGKILL)
         return super().next_task(state)
 
+    def update(self, state):
+        with self.traffic.of("update"):
+            return super().update(state)
+
     def estimate(self, state):
         estimate, batch = super().estimate(state)
         self.found = (*self.found, estimate.by_phi)
         return estimate, batch
+
+
+class Counted(Trainer):
+    """Counts what the step `COUNTED` sends."""
+
+    def step(self):
+        with self.strategy.traffic if self.budget.steps == COUNTED else nullcontext():
+            super().step()
 
 
 def trainer_of(folder, problem, estimator, fabric=None):
@@ -183,10 +205,11 @@ def trainer_of(folder, problem, estimator, fabric=None):
     options = {
         "optimizer": lambda groups: torch.optim.AdamW(groups, lr=1e-3),
         "log_every": 1,
+        "clip_norm": CLIP_NORM,
         "checkpoint_every": int(problem == "small"),
         "fabric": fabric,
     }
-    return Trainer(
+    return Counted(
         made,
         strategy,
         Budget(steps=STEPS[problem]),
@@ -197,16 +220,47 @@ def trainer_of(folder, problem, estimator, fabric=None):
 
 
 def outcome(folder, trainer):
-    """Losses of the steps, hypergradients, and all weights."""
+    """Losses and gradient norms of the steps, hypergradients, all weights, and bytes sent."""
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    train = [line for line in lines if line["kind"] == "train"]
     return {
-        "loss": torch.tensor(
-            [line["loss"] for line in lines if line["kind"] == "train"], dtype=torch.float64
-        ),
-        "samples": [line["samples"] for line in lines if line["kind"] == "train"],
+        **{
+            name: torch.tensor([line[name] for line in train], dtype=torch.float64)
+            for name in ("loss", "grad_norm")
+        },
+        "samples": [line["samples"] for line in train],
         "hypergradients": list(trainer.strategy.found),
         "problem": fsdp.gathered(trainer.problem.state_dict()),
+        "sent": dict(trainer.strategy.traffic.sent),
+        "sizes": sizes(trainer.problem),
     }
+
+
+def sizes(problem):
+    """Numbers of parameters; of a sharded trunk with the rows that pad it to equal shards."""
+    found, aligned = Counter(), problem.aligned_parameters()
+    for name, p in problem.learner.named_parameters():
+        if isinstance(p, DTensor):
+            held = p.device_mesh.size(-1)
+            count = -(-len(p) // held) * held * (p.numel() // len(p))
+            found.update({"trunk": count, "outside_blocks": 0 if "blocks." in name else count})
+        else:
+            found["aligned" if name in aligned else "others"] += p.numel()
+    found["designer"] = sum(p.numel() for p in params.named(problem.designer).values())
+    return dict(found)
+
+
+def largest_difference(a, b):
+    """The largest difference of two structures, relative to the largest entry of each tensor."""
+    if isinstance(a, dict):
+        assert a.keys() == b.keys()
+        return max((largest_difference(a[name], b[name]) for name in a), default=0.0)
+    if isinstance(a, list | tuple):
+        assert len(a) == len(b)
+        return max((largest_difference(x, y) for x, y in zip(a, b, strict=True)), default=0.0)
+    if isinstance(a, torch.Tensor) and a.is_floating_point():
+        return float((a - b).abs().max() / a.abs().max().clamp_min(1e-3)) if a.numel() else 0.0
+    return 0.0
 
 
 def checkpoints_of(run, steps, folder, damaged=None):
@@ -235,6 +289,14 @@ def run(folder, problem, estimator, fabric=None, dies_at=None):
         trainer.resume()
     trainer.run()
     return outcome(folder, trainer)
+
+
+def layouts(folder, parallel):
+    """How trunks are laid out over the processes."""
+    fabric = make_fabric("cpu", parallel=parallel)
+    learner = trainer_of(folder / f"laid-{parallel}", "small", "one_step", fabric).problem.learner
+    found = {str(p.placements) for p in learner.parameters() if isinstance(p, DTensor)}
+    return sorted(found)
 
 
 def main(folder):
@@ -270,6 +332,9 @@ def main(folder):
             torch.save(found, folder / f"{name}.pt")
     if not restarted:
         shared = two_ranks_shared.numbers()
+        with Traffic() as traffic:
+            two_ranks_shared.ridge()
+        shared["sent_by_ridge"] = dict(traffic.sent)
         trainers = {
             name: trainer_of(folder / f"probed-{name}", "dino", "one_step", fabric)
             for name, fabric in fabrics.items()
@@ -277,6 +342,7 @@ def main(folder):
         shared["dense"] = {
             name: two_ranks_shared.dense(trainer) for name, trainer in trainers.items()
         }
+        shared["layouts"] = {name: layouts(folder, name) for name in ("fsdp", "hsdp")}
         if collectives.rank() == 0:
             torch.save(shared, folder / "shared.pt")
     dies_at = 2 if collectives.rank() == 1 and not restarted else None
