@@ -20,7 +20,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from metavpt import report
 from metavpt.cli.configuration import check, command
 from metavpt.cli.console import Console
-from metavpt.compare import results
+from metavpt.compare import rendering, results
 from metavpt.compare.runner import Comparison, Job
 from metavpt.compare.table import Table
 from metavpt.errors import MetaVPTError, check_known, writing
@@ -157,8 +157,8 @@ def compare(cfg: DictConfig) -> Path:
         )
         sys.exit(stopped.status)
     table = Table(found, directions=results.read_directions(folder))
-    table.write(folder)
-    console.print(table.rich())
+    rendering.write(table, folder)
+    console.print(rendering.rich(table))
     console.print(f"report: {report.write_comparison_report(folder)}")
     failed = [result for result in found if result.error]
     if failed:

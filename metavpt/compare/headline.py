@@ -1,17 +1,13 @@
 """The results of a comparison in a few sentences, the target metric first."""
 
-from typing import TYPE_CHECKING
-
 from metavpt.cli.formatting import listed, number
 from metavpt.compare.paired_statistics import MIN_SEEDS, Paired
-
-if TYPE_CHECKING:
-    from metavpt.compare.table import Table
+from metavpt.compare.table import Table
 
 VERBS = {"better": ("beats", "beat"), "worse": ("is worse than", "are worse than")}
 
 
-def headline(table: "Table") -> str:
+def headline(table: Table) -> str:
     """Summarise the effect of steering on the target metric, then that of the controls.
 
     If the results do not state which rows were steered, only rows that beat the reference are
@@ -21,7 +17,7 @@ def headline(table: "Table") -> str:
     return " ".join(filter(None, found))
 
 
-def _best(table: "Table") -> tuple[str, Paired] | None:
+def _best(table: Table) -> tuple[str, Paired] | None:
     """Return the steered row with the largest gain over the reference on the target metric."""
     if table.target is None:
         return None
@@ -33,7 +29,7 @@ def _best(table: "Table") -> tuple[str, Paired] | None:
     return max(gains, key=lambda item: item[1].sign * item[1].difference, default=None)
 
 
-def _outcome(table: "Table") -> str | None:
+def _outcome(table: Table) -> str | None:
     found = _best(table)
     if found is None:
         return None
@@ -61,7 +57,7 @@ def _outcome(table: "Table") -> str | None:
     )
 
 
-def _labels_alone(table: "Table") -> str | None:
+def _labels_alone(table: Table) -> str | None:
     """Report that labels alone, or the learner at step 0, are better than every steered row."""
     found, target = _best(table), table.target
     if found is None or target is None:
@@ -84,7 +80,7 @@ def _labels_alone(table: "Table") -> str | None:
     return " ".join(said) or None
 
 
-def _share(table: "Table") -> str | None:
+def _share(table: Table) -> str | None:
     found, target = _best(table), table.target
     share = table.share_of_direct(found[0], target) if found and target else None
     if found is None or share is None or share <= 0:
@@ -94,7 +90,7 @@ def _share(table: "Table") -> str | None:
     )
 
 
-def _trivial(table: "Table") -> str | None:
+def _trivial(table: Table) -> str | None:
     """List the rows that are no better than a prediction that ignores the input."""
     target = table.target
     known = [
@@ -120,7 +116,7 @@ def _ends(pair: Paired) -> list[str]:
     return [number(end, sign=True) for end in (pair.low, pair.high)]
 
 
-def _ranking(table: "Table") -> str | None:
+def _ranking(table: Table) -> str | None:
     """List the rows that are better or worse than the reference on a target metric.
 
     A verdict needs an interval that excludes zero. None: too few seeds, which `_outcome` says.
@@ -154,7 +150,7 @@ def _ranking(table: "Table") -> str | None:
     return " ".join("; ".join(clauses) + "." for clauses in (better, worse, caution) if clauses)
 
 
-def _clauses(table: "Table", pairs: dict[tuple[str, str], Paired], verdict: str) -> list[str]:
+def _clauses(table: Table, pairs: dict[tuple[str, str], Paired], verdict: str) -> list[str]:
     """Write one clause for all rows that have the verdict on the same metrics."""
     rows: dict[tuple[str, ...], list[str]] = {}
     for row in table.trained:

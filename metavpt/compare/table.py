@@ -1,20 +1,11 @@
 """The table of a comparison: metrics of every row, differences to the reference, and costs."""
 
-import csv
-import io
 import math
-import re
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from statistics import fmean
 from typing import NamedTuple
 
-from rich.console import Group
-from rich.table import Table as RichTable
-from rich.text import Text
-
 from metavpt.cli.formatting import number, with_error
-from metavpt.compare.headline import headline
 from metavpt.compare.paired_statistics import (
     LEVEL,
     MIN_SEEDS,
@@ -28,17 +19,10 @@ from metavpt.compare.paired_statistics import (
 from metavpt.compare.results import Result
 from metavpt.errors import MetaVPTError
 from metavpt.problem import Direction, Directions, sign
-from metavpt.training.disk import write_text
 
 STEP0 = "step 0"
 LABELS_ONLY, DIRECT = "labels_only", "direct"  # the rows that train the learner on labels
 MIB = 2**20
-COLUMNS = (  # of the CSV
-    *("row", "metric", "block", "mean", "se", "seeds"),
-    *("difference", "low", "high", "p", "wins", "n", "verdict"),
-)
-STYLES = {"better": "green", "worse": "red"}
-
 Values = dict[str, dict[str, dict[int, float]]]  # row -> metric -> seed -> value
 
 
@@ -243,69 +227,6 @@ class Table:
             self._cost_section(),
         ]
 
-    def rich(self) -> Group:
-        """Render for a terminal of 100 columns. A difference with a verdict is green or red."""
-        parts: list[RichTable | Text] = [Text(headline(self)), Text()]
-        summary = self.summary()
-        for section in [*([summary] if summary else []), *self.sections()]:
-            made = RichTable(box=None, header_style="dim", pad_edge=False)
-            for i, name in enumerate(section.header):
-                made.add_column(
-                    name,
-                    justify="right" if i else "left",
-                    no_wrap=i > 0 and name != "other metrics",
-                    overflow="fold",
-                )
-            for line, verdict in zip(section.lines, section.verdicts, strict=True):
-                made.add_row(
-                    *(
-                        Text(text, STYLES.get(verdict, "") if i == 2 else "")
-                        for i, text in enumerate(line)
-                    )
-                )
-            parts += [Text(section.title, "bold"), made, Text()]
-        parts += [Text(f"warning: {warning}", "yellow") for warning in self.warnings]
-        return Group(*parts, *(Text(note, "dim") for note in self.notes))
-
-    def markdown(self) -> str:
-        """Render as Markdown."""
-        parts = [_escaped(headline(self))]
-        summary = self.summary()
-        for section in [*([summary] if summary else []), *self.sections()]:
-            rule = ["---", *["---:"] * (len(section.header) - 1)]
-            lines = [section.header, rule, *section.lines]
-            parts.append(
-                f"**{_escaped(section.title)}**\n\n"
-                + "\n".join(f"| {' | '.join(map(_escaped, line))} |" for line in lines)
-            )
-        closing = [
-            *(f"- **Warning:** {_escaped(text)}" for text in self.warnings),
-            *(f"- {_escaped(note)}" for note in self.notes),
-        ]
-        return "\n\n".join([*parts, "\n".join(closing)]).rstrip() + "\n"
-
-    def csv(self) -> str:
-        """Render one line for each row and metric, in full precision.
-
-        Unknown values are empty. `n` counts the seeds of the difference.
-        """
-        file = io.StringIO()
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow([*COLUMNS, *Cost._fields[1:]])
-        for name in (*self.metrics, *self.side_effects):
-            block = "steered" if name in self.metrics else "side effect"
-            for row in self.rows:
-                mean, against = self.cells[row, name]
-                means = [mean.value, mean.se, mean.n] if mean else [None, None, 0]
-                pairs = [*against[:6], against.verdict] if against else [None] * 7
-                writer.writerow([row, name, block, *means, *pairs, *self.cost(row)[1:]])
-        return file.getvalue()
-
-    def write(self, folder: Path) -> None:
-        """Write table.md and table.csv to `folder`, each at once."""
-        for name, text in (("table.md", self.markdown()), ("table.csv", self.csv())):
-            write_text(folder / name, text)
-
     def _cell(self, row: str, metric: str) -> Cell:
         values = self.values.get(row, {}).get(metric, {})
         compared = self.difference(row, self.reference, metric) if row != self.reference else None
@@ -484,7 +405,3 @@ def _interval(against: Paired) -> str:
 
 def _count(value: float | None, digits: int = 0) -> str:
     return number(None) if value is None else f"{value:,.{digits}f}"
-
-
-def _escaped(text: str) -> str:
-    return re.sub(r"([\\|<>*`])", r"\\\1", text)

@@ -5,24 +5,16 @@ from typing import Any, cast
 
 import timm
 import torch
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from timm.models import save_for_hf
 from torch import Tensor
 
 from metavpt.errors import MetaVPTError, check_known
-from metavpt.export.loading import FORMATS, Part
+from metavpt.export.loading import FORMATS, Part, backbone_options, trained_backbone
 from metavpt.export.model_card import Description, Usage, class_name
-from metavpt.hypergradients import params
 from metavpt.interop.huggingface import save_transformers
-from metavpt.learners.vit import OWN_MODELS, Backbone, create_backbone, timm_state_dict
-from metavpt.training.run_folder import newest_state
+from metavpt.learners.vit import OWN_MODELS, Backbone, timm_state_dict
 
-# The attribute of the problem that holds it, and what may stand before the backbone's names in
-# there.
-PARTS = {
-    "student": ("learner", ("backbone.",)),
-    "teacher": ("teacher", ("learner.backbone.", "learner.")),
-}
 # Our own model -> the timm architecture that it is another size of.
 TIMM_NAMES = {"vit_tiny_dinov3": "vit_small_patch16_dinov3"}
 NOT_TIMM = ("_target_", "name", "tail_blocks", "pretrained", "weights", "frozen_blocks")
@@ -39,7 +31,7 @@ def export_backbone(
     Each format is read back by its own library and compared.
     """
     check_known(format, "format", *FORMATS)
-    backbone = load_backbone(run, config, part)
+    backbone = trained_backbone(run, config, part)
     usages = []
     for library in FORMATS[format]:
         place = folder / library
@@ -61,40 +53,6 @@ def export_backbone(
         _licence(config),
         usages,
     )
-
-
-def load_backbone(run: Path, config: DictConfig, part: Part) -> Backbone:
-    """Load the student's or the teacher's backbone from the newest checkpoint of `run`."""
-    problem, path = newest_state(run)
-    check_known(part, "part", *PARTS)
-    module, prefixes = PARTS[part]
-    if module not in problem:
-        raise MetaVPTError(
-            f"part={part}: the run has no {part}, its checkpoint holds "
-            f"{', '.join(problem) or 'nothing'}"
-        )
-    found = (params.subset(problem[module], prefix) for prefix in prefixes)
-    state = next((state for state in found if any(key.startswith("trunk.") for key in state)), None)
-    if state is None:
-        raise MetaVPTError(
-            f"part={part}: the {module} in {path} has no vision transformer as its backbone"
-        )
-    options = {**backbone_options(config), "pretrained": False, "weights": None, "frozen_blocks": 0}
-    backbone = create_backbone(**options).eval()
-    try:
-        backbone.load_state_dict(state)
-    except RuntimeError as error:
-        raise MetaVPTError(
-            f"{path} does not fit the backbone in {run / 'config.yaml'}: "
-            f"{' '.join(str(error).split())[:200]}"
-        ) from error
-    return backbone
-
-
-def backbone_options(config: DictConfig) -> dict[str, Any]:
-    """Return the options of `create_backbone` in the configuration of a run."""
-    options: Any = OmegaConf.to_container(config.backbone)
-    return {key: value for key, value in options.items() if key != "_target_"}
 
 
 def _save_timm(backbone: Backbone, config: DictConfig, folder: Path) -> Usage:

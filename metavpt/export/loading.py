@@ -2,20 +2,22 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from huggingface_hub import snapshot_download
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from PIL import Image
 from torch import Tensor, nn
 
 from metavpt.cli.configuration import read_config
 from metavpt.data.photo import decode
-from metavpt.errors import MetaVPTError, brief, reading
+from metavpt.errors import MetaVPTError, brief, check_known, reading
+from metavpt.hypergradients import params
 from metavpt.learners.layouts import HUB_NAME
+from metavpt.training.run_folder import newest_state
 
 # Imported where they are used: a language model needs no timm, and a backbone no transformers.
 if TYPE_CHECKING:
@@ -24,6 +26,12 @@ if TYPE_CHECKING:
 
 Part = Literal["student", "teacher"]
 FORMATS = {"timm": ("timm",), "transformers": ("transformers",), "both": ("timm", "transformers")}
+# The attribute of the problem that holds it, and what may stand before the backbone's names in
+# there.
+PARTS = {
+    "student": ("learner", ("backbone.",)),
+    "teacher": ("teacher", ("learner.backbone.", "learner.")),
+}
 Picture = Image.Image | str | Path
 
 
@@ -110,13 +118,48 @@ def load(source: str | Path, part: Part = "student") -> "FrozenBackbone | Tokeni
 
 def read_backbone(folder: Path, config: DictConfig, part: Part = "student") -> "Backbone":
     """Read the backbone of an exported folder or of the newest checkpoint of a run."""
-    from metavpt.export.backbone import backbone_options, load_backbone
     from metavpt.learners.vit import create_backbone
 
     if (folder / "checkpoints").is_dir():
-        return load_backbone(folder, config, part)
+        return trained_backbone(folder, config, part)
     own = {"pretrained": False, "weights": exported_weights(folder), "frozen_blocks": 0}
     return create_backbone(**backbone_options(config) | own).eval()
+
+
+def trained_backbone(run: Path, config: DictConfig, part: Part) -> "Backbone":
+    """Load the student's or the teacher's backbone from the newest checkpoint of `run`."""
+    from metavpt.learners.vit import create_backbone
+
+    problem, path = newest_state(run)
+    check_known(part, "part", *PARTS)
+    module, prefixes = PARTS[part]
+    if module not in problem:
+        raise MetaVPTError(
+            f"part={part}: the run has no {part}, its checkpoint holds "
+            f"{', '.join(problem) or 'nothing'}"
+        )
+    found = (params.subset(problem[module], prefix) for prefix in prefixes)
+    state = next((state for state in found if any(key.startswith("trunk.") for key in state)), None)
+    if state is None:
+        raise MetaVPTError(
+            f"part={part}: the {module} in {path} has no vision transformer as its backbone"
+        )
+    options = {**backbone_options(config), "pretrained": False, "weights": None, "frozen_blocks": 0}
+    backbone = create_backbone(**options).eval()
+    try:
+        backbone.load_state_dict(state)
+    except RuntimeError as error:
+        raise MetaVPTError(
+            f"{path} does not fit the backbone in {run / 'config.yaml'}: "
+            f"{' '.join(str(error).split())[:200]}"
+        ) from error
+    return backbone
+
+
+def backbone_options(config: DictConfig) -> dict[str, Any]:
+    """Return the options of `create_backbone` in the configuration of a run."""
+    options: Any = OmegaConf.to_container(config.backbone)
+    return {key: value for key, value in options.items() if key != "_target_"}
 
 
 def exported_weights(folder: Path) -> Path:

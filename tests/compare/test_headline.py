@@ -2,6 +2,7 @@ import re
 
 import pytest
 
+from metavpt.compare import rendering
 from metavpt.compare.headline import headline
 from metavpt.compare.results import Result
 from metavpt.compare.table import Table
@@ -186,4 +187,4 @@ def test_trivial_predictors_are_rows_without_costs() -> None:
     assert table.cells["mean depth image", "miou"].mean is None
     *_, cost = table.sections()
     assert [line[0] for line in cost.lines] == list(ENDS)
-    assert "mean depth image" in table.markdown()
+    assert "mean depth image" in rendering.markdown(table)

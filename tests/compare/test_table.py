@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from metavpt.compare import rendering
 from metavpt.compare.paired_statistics import mean_se, paired
 from metavpt.compare.results import Result
 from metavpt.compare.table import STEP0, Cost, Table
@@ -64,12 +65,12 @@ def three_rows(num_seeds: int = 3) -> list[Result]:
 
 def shown(table: Table, width: int = 100) -> list[str]:
     console = Console(file=io.StringIO(), width=width)
-    console.print(table.rich())
+    console.print(rendering.rich(table))
     return console.file.getvalue().splitlines()
 
 
 def csv_lines(table: Table) -> list[dict[str, str]]:
-    return list(csv.DictReader(io.StringIO(table.csv())))
+    return list(csv.DictReader(io.StringIO(rendering.comma_separated(table))))
 
 
 def test_step_0_stands_first_then_the_rows_as_they_came():
@@ -131,7 +132,7 @@ def test_too_few_seeds_have_neither_verdict_nor_colour_nor_warning():
         assert table.warnings == []
         assert set(table.sections()[0].verdicts[1:]) <= {"unclear", "too few seeds"}
         text = Console(file=io.StringIO(), width=100, force_terminal=True, color_system="standard")
-        text.print(table.rich())
+        text.print(rendering.rich(table))
         shown_text = text.file.getvalue()
         assert "\x1b[32m" not in shown_text
         assert "\x1b[31m" not in shown_text
@@ -174,7 +175,7 @@ def test_failed_rows_are_listed_with_their_error():
     assert "greedy failed on seed 1: killed" in table.notes
     assert table.cells["unrolled", RMSE] == (None, None)
     assert (table.cost("unrolled").seeds, table.cost("greedy").seeds) == (0, 2)
-    assert "no \\<room\\> for \\| it" in table.markdown()
+    assert "no \\<room\\> for \\| it" in rendering.markdown(table)
     assert any(line.split() == ["unrolled", *"–––––"] for line in shown(table))
 
 
@@ -183,8 +184,8 @@ def test_without_the_reference_there_are_no_differences_and_a_line_says_so():
         table = Table(rows)
         assert any(note.startswith("No differences") and "fixed" in note for note in table.notes)
         assert all(cell.paired is None for cell in table.cells.values())
-        assert "minus" not in table.markdown()
-        assert "throughput" not in table.markdown()
+        assert "minus" not in rendering.markdown(table)
+        assert "throughput" not in rendering.markdown(table)
         assert [warning.split(" on ")[0] for warning in table.warnings] == [
             "side effect: one_step is worse than step 0"
         ]
@@ -197,7 +198,7 @@ def test_one_seed_has_dashes_and_never_a_nan():
     table = Table([result("fixed", 0, 1.2), result("one_step", 0, 1.1, 0.1)])
     line = next(line for line in shown(table) if line.startswith("one_step"))
     assert line.split() == ["one_step", "1.1", "−0.1", "–", "too", "few", "seeds", "1/1"]
-    assert "nan" not in (table.markdown() + table.csv()).lower()
+    assert "nan" not in (rendering.markdown(table) + rendering.comma_separated(table)).lower()
     assert table.warnings == []
     assert any(note.startswith("One seed has no standard error") for note in table.notes)
 
@@ -289,7 +290,7 @@ def test_the_terminal_holds_every_number_at_100_columns():
 
 
 def test_markdown_tables_are_whole():
-    text = Table([*three_rows(5), result("a|b", 0, 1.0)]).markdown()
+    text = rendering.markdown(Table([*three_rows(5), result("a|b", 0, 1.0)]))
     tables = [block.splitlines() for block in text.split("\n\n") if block.startswith("|")]
     assert [lines[0].count("|") for lines in tables] == [7, 7, 9]
     assert all(
@@ -344,18 +345,18 @@ def test_the_csv_holds_every_row_and_metric_in_full():
 
 def test_written_files_are_never_half(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     table = Table(three_rows())
-    table.write(tmp_path)
+    rendering.write(table, tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == {"table.md", "table.csv"}
-    assert (tmp_path / "table.md").read_text(encoding="utf-8") == table.markdown()
-    assert (tmp_path / "table.csv").read_text(encoding="utf-8") == table.csv()
+    assert (tmp_path / "table.md").read_text(encoding="utf-8") == rendering.markdown(table)
+    assert (tmp_path / "table.csv").read_text(encoding="utf-8") == rendering.comma_separated(table)
 
     def killed(descriptor: int) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr("os.fsync", killed)
     with pytest.raises(KeyboardInterrupt):
-        Table(three_rows()[:3]).write(tmp_path)
-    assert (tmp_path / "table.md").read_text(encoding="utf-8") == table.markdown()
+        rendering.write(Table(three_rows()[:3]), tmp_path)
+    assert (tmp_path / "table.md").read_text(encoding="utf-8") == rendering.markdown(table)
 
 
 def test_a_comparison_without_results_has_no_table():
@@ -363,4 +364,4 @@ def test_a_comparison_without_results_has_no_table():
         Table([])
     table = Table([Result("fixed", 0, error="killed")])
     assert table.metrics == []
-    assert "fixed failed on seed 0: killed" in table.markdown()
+    assert "fixed failed on seed 0: killed" in rendering.markdown(table)
