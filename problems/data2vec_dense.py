@@ -269,9 +269,13 @@ class Data2VecDense(
             seen: Their trunk states, where the student's trunk is the teacher's.
         """
         teacher = cast(Backbone, self.teacher.learner)
-        hidden = teacher.trunk(images) if seen is None else seen
-        features = normalized_features(teacher.tail(hidden).patches)
-        return hidden.tokens[:, -features.shape[1] :], features
+
+        def answer() -> tuple[Tensor, Tensor]:
+            hidden = teacher.trunk(images) if seen is None else seen
+            features = normalized_features(teacher.tail(hidden).patches)
+            return hidden.tokens[:, -features.shape[1] :], features
+
+        return self.teacher.once([images], answer)
 
     def _replay(
         self, states: Tensor, features: Tensor, values: Tensor, grid: tuple[int, int]

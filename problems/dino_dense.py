@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from types import MappingProxyType
 from typing import Any, Literal, NamedTuple, cast
@@ -52,12 +51,18 @@ ANSWERS = (
 DINO = MappingProxyType({"dino": 1.0})
 
 
-@dataclass(frozen=True)
-class Answers:
-    """The teacher's logits of a task, by term. A cache: they could be computed again."""
+class Answers(NamedTuple):
+    """What the teacher makes of the global crops.
 
-    task: Views | None
+    Attributes:
+        logits: By term, dino (2, B, K) and ibot (M, K).
+        fixed: What the student is to answer and no designer changes, by term.
+        states: Trunk states of patches, (2, B, N, D).
+    """
+
     logits: dict[str, Tensor]
+    fixed: dict[str, Tensor]
+    states: Tensor
 
 
 class DinoDense(
@@ -158,7 +163,6 @@ class DinoDense(
             for name in names
         }
         self.center = torch.nn.ParameterDict(zeros)
-        self._answered = Answers(None, {})
         super().__init__(backbone, **dense)
         if isinstance(self.designer, ViewPolicy):
             if "features" not in self.terms:
@@ -265,17 +269,10 @@ class DinoDense(
     @override
     def after_step(self, task: Views, progress: float) -> None:
         if self.targets == "centering":
-            known = self._answered.task is task
-            answers = (
-                self._answered.logits
-                if known
-                else self._teacher_logits(self._teacher_features(task), task)
-            )
-            for term, logits in answers.items():
+            for term, logits in self._answers(task).logits.items():
                 if len(logits):  # no patch may be hidden
                     center = self.center[CENTERS[term]]
                     center.data = center_update(center, logits)
-        self._answered = Answers(None, {})
         self.teacher.update(self.learner, cosine(self.teacher_momentum, 1.0, progress))
 
     @override
@@ -284,7 +281,7 @@ class DinoDense(
         task = self.designer(Batch(self._watched(), seed=0))
         signs = {**super().health_metrics(), **mask_signs([task.masks, task.local_masks])}
         if "dino" in self.terms:
-            logits = self._teacher_logits(self._teacher_features(task), task)["dino"].flatten(0, 1)
+            logits = self._answers(task).logits["dino"].flatten(0, 1)
             signs |= outcome_signs(
                 centered_probs(logits, self.center["center"], self.teacher_temperature)
             )
@@ -430,35 +427,35 @@ class DinoDense(
             phase("teacher"),
             torch.set_grad_enabled(self.teacher_credit and torch.is_grad_enabled()),
         ):
-            hidden = self.reference.trunk(task.global_crops.flatten(0, 1)) if seen is None else seen
-            features = self.reference.tail(hidden)
-            logits = self._teacher_logits(features, task)
-            # The step on this task moves the centre by these logits, so keep them.
-            if not any(isinstance(part, Tensor) and part.requires_grad for part in task):
-                self._answered = Answers(task, logits)
+            answers = self._answers(task, seen)
             probs = {
-                term: self._probs(of_term, self.center[CENTERS[term]])
-                for term, of_term in logits.items()
+                term: self._probs(logits, self.center[CENTERS[term]])
+                for term, logits in answers.logits.items()
             }
-            anchor = {}
-            if "gram" in self.terms:
-                anchor = {
-                    "gram": _patches(
-                        self.anchor(task.global_crops.flatten(0, 1)) if self.anchor else features
-                    )
-                }
-            if "features" in self.terms:
-                anchor["features"] = normalized_features(features.patches).unflatten(0, (2, -1))
-            states = hidden.tokens[:, -math.prod(hidden.grid) :].unflatten(0, (2, -1))
         reshaped = {"dino": reshape, "ibot": reshape_patches}
         goals = {term: reshaped[term](goal, task) for term, goal in probs.items()}
-        return goals, anchor, states
+        return goals, answers.fixed, answers.states
 
-    def _teacher_features(self, task: Views) -> Features:
-        return cast(Learner, self.teacher.learner).backbone(task.global_crops.flatten(0, 1))
+    def _answers(self, task: Views, seen: Hidden | None = None) -> Answers:
+        """Ask the teacher about the global crops of `task`, see `_goals`."""
+        crops = task.global_crops.flatten(0, 1)
+
+        def answers() -> Answers:
+            hidden = self.reference.trunk(crops) if seen is None else seen
+            features = self.reference.tail(hidden)
+            fixed = {}
+            if "gram" in self.terms:
+                fixed["gram"] = _patches(self.anchor(crops) if self.anchor else features)
+            if "features" in self.terms:
+                fixed["features"] = normalized_features(features.patches).unflatten(0, (2, -1))
+            states = hidden.tokens[:, -math.prod(hidden.grid) :].unflatten(0, (2, -1))
+            return Answers(self._teacher_logits(features, task), fixed, states)
+
+        inputs = [task.global_crops] if task.hidden is None else [task.global_crops, task.hidden]
+        return self.teacher.once(inputs, answers)
 
     def _teacher_logits(self, features: Features, task: Views) -> dict[str, Tensor]:
-        """Compute the teacher's logits by term: dino (2, B, K) and ibot (M, K)."""
+        """Compute the teacher's logits by term, see `Answers`."""
         teacher, made = cast(Learner, self.teacher.learner), {}
         if "dino" in self.terms:
             made["dino"] = teacher.head(teacher.summary(features)).unflatten(

@@ -42,7 +42,9 @@ class IJEPADense(MaskedDense):
     @override
     @phase("teacher")
     def patch_targets(self, images: Tensor) -> Tensor:
-        return normalized_features(self.teacher(images).patches)
+        return self.teacher.once(
+            [images], lambda: normalized_features(self.teacher(images).patches)
+        )
 
     @override
     def loss(self, predictions: Tensor, targets: Tensor, weights: Tensor) -> Tensor:

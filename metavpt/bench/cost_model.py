@@ -1,6 +1,7 @@
 """A lower bound on the cost of a strategy: its forward and backward passes times their seconds.
 
     learner     pretraining loss of a task and its derivative by theta: a plain step
+    learner_own the same after an update on the learner's own batch, see `Learned.own_batch`
     design      the designer's task of a batch, without a graph
     heads       fitting of the feedback heads
     g_down      feedback loss and its derivative by theta_S
@@ -31,7 +32,7 @@ from metavpt.hypergradients.mixed_products import DifferenceProduct, ExactProduc
 from metavpt.problem import require
 from metavpt.profiling import Clock
 from metavpt.strategies.fixed import Fixed
-from metavpt.strategies.learned import Learned, feedback_on, inner_loss
+from metavpt.strategies.learned import Learned, OwnBatch, feedback_on, inner_loss
 from metavpt.strategies.selection import Greedy, GreedySelection, SupportsSelection
 from metavpt.training.strategy import Strategy
 from metavpt.training.streams import Streams
@@ -111,9 +112,11 @@ def of_step(strategy: Strategy, curvature_products: float = 0.0) -> Passes | Non
             (1, {"learner": 1}, scored), (1 / strategy.period.every, {"heads": 1, "g_down": 1})
         )
     if isinstance(strategy, Learned):
+        after_update = {"learner_own": 1} if strategy.own_batch else {"learner": 1, "design": 1}
+        share = 1 / strategy.period.every
         return _sum(
-            (1, {"learner": 1, "design": 1}),
-            (1 / strategy.period.every, of_update(strategy.estimator, curvature_products)),
+            (1 - share, {"learner": 1, "design": 1}),
+            (share, after_update, of_update(strategy.estimator, curvature_products)),
         )
     return {"learner": 1} if type(strategy) is Fixed else None
 
@@ -166,9 +169,14 @@ class Stopwatch:
     def _batch(self) -> Any:
         return next(self.streams.pretrain)
 
+    @property
+    def _is_own(self) -> bool:
+        return isinstance(self.strategy, Learned) and self.strategy.own_batch
+
     @cached_property
     def _meta(self) -> Any:
-        return inner_loss(self.problem, self._feedback.theta, next(self.streams.meta))
+        batch = self._batch if self._is_own else next(self.streams.meta)
+        return inner_loss(self.problem, self._feedback.theta, batch)
 
     @cached_property
     def _phi(self) -> params.Params:
@@ -179,14 +187,22 @@ class Stopwatch:
         return params.leaves(self._feedback.aligned)
 
     def _learner(self) -> Any:
+        make = self.problem.designer if isinstance(self.strategy, Learned) else self.problem.recipe
+        # a new task each time, of which no teacher knows the answer
+        return torch.no_grad()(lambda: make(self._batch)), self._step
+
+    def _learner_own(self) -> Any:
+        def prepare() -> Any:
+            own = OwnBatch(self._batch)
+            inner_loss(self.problem, self._feedback.theta, own.batch, own.keep)(self._phi)
+            return own.task
+
+        return prepare, self._step
+
+    def _step(self, task: Any) -> Any:
         theta = params.named(self.problem.learner)
-        with torch.no_grad():
-            task = (
-                self.problem.designer if isinstance(self.strategy, Learned) else self.problem.recipe
-            )(self._batch)
-        return lambda: None, lambda _: torch.autograd.grad(
-            self.problem.pretrain_loss(theta, task), list(theta.values()), materialize_grads=True
-        )
+        loss = self.problem.pretrain_loss(theta, task)
+        return torch.autograd.grad(loss, list(theta.values()), materialize_grads=True)
 
     def _design(self) -> Any:
         return lambda: None, torch.no_grad()(lambda _: self.problem.designer(self._batch))
@@ -228,17 +244,23 @@ class Stopwatch:
             self._feedback.aligned, w, derivative, absolute
         )
 
-    def _scored(self) -> Callable[[], Any]:
-        task = self.problem.recipe(self._batch)
+    @torch.no_grad()
+    def _scored(self, task: Any) -> Any:
         problem = require(self.problem, SupportsSelection, "scoring")
-        return torch.no_grad()(lambda: problem.per_sample_tail(self._feedback.theta, task))
+        return problem.per_sample_tail(self._feedback.theta, task)
+
+    def _recipe(self) -> Any:
+        return self.problem.recipe(self._batch)
 
     def _score(self) -> Any:
-        scored = self._scored()
-        return lambda: None, torch.no_grad()(lambda _: scored()(self._feedback.aligned))
+        return self._recipe, torch.no_grad()(
+            lambda task: self._scored(task)(self._feedback.aligned)
+        )
 
     def _score_tail(self) -> Any:
-        return self._scored(), torch.no_grad()(lambda losses: losses(self._feedback.aligned))
+        return lambda: self._scored(self._recipe()), torch.no_grad()(
+            lambda losses: losses(self._feedback.aligned)
+        )
 
 
 def _sum(*groups: Any) -> Passes | None:

@@ -141,6 +141,7 @@ def _memory(trainer: Trainer, precision: str) -> Table:
     size = -(-problem.batch_size // parts)
     step = learner_activations(problem, size, precision)
     update = update_activations(problem, trainer.strategy)
+    size_of_update = update_size(problem, trainer.strategy)
     g_down = feedback_activations(problem) if optimizer else 0.0
     rows = {
         "learner: weights": num_bytes(learner),
@@ -154,7 +155,7 @@ def _memory(trainer: Trainer, precision: str) -> Table:
         "learner: weights in half precision": step.copies,
         f"activations of a step, {size} of {problem.batch_size} samples": step.saved,
         f"activations of g_down, {feedback_size(problem)} at a time": g_down,
-        f"activations of the hypergradient, meta batch {problem.meta_batch_size}": update,
+        f"activations of the hypergradient, meta batch {size_of_update}": update,
     }
     total = sum(rows.values()) + max(step.copies + step.saved, update or 0, g_down)
     table = _table("memory", "")
@@ -192,6 +193,11 @@ def forward_flops(problem: Any, num_samples: int) -> float:
     return counter.get_total_flops() * num_samples / counted
 
 
+def update_size(problem: Any, strategy: Any) -> int:
+    """Return the samples of a designer update."""
+    return problem.batch_size if getattr(strategy, "own_batch", False) else problem.meta_batch_size
+
+
 def update_activations(problem: Any, strategy: Any) -> float | None:
     """Return what one step of a one-step estimator keeps, in float32.
 
@@ -201,7 +207,7 @@ def update_activations(problem: Any, strategy: Any) -> float | None:
     estimator = getattr(strategy, "estimator", None)
     if not isinstance(strategy, Learned) or not isinstance(estimator, OneStep):
         return None if estimator else 0.0
-    size = problem.meta_batch_size
+    size = update_size(problem, strategy)
     counted = size if _is_text(problem) else NUM_IMAGES
     theta = params.detach(params.named(problem.learner))
     aligned = {name: theta[name] for name in problem.aligned_parameters()}

@@ -18,7 +18,7 @@ from metavpt.feedback.aggregation import (
     WeightedSum,
     unpaired,
 )
-from metavpt.hypergradients import params
+from metavpt.hypergradients import params, trees
 from metavpt.hypergradients.distributed_losses import averaged
 from metavpt.hypergradients.estimators import (
     Estimator,
@@ -35,7 +35,7 @@ from metavpt.problem import Problem, aligned_names, supports
 from metavpt.profiling import phase, uncounted
 from metavpt.strategies.random_direction import RandomDirection
 from metavpt.training.schedule import Period, make_optimizer
-from metavpt.training.strategy import Proposal, TrainState, designed, draw
+from metavpt.training.strategy import Proposal, TrainState, designed, draw, num_samples
 
 MakeOptimizer = Callable[[Iterable[Tensor]], Optimizer]
 
@@ -97,6 +97,14 @@ class Learned:
         feedback_every: Updates that use one g_down. Above 1 the feedback loss is replaced by
             <g_down, theta>, its linear part where g_down was taken: less noise for less time, where
             a labelled batch is large.
+        own_batch: Update on the whole batch that the learner trains on next, instead of one of the
+            stream of updates. The learner then trains on the task as the update saw it, before phi
+            moved. It is made once, and an EMA teacher is asked about it once, in float32. Where an
+            estimator takes several batches, this is the first; the teacher's answers are kept of
+            the batch that it reads last.
+
+    Attributes:
+        own: The learner's next batch, between an update on it and the learner's step.
     """
 
     def __init__(
@@ -109,11 +117,19 @@ class Learned:
         combination: Combination | None = None,
         random_seed: int | None = None,
         feedback_every: int = 1,
+        own_batch: bool = False,
     ) -> None:
         if feedback_every < 1:
             raise MetaVPTError(f"strategy.feedback_every={feedback_every} must be at least 1")
         if feedback_every > 1:
             combination = unpaired(combination)
+        if own_batch and combination and combination.pairs_batches:
+            raise MetaVPTError(
+                f"strategy.own_batch=true: {type(combination).__name__} splits a batch, so no "
+                "update makes the task of all of it; use WeightedSum or TorchJD"
+            )
+        self.own_batch = own_batch
+        self.own: OwnBatch | None = None
         self.feedback_every = feedback_every
         self._kept: KeptGradient | None = None
         self.period = Period(every, burn_in)
@@ -136,14 +152,23 @@ class Learned:
         self.designer.start(problem, f"strategy {type(self).__name__}")
 
     def next_task(self, state: TrainState) -> Proposal:
-        """Update the designer if it is due, then make its task of the next batch."""
+        """Update the designer if it is due, and make its task of the next batch."""
         record: dict[str, float] = {}
+        num_updates = self.period.num_updates
         if self.period.due(state.budget):
             with state.budget.timed("designer"):
                 record = self.update(state)
-        steered = None if self.random else self.period.num_updates > 0
+        own, self.own = self.own, None
+        if own is None:
+            num_updates = self.period.num_updates
+            proposal = designed(state, draw(state), record)
+        elif own.task is None:  # the update failed before it made one, and phi has not moved
+            proposal = designed(state, own.batch, record)
+        else:
+            proposal = Proposal(own.task, num_samples(state.problem, own.batch), record)
+        steered = None if self.random else num_updates > 0
         warning, self._warning = self._warning, None
-        return designed(state, draw(state), record, steered)._replace(warning=warning)
+        return proposal._replace(steered=steered, warning=warning)
 
     def update(self, state: TrainState) -> dict[str, float]:
         """Estimate the hypergradient and apply it, or count an update that is skipped."""
@@ -168,8 +193,11 @@ class Learned:
         Returns:
             The hypergradient, see `Hypergradient.relative`, and one of the unlabelled batches.
         """
+        self.own = OwnBatch(draw(state)) if self.own_batch else None
+        unlabelled = [self.own.batch] if self.own else []
         with state.budget.timed("data"):
-            unlabelled = [next(state.streams.meta) for _ in range(self.estimator.num_batches)]
+            while len(unlabelled) < self.estimator.num_batches:
+                unlabelled.append(next(state.streams.meta))
         feedback, combined = self._feedback(state, unlabelled)
         estimates = {
             name: self._estimate(name, pair, feedback, state.optimizer)
@@ -213,6 +241,9 @@ class Learned:
         problem, aligned = feedback.problem, feedback.aligned
         phi = params.named(problem.designer)
         inner = [inner_loss(problem, feedback.theta, batch) for batch in pair.unlabelled]
+        if self.own:
+            phi = params.clone(phi)  # a task may hold phi, and its step comes after phi moved
+            inner[0] = inner_loss(problem, feedback.theta, self.own.batch, self.own.keep)
         outer_loss = pair.outer_loss
         if self.random:
             outer_loss = _linear(self.random.like(downstream(outer_loss, aligned)[1]))
@@ -256,6 +287,22 @@ class Learned:
         self._kept = KeptGradient(*kept) if kept else None
         if self.random:
             self.random.load_state_dict(state["random"])
+
+
+class OwnBatch:
+    """The batch that the learner trains on next.
+
+    Attributes:
+        batch: The batch.
+        task: Its task, without a graph. None until an update makes it.
+    """
+
+    def __init__(self, batch: Any) -> None:
+        self.batch, self.task = batch, None
+
+    def keep(self, task: Any) -> None:
+        """Keep the task."""
+        self.task = trees.map_tensors(Tensor.detach, task)
 
 
 class KeptGradient(NamedTuple):
@@ -355,12 +402,23 @@ def tail_loss(problem: Problem, theta: Params, task: Any) -> Callable[[Params], 
     return lambda theta_s: problem.pretrain_loss({**theta, **theta_s}, task)
 
 
-def inner_loss(problem: Problem, theta: Params, batch: Any) -> InnerLoss:
-    """Return phi -> (theta_S -> pretraining loss of the designer's task of `batch`)."""
+def inner_loss(
+    problem: Problem, theta: Params, batch: Any, keep: Callable[[Any], None] | None = None
+) -> InnerLoss:
+    """Return phi -> (theta_S -> pretraining loss of the designer's task of `batch`).
+
+    Args:
+        problem: The problem.
+        theta: All parameters of the learner.
+        batch: An unlabelled batch.
+        keep: Called with each task.
+    """
 
     def at_phi(phi: Params) -> Loss:
         with phase("task"):
             task = functional_call(problem.designer, collectives.enter(phi), (batch,))
+        if keep:
+            keep(task)
         return averaged(tail_loss(problem, theta, task))
 
     return at_phi

@@ -140,6 +140,24 @@ def test_no_update_takes_less_than_its_lower_bound_and_ours_take_little_more(est
     assert 0.97 < taken / least < most
 
 
+def test_a_step_on_its_own_batch_takes_little_more_than_its_lower_bound():
+    """The task is made once, and this problem has no teacher that would be asked once."""
+    strategy = Learned(OneStep(check_losses=False), every=1, own_batch=True)
+    problem, streams, optimizer = scene(strategy)
+    state = TrainState(problem, streams, optimizer, Budget(steps=1))
+    theta = params.named(problem.learner)
+    taken = flops.count(
+        lambda: problem.pretrain_loss(theta, strategy.next_task(state).task).backward()
+    )
+    counts = cost_model.of_step(strategy)
+    assert counts
+    assert "design" not in counts
+    assert counts["learner_own"] == 1
+    stopwatch = cost_model.Stopwatch(problem, strategy, streams)
+    least = cost_model.seconds(counts, lambda name: flops_of(stopwatch, name))
+    assert 0.97 < taken / least < 1.25
+
+
 def test_greedy_takes_its_lower_bound():
     strategy = Greedy(num_candidates=4, every=1)
     problem, streams, optimizer = scene(strategy)

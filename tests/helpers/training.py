@@ -2,7 +2,8 @@
 
 import torch
 
-from metavpt import Budget, Checkpoints, RunLog, Trainer
+from metavpt import Budget, Checkpoints, Cosine, Learned, OneStep, RunLog, Trainer
+from metavpt.learners.vit import Trunk
 
 
 def adam(parameters, lr=1e-2):
@@ -31,6 +32,41 @@ def train(folder, problem, strategy, steps, resume=False, seed=0):
     trainer.run()
     del problem.figures  # that of the class again
     return trainer
+
+
+def teacher_passes(trainer, steps):
+    """How often the problem's teacher runs its trunk in each of the next steps."""
+    (trunk,) = (m for m in trainer.problem.teacher.modules() if isinstance(m, Trunk))
+    asked, counts = [], []
+    handle = trunk.register_forward_hook(lambda *_: asked.append(None))
+    for _ in range(steps):
+        asked.clear()
+        trainer.step()
+        counts.append(len(asked))
+    handle.remove()
+    return counts
+
+
+class Forgetful(Learned):
+    """`Learned` whose problem's teacher is asked again in the learner's step."""
+
+    def next_task(self, state):
+        proposal = super().next_task(state)
+        state.problem.teacher._last = None
+        return proposal
+
+
+def own_batch_run(folder, problem, kind=Learned, **options):
+    """Five steps with updates on the learner's own batch in the first, third and fifth.
+
+    Returns:
+        The trainer, and the passes of the teacher in each step but the first, which checks the
+        losses and measures the norm of the gradient.
+    """
+    strategy = kind(OneStep(Cosine()), adam, every=2, own_batch=True)
+    trainer = Trainer(problem, strategy, Budget(steps=9), RunLog(folder), **options)
+    trainer.step()
+    return trainer, teacher_passes(trainer, steps=4)
 
 
 def weights(problem):

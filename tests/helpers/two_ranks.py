@@ -40,6 +40,7 @@ ESTIMATORS = {
     "one_step": lambda product: OneStep(product=product),
     "unrolled": lambda product: Unrolled(2, product=product),
     "implicit": lambda product: Implicit(damping=1e2, product=product),
+    "own_batch": lambda product: OneStep(product=product),
 }
 PRODUCTS = {"small": ExactProduct(), "dino": DifferenceProduct()}
 STEPS = {"small": 4, "dino": 3}  # the designer is updated in every other one
@@ -200,6 +201,7 @@ def trainer_of(folder, problem, estimator, fabric=None):
         ESTIMATORS[estimator](PRODUCTS[problem]),
         lambda p: torch.optim.Adam(p, lr=1e-2),
         every=2,
+        own_batch=estimator == "own_batch",
     )
     log = RunLog(folder) if collectives.rank() == 0 else UnwrittenLog(folder)
     options = {

@@ -1,3 +1,5 @@
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -53,3 +55,49 @@ def test_teacher_is_frozen_but_passes_gradients_to_its_inputs() -> None:
 def test_another_model_is_refused() -> None:
     with pytest.raises(MetaVPTError, match=r"linear\.bias is in only one"):
         Teacher(Student()).update(nn.Sequential(), 0.9)
+
+
+def test_the_answer_is_kept_for_the_same_input_until_teacher_or_input_change() -> None:
+    student = Student()
+    teacher, x = Teacher(student), torch.randn(4, 3, dtype=torch.float64)
+    asked: list[None] = []
+    teacher.learner.register_forward_hook(lambda *_: asked.append(None))
+
+    def answer(x: torch.Tensor) -> torch.Tensor:
+        asked.clear()
+        return teacher.once([x], lambda: {"y": teacher(x)})["y"]
+
+    def same(x: torch.Tensor) -> bool:
+        """Whether the answer is right, and was known."""
+        assert torch.equal(answer(x), student.linear(x).detach())
+        return not asked
+
+    assert not same(x)
+    assert same(x)
+    assert same(x.detach())
+    assert not same(x.clone())
+    assert not same(x[:2])
+    assert not same(x)
+    x += 1
+    assert not same(x)
+    with torch.no_grad():
+        student.linear.weight += 1
+    teacher.update(student, 0.0)
+    assert not same(x)
+    assert same(x)
+    teacher.load_state_dict(teacher.state_dict())
+    assert not same(x)
+    assert copy.deepcopy(teacher)._last is None
+
+
+def test_an_answer_with_a_graph_is_computed_and_kept_without() -> None:
+    teacher = Teacher(Student())
+    x = torch.randn(4, 3, dtype=torch.float64, requires_grad=True)
+    ask = lambda x: teacher.once([x], lambda: teacher(x))
+    for _ in range(2):
+        (gradient,) = torch.autograd.grad(ask(x).sum(), x)
+        assert float(gradient.abs().sum()) > 0
+    known = ask(x.detach())
+    assert not known.requires_grad
+    with torch.no_grad():
+        assert ask(x) is known

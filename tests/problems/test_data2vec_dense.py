@@ -7,7 +7,7 @@ import pytest
 import torch
 from helpers.differences import relative
 from helpers.small_data2vec import at, in_float64, maker, slope_of_value
-from helpers.training import adam, assert_identical, train, weights
+from helpers.training import Forgetful, adam, assert_identical, own_batch_run, train, weights
 from torch.func import functional_call
 
 from metavpt import DifferenceProduct, Dot, ExactProduct, Fixed, Learned, OneStep
@@ -204,3 +204,11 @@ def test_the_report_has_a_picture_of_the_targets(make, tmp_path):
     assert set(figures) == {"targets", "predictions"}
     assert figures["targets"].shape[1] >= 3 * 16
     assert figures["targets"].dtype == "uint8"
+
+
+def test_an_update_on_the_learners_own_batch_asks_the_teacher_once(make, tmp_path):
+    """The run is bit for bit that in which the step asks the teacher again."""
+    known, again = make(), make()
+    assert own_batch_run(tmp_path / "known", known)[1] == [1, 1, 1, 1]
+    assert own_batch_run(tmp_path / "again", again, Forgetful)[1] == [1, 2, 1, 2]
+    assert_identical(weights(known), weights(again))

@@ -7,7 +7,14 @@ import pytest
 import torch
 from helpers.differences import relative
 from helpers.small_dino import SMALL, UNET
-from helpers.training import adam, assert_identical, train, weights
+from helpers.training import (
+    Forgetful,
+    adam,
+    assert_identical,
+    own_batch_run,
+    train,
+    weights,
+)
 from hydra import compose, initialize_config_module
 from hydra.utils import instantiate
 
@@ -28,6 +35,7 @@ from metavpt.objectives.dino import center_update
 from metavpt.strategies.controls import Adversarial, Direct, Hardest, Uniform
 from metavpt.strategies.learned import inner_loss
 from metavpt.strategies.selection import Greedy, GreedySelection
+from metavpt.training.engine import make_fabric
 
 NETWORKS = {
     "unet": UNET,
@@ -137,19 +145,20 @@ def test_cosine_exact_equals_difference_in_float64(make):
     assert results[0].value == pytest.approx(results[1].value, rel=1e-9)
 
 
+@pytest.mark.parametrize("own_batch", [False, True], ids=["meta_batch", "own_batch"])
 @pytest.mark.parametrize(
     "estimator",
     [OneStep(Cosine()), Unrolled(2), Implicit(damping=1e-2)],
     ids=lambda e: type(e).__name__,
 )
-def test_learned_with_designer_lr_0_is_fixed_bit_for_bit(make, tmp_path, estimator):
+def test_learned_with_designer_lr_0_is_fixed_bit_for_bit(make, tmp_path, estimator, own_batch):
     """The designer starts as the recipe, so the whole run is the same, masks or no masks."""
     fixed, learned = make(), make()
     train(tmp_path / "fixed", fixed, Fixed(), steps=6)
     train(
         tmp_path / "learned",
         learned,
-        Learned(estimator, lambda p: adam(p, lr=0.0), every=2),
+        Learned(estimator, lambda p: adam(p, lr=0.0), every=2, own_batch=own_batch),
         steps=6,
     )
     assert_identical(weights(fixed), weights(learned))
@@ -226,6 +235,7 @@ STRATEGIES = {
     "random_feedback": lambda: Learned(OneStep(), adam, every=2, random_seed=0),
     "adversarial": lambda: Adversarial(adam, every=2),
     "one_step": lambda: Learned(OneStep(Cosine()), adam, every=2),
+    "own_batch": lambda: Learned(OneStep(Cosine()), adam, every=2, own_batch=True),
     "unrolled": lambda: Learned(Unrolled(2), adam, every=2),
     "implicit": lambda: Learned(Implicit(damping=1e-2), adam, every=2),
 }  # fmt: skip
@@ -254,7 +264,7 @@ def test_a_step_with_centering_runs_the_teacher_once_and_updates_the_centre(
         for _, batch in zip(range(2), problem.pretrain_batches(0), strict=False)
     )
     teacher, asked = problem.teacher.learner, []
-    teacher.backbone.register_forward_hook(lambda *arguments: asked.append(None))
+    teacher.backbone.trunk.register_forward_hook(lambda *arguments: asked.append(None))
     for task in (first, second):  # of the second nobody has asked yet
         before = snapshot(problem)
         problem.pretrain_loss(params.named(problem.learner), first).backward()
@@ -267,6 +277,71 @@ def test_a_step_with_centering_runs_the_teacher_once_and_updates_the_centre(
         problem.after_step(task, 0.0)
         assert len(asked) == (task is second)
         torch.testing.assert_close(problem.center["center"].data, expected)
+
+
+ALL_TERMS = [f"problem.terms.{term}=1.0" for term in ("dino", "ibot", "gram", "features")]
+CENTERING = "problem.targets=centering"
+OWN_BATCH = {  # options, of the trainer, passes of the teacher in a step without update and with
+    "sinkhorn": (["problem.targets=sinkhorn"], {}, (1, 1)),
+    "centering": ([CENTERING], {}, (1, 1)),
+    "all_terms": (["objective=dino_features", *ALL_TERMS, CENTERING], {}, (1, 1)),
+    "credit": (["problem.teacher_credit=true"], {}, (1, 1)),
+    "microbatches": ([CENTERING], {"accumulate": 2}, (3, 4)),
+}
+
+
+@pytest.mark.parametrize(("options", "trainer", "passes"), OWN_BATCH.values(), ids=OWN_BATCH)
+def test_an_update_on_the_learners_own_batch_asks_the_teacher_once(
+    make, tmp_path, options, trainer, passes
+):
+    """The run is bit for bit that in which the step asks the teacher again.
+
+    Microbatches ask about their parts, and centering then about the whole.
+    """
+    found = {}
+    for kind in (Learned, Forgetful):
+        problem = make(*options)
+        torch.nn.init.normal_(problem.designer.network.out.weight, std=0.05)
+        run, counts = own_batch_run(tmp_path / kind.__name__, problem, kind, **trainer)
+        found[kind] = weights(problem), run.budget.grad_evals
+        again = kind is Forgetful and not trainer
+        assert counts == [passes[0], passes[1] + again] * 2
+    assert_identical(found[Learned][0], found[Forgetful][0])
+    assert found[Learned][1] == found[Forgetful][1]
+
+
+class Spied:
+    """Notes the type of the teacher's logits that the next step finds, None where there are none."""
+
+    def __init__(self, strategy):
+        self.strategy, self.found = strategy, []
+
+    def next_task(self, state):
+        proposal, last = self.strategy.next_task(state), state.problem.teacher._last
+        is_known = last and last[0][0][0] is proposal.task.global_crops.untyped_storage()
+        self.found.append(last[1].logits["dino"].dtype if is_known else None)
+        return proposal
+
+
+def test_under_autocast_the_step_takes_the_updates_answers_in_float32(make, tmp_path):
+    fabric = make_fabric("cpu", precision="bf16-mixed")
+    trainer, counts = own_batch_run(tmp_path, make(), fabric=fabric)
+    assert counts == [1, 1, 1, 1]
+    trainer.strategy = Spied(trainer.strategy)
+    for _ in range(2):
+        trainer.step()
+    assert trainer.strategy.found == [None, torch.float32]
+    assert trees.is_finite(weights(trainer.problem))
+
+
+def test_passes_of_an_update_on_the_learners_own_batch_are_counted(make, tmp_path):
+    """As many as of an update on a batch of the same size."""
+    grad_evals = []
+    for own_batch in (False, True):
+        strategy = Learned(OneStep(Cosine()), adam, every=2, own_batch=own_batch)
+        budget = train(tmp_path / str(own_batch), make(), strategy, steps=4).budget
+        grad_evals.append(budget.grad_evals)
+    assert grad_evals[0] == grad_evals[1] > 4
 
 
 def test_centering_resumes_exactly(make, tmp_path):

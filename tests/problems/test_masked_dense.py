@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 from helpers.differences import relative
-from helpers.training import adam, assert_identical, train, weights
+from helpers.training import Forgetful, adam, assert_identical, own_batch_run, train, weights
 from hydra import compose, initialize_config_module
 from hydra.utils import instantiate
 
@@ -290,3 +290,11 @@ def test_metrics_and_figures(make, name):
     figures = problem.figures()
     assert set(figures) == {"masks", "predictions"}
     assert all(picture.dtype == "uint8" and picture.ndim == 3 for picture in figures.values())
+
+
+def test_an_update_on_the_learners_own_batch_asks_the_teacher_once(make, tmp_path):
+    """The run is bit for bit that in which the step asks the teacher again."""
+    known, again = make("ijepa_dense"), make("ijepa_dense")
+    assert own_batch_run(tmp_path / "known", known)[1] == [1, 1, 1, 1]
+    assert own_batch_run(tmp_path / "again", again, Forgetful)[1] == [1, 2, 1, 2]
+    assert_identical(weights(known), weights(again))
