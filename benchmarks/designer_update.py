@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from rounds import Part, Row, Target, cells, machine, verdicts
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from vision import NUM_CLASSES, Bench, Vision, WholeNetwork, tiny
+from vision import NUM_CLASSES, Bench, Shape, Vision, WholeNetwork, tiny
 
 from metavpt.bench import flops
 from metavpt.hypergradients import params
@@ -34,6 +34,7 @@ from metavpt.interop.learn2learn import MAMLUnroll
 from metavpt.interop.torchopt import TorchOptUnroll
 
 SHAPE = tiny(16)
+PAPER = SHAPE._replace(unet=(16, 3))
 SETTING = {
     "vit": "12 blocks, width 192, 3 heads, patch 8 (DINOv3's architecture); "
     "S = last 2 blocks and final norm",
@@ -92,11 +93,19 @@ def plain_step() -> Call:
 
 
 def estimator(
-    make: Callable[[], Estimator], problem: type[Vision] = Vision
+    make: Callable[[], Estimator], problem: type[Vision] = Vision, shape: Shape = SHAPE
 ) -> Callable[[], Callable[[], None]]:
     def prepare() -> Call:
-        bench, made = Bench(problem(SHAPE)), make()
+        bench, made = Bench(problem(shape)), make()
         return Call(lambda: bench.update(made))
+
+    return prepare
+
+
+def with_step(shape: Shape) -> Callable[[], Callable[[], None]]:
+    def prepare() -> Call:
+        bench, made = Bench(Vision(shape)), OneStep()
+        return Call(lambda: bench.update_and_step(made))
 
     return prepare
 
@@ -104,6 +113,13 @@ def estimator(
 ROWS = {
     "plain": Row("plain SSL step", plain_step),
     "one_step_difference": Row("OneStep, difference", estimator(OneStep)),
+    "one_step_own": Row("OneStep, difference, own batch + plain SSL step", with_step(SHAPE)),
+    "one_step_paper": Row(
+        "OneStep, difference, the paper's U-Net", estimator(OneStep, shape=PAPER)
+    ),
+    "one_step_own_paper": Row(
+        "OneStep, difference, the paper's U-Net, own batch + plain SSL step", with_step(PAPER)
+    ),
     "one_step_exact": Row("OneStep, exact", estimator(lambda: OneStep(product=ExactProduct()))),
     "unrolled_1": Row("Unrolled(1)", estimator(lambda: Unrolled(1))),
     "unrolled_4": Row("Unrolled(4)", estimator(lambda: Unrolled(4))),
@@ -138,6 +154,8 @@ ROWS = {
 
 TARGETS = [
     Target("seconds", "one_step_difference", "plain", 0.9),
+    Target("seconds", "one_step_own", "plain", 1.9),
+    Target("seconds", "one_step_own_paper", "plain", 1.9),
     Target("seconds", "one_step_difference", "betty_darts", 0.65),
     Target("peak_mib", "one_step_difference", "plain", 1.1),
     Target("peak_mib", "unrolled_32", "unrolled_1", 1.5),

@@ -38,7 +38,7 @@ class Batch(NamedTuple):
 
 
 class Shape(NamedTuple):
-    """A learner, its head and its batches. The designer is the U-Net of designer=unet."""
+    """A learner, its head, its batches and the U-Net of its designer."""
 
     title: str
     backbone: str
@@ -50,6 +50,7 @@ class Shape(NamedTuple):
     hidden: int = 512
     bottleneck: int = 128
     num_sets: int = 1  # labelled ones, each with a feedback of depth and one of classes
+    unet: tuple[int, int] = (8, 2)  # base and depth, of designer=unet; the paper's are 16 and 3
 
 
 def tiny(batch_size: int = 16, depth: int = 12, tail_blocks: int = 2, **changed: Any) -> Shape:
@@ -80,7 +81,7 @@ class Vision(DinoDense):
                     crops / 255, crops.new_zeros(0, crops.shape[1], 3, shape.size, shape.size)
                 )
             ),
-            designer=lambda recipe: MaskDesigner(recipe, UNet(base=8, depth=2), initial_keep=0.6),
+            designer=lambda recipe: MaskDesigner(recipe, UNet(*shape.unet), initial_keep=0.6),
             data={name: DenseData(frames, tasks, num_train=1, num_meta=1) for name in names},
             feedback=dict.fromkeys(names, DenseFeedback),
             num_prototypes=shape.num_prototypes,
@@ -162,7 +163,9 @@ class Bench:
 
     def plain_step(self) -> None:
         """What Trainer.step does under `strategy=fixed`, short of data, EMA and log."""
-        task = self.problem.recipe(next(self.streams.pretrain))
+        self.step(self.problem.recipe(next(self.streams.pretrain)))
+
+    def step(self, task: Any) -> None:
         self.problem.pretrain_loss(params.named(self.problem.learner), task).backward()
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
@@ -170,6 +173,13 @@ class Bench:
     def update(self, estimator: Estimator) -> None:
         """What Learned does for one hypergradient: tasks by the designer, g_down, the estimator."""
         Learned(estimator).estimate(self.state)
+
+    def update_and_step(self, estimator: Estimator) -> None:
+        """The hypergradient on the learner's own batch, and then its step on the task."""
+        strategy = Learned(estimator, own_batch=True)
+        strategy.estimate(self.state)
+        assert strategy.own
+        self.step(strategy.own.task)
 
     def score(self, num_candidates: int) -> None:
         """A greedy choice, its feedback direction refreshed."""

@@ -7,10 +7,28 @@ import pytest
 import torch
 from helpers.differences import relative
 from helpers.small_data2vec import at, in_float64, maker, slope_of_value
-from helpers.training import Forgetful, adam, assert_identical, own_batch_run, train, weights
+from helpers.training import (
+    Forgetful,
+    adam,
+    assert_identical,
+    own_batch_run,
+    teacher_passes,
+    train,
+    weights,
+)
 from torch.func import functional_call
 
-from metavpt import DifferenceProduct, Dot, ExactProduct, Fixed, Learned, OneStep
+from metavpt import (
+    Budget,
+    DifferenceProduct,
+    Dot,
+    ExactProduct,
+    Fixed,
+    Learned,
+    OneStep,
+    RunLog,
+    Trainer,
+)
 from metavpt.hypergradients import params
 from metavpt.hypergradients.linear_targets import CentralDifference, LinearLoss, LinearProduct
 from metavpt.strategies.amortized import Amortized
@@ -212,3 +230,10 @@ def test_an_update_on_the_learners_own_batch_asks_the_teacher_once(make, tmp_pat
     assert own_batch_run(tmp_path / "known", known)[1] == [1, 1, 1, 1]
     assert own_batch_run(tmp_path / "again", again, Forgetful)[1] == [1, 2, 1, 2]
     assert_identical(weights(known), weights(again))
+
+
+def test_tilting_asks_the_teacher_once(make, tmp_path):
+    strategy = Tilt(every=2, derivative=CentralDifference())
+    trainer = Trainer(make(), strategy, Budget(steps=9), RunLog(tmp_path))
+    trainer.step()
+    assert teacher_passes(trainer, steps=3) == [1, 1, 1]

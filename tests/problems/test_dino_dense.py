@@ -311,7 +311,7 @@ def test_an_update_on_the_learners_own_batch_asks_the_teacher_once(
 
 
 class Spied:
-    """Notes the type of the teacher's logits that the next step finds, None where there are none."""
+    """Notes the type of the teacher's logits that the next step finds; None: it finds none."""
 
     def __init__(self, strategy):
         self.strategy, self.found = strategy, []

@@ -165,7 +165,9 @@ def test_the_learner_trains_on_the_batch_of_an_update_that_is_skipped(tmp_path, 
     for one in (fixed, trainer):
         for _ in range(6):
             one.step()
-    assert (strategy.num_skipped, strategy.num_unsolved) == ((0, 3) if problem is Saddle else (3, 0))
+    assert (strategy.num_skipped, strategy.num_unsolved) == (
+        (0, 3) if problem is Saddle else (3, 0)
+    )
     assert torch.equal(theta_of(trainer), theta_of(fixed))
     assert not params.norm(params.named(trainer.problem.designer))
 
