@@ -26,7 +26,8 @@ class Model:
         passes: Of the student through its trunk in a step: one for each size of crop.
         steered_passes: Those whose inputs the designer changes; they have `steered_tokens`.
         heads: Steps that fit heads in a designer update: 0 in closed form, 4 for `feedback=dense`.
-        features: Numbers of a labelled sample that heads in closed form are fitted to.
+        moments: Numbers of the moments, in float64, that heads in closed form are fitted to: upper
+            halves of matrices as wide as a feature, for 5 folds of 2 tasks.
         batch: Samples of a step on a device. A designer update and its feedback take a quarter.
     """
 
@@ -43,19 +44,19 @@ class Model:
     passes: int = 1
     steered_passes: int = 1
     heads: int = 0
-    features: float = 0
+    moments: float = 0
     batch: int = 0
 
 
 # 2 crops of 201 tokens, of which a designer hides patches and a teacher reads all, and 6 of 41
 CROPS = {"student_tokens": 648, "steered_tokens": 402, "teacher_tokens": 402, "passes": 2}
 VIT_L = Model(
-    "ViT-L", 304e6, 50e6, 9e6, 0.5e6, 12.6e6, feedback_tokens=201, features=196 * 1024, batch=64,
-    **CROPS,
+    "ViT-L", 304e6, 50e6, 9e6, 0.5e6, 12.6e6, feedback_tokens=201, batch=64,
+    moments=10 * 1024**2 / 2, **CROPS,
 )  # fmt: skip
 VIT_7B = Model(
-    "ViT-7B", 6.7e9, 336e6, 30e6, 0.5e6, 168e6, feedback_tokens=201, features=196 * 4096, batch=16,
-    **CROPS,
+    "ViT-7B", 6.7e9, 336e6, 30e6, 0.5e6, 168e6, feedback_tokens=201, batch=16,
+    moments=10 * 4096**2 / 2, **CROPS,
 )  # fmt: skip
 LM_7B = Model(
     "7B LM", 6.74e9, 405e6, 131e6, 14.5e6, 202e6, 1024, 1024, feedback_tokens=256, batch=16
@@ -72,7 +73,7 @@ class Sent(NamedTuple):
         step_whole: In a step, to average gradients of what every device holds.
         reductions: In an update, to average g_down and gradients by phi.
         gathers: In an update, to gather the trunk.
-        features: In an update, to join the features that heads are fitted to, and back.
+        moments: In an update, to sum the moments that heads are fitted to, and back.
     """
 
     step_trunk: float
@@ -80,7 +81,7 @@ class Sent(NamedTuple):
     step_whole: float
     reductions: float
     gathers: float
-    features: float
+    moments: float
 
 
 def sent(
@@ -100,7 +101,6 @@ def sent(
     teacher = int(model.teacher_tokens > 0)
     gather = number * trunk * _ring(shards)
     reduction = 2 * number * _ring(devices)
-    frames = devices * model.batch / 4
     return Sent(
         # there and back for each pass, and one sum of gradients
         step_trunk=gather * (2 * model.passes + 1 + teacher),
@@ -110,7 +110,7 @@ def sent(
         reductions=reduction * (model.aligned + 2 * model.designer),
         # heads, feedback, the meta batch there and, where the designer changes it, back
         gathers=gather * (model.heads + 1 + model.passes + teacher + model.steered_passes),
-        features=reduction * frames * model.features,
+        moments=2 * 2 * 8 * _ring(devices) * model.moments,
     )
 
 
@@ -153,7 +153,7 @@ def row(model: Model, parallel: str, devices: int) -> str:
     traffic_s = bytes_of.step_trunk / trunk + (bytes_of.step_shards + bytes_of.step_whole) / across
     exposed = max(0.0, traffic_s - step_s)  # what the plain step cannot hide behind computation
     # No communication of an update overlaps: reductions follow it, and gathers count likewise.
-    sends_s = bytes_of.gathers / trunk + (bytes_of.reductions + bytes_of.features) / across
+    sends_s = bytes_of.gathers / trunk + (bytes_of.reductions + bytes_of.moments) / across
     overhead = (update_s + sends_s) / META_EVERY / (step_s + exposed)
     plain, added = memory(model, parallel, devices)
     cells = [

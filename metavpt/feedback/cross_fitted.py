@@ -7,7 +7,7 @@ Letters: L labelled frames, N = h w patches, D width of a feature, C outputs of 
 """
 
 from collections.abc import Callable, Sequence
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -60,7 +60,8 @@ class CrossFitted(nn.Module):
     one, in closed form, and score the frames of that one. Frames that stand
     beside each other in a data set often show one scene, so folds are not drawn at random.
 
-    There is no state: losses are pure functions of the features and labels.
+    There is no state: losses are pure functions of the features and labels. Several processes
+    share the frames of a batch: each scores its own, with heads fitted to the moments of all.
 
     Args:
         width: D.
@@ -107,15 +108,14 @@ class CrossFitted(nn.Module):
         """Compute the loss of each task.
 
         Args:
-            features: (L, D, h, w).
+            features: (L, D, h, w). Of several processes: of this one's frames.
             labels: Of the same frames.
         """
-        features = collectives.joined(features)
-        target, share = collectives.gather(labels.target), collectives.gather(labels.share)
+        _, target, share = labels
         fitted_to = features if self.through_heads else features.detach()
         errors = self._errors(features, target, self._moments(fitted_to, target, share))
         return {
-            name: (share[:, own] * errors[:, own].square()).sum()
+            name: collectives.summed((share[:, own] * errors[:, own].square()).sum())
             / _variation(target[:, own], share[:, own])
             for name, own in self.outputs.items()
         }
@@ -128,25 +128,25 @@ class CrossFitted(nn.Module):
             features: (L, D, h, w).
             labels: Of the same frames.
         """
-        features = collectives.gather(features)
-        target, share = collectives.gather(labels.target), collectives.gather(labels.share)
+        _, target, share = labels
         moments = self._moments(features, target, share)
         errors = self._errors(features, target, moments)
         tiny = torch.finfo(errors.dtype).tiny
-        count = share.sum(dim=(0, 2, 3)).clamp_min(1)
-        rms = ((share * errors.square()).sum(dim=(0, 2, 3)) / count).sqrt().clamp_min(tiny)
+        count = collectives.summed(share.sum(dim=(0, 2, 3))).clamp_min(1)
+        squares = collectives.summed((share * errors.square()).sum(dim=(0, 2, 3)))
+        rms = (squares / count).sqrt().clamp_min(tiny)
         values = errors / rms[:, None, None]
         directions = []
         for name, own in self.outputs.items():
             weight, _ = self.ridge.solve(torch.stack(moments[name]).sum(dim=0), features.shape[1])
             direction = rms[own, None] * weight.to(rms)  # (C_j, D)
-            size = ((share * values)[:, own].movedim(1, -1) @ direction).square().mean().sqrt()
+            squares = ((share * values)[:, own].movedim(1, -1) @ direction).square()
+            size = collectives.mean(squares.mean()).sqrt()
             directions.append(self.weights[name] / size.clamp_min(tiny) * direction)
         total = sum(weight**2 for weight in self.weights.values()) ** 0.5
-        rows = collectives.rows(len(errors))
         return Residuals(
-            values[rows].flatten(2).transpose(1, 2),
-            share[rows].flatten(2).transpose(1, 2),
+            values.flatten(2).transpose(1, 2),
+            share.flatten(2).transpose(1, 2),
             torch.cat(directions) / total,
         )
 
@@ -157,6 +157,10 @@ class CrossFitted(nn.Module):
             rest = [
                 torch.stack(folds[:k] + folds[k + 1 :]).sum(dim=0) for folds in moments.values()
             ]
+            for own in rest:
+                self.ridge.check(own)  # by every process, so that all stop or none
+            if rows.start == rows.stop:
+                continue
             heads = [self.ridge.solve(own, width) for own in rest]
             weight = torch.cat([weight for weight, _ in heads]).to(features)
             bias = torch.cat([bias for _, bias in heads]).to(features)
@@ -165,11 +169,11 @@ class CrossFitted(nn.Module):
         return torch.cat(errors)
 
     def _moments(self, features: Tensor, target: Tensor, share: Tensor) -> dict[str, list[Tensor]]:
-        """What `Ridge.solve` needs, of each task and fold.
+        """What `Ridge.solve` needs, of each task and fold, summed over processes.
 
         The backward pass recomputes the rows in float64, which would be the largest tensors of it.
         """
-        return {
+        moments = {
             name: [
                 checkpoint(
                     patch_moments,
@@ -182,17 +186,43 @@ class CrossFitted(nn.Module):
             ]
             for name, own in self.outputs.items()
         }
+        return moments if collectives.size() == 1 else _summed(moments)
 
     def _folds(self, num_frames: int) -> list[slice]:
-        parts = folds(torch.arange(num_frames), self.num_folds)
-        return [slice(int(part[0]), int(part[-1]) + 1) for part in parts]
+        """Cut all frames into folds. Return the rows of each in this process's `num_frames`."""
+        first = collectives.rank() * num_frames
+        parts = folds(torch.arange(num_frames * collectives.size()), self.num_folds)
+        ends = [int(part[-1]) + 1 - first for part in parts]
+        cuts = [min(max(end, 0), num_frames) for end in (-first, *ends)]
+        return [slice(*cut) for cut in pairwise(cuts)]
+
+
+def _summed(moments: dict[str, list[Tensor]]) -> dict[str, list[Tensor]]:
+    """Sum symmetric matrices over processes: the upper halves of all of them at once."""
+    upper = [matrix[_upper(matrix)] for folds in moments.values() for matrix in folds]
+    parts = iter(collectives.summed(torch.cat(upper)).split([len(part) for part in upper]))
+    return {
+        name: [_mirrored(matrix, next(parts)) for matrix in folds]
+        for name, folds in moments.items()
+    }
+
+
+def _upper(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    rows, columns = torch.triu_indices(*matrix.shape, device=matrix.device)
+    return rows, columns
+
+
+def _mirrored(like: Tensor, upper: Tensor) -> Tensor:
+    half = torch.zeros_like(like).index_put(_upper(like), upper)
+    return half + half.triu(1).T
 
 
 def _variation(target: Tensor, share: Tensor) -> Tensor:
     """The weighted sum of squared deviations of targets (L, C, h, w) from their mean, a scalar."""
     dims, tiny = (0, 2, 3), torch.finfo(target.dtype).tiny
-    mean = (share * target).sum(dims, keepdim=True) / share.sum(dims, keepdim=True).clamp_min(tiny)
-    return (share * (target - mean).square()).sum().clamp_min(tiny)
+    total = collectives.summed((share * target).sum(dims, keepdim=True))
+    mean = total / collectives.summed(share.sum(dims, keepdim=True)).clamp_min(tiny)
+    return collectives.summed((share * (target - mean).square()).sum()).clamp_min(tiny)
 
 
 def in_parts(

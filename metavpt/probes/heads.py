@@ -123,12 +123,8 @@ class Ridge:
         Raises:
             MetaVPTError: No pixel is valid.
         """
+        self.check(moments)
         total = moments[-1, -1]
-        if total == 0:
-            raise MetaVPTError(
-                "Ridge: the labelled set has no valid pixel; check the depth and label maps of "
-                "the feedback data"
-            )
         mean, target_mean = moments[:width, -1] / total, moments[-1, width:-1] / total
         covariance = moments[:width, :width] / total - torch.outer(mean, mean)
         cross = moments[:width, width:-1] / total - torch.outer(mean, target_mean)  # (D, C)
@@ -144,6 +140,14 @@ class Ridge:
             / scale[:, None]
         )
         return weight.T.contiguous(), target_mean - mean @ weight
+
+    def check(self, moments: Tensor) -> None:
+        """Raise MetaVPTError if these moments are of no valid pixel."""
+        if moments[-1, -1] == 0:
+            raise MetaVPTError(
+                "Ridge: the labelled set has no valid pixel; check the depth and label maps of "
+                "the feedback data"
+            )
 
     def _moments(self, task: HeadTask, train: FeatureSet) -> Tensor:
         size = train.features.shape[1] + task.num_outputs + 1

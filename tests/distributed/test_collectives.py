@@ -209,7 +209,7 @@ def shared(folder):
     return torch.load(folder / "shared.pt"), two_ranks_shared.numbers()
 
 
-@pytest.mark.parametrize("part", ["ridge", "token_shares", "tilt_scale"])
+@pytest.mark.parametrize("part", ["ridge", "cross_fitted", "token_shares", "tilt_scale"])
 def test_losses_of_the_whole_batch_and_their_derivatives_are_those_of_one_process(shared, part):
     """Ridge heads, token-weight balance and tilt scale: value, gradient and Hessian product."""
     two, one = (found[part] for found in shared)
@@ -219,13 +219,20 @@ def test_losses_of_the_whole_batch_and_their_derivatives_are_those_of_one_proces
 
 def test_features_are_joined_by_the_bytes_of_the_formulas(shared):
     """8 frames of 24 numbers, there and back for a gradient, and again for a Hessian product."""
-    sent = shared[0]["sent_by_ridge"]
-    model = scaling_estimate.Model("ridge", 1, 1, 0, 0, features=24, batch=16)
-    expected = scaling_estimate.sent(model, "ddp", devices=2, number=8).features
-    depth = 4 * 8 * 4 * 6 / 2
-    joined, parted = "c10d::allgather_", "c10d::_reduce_scatter_base_"
-    assert sent["step", joined, (0, 1)] == expected + depth
-    assert sent["step", parted, (0, 1)] == expected
+    sent, numbers, depth = shared[0]["sent_by"]["ridge"], 8 * 24, 4 * 8 * 4 * 6 / 2
+    assert sent["step", "c10d::allgather_", (0, 1)] == 2 * 8 * numbers / 2 + depth
+    assert sent["step", "c10d::_reduce_scatter_base_", (0, 1)] == 2 * 8 * numbers / 2
+
+
+def test_moments_are_summed_by_the_bytes_of_the_formulas(shared):
+    """Of 3 folds; there and back, again for a Hessian product, and there for residuals."""
+    sent = shared[0]["sent_by"]["cross_fitted"]
+    moments = 3 * (6 * 7 / 2 + 8 * 9 / 2)  # of 4 features, and of 1 and 3 targets
+    model = scaling_estimate.Model("cross_fitted", 1, 1, 0, 0, moments=moments)
+    expected = scaling_estimate.sent(model, "ddp", devices=2).moments
+    gradients = 2 * 5 * 4  # of the loss by the weights, and of that
+    means = 2 * 3 + 2 * 4  # of the classes, of the residuals of all outputs
+    assert sent["step", "c10d::allreduce_", (0, 1)] == expected * 5 / 2 + 8 * (gradients + means)
 
 
 def test_images_are_shared_out_to_be_summarised(shared):

@@ -334,9 +334,11 @@ def main(folder):
             torch.save(found, folder / f"{name}.pt")
     if not restarted:
         shared = two_ranks_shared.numbers()
-        with Traffic() as traffic:
-            two_ranks_shared.ridge()
-        shared["sent_by_ridge"] = dict(traffic.sent)
+        shared["sent_by"] = {}
+        for part in ("ridge", "cross_fitted"):
+            with Traffic() as traffic:
+                getattr(two_ranks_shared, part)()
+            shared["sent_by"][part] = dict(traffic.sent)
         trainers = {
             name: trainer_of(folder / f"probed-{name}", "dino", "one_step", fabric)
             for name, fabric in fabrics.items()

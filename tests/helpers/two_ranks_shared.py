@@ -15,6 +15,7 @@ from metavpt.dense_tasks.depth import DepthTask
 from metavpt.dense_tasks.segmentation import SegmentationTask
 from metavpt.designers.choice import balanced
 from metavpt.distributed import collectives
+from metavpt.feedback.cross_fitted import CrossFitted, PatchLabels
 from metavpt.feedback.dense import RidgeFeedback
 from metavpt.hypergradients.distributed_losses import averaged
 from metavpt.objectives.spread import spread
@@ -53,6 +54,24 @@ def ridge():
         return sum(feedback(features, frames).values())
 
     return derivatives(loss, torch.randn(5, 4, generator=rng, dtype=torch.float64))
+
+
+def cross_fitted():
+    """Three folds of eight frames: the middle one has frames of both processes."""
+    rng = torch.Generator().manual_seed(1)
+    inputs = torch.randn(8, 5, 2, 3, generator=rng, dtype=torch.float64)
+    target, share = torch.rand(2, 8, 4, 2, 3, generator=rng, dtype=torch.float64)
+    heads = CrossFitted(4, [DepthTask(), SegmentationTask(3)], penalty=0.1, num_folds=3)
+    labels = PatchLabels(torch.zeros(8, 3, 1, 1), target, share)
+    inputs, labels = collectives.own(inputs), collectives.own(labels)
+
+    def features(x):
+        return torch.einsum("bchw,cd->bdhw", inputs, x)
+
+    x = torch.randn(5, 4, generator=rng, dtype=torch.float64)
+    found = derivatives(lambda theta: sum(heads(features(theta["x"]), labels).values()), x)
+    residuals = heads.residuals(features(x), labels)
+    return [*found, *map(collectives.gather, residuals[:2]), residuals.directions]
 
 
 def token_shares():
@@ -121,6 +140,7 @@ def dense(trainer):
 def numbers():
     return {
         "ridge": ridge(),
+        "cross_fitted": cross_fitted(),
         "token_shares": token_shares(),
         "tilt_scale": tilt_scale(),
         "language": language(),
