@@ -26,6 +26,8 @@ class Model:
         passes: Of the student through its trunk in a step: one for each size of crop.
         steered_passes: Those whose inputs the designer changes; they have `steered_tokens`.
         heads: Steps that fit heads in a designer update: 0 in closed form, 4 for `feedback=dense`.
+            Four share a pass.
+        features: Numbers of a labelled sample that heads are fitted to by steps.
         moments: Numbers of the moments, in float64, that heads in closed form are fitted to: upper
             halves of matrices as wide as a feature, for 5 folds of 2 tasks.
         batch: Samples of a step on a device. A designer update and its feedback take a quarter.
@@ -44,6 +46,7 @@ class Model:
     passes: int = 1
     steered_passes: int = 1
     heads: int = 0
+    features: float = 0
     moments: float = 0
     batch: int = 0
 
@@ -73,7 +76,8 @@ class Sent(NamedTuple):
         step_whole: In a step, to average gradients of what every device holds.
         reductions: In an update, to average g_down and gradients by phi.
         gathers: In an update, to gather the trunk.
-        moments: In an update, to sum the moments that heads are fitted to, and back.
+        heads: In an update, to gather features that heads are fitted to, or to sum their moments,
+            there and back.
     """
 
     step_trunk: float
@@ -81,7 +85,7 @@ class Sent(NamedTuple):
     step_whole: float
     reductions: float
     gathers: float
-    moments: float
+    heads: float
 
 
 def sent(
@@ -101,6 +105,7 @@ def sent(
     teacher = int(model.teacher_tokens > 0)
     gather = number * trunk * _ring(shards)
     reduction = 2 * number * _ring(devices)
+    head_passes, frames = -(-model.heads // 4), devices * model.batch / 4
     return Sent(
         # there and back for each pass, and one sum of gradients
         step_trunk=gather * (2 * model.passes + 1 + teacher),
@@ -109,8 +114,9 @@ def sent(
         # phi from the product and from the regularizer
         reductions=reduction * (model.aligned + 2 * model.designer),
         # heads, feedback, the meta batch there and, where the designer changes it, back
-        gathers=gather * (model.heads + 1 + model.passes + teacher + model.steered_passes),
-        moments=2 * 2 * 8 * _ring(devices) * model.moments,
+        gathers=gather * (head_passes + 1 + model.passes + teacher + model.steered_passes),
+        heads=reduction / 2 * model.heads * frames * model.features
+        + 2 * 2 * 8 * _ring(devices) * model.moments,
     )
 
 
@@ -153,7 +159,7 @@ def row(model: Model, parallel: str, devices: int) -> str:
     traffic_s = bytes_of.step_trunk / trunk + (bytes_of.step_shards + bytes_of.step_whole) / across
     exposed = max(0.0, traffic_s - step_s)  # what the plain step cannot hide behind computation
     # No communication of an update overlaps: reductions follow it, and gathers count likewise.
-    sends_s = bytes_of.gathers / trunk + (bytes_of.reductions + bytes_of.moments) / across
+    sends_s = bytes_of.gathers / trunk + (bytes_of.reductions + bytes_of.heads) / across
     overhead = (update_s + sends_s) / META_EVERY / (step_s + exposed)
     plain, added = memory(model, parallel, devices)
     cells = [

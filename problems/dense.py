@@ -325,14 +325,19 @@ class DenseProblem(MultipleFeedbacks, SupportsFunctionSpace, Shardable, Reportab
         }
         num_steps = self.head_steps if self.head_batches.has_begun else self.first_head_steps
         theta = params.detach(params.named(self.learner))
-        for _ in range(num_steps if by_steps else 0):
-            batch = next(self.head_batches)
+        # As many batches at once as a step has images: a sharded trunk is then gathered once.
+        together = max(1, self.batch_size // (self.feedback_batch_size or self.batch_size))
+        for first in range(0, num_steps if by_steps else 0, together):
+            num = min(together, num_steps - first)
+            batches = [next(self.head_batches) for _ in range(num)]
             for name, heads in by_steps.items():
+                frames = [batch[name] for batch in batches]
                 with torch.no_grad():
-                    features = self.patch_features(theta, batch[name].image)
-                heads.fit(
-                    collectives.gather(features), collectives.gather(batch[name])
-                )  # alike on every process
+                    features = self.patch_features(theta, torch.cat([own.image for own in frames]))
+                for part, own in zip(features.chunk(num), frames, strict=True):
+                    heads.fit(
+                        collectives.gather(part), collectives.gather(own)
+                    )  # alike on every process
 
     @torch.no_grad()
     def output_values(self, theta: Params, batch: Any) -> dict[str, Tensor]:

@@ -103,6 +103,8 @@ def test_a_step_and_an_update_send_what_the_formulas_say(folder, parallel):
         teacher_tokens=1,
         passes=2,
         heads=1,
+        features=6 * 24,  # patches by width
+        batch=8,  # the labelled batch is a quarter of what two processes would have
     )
     expected = scaling_estimate.sent(model, parallel, devices=2, number=8)
     # one gather serves both passes back, where a trunk's input needs no gradient
@@ -114,6 +116,8 @@ def test_a_step_and_an_update_send_what_the_formulas_say(folder, parallel):
     assert sent["step", reductions, (0, 1)] == expected.step_whole + centre
     assert sent.get(("update", gathers, (0, 1)), 0) == expected.gathers
     assert sent["update", reductions, (0, 1)] == expected.reductions
+    depth = 4 * 4 * 32 * 48 / 2
+    assert sent["update", "c10d::allgather_", (0, 1)] == expected.heads + depth
 
 
 def test_what_other_estimators_send_follows_the_formulas_of_the_documentation(folder):
@@ -229,7 +233,7 @@ def test_moments_are_summed_by_the_bytes_of_the_formulas(shared):
     sent = shared[0]["sent_by"]["cross_fitted"]
     moments = 3 * (6 * 7 / 2 + 8 * 9 / 2)  # of 4 features, and of 1 and 3 targets
     model = scaling_estimate.Model("cross_fitted", 1, 1, 0, 0, moments=moments)
-    expected = scaling_estimate.sent(model, "ddp", devices=2).moments
+    expected = scaling_estimate.sent(model, "ddp", devices=2).heads
     gradients = 2 * 5 * 4  # of the loss by the weights, and of that
     means = 2 * 3 + 2 * 4  # of the classes, of the residuals of all outputs
     assert sent["step", "c10d::allreduce_", (0, 1)] == expected * 5 / 2 + 8 * (gradients + means)

@@ -87,3 +87,22 @@ def test_mgda_is_the_closed_form_on_the_gradients_of_the_tail(make):
     assert record["conflict/depth-segmentation"] == pytest.approx(
         float(torch.cosine_similarity(g_d, g_s, dim=0)), abs=1e-4
     )
+
+
+def test_heads_are_fitted_to_several_batches_of_one_pass_through_the_trunk(make):
+    """Three batches of 4 where a step has 8 images: two passes, and the heads of three."""
+    options = ("problem.batch_size=8", "problem.first_head_steps=3")
+    problem, other = make(*options), make(*options)
+    images = []
+    problem.backbone.trunk.register_forward_hook(
+        lambda module, inputs, output: images.append(len(inputs[0]))
+    )
+    problem.fit_heads()
+    assert images == [8, 4]
+    theta, heads = params.detach(params.named(other.learner)), other.feedback["labelled"]
+    for _ in range(3):
+        frames = next(other.head_batches)["labelled"]
+        heads.fit(other.patch_features(theta, frames.image), frames)
+    for name, value in problem.feedback["labelled"].named_parameters():
+        torch.testing.assert_close(value, heads.get_parameter(name))
+        assert value.any()
