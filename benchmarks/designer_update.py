@@ -16,6 +16,7 @@ from vision import NUM_CLASSES, Bench, Shape, Vision, WholeNetwork, tiny
 
 from metavpt.bench import flops
 from metavpt.hypergradients import params
+from metavpt.hypergradients.curvature import GaussNewton
 from metavpt.hypergradients.estimators import (
     Estimator,
     Hypergradient,
@@ -25,7 +26,7 @@ from metavpt.hypergradients.estimators import (
     OuterLoss,
     Unrolled,
 )
-from metavpt.hypergradients.linear_solvers import ConjugateGradient
+from metavpt.hypergradients.linear_solvers import DampedLanczos
 from metavpt.hypergradients.mixed_products import ExactProduct
 from metavpt.hypergradients.optimizer_updates import Update
 from metavpt.hypergradients.params import Params
@@ -34,7 +35,20 @@ from metavpt.interop.learn2learn import MAMLUnroll
 from metavpt.interop.torchopt import TorchOptUnroll
 
 SHAPE = tiny(16)
-PAPER = SHAPE._replace(unet=(16, 3))
+# FLOPs alone: two images take seconds on a CPU, and a larger batch takes as many FLOPs an image.
+PAPER = Shape(
+    "ViT-B/16, 224x224, batch 2",
+    "vit_base_patch16_dinov3",
+    {},
+    224,
+    2,
+    tail_blocks=3,
+    num_prototypes=8192,
+    hidden=2048,
+    bottleneck=256,
+    labelled=0.5,  # 32 frames for a meta batch of 64
+    unet=(16, 3),
+)
 SETTING = {
     "vit": "12 blocks, width 192, 3 heads, patch 8 (DINOv3's architecture); "
     "S = last 2 blocks and final norm",
@@ -88,8 +102,8 @@ class Call:
         return {"flops": flops.count(self.run)}
 
 
-def plain_step() -> Call:
-    return Call(Bench(Vision(SHAPE)).plain_step)
+def plain_step(shape: Shape) -> Callable[[], Callable[[], None]]:
+    return lambda: Call(Bench(Vision(shape)).plain_step)
 
 
 def estimator(
@@ -111,28 +125,20 @@ def with_step(shape: Shape) -> Callable[[], Callable[[], None]]:
 
 
 ROWS = {
-    "plain": Row("plain SSL step", plain_step),
+    "plain": Row("plain SSL step", plain_step(SHAPE)),
     "one_step_difference": Row("OneStep, difference", estimator(OneStep)),
     "one_step_own": Row("OneStep, difference, own batch + plain SSL step", with_step(SHAPE)),
-    "one_step_paper": Row(
-        "OneStep, difference, the paper's U-Net", estimator(OneStep, shape=PAPER)
-    ),
-    "one_step_own_paper": Row(
-        "OneStep, difference, the paper's U-Net, own batch + plain SSL step", with_step(PAPER)
-    ),
     "one_step_exact": Row("OneStep, exact", estimator(lambda: OneStep(product=ExactProduct()))),
     "unrolled_1": Row("Unrolled(1)", estimator(lambda: Unrolled(1))),
     "unrolled_4": Row("Unrolled(4)", estimator(lambda: Unrolled(4))),
-    "unrolled_4_two_kept": Row(
-        "Unrolled(4), two graphs kept", estimator(lambda: Unrolled(4, kept_graphs=2))
-    ),
     "unrolled_4_kept": Row(
         "Unrolled(4), all graphs kept", estimator(lambda: Unrolled(4, kept_graphs=4))
     ),
     "unrolled_16": Row("Unrolled(16)", estimator(lambda: Unrolled(16))),
     "unrolled_32": Row("Unrolled(32)", estimator(lambda: Unrolled(32))),
-    "implicit_cg_5": Row(
-        "Implicit(CG 5)", estimator(lambda: Implicit(ConjugateGradient(5, 1e-12), damping=1e-2))
+    "implicit": Row(
+        "Implicit, as shipped",
+        estimator(lambda: Implicit(DampedLanczos(5, 0.3), damping=0.0, curvature=GaussNewton())),
     ),
     "greedy_8": Row(
         "Greedy(8), one batch", lambda: (lambda bench: lambda: bench.score(8))(Bench(Vision(SHAPE)))
@@ -149,20 +155,22 @@ ROWS = {
     "torchopt_1": Row("TorchOpt AdamW unroll, K = 1", estimator(lambda: TorchOptUnroll(1))),
     "torchopt_4": Row("TorchOpt AdamW unroll, K = 4", estimator(lambda: TorchOptUnroll(4))),
     "torchopt_16": Row("TorchOpt AdamW unroll, K = 16", estimator(lambda: TorchOptUnroll(16))),
+    "plain_paper": Row(f"{PAPER.title}: plain SSL step", plain_step(PAPER)),
+    "one_step_paper": Row(f"{PAPER.title}: OneStep, difference", estimator(OneStep, shape=PAPER)),
+    "one_step_own_paper": Row(
+        f"{PAPER.title}: OneStep, difference, own batch + plain SSL step", with_step(PAPER)
+    ),
     "learn2learn_4": Row("learn2learn SGD unroll, K = 4", estimator(lambda: MAMLUnroll(4, 1e-4))),
 }
 
 TARGETS = [
     Target("seconds", "one_step_difference", "plain", 0.9),
     Target("seconds", "one_step_own", "plain", 1.9),
-    Target("seconds", "one_step_own_paper", "plain", 1.9),
     Target("seconds", "one_step_difference", "betty_darts", 0.65),
     Target("peak_mib", "one_step_difference", "plain", 1.1),
     Target("peak_mib", "unrolled_32", "unrolled_1", 1.5),
-    Target("seconds", "unrolled_4", "backprop_4", 1.1),
+    Target("seconds", "unrolled_4", "backprop_4", 1.15),
     Target("peak_mib", "unrolled_4", "backprop_4", 0.5),
-    Target("seconds", "unrolled_4_two_kept", "backprop_4", 1.15),
-    Target("peak_mib", "unrolled_4_two_kept", "backprop_4", 0.5),
     Target("seconds", "unrolled_4_kept", "backprop_4", 1.1),
     Target("seconds", "greedy_8", "plain", 8 * 0.6),
 ]
@@ -202,7 +210,7 @@ def section(report: dict[str, Any]) -> list[str]:
 PART = Part(
     "designer_update",
     ROWS,
-    default=list(ROWS),
+    default=[name for name in ROWS if not name.endswith("_paper")],
     rounds=5,
     packages=("torch", "timm", "numpy", "torchopt", "betty-ml", "learn2learn"),
     setting=SETTING,

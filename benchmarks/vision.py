@@ -50,6 +50,7 @@ class Shape(NamedTuple):
     hidden: int = 512
     bottleneck: int = 128
     num_sets: int = 1  # labelled ones, each with a feedback of depth and one of classes
+    labelled: float = 1.0  # labelled frames for an unlabelled image of an update
     unet: tuple[int, int] = (8, 2)  # base and depth, of designer=unet; the paper's are 16 and 3
 
 
@@ -144,7 +145,8 @@ class Bench:
         self.problem, shape = problem, problem.shape
         rng = torch.Generator().manual_seed(0)
         batches = unlabelled(shape, shape.batch_size, MAX_STEPS, seed=0)
-        frames = {name: labelled(shape, shape.batch_size, seed=0) for name in problem.sets}
+        num_labelled = round(shape.labelled * shape.batch_size)
+        frames = {name: labelled(shape, num_labelled, seed=0) for name in problem.sets}
         self.streams = Streams(
             itertools.cycle(batches), itertools.cycle(batches), itertools.cycle([frames])
         )

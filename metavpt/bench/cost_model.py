@@ -6,6 +6,7 @@
     heads       fitting of the feedback heads
     g_down      feedback loss and its derivative by theta_S
     inner       task, teacher and trunk of a meta batch, with the graph to phi; `inner_free` without
+    inner_again task and trunk once more, with the graph: the teacher's answer is known
     tail        from there to the pretraining loss; `tail_back` is its derivative by theta_S
     phi_back    from the loss back to phi: one tail, trunk and designer
     slopes      the costs of a `LinearLoss` differentiated along w
@@ -19,6 +20,7 @@ import statistics
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from functools import cached_property
 from typing import Any
 
@@ -32,7 +34,7 @@ from metavpt.hypergradients.mixed_products import DifferenceProduct, ExactProduc
 from metavpt.problem import require
 from metavpt.profiling import Clock
 from metavpt.strategies.fixed import Fixed
-from metavpt.strategies.learned import Learned, OwnBatch, feedback_on, inner_loss
+from metavpt.strategies.learned import Learned, OwnBatch, answers_kept, feedback_on, inner_loss
 from metavpt.strategies.selection import Greedy, GreedySelection, SupportsSelection
 from metavpt.training.strategy import Strategy
 from metavpt.training.streams import Streams
@@ -84,7 +86,7 @@ def of_update(estimator: Estimator, curvature_products: float = 0.0) -> Passes |
     if isinstance(estimator, Implicit) and isinstance(estimator.curvature, Hessian):
         curvature = of_product(estimator.product, by_phi=False, by_theta=True)
         count = estimator.num_batches
-        one = {"inner_free": 1, "inner": 1}
+        one = {"inner_free": 1, "inner_again": 1}
         return _sum(
             (1, {"heads": 1, "g_down": 1}),
             (count, one, of_product(estimator.product)),
@@ -93,8 +95,14 @@ def of_update(estimator: Estimator, curvature_products: float = 0.0) -> Passes |
     if isinstance(estimator, Unrolled):
         steps, kept = estimator.num_steps, min(estimator.kept_graphs, estimator.num_steps)
         back, first = of_product(estimator.product, by_theta=True), of_product(estimator.product)
-        made = {"inner": steps, "inner_free": steps - kept, "tail": steps, "tail_back": steps}
-        return _sum((1, {"heads": 1, "g_down": 1}, made), (steps - 1, back), (1, first))
+        return _sum(
+            (1, {"heads": 1, "g_down": 1}),
+            (steps - kept, {"inner_free": 1, "inner_again": 1}),
+            (kept, {"inner": 1}),
+            (steps, {"tail": 1, "tail_back": 1}),
+            (steps - 1, back),
+            (1, first),
+        )
     return None
 
 
@@ -218,6 +226,20 @@ class Stopwatch:
 
     def _inner_free(self) -> Any:
         return lambda: None, torch.no_grad()(lambda _: self._meta(self._phi))
+
+    def _inner_again(self) -> Any:
+        kept = ExitStack()
+
+        def prepare() -> None:
+            kept.enter_context(answers_kept(self.problem, 1))
+            with torch.no_grad():
+                self._meta(self._phi)
+
+        def run(_: Any) -> None:
+            with kept:
+                self._meta(self._phi)
+
+        return prepare, run
 
     def _tail(self) -> Any:
         return lambda: self._meta(self._phi), lambda loss: loss(self._theta)

@@ -1,6 +1,7 @@
 """The learned designer: hypergradients of the feedback loss train it, one update at a time."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple, Protocol, cast
 
 import torch
@@ -31,6 +32,7 @@ from metavpt.hypergradients.estimators import (
 from metavpt.hypergradients.mixed_products import Loss, reached, value_and_gradient
 from metavpt.hypergradients.optimizer_updates import Update, from_torch, last_grad_norm
 from metavpt.hypergradients.params import Params
+from metavpt.learners.teacher import Teacher
 from metavpt.problem import Problem, aligned_names, supports
 from metavpt.profiling import phase, uncounted
 from metavpt.strategies.random_direction import RandomDirection
@@ -253,9 +255,10 @@ class Learned:
                 problem, feedback.theta, aligned, lambda: inner[0](phi), optimizer
             )
             outer_loss = _through_aligned(outer_loss, aligned)
-        found = self.estimator(
-            inner, outer_loss, theta, phi, update=update, start=self._solutions.get(name)
-        )
+        with answers_kept(problem, self.estimator.num_batches):
+            found = self.estimator(
+                inner, outer_loss, theta, phi, update=update, start=self._solutions.get(name)
+            )
         live = params.named(problem.learner)
         own = {id(live[name]) for name in aligned}
         return found.relative(
@@ -422,6 +425,15 @@ def inner_loss(
         return averaged(tail_loss(problem, theta, task))
 
     return at_phi
+
+
+def answers_kept(problem: Problem, num_tasks: int) -> AbstractContextManager[None]:
+    """Return a block in which a `Teacher` is asked once about each of `num_tasks` tasks.
+
+    An estimator may make them several times: with and without their graphs.
+    """
+    teacher = getattr(problem, "teacher", None)
+    return teacher.keep(num_tasks) if isinstance(teacher, Teacher) else nullcontext()
 
 
 class LearnerStep:

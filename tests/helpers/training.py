@@ -52,7 +52,7 @@ class Forgetful(Learned):
 
     def next_task(self, state):
         proposal = super().next_task(state)
-        state.problem.teacher._last = None
+        state.problem.teacher._known = []
         return proposal
 
 

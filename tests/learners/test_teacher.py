@@ -87,7 +87,7 @@ def test_the_answer_is_kept_for_the_same_input_until_teacher_or_input_change() -
     assert same(x)
     teacher.load_state_dict(teacher.state_dict())
     assert not same(x)
-    assert copy.deepcopy(teacher)._last is None
+    assert copy.deepcopy(teacher)._known == []
 
 
 def test_an_answer_with_a_graph_is_computed_and_kept_without() -> None:
@@ -101,3 +101,34 @@ def test_an_answer_with_a_graph_is_computed_and_kept_without() -> None:
     assert not known.requires_grad
     with torch.no_grad():
         assert ask(x) is known
+
+
+def test_several_answers_are_kept_by_the_values_of_their_inputs_inside_a_block() -> None:
+    student = Student()
+    teacher, asked = Teacher(student), []
+    teacher.learner.register_forward_hook(lambda *_: asked.append(None))
+    old, older, oldest = inputs = [torch.randn(4, 3, dtype=torch.float64) for _ in range(3)]
+
+    def known(x: torch.Tensor) -> bool:
+        """Whether the answer is right, and was known."""
+        asked.clear()
+        assert torch.equal(teacher.once([x], lambda: teacher(x)), student.linear(x).detach())
+        return not asked
+
+    with teacher.keep(2):
+        assert not any(known(x) for x in reversed(inputs))
+        assert known(old.clone())
+        assert known(older.clone())
+        assert not known(oldest.clone())  # in the place of the one that was asked longest ago
+        assert known(older.clone())
+        assert not known(old.clone())
+        assert not known(old + 1e-12)
+        assert not known(old[:2])
+        written = old.clone()
+        known(written)
+        written += 1
+        assert not known(old.clone())  # what it was asked about is gone
+        last = older.clone()
+        known(last)
+    assert known(last)  # the newest, by its memory
+    assert not known(last.clone())

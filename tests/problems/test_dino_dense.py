@@ -2,6 +2,7 @@
 
 import copy
 import json
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from helpers.training import (
     adam,
     assert_identical,
     own_batch_run,
+    teacher_passes,
     train,
     weights,
 )
@@ -19,6 +21,7 @@ from hydra import compose, initialize_config_module
 from hydra.utils import instantiate
 
 from metavpt import (
+    Budget,
     Cosine,
     DifferenceProduct,
     Dot,
@@ -27,11 +30,14 @@ from metavpt import (
     Implicit,
     Learned,
     OneStep,
+    RunLog,
+    Trainer,
     Unrolled,
 )
 from metavpt.check.purity import snapshot
 from metavpt.hypergradients import params, trees
 from metavpt.objectives.dino import center_update
+from metavpt.strategies import learned
 from metavpt.strategies.controls import Adversarial, Direct, Hardest, Uniform
 from metavpt.strategies.learned import inner_loss
 from metavpt.strategies.selection import Greedy, GreedySelection
@@ -310,6 +316,34 @@ def test_an_update_on_the_learners_own_batch_asks_the_teacher_once(
     assert found[Learned][1] == found[Forgetful][1]
 
 
+# Estimator, options, and passes of the teacher, the step's among them: with answers kept, without.
+ANSWERS = {
+    "unrolled": (Unrolled(3), {}, (4, 6)),
+    "replayed": (Unrolled(3, kept_graphs=0), {}, (4, 7)),
+    "own_batch": (Unrolled(3), {"own_batch": True}, (3, 5)),
+    "implicit": (Implicit(damping=1e3), {}, (2, 3)),
+}
+
+
+@pytest.mark.parametrize(("estimator", "options", "passes"), ANSWERS.values(), ids=ANSWERS)
+def test_an_estimator_that_makes_a_task_again_asks_the_teacher_once(
+    make, tmp_path, monkeypatch, estimator, options, passes
+):
+    """The run is bit for bit that in which the teacher is asked each time."""
+    found = {}
+    for kept in (True, False):
+        if not kept:
+            monkeypatch.setattr(learned, "answers_kept", lambda *_: nullcontext())
+        problem = make()
+        torch.nn.init.normal_(problem.designer.network.out.weight, std=0.05)
+        strategy = Learned(estimator, adam, every=1, **options)
+        trainer = Trainer(problem, strategy, Budget(steps=9), RunLog(tmp_path / str(kept)))
+        trainer.step()  # checks the losses and measures the norm of the gradient
+        assert teacher_passes(trainer, steps=2) == [passes[not kept]] * 2
+        found[kept] = weights(problem)
+    assert_identical(found[True], found[False])
+
+
 class Spied:
     """Notes the type of the teacher's logits that the next step finds; None: it finds none."""
 
@@ -317,9 +351,10 @@ class Spied:
         self.strategy, self.found = strategy, []
 
     def next_task(self, state):
-        proposal, last = self.strategy.next_task(state), state.problem.teacher._last
-        is_known = last and last[0][0][0] is proposal.task.global_crops.untyped_storage()
-        self.found.append(last[1].logits["dino"].dtype if is_known else None)
+        proposal, known = self.strategy.next_task(state), state.problem.teacher._known
+        crops = proposal.task.global_crops.data_ptr()
+        is_known = known and known[-1].inputs[0].data_ptr() == crops
+        self.found.append(known[-1].answer.logits["dino"].dtype if is_known else None)
         return proposal
 
 
