@@ -125,13 +125,13 @@ def test_what_other_estimators_send_follows_the_formulas_of_the_documentation(fo
     found = {name: torch.load(folder / f"dino-{name}-fsdp.pt") for name in ("unrolled", "implicit")}
     sizes, k, i = found["unrolled"]["sizes"], 2, 4
     s, h, p = (sizes[part] for part in ("aligned", "others", "designer"))
-    heads, there, back = 1, 2 + 1, 1  # both sizes of crops and the teacher there
+    heads, there, teacher, back = 1, 2, 1, 1  # both sizes of crops there, one of them back
     numbers = {
         "unrolled": (
-            heads + 2 + (2 * k - 1) * there + k * back,
+            heads + 2 + (2 * k - 1) * there + k * (teacher + back),
             (3 * k - 2) * (s + h) + s + (k + 1) * p,
         ),
-        "implicit": (heads + 1 + 2 * there + back, (2 * i + 1) * s + 2 * p),
+        "implicit": (heads + 1 + 2 * there + teacher + back, (2 * i + 1) * s + 2 * p),
     }
     for name, (gathers, reduced) in numbers.items():
         sent = found[name]["sent"]
