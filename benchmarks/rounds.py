@@ -220,10 +220,12 @@ def measure(row: Row, threads: int) -> dict[str, Any]:
         if torch.cuda.is_initialized():
             torch.cuda.synchronize()
         seconds.append((time.perf_counter() - began) / row.cycle)
+    peak = peak_bytes() / MIB
     taken = {
         "seconds": statistics.median(seconds),
-        "peak_mib": peak_bytes() / MIB,
+        "peak_mib": peak,
         "mib_before": before,
+        "grown_mib": peak - before,
         "calls": seconds,
     }
     return {**taken, **(call.figures() if hasattr(call, "figures") else {})}
@@ -274,10 +276,17 @@ def cells(row: dict[str, Any], plain: dict[str, Any]) -> list[str]:
     return found
 
 
+KINDS = {
+    "seconds": "time",
+    "peak_mib": "memory",
+    "grown_mib": "memory above what the process held before",
+}
+
+
 class Target(NamedTuple):
     """`key` of row `name` <= limit x that of row `over`."""
 
-    key: str  # seconds, peak_mib
+    key: str  # of KINDS
     name: str
     over: str
     limit: float
@@ -290,11 +299,8 @@ def verdicts(
     for key, name, over, limit in targets:
         if key in measured.get(name, {}) and key in measured.get(over, {}):
             ratio = measured[name][key] / measured[over][key]
-            what, verdict = (
-                "time" if key == "seconds" else "memory",
-                "met" if ratio <= limit else "**not met**",
-            )
-            bound = f"{what} of {rows[name].title} <= {limit:g} x {rows[over].title}"
+            verdict = "met" if ratio <= limit else "**not met**"
+            bound = f"{KINDS[key]} of {rows[name].title} <= {limit:g} x {rows[over].title}"
             lines.append(f"| {bound} | {ratio:.2f} | {verdict} |")
     return lines
 

@@ -14,6 +14,7 @@ from vision import Bench, Shape, Vision, tiny
 
 from metavpt.compare.paired_statistics import power_law
 from metavpt.hypergradients.estimators import OneStep, Unrolled
+from metavpt.strategies.learned import Learned
 
 BATCH, DEPTH, TAIL = 8, 12, 2
 LIMIT = 1.1  # an exponent up to which growth counts as linear
@@ -30,7 +31,8 @@ class Axis(NamedTuple):
 def update(shape: Shape, num_steps: int = 0) -> Callable[[], None]:
     """A one-step update by differences, or one through so many steps of the learner's optimizer."""
     bench, estimator = Bench(Vision(shape)), Unrolled(num_steps) if num_steps else OneStep()
-    return lambda: bench.update(estimator)
+    strategy = Learned(estimator)
+    return lambda: bench.update(strategy)
 
 
 def score(num_candidates: int) -> Callable[[], None]:

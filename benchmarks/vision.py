@@ -15,7 +15,6 @@ from metavpt.designers.masks import MaskDesigner, UNet
 from metavpt.designers.views import Views
 from metavpt.feedback.dense import DenseFeedback
 from metavpt.hypergradients import params
-from metavpt.hypergradients.estimators import Estimator
 from metavpt.hypergradients.mixed_products import Loss
 from metavpt.hypergradients.params import Params
 from metavpt.learners.vit import create_backbone
@@ -172,13 +171,12 @@ class Bench:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
 
-    def update(self, estimator: Estimator) -> None:
+    def update(self, strategy: Learned) -> None:
         """What Learned does for one hypergradient: tasks by the designer, g_down, the estimator."""
-        Learned(estimator).estimate(self.state)
+        strategy.estimate(self.state)
 
-    def update_and_step(self, estimator: Estimator) -> None:
+    def update_and_step(self, strategy: Learned) -> None:
         """The hypergradient on the learner's own batch, and then its step on the task."""
-        strategy = Learned(estimator, own_batch=True)
         strategy.estimate(self.state)
         assert strategy.own
         self.step(strategy.own.task)
