@@ -7,6 +7,7 @@ import argparse
 import json
 import os
 import platform
+import re
 import resource
 import statistics
 import subprocess
@@ -26,6 +27,7 @@ ROOT = Path(__file__).parents[1]
 DOCUMENT = ROOT / "docs" / "benchmarks.md"
 GPU_RESULTS = ROOT / "benchmarks" / "results" / "gpu.jsonl"  # of benchmarks/gpu.py
 MIB = 2**20
+SENTENCE = re.compile(r"(?<=\.) (?=[A-Z])")  # the space before one: a line each in the docs
 
 
 class Row(NamedTuple):
@@ -153,7 +155,7 @@ def publish(name: str, report: dict[str, Any], section: Sequence[str]) -> None:
     if begin not in text:
         text += f"\n{begin}\n{end}\n"
     head, rest = text.split(begin)
-    lines = "\n".join(section)
+    lines = "\n".join(line if "|" in line else SENTENCE.sub("\n", line) for line in section)
     DOCUMENT.write_text(f"{head}{begin}\n{lines}\n{end}{rest.split(end)[1]}")
 
 

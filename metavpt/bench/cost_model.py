@@ -122,9 +122,13 @@ def of_step(strategy: Strategy, curvature_products: float = 0.0) -> Passes | Non
     if isinstance(strategy, Learned):
         after_update = {"learner_own": 1} if strategy.own_batch else {"learner": 1, "design": 1}
         share = 1 / strategy.period.every
+        update = of_update(strategy.estimator, curvature_products)
+        if update:  # g_down may be kept for several updates, and the heads with it
+            kept = {name: update[name] / strategy.feedback_every for name in ("heads", "g_down")}
+            update = {**update, **kept}
         return _sum(
             (1 - share, {"learner": 1, "design": 1}),
-            (share, after_update, of_update(strategy.estimator, curvature_products)),
+            (share, after_update, update),
         )
     return {"learner": 1} if type(strategy) is Fixed else None
 

@@ -182,6 +182,8 @@ def test_updates_are_shared_out_among_the_steps_between_them():
     assert by_8["learner"] == by_1["learner"] == by_8["design"] == 1
     assert by_8["g_down"] == by_1["g_down"] / 8 == 1 / 8
     assert by_8["tail"] == 3 / 8
+    kept = cost_model.of_step(Learned(OneStep(), every=8, feedback_every=4))
+    assert kept == {**by_8, "heads": 1 / 32, "g_down": 1 / 32}
     assert (
         cost_model.seconds({"learner": 1, "tail": 3 / 8}, {"learner": 2.0, "tail": 8.0}.__getitem__)
         == 5.0
