@@ -137,22 +137,12 @@ class Data2VecDense(
                 lambda told, goals: data2vec_loss(told, goals.view_as(step.targets)),
                 step.targets.flatten(),
             )
-        weights = step.weights_now()
-        return ComposedLoss(
-            step.student,
-            lambda told: data2vec_loss(told, step.targets, weights=weights),
-            holds=weights is not None,
-        )
+        return step.loss(step.weights_now(), "mean")
 
     @override
     def per_sample_tail(self, theta: Params, task: FeatureTask) -> ComposedLoss:
         step = self._step(theta, task)
-        weights = step.weights_now()
-        return ComposedLoss(
-            step.student,
-            lambda told: data2vec_loss(told, step.targets, "none", weights),
-            holds=weights is not None,
-        )
+        return step.loss(step.weights_now(), "none")
 
     def tilt(
         self,
@@ -307,6 +297,18 @@ class _Step(NamedTuple):
         with torch.no_grad():
             told = self.student({})
         return self.weights(told)
+
+    def loss(self, weights: Tensor | None, reduction: Literal["mean", "none"]) -> ComposedLoss:
+        """theta_S -> the loss with these weights, its mean or that of each image."""
+
+        def at(theta_s: Params) -> ComposedLoss:
+            return self.loss(self.weights(self.student(theta_s)), reduction)
+
+        return ComposedLoss(
+            self.student,
+            lambda told: data2vec_loss(told, self.targets, reduction, weights),
+            at=None if weights is None else at,
+        )
 
 
 def to_unit_size(values: Tensor) -> Tensor:

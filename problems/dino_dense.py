@@ -202,11 +202,7 @@ class DinoDense(
             or not len(step.goals)
             or any(isinstance(part, Tensor) and part.requires_grad for part in others)
         ):
-            return ComposedLoss(
-                step.outputs,
-                lambda packed: step.per_image(packed, step.goals, weights).mean(),
-                holds=weights is not None,
-            )
+            return step.loss(weights, "mean")
         return goal_loss(
             step.outputs,
             lambda packed, goals: step.per_image(packed, goals, None).mean(),
@@ -216,12 +212,7 @@ class DinoDense(
     @override
     def per_sample_tail(self, theta: Params, task: Views) -> ComposedLoss:
         step = self._distillation(theta, task)
-        weights = step.weights_now()
-        return ComposedLoss(
-            step.outputs,
-            lambda packed: step.per_image(packed, step.goals, weights),
-            holds=weights is not None,
-        )
+        return step.loss(step.weights_now(), "none")
 
     def tilt(
         self,
@@ -496,6 +487,18 @@ class _Step(NamedTuple):
         with torch.no_grad():
             outputs = self.outputs({})
         return self.weights(outputs)
+
+    def loss(self, weights: Tensor | None, reduction: Literal["mean", "none"]) -> ComposedLoss:
+        """theta_S -> the loss with these weights, its mean or that of each image."""
+
+        def criterion(packed: Tensor) -> Tensor:
+            losses = self.per_image(packed, self.goals, weights)
+            return losses.mean() if reduction == "mean" else losses
+
+        def at(theta_s: Params) -> ComposedLoss:
+            return self.loss(self.weights and self.weights(self.outputs(theta_s)), reduction)
+
+        return ComposedLoss(self.outputs, criterion, at=None if weights is None else at)
 
 
 def _patches(features: Features) -> Tensor:

@@ -1,7 +1,9 @@
 """Estimates through the learner's real step, clipping and moments included; and implicit solves."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -14,6 +16,7 @@ from metavpt.check.first_order import WARM_UP, MakeOptimizer, copy_state, restor
 from metavpt.check.scene import NUM_BATCHES, Scene, cosine
 from metavpt.errors import MetaVPTError, UnsolvedError
 from metavpt.hypergradients import params
+from metavpt.hypergradients.curvature import ComposedLoss, at_step
 from metavpt.hypergradients.directions import AdamAware
 from metavpt.hypergradients.estimators import (
     Estimator,
@@ -33,15 +36,11 @@ from metavpt.hypergradients.mixed_products import (
 )
 from metavpt.hypergradients.optimizer_updates import Update, from_torch
 from metavpt.hypergradients.params import Params
-from metavpt.strategies.learned import LearnerStep
+from metavpt.strategies.learned import LearnerStep, tail_loss
 
 DIFFERENCE_ERROR = 1e-3  # relative: the difference product has an error of its own
 TRUSTED = 0.9  # cosine of what a strategy takes with the derivative by all of theta
 SOLVED = 0.5  # residual
-FOLLOWS = (
-    "the weights of a policy follow the learner from step to step, and derivatives hold them: "
-    "exact for one step, num_steps=1"
-)
 
 
 @dataclass(frozen=True)
@@ -143,7 +142,7 @@ def _through_steps(learning: Learning, estimator: Estimator | None) -> Finding:
     found = differences(
         lambda phi: float(outer(learning.after(phi, num_steps)).detach()), scene.phi, scene.dtype
     )
-    inner = [_whole(scene, k) for k in range(num_steps)]
+    inner = [_whole(scene, k, held=not unrolled) for k in range(num_steps)]
     update = from_torch(learning.optimizer, learning.live, learning.clip_norm)
     exact = by_phi(ExactProduct(), inner, scene.theta, update)
     measured = (
@@ -151,21 +150,14 @@ def _through_steps(learning: Learning, estimator: Estimator | None) -> Finding:
         f"gradients clipped at {learning.clip_norm:g} (the last had {learning.norm:.3g}): relative "
         f"error against finite differences {found.error(exact):.1e} exact"
     )
-    agrees = found.agrees(exact)
-    with torch.no_grad():
-        holds = getattr(scene.inner()(scene.phi), "holds", False)
-    if not holds:  # else weights would move with the difference; through the tail they do not
-        differenced = by_phi(DifferenceProduct(), inner, scene.theta, update)
-        measured += f", {found.error(differenced):.1e} by difference"
-        agrees = agrees and found.agrees(differenced, DIFFERENCE_ERROR)
-    if not agrees:
+    differenced = by_phi(DifferenceProduct(), inner, scene.theta, update)
+    measured += f", {found.error(differenced):.1e} by difference"
+    if not (found.agrees(exact) and found.agrees(differenced, DIFFERENCE_ERROR)):
         if not found.is_smooth or found.is_flat(exact):
             return Finding(name, "warning", measured, JUMPS)
-        if num_steps > 1 and holds:
-            return Finding(name, "warning", measured, FOLLOWS)
         advice = "see exact_product; where that is ok, the step of the optimizer is not torch's"
         return Finding(name, "failed", measured, advice)
-    if not holds and (estimator is None or not estimator.needs_update):
+    if estimator is None or not estimator.needs_update:
         return Finding(name, "ok", measured)
 
     inner = [scene.inner(k) for k in range(num_steps)]
@@ -242,11 +234,40 @@ def _product(estimator: Estimator | None) -> Product:
     return getattr(estimator, "product", DifferenceProduct())
 
 
-def _whole(scene: Scene, batch: int) -> InnerLoss:
-    """Return phi -> (theta -> pretraining loss), by all of theta."""
+def _whole(scene: Scene, batch: int, held: bool = False) -> InnerLoss:
+    """Return phi -> (theta -> pretraining loss), by all of theta.
+
+    With `held` the loss is that of a step at the scene's theta, see `at_step`.
+    """
 
     def at_phi(phi: Params) -> Loss:
-        task = scene.task(phi, batch)
-        return lambda theta: scene.pretrain(theta, task)
+        loss = _Whole(scene, scene.task(phi, batch))
+        return at_step(loss, scene.theta) if held else loss
 
     return at_phi
+
+
+@dataclass(frozen=True)
+class _Whole:
+    """theta -> pretraining loss of a task, by all of theta."""
+
+    scene: Scene
+    task: Any
+
+    def __call__(self, theta: Params) -> Tensor:
+        return self.scene.pretrain(theta, self.task)
+
+    @property
+    def at(self) -> Callable[[Params], Loss] | None:
+        """As that of a `ComposedLoss`; None where the problem's loss has none."""
+        if getattr(self._tail({}), "at", None) is None:
+            return None
+
+        def at(theta: Params) -> Loss:
+            held = cast(ComposedLoss, at_step(self._tail(theta), {}))
+            return lambda theta: held.criterion(cast(ComposedLoss, self._tail(theta)).outputs({}))
+
+        return at
+
+    def _tail(self, theta: Params) -> Loss:
+        return tail_loss(self.scene.problem, {**self.scene.theta, **theta}, self.task)

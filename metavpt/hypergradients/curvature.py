@@ -21,17 +21,27 @@ class ComposedLoss:
     Attributes:
         outputs: theta -> outputs.
         criterion: outputs -> loss.
-        holds: Whether the criterion holds constants of the theta that the loss was made at, such as
-            the weights of a policy. `Unrolled` then holds them for all of its steps.
+        at: theta -> this loss as a step at that theta takes it, where the criterion holds what the
+            student says there, such as the weights of a policy. Until then it holds what it says
+            at the theta that the loss was made at. None: it holds nothing.
     """
 
     outputs: Callable[[Params], Tensor]
     criterion: Callable[[Tensor], Tensor]
-    holds: bool = field(default=False, kw_only=True)
+    at: "Callable[[Params], ComposedLoss] | None" = field(default=None, kw_only=True)
 
     def __call__(self, theta: Params) -> Tensor:
         """Compute the loss."""
         return self.criterion(self.outputs(theta))
+
+
+def at_step(loss: Loss, theta: Params) -> Loss:
+    """Return `loss` as a step at `theta` takes it, see `ComposedLoss.at`.
+
+    What it then holds is differentiable by phi and by `theta`.
+    """
+    at = getattr(loss, "at", None)
+    return loss if at is None else at(theta)
 
 
 class Curvature(Protocol):

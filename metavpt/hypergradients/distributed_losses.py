@@ -17,10 +17,12 @@ def averaged(loss: Loss) -> Loss:
     if collectives.size() == 1:
         return loss
     if isinstance(loss, ComposedLoss):
+        at = loss.at
         return replace(
             loss,
             outputs=lambda theta: loss.outputs(collectives.enter(theta)),
             criterion=lambda outputs: collectives.leave(loss.criterion(outputs)),
+            at=at and (lambda theta: averaged(at(collectives.enter(theta)))),
         )
     return _AveragedLinear(loss) if isinstance(loss, LinearLoss) else _Averaged(loss)
 

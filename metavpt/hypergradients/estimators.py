@@ -23,7 +23,7 @@ from torch import Tensor
 
 from metavpt.errors import MetaVPTError, NonFiniteError, UnreachedParameterError, UnsolvedError
 from metavpt.hypergradients import params
-from metavpt.hypergradients.curvature import Curvature, Hessian
+from metavpt.hypergradients.curvature import Curvature, Hessian, at_step
 from metavpt.hypergradients.directions import Direction, Dot
 from metavpt.hypergradients.linear_solvers import ConjugateGradient, LinearSolver, Solution
 from metavpt.hypergradients.loss_checks import ChecksLosses
@@ -361,7 +361,8 @@ class Unrolled(ChecksLosses, Unroll):
             keep = k > self.num_steps - self.kept_graphs
             with torch.set_grad_enabled(keep):
                 loss = inner(phi)
-            trajectory.advance(value_and_gradient(loss, trajectory.theta)[1])
+                here = at_step(loss, trajectory.theta)
+            trajectory.advance(value_and_gradient(here, trajectory.theta)[1])
             kept += [loss] * keep
         feedback_loss, ct_theta = downstream(outer_loss, trajectory.theta)
         diagnostics = {"feedback_loss": before, "g_down_norm": float(params.norm(ct_theta))}
@@ -379,9 +380,12 @@ class Unrolled(ChecksLosses, Unroll):
             theta_k = params.leaves(theta_k)
             with torch.enable_grad():
                 loss = kept.pop() if kept else inner_losses[k](phi)
+                here = at_step(loss, theta_k)
+                # what a loss holds of theta_k is no part of its gradient, but moves with theta_k
+                moving = params.views(theta_k) if here is not loss else theta_k
             # before the first step theta does not depend on phi
             wrt = (in_loss, theta_k) if k else (in_loss,) if in_loss else ()
-            by_phi, *by_theta = self.product(loss, theta_k, pulled.grad, wrt).by if wrt else ({},)
+            by_phi, *by_theta = self.product(here, moving, pulled.grad, wrt).by if wrt else ({},)
             total = _plus(total, by_phi)
             if by_theta:
                 ct_theta, ct_moments = params.add(pulled.theta, by_theta[0]), pulled.moments

@@ -26,6 +26,11 @@ def leaves(params: Params) -> Params:
     return {name: p.detach().requires_grad_() for name, p in params.items()}
 
 
+def views(params: Params) -> Params:
+    """The same values as tensors of their own in the graph, whose gradients go on to `params`."""
+    return {name: p.view_as(p) for name, p in params.items()}
+
+
 def detach(params: Params) -> Params:
     """The same values outside the autograd graph; no memory is copied."""
     return {name: p.detach() for name, p in params.items()}

@@ -144,14 +144,13 @@ def test_weights_of_a_policy_are_held_within_a_step_and_follow_the_learner_betwe
     make = maker(tmp_path, *options)
     policy = Scene.of(make("designer=feature_policy")).double()
     sgd = lambda p: torch.optim.SGD(p, lr=0.3)
-    (one,) = learner_step(policy, OneStep(), sgd, math.inf)
-    (two,) = learner_step(policy, Unrolled(2, product=ExactProduct()), sgd, math.inf)
-    assert one.verdict == "ok"
-    assert float(one.measured.split("finite differences ")[1].split(" exact")[0]) < 1e-4
-    by_difference = float(one.measured.split("cosine ")[1].split()[0])  # through the tail
-    assert by_difference > 0.99
-    assert two.verdict == "warning"
-    assert "follow the learner" in two.advice
+    for estimator in (OneStep(), Unrolled(2, product=ExactProduct())):
+        (found,) = learner_step(policy, estimator, sgd, math.inf)
+        assert found.verdict == "ok", found
+        errors = found.measured.split("finite differences ")[1]
+        exact, difference = (float(said.split()[0]) for said in errors.split(", ")[:2])
+        assert exact < 1e-4
+        assert difference < 1e-3
 
 
 def test_an_optimizer_without_a_rule_fails_with_its_name() -> None:
