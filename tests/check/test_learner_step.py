@@ -144,13 +144,13 @@ def test_weights_of_a_policy_are_held_within_a_step_and_follow_the_learner_betwe
     make = maker(tmp_path, *options)
     policy = Scene.of(make("designer=feature_policy")).double()
     sgd = lambda p: torch.optim.SGD(p, lr=0.3)
-    for estimator in (OneStep(), Unrolled(2, product=ExactProduct())):
+    # differences of two steps have an error of their own, which the verdict allows for
+    for estimator, most in ((OneStep(), 1e-6), (Unrolled(2, product=ExactProduct()), 1e-2)):
         (found,) = learner_step(policy, estimator, sgd, math.inf)
         assert found.verdict == "ok", found
         errors = found.measured.split("finite differences ")[1]
         exact, difference = (float(said.split()[0]) for said in errors.split(", ")[:2])
-        assert exact < 1e-4
-        assert difference < 1e-3
+        assert max(exact, difference) < most
 
 
 def test_an_optimizer_without_a_rule_fails_with_its_name() -> None:

@@ -1,14 +1,16 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers.differences import relative
 from torch.func import hessian, jacrev
 
 from metavpt.errors import MetaVPTError
 from metavpt.hypergradients import params
 from metavpt.hypergradients.curvature import ComposedLoss, GaussNewton, Hessian
-from metavpt.hypergradients.estimators import Implicit
+from metavpt.hypergradients.estimators import Implicit, Unrolled
 from metavpt.hypergradients.linear_solvers import ConjugateGradient, DampedLanczos
 from metavpt.hypergradients.mixed_products import DifferenceProduct, ExactProduct
+from metavpt.hypergradients.optimizer_updates import SGD
 
 LABELS = torch.tensor([0, 2, 1, 1])
 
@@ -102,3 +104,44 @@ def test_gauss_newton_needs_to_see_the_outputs():
             {"a": torch.ones(1)},
             ExactProduct(),
         )
+
+
+@pytest.mark.parametrize("kept_graphs", [0, 1, 3])
+@pytest.mark.parametrize(
+    ("product", "error"),
+    [(ExactProduct(), 1e-12), (DifferenceProduct(), 1e-8)],
+    ids=["exact", "difference"],
+)
+def test_unrolled_differentiates_what_a_loss_holds_of_each_step(product, error, kept_graphs):
+    """Weights of the squares, held in a gradient, move with phi and theta: against autograd."""
+    rng = torch.Generator().manual_seed(0)
+    x, y = torch.randn(2, 3, 6, 4, generator=rng, dtype=torch.float64)  # steps, samples, features
+    theta = {"w": torch.randn(4, generator=rng, dtype=torch.float64)}
+    phi = {"a": torch.tensor([0.5, -0.3], dtype=torch.float64)}
+
+    def loss(k, phi, seen, theta):
+        weights = torch.sigmoid(phi["a"][0] * seen + phi["a"][1])
+        return (weights * (x[k] @ theta["w"] - y[k, :, 0]).square()).mean()
+
+    def composed(k, phi, at):
+        seen = x[k] @ at["w"]
+        return ComposedLoss(
+            lambda theta: theta["w"][None],
+            lambda w: loss(k, phi, seen, {"w": w[0]}),
+            at=lambda theta: composed(k, phi, theta),
+        )
+
+    outer = lambda theta: (theta["w"] - 1).square().sum()
+    found = Unrolled(3, SGD(0.2), product, kept_graphs=kept_graphs)(
+        [lambda phi, k=k: composed(k, phi, theta) for k in range(3)], outer, theta, phi
+    )
+    phi, after = params.leaves(phi), params.leaves(theta)
+    for k in range(3):
+        moving = params.views(after)
+        (gradient,) = torch.autograd.grad(
+            loss(k, phi, x[k] @ after["w"], moving), moving["w"], create_graph=True
+        )
+        after = {"w": after["w"] - 0.2 * gradient}
+    (expected,) = torch.autograd.grad(outer(after), phi["a"])
+    assert float(expected.norm()) > 1e-2
+    assert relative(found.by_phi, {"a": expected}) < error
