@@ -7,6 +7,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from metavpt.check.finding import Finding, listed
 from metavpt.check.scene import Scene, random_direction, relative_error
 from metavpt.hypergradients import params
+from metavpt.hypergradients.curvature import at_step
 from metavpt.hypergradients.linear_targets import LinearLoss
 from metavpt.hypergradients.mixed_products import value_and_gradient
 from metavpt.hypergradients.params import Params
@@ -121,14 +122,14 @@ def tail(scene: Scene) -> Finding:
 
     Values and gradients are compared beside theta_S: a tail that keeps the theta_S that it was made
     with is right only there. A `LinearLoss` is made there too, since what its targets take from the
-    learner is fixed with it, and so is a loss that holds the weights of a policy.
+    learner is fixed with it. A loss that holds the weights of a policy is taken as by a step there.
     """
     theta_s = params.add(scene.aligned, random_direction(scene.aligned, seed=2))
     with torch.no_grad():
         task = scene.task()
         with scene.around():
-            loss = tail_loss(scene.problem, scene.theta, task)
-            if isinstance(loss, LinearLoss) or getattr(loss, "holds", False):
+            loss = at_step(tail_loss(scene.problem, scene.theta, task), theta_s)
+            if isinstance(loss, LinearLoss):
                 loss = tail_loss(scene.problem, {**scene.theta, **theta_s}, task)
 
     def by_tail(theta_s: Params) -> Tensor:
